@@ -1,0 +1,1 @@
+"""Models as the workers see them: packages, networks, and the three tasks on top."""

@@ -1,0 +1,46 @@
+"""Batch normalisation folded into the convolution or linear layer before it.
+
+In evaluation a batch norm is an affine map per channel; merged into the weights of
+the layer before, it costs nothing. A block says which of its attributes form such
+pairs (``FOLDS``); ``fold`` rewrites a whole network in place, and its outputs stay
+the same up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+
+class Foldable(nn.Module):
+    """A block that names its (layer, batch norm) attribute pairs."""
+
+    FOLDS: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+
+def fold(network: nn.Module) -> None:
+    """Fold every declared pair of ``network`` (in evaluation mode) in place."""
+    if network.training:
+        raise ValueError("fold a network in evaluation mode: call eval() first")
+    for block in list(network.modules()):
+        if isinstance(block, Foldable):
+            for layer_name, norm_name in block.FOLDS:
+                _fold_pair(block, layer_name, norm_name)
+        elif isinstance(block, nn.Sequential):
+            names = [name for name, _ in block.named_children()]
+            for layer_name, norm_name in zip(names, names[1:], strict=False):
+                _fold_pair(block, layer_name, norm_name)
+
+
+def _fold_pair(block: nn.Module, layer_name: str, norm_name: str) -> None:
+    layer = getattr(block, layer_name)
+    norm = getattr(block, norm_name, None)
+    if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        setattr(block, layer_name, fuse_conv_bn_eval(layer, norm))
+    elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+        setattr(block, layer_name, fuse_linear_bn_eval(layer, norm))
+    else:
+        return
+    setattr(block, norm_name, nn.Identity())

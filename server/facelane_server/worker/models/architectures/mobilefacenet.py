@@ -1,0 +1,181 @@
+"""MobileFaceNet-class recognisers: inverted bottlenecks with PReLU, 112x112 to a vector.
+
+After "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on
+Mobile Devices" (Chen, Liu, Gao, Han; 2018). One class serves the family: the widths,
+the head and whether batch norms are still separate are options, so that it covers
+both networks trained here and public ones whose batch norms are already folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from facelane_server.worker.models.architectures.folding import Foldable
+
+STARTER_STAGES = ((64, 4, 128, 128), (128, 6, 256, 256), (128, 2, 512, 256))
+"""(channels, residual blocks, expansion of the strided block, expansion of the others)."""
+
+
+class _Unit(Foldable):
+    """Convolution, batch norm (unless folded), PReLU (unless linear)."""
+
+    FOLDS: ClassVar = (("conv", "norm"),)
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 1,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        norm: bool = True,
+        linear: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv: nn.Module = nn.Conv2d(
+            inputs, outputs, kernel, stride, padding, groups=groups, bias=not norm
+        )
+        self.norm: nn.Module = nn.BatchNorm2d(outputs) if norm else nn.Identity()
+        self.act: nn.Module = nn.Identity() if linear else nn.PReLU(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.norm(self.conv(x)))
+        return out
+
+
+class _Bottleneck(nn.Module):
+    """1x1 expansion, 3x3 depthwise (with the stride), 1x1 linear projection."""
+
+    def __init__(
+        self, inputs: int, outputs: int, expansion: int, *, stride: int, norm: bool
+    ) -> None:
+        super().__init__()
+        self.expand = _Unit(inputs, expansion, norm=norm)
+        self.depthwise = _Unit(
+            expansion, expansion, 3, stride=stride, padding=1, groups=expansion, norm=norm
+        )
+        self.project = _Unit(expansion, outputs, norm=norm, linear=True)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.project(self.depthwise(self.expand(x)))
+        return x + out if self.residual else out
+
+
+class _GlobalDepthwiseHead(Foldable):
+    """A depthwise 7x7 over the whole map, then a linear layer and its batch norm."""
+
+    FOLDS: ClassVar = (("linear", "norm"),)
+
+    def __init__(self, channels: int, embedding_dim: int, *, norm: bool) -> None:
+        super().__init__()
+        self.depthwise = _Unit(channels, channels, 7, groups=channels, norm=norm, linear=True)
+        self.linear: nn.Module = nn.Linear(channels, embedding_dim, bias=not norm)
+        self.norm: nn.Module = nn.BatchNorm1d(embedding_dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.linear(self.depthwise(x).flatten(1)))
+        return out
+
+
+class _FlattenHead(Foldable):
+    """A 1x1 convolution to few channels, flattened, then linear and its batch norm."""
+
+    FOLDS: ClassVar = (("linear", "norm"),)
+
+    def __init__(self, channels: int, neck: int, embedding_dim: int, *, norm: bool) -> None:
+        super().__init__()
+        self.reduce = _Unit(channels, neck, norm=norm)
+        self.linear: nn.Module = nn.Linear(neck * 49, embedding_dim, bias=not norm)
+        self.norm: nn.Module = nn.BatchNorm1d(embedding_dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.linear(self.reduce(x).flatten(1)))
+        return out
+
+
+class TrustHead(nn.Module):
+    """A small network that says how far a face can be trusted: one logit, higher = clean.
+
+    It reads the mean and the spread of the last feature map and the logarithm of the
+    embedding's norm; it is trained after the trunk, which it leaves as it is.
+    """
+
+    def __init__(self, channels: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * channels + 1, hidden)
+        self.act = nn.PReLU(hidden)
+        self.out = nn.Linear(hidden, 1)
+
+    def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
+        # In float32: a variance of squares overflows the range of half precision.
+        flat = features.flatten(2).float()
+        spread = (flat - flat.mean(2, keepdim=True)).square().mean(2).add(1e-6).sqrt()
+        norm = embedding.float().square().sum(1, keepdim=True).add(1e-6).log().mul(0.5)
+        summary = torch.cat((flat.mean(2), spread, norm), 1).to(self.hidden.weight.dtype)
+        logit: Tensor = self.out(self.act(self.hidden(summary)))
+        return logit[:, 0]
+
+
+class MobileFaceNet(nn.Module):
+    """The network.
+
+    ``stages``: rows of (channels, residual blocks, expansion of the strided block,
+    expansion of the residual blocks). ``head``: ``gdc`` or ``flatten`` (to ``neck``
+    channels). ``norm=False``: batch norms are already folded into the convolutions.
+    ``ood_head``: ``none`` or ``trust`` (:class:`TrustHead`).
+
+    Input [N, 3, 112, 112]. Output: embedding [N, ``embedding_dim``], not normalised,
+    and the OOD logit [N], or None without an OOD head.
+    """
+
+    def __init__(
+        self,
+        stem: int = 64,
+        stages: Sequence[Sequence[int]] = STARTER_STAGES,
+        features: int = 512,
+        head: str = "gdc",
+        neck: int = 64,
+        embedding_dim: int = 512,
+        norm: bool = True,
+        ood_head: str = "none",
+    ) -> None:
+        super().__init__()
+        if len(stages) != 3 or any(len(stage) != 4 for stage in stages):
+            raise ValueError("stages needs three rows of four numbers")
+        if head not in ("gdc", "flatten"):
+            raise ValueError("head must be gdc or flatten")
+        if ood_head not in ("none", "trust"):
+            raise ValueError("ood_head must be none or trust")
+        self.stem = _Unit(3, stem, 3, stride=2, padding=1, norm=norm)
+        self.stem_depthwise = _Unit(stem, stem, 3, padding=1, groups=stem, norm=norm)
+        rows: list[nn.Module] = []
+        inputs = stem
+        for channels, blocks, first, others in stages:
+            row = [_Bottleneck(inputs, channels, first, stride=2, norm=norm)]
+            row += [
+                _Bottleneck(channels, channels, others, stride=1, norm=norm) for _ in range(blocks)
+            ]
+            rows.append(nn.Sequential(*row))
+            inputs = channels
+        self.stages = nn.Sequential(*rows)
+        self.features = _Unit(inputs, features, norm=norm)
+        self.head: nn.Module = (
+            _GlobalDepthwiseHead(features, embedding_dim, norm=norm)
+            if head == "gdc"
+            else _FlattenHead(features, neck, embedding_dim, norm=norm)
+        )
+        self.ood_head: nn.Module | None = TrustHead(features) if ood_head == "trust" else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = self.features(self.stages(self.stem_depthwise(self.stem(x))))
+        embedding: Tensor = self.head(features)
+        if self.ood_head is None:
+            return embedding, None
+        return embedding, self.ood_head(features, embedding)
