@@ -34,4 +34,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mobilefacenet": Architecture(Stage.RECOGNIZER, f"{_HERE}.mobilefacenet", "MobileFaceNet"),
     "rts-irse": Architecture(Stage.RECOGNIZER, f"{_HERE}.irse", "RtsIrSe"),
     "minifasnet-pair": Architecture(Stage.LIVENESS, f"{_HERE}.minifasnet", "MiniFASNetPair"),
+    "liveness-net": Architecture(Stage.LIVENESS, f"{_HERE}.liveness_net", "LivenessNet"),
 }

@@ -103,22 +103,32 @@ class _FlattenHead(Foldable):
 class TrustHead(nn.Module):
     """A small network that says how far a face can be trusted: one logit, higher = clean.
 
-    It reads the mean and the spread of the last feature map and the logarithm of the
-    embedding's norm; it is trained after the trunk, which it leaves as it is.
+    It reads the mean and the spread of feature maps and the logarithm of the embedding's
+    norm; it is trained after the trunk, which it leaves as it is. Early maps still show
+    noise and clipping that the last one has learnt to ignore. ``channels``: of each map.
     """
 
-    def __init__(self, channels: int, hidden: int = 64) -> None:
+    def __init__(self, channels: Sequence[int], hidden: int = 64) -> None:
         super().__init__()
-        self.hidden = nn.Linear(2 * channels + 1, hidden)
+        self.hidden = nn.Linear(2 * sum(channels) + 1, hidden)
         self.act = nn.PReLU(hidden)
         self.out = nn.Linear(hidden, 1)
 
-    def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
+    @staticmethod
+    def summary(maps: Sequence[Tensor], embedding: Tensor) -> Tensor:
+        """The head's input [N, 2 * channels + 1], float32."""
         # In float32: a variance of squares overflows the range of half precision.
-        flat = features.flatten(2).float()
-        spread = (flat - flat.mean(2, keepdim=True)).square().mean(2).add(1e-6).sqrt()
-        norm = embedding.float().square().sum(1, keepdim=True).add(1e-6).log().mul(0.5)
-        summary = torch.cat((flat.mean(2), spread, norm), 1).to(self.hidden.weight.dtype)
+        parts: list[Tensor] = []
+        for features in maps:
+            flat = features.flatten(2).float()
+            mean = flat.mean(2)
+            spread = (flat - mean[:, :, None]).square().mean(2).add(1e-6).sqrt()
+            parts += [mean, spread]
+        parts.append(embedding.float().square().sum(1, keepdim=True).add(1e-6).log().mul(0.5))
+        return torch.cat(parts, 1)
+
+    def forward(self, maps: Sequence[Tensor], embedding: Tensor) -> Tensor:
+        summary = self.summary(maps, embedding).to(self.hidden.weight.dtype)
         logit: Tensor = self.out(self.act(self.hidden(summary)))
         return logit[:, 0]
 
@@ -171,11 +181,19 @@ class MobileFaceNet(nn.Module):
             if head == "gdc"
             else _FlattenHead(features, neck, embedding_dim, norm=norm)
         )
-        self.ood_head: nn.Module | None = TrustHead(features) if ood_head == "trust" else None
+        maps = (stages[0][0], stages[1][0], features)
+        self.ood_head: nn.Module | None = TrustHead(maps) if ood_head == "trust" else None
+
+    def trunk(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The embedding, and the maps that the OOD head reads: the outputs of the first
+        two stages and of ``features``."""
+        first = self.stages[0](self.stem_depthwise(self.stem(x)))
+        second = self.stages[1](first)
+        features = self.features(self.stages[2](second))
+        return self.head(features), (first, second, features)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        features = self.features(self.stages(self.stem_depthwise(self.stem(x))))
-        embedding: Tensor = self.head(features)
+        embedding, maps = self.trunk(x)
         if self.ood_head is None:
             return embedding, None
-        return embedding, self.ood_head(features, embedding)
+        return embedding, self.ood_head(maps, embedding)
