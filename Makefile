@@ -1,0 +1,45 @@
+# The two commands of the README are `make demo` and `make test`; both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test lint protos bench wheel install-systemd clean
+
+help: ## this text
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+# Set-up is a stamp: it runs again only when the dependencies change.
+setup: $(VENV)/.stamp ## create .venv with everything for demo, tests and benchmarks
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "facelane needs Python 3.11 to 3.13; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)")'
+	@echo "setting up $(VENV) (about 2 GB, a few minutes) ..."
+	@$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[server,cli,bridge,onnx,nvidia,evaluate,demo]' --group dev
+	@touch $@
+
+demo: setup ## faces recognised from a synthetic camera, live on this terminal
+	@$(BIN)/python -m facelane_bridge.demo
+
+test: setup lint ## lint, then all tests with branch coverage
+	@$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: setup ## ruff, mypy --strict, the import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+protos: ## regenerate clients/facelane/v1 (and lint with buf when it is installed)
+	@protos/generate.sh
+
+bench: setup ## the benchmarks that run on a CPU; results in bench/results
+	@$(BIN)/python -m bench
+
+wheel: setup ## build the wheel into dist/
+	@$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+clean: ## remove what was built, the environment included
+	rm -rf $(VENV) .venv-protos dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -1,0 +1,332 @@
+"""The configuration: frozen, read from one TOML file, strict about what it does not know.
+
+Every field has a default, so an empty file (or none) is a working CPU server on
+loopback. ``load`` names an unknown key and the nearest right one; ``check`` holds the
+relations between values. Environment variables do not override: one file is the truth.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from facelane_server import limits
+
+Isolation = Literal["process", "mps", "thread", "external"]
+Precision = Literal["auto", "fp32", "fp16"]
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)]
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message says where and what to write instead."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Tls(Section):
+    cert_file: str = ""
+    key_file: str = ""
+    client_ca_file: str = ""
+    """When set, clients must present a certificate of this authority (mutual TLS)."""
+
+
+class Auth(Section):
+    mode: Literal["auto", "keys", "none"] = "auto"
+    """``auto``: no keys on loopback and Unix sockets, keys anywhere else."""
+    keys_file: str = ""
+    """TOML with ``[[keys]]``: name, sha256 of the key (``facelane-server keys new``), scopes."""
+    allow_plaintext: bool = False
+    """Keys over an unencrypted connection off loopback are refused unless this is set."""
+
+
+class Server(Section):
+    listen: str = "127.0.0.1:50151"
+    """``host:port`` or ``unix:/path``."""
+    drain_grace_s: Seconds = 10.0
+    reflection: bool = True
+
+
+class Limits(Section):
+    max_streams: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STREAMS)] = 256
+    window: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_WINDOW)] = 16
+    max_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 1_000
+    lossless_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=3_600_000)] = 60_000
+    image_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 10_000
+    max_frame_bytes: Annotated[int, msgspec.Meta(ge=1024, le=limits.MAX_PICTURE_BYTES)] = (
+        16 * limits.MIB
+    )
+    max_pixels: Annotated[int, msgspec.Meta(ge=4096, le=limits.MAX_PIXELS)] = 16_000_000
+    max_faces: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_FACES)] = 32
+    slow_reader_s: Seconds = 30.0
+    """A client that does not read its outcomes for so long loses its stream."""
+    first_message_s: Seconds = 10.0
+    """A stream must send its config within this time."""
+
+
+class Models(Section):
+    path: tuple[str, ...] = ()
+    """Folders with model packages, searched after the packages that ship with facelane."""
+
+
+class Pool(Section):
+    model: str = ""
+    """A package's name or folder; empty = the default of the stage."""
+    workers: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_WORKERS)] = 1
+    spares: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
+    """Warmed workers that take over at once when one is lost."""
+    devices: tuple[str, ...] = ("auto",)
+    """``cpu``, ``cuda:0``, ...; ``auto`` = cuda:0 where there is one, else cpu. Workers are
+    spread over them in turn."""
+    isolation: Isolation = "process"
+    group: str = "shared"
+    """``thread`` pools of one group are threads of one worker process."""
+    socket: str = ""
+    """``external``: the Unix socket that workers attach to; empty =
+    ``<runtime dir>/<pool>.sock``."""
+    batch_max: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BATCH)] = 8
+    threads: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    precision: Precision = "auto"
+    graphs: bool = True
+    stream_priority: Annotated[int, msgspec.Meta(ge=-5, le=0)] = 0
+    memory_mib: NonNegative = 0
+    """Budget of one worker on its device, CUDA context included; 0 = no budget."""
+    sm_share: Annotated[int, msgspec.Meta(ge=1, le=100)] = 100
+    """``mps``: percentage of the multiprocessors."""
+    max_side: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SIDE)] = 0
+    """Detector: longer side of the network's input; 0 = what the package says."""
+    job_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 5_000
+    """A job that takes longer means that the worker hangs: it is killed."""
+    load_timeout_s: Seconds = 120.0
+    ping_interval_s: Seconds = 2.0
+    restart_limit: Positive = 5
+    """Losses within ``restart_window_s`` after which a worker is quarantined."""
+    restart_window_s: Seconds = 120.0
+    backoff_initial_s: Seconds = 0.05
+    backoff_max_s: Seconds = 15.0
+    quarantine_s: Seconds = 60.0
+    """A quarantined worker is given one more try after this time."""
+    canary_interval_s: Seconds = 10.0
+    """An idle pool runs a real inference this often."""
+    options: dict[str, str] = {}
+    """Passed to the worker; for fault tests and benchmarks."""
+
+
+class Pools(Section):
+    detector: Pool = Pool()
+    recognizer: Pool | None = Pool()
+    liveness: Pool | None = Pool()
+
+
+class Identity(Section):
+    """Overrides of what the packages say; unset = the package's value."""
+
+    match_threshold: Ratio | None = None
+    margin: Ratio | None = None
+    ood_threshold: Ratio | None = None
+    live_threshold: Ratio | None = None
+    spoof_threshold: Ratio | None = None
+
+
+class Tracking(Section):
+    reinference_interval_s: Seconds = 3.0
+    max_gap_s: Seconds = 1.0
+    """A track that is not seen for so long (media time) ends."""
+    min_iou: Ratio = 0.2
+    max_centre_distance: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] = 1.0
+    """In box widths."""
+    better_shot_margin: Ratio = 0.05
+    """A new shot of a track is embedded only if it promises this much more OOD score."""
+
+
+class Gallery(Section):
+    path: str = ""
+    """SQLite file; empty = ``<state dir>/gallery.db``."""
+    max_templates: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_TEMPLATES)] = 100_000
+
+
+class Metrics(Section):
+    listen: str = "127.0.0.1:9151"
+    """Prometheus text over HTTP; empty = off."""
+
+
+class Log(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+
+
+class Monitor(Section):
+    interval_s: Seconds = 1.0
+    memory_warning: Ratio = 0.90
+    memory_warning_clear: Ratio = 0.85
+
+
+class Config(Section):
+    server: Server = Server()
+    tls: Tls = Tls()
+    auth: Auth = Auth()
+    limits: Limits = Limits()
+    models: Models = Models()
+    pools: Pools = Pools()
+    identity: Identity = Identity()
+    tracking: Tracking = Tracking()
+    gallery: Gallery = Gallery()
+    metrics: Metrics = Metrics()
+    log: Log = Log()
+    monitor: Monitor = Monitor()
+    state_dir: str = ""
+    """Where the gallery lives; empty = $STATE_DIRECTORY (systemd), else
+    $XDG_STATE_HOME/facelane, else ~/.local/state/facelane."""
+    runtime_dir: str = ""
+    """Sockets; empty = $RUNTIME_DIRECTORY (systemd), else a fresh private folder."""
+
+    @property
+    def stages(self) -> dict[str, Pool]:
+        """The pools in pipeline order, by stage name."""
+        pools = {"detector": self.pools.detector}
+        if self.pools.recognizer is not None:
+            pools["recognizer"] = self.pools.recognizer
+        if self.pools.liveness is not None:
+            pools["liveness"] = self.pools.liveness
+        return pools
+
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$?(?P<path>.*)`)?")
+
+
+def _fields_at(path: str) -> tuple[str, ...]:
+    """Names that are known at a msgspec path such as ``.pools.detector``."""
+    kind: Any = Config
+    for part in filter(None, path.split(".")):
+        name = part.split("[")[0]
+        hints = {f.name: f.type for f in msgspec.structs.fields(kind)}
+        found = hints.get(name)
+        if found is None:
+            return ()
+        for candidate in (found, *getattr(found, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+                kind = candidate
+                break
+        else:
+            return ()
+    return tuple(f.name for f in msgspec.structs.fields(kind))
+
+
+def parse(text: str, *, source: str = "<config>") -> Config:
+    """A config from TOML text. Raises ``ConfigError``."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    # TOML has no null: `[pools] liveness = false` switches a stage off.
+    pools = raw.get("pools")
+    if isinstance(pools, dict):
+        for stage in ("recognizer", "liveness"):
+            if pools.get(stage) is False:
+                pools[stage] = None
+    try:
+        config = msgspec.convert(raw, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(str(error))}") from None
+    check(config, source=source)
+    return config
+
+
+def _explain(message: str) -> str:
+    found = _UNKNOWN.match(message)
+    if not found:
+        return message.replace("`$", "`").replace("at `.", "at `")
+    key, path = found["key"], found["path"] or ""
+    where = f"[{path.strip('.')}]" if path.strip(".") else "the top level"
+    known = _fields_at(path)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key `{key}` in {where}; {hint}"
+
+
+def load(path: Path | None) -> Config:
+    """The config of a file, or the defaults without one. Raises ``ConfigError``."""
+    if path is None:
+        config = Config()
+        check(config, source="defaults")
+        return config
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    return parse(text, source=str(path))
+
+
+def is_local(listen: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rsplit(":", 1)[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check(config: Config, *, source: str) -> None:
+    """Relations between values. Raises ``ConfigError``."""
+
+    def fail(message: str) -> None:
+        raise ConfigError(f"{source}: {message}")
+
+    listen = config.server.listen
+    if not listen.startswith("unix:"):
+        host, _, port = listen.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65_535:
+            fail(f"server.listen: `{listen}` is neither host:port nor unix:/path")
+    if bool(config.tls.cert_file) != bool(config.tls.key_file):
+        fail("tls: cert_file and key_file go together")
+    if config.tls.client_ca_file and not config.tls.cert_file:
+        fail("tls.client_ca_file needs cert_file and key_file")
+    if config.auth.mode == "keys" and not config.auth.keys_file:
+        fail("auth.keys_file is missing; create one with `facelane-server keys new`")
+    if not is_local(listen):
+        if config.auth.mode == "auto" and not config.auth.keys_file:
+            fail(
+                f"server.listen `{listen}` is reachable from other machines, so clients need "
+                "keys: set auth.keys_file (create one with `facelane-server keys new`), or "
+                "switch authentication off knowingly with auth.mode = 'none'"
+            )
+        if config.auth.mode != "none" and not config.tls.cert_file:
+            if not config.auth.allow_plaintext:
+                fail(
+                    f"keys would cross the network unencrypted to `{listen}`: set tls.cert_file "
+                    "and tls.key_file, or accept it knowingly with auth.allow_plaintext = true"
+                )
+    if config.monitor.memory_warning_clear > config.monitor.memory_warning:
+        fail("monitor.memory_warning_clear must not exceed monitor.memory_warning")
+    live, spoof = config.identity.live_threshold, config.identity.spoof_threshold
+    if live is not None and spoof is not None and spoof > live:
+        fail("identity.spoof_threshold must not exceed identity.live_threshold")
+    for name, pool in config.stages.items():
+        if not pool.devices:
+            fail(f"pools.{name}.devices is empty")
+        for device in pool.devices:
+            if not re.fullmatch(r"auto|cpu|cuda:\d{1,2}", device):
+                fail(f"pools.{name}.devices: `{device}` is none of auto, cpu, cuda:N")
+        if pool.isolation == "thread" and pool.spares:
+            fail(f"pools.{name}: spares need isolation = 'process', 'mps' or 'external'")
+        if pool.isolation == "mps" and "cpu" in pool.devices:
+            fail(f"pools.{name}: isolation = 'mps' needs CUDA devices")
+        if pool.backoff_initial_s > pool.backoff_max_s:
+            fail(f"pools.{name}.backoff_initial_s must not exceed backoff_max_s")
+    if config.limits.window * 2 > limits.MAX_POOL_QUEUE:
+        fail("limits.window is too large")

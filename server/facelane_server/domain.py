@@ -1,0 +1,285 @@
+"""The nouns of the service, free of gRPC, torch, SQL and sockets.
+
+Every layer above ``ipc`` speaks in these types; ``edge`` alone turns them into
+protobuf. Coordinates are pixels of the frame as the client sent it, origin at
+the top left, x to the right, y down.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class Encoding(enum.StrEnum):
+    """How the bytes of a frame are to be read."""
+
+    JPEG = "jpeg"
+    PNG = "png"
+    WEBP = "webp"
+    BGR24 = "bgr24"
+    RGB24 = "rgb24"
+    NV12 = "nv12"
+
+    @property
+    def is_raw(self) -> bool:
+        return self in (Encoding.BGR24, Encoding.RGB24, Encoding.NV12)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture as received. ``width``/``height``/``stride`` are zero unless raw.
+
+    ``stride`` is in bytes a row (of the Y plane for NV12, whose UV plane has the
+    same stride and follows at ``stride * height``).
+    """
+
+    encoding: Encoding
+    data: bytes
+    width: int = 0
+    height: int = 0
+    stride: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame of a stream."""
+
+    frame_id: int
+    picture: Picture
+    stream_offset_ns: int
+    capture_time_ns: int | None = None
+
+
+class Overload(enum.StrEnum):
+    """What a lane does with frames that arrive faster than they are served."""
+
+    LATEST_WINS = "latest_wins"
+    LOSSLESS = "lossless"
+
+
+class DropReason(enum.StrEnum):
+    """Why a frame that was received was never analysed."""
+
+    SUPERSEDED = "SUPERSEDED"
+    """A newer frame of the same stream took its place (LATEST_WINS)."""
+    TOO_OLD = "TOO_OLD"
+    """It exceeded the stream's maximum frame age before a worker was free."""
+    DRAINING = "DRAINING"
+    """The server is shutting down."""
+    STREAM_CLOSED = "STREAM_CLOSED"
+    """The stream ended before the frame was dispatched."""
+
+
+class Reason(enum.StrEnum):
+    """Machine-readable reasons of errors: ``ErrorInfo.reason`` on the wire (AIP-193)."""
+
+    # The picture.
+    PICTURE_EMPTY = "PICTURE_EMPTY"
+    PICTURE_CORRUPT = "PICTURE_CORRUPT"
+    PICTURE_TOO_SMALL = "PICTURE_TOO_SMALL"
+    PICTURE_TOO_LARGE = "PICTURE_TOO_LARGE"
+    ENCODING_UNSUPPORTED = "ENCODING_UNSUPPORTED"
+    ENCODING_MISMATCH = "ENCODING_MISMATCH"
+    RAW_LAYOUT_INVALID = "RAW_LAYOUT_INVALID"
+    # The stream.
+    CONFIG_MISSING = "CONFIG_MISSING"
+    CONFIG_REPEATED = "CONFIG_REPEATED"
+    CONFIG_INVALID = "CONFIG_INVALID"
+    FRAME_ID_NOT_INCREASING = "FRAME_ID_NOT_INCREASING"
+    MESSAGE_EMPTY = "MESSAGE_EMPTY"
+    WINDOW_EXCEEDED = "WINDOW_EXCEEDED"
+    SLOW_READER = "SLOW_READER"
+    STREAM_LIMIT = "STREAM_LIMIT"
+    DRAINING = "DRAINING"
+    # The work.
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    POOL_UNAVAILABLE = "POOL_UNAVAILABLE"
+    POOL_OVERLOADED = "POOL_OVERLOADED"
+    WORKER_LOST = "WORKER_LOST"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    POISONED = "POISONED"
+    CANCELLED = "CANCELLED"
+    INTERNAL = "INTERNAL"
+    # The gallery.
+    GALLERY_NOT_FOUND = "GALLERY_NOT_FOUND"
+    SUBJECT_NOT_FOUND = "SUBJECT_NOT_FOUND"
+    SUBJECT_EXISTS = "SUBJECT_EXISTS"
+    TEMPLATE_NOT_FOUND = "TEMPLATE_NOT_FOUND"
+    GALLERY_FULL = "GALLERY_FULL"
+    GALLERY_UNAVAILABLE = "GALLERY_UNAVAILABLE"
+    NO_FACE = "NO_FACE"
+    MULTIPLE_FACES = "MULTIPLE_FACES"
+    OOD_REJECTED = "OOD_REJECTED"
+    SPOOF_SUSPECTED = "SPOOF_SUSPECTED"
+    NO_TEMPLATES = "NO_TEMPLATES"
+    REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
+    ARGUMENT_INVALID = "ARGUMENT_INVALID"
+    ETAG_MISMATCH = "ETAG_MISMATCH"
+    # The caller.
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    # Events and administration.
+    RESUME_TOKEN_INVALID = "RESUME_TOKEN_INVALID"
+    HISTORY_LOST = "HISTORY_LOST"
+    POOL_NOT_FOUND = "POOL_NOT_FOUND"
+    WORKER_NOT_FOUND = "WORKER_NOT_FOUND"
+    MODEL_INVALID = "MODEL_INVALID"
+
+
+class FacelaneError(Exception):
+    """An error with a reason that a program can act on.
+
+    ``message`` says what is wrong and what to do next; it never holds a subject's
+    name, an embedding or a picture. ``metadata`` values are short strings.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        retryable: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata: dict[str, str] = dict(metadata or {})
+        self.retryable = retryable
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An axis-aligned box in pixels; ``x``, ``y`` may lie outside of the frame."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+Landmarks = tuple[tuple[float, float], ...]
+"""Five points (x, y): eye at the picture's left, the other eye, nose, mouth corner at
+the picture's left, the other mouth corner (the order of the ArcFace template)."""
+
+
+class Decision(enum.StrEnum):
+    """The outcome of open-set identification of one face."""
+
+    MATCH = "MATCH"
+    UNKNOWN = "UNKNOWN"
+    AMBIGUOUS = "AMBIGUOUS"
+    REJECTED_OOD = "REJECTED_OOD"
+    NOT_EVALUATED = "NOT_EVALUATED"
+    """The recogniser was switched off for the stream, or could not answer."""
+
+
+class LivenessVerdict(enum.StrEnum):
+    """ISO/IEC 30107-3: bona fide, attack, no response."""
+
+    LIVE = "LIVE"
+    SPOOF = "SPOOF"
+    UNDECIDED = "UNDECIDED"
+
+
+class Stage(enum.StrEnum):
+    """The stages of the pipeline; also the tasks that a model package can have."""
+
+    DETECTOR = "detector"
+    RECOGNIZER = "recognizer"
+    LIVENESS = "liveness"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A subject whose best template is near the probe. ``similarity`` is a cosine, [-1, 1]."""
+
+    subject_id: str
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a face is, as far as the evidence carries."""
+
+    decision: Decision
+    subject_id: str = ""
+    similarity: float = 0.0
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Liveness:
+    """``score`` in [0, 1], higher = bona fide; ``None`` when the stage did not answer."""
+
+    verdict: LivenessVerdict
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """One face of one frame. ``ood_score`` is in [0, 1], higher = more trustworthy."""
+
+    track_id: int
+    box: Box
+    score: float
+    landmarks: Landmarks
+    identity: Identity
+    liveness: Liveness
+    ood_score: float | None = None
+    recognized_now: bool = False
+    """The recogniser ran on this very frame; else the values are the track's."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """Durations on the server in nanoseconds. ``queue_ns``: waiting for a worker;
+    ``service_ns``: dispatch until the answer."""
+
+    stage: Stage
+    queue_ns: int
+    service_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrameResult:
+    """The outcome of a frame that was analysed."""
+
+    width: int
+    height: int
+    faces: tuple[Face, ...]
+    timings: tuple[StageTiming, ...] = ()
+    missing_stages: tuple[Stage, ...] = ()
+    """Stages that were asked for and could not answer: their fields are absent, and
+    an absent verdict is never LIVE and never a MATCH."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameDrop:
+    """The outcome of a frame that was given up before it was analysed."""
+
+    reason: DropReason
+
+
+@dataclass(frozen=True, slots=True)
+class FrameError:
+    """The outcome of a frame that could not be analysed."""
+
+    reason: Reason
+    message: str
+    retryable: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Exactly one for every frame received, in increasing ``frame_id``."""
+
+    frame_id: int
+    stream_offset_ns: int
+    capture_time_ns: int | None
+    body: FrameResult | FrameDrop | FrameError
+    age_ns: int
+    """From the frame's receipt to the outcome, on the server."""

@@ -1,0 +1,282 @@
+"""All messages between the server and a worker. Charter: this file and no other.
+
+Two closed unions of tagged structs, encoded with msgpack, one message a packet of a
+SOCK_SEQPACKET socket. Pixels, crops, faces and embeddings never travel here: they lie
+in the slots of two memfd arenas, and messages hold offsets into the job's slot.
+
+::
+
+    server                                   worker
+      |  <- Hello ------------------------------|   first message, protocol version
+      |  -- Load (+ fds: request, response) --> |   arenas by SCM_RIGHTS
+      |  <- Ready ------------------------------|   model loaded, warmed, measured
+      |  -- GallerySnapshot (+ fd: matrix) ---> |   recognisers only; newest wins
+      |  <- GalleryLoaded ----------------------|
+      |  -- Infer(job, slot) -----------------> |   at most JOBS_PER_WORKER in flight
+      |  <- InferDone | InferFailed ------------|   in the order of Infer
+      |  -- Ping -> / <- Pong -----------------|   answered by the inference loop itself
+      |  -- Cancel ---------------------------> |   best effort: skips a job not begun
+      |  -- Drain -> / <- Drained ------------- |   then the worker exits 0
+      |  <- Fatal ------------------------------|   last words: why the worker ends
+
+A change of a field's meaning raises ``PROTOCOL``; ``array_like`` keeps packets small,
+so fields are only ever appended.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+PROTOCOL: Final = 1
+
+
+class Packed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of the items inside of messages."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Base of the messages; the tag is the class's name."""
+
+
+# -- items of a job -------------------------------------------------------------------
+
+
+class DetectItem(Packed, tag="D"):
+    """A picture at ``[offset, offset + length)`` of the request slot."""
+
+    offset: int
+    length: int
+    encoding: str
+    width: int = 0
+    height: int = 0
+    stride: int = 0
+    max_faces: int = 16
+    max_pixels: int = 0
+
+
+class EmbedItem(Packed, tag="E"):
+    """An aligned chip at ``offset`` of the request slot (size x size x 3 uint8 BGR).
+
+    ``gallery``: the gallery to search, empty = none. ``top_k`` distinct subjects come
+    back. ``want_vector``: put the embedding (float32) into the response slot.
+    """
+
+    offset: int
+    gallery: str = ""
+    top_k: int = 2
+    want_vector: bool = False
+
+
+class LivenessItem(Packed, tag="L"):
+    """Context crops at ``offsets`` of the request slot, in the order of the model's specs."""
+
+    offsets: tuple[int, ...]
+
+
+class DetectDone(Packed, tag="d"):
+    """``count`` faces at ``offset`` of the response slot: first ``count`` records of
+    ``limits.FACE_RECORD_FLOATS`` float32, then, at ``crops_offset``, ``count`` crop
+    records (the crops of one face, one behind the other, in the order of Load.crops)."""
+
+    width: int
+    height: int
+    count: int
+    offset: int
+    crops_offset: int
+
+
+class EmbedDone(Packed, tag="e"):
+    """``candidates``: (subject index in the snapshot's table, cosine), best first, one a
+    subject. ``snapshot``: the version searched, 0 = none. ``vector_offset`` -1 = not asked."""
+
+    ood: float
+    candidates: tuple[tuple[int, float], ...] = ()
+    snapshot: int = 0
+    vector_offset: int = -1
+
+
+class LivenessDone(Packed, tag="l"):
+    score: float
+
+
+class ItemFailed(Packed, tag="x"):
+    """This item alone failed (a broken picture); the rest of its batch did not."""
+
+    reason: str
+    message: str
+
+
+Item = DetectItem | EmbedItem | LivenessItem
+ItemDone = DetectDone | EmbedDone | LivenessDone | ItemFailed
+
+
+# -- to the worker --------------------------------------------------------------------
+
+
+class CropSpecMessage(Packed):
+    """``scale`` 0 = aligned chip (ArcFace template), else context crop."""
+
+    size: int
+    scale: float = 0.0
+
+
+class Load(Message):
+    """Load the model package in folder ``package`` and warm it up.
+
+    With two descriptors: the request and the response arena, each
+    ``slots * slot bytes`` long. ``options`` are architecture-independent extras for
+    fault tests and benchmarks (for example ``fail_load``); empty in production.
+    """
+
+    worker_id: str
+    stage: str
+    package: str
+    device: str
+    batch_max: int
+    slots: int
+    request_slot_bytes: int
+    response_slot_bytes: int
+    crops: tuple[CropSpecMessage, ...] = ()
+    precision: str = "auto"
+    graphs: bool = True
+    threads: int = 1
+    stream_priority: int = 0
+    memory_mib: int = 0
+    max_side: int = 0
+    max_pixels: int = 0
+    options: dict[str, str] = {}
+
+
+class Infer(Message):
+    """Job ``job_id`` in ``slot``; ``items`` are all of one kind."""
+
+    job_id: int
+    slot: int
+    items: list[Item]
+
+
+class Cancel(Message):
+    job_id: int
+
+
+class Ping(Message):
+    sequence: int
+
+
+class Drain(Message):
+    """Finish what was sent, answer Drained, exit 0."""
+
+
+class GallerySnapshot(Message):
+    """With one descriptor: ``rows`` x ``dim`` float16 unit vectors, C order, then ``rows``
+    int32 subject indices; rows are sorted by gallery, then by subject.
+
+    ``galleries``: (gallery id, first row, one past the last row).
+    """
+
+    version: int
+    rows: int
+    dim: int
+    galleries: tuple[tuple[str, int, int], ...]
+
+
+ToWorker = Load | Infer | Cancel | Ping | Drain | GallerySnapshot
+
+
+# -- from the worker ------------------------------------------------------------------
+
+
+class Hello(Message):
+    protocol: int
+    pid: int
+    python: str = ""
+
+
+class Warming(Message):
+    """The weights are loaded; warm-up begins. ``load_ms`` since Load."""
+
+    load_ms: float
+
+
+class Ready(Message):
+    """``memory_mib`` on the device by NVML or the allocator, context included; 0 on CPU.
+    ``latency_ms``: one item, measured after warm-up."""
+
+    model_id: str
+    load_ms: float
+    warm_ms: float
+    latency_ms: float
+    memory_mib: int = 0
+    device_name: str = ""
+
+
+class GalleryLoaded(Message):
+    version: int
+
+
+class InferDone(Message):
+    """``compute_ns``: from reading the job to its answer, by the worker's clock."""
+
+    job_id: int
+    items: list[ItemDone]
+    compute_ns: int = 0
+    memory_mib: int = 0
+
+
+class InferFailed(Message):
+    """The whole job failed. ``retryable``: on another worker it may succeed."""
+
+    job_id: int
+    reason: str
+    message: str
+    retryable: bool = False
+
+
+class Pong(Message):
+    sequence: int
+    memory_mib: int = 0
+
+
+class Drained(Message):
+    pass
+
+
+class Fatal(Message):
+    """The worker ends now. ``reason``: LOAD_FAILED, WARM_UP_FAILED, DEVICE_POISONED,
+    OUT_OF_MEMORY, PROTOCOL, OVER_BUDGET."""
+
+    reason: str
+    message: str
+
+
+FromWorker = (
+    Hello
+    | Warming
+    | Ready
+    | GalleryLoaded
+    | InferDone
+    | InferFailed
+    | Pong
+    | Drained
+    | Fatal
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_worker(packet: bytes | memoryview) -> ToWorker:
+    """Raises ``msgspec.DecodeError`` (``ValidationError`` included) on anything else."""
+    return _to_worker.decode(packet)
+
+
+def decode_from_worker(packet: bytes | memoryview) -> FromWorker:
+    """Raises ``msgspec.DecodeError`` (``ValidationError`` included) on anything else."""
+    return _from_worker.decode(packet)

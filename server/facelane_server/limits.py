@@ -1,0 +1,80 @@
+"""Every bound of the server in one file, with the relations between them asserted.
+
+These are hard ceilings of the code; ``config.Limits`` chooses values below them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# -- the wire ---------------------------------------------------------------------
+MAX_MESSAGE_BYTES: Final = 33 * MIB
+"""gRPC refuses larger messages before they are parsed. Above ``MAX_PICTURE_BYTES``
+so that a picture slightly too large gets our own error, which can say so."""
+MAX_PICTURE_BYTES: Final = 32 * MIB
+"""A raw 3840x2160 BGR picture is 24.9 MB."""
+MAX_PIXELS: Final = 50_000_000
+"""Ceiling for a decoded picture: 150 MB as BGR, once per worker."""
+MIN_SIDE: Final = 16
+"""Smaller pictures cannot hold a face."""
+MAX_SIDE: Final = 16_384
+
+# -- a stream ---------------------------------------------------------------------
+MAX_STREAMS: Final = 4_096
+MAX_WINDOW: Final = 256
+"""Frames of one stream without an outcome written."""
+MAX_FACES: Final = 64
+"""Faces a picture."""
+MAX_CANDIDATES: Final = 10
+MAX_TRACKS: Final = 256
+"""Tracks a lane; more than ``MAX_FACES`` because lost tracks linger for a while."""
+
+# -- pools and workers --------------------------------------------------------------
+MAX_WORKERS: Final = 64
+MAX_BATCH: Final = 32
+JOBS_PER_WORKER: Final = 2
+"""One computes, the next is staged: decoding and copies overlap with compute."""
+MAX_POOL_QUEUE: Final = 8_192
+"""Tasks that wait in a pool. A lane holds at most its window, so this is met only by
+thousands of streams; then the newest task is refused with POOL_OVERLOADED."""
+MAX_TASK_ATTEMPTS: Final = 2
+"""A task whose worker died is tried once more; then it is POISONED."""
+
+# -- between processes ----------------------------------------------------------------
+MAX_PACKET_BYTES: Final = 192 * KIB
+"""One SOCK_SEQPACKET message; the kernel's default send buffer is 208 KiB."""
+REQUEST_SLOT_BYTES: Final = 40 * MIB
+"""One job's input. Sparse: only touched pages take memory."""
+RESPONSE_SLOT_BYTES: Final = 64 * MIB
+"""One job's output: crops of every face, or embeddings. Sparse too."""
+FACE_RECORD_FLOATS: Final = 15
+"""A detected face in the response slot: box (4), score (1), landmarks (10), float32."""
+MAX_ITEM_MESSAGE_BYTES: Final = 4 * KIB
+"""One item of a job in a packet; faces, crops and embeddings lie in the slots."""
+MAX_CROP_RECORD_BYTES: Final = 512 * KIB
+"""All crops of one face."""
+MAX_EMBEDDING_DIM: Final = 4_096
+
+# -- the gallery --------------------------------------------------------------------
+MAX_TEMPLATES: Final = 2_000_000
+MAX_TEMPLATES_PER_SUBJECT: Final = 32
+MAX_SNAPSHOTS_KEPT: Final = 16
+"""Subject tables of older snapshots that results in flight may still refer to."""
+MAX_PAGE_SIZE: Final = 1_000
+MAX_LABELS: Final = 32
+
+# -- events -------------------------------------------------------------------------
+EVENT_HISTORY: Final = 4_096
+MAX_EVENT_WATCHERS: Final = 64
+EVENT_WATCHER_QUEUE: Final = 1_024
+
+assert MAX_PICTURE_BYTES < MAX_MESSAGE_BYTES, "a picture must fit into a message"
+assert MAX_PICTURE_BYTES <= REQUEST_SLOT_BYTES, "a picture must fit into a slot"
+assert MAX_BATCH * MAX_ITEM_MESSAGE_BYTES <= MAX_PACKET_BYTES, "a job's answer is one packet"
+assert MAX_FACES * MAX_CROP_RECORD_BYTES <= RESPONSE_SLOT_BYTES, "one picture's crops must fit"
+assert MAX_BATCH * MAX_EMBEDDING_DIM * 4 <= RESPONSE_SLOT_BYTES
+assert MAX_WINDOW * 8 <= MAX_POOL_QUEUE
+assert MAX_TRACKS >= 2 * MAX_FACES

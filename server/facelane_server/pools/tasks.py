@@ -1,0 +1,91 @@
+"""What the pipeline hands to a pool, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from facelane_server.domain import Box, Candidate, Landmarks, Picture
+
+
+@dataclass(frozen=True, slots=True)
+class DetectRequest:
+    picture: Picture
+    max_faces: int
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """``chip``: size x size x 3 uint8 BGR. ``gallery_id`` empty = do not search."""
+
+    chip: bytes
+    gallery_id: str = ""
+    top_k: int = 2
+    want_vector: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LivenessRequest:
+    crops: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DetectedFace:
+    """``crops`` in the order the detector pool was configured with."""
+
+    box: Box
+    score: float
+    landmarks: Landmarks
+    crops: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DetectAnswer:
+    width: int
+    height: int
+    faces: tuple[DetectedFace, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedAnswer:
+    """``candidates``: best first, one a subject. ``vector``: float32 bytes, if asked for."""
+
+    ood_score: float
+    candidates: tuple[Candidate, ...] = ()
+    vector: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class LivenessAnswer:
+    score: float
+
+
+Request = DetectRequest | EmbedRequest | LivenessRequest
+Answer = DetectAnswer | EmbedAnswer | LivenessAnswer
+
+A = TypeVar("A", bound=Answer)
+
+
+@dataclass(slots=True, eq=False)
+class Task(Generic[A]):
+    """One item of work. The pool resolves ``future`` exactly once: with the answer, or
+    with a ``FacelaneError`` (DEADLINE_EXCEEDED, POOL_UNAVAILABLE, POOL_OVERLOADED,
+    WORKER_LOST, POISONED, OUT_OF_MEMORY, CANCELLED, or the picture's own fault).
+
+    ``lane``: fairness is between lanes, ``weight`` its share. Times are
+    ``time.monotonic_ns``; ``dispatched_ns`` is 0 until a worker has it.
+    """
+
+    request: Request
+    lane: int
+    weight: int
+    deadline_ns: int
+    future: asyncio.Future[A]
+    submitted_ns: int = 0
+    dispatched_ns: int = 0
+    finished_ns: int = 0
+    attempts: int = 0
+    start_tag: float = field(default=0.0)
+    """Virtual start time; the pool's own."""
