@@ -8,6 +8,7 @@ the same up to rounding.
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
 from torch import nn
@@ -30,7 +31,7 @@ def fold(network: nn.Module) -> None:
                 _fold_pair(block, layer_name, norm_name)
         elif isinstance(block, nn.Sequential):
             names = [name for name, _ in block.named_children()]
-            for layer_name, norm_name in zip(names, names[1:], strict=False):
+            for layer_name, norm_name in itertools.pairwise(names):
                 _fold_pair(block, layer_name, norm_name)
 
 
