@@ -60,7 +60,10 @@ class Server(Section):
 
 class Limits(Section):
     max_streams: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STREAMS)] = 256
-    window: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_WINDOW)] = 16
+    window: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_WINDOW)] = 64
+    """Frames of a stream without an outcome written; more are held back by flow control."""
+    window_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1024 * limits.MIB)] = 32 * limits.MIB
+    """Picture bytes that a stream may hold on the server; one frame is always let in."""
     max_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 1_000
     lossless_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=3_600_000)] = 60_000
     image_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 10_000

@@ -206,7 +206,8 @@ class Identity:
 
     decision: Decision
     subject_id: str = ""
-    similarity: float = 0.0
+    similarity: float | None = None
+    """Cosine to the best candidate; ``None`` when nothing was compared."""
     candidates: tuple[Candidate, ...] = ()
 
 

@@ -29,8 +29,13 @@ MAX_WINDOW: Final = 256
 MAX_FACES: Final = 64
 """Faces a picture."""
 MAX_CANDIDATES: Final = 10
+MAX_UNARY_CALLS: Final = 128
+"""Single pictures (analysis, enrolment, identification) under way at one time."""
 MAX_TRACKS: Final = 256
 """Tracks a lane; more than ``MAX_FACES`` because lost tracks linger for a while."""
+
+MAX_LIVENESS_SHOTS: Final = 8
+"""Liveness scores that a track remembers."""
 
 # -- pools and workers --------------------------------------------------------------
 MAX_WORKERS: Final = 64
@@ -50,6 +55,8 @@ REQUEST_SLOT_BYTES: Final = 40 * MIB
 """One job's input. Sparse: only touched pages take memory."""
 RESPONSE_SLOT_BYTES: Final = 64 * MIB
 """One job's output: crops of every face, or embeddings. Sparse too."""
+SLOT_KEEP_BYTES: Final = 8 * MIB
+"""Pages of a slot that stay resident between jobs; those beyond are given back."""
 FACE_RECORD_FLOATS: Final = 15
 """A detected face in the response slot: box (4), score (1), landmarks (10), float32."""
 MAX_ITEM_MESSAGE_BYTES: Final = 4 * KIB
@@ -65,6 +72,14 @@ MAX_SNAPSHOTS_KEPT: Final = 16
 """Subject tables of older snapshots that results in flight may still refer to."""
 MAX_PAGE_SIZE: Final = 1_000
 MAX_LABELS: Final = 32
+MAX_LABEL_KEY_BYTES: Final = 64
+MAX_LABEL_VALUE_BYTES: Final = 512
+MAX_ID_CHARS: Final = 128
+MAX_DISPLAY_NAME_BYTES: Final = 256
+MAX_GALLERY_CALLS: Final = 1_024
+"""Store calls that wait for the store's one thread; then GALLERY_UNAVAILABLE."""
+MAX_REQUEST_IDS: Final = 10_000
+"""Enrolments remembered for idempotency; the oldest are forgotten first."""
 
 # -- events -------------------------------------------------------------------------
 EVENT_HISTORY: Final = 4_096
@@ -74,6 +89,7 @@ EVENT_WATCHER_QUEUE: Final = 1_024
 assert MAX_PICTURE_BYTES < MAX_MESSAGE_BYTES, "a picture must fit into a message"
 assert MAX_PICTURE_BYTES <= REQUEST_SLOT_BYTES, "a picture must fit into a slot"
 assert MAX_BATCH * MAX_ITEM_MESSAGE_BYTES <= MAX_PACKET_BYTES, "a job's answer is one packet"
+assert SLOT_KEEP_BYTES % 4096 == 0
 assert MAX_FACES * MAX_CROP_RECORD_BYTES <= RESPONSE_SLOT_BYTES, "one picture's crops must fit"
 assert MAX_BATCH * MAX_EMBEDDING_DIM * 4 <= RESPONSE_SLOT_BYTES
 assert MAX_WINDOW * 8 <= MAX_POOL_QUEUE

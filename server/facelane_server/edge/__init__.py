@@ -1,0 +1,1 @@
+"""The gRPC surface: services, authentication, and the only code that knows protobuf."""

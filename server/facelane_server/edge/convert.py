@@ -1,0 +1,270 @@
+"""Protobuf to domain types and back. Requests are validated here, once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+from facelane.v1 import analysis_service_pb2 as analysis_pb
+from facelane.v1 import face_pb2 as pb
+from google.protobuf import duration_pb2, timestamp_pb2
+
+from facelane_server import limits
+from facelane_server.config import Config
+from facelane_server.domain import (
+    Decision,
+    DropReason,
+    Encoding,
+    Face,
+    FacelaneError,
+    Frame,
+    FrameDrop,
+    FrameError,
+    FrameResult,
+    Identity,
+    Liveness,
+    LivenessVerdict,
+    Outcome,
+    Overload,
+    Picture,
+    Reason,
+    Stage,
+)
+from facelane_server.edge.errors import status
+from facelane_server.lanes import LaneOptions
+from facelane_server.pipeline import Plan
+
+ENCODINGS: Final = {
+    pb.PICTURE_ENCODING_JPEG: Encoding.JPEG,
+    pb.PICTURE_ENCODING_PNG: Encoding.PNG,
+    pb.PICTURE_ENCODING_WEBP: Encoding.WEBP,
+    pb.PICTURE_ENCODING_BGR24: Encoding.BGR24,
+    pb.PICTURE_ENCODING_RGB24: Encoding.RGB24,
+    pb.PICTURE_ENCODING_NV12: Encoding.NV12,
+}
+STAGES: Final = {
+    Stage.DETECTOR: pb.STAGE_DETECTOR,
+    Stage.RECOGNIZER: pb.STAGE_RECOGNIZER,
+    Stage.LIVENESS: pb.STAGE_LIVENESS,
+}
+DECISIONS: Final = {d: pb.Decision.Value(f"DECISION_{d.value}") for d in Decision}
+VERDICTS: Final = {
+    v: pb.LivenessVerdict.Value(f"LIVENESS_VERDICT_{v.value}") for v in LivenessVerdict
+}
+DROPS: Final = {d: analysis_pb.DropReason.Value(f"DROP_REASON_{d.value}") for d in DropReason}
+
+_NAME = re.compile(r"[A-Za-z0-9._@:-]{1,128}")
+_SOURCE = re.compile(r"[A-Za-z0-9._-]{0,64}")
+DEFAULT_GALLERY: Final = "default"
+DEFAULT_WEIGHT: Final = 10
+
+
+def invalid(message: str, **metadata: str) -> FacelaneError:
+    return FacelaneError(Reason.ARGUMENT_INVALID, message, metadata=metadata)
+
+
+def identifier(value: str, field: str) -> str:
+    """A subject or gallery id; the value itself never goes into the error."""
+    if not _NAME.fullmatch(value):
+        raise invalid(f"{field} must be 1-128 of letters, digits, and - _ . @ :", field=field)
+    return value
+
+
+def gallery_id(value: str) -> str:
+    return identifier(value, "gallery_id") if value else DEFAULT_GALLERY
+
+
+def picture(message: pb.Picture, config: Config) -> Picture:
+    """A picture whose bytes are bounded and whose encoding is known."""
+    encoding = ENCODINGS.get(message.encoding)
+    if encoding is None:
+        raise FacelaneError(
+            Reason.ENCODING_UNSUPPORTED,
+            "picture.encoding must be one of JPEG, PNG, WEBP, BGR24, RGB24, NV12",
+        )
+    data = message.data
+    if not data:
+        raise FacelaneError(Reason.PICTURE_EMPTY, "picture.data is empty")
+    if len(data) > config.limits.max_frame_bytes:
+        raise FacelaneError(
+            Reason.PICTURE_TOO_LARGE,
+            f"the picture has {len(data)} bytes; this server takes up to "
+            f"{config.limits.max_frame_bytes}: send a smaller or more compressed one",
+            metadata={"max_frame_bytes": str(config.limits.max_frame_bytes)},
+        )
+    if encoding.is_raw:
+        return Picture(encoding, data, message.width, message.height, message.stride)
+    return Picture(encoding, data)
+
+
+def plan(options: analysis_pb.AnalysisOptions, config: Config) -> Plan:
+    """What to run behind the detector."""
+    if options.max_candidates > limits.MAX_CANDIDATES:
+        raise invalid(
+            f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates"
+        )
+    ceiling = config.limits.max_faces
+    return Plan(
+        recognize=not options.skip_recognition,
+        liveness=not options.skip_liveness,
+        gallery_id=gallery_id(options.gallery_id),
+        max_faces=min(options.max_faces or ceiling, ceiling),
+        max_candidates=options.max_candidates,
+        min_face_size=options.min_face_size,
+    )
+
+
+def lane_options(message: analysis_pb.StreamConfig, config: Config) -> LaneOptions:
+    """A stream's config. Raises ``FacelaneError(CONFIG_INVALID)``."""
+    try:
+        if not _SOURCE.fullmatch(message.source_id):
+            raise invalid("source_id must be 0-64 of letters, digits, and - _ .")
+        if message.weight > 100:
+            raise invalid("weight must be 0-100")
+        lossless = message.overload_policy == analysis_pb.OVERLOAD_POLICY_LOSSLESS
+        if not lossless and message.overload_policy not in (
+            analysis_pb.OVERLOAD_POLICY_UNSPECIFIED,
+            analysis_pb.OVERLOAD_POLICY_LATEST_WINS,
+        ):
+            raise invalid("overload_policy is unknown")
+        age_ms = config.limits.lossless_frame_age_ms if lossless else config.limits.max_frame_age_ms
+        age_ns = age_ms * 1_000_000
+        if message.HasField("max_frame_age"):
+            age_ns = duration_ns(message.max_frame_age, "max_frame_age")
+            if not 1_000_000 <= age_ns <= 3_600_000_000_000:
+                raise invalid("max_frame_age must be between 1 ms and 1 h")
+        interval_ns = int(config.tracking.reinference_interval_s * 1e9)
+        if message.HasField("reinference_interval"):
+            interval_ns = duration_ns(message.reinference_interval, "reinference_interval")
+            if interval_ns < 0:
+                raise invalid("reinference_interval must not be negative")
+        return LaneOptions(
+            source_id=message.source_id,
+            plan=plan(message.options, config),
+            overload=Overload.LOSSLESS if lossless else Overload.LATEST_WINS,
+            max_frame_age_ns=age_ns,
+            weight=message.weight or DEFAULT_WEIGHT,
+            tracking=not message.disable_tracking,
+            reinference_interval_ns=interval_ns,
+        )
+    except FacelaneError as error:
+        raise FacelaneError(
+            Reason.CONFIG_INVALID, f"stream config: {error.message}", metadata=error.metadata
+        ) from None
+
+
+def duration_ns(message: duration_pb2.Duration, field: str) -> int:
+    if abs(message.seconds) > 315_576_000_000 or abs(message.nanos) > 999_999_999:
+        raise invalid(f"{field} is not a valid duration", field=field)
+    return message.seconds * 1_000_000_000 + message.nanos
+
+
+def _duration(ns: int) -> duration_pb2.Duration:
+    seconds, nanos = divmod(ns, 1_000_000_000)
+    return duration_pb2.Duration(seconds=seconds, nanos=nanos)
+
+
+duration = _duration
+
+
+def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+    result = timestamp_pb2.Timestamp()
+    result.FromDatetime(moment.astimezone(UTC).replace(tzinfo=None))
+    return result
+
+
+def frame(message: analysis_pb.Frame, body: Picture) -> Frame:
+    capture = None
+    if message.HasField("capture_time"):
+        capture = message.capture_time.seconds * 1_000_000_000 + message.capture_time.nanos
+    offset = message.stream_offset
+    return Frame(
+        frame_id=message.frame_id,
+        picture=body,
+        stream_offset_ns=offset.seconds * 1_000_000_000 + offset.nanos,
+        capture_time_ns=capture,
+    )
+
+
+def identity(value: Identity, *, candidates: bool = True) -> pb.Identity:
+    message = pb.Identity(decision=DECISIONS[value.decision], subject_id=value.subject_id)
+    if value.similarity is not None:
+        message.similarity = value.similarity
+    if candidates:
+        for candidate in value.candidates:
+            message.candidates.add(
+                subject_id=candidate.subject_id, similarity=candidate.similarity
+            )
+    return message
+
+
+def liveness(value: Liveness) -> pb.Liveness:
+    message = pb.Liveness(verdict=VERDICTS[value.verdict])
+    if value.score is not None:
+        message.score = value.score
+    return message
+
+
+def face(value: Face) -> pb.Face:
+    box = value.box
+    message = pb.Face(
+        track_id=value.track_id,
+        box=pb.BoundingBox(x=box.x, y=box.y, width=box.width, height=box.height),
+        score=value.score,
+        landmarks=[pb.Point(x=x, y=y) for x, y in value.landmarks],
+        identity=identity(value.identity),
+        liveness=liveness(value.liveness),
+        recognized_now=value.recognized_now,
+    )
+    if value.ood_score is not None:
+        message.ood_score = value.ood_score
+    return message
+
+
+def faces(values: Iterable[Face]) -> list[pb.Face]:
+    return [face(value) for value in values]
+
+
+def result(value: FrameResult) -> pb.FrameResult:
+    message = pb.FrameResult(
+        width=value.width,
+        height=value.height,
+        faces=faces(value.faces),
+        missing_stages=stages(value.missing_stages),
+    )
+    for timing in value.timings:
+        message.timings.add(
+            stage=STAGES[timing.stage],
+            queue=_duration(timing.queue_ns),
+            service=_duration(timing.service_ns),
+        )
+    return message
+
+
+def stages(values: Sequence[Stage]) -> list[pb.Stage]:
+    return [STAGES[value] for value in values]
+
+
+def outcome(value: Outcome) -> analysis_pb.FrameOutcome:
+    message = analysis_pb.FrameOutcome(
+        frame_id=value.frame_id,
+        stream_offset=_duration(value.stream_offset_ns),
+        age=_duration(value.age_ns),
+    )
+    if value.capture_time_ns is not None:
+        seconds, nanos = divmod(value.capture_time_ns, 1_000_000_000)
+        message.capture_time.seconds = seconds
+        message.capture_time.nanos = nanos
+    body = value.body
+    if isinstance(body, FrameResult):
+        message.result.CopyFrom(result(body))
+    elif isinstance(body, FrameDrop):
+        message.drop.reason = DROPS[body.reason]
+    else:
+        assert isinstance(body, FrameError)
+        message.error.CopyFrom(
+            status(body.reason, body.message, dict(body.metadata), retryable=body.retryable)
+        )
+    return message

@@ -1,0 +1,91 @@
+"""``FacelaneError`` to gRPC status with ``google.rpc.ErrorInfo`` (AIP-193)."""
+
+from __future__ import annotations
+
+from typing import Final, NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from facelane_server.domain import FacelaneError, Reason
+
+DOMAIN: Final = "facelane"
+
+_INVALID = (
+    Reason.PICTURE_EMPTY,
+    Reason.PICTURE_CORRUPT,
+    Reason.PICTURE_TOO_SMALL,
+    Reason.PICTURE_TOO_LARGE,
+    Reason.ENCODING_UNSUPPORTED,
+    Reason.ENCODING_MISMATCH,
+    Reason.RAW_LAYOUT_INVALID,
+    Reason.CONFIG_MISSING,
+    Reason.CONFIG_REPEATED,
+    Reason.CONFIG_INVALID,
+    Reason.FRAME_ID_NOT_INCREASING,
+    Reason.MESSAGE_EMPTY,
+    Reason.REQUEST_ID_REUSED,
+    Reason.ARGUMENT_INVALID,
+    Reason.RESUME_TOKEN_INVALID,
+    Reason.MODEL_INVALID,
+)
+
+CODES: Final[dict[Reason, int]] = {
+    **dict.fromkeys(_INVALID, code_pb2.INVALID_ARGUMENT),
+    Reason.WINDOW_EXCEEDED: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.SLOW_READER: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.STREAM_LIMIT: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.POOL_OVERLOADED: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.GALLERY_FULL: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.DRAINING: code_pb2.UNAVAILABLE,
+    Reason.POOL_UNAVAILABLE: code_pb2.UNAVAILABLE,
+    Reason.WORKER_LOST: code_pb2.UNAVAILABLE,
+    Reason.OUT_OF_MEMORY: code_pb2.UNAVAILABLE,
+    Reason.GALLERY_UNAVAILABLE: code_pb2.UNAVAILABLE,
+    Reason.DEADLINE_EXCEEDED: code_pb2.DEADLINE_EXCEEDED,
+    Reason.POISONED: code_pb2.ABORTED,
+    Reason.CANCELLED: code_pb2.CANCELLED,
+    Reason.INTERNAL: code_pb2.INTERNAL,
+    Reason.GALLERY_NOT_FOUND: code_pb2.NOT_FOUND,
+    Reason.SUBJECT_NOT_FOUND: code_pb2.NOT_FOUND,
+    Reason.TEMPLATE_NOT_FOUND: code_pb2.NOT_FOUND,
+    Reason.POOL_NOT_FOUND: code_pb2.NOT_FOUND,
+    Reason.WORKER_NOT_FOUND: code_pb2.NOT_FOUND,
+    Reason.SUBJECT_EXISTS: code_pb2.ALREADY_EXISTS,
+    Reason.NO_FACE: code_pb2.FAILED_PRECONDITION,
+    Reason.MULTIPLE_FACES: code_pb2.FAILED_PRECONDITION,
+    Reason.OOD_REJECTED: code_pb2.FAILED_PRECONDITION,
+    Reason.SPOOF_SUSPECTED: code_pb2.FAILED_PRECONDITION,
+    Reason.NO_TEMPLATES: code_pb2.FAILED_PRECONDITION,
+    Reason.ETAG_MISMATCH: code_pb2.ABORTED,
+    Reason.UNAUTHENTICATED: code_pb2.UNAUTHENTICATED,
+    Reason.PERMISSION_DENIED: code_pb2.PERMISSION_DENIED,
+    Reason.HISTORY_LOST: code_pb2.OUT_OF_RANGE,
+}
+
+assert set(CODES) == set(Reason), "every reason has a status code"
+
+
+def status(
+    reason: Reason, message: str, metadata: dict[str, str] | None = None, *, retryable: bool = False
+) -> status_pb2.Status:
+    """The rich status of one error."""
+    info = error_details_pb2.ErrorInfo(reason=reason.value, domain=DOMAIN, metadata=metadata or {})
+    if retryable:
+        info.metadata["retryable"] = "true"
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    return status_pb2.Status(code=CODES[reason], message=message, details=[detail])
+
+
+async def abort(
+    context: grpc.aio.ServicerContext[object, object], error: FacelaneError
+) -> NoReturn:
+    """Ends the call with the error's status."""
+    rich = rpc_status.to_status(
+        status(error.reason, error.message, error.metadata, retryable=error.retryable)
+    )
+    await context.abort(rich.code, rich.details, rich.trailing_metadata)
+    raise AssertionError("abort raises")

@@ -1,0 +1,669 @@
+"""A lane: the server's object for one stream.
+
+A frame's way through its lane::
+
+    offer -> [queued in the detector pool] -> detected -> turn -> appraised -> emitted
+                 | superseded, too old          (in order)          (in order)
+                 v
+               dropped --------------------------------------------> emitted
+
+Three things happen strictly in the order of receipt: the tracker's update (``turn``),
+the fusion of new evidence into the tracks, and the emission of outcomes. Detection and
+appraisal of different frames overlap freely between them.
+
+Invariants: every frame offered gets exactly one outcome; outcomes leave in increasing
+``frame_id``; at most ``window`` frames are without a written outcome, and at most
+``window_bytes`` of pictures are held (one frame is always let in); an aborted lane
+withdraws what no worker has begun and forgets the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from facelane_server import tracking
+from facelane_server.domain import (
+    DropReason,
+    Face,
+    FacelaneError,
+    Frame,
+    FrameDrop,
+    FrameError,
+    FrameResult,
+    Identity,
+    Liveness,
+    Outcome,
+    Overload,
+    Reason,
+    Stage,
+)
+from facelane_server.pipeline import Evidence, Origin, Pipeline, Plan, Timings, error_of
+from facelane_server.pools.tasks import DetectAnswer, DetectedFace, Task
+
+
+@dataclass(frozen=True, slots=True)
+class LaneOptions:
+    """A stream's config, checked. ``weight``: share of the pools under load."""
+
+    source_id: str = ""
+    plan: Plan = Plan()
+    overload: Overload = Overload.LATEST_WINS
+    max_frame_age_ns: int = 1_000_000_000
+    weight: int = 10
+    tracking: bool = True
+    reinference_interval_ns: int = 3_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TrackEnded:
+    """A track of the stream ended."""
+
+    track_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageChanged:
+    """A stage that the stream asked for stopped answering, or answers again."""
+
+    stage: Stage
+    available: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LaneDraining:
+    """The server ends within ``grace_ns``; frames that still come are dropped."""
+
+    grace_ns: int
+
+
+Update = TrackEnded | StageChanged | LaneDraining
+
+
+@dataclass(frozen=True, slots=True)
+class LaneTotals:
+    """``received = results + drops + errors`` once a lane has settled."""
+
+    received: int
+    results: int
+    drops: int
+    errors: int
+    faces: int
+    tracks: int
+    drops_by_reason: dict[DropReason, int]
+
+
+class LaneObserver(Protocol):
+    """Who watches lanes: metrics and the event feed. Called on the event loop; must not raise."""
+
+    def outcome(self, lane: Lane, outcome: Outcome) -> None: ...
+
+    def track_decided(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        """A track was named for the first time, or by another name."""
+
+    def track_ended(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None: ...
+
+
+class SilentObserver:
+    """Watches nothing."""
+
+    def outcome(self, lane: Lane, outcome: Outcome) -> None:
+        """Nothing."""
+
+    def track_decided(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        """Nothing."""
+
+    def track_ended(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        """Nothing."""
+
+
+class _Look:
+    """One detected face of one frame, and what was learnt of it on this frame."""
+
+    __slots__ = ("asked", "evidence", "face", "recognize", "track_id")
+
+    def __init__(self, face: DetectedFace, track_id: int, *, recognize: bool, live: bool) -> None:
+        self.face = face
+        self.track_id = track_id
+        self.recognize = recognize
+        self.asked = recognize or live
+        self.evidence: Evidence | None = None
+
+
+class _Entry:
+    """One frame on its way through the lane."""
+
+    __slots__ = (
+        "answer",
+        "body",
+        "frame",
+        "looks",
+        "missing",
+        "outstanding",
+        "received_ns",
+        "size",
+        "task",
+        "timings",
+        "turned",
+    )
+
+    def __init__(self, frame: Frame, received_ns: int) -> None:
+        self.frame = frame
+        self.received_ns = received_ns
+        self.size = len(frame.picture.data)
+        self.task: Task[DetectAnswer] | None = None
+        self.answer: DetectAnswer | None = None
+        self.body: FrameDrop | FrameError | None = None
+        self.looks: list[_Look] = []
+        self.missing: tuple[Stage, ...] = ()
+        self.outstanding = 0
+        self.turned = False
+        self.timings = Timings()
+
+
+_EMPTY: Final = b""
+
+
+class Lane:
+    """See the module. All methods run on the event loop; none blocks."""
+
+    def __init__(
+        self,
+        lane_id: int,
+        stream_id: str,
+        options: LaneOptions,
+        pipeline: Pipeline,
+        *,
+        window: int,
+        window_bytes: int,
+        tracking_params: tracking.Params,
+        observer: LaneObserver | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.lane_id = lane_id
+        self.stream_id = stream_id
+        self.options = options
+        self._pipeline = pipeline
+        self._window = window
+        self._window_bytes = window_bytes
+        self._observer: LaneObserver = observer or SilentObserver()
+        self._clock = clock
+        self._params = tracking_params
+
+        self._entries: deque[_Entry] = deque()
+        self._turn = 0  # entries at the left of the deque that have had their turn
+        self._waiting: _Entry | None = None  # LATEST_WINS: the newest, perhaps not begun
+        self._outbox: deque[Outcome | Update] = deque()
+        self._unwritten = 0
+        self._held = 0
+        self._last_frame_id = -1
+        self._last_offset_ns = 0
+        self._input_closed = False
+        self._aborted = False
+        self._draining = False
+        self._wake_reader = asyncio.Event()
+        self._wake_writer = asyncio.Event()
+
+        self._tracks = tracking.Tracks()
+        self._recognizing: Counter[int] = Counter()
+        self._judging: Counter[int] = Counter()
+        self._named: dict[int, str] = {}
+        self._ended: dict[int, tracking.Track] = {}
+        self._unavailable = set(pipeline.unavailable(options.plan))
+
+        self._received = 0
+        self._results = 0
+        self._errors = 0
+        self._faces = 0
+        self._drops: Counter[DropReason] = Counter()
+
+    # -- the reader's side -------------------------------------------------------------
+
+    @property
+    def can_accept(self) -> bool:
+        """Whether another frame may be read now; otherwise flow control holds the client."""
+        backlog = len(self._entries) + self._unwritten
+        if backlog == 0:
+            return True
+        return backlog < self._window and self._held < self._window_bytes
+
+    async def wait_can_accept(self) -> None:
+        """Returns when a frame may be read. The writer's progress, bounded by its own
+        deadline, is what it waits for."""
+        while not self.can_accept and not self._aborted:
+            self._wake_reader.clear()
+            await self._wake_reader.wait()
+
+    def offer(self, frame: Frame, fault: FacelaneError | None = None) -> None:
+        """Takes a frame. ``fault``: what is wrong with its picture, told in its turn.
+
+        Raises ``FacelaneError(FRAME_ID_NOT_INCREASING)``, which ends the stream: an
+        outcome for such a frame could not keep the order.
+        """
+        if frame.frame_id <= self._last_frame_id:
+            raise FacelaneError(
+                Reason.FRAME_ID_NOT_INCREASING,
+                f"frame_id {frame.frame_id} follows {self._last_frame_id}; "
+                "frame ids of a stream must increase",
+            )
+        self._last_frame_id = frame.frame_id
+        self._received += 1
+        if fault is None and frame.stream_offset_ns < self._last_offset_ns:
+            fault = FacelaneError(
+                Reason.ARGUMENT_INVALID,
+                "stream_offset went back; it is media time and must not decrease",
+            )
+        else:
+            self._last_offset_ns = max(self._last_offset_ns, frame.stream_offset_ns)
+        entry = _Entry(frame, self._clock())
+        self._entries.append(entry)
+        if fault is not None:
+            entry.body = FrameError(fault.reason, fault.message, fault.retryable, fault.metadata)
+            self._release(entry)
+            self._advance()
+            return
+        if self._draining:
+            entry.body = FrameDrop(DropReason.DRAINING)
+            self._release(entry)
+            self._advance()
+            return
+        self._held += entry.size
+        if self.options.overload is Overload.LATEST_WINS:
+            self._supersede()
+        origin = Origin(
+            self.lane_id,
+            self.options.weight,
+            entry.received_ns + self.options.max_frame_age_ns,
+        )
+        self._waiting = entry
+        entry.task = self._pipeline.detect(
+            frame.picture, self.options.plan, origin, functools.partial(self._detected, entry)
+        )
+
+    def _supersede(self) -> None:
+        """Takes back the frame of this lane that still waits for a worker, if any."""
+        entry, self._waiting = self._waiting, None
+        if entry is None or entry.task is None or not self._pipeline.withdraw(entry.task):
+            return
+        entry.body = FrameDrop(DropReason.SUPERSEDED)
+        self._release(entry)
+        self._advance()
+
+    def close_input(self) -> None:
+        """No more frames will come."""
+        self._input_closed = True
+        self._wake_writer.set()
+
+    def drain(self, grace_ns: int) -> None:
+        """Tells the client that the server ends; frames that come from now on are dropped."""
+        if self._draining:
+            return
+        self._draining = True
+        self._push(LaneDraining(grace_ns))
+
+    def stages_changed(self) -> None:
+        """Some pool's availability changed: tells the client about stages it asked for."""
+        now = set(self._pipeline.unavailable(self.options.plan))
+        for stage in Stage:
+            if (stage in now) != (stage in self._unavailable):
+                self._push(StageChanged(stage, available=stage not in now))
+        self._unavailable = now
+
+    def abort(self) -> None:
+        """The stream is gone: gives back what no worker has begun, forgets the rest.
+
+        Every frame without an outcome is counted as dropped with STREAM_CLOSED.
+        """
+        if self._aborted:
+            return
+        self._aborted = True
+        for entry in self._entries:
+            if entry.task is not None and entry.answer is None and entry.body is None:
+                self._pipeline.withdraw(entry.task)
+            entry.body = FrameDrop(DropReason.STREAM_CLOSED)
+            self._release(entry)
+            self._count(self._outcome(entry, entry.body))
+        self._entries.clear()
+        self._waiting = None
+        self._outbox.clear()
+        self._wake_reader.set()
+        self._wake_writer.set()
+
+    def finish(self) -> None:
+        """The stream is over: its remaining tracks end. Safe to call twice."""
+        for track in (*self._ended.values(), *self._tracks.active):
+            self._observer.track_ended(
+                self, track.track_id, track.identity, track.liveness, track.ood_score
+            )
+        self._ended.clear()
+        self._tracks = tracking.Tracks()
+
+    # -- the writer's side -------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """The input is closed and every outcome has been taken."""
+        return self._input_closed and not self._entries and not self._outbox
+
+    async def take(self) -> list[Outcome | Update]:
+        """What is to be written, in order; empty only when the lane has settled or was
+        aborted. Call ``written`` for each."""
+        while not self._outbox and not self.settled and not self._aborted:
+            self._wake_writer.clear()
+            await self._wake_writer.wait()
+        taken = list(self._outbox)
+        self._outbox.clear()
+        return taken
+
+    def written(self) -> None:
+        """One outcome (not an update) was written: its place in the window is free."""
+        self._unwritten -= 1
+        self._wake_reader.set()
+
+    @property
+    def totals(self) -> LaneTotals:
+        return LaneTotals(
+            received=self._received,
+            results=self._results,
+            drops=self._drops.total(),
+            errors=self._errors,
+            faces=self._faces,
+            tracks=self._tracks.created,
+            drops_by_reason=dict(self._drops),
+        )
+
+    @property
+    def backlog(self) -> int:
+        """Frames without a written outcome."""
+        return len(self._entries) + self._unwritten
+
+    # -- on the way --------------------------------------------------------------------
+
+    def _release(self, entry: _Entry) -> None:
+        """Lets go of the picture's bytes as soon as nobody needs them."""
+        if entry.task is not None and entry.size:
+            self._held -= entry.size
+            entry.size = 0
+        picture = entry.frame.picture
+        if picture.data is not _EMPTY:
+            entry.frame = Frame(
+                entry.frame.frame_id,
+                type(picture)(picture.encoding, _EMPTY, picture.width, picture.height),
+                entry.frame.stream_offset_ns,
+                entry.frame.capture_time_ns,
+            )
+            self._wake_reader.set()
+
+    def _detected(self, entry: _Entry, future: asyncio.Future[DetectAnswer]) -> None:
+        if self._aborted or entry.body is not None:
+            if not future.cancelled():
+                future.exception()  # retrieved: nobody else will
+            return
+        if not future.cancelled() and future.exception() is None:
+            entry.answer = future.result()
+            assert entry.task is not None
+            entry.timings.note(Stage.DETECTOR, entry.task)
+        else:
+            error = error_of(future)
+            never_begun = entry.task is None or not entry.task.dispatched_ns
+            if error.reason is Reason.DEADLINE_EXCEEDED and never_begun:
+                entry.body = FrameDrop(DropReason.TOO_OLD)
+            else:
+                entry.body = FrameError(
+                    error.reason, error.message, error.retryable, error.metadata
+                )
+        self._release(entry)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Gives every frame whose turn has come its turn, then emits what is complete."""
+        entries = self._entries
+        while self._turn < len(entries):
+            entry = entries[self._turn]
+            if entry.body is None and entry.answer is None:
+                break
+            self._turn += 1
+            if entry.answer is not None and not entry.turned:
+                entry.turned = True
+                self._take_turn(entry, entry.answer)
+        self._emit()
+
+    def _take_turn(self, entry: _Entry, answer: DetectAnswer) -> None:
+        """Tracks the faces of a frame and asks the second stages for what is wanted."""
+        plan = self.options.plan
+        faces = [f for f in answer.faces if f.box.width >= plan.min_face_size]
+        now = entry.frame.stream_offset_ns
+        if self.options.tracking:
+            update = tracking.update(
+                self._tracks,
+                [tracking.Detection(f.box, f.score, f.landmarks) for f in faces],
+                now,
+                self._params,
+            )
+            self._tracks = update.tracks
+            for track in update.ended:
+                self._ended[track.track_id] = track
+            ids = update.assignments
+        else:
+            ids = (0,) * len(faces)
+        entry.missing = self._pipeline.unavailable(plan)
+        recognizer = plan.recognize and Stage.RECOGNIZER not in entry.missing
+        judge = plan.liveness and Stage.LIVENESS not in entry.missing
+        origin = Origin(
+            self.lane_id,
+            self.options.weight,
+            entry.received_ns + self.options.max_frame_age_ns,
+        )
+        asked: list[tuple[_Look, bool, bool]] = []
+        for face, track_id in zip(faces, ids, strict=True):
+            recognize, live = recognizer, judge
+            if self.options.tracking:
+                # A track beyond the tracker's bound has id 0: it is treated as a picture.
+                track = self._tracks.get(track_id)
+                if track is not None:
+                    detection = tracking.Detection(face.box, face.score, face.landmarks)
+                    recognize = (
+                        recognizer
+                        and not self._recognizing[track_id]
+                        and tracking.wants_recognition(track, detection, now, self._params)
+                    )
+                    live = (
+                        judge
+                        and not self._judging[track_id]
+                        and tracking.wants_liveness(track, detection, now, self._params)
+                    )
+            look = _Look(face, track_id, recognize=recognize, live=live)
+            entry.looks.append(look)
+            if look.asked:
+                if recognize:
+                    self._recognizing[track_id] += 1
+                if live:
+                    self._judging[track_id] += 1
+                asked.append((look, recognize, live))
+        entry.answer = DetectAnswer(answer.width, answer.height, ())  # lets go of the crops
+        entry.outstanding = len(asked)
+        for look, recognize, live in asked:
+            self._pipeline.appraise(
+                look.face,
+                plan,
+                origin,
+                entry.timings,
+                functools.partial(self._appraised, entry, look, recognize, live),
+                recognize=recognize,
+                liveness=live,
+            )
+
+    def _appraised(
+        self, entry: _Entry, look: _Look, recognize: bool, live: bool, evidence: Evidence
+    ) -> None:
+        look.evidence = evidence
+        face = look.face
+        look.face = DetectedFace(face.box, face.score, face.landmarks, ())
+        entry.outstanding -= 1
+        if look.track_id:
+            for pending, was_asked in ((self._recognizing, recognize), (self._judging, live)):
+                if was_asked:
+                    pending[look.track_id] -= 1
+                    if pending[look.track_id] <= 0:
+                        del pending[look.track_id]
+        if entry.outstanding == 0 and not self._aborted:
+            self._emit()
+
+    def _emit(self) -> None:
+        """Moves complete frames from the head of the lane to the outbox, in order."""
+        entries = self._entries
+        while entries and self._turn:
+            entry = entries[0]
+            body: FrameResult | FrameDrop | FrameError
+            if entry.body is not None:
+                body = entry.body
+            elif entry.turned and entry.outstanding == 0:
+                body = self._compose(entry)
+            else:
+                break
+            entries.popleft()
+            self._turn -= 1
+            outcome = self._outcome(entry, body)
+            self._unwritten += 1
+            self._count(outcome)
+            self._push(outcome)
+            self._tell_ended()
+
+    def _outcome(self, entry: _Entry, body: FrameResult | FrameDrop | FrameError) -> Outcome:
+        frame = entry.frame
+        return Outcome(
+            frame.frame_id,
+            frame.stream_offset_ns,
+            frame.capture_time_ns,
+            body,
+            self._clock() - entry.received_ns,
+        )
+
+    def _compose(self, entry: _Entry) -> FrameResult:
+        """The result of a frame: new evidence fused into its tracks, then their state read."""
+        assert entry.answer is not None
+        missing = set(entry.missing)
+        faces = []
+        for look in entry.looks:
+            if look.evidence is not None:
+                missing.update(look.evidence.missing)
+            faces.append(self._face(entry, look))
+        return FrameResult(
+            width=entry.answer.width,
+            height=entry.answer.height,
+            faces=tuple(faces),
+            timings=entry.timings.freeze(),
+            missing_stages=tuple(s for s in Stage if s in missing),
+        )
+
+    def _face(self, entry: _Entry, look: _Look) -> Face:
+        evidence = look.evidence
+        now = entry.frame.stream_offset_ns
+        track = self._tracks.get(look.track_id) or self._ended.get(look.track_id)
+        if track is None:
+            evidence = evidence or Evidence()
+            identity = self._pipeline.identity(evidence, self.options.plan)
+            liveness = self._pipeline.liveness(evidence.live_score)
+            ood_score = evidence.ood_score
+        else:
+            if evidence is not None:
+                detection = tracking.Detection(
+                    look.face.box, look.face.score, look.face.landmarks
+                )
+                if evidence.recognized and evidence.ood_score is not None:
+                    track = tracking.with_recognition(
+                        track,
+                        detection,
+                        evidence.ood_score,
+                        self._pipeline.identity(evidence, self.options.plan),
+                        now,
+                    )
+                if evidence.live_score is not None:
+                    track = tracking.with_liveness(
+                        track, evidence.live_score, now, self._pipeline.thresholds
+                    )
+                if look.track_id in self._ended:
+                    self._ended[look.track_id] = track
+                else:
+                    self._tracks = self._tracks.replace(track)
+            identity = tracking.identity_at(track, now, self._params)
+            liveness = track.liveness
+            ood_score = track.ood_score
+            if identity.subject_id and self._named.get(look.track_id) != identity.subject_id:
+                self._named[look.track_id] = identity.subject_id
+                self._observer.track_decided(self, look.track_id, identity, liveness, ood_score)
+        return Face(
+            track_id=look.track_id,
+            box=look.face.box,
+            score=look.face.score,
+            landmarks=look.face.landmarks,
+            identity=identity,
+            liveness=liveness,
+            ood_score=ood_score,
+            recognized_now=evidence is not None and evidence.recognized,
+        )
+
+    def _tell_ended(self) -> None:
+        """Tells of ended tracks that no frame on its way can still refer to."""
+        if not self._ended:
+            return
+        referred = {look.track_id for entry in self._entries for look in entry.looks}
+        for track_id in [t for t in self._ended if t not in referred]:
+            track = self._ended.pop(track_id)
+            self._named.pop(track_id, None)
+            self._push(TrackEnded(track_id))
+            self._observer.track_ended(
+                self, track_id, track.identity, track.liveness, track.ood_score
+            )
+
+    def _count(self, outcome: Outcome) -> None:
+        body = outcome.body
+        if isinstance(body, FrameResult):
+            self._results += 1
+            self._faces += len(body.faces)
+        elif isinstance(body, FrameDrop):
+            self._drops[body.reason] += 1
+        else:
+            self._errors += 1
+        self._observer.outcome(self, outcome)
+
+    def _push(self, item: Outcome | Update) -> None:
+        # Updates are few: one a track ended or a stage changed, each caused by a frame or
+        # by a pool; a client that does not read is cut by the slow-reader deadline.
+        if self._aborted:
+            return
+        self._outbox.append(item)
+        self._wake_writer.set()

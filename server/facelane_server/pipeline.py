@@ -1,0 +1,364 @@
+"""One picture through the stage graph: detector, then recogniser and liveness per face.
+
+The graph is data (``GRAPH``): which stage follows which, and whether a frame can have a
+result without it. The detector is required; a recogniser or liveness pool that cannot
+answer leaves its fields absent and is named in ``missing_stages``.
+
+Everything here runs on the server's event loop and never blocks it. Callbacks instead
+of coroutines on the way of a frame: one future a task is all that is allocated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from facelane_server.domain import (
+    Candidate,
+    Face,
+    FacelaneError,
+    FrameResult,
+    Identity,
+    Liveness,
+    Picture,
+    Reason,
+    Stage,
+    StageTiming,
+)
+from facelane_server.gallery import decide
+from facelane_server.gallery.decide import Thresholds
+from facelane_server.pools.tasks import (
+    DetectAnswer,
+    DetectedFace,
+    DetectRequest,
+    EmbedAnswer,
+    EmbedRequest,
+    LivenessAnswer,
+    LivenessRequest,
+    Task,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageNode:
+    """``after``: the stage whose answer feeds this one. ``required``: a frame has no
+    result without it."""
+
+    stage: Stage
+    after: Stage | None
+    required: bool
+
+
+GRAPH: Final = (
+    StageNode(Stage.DETECTOR, after=None, required=True),
+    StageNode(Stage.RECOGNIZER, after=Stage.DETECTOR, required=False),
+    StageNode(Stage.LIVENESS, after=Stage.DETECTOR, required=False),
+)
+
+
+class PoolPort(Protocol):
+    """What the pipeline needs of a pool."""
+
+    @property
+    def available(self) -> bool: ...
+
+    def submit(self, task: Task[Any]) -> None: ...
+
+    def withdraw(self, task: Task[Any]) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a stream or a call asks for."""
+
+    recognize: bool = True
+    liveness: bool = True
+    gallery_id: str = "default"
+    max_faces: int = 16
+    max_candidates: int = 0
+    min_face_size: int = 0
+    want_vectors: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Whose work it is: for fairness and deadlines (``time.monotonic_ns``)."""
+
+    lane: int
+    weight: int
+    deadline_ns: int
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What the second stages said of one face. ``None``: did not run, or could not answer."""
+
+    ood_score: float | None = None
+    candidates: tuple[Candidate, ...] = ()
+    vector: bytes = b""
+    live_score: float | None = None
+    missing: tuple[Stage, ...] = ()
+    recognized: bool = False
+
+
+@dataclass(slots=True)
+class Timings:
+    """The slowest task of each stage of one frame."""
+
+    spans: dict[Stage, tuple[int, int]] = field(default_factory=dict)
+
+    def note(self, stage: Stage, task: Task[Any]) -> None:
+        if not task.dispatched_ns:
+            return
+        queue = task.dispatched_ns - task.submitted_ns
+        service = (task.finished_ns or time.monotonic_ns()) - task.dispatched_ns
+        old = self.spans.get(stage)
+        if old is None or queue + service > old[0] + old[1]:
+            self.spans[stage] = (queue, service)
+
+    def freeze(self) -> tuple[StageTiming, ...]:
+        return tuple(StageTiming(s, max(q, 0), max(v, 0)) for s, (q, v) in self.spans.items())
+
+
+@dataclass(frozen=True, slots=True)
+class FaceReading:
+    """A detected face with what is known of it; ``analyse`` gives one a face."""
+
+    face: Face
+    vector: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    result: FrameResult
+    readings: tuple[FaceReading, ...]
+
+
+class Pipeline:
+    """The stage graph over its pools.
+
+    ``crops``: for the recogniser and the liveness stage, the positions of their crops
+    among those the detector cuts.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[Stage, PoolPort],
+        *,
+        crops: Mapping[Stage, tuple[int, ...]],
+        thresholds: Thresholds,
+        max_pixels: int,
+    ) -> None:
+        for node in GRAPH:
+            if node.required and node.stage not in pools:
+                raise ValueError(f"the {node.stage} stage is required")
+        self.pools = dict(pools)
+        self.thresholds = thresholds
+        self._crops = dict(crops)
+        self._max_pixels = max_pixels
+        self._detector = pools[Stage.DETECTOR]
+
+    # -- first stage ---------------------------------------------------------------
+
+    def detect(
+        self,
+        picture: Picture,
+        plan: Plan,
+        origin: Origin,
+        on_done: Callable[[asyncio.Future[DetectAnswer]], None],
+    ) -> Task[DetectAnswer]:
+        future: asyncio.Future[DetectAnswer] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(on_done)
+        task = Task(
+            DetectRequest(picture, plan.max_faces, self._max_pixels),
+            origin.lane,
+            origin.weight,
+            origin.deadline_ns,
+            future,
+        )
+        self._detector.submit(task)
+        return task
+
+    def withdraw(self, task: Task[DetectAnswer]) -> bool:
+        """Takes a task back that no worker has begun; its future stays unresolved."""
+        return self._detector.withdraw(task)
+
+    def asked(self, plan: Plan) -> tuple[Stage, ...]:
+        """The second stages that the plan wants."""
+        stages = []
+        if plan.recognize:
+            stages.append(Stage.RECOGNIZER)
+        if plan.liveness:
+            stages.append(Stage.LIVENESS)
+        return tuple(stages)
+
+    def unavailable(self, plan: Plan) -> tuple[Stage, ...]:
+        """The asked-for second stages that cannot answer now."""
+        return tuple(
+            s for s in self.asked(plan) if s not in self.pools or not self.pools[s].available
+        )
+
+    # -- second stages ---------------------------------------------------------------
+
+    def appraise(
+        self,
+        face: DetectedFace,
+        plan: Plan,
+        origin: Origin,
+        timings: Timings,
+        on_done: Callable[[Evidence], None],
+        *,
+        recognize: bool,
+        liveness: bool,
+    ) -> None:
+        """Runs the wanted second stages on one face; ``on_done`` is called exactly once,
+        possibly at once."""
+        evidence = Evidence()
+        tasks: list[tuple[Stage, Task[Any]]] = []
+        loop = asyncio.get_running_loop()
+        for stage, wanted in ((Stage.RECOGNIZER, recognize), (Stage.LIVENESS, liveness)):
+            if not wanted:
+                continue
+            pool = self.pools.get(stage)
+            if pool is None or not pool.available:
+                evidence.missing = (*evidence.missing, stage)
+                continue
+            crops = tuple(face.crops[k] for k in self._crops[stage])
+            request: EmbedRequest | LivenessRequest
+            if stage is Stage.RECOGNIZER:
+                request = EmbedRequest(
+                    crops[0], plan.gallery_id, max(2, plan.max_candidates), plan.want_vectors
+                )
+            else:
+                request = LivenessRequest(crops)
+            task: Task[Any] = Task(
+                request, origin.lane, origin.weight, origin.deadline_ns, loop.create_future()
+            )
+            tasks.append((stage, task))
+        if not tasks:
+            on_done(evidence)
+            return
+        left = len(tasks)
+
+        def settled(stage: Stage, task: Task[Any], future: asyncio.Future[Any]) -> None:
+            nonlocal left
+            left -= 1
+            timings.note(stage, task)
+            if future.cancelled() or future.exception() is not None:
+                evidence.missing = (*evidence.missing, stage)
+            else:
+                answer = future.result()
+                if isinstance(answer, EmbedAnswer):
+                    evidence.recognized = True
+                    evidence.ood_score = answer.ood_score
+                    evidence.candidates = answer.candidates
+                    evidence.vector = answer.vector
+                else:
+                    assert isinstance(answer, LivenessAnswer)
+                    evidence.live_score = answer.score
+            if left == 0:
+                on_done(evidence)
+
+        for stage, task in tasks:
+            task.future.add_done_callback(functools.partial(settled, stage, task))
+        for stage, task in tasks:
+            self.pools[stage].submit(task)
+
+    def identity(self, evidence: Evidence, plan: Plan) -> Identity:
+        return decide.identify(
+            evidence.ood_score,
+            evidence.candidates,
+            self.thresholds,
+            keep=plan.max_candidates,
+        )
+
+    def liveness(self, score: float | None) -> Liveness:
+        return decide.liveness(score, self.thresholds)
+
+    # -- a single picture --------------------------------------------------------------
+
+    async def analyse(self, picture: Picture, plan: Plan, origin: Origin) -> Reading:
+        """A picture without a stream. Raises ``FacelaneError``.
+
+        Unlike in a stream, every face is appraised and waits for the slowest stage.
+        """
+        loop = asyncio.get_running_loop()
+        detected: asyncio.Future[DetectAnswer] = loop.create_future()
+
+        def hand_over(future: asyncio.Future[DetectAnswer]) -> None:
+            if detected.done():
+                return
+            if future.cancelled():
+                detected.cancel()
+            elif (error := future.exception()) is not None:
+                detected.set_exception(error)
+            else:
+                detected.set_result(future.result())
+
+        task = self.detect(picture, plan, origin, hand_over)
+        try:
+            answer = await detected
+        except asyncio.CancelledError:
+            self.withdraw(task)
+            raise
+        timings = Timings()
+        timings.note(Stage.DETECTOR, task)
+        found = [f for f in answer.faces if f.box.width >= plan.min_face_size]
+        waiting: list[asyncio.Future[Evidence]] = []
+        for face in found:
+            done: asyncio.Future[Evidence] = loop.create_future()
+            waiting.append(done)
+            self.appraise(
+                face,
+                plan,
+                origin,
+                timings,
+                functools.partial(_resolve, done),
+                recognize=plan.recognize,
+                liveness=plan.liveness,
+            )
+        evidences = [await future for future in waiting]
+        missing = {s for e in evidences for s in e.missing} | set(self.unavailable(plan))
+        readings = tuple(
+            FaceReading(
+                Face(
+                    track_id=0,
+                    box=face.box,
+                    score=face.score,
+                    landmarks=face.landmarks,
+                    identity=self.identity(evidence, plan),
+                    liveness=self.liveness(evidence.live_score),
+                    ood_score=evidence.ood_score,
+                    recognized_now=evidence.recognized,
+                ),
+                evidence.vector,
+            )
+            for face, evidence in zip(found, evidences, strict=True)
+        )
+        result = FrameResult(
+            width=answer.width,
+            height=answer.height,
+            faces=tuple(r.face for r in readings),
+            timings=timings.freeze(),
+            missing_stages=tuple(s for s in Stage if s in missing),
+        )
+        return Reading(result, readings)
+
+
+def _resolve(future: asyncio.Future[Evidence], evidence: Evidence) -> None:
+    if not future.done():
+        future.set_result(evidence)
+
+
+def error_of(future: asyncio.Future[Any]) -> FacelaneError:
+    """The failure of a task, whatever it was, as an error with a reason."""
+    if future.cancelled():
+        return FacelaneError(Reason.CANCELLED, "the work was cancelled", retryable=True)
+    error = future.exception()
+    if isinstance(error, FacelaneError):
+        return error
+    return FacelaneError(Reason.INTERNAL, "the server failed on this picture; see its log")
