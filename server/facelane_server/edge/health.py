@@ -1,0 +1,92 @@
+"""grpc.health.v1, derived from what the pools can do now.
+
+======================================  =================================================
+service name                            SERVING when
+======================================  =================================================
+``""``                                  every configured pool can infer
+``facelane.v1.AnalysisService``         the detector pool can infer (other stages degrade
+                                        in-band)
+``facelane.v1.GalleryService``          the detector and the recogniser pool can infer
+``facelane.pool.<stage>``               that pool can infer
+``facelane.process``                    always, while the process answers (liveness probe)
+======================================  =================================================
+
+Draining makes all but ``facelane.process`` NOT_SERVING.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from facelane.v1 import (
+    admin_service_pb2,
+    analysis_service_pb2,
+    event_service_pb2,
+    gallery_service_pb2,
+    server_service_pb2,
+)
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+
+from facelane_server.domain import Stage
+
+SERVICES: Final = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (analysis_service_pb2, "AnalysisService"),
+        (gallery_service_pb2, "GalleryService"),
+        (event_service_pb2, "EventService"),
+        (server_service_pb2, "ServerService"),
+        (admin_service_pb2, "AdminService"),
+    )
+)
+PROCESS: Final = "facelane.process"
+
+SERVING: Final = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def pool_service(stage: Stage) -> str:
+    return f"facelane.pool.{stage.value}"
+
+
+def derive(can_infer: Mapping[Stage, bool], *, draining: bool) -> dict[str, bool]:
+    """Which services serve, given which of the configured pools can infer. Pure."""
+    detector = can_infer.get(Stage.DETECTOR, False)
+    recognizer = can_infer.get(Stage.RECOGNIZER, False)
+    serving = {
+        "": all(can_infer.values()) and detector,
+        "facelane.v1.AnalysisService": detector,
+        "facelane.v1.GalleryService": detector and recognizer,
+        "facelane.v1.EventService": True,
+        "facelane.v1.ServerService": True,
+        "facelane.v1.AdminService": True,
+        **{pool_service(stage): able for stage, able in can_infer.items()},
+    }
+    if draining:
+        serving = dict.fromkeys(serving, False)
+    serving[PROCESS] = True
+    return serving
+
+
+class Health:
+    """Publishes ``derive``'s answer; only changes are sent to watchers."""
+
+    def __init__(self) -> None:
+        self.servicer = health_aio.HealthServicer()
+        self._published: dict[str, bool] = {}
+
+    @property
+    def serving(self) -> bool:
+        """Whether the server as a whole serves."""
+        return self._published.get("", False)
+
+    async def publish(self, can_infer: Mapping[Stage, bool], *, draining: bool) -> list[str]:
+        """Returns the names whose status changed."""
+        wanted = derive(can_infer, draining=draining)
+        changed = [n for n, able in wanted.items() if self._published.get(n) is not able]
+        self._published = wanted
+        for name in changed:
+            await self.servicer.set(name, SERVING if wanted[name] else NOT_SERVING)
+        return changed
