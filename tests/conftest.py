@@ -1,0 +1,40 @@
+"""Fixtures for all tests, and the skips that depend on the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_folder() -> Path | None:
+    """The folder with public models and media, or None on machines without it."""
+    folder = Path(os.environ.get("FACELANE_SHARED", ROOT.parent / "shared"))
+    return folder if (folder / "models").is_dir() else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
+    if shared_folder() is None:
+        missing["shared"] = "no public models here: set FACELANE_SHARED to a folder that has them"
+    if not _has_cuda():
+        missing["gpu"] = "no CUDA device here"
+    for item in items:
+        for marker, why in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+def _has_cuda() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with public models and media; tests that use it are marked ``shared``."""
+    folder = shared_folder()
+    assert folder is not None
+    return folder

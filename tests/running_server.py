@@ -1,0 +1,114 @@
+"""A real server in a process of its own, for end-to-end and fault tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+from tests.waiting import until
+
+import facelane
+
+NULL_POOLS = """
+[pools.detector]
+model = "null-detector"
+[pools.recognizer]
+model = "null-recognizer"
+[pools.liveness]
+model = "null-liveness"
+"""
+
+
+def toml(folder: Path, pools: str = NULL_POOLS, extra: str = "", listen: str = "") -> str:
+    """A config that keeps everything inside of ``folder``."""
+    return f"""
+state_dir = "{folder}/state"
+runtime_dir = "{folder}/run"
+{extra if not extra.lstrip().startswith("[") else ""}
+[server]
+listen = "{listen or f"unix:{folder}/grpc.sock"}"
+[metrics]
+listen = ""
+{extra if extra.lstrip().startswith("[") else ""}
+{pools}
+"""
+
+
+class RunningServer:
+    """``facelane-server run`` on a config. Owns the process; ``stop`` ends it."""
+
+    def __init__(
+        self, folder: Path, config: str, *, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.folder = folder
+        self.config = folder / "server.toml"
+        self.config.write_text(config)
+        self.log = folder / "server.log"
+        for name in ("state", "run"):
+            (folder / name).mkdir(exist_ok=True, mode=0o700)
+        self._log_file = self.log.open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "facelane_server", "run", "--config", str(self.config)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log_file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+        )
+
+    @property
+    def target(self) -> str:
+        return f"unix:{self.folder}/grpc.sock"
+
+    def client(self, **options: object) -> facelane.Client:
+        return facelane.Client(self.target, **options)  # type: ignore[arg-type]
+
+    def wait_serving(self, timeout: float = 60.0, service: str = "") -> None:
+        """Until health answers SERVING."""
+
+        def serving() -> bool:
+            assert self.process.poll() is None, f"the server ended:\n{self.text()[-4000:]}"
+            with self.client(timeout=2.0) as client:
+                try:
+                    return client.health(service) == "SERVING"
+                except facelane.FacelaneError:
+                    return False
+
+        try:
+            until(serving, timeout, f"{service or 'server'} SERVING")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.text()[-4000:]}") from None
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, timeout: float = 30.0) -> int:
+        """SIGTERM, and the exit code; kills what does not end in time."""
+        if self.process.poll() is None:
+            children = self.children()
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+                self._log_file.close()
+                raise AssertionError(f"did not stop:\n{self.text()[-4000:]}") from None
+            gone, alive = psutil.wait_procs(children, timeout=5)
+            del gone
+            assert not alive, f"workers outlived the server: {alive}"
+        self._log_file.close()
+        return self.process.returncode
+
+    def __enter__(self) -> RunningServer:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
