@@ -26,7 +26,8 @@ _BLOCK: Final = 16
 
 def silence_opencv(threads: int = 1) -> None:
     """Once a worker process: no messages of OpenCV on stderr, ``threads`` of its own."""
-    cv2.setLogLevel(0)
+    # OpenCV 4 has the function at two places, OpenCV 5 at this one.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     cv2.setNumThreads(threads)
 
 

@@ -105,9 +105,14 @@ class Model(ABC):
 
 
 class Detector(Model):
-    """Pictures to faces and their crops."""
+    """Pictures to faces and their crops.
+
+    ``needs_pixels`` False: the detector does not look at pictures (a null model), so the
+    worker may pass empty arrays instead of decoding them.
+    """
 
     crops: tuple[CropSpec, ...]
+    needs_pixels: bool = True
 
     @abstractmethod
     def begin(self, pictures: Sequence[U8], max_faces: Sequence[int]) -> Pending[list[Detections]]:

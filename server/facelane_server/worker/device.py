@@ -1,0 +1,235 @@
+"""The device that a worker computes on: its memory budget, its faults, its name.
+
+Importing this needs no torch: a worker of null models never loads it. Functions that
+touch CUDA import it themselves, and NVML only if there is one.
+
+A CUDA context lives in a process, so the budgets of the models that are threads of one
+process add up.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import threading
+from typing import Final
+
+import structlog
+
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.worker.models.api import DeviceOptions
+
+log = structlog.get_logger(__name__)
+
+MIB: Final = 1024 * 1024
+CONTEXT_MIB_UNMEASURED: Final = 640
+"""What a CUDA context with cuDNN is taken to cost where NVML cannot tell."""
+
+
+class Fault(enum.Enum):
+    """What an exception during inference means for the worker."""
+
+    OUT_OF_MEMORY = "out_of_memory"
+    """The job may be retried; the cache was emptied or should be."""
+    POISONED = "poisoned"
+    """The CUDA context is lost: every further call fails. The process must end."""
+    ORDINARY = "ordinary"
+    """A bug or bad input; the context is sound."""
+
+
+# A sticky error corrupts the context. CUDA's own strings, lower case, as they appear
+# in the messages of torch, cuBLAS, cuDNN and ONNX Runtime.
+_STICKY: Final = (
+    "illegal memory access",
+    "illegal address",
+    "misaligned address",
+    "illegal instruction",
+    "invalid program counter",
+    "device-side assert",
+    "hardware stack error",
+    "launch failure",
+    "launch failed",
+    "launch timed out",
+    "uncorrectable",
+    "ecc error",
+    "nvlink",
+    "gpu is lost",
+    "device unavailable",
+    "contained",  # "Uncontained ECC error", "contained memory error"
+    "context is destroyed",
+    "mps server",
+    "mps client",
+    "execution_failed",
+    "internal_error",
+    "unknown error",
+)
+_MEMORY: Final = ("out of memory", "alloc_failed", "failed to allocate")
+_CUDA: Final = ("cuda", "cublas", "cudnn", "nvrtc", "nvml")
+
+
+def classify(error: BaseException) -> Fault:
+    """What ``error``, or an error that it was raised from, means for the worker."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, MemoryError) or type(current).__name__ == "OutOfMemoryError":
+            return Fault.OUT_OF_MEMORY
+        text = str(current).lower()
+        cuda = type(current).__name__ == "AcceleratorError" or any(word in text for word in _CUDA)
+        if cuda and any(word in text for word in _MEMORY):
+            return Fault.OUT_OF_MEMORY
+        if cuda and any(word in text for word in _STICKY):
+            return Fault.POISONED
+        current = current.__cause__ or current.__context__
+    return Fault.ORDINARY
+
+
+def is_cuda(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def device_index(device: str) -> int:
+    """N of ``cuda:N``; raises FacelaneError(CONFIG_INVALID) on anything else."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index.isdigit():
+        raise FacelaneError(
+            Reason.CONFIG_INVALID, f"device {device} is not known; write cpu or cuda:N"
+        )
+    return int(index)
+
+
+def open_device(options: DeviceOptions) -> None:
+    """Once for each model, before its weights: the CPU's threads, or the CUDA context and
+    this model's share of its memory cap.
+
+    Raises FacelaneError(CONFIG_INVALID) when there is no such device, or the budget
+    does not even hold the context.
+    """
+    import torch
+
+    if not is_cuda(options.device):
+        if options.device != "cpu":
+            device_index(options.device)
+        torch.set_num_threads(options.threads)
+        return
+    index = device_index(options.device)
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise FacelaneError(
+            Reason.CONFIG_INVALID,
+            f"device {options.device} does not exist here ({torch.cuda.device_count()} CUDA "
+            "devices); choose another, or cpu",
+        )
+    torch.cuda.set_device(index)
+    # Shapes are fixed, so the search for the fastest algorithm is done once, in warm-up.
+    torch.backends.cudnn.benchmark = True
+    # Full precision means full precision: it is the reference that half is checked against.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.zeros(1, device=f"cuda:{index}")
+    _budgets.add(index, options.memory_mib)
+    _budgets.enforce(index)
+
+
+def settle_memory(options: DeviceOptions) -> None:
+    """After warm-up: the cap again, with the context's cost as it is now.
+
+    Raises FacelaneError(OUT_OF_MEMORY) when the process already holds more than its budget.
+    """
+    if is_cuda(options.device):
+        _budgets.enforce(device_index(options.device), settled=True)
+
+
+def memory_mib(device: str) -> int:
+    """Device memory of this process in MiB, its context included; 0 on a CPU."""
+    if not is_cuda(device):
+        return 0
+    import torch
+
+    index = device_index(device)
+    measured = _nvml_process_mib(index)
+    if measured is not None:
+        return measured
+    return CONTEXT_MIB_UNMEASURED + torch.cuda.memory_reserved(index) // MIB
+
+
+def device_name(device: str) -> str:
+    """For people: ``NVIDIA H100 80GB HBM3``, or ``cpu``."""
+    if not is_cuda(device):
+        return "cpu"
+    import torch
+
+    return str(torch.cuda.get_device_name(device_index(device)))
+
+
+def free_cache(device: str) -> None:
+    """Give the allocator's unused blocks back to the device, after an out-of-memory."""
+    if is_cuda(device):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+class _Budgets:
+    """Memory budgets of this process, by device. Zero of any model = no cap."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shares: dict[int, list[int]] = {}
+
+    def add(self, index: int, memory_mib: int) -> None:
+        with self._lock:
+            self._shares.setdefault(index, []).append(memory_mib)
+
+    def enforce(self, index: int, *, settled: bool = False) -> None:
+        with self._lock:
+            shares = self._shares.get(index, [])
+            if not shares or 0 in shares:
+                return
+            budget = sum(shares)
+        import torch
+
+        reserved = torch.cuda.memory_reserved(index) // MIB
+        measured = _nvml_process_mib(index)
+        context = CONTEXT_MIB_UNMEASURED if measured is None else max(measured - reserved, 0)
+        total = torch.cuda.get_device_properties(index).total_memory // MIB
+        left = budget - context
+        if left <= 0 or (settled and reserved > left):
+            raise FacelaneError(
+                Reason.OUT_OF_MEMORY if settled else Reason.CONFIG_INVALID,
+                f"memory_mib is {budget}, but the CUDA context alone takes {context} MiB and the "
+                f"model {reserved} MiB; raise the pool's memory_mib",
+                metadata={"memory_mib": str(budget), "context_mib": str(context)},
+            )
+        torch.cuda.set_per_process_memory_fraction(min(left / total, 1.0), index)
+        log.info(
+            "device memory capped",
+            budget_mib=budget,
+            context_mib=context,
+            reserved_mib=reserved,
+            measured=measured is not None,
+        )
+
+
+_budgets = _Budgets()
+
+
+def _nvml_process_mib(index: int) -> int | None:
+    """Memory of this process on a device by NVML; None where NVML cannot tell (no
+    driver library, or a container whose process ids the driver does not know)."""
+    try:
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        try:
+            uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # NVML is a luxury here, and raises types of its own
+        return None
+    for process in processes:
+        if process.pid == os.getpid() and process.usedGpuMemory:
+            return int(process.usedGpuMemory // MIB)
+    return None

@@ -1,0 +1,241 @@
+"""Networks run by torch: at once on a CPU, by CUDA graphs on a GPU.
+
+On a GPU every model has its own stream. A batch is staged in pinned memory, copied,
+replayed as the graph of the next larger bucket and copied back, all queued without
+waiting; an event at its end is the one thing that is ever waited for. There are two
+sets of staging buffers, so the next batch can be staged while one computes.
+
+Graphs run in half precision and channels-last. Warm-up compares each with eager full
+precision on the same device; one that disagrees is refused, and the model runs eagerly
+in full precision, with a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from facelane_server.worker.device import settle_memory
+from facelane_server.worker.models.api import F32, U8, DeviceOptions
+from facelane_server.worker.models.runner import Computed, Runner, Ticket, batch_buckets
+from facelane_server.worker.models.serving import Served, check_pictures
+
+log = structlog.get_logger(__name__)
+
+STAGES: Final = 2
+"""Batches under way at a time: one computes, the next is staged."""
+AGREEMENT: Final = 0.999
+_CAPTURE_ROUNDS: Final = 3
+"""Eager rounds before a capture: libraries choose their algorithms in the first ones."""
+
+
+class CpuRunner(Runner):
+    """Runs a batch when it is launched."""
+
+    def __init__(self, served: Served, *, warm_shapes: Sequence[tuple[int, int]]) -> None:
+        self._served = served.float()
+        self._warm_shapes = list(warm_shapes)
+        self._staged: tuple[U8, ...] = ()
+
+    def stage(self, count: int, shapes: Sequence[tuple[int, int]]) -> tuple[U8, ...]:
+        self._staged = tuple(np.empty((count, *shape, 3), np.uint8) for shape in shapes)
+        return self._staged
+
+    def launch(self) -> Ticket:
+        with torch.inference_mode():
+            output = self._served(*map(torch.from_numpy, self._staged))
+        return Computed(output.numpy())
+
+    def warm_up(self) -> None:
+        for _ in range(2):
+            for array in self.stage(1, self._warm_shapes):
+                array[...] = 0
+            self.launch()
+
+
+class _Stage:
+    """One set of pinned buffers, and the batch that uses it."""
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], batch_max: int, output: tuple[int, ...]
+    ) -> None:
+        self.inputs = [
+            torch.zeros((batch_max, *shape, 3), dtype=torch.uint8, pin_memory=True)
+            for shape in shapes
+        ]
+        self.output = torch.zeros((batch_max, *output), dtype=torch.float32, pin_memory=True)
+        self.done = torch.cuda.Event()
+        self.ticket: _Launched | None = None
+
+    def claim(self) -> None:
+        """Make the buffers free: a batch that still uses them is waited for."""
+        if self.ticket is not None:
+            self.ticket.wait()
+            self.ticket = None
+
+
+class _Launched(Ticket):
+    def __init__(self, stage: _Stage, count: int) -> None:
+        self._stage: _Stage | None = stage
+        self._count = count
+        self._output: F32 | None = None
+
+    def wait(self) -> F32:
+        if self._stage is not None:
+            self._stage.done.synchronize()
+            self._output = self._stage.output[: self._count].numpy().copy()
+            self._stage = None
+        assert self._output is not None
+        return self._output
+
+
+class CudaRunner(Runner):
+    """Runs batches of one shape on its own stream of one device.
+
+    ``shapes``: height and width of each input; the network must take them all. A runner
+    is warmed up and used by one thread, beside others in the process.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        *,
+        shapes: Sequence[tuple[int, int]],
+        batch_max: int,
+        options: DeviceOptions,
+        fixed_side: int = 0,
+    ) -> None:
+        self.fixed_side = fixed_side
+        self._options = options
+        self._device = torch.device(options.device)
+        self._shapes = list(shapes)
+        self._batch_max = batch_max
+        self._half = options.precision != "fp32"
+        self._stream = torch.cuda.Stream(self._device, priority=options.stream_priority)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._served = served.float().to(self._device)
+            self._inputs = [
+                torch.zeros((batch_max, *shape, 3), dtype=torch.uint8, device=self._device)
+                for shape in shapes
+            ]
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._stages: list[_Stage] = []
+        self._next = 0
+        self._count = 0
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """The batch buckets that run as graphs; empty when the model runs eagerly."""
+        return tuple(sorted(self._graphs))
+
+    def warm_up(self) -> None:
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+            torch.inference_mode(),
+        ):
+            self._fill_inputs()
+            reference = self._eager(self._batch_max).cpu()
+            exact = {k: v.to("cpu", copy=True) for k, v in self._served.state_dict().items()}
+            if self._half:
+                self._served.half()
+                torch.cuda.empty_cache()
+            if not self._agrees(reference, self._eager(self._batch_max), "half precision"):
+                self._back_to_exact(exact)
+            elif self._options.graphs:
+                self._capture(reference, exact)
+            del exact
+            output = tuple(reference.shape[1:])
+            self._stages = [_Stage(self._shapes, self._batch_max, output) for _ in range(STAGES)]
+            self._stream.synchronize()
+            torch.cuda.empty_cache()
+        # One whole round over every bucket, so that no first time is left.
+        for count in batch_buckets(self._batch_max):
+            self.stage(count, self._shapes)
+            self.launch().wait()
+        settle_memory(self._options)
+
+    def stage(self, count: int, shapes: Sequence[tuple[int, int]]) -> tuple[U8, ...]:
+        if list(map(tuple, shapes)) != self._shapes or not 1 <= count <= self._batch_max:
+            raise ValueError("this runner takes batches of its own shapes and size only")
+        stage = self._stages[self._next]
+        stage.claim()
+        self._count = count
+        return tuple(buffer[:count].numpy() for buffer in stage.inputs)
+
+    def launch(self) -> Ticket:
+        stage, count = self._stages[self._next], self._count
+        self._next = (self._next + 1) % STAGES
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+            torch.inference_mode(),
+        ):
+            for target, source in zip(self._inputs, stage.inputs, strict=True):
+                target[:count].copy_(source[:count], non_blocking=True)
+            bucket = next((b for b in self.captured if b >= count), 0)
+            if bucket:
+                graph, output = self._graphs[bucket]
+                graph.replay()
+            else:
+                output = self._eager(count)
+            stage.output[:count].copy_(output[:count], non_blocking=True)
+            stage.done.record(self._stream)
+        stage.ticket = _Launched(stage, count)
+        return stage.ticket
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        self._graphs.clear()
+        self._stages.clear()
+
+    def _eager(self, count: int) -> Tensor:
+        output: Tensor = self._served(*(buffer[:count] for buffer in self._inputs))
+        return output
+
+    def _fill_inputs(self) -> None:
+        pictures = check_pictures(self._shapes, self._batch_max)
+        for target, source in zip(self._inputs, pictures, strict=True):
+            target.copy_(source)
+
+    def _capture(self, reference: Tensor, exact: dict[str, Tensor]) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the others then fit into its memory.
+        for count in reversed(batch_buckets(self._batch_max)):
+            for _ in range(_CAPTURE_ROUNDS):
+                self._eager(count)
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of this process may use the device meanwhile.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                output = self._eager(count)
+            self._graphs[count] = (graph, output)
+            graph.replay()
+            if not self._agrees(reference[:count], output, "CUDA graph"):
+                self._graphs.clear()
+                self._back_to_exact(exact)
+                return
+
+    def _agrees(self, reference: Tensor, output: Tensor, what: str) -> bool:
+        host = output.cpu()
+        value = self._served.agreement(reference, host) if host.isfinite().all() else 0.0
+        if value >= AGREEMENT:
+            return True
+        log.warning(
+            "model disagrees with full precision and runs eagerly in it",
+            what=what,
+            agreement=round(value, 5),
+            needed=AGREEMENT,
+        )
+        return False
+
+    def _back_to_exact(self, exact: dict[str, Tensor]) -> None:
+        self._served.float()
+        self._served.load_state_dict(exact)
