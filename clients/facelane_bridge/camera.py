@@ -139,7 +139,14 @@ class Stop:
     now: float
 
 
-Event = FrameArrived | SourceFailed | SourceEnded | Tick | Stop
+@dataclass(frozen=True, slots=True)
+class HeldBack:
+    """The reader waits for *us*: no frame can come, and that is not the camera's fault."""
+
+    now: float
+
+
+Event = FrameArrived | HeldBack | SourceFailed | SourceEnded | Tick | Stop
 
 
 class Action(enum.Enum):
@@ -239,6 +246,8 @@ def _step(
             return _fail(camera, now, reason, message, permanent, policy, jitter)
         case FrameArrived(now, media_time) if is_open:
             return _frame(camera, now, media_time, policy), ()
+        case HeldBack(now) if is_open and camera.media_time is not None:
+            return replace(camera, progress_at=max(camera.progress_at, now)), ()
         case Tick(now):
             return _tick(camera, now, policy, jitter)
         case _:
@@ -246,9 +255,7 @@ def _step(
 
 
 def _enter(camera: Camera, state: CameraState, now: float, *, reason: str = "") -> Camera:
-    return replace(
-        camera, state=state, since=now, reason=reason, message="", retry_at=None
-    )
+    return replace(camera, state=state, since=now, reason=reason, message="", retry_at=None)
 
 
 def _frame(camera: Camera, now: float, media_time: float, policy: Policy) -> Camera:
@@ -309,9 +316,7 @@ def _fail(
     attempts = camera.attempts + 1
     spent = policy.max_attempts > 0 and attempts >= policy.max_attempts
     state = CameraState.FAILED if permanent or spent else CameraState.BACKOFF
-    after = replace(
-        _enter(camera, state, now, reason=reason), message=message, attempts=attempts
-    )
+    after = replace(_enter(camera, state, now, reason=reason), message=message, attempts=attempts)
     if state is CameraState.BACKOFF:
         after = replace(after, retry_at=now + backoff_delay(attempts, policy, jitter))
     return after, (Action.CLOSE,)

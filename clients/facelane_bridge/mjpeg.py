@@ -10,6 +10,7 @@ Cameras differ in what they call the boundary: some announce ``--frame`` and wri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from email.message import Message
 
 MAX_HEADER_BYTES = 8 * 1024
@@ -61,7 +62,7 @@ class MjpegParser:
         self._max_part = max_part_bytes
         self._buffer = bytearray()
         self._searched = 0
-        self._mode = self._find_first
+        self._mode: Callable[[list[bytes]], bool] = self._find_first
         self._length: int | None = None
         self._is_jpeg = True
         self.ended = False

@@ -74,7 +74,9 @@ def main() -> None:
         sys.exit("the port is in use")
     loop = GLib.MainLoop()
     # End of file on standard input: the test has gone.
-    GLib.io_add_watch(sys.stdin, GLib.PRIORITY_DEFAULT, GLib.IO_HUP | GLib.IO_IN, lambda *_: loop.quit())
+    GLib.io_add_watch(
+        sys.stdin, GLib.PRIORITY_DEFAULT, GLib.IO_HUP | GLib.IO_IN, lambda *_: loop.quit()
+    )
     print(f"READY {server.get_bound_port()}", flush=True)
     loop.run()
 

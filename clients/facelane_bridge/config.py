@@ -1,0 +1,331 @@
+"""The bridge's configuration: one TOML file, several cameras, nothing guessed.
+
+Strict: an unknown key is refused and the nearest right one named, a value out of range
+is refused with its range, credentials inside an address are refused. Every message says
+where in the file the fault is, and none repeats a secret.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from facelane_bridge.camera import Policy
+
+MAX_CAMERAS = 256
+NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message says where and what to write instead."""
+
+
+class SourceKind(enum.StrEnum):
+    """What a source is. ``auto`` decides by the address."""
+
+    AUTO = "auto"
+    RTSP = "rtsp"
+    FILE = "file"
+    DEVICE = "device"
+    MJPEG = "mjpeg"
+    FOLDER = "folder"
+
+
+class Transport(enum.StrEnum):
+    """How RTSP carries its media. TCP loses nothing; UDP does not fall behind."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class Pace(enum.StrEnum):
+    """How files are played: like a camera, or as fast as the server answers."""
+
+    REALTIME = "realtime"
+    FAST = "fast"
+
+
+class OverloadChoice(enum.StrEnum):
+    """What happens to frames that come faster than they are served. ``auto``: lossless for
+    ``pace = "fast"``, the newest wins for everything that is live."""
+
+    AUTO = "auto"
+    LATEST_WINS = "latest_wins"
+    LOSSLESS = "lossless"
+
+
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+SecondsOrZero = Annotated[float, Meta(ge=0, le=86_400)]
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The facelane server that the frames go to."""
+
+    target: Annotated[str, Meta(min_length=1, max_length=1024)] = "127.0.0.1:50151"
+    """``host:port`` or ``unix:/path``."""
+    token_env: str = ""
+    token_file: str = ""
+    tls_ca: str = ""
+    """PEM of the authority to trust; setting it switches TLS on."""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_server_name: str = ""
+    wait: SecondsOrZero = 0.0
+    """How long to wait for a server that is not there at the start; 0 = for ever."""
+
+
+class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One camera. Durations in seconds, sizes in pixels."""
+
+    name: Name
+    source: Annotated[str, Meta(min_length=1, max_length=4096)]
+    kind: SourceKind = SourceKind.AUTO
+    transport: Transport = Transport.TCP
+    credentials_env: str = ""
+    """Name of an environment variable that holds ``user:password``."""
+    credentials_file: str = ""
+    """Path of a file that holds ``user:password``."""
+    tls_ca_file: str = ""
+    """rtsps and https: PEM of the authority that signed the camera's certificate."""
+    pace: Pace = Pace.REALTIME
+    loop: bool = False
+    folder_fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
+    device_size: Annotated[str, Meta(pattern=r"^(\d{1,5}x\d{1,5})?$")] = ""
+    device_fps: Annotated[int, Meta(ge=0, le=1000)] = 0
+    device_format: Annotated[str, Meta(pattern=r"^[a-z0-9]{0,16}$")] = ""
+
+    max_fps: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """Frames a second to send at most; 0 = all."""
+    max_side: Annotated[int, Meta(ge=0, le=8192)] = 0
+    """Frames with a longer side are scaled down; 0 = never."""
+    jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 90
+
+    overload: OverloadChoice = OverloadChoice.AUTO
+    max_frame_age: SecondsOrZero = 0.0
+    """A frame that waited longer on the server is dropped; 0 = the server's default."""
+    weight: Annotated[int, Meta(ge=0, le=100)] = 0
+    reinference_interval: SecondsOrZero = 0.0
+    disable_tracking: bool = False
+    skip_recognition: bool = False
+    skip_liveness: bool = False
+    gallery: Annotated[str, Meta(min_length=1, max_length=128)] = "default"
+    max_faces: Annotated[int, Meta(ge=0, le=1024)] = 0
+    max_candidates: Annotated[int, Meta(ge=0, le=10)] = 0
+    min_face_size: Annotated[int, Meta(ge=0, le=8192)] = 0
+
+    open_timeout: Seconds = 10.0
+    read_timeout: Seconds = 10.0
+    stall_after: Seconds = 5.0
+    stall_limit: Seconds = 15.0
+    backoff_initial: Seconds = 0.5
+    backoff_max: Seconds = 30.0
+    max_attempts: Annotated[int, Meta(ge=0)] = 0
+    """Failed attempts in a row before the camera is given up; 0 = never."""
+
+    @property
+    def resolved_kind(self) -> SourceKind:
+        """``kind``, decided by the address where it is ``auto``."""
+        if self.kind is not SourceKind.AUTO:
+            return self.kind
+        scheme = _scheme(self.source)
+        if scheme in ("rtsp", "rtsps"):
+            return SourceKind.RTSP
+        if scheme in ("http", "https"):
+            return SourceKind.MJPEG
+        if re.match(r"^/dev/video\d+$", self.source) or self.source.startswith("/dev/v4l/"):
+            return SourceKind.DEVICE
+        return SourceKind.FOLDER if Path(self.source).is_dir() else SourceKind.FILE
+
+    @property
+    def is_live(self) -> bool:
+        """Whether time cannot be held: the source goes on whether it is read or not."""
+        return self.resolved_kind not in (SourceKind.FILE, SourceKind.FOLDER)
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the source waits for the server instead of dropping frames."""
+        if self.overload is OverloadChoice.AUTO:
+            return not self.is_live and self.pace is Pace.FAST
+        return self.overload is OverloadChoice.LOSSLESS
+
+    @property
+    def policy(self) -> Policy:
+        """The camera's patience, for the state machine."""
+        return Policy(
+            open_timeout=self.open_timeout,
+            # A file has no clock of its own that could stand still.
+            stall_after=self.stall_after if self.is_live else math.inf,
+            stall_limit=self.stall_limit,
+            backoff_initial=self.backoff_initial,
+            backoff_max=self.backoff_max,
+            max_attempts=self.max_attempts,
+        )
+
+
+class BridgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything in the file, with the ``[defaults]`` merged into each camera."""
+
+    server: ServerSettings = ServerSettings()
+    cameras: tuple[CameraSettings, ...]
+    status_interval: Seconds = 10.0
+    """How often the counters of every camera are logged."""
+
+
+TOP_LEVEL_KEYS = ("server", "defaults", "camera", "status_interval")
+_NOT_DEFAULTS = frozenset({"name", "source"})
+
+
+def load(path: str | Path) -> BridgeSettings:
+    """The settings in a TOML file. Raises ``ConfigError``."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: the file is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        return parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse(text: str) -> BridgeSettings:
+    """The settings in TOML text. Raises ``ConfigError``."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}") from None
+    return from_mapping(document)
+
+
+def from_mapping(document: Mapping[str, Any]) -> BridgeSettings:
+    """The settings in a parsed document. Raises ``ConfigError``."""
+    _refuse_unknown(document, TOP_LEVEL_KEYS, "at the top level")
+    server = document.get("server", {})
+    defaults = document.get("defaults", {})
+    cameras = document.get("camera", [])
+    for key, value in (("server", server), ("defaults", defaults)):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} has to be a table: [{key}]")
+    if not isinstance(cameras, list) or not all(isinstance(item, dict) for item in cameras):
+        raise ConfigError("cameras are written as [[camera]] tables")
+    if not cameras:
+        raise ConfigError("no camera is configured; add a [[camera]] with a name and a source")
+    if len(cameras) > MAX_CAMERAS:
+        raise ConfigError(f"more than {MAX_CAMERAS} cameras; start a second bridge")
+    camera_keys = CameraSettings.__struct_fields__
+    _refuse_unknown(server, ServerSettings.__struct_fields__, "in [server]")
+    default_keys = [key for key in camera_keys if key not in _NOT_DEFAULTS]
+    _refuse_unknown(defaults, default_keys, "in [defaults]")
+    merged = []
+    for number, camera in enumerate(cameras, 1):
+        where = f"in [[camera]] number {number}"
+        _refuse_unknown(camera, camera_keys, where)
+        merged.append(_camera(defaults | camera, where))
+    names = [camera.name for camera in merged]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two cameras are called {name!r}; names have to differ")
+    settings = {
+        "server": _convert(server, ServerSettings, "in [server]"),
+        "cameras": tuple(merged),
+    }
+    if "status_interval" in document:
+        settings["status_interval"] = _convert(
+            document["status_interval"], Seconds, "status_interval"
+        )
+    result = BridgeSettings(**settings)
+    _check_server(result.server)
+    return result
+
+
+def single(
+    source: str, *, server: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> BridgeSettings:
+    """Settings for one source, as ``facelane-bridge run --source`` uses them."""
+    where = "in the arguments"
+    camera = _camera({"name": "camera", "source": source} | dict(options or {}), where)
+    # Somebody waits at a terminal: an absent server is told after half a minute.
+    settings = _convert({"wait": 30.0} | dict(server), ServerSettings, where)
+    return BridgeSettings(server=settings, cameras=(camera,))
+
+
+def _camera(values: Mapping[str, Any], where: str) -> CameraSettings:
+    camera: CameraSettings = _convert(values, CameraSettings, where)
+    scheme = _scheme(camera.source)
+    authority = re.match(r"^[^:]+://([^/?#]*)", camera.source)
+    if authority is not None and "@" in authority.group(1):
+        raise ConfigError(
+            f"{where}: the address holds credentials, which end up in process lists and logs; "
+            "put user:password into an environment variable or a file and name it with "
+            "credentials_env or credentials_file"
+        )
+    if camera.credentials_env and camera.credentials_file:
+        raise ConfigError(f"{where}: credentials_env and credentials_file exclude each other")
+    kind = camera.resolved_kind
+    allowed = {SourceKind.RTSP: ("rtsp", "rtsps"), SourceKind.MJPEG: ("http", "https")}.get(kind)
+    if allowed is not None and scheme not in allowed:
+        raise ConfigError(
+            f"{where}: a source of kind {kind.value!r} is an address that begins with "
+            f"{allowed[0]}:// or {allowed[1]}://"
+        )
+    if kind in (SourceKind.FILE, SourceKind.FOLDER, SourceKind.DEVICE) and scheme:
+        raise ConfigError(
+            f"{where}: {scheme}:// addresses are not supported; use rtsp://, rtsps://, http://, "
+            "https:// or the path of a file, a folder or a device"
+        )
+    if camera.is_live and camera.loop:
+        raise ConfigError(f"{where}: loop is for files and folders")
+    try:
+        _ = camera.policy
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return camera
+
+
+def _check_server(server: ServerSettings) -> None:
+    if server.token_env and server.token_file:
+        raise ConfigError("in [server]: token_env and token_file exclude each other")
+    if bool(server.tls_cert) != bool(server.tls_key):
+        raise ConfigError("in [server]: tls_cert and tls_key go together")
+    if (server.tls_cert or server.tls_server_name) and not server.tls_ca:
+        raise ConfigError("in [server]: tls_ca is needed for TLS")
+
+
+def _convert(value: Any, type_: Any, where: str) -> Any:
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError as error:
+        # "Expected `int` <= 100 - at `$.jpeg_quality`" -> "jpeg_quality: expected int <= 100"
+        text, _, path = str(error).partition(" - at `$")
+        key = path.strip("`").lstrip(".")
+        text = text.replace("`", "")
+        text = f"{key}: {text[:1].lower()}{text[1:]}" if key else text
+        if key == "name":
+            text += " (1-64 letters, digits, '-', '_', '.')"
+        raise ConfigError(f"{where}: {text}") from None
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Any, where: str) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown key {key!r} {where}; {hint}")
+
+
+def _scheme(source: str) -> str:
+    match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*)://", source)
+    return match.group(1).lower() if match else ""
