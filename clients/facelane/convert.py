@@ -1,0 +1,588 @@
+"""Between protobuf and the client's types: the only module that reads or builds messages.
+
+Enum numbers that this client does not know become the member that promises least.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import TypeVar, Unpack
+
+from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
+
+from facelane import errors, types
+from facelane.v1 import (
+    admin_service_pb2,
+    analysis_service_pb2,
+    event_service_pb2,
+    face_pb2,
+    gallery_service_pb2,
+    server_service_pb2,
+)
+
+_E = TypeVar("_E")
+_UTC = dt.UTC
+
+DEFAULT_GALLERY = "default"
+
+_ENCODING: dict[types.Encoding, face_pb2.PictureEncoding.ValueType] = {
+    types.Encoding.JPEG: face_pb2.PICTURE_ENCODING_JPEG,
+    types.Encoding.PNG: face_pb2.PICTURE_ENCODING_PNG,
+    types.Encoding.WEBP: face_pb2.PICTURE_ENCODING_WEBP,
+    types.Encoding.BGR24: face_pb2.PICTURE_ENCODING_BGR24,
+    types.Encoding.RGB24: face_pb2.PICTURE_ENCODING_RGB24,
+    types.Encoding.NV12: face_pb2.PICTURE_ENCODING_NV12,
+}
+_OVERLOAD: dict[types.Overload, analysis_service_pb2.OverloadPolicy.ValueType] = {
+    types.Overload.LATEST_WINS: analysis_service_pb2.OVERLOAD_POLICY_LATEST_WINS,
+    types.Overload.LOSSLESS: analysis_service_pb2.OVERLOAD_POLICY_LOSSLESS,
+}
+_DECISION: dict[int, types.Decision] = {
+    face_pb2.DECISION_MATCH: types.Decision.MATCH,
+    face_pb2.DECISION_UNKNOWN: types.Decision.UNKNOWN,
+    face_pb2.DECISION_AMBIGUOUS: types.Decision.AMBIGUOUS,
+    face_pb2.DECISION_REJECTED_OOD: types.Decision.REJECTED_OOD,
+}
+_VERDICT: dict[int, types.LivenessVerdict] = {
+    face_pb2.LIVENESS_VERDICT_LIVE: types.LivenessVerdict.LIVE,
+    face_pb2.LIVENESS_VERDICT_SPOOF: types.LivenessVerdict.SPOOF,
+}
+_STAGE: dict[int, types.Stage] = {
+    face_pb2.STAGE_DETECTOR: types.Stage.DETECTOR,
+    face_pb2.STAGE_RECOGNIZER: types.Stage.RECOGNIZER,
+    face_pb2.STAGE_LIVENESS: types.Stage.LIVENESS,
+}
+_DROP: dict[int, types.DropReason] = {
+    analysis_service_pb2.DROP_REASON_SUPERSEDED: types.DropReason.SUPERSEDED,
+    analysis_service_pb2.DROP_REASON_TOO_OLD: types.DropReason.TOO_OLD,
+    analysis_service_pb2.DROP_REASON_DRAINING: types.DropReason.DRAINING,
+    analysis_service_pb2.DROP_REASON_STREAM_CLOSED: types.DropReason.STREAM_CLOSED,
+}
+_UPDATE: dict[int, types.StreamUpdateKind] = {
+    analysis_service_pb2.STREAM_UPDATE_KIND_STAGE_LOST: types.StreamUpdateKind.STAGE_LOST,
+    analysis_service_pb2.STREAM_UPDATE_KIND_STAGE_RESTORED: types.StreamUpdateKind.STAGE_RESTORED,
+    analysis_service_pb2.STREAM_UPDATE_KIND_DRAINING: types.StreamUpdateKind.DRAINING,
+    analysis_service_pb2.STREAM_UPDATE_KIND_TRACK_ENDED: types.StreamUpdateKind.TRACK_ENDED,
+}
+
+
+def _by_name(enum: type[_E], prefix: str, numbers: Mapping[str, int]) -> dict[int, _E]:
+    """Pairs protobuf's ``PREFIX_NAME`` with the member ``NAME``."""
+    members: dict[str, _E] = enum.__members__  # type: ignore[attr-defined]
+    return {
+        number: members[name.removeprefix(prefix)]
+        for name, number in numbers.items()
+        if name.removeprefix(prefix) in members
+    }
+
+
+_POOL_STATE = _by_name(types.PoolState, "POOL_STATE_", dict(server_service_pb2.PoolState.items()))
+_WORKER_STATE = _by_name(
+    types.WorkerState, "WORKER_STATE_", dict(server_service_pb2.WorkerState.items())
+)
+_EVENT_KIND = _by_name(types.EventKind, "EVENT_KIND_", dict(event_service_pb2.EventKind.items()))
+_EVENT_NUMBER: dict[types.EventKind, event_service_pb2.EventKind.ValueType] = {
+    kind: event_service_pb2.EventKind.Value(f"EVENT_KIND_{kind.name}") for kind in types.EventKind
+}
+
+
+# Durations and times.
+
+
+def duration(seconds: float) -> duration_pb2.Duration:
+    """A protobuf duration of ``seconds``, which must not be negative."""
+    if not seconds >= 0 or seconds > 3e8:
+        raise errors.ArgumentError(
+            errors.Reason.ARGUMENT_INVALID, f"a duration of {seconds} s: give 0 or more seconds"
+        )
+    whole = int(seconds)
+    nanos = min(round((seconds - whole) * 1e9), 999_999_999)
+    return duration_pb2.Duration(seconds=whole, nanos=nanos)
+
+
+def seconds(value: duration_pb2.Duration) -> float:
+    """A protobuf duration in seconds."""
+    return value.seconds + value.nanos * 1e-9
+
+
+def timestamp(value: dt.datetime) -> timestamp_pb2.Timestamp:
+    """A protobuf timestamp; a datetime without a zone is refused rather than guessed."""
+    if value.tzinfo is None:
+        raise errors.ArgumentError(
+            errors.Reason.ARGUMENT_INVALID,
+            "capture_time has no time zone: use datetime.now(timezone.utc)",
+        )
+    result = timestamp_pb2.Timestamp()
+    result.FromDatetime(value)
+    return result
+
+
+def _moment(value: timestamp_pb2.Timestamp) -> dt.datetime:
+    return dt.datetime.fromtimestamp(value.seconds, _UTC) + dt.timedelta(
+        microseconds=value.nanos // 1000
+    )
+
+
+# Requests.
+
+
+def picture(value: types.Picture) -> face_pb2.Picture:
+    """A picture for the wire."""
+    return face_pb2.Picture(
+        encoding=_ENCODING[value.encoding],
+        data=value.data,
+        width=value.width,
+        height=value.height,
+        stride=value.stride,
+    )
+
+
+def analysis_options(
+    *,
+    skip_recognition: bool = False,
+    skip_liveness: bool = False,
+    gallery: str = DEFAULT_GALLERY,
+    max_faces: int = 0,
+    max_candidates: int = 0,
+    min_face_size: int = 0,
+) -> analysis_service_pb2.AnalysisOptions:
+    """``types.AnalysisOptions`` for the wire."""
+    try:
+        return analysis_service_pb2.AnalysisOptions(
+            skip_recognition=skip_recognition,
+            skip_liveness=skip_liveness,
+            gallery_id=gallery,
+            max_faces=max_faces,
+            max_candidates=max_candidates,
+            min_face_size=min_face_size,
+        )
+    except ValueError as error:
+        raise errors.ArgumentError(errors.Reason.ARGUMENT_INVALID, str(error)) from None
+
+
+def stream_config(
+    *,
+    source_id: str = "",
+    overload: types.Overload | str = types.Overload.LATEST_WINS,
+    max_frame_age: float | None = None,
+    weight: int = 0,
+    reinference_interval: float | None = None,
+    disable_tracking: bool = False,
+    **options: Unpack[types.AnalysisOptions],
+) -> analysis_service_pb2.AnalyzeStreamRequest:
+    """The first message of a stream."""
+    try:
+        policy = types.Overload(overload)
+    except ValueError:
+        known = " or ".join(types.Overload)
+        raise errors.ArgumentError(
+            errors.Reason.CONFIG_INVALID, f"overload {overload!r}: give {known}"
+        ) from None
+    try:
+        config = analysis_service_pb2.StreamConfig(
+            source_id=source_id,
+            options=analysis_options(**options),
+            overload_policy=_OVERLOAD[policy],
+            weight=weight,
+            disable_tracking=disable_tracking,
+        )
+    except ValueError as error:
+        if isinstance(error, errors.FacelaneError):
+            raise
+        raise errors.ArgumentError(errors.Reason.CONFIG_INVALID, str(error)) from None
+    if max_frame_age is not None:
+        config.max_frame_age.CopyFrom(duration(max_frame_age))
+    if reinference_interval is not None:
+        config.reinference_interval.CopyFrom(duration(reinference_interval))
+    return analysis_service_pb2.AnalyzeStreamRequest(config=config)
+
+
+def frame(
+    frame_id: int,
+    value: types.Picture,
+    stream_offset: float,
+    capture_time: timestamp_pb2.Timestamp | None,
+) -> analysis_service_pb2.AnalyzeStreamRequest:
+    """One frame of a stream."""
+    return analysis_service_pb2.AnalyzeStreamRequest(
+        frame=analysis_service_pb2.Frame(
+            frame_id=frame_id,
+            picture=picture(value),
+            stream_offset=duration(stream_offset),
+            capture_time=capture_time,
+        )
+    )
+
+
+def analyze_image_request(
+    value: types.Picture, **options: Unpack[types.AnalysisOptions]
+) -> analysis_service_pb2.AnalyzeImageRequest:
+    """A single picture."""
+    return analysis_service_pb2.AnalyzeImageRequest(
+        picture=picture(value), options=analysis_options(**options)
+    )
+
+
+def create_subject_request(
+    subject_id: str, gallery: str, display_name: str, labels: Mapping[str, str] | None
+) -> gallery_service_pb2.CreateSubjectRequest:
+    """A new subject."""
+    return gallery_service_pb2.CreateSubjectRequest(
+        gallery_id=gallery,
+        subject_id=subject_id,
+        display_name=display_name,
+        labels=dict(labels or {}),
+    )
+
+
+def update_subject_request(
+    subject_id: str,
+    gallery: str,
+    display_name: str | None,
+    labels: Mapping[str, str] | None,
+    etag: str,
+) -> gallery_service_pb2.UpdateSubjectRequest:
+    """A change of those fields that are not ``None``."""
+    paths = []
+    if display_name is not None:
+        paths.append("display_name")
+    if labels is not None:
+        paths.append("labels")
+    if not paths:
+        # An empty mask means "both" on the wire and would erase them.
+        raise errors.ArgumentError(
+            errors.Reason.ARGUMENT_INVALID, "nothing to change: give display_name or labels"
+        )
+    return gallery_service_pb2.UpdateSubjectRequest(
+        subject=face_pb2.Subject(
+            subject_id=subject_id,
+            gallery_id=gallery,
+            display_name=display_name or "",
+            labels=dict(labels or {}),
+            etag=etag,
+        ),
+        update_mask=field_mask_pb2.FieldMask(paths=paths),
+    )
+
+
+def enroll_request(
+    subject_id: str,
+    value: types.Picture,
+    *,
+    gallery: str,
+    create_subject: bool,
+    display_name: str,
+    request_id: str | None,
+    allow_multiple_faces: bool,
+    skip_liveness: bool,
+) -> gallery_service_pb2.EnrollFaceRequest:
+    """An enrolment; without a ``request_id`` a random one makes retries idempotent."""
+    return gallery_service_pb2.EnrollFaceRequest(
+        gallery_id=gallery,
+        subject_id=subject_id,
+        picture=picture(value),
+        request_id=str(uuid.uuid4()) if request_id is None else request_id,
+        create_subject=create_subject,
+        display_name=display_name,
+        allow_multiple_faces=allow_multiple_faces,
+        skip_liveness=skip_liveness,
+    )
+
+
+def watch_events_request(
+    resume_token: str, kinds: Iterable[types.EventKind | str]
+) -> event_service_pb2.WatchEventsRequest:
+    """A subscription."""
+    try:
+        numbers = [_EVENT_NUMBER[types.EventKind(kind)] for kind in kinds]
+    except ValueError as error:
+        known = ", ".join(kind for kind in types.EventKind if kind != "UNSPECIFIED")
+        raise errors.ArgumentError(
+            errors.Reason.ARGUMENT_INVALID, f"{error}: give some of {known}"
+        ) from None
+    return event_service_pb2.WatchEventsRequest(resume_token=resume_token, kinds=numbers)
+
+
+def drain_request(grace: float) -> admin_service_pb2.DrainRequest:
+    """A drain with ``grace`` seconds."""
+    return admin_service_pb2.DrainRequest(grace=duration(grace))
+
+
+# Answers.
+
+
+def _identity(pb: face_pb2.Identity) -> types.Identity:
+    decision = _DECISION.get(pb.decision, types.Decision.NOT_EVALUATED)
+    return types.Identity(
+        decision,
+        pb.subject_id if decision is types.Decision.MATCH else "",
+        pb.similarity if pb.HasField("similarity") else None,
+        tuple([types.Candidate(c.subject_id, c.similarity) for c in pb.candidates]),
+    )
+
+
+def _liveness(pb: face_pb2.Liveness) -> types.Liveness:
+    return types.Liveness(
+        _VERDICT.get(pb.verdict, types.LivenessVerdict.UNDECIDED),
+        pb.score if pb.HasField("score") else None,
+    )
+
+
+def face(pb: face_pb2.Face) -> types.Face:
+    """One face."""
+    box = pb.box
+    return types.Face(
+        pb.track_id,
+        types.BoundingBox(box.x, box.y, box.width, box.height),
+        pb.score,
+        tuple([types.Point(p.x, p.y) for p in pb.landmarks]),
+        _identity(pb.identity),
+        _liveness(pb.liveness),
+        pb.ood_score if pb.HasField("ood_score") else None,
+        pb.recognized_now,
+    )
+
+
+def _stage(number: int) -> types.Stage:
+    return _STAGE.get(number, types.Stage.UNSPECIFIED)
+
+
+def frame_result(pb: face_pb2.FrameResult) -> types.FrameResult:
+    """A picture that was analysed."""
+    return types.FrameResult(
+        pb.width,
+        pb.height,
+        tuple([face(f) for f in pb.faces]),
+        tuple(
+            [
+                types.StageTiming(_stage(t.stage), seconds(t.queue), seconds(t.service))
+                for t in pb.timings
+            ]
+        ),
+        tuple([_stage(s) for s in pb.missing_stages]),
+    )
+
+
+def _body(
+    pb: analysis_service_pb2.FrameOutcome,
+) -> types.FrameResult | types.FrameDrop | types.FrameError:
+    kind = pb.WhichOneof("outcome")
+    if kind == "result":
+        return frame_result(pb.result)
+    if kind == "drop":
+        return types.FrameDrop(_DROP.get(pb.drop.reason, types.DropReason.UNSPECIFIED))
+    if kind == "error":
+        info = errors.error_info(pb.error)
+        if info is None:
+            return types.FrameError(errors.Reason.INTERNAL, pb.error.message)
+        metadata = dict(info.metadata)
+        return types.FrameError(
+            info.reason,
+            pb.error.message,
+            errors.is_retryable(info.reason, metadata, default=False),
+            metadata,
+        )
+    # An outcome of a kind that is not known here still settles its frame.
+    return types.FrameError(
+        errors.Reason.INTERNAL, "an outcome that this client does not know: update facelane"
+    )
+
+
+def _opened(pb: analysis_service_pb2.StreamOpened) -> types.StreamOpened:
+    limits = pb.limits
+    return types.StreamOpened(
+        pb.stream_id,
+        types.StreamLimits(
+            # A server that announces no window still takes one frame at a time.
+            max(1, limits.window),
+            limits.max_frame_bytes,
+            limits.max_pixels,
+            limits.max_faces,
+            seconds(limits.max_frame_age) if limits.HasField("max_frame_age") else None,
+        ),
+        dict(pb.models),
+        pb.server_version,
+    )
+
+
+def _outcome(pb: analysis_service_pb2.FrameOutcome) -> types.Outcome:
+    return types.Outcome(
+        pb.frame_id,
+        seconds(pb.stream_offset),
+        _moment(pb.capture_time) if pb.HasField("capture_time") else None,
+        _body(pb),
+        seconds(pb.age),
+    )
+
+
+def _update(pb: analysis_service_pb2.StreamUpdate) -> types.StreamUpdate:
+    return types.StreamUpdate(
+        _UPDATE.get(pb.kind, types.StreamUpdateKind.UNSPECIFIED),
+        _stage(pb.stage),
+        pb.track_id,
+        pb.message,
+        seconds(pb.grace),
+    )
+
+
+def _summary(pb: analysis_service_pb2.StreamSummary) -> types.StreamSummary:
+    return types.StreamSummary(
+        pb.received,
+        pb.results,
+        pb.drops,
+        pb.errors,
+        pb.faces,
+        pb.tracks,
+        dict(pb.drops_by_reason),
+    )
+
+
+def stream_message(
+    pb: analysis_service_pb2.AnalyzeStreamResponse,
+) -> types.StreamOpened | types.Outcome | types.StreamUpdate | types.StreamSummary | None:
+    """A message of a stream; ``None`` for a kind that is not known here."""
+    kind = pb.WhichOneof("message")
+    if kind == "outcome":
+        return _outcome(pb.outcome)
+    if kind == "update":
+        return _update(pb.update)
+    if kind == "opened":
+        return _opened(pb.opened)
+    if kind == "summary":
+        return _summary(pb.summary)
+    return None
+
+
+def analyze_image_response(pb: analysis_service_pb2.AnalyzeImageResponse) -> types.FrameResult:
+    """The analysis of a single picture."""
+    return frame_result(pb.result)
+
+
+def subject(pb: face_pb2.Subject) -> types.Subject:
+    """A subject."""
+    return types.Subject(
+        pb.subject_id,
+        pb.gallery_id,
+        pb.display_name,
+        dict(pb.labels),
+        pb.template_count,
+        _moment(pb.create_time) if pb.HasField("create_time") else None,
+        _moment(pb.update_time) if pb.HasField("update_time") else None,
+        pb.etag,
+    )
+
+
+def template(pb: face_pb2.Template) -> types.Template:
+    """A template."""
+    return types.Template(
+        pb.template_id,
+        pb.subject_id,
+        pb.model_id,
+        pb.ood_score,
+        _moment(pb.create_time) if pb.HasField("create_time") else None,
+    )
+
+
+def enrollment(pb: gallery_service_pb2.EnrollFaceResponse) -> types.Enrollment:
+    """What enrolling made."""
+    return types.Enrollment(subject(pb.subject), template(pb.template), face(pb.face))
+
+
+def verification(pb: gallery_service_pb2.VerifyFaceResponse) -> types.Verification:
+    """1:1."""
+    return types.Verification(
+        pb.verified,
+        pb.similarity if pb.HasField("similarity") else None,
+        pb.threshold,
+        face(pb.face),
+    )
+
+
+def faces(pb: gallery_service_pb2.IdentifyFaceResponse) -> list[types.Face]:
+    """1:N."""
+    return [face(f) for f in pb.faces]
+
+
+def server_info(pb: server_service_pb2.GetServerInfoResponse) -> types.ServerInfo:
+    """What the server is."""
+    limits = pb.limits
+    return types.ServerInfo(
+        pb.version,
+        _moment(pb.start_time) if pb.HasField("start_time") else None,
+        tuple(
+            types.ModelInfo(
+                m.name,
+                m.version,
+                m.model_id,
+                _stage(m.task),
+                m.license,
+                m.description,
+                dict(m.thresholds),
+            )
+            for m in pb.models
+        ),
+        types.ServerLimits(
+            limits.max_streams,
+            limits.window,
+            limits.max_frame_bytes,
+            limits.max_message_bytes,
+            limits.max_pixels,
+            limits.max_faces,
+            seconds(limits.default_max_frame_age),
+        ),
+        pb.open_streams,
+        pb.draining,
+    )
+
+
+def pools(pb: server_service_pb2.ListPoolsResponse) -> list[types.PoolInfo]:
+    """The pools."""
+    return [
+        types.PoolInfo(
+            p.pool,
+            _stage(p.task),
+            _POOL_STATE.get(p.state, types.PoolState.UNSPECIFIED),
+            p.model_id,
+            p.isolation,
+            p.queued,
+            p.in_flight,
+            p.completed,
+            p.failed,
+            tuple(
+                types.WorkerInfo(
+                    w.worker_id,
+                    w.pid,
+                    _WORKER_STATE.get(w.state, types.WorkerState.UNSPECIFIED),
+                    w.device,
+                    w.restarts,
+                    w.last_loss,
+                    w.memory_bytes,
+                    seconds(w.uptime),
+                )
+                for w in p.workers
+            ),
+        )
+        for p in pb.pools
+    ]
+
+
+def event(pb: event_service_pb2.WatchEventsResponse) -> types.Event:
+    """Something that happened."""
+    e = pb.event
+    return types.Event(
+        e.sequence,
+        _EVENT_KIND.get(e.kind, types.EventKind.UNSPECIFIED),
+        _moment(e.event_time) if e.HasField("event_time") else None,
+        pb.resume_token,
+        e.source_id,
+        e.stream_id,
+        e.track_id,
+        e.gallery_id,
+        _identity(e.identity),
+        _liveness(e.liveness),
+        e.ood_score if e.HasField("ood_score") else None,
+        e.pool,
+        e.message,
+    )
