@@ -1,0 +1,241 @@
+"""The detector: a YuNet of smaller widths that learns YuNet's dense answers.
+
+Every training picture is a new scene: photos pasted at many scales and angles over
+textures or each other. YuNet looks at the scene as composed and its answer at every
+anchor is the target; the student looks at the same scene at night, blurred, noisy or
+compressed. Where no photo lies (textures), the target is "no face", whatever YuNet says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from facelane_server.worker.models.architectures.yunet import STRIDES, DenseHeads, YuNet, decode
+from training import imaging
+from training.clock import Average, Clock, cosine_rate, decay_groups, half_state, save, set_rate
+from training.data import load_photos
+from training.imaging import column, rand
+
+WIDTHS = (16, 32, 48, 64, 64, 64)
+SCORE = 0.6
+NMS_IOU = 0.4
+
+
+@dataclass(frozen=True)
+class Options:
+    """``side``: of the square scenes, a multiple of 32."""
+
+    side: int = 320
+    batch: int = 48
+    rate: float = 4e-3
+    save_every_s: float = 30.0
+    limit: int = 0
+
+
+def load_yunet(path: Path) -> YuNet:
+    """The public checkpoint as a frozen network."""
+    network = YuNet()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(state["state_dict"])
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return network.eval()
+
+
+def iou(box: Tensor, others: Tensor) -> Tensor:
+    """IoU of ``box`` [4] with ``others`` [N, 4], as (x, y, w, h)."""
+    corner = torch.maximum(box[:2], others[:, :2])
+    far = torch.minimum(box[:2] + box[2:4], others[:, :2] + others[:, 2:4])
+    overlap = (far - corner).clamp(min=0).prod(1)
+    return overlap / (box[2] * box[3] + others[:, 2] * others[:, 3] - overlap).clamp(min=1e-6)
+
+
+@torch.inference_mode()
+def merge_faces(network: YuNet, pictures: Tensor, score: float) -> list[Tensor]:
+    """Faces [M, 15] of each picture (BGR 0..255): x, y, w, h, five (x, y), score; best first."""
+    height, width = pictures.shape[-2:]
+    padded = F.pad(pictures, (0, -width % 32, 0, -height % 32))
+    found = decode(network(padded), *padded.shape[-2:]).cpu()
+    out: list[Tensor] = []
+    for candidates in found:
+        rows = candidates[candidates[:, 0] >= score]
+        rows = rows[rows[:, 0].argsort(descending=True)][:400]
+        kept: list[Tensor] = []
+        while len(rows):
+            kept.append(torch.cat((rows[0, 1:], rows[0, :1])))
+            rows = rows[1:][iou(rows[0, 1:5], rows[1:, 1:5]) <= NMS_IOU]
+        out.append(torch.stack(kept) if kept else torch.zeros(0, 15))
+    return out
+
+
+class Scenes:
+    """Composes scenes from photos uint8 [N, 3, 250, 250] that lie on the device."""
+
+    def __init__(self, photos: Tensor) -> None:
+        self._levels = [photos]
+        for _ in range(2):
+            smaller = F.avg_pool2d(self._levels[-1].float(), 2)
+            self._levels.append(smaller.round().to(torch.uint8))
+
+    def compose(self, n: int, side: int) -> tuple[Tensor, Tensor]:
+        """Scenes [n, 3, side, side] in 0..1 and the mask [n, 1, side, side] of their photos.
+
+        The first eighth holds textures alone.
+        """
+        photos = self._levels[0]
+        canvas = imaging.textures(n, side, photos)
+        cover = torch.zeros(n, 1, side, side, device=photos.device)
+        bare = column((torch.arange(n, device=photos.device) < n // 8).float())
+        # Large photos first, small ones over them; each layer has its own octave of scales.
+        plans = random.choice(
+            (
+                ((0, 1.1, 3.2),),
+                ((0, 0.8, 1.8), (1, 0.3, 0.6)),
+                ((0, 0.5, 1.1), (0, 0.5, 1.0), (1, 0.25, 0.55), (2, 0.12, 0.26)),
+                ((1, 0.3, 0.6), (1, 0.25, 0.5), (2, 0.15, 0.28), (2, 0.1, 0.25)),
+                ((0, 0.5, 1.0), (0, 0.5, 0.8), (0, 0.5, 0.8), (0, 0.5, 0.8)),
+            )
+        )
+        for level, low, high in plans:
+            source = self._levels[level]
+            picks = torch.randint(len(source), (n,), device=photos.device)
+            layer = source[picks].float().div(255)
+            scale = torch.exp(rand(n, math.log(low), math.log(high), photos))
+            turned = torch.rand(n, device=photos.device) < 0.3
+            degrees = torch.where(turned, rand(n, -35, 35, photos), rand(n, -6, 6, photos))
+            # In fractions of the photo: the scene's side is side / (250 * scale) photos.
+            span = side / (250 * scale)
+            reach = torch.maximum((span - 1) / 2, torch.full_like(span, 0.12)).clamp(max=4)
+            shift = (torch.rand(n, 2, device=photos.device) - 0.5) * 2 * reach[:, None]
+            grid = imaging.affine_grid(
+                n, side, photos,
+                degrees=degrees, scale=1 / span, shift=shift,
+                flip=torch.rand(n, device=photos.device) < 0.5,
+            )  # fmt: skip
+            mask = imaging.sample(torch.ones_like(layer[:, :1]), grid) * (1 - bare)
+            drawn = imaging.sample(layer, grid, "border")
+            canvas = canvas * (1 - mask) + drawn * mask
+            cover = torch.maximum(cover, mask)
+        return canvas.clamp(0, 1), cover
+
+
+def disturb(scenes: Tensor) -> Tensor:
+    """What cameras do: colour, contrast, night, blur, noise, compression."""
+    x = scenes.clamp(1e-4, 1)
+    n = len(x)
+
+    def rows(share: float) -> Tensor:
+        return torch.randperm(n, device=x.device)[: max(1, int(n * share))]
+
+    x = x ** column(torch.exp(rand(n, -0.5, 0.5, x)))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * column(torch.exp(rand(n, -0.5, 0.3, x))) + mean
+    x = x * (1 + 0.1 * torch.randn(n, 3, 1, 1, device=x.device)) + column(rand(n, -0.1, 0.1, x))
+    x = x.clamp(0, 1)
+    grey = rows(0.15)
+    x[grey] = x[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    night = rows(0.15)
+    x[night] = imaging.expose(x[night], rand(len(night), 0.08, 0.5, x), rand(len(night), 1, 1.6, x))
+    x[night] = imaging.noise(x[night], rand(len(night), 0.0, 0.06, x))
+    soft = rows(0.15)
+    x[soft] = imaging.gaussian_blur(x[soft], random.uniform(0.4, 1.8))
+    grain = rows(0.2)
+    x[grain] = imaging.noise(x[grain], rand(len(grain), 0.005, 0.08, x))
+    packed = rows(0.25)
+    x[packed] = imaging.jpeg(x[packed], rand(len(packed), 15, 90, x))
+    return x
+
+
+def anchor_cover(cover: Tensor) -> Tensor:
+    """[N, A]: how much of each anchor's cell is photo."""
+    return torch.cat([F.avg_pool2d(cover, stride).flatten(1) for stride in STRIDES], 1)
+
+
+def distillation_loss(student: DenseHeads, teacher: DenseHeads, photo: Tensor) -> Tensor:
+    """``student`` in logits, ``teacher`` in probabilities, ``photo`` [N, A] 0..1."""
+    target = (teacher.cls * teacher.obj).float() * (photo > 0.5)
+    log_p = F.logsigmoid(student.cls.float()) + F.logsigmoid(student.obj.float())
+    log_p = log_p.clamp(max=-1e-5)
+    p = log_p.exp()
+    cross = -(target * log_p + (1 - target) * torch.log1p(-p))
+    # Subtracting the target's own entropy changes no gradient but shows when it fits.
+    amount = target.sum().clamp(min=1)
+    score = (cross * (p.detach() - target).abs()).sum() / amount
+    near = target > 0.1
+    weight = target[near][:, None]
+    size = teacher.box[near][:, 2:].float().clamp(-4, 6).exp()
+    extent = size.mean(1, keepdim=True)
+    mine, theirs = student.box[near].float(), teacher.box[near].float()
+    box = F.smooth_l1_loss(
+        torch.cat((mine[:, :2] / size, mine[:, 2:]), 1),
+        torch.cat((theirs[:, :2] / size, theirs[:, 2:]), 1),
+        beta=0.02,
+        reduction="none",
+    )
+    points = F.smooth_l1_loss(
+        student.points[near].float() / extent,
+        teacher.points[near].float() / extent,
+        beta=0.02,
+        reduction="none",
+    )
+    shape = (box.sum(1, keepdim=True) + 0.5 * points.sum(1, keepdim=True)) * weight
+    return score + 2.0 * shape.sum() / amount
+
+
+def train(
+    data: Path, out: Path, clock: Clock, device: torch.device, options: Options, seed: int = 2
+) -> YuNet:
+    """Train until ``clock`` is over; checkpoints and the log go to ``out``."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    photos = load_photos(data, held_out=False, limit=options.limit)
+    scenes = Scenes(torch.from_numpy(photos.pictures).permute(0, 3, 1, 2).contiguous().to(device))
+    teacher = load_yunet(data / "models" / "yunet_n.pth").to(device)
+    network = YuNet(WIDTHS).to(device, memory_format=torch.channels_last)
+    for heads in (network.bbox_head.multi_level_cls, network.bbox_head.multi_level_obj):
+        for head in heads:
+            torch.nn.init.constant_(head.conv2.bias, -2.5)
+    average = Average(network, 0.998)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        decay_groups(network, 1e-3), lr=options.rate, betas=(0.9, 0.98), fused=fused
+    )
+    log: list[dict[str, float]] = []
+    step, saved, begun = 0, time.time(), time.time()
+    while not clock.over:
+        set_rate(optimizer, cosine_rate(clock.progress, options.rate))
+        with torch.no_grad():
+            canvas, cover = scenes.compose(options.batch, options.side)
+            with torch.autocast(device.type, torch.bfloat16, enabled=False):
+                target = teacher((canvas * 255).contiguous(memory_format=torch.channels_last))
+            seen = (disturb(canvas) * 255).contiguous(memory_format=torch.channels_last)
+            photo = anchor_cover(cover)
+        network.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=fused):
+            answer = network.logits(seen)
+        loss = distillation_loss(answer, target, photo)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        average.update(network)
+        step += 1
+        if step % 100 == 0 or step == 1:
+            row = {"step": step, "s": time.time() - begun, "loss": loss.item()}
+            log.append(row)
+            (out / "detector-log.json").write_text(json.dumps(log))
+            print("detector", json.dumps(row), flush=True)
+        if time.time() - saved > options.save_every_s:
+            save(out / "detector.pt", state=half_state(average.network), step=step)
+            saved = time.time()
+    save(out / "detector.pt", state=half_state(average.network), step=step, finished=True)
+    return average.network

@@ -1,0 +1,372 @@
+"""The liveness model: one small network that learns the MiniFASNet pair and simulated attacks.
+
+A scene is a photo placed with mirrored surroundings, so that the wide and the narrow crop
+differ. Untouched scenes are labelled by the pair on the same pixels; scenes turned into an
+attack (print or replay) are labelled "attack", whatever the pair says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from facelane_server.worker.models.architectures.liveness_net import LivenessNet
+from facelane_server.worker.models.architectures.minifasnet import MiniFASNetPair
+from training import imaging
+from training.clock import Average, Clock, cosine_rate, decay_groups, half_state, save, set_rate
+from training.data import load_photos
+from training.imaging import column, rand
+
+NARROW, WIDE, CROP = 2.7, 4.0, 80
+SIDE = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    batch: int = 192
+    rate: float = 3e-3
+    save_every_s: float = 30.0
+    limit: int = 0
+
+
+def load_pair(folder: Path) -> MiniFASNetPair:
+    """The public pair, frozen."""
+    pair = MiniFASNetPair()
+    for network, name in (
+        (pair.v2, "2.7_80x80_MiniFASNetV2.pth"),
+        (pair.v1se, "4_0_0_80x80_MiniFASNetV1SE.pth"),
+    ):
+        state = torch.load(folder / name, map_location="cpu", weights_only=True)
+        network.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    for parameter in pair.parameters():
+        parameter.requires_grad_(False)
+    return pair.eval()
+
+
+def context_crop(pictures: Tensor, boxes: Tensor, scale: float, size: int = CROP) -> Tensor:
+    """Each picture's box enlarged by ``scale``, shifted inside, shrunk if it does not fit.
+
+    ``pictures`` [N, 3, H, W]; ``boxes`` [N, 4] x, y, w, h. The arithmetic, its truncations
+    included, is that of Silent-Face-Anti-Spoofing's ``CropImage`` with a bilinear resize.
+    """
+    height, width = pictures.shape[-2:]
+    x, y, w, h = boxes.unbind(1)
+    factor = torch.minimum(
+        torch.minimum((height - 1) / h, (width - 1) / w), torch.full_like(w, scale)
+    )
+    new_w, new_h = w * factor, h * factor
+    left, top = x + w / 2 - new_w / 2, y + h / 2 - new_h / 2
+    right, bottom = left + new_w, top + new_h
+    shift_x = (-left).clamp(min=0) - (right - (width - 1)).clamp(min=0)
+    shift_y = (-top).clamp(min=0) - (bottom - (height - 1)).clamp(min=0)
+    left, right = (left + shift_x).trunc(), (right + shift_x).trunc()
+    top, bottom = (top + shift_y).trunc(), (bottom + shift_y).trunc()
+    at = (torch.arange(size, device=pictures.device) + 0.5) / size
+    gx = left[:, None] + at * (right - left + 1)[:, None]
+    gy = top[:, None] + at * (bottom - top + 1)[:, None]
+    n = len(boxes)
+    grid = torch.stack(
+        (
+            (gx * 2 / width - 1)[:, None, :].expand(n, size, size),
+            (gy * 2 / height - 1)[:, :, None].expand(n, size, size),
+        ),
+        3,
+    )
+    return F.grid_sample(pictures, grid, "bilinear", "border", align_corners=False)
+
+
+class Scenes:
+    """Photos uint8 [N, 3, 250, 250] with one face box each, on the device."""
+
+    def __init__(self, photos: Tensor, boxes: Tensor) -> None:
+        self.photos, self.boxes = photos, boxes
+
+    def compose(self, n: int) -> tuple[Tensor, Tensor]:
+        """[n, 3, 256, 256] in 0..1 and the face's box [n, 4] in it.
+
+        The last quarter shows the photo as it is, upright in the middle at its own scale.
+        """
+        device = self.photos.device
+        picks = torch.randint(len(self.photos), (n,), device=device)
+        photo = self.photos[picks].float().div(255)
+        box = self.boxes[picks]
+        scale = torch.exp(rand(n, math.log(0.5), math.log(1.25), photo))
+        flip = torch.rand(n, device=device) < 0.5
+        plain = torch.arange(n, device=device) >= n - n // 4
+        scale = torch.where(plain, torch.ones_like(scale), scale)
+        # The scene's centre, in photo pixels, wanders around the face's centre.
+        centre = box[:, :2] + box[:, 2:] / 2
+        centre = centre + (torch.rand(n, 2, device=device) - 0.5) * (SIDE / scale * 0.35)[:, None]
+        middle = torch.full_like(centre, photo.shape[-1] / 2)
+        centre = torch.where(plain[:, None], middle, centre)
+        at = torch.arange(SIDE, device=device) + 0.5 - SIDE / 2
+        mirror = torch.where(flip, -1.0, 1.0)
+        gx = centre[:, :1] + at[None] * (mirror / scale)[:, None]
+        gy = centre[:, 1:] + at[None] / scale[:, None]
+        size = photo.shape[-1]
+        grid = torch.stack(
+            (
+                (gx * 2 / size - 1)[:, None, :].expand(n, SIDE, SIDE),
+                (gy * 2 / size - 1)[:, :, None].expand(n, SIDE, SIDE),
+            ),
+            3,
+        )
+        scene = F.grid_sample(photo, grid, "bilinear", "reflection", align_corners=False)
+        middle = (box[:, :2] + box[:, 2:] / 2 - centre) * scale[:, None]
+        middle = torch.stack((middle[:, 0] * mirror, middle[:, 1]), 1) + SIDE / 2
+        extent = box[:, 2:] * scale[:, None]
+        jitter = 1 + 0.06 * torch.randn(n, 4, device=device)
+        extent = extent * jitter[:, 2:]
+        corner = middle - extent / 2 + extent * (jitter[:, :2] - 1)
+        return scene, torch.cat((corner, extent), 1)
+
+
+def camera(scenes: Tensor) -> Tensor:
+    """Harmless variety of live pictures: exposure, colour, mild noise, mild blur."""
+    x = scenes.clamp(1e-4, 1)
+    n = len(x)
+    x = x ** column(torch.exp(rand(n, -0.35, 0.35, x)))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * column(torch.exp(rand(n, -0.3, 0.2, x))) + mean
+    x = x * (1 + 0.06 * torch.randn(n, 3, 1, 1, device=x.device)) + column(rand(n, -0.06, 0.06, x))
+    x = x.clamp(0, 1)
+    for _ in range(2):
+        rows = torch.randperm(n, device=x.device)[: n // 10]
+        x[rows] = imaging.gaussian_blur(x[rows], random.uniform(0.3, 1.2))
+    rows = torch.randperm(n, device=x.device)[: n // 4]
+    x[rows] = imaging.noise(x[rows], rand(len(rows), 0.003, 0.03, x))
+    rows = torch.randperm(n, device=x.device)[: n // 4]
+    x[rows] = imaging.jpeg(x[rows], rand(len(rows), 30, 95, x))
+    rows = torch.randperm(n, device=x.device)[: n // 8]
+    x[rows] = imaging.sharpen(x[rows], rand(len(rows), 0.2, 1.0, x))
+    return x
+
+
+def _mesh(like: Tensor) -> tuple[Tensor, Tensor]:
+    at = torch.arange(SIDE, device=like.device, dtype=torch.float32)
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    return y, x
+
+
+def _carrier(n: int, low: float, high: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Two crossed phases [n, 1, SIDE, SIDE] of a screen with periods low..high pixels."""
+    y, x = _mesh(like)
+    angle = rand(n, 0, math.pi / 2, like)
+    period = torch.exp(rand(n, math.log(low), math.log(high), like))
+    cos, sin = column(torch.cos(angle)), column(torch.sin(angle))
+    turn = column(2 * math.pi / period)
+    return turn * (cos * x + sin * y), turn * (cos * y - sin * x)
+
+
+def _edge(scenes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Inside mask [n, 1, S, S] of a sheet or screen around the face, and its border band."""
+    n = len(scenes)
+    y, x = _mesh(scenes)
+    centre = boxes[:, :2] + boxes[:, 2:] / 2
+    half = boxes[:, 2:] * (torch.rand(n, 2, device=scenes.device) * 0.9 + 0.65)
+    angle = column(rand(n, -0.3, 0.3, scenes))
+    dx, dy = x - column(centre[:, 0]), y - column(centre[:, 1])
+    u = torch.cos(angle) * dx + torch.sin(angle) * dy
+    v = torch.cos(angle) * dy - torch.sin(angle) * dx
+    outside = torch.maximum(u.abs() - column(half[:, 0]), v.abs() - column(half[:, 1]))
+    inside = torch.sigmoid(-2 * outside)
+    band = column(rand(n, 2, 14, scenes))
+    return inside, torch.sigmoid(2 * (band - outside)) - inside
+
+
+def _surround(n: int, like: Tensor) -> Tensor:
+    plain = torch.rand(n, 3, 1, 1, device=like.device).expand(n, 3, SIDE, SIDE)
+    shade = 1 + 0.2 * imaging.smooth_field(n, 1, 3, SIDE, like)
+    texture = imaging.textures(n, SIDE, like)
+    use = column((torch.rand(n, device=like.device) < 0.5).float())
+    return ((plain * use + texture * (1 - use)) * shade).clamp(0, 1)
+
+
+def print_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
+    """A photo on paper: halftone dots or dithering, flat contrast, paper tint, curl, edge."""
+    n = len(scenes)
+    x = imaging.gaussian_blur(scenes, random.uniform(0.4, 1.2))
+    u, v = _carrier(n, 2.2, 6.0, x)
+    dots = torch.sin(u) * torch.sin(v)
+    lines = torch.sin(u)
+    kind = column(torch.randint(3, (n,), device=x.device).float())
+    screen = torch.where(kind == 0, dots, torch.where(kind == 1, lines, torch.zeros_like(dots)))
+    grain = 0.08 * torch.randn(n, 1, SIDE, SIDE, device=x.device) * (kind == 2)
+    hard = torch.sigmoid((x - 0.5 + 0.35 * screen) * 6)
+    strength = column(rand(n, 0.15, 0.6, x)) * (kind < 2)
+    x = x * (1 - strength) + hard * strength + grain
+    low = column(rand(n, 0.08, 0.3, x))
+    high = column(rand(n, 0.65, 0.92, x))
+    x = low + x.clamp(0, 1) * (high - low)
+    tint = 1 + torch.tensor([-0.08, 0.0, 0.05], device=x.device)[None, :, None, None] * column(
+        rand(n, -0.6, 1.4, x)
+    )
+    x = x * tint * (1 + 0.12 * imaging.smooth_field(n, 1, 3, SIDE, x))
+    inside, band = _edge(x, boxes)
+    edged = column((torch.rand(n, device=x.device) < 0.6).float())
+    framed = x * inside + band * 0.9 + _surround(n, x) * (1 - inside - band).clamp(min=0)
+    return (framed * edged + x * (1 - edged)).clamp(0, 1)
+
+
+def replay_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
+    """A photo on a screen: moire, subpixels, bezel, glare, blue tint, low dynamic range."""
+    n = len(scenes)
+    x = scenes
+    u, v = _carrier(n, 2.0, 9.0, x)
+    second, _ = _carrier(n, 2.0, 5.0, x)
+    amount = column(rand(n, 0.03, 0.16, x))
+    phase = torch.tensor([0.0, 2.1, 4.2], device=x.device)[None, :, None, None]
+    coloured = column((torch.rand(n, device=x.device) < 0.5).float())
+    moire = torch.sin(u + phase * coloured) + 0.7 * torch.sin(second + 0.3 * v)
+    x = x * (1 + amount * moire) + 0.3 * amount * moire
+    low = column(rand(n, 0.02, 0.2, x))
+    high = column(rand(n, 0.6, 0.98, x))
+    x = low + x.clamp(0, 1) ** column(rand(n, 0.7, 1.3, x)) * (high - low)
+    x = x * (
+        1
+        + torch.tensor([0.1, 0.0, -0.08], device=x.device)[None, :, None, None]
+        * column(rand(n, -0.5, 1.5, x))
+    )
+    y, xx = _mesh(x)
+    cx, cy = column(rand(n, 0, SIDE, x)), column(rand(n, 0, SIDE, x))
+    radius = column(rand(n, 15, 70, x))
+    glare = torch.exp(-(((xx - cx) ** 2 + (y - cy) ** 2) / (2 * radius**2)))
+    x = x + glare * column(rand(n, 0.0, 0.7, x)) * column(
+        (torch.rand(n, device=x.device) < 0.5).float()
+    )
+    inside, band = _edge(x, boxes)
+    bezel = column(rand(n, 0.0, 0.15, x))
+    edged = column((torch.rand(n, device=x.device) < 0.6).float())
+    framed = x * inside + band * bezel + _surround(n, x) * (1 - inside - band).clamp(min=0)
+    x = (framed * edged + x * (1 - edged)).clamp(0, 1)
+    rows = torch.randperm(n, device=x.device)[: n // 3]
+    x[rows] = imaging.gaussian_blur(x[rows], random.uniform(0.4, 1.0))
+    return x
+
+
+def held_out_attacks(scenes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    """Attacks that no training saw: newsprint (square dots, one ink), a cut-out held before
+    another scene, a projector (scan lines, washed out), and a copy of a copy on paper."""
+    n = len(scenes)
+    y, x = _mesh(scenes)
+    grey = scenes.mean(1, keepdim=True)
+    period = column(rand(n, 3.0, 5.5, scenes))
+    cell = ((x % period) / period - 0.5).abs() + ((y % period) / period - 0.5).abs()
+    ink = torch.sigmoid((grey - cell) * 10)
+    newsprint = (0.15 + 0.65 * ink) * torch.tensor([0.86, 0.95, 1.0], device=x.device)[
+        None, :, None, None
+    ]
+    scan = 0.5 + 0.5 * torch.sin(2 * math.pi * y / column(rand(n, 2.5, 5.0, scenes)))
+    projector = 0.35 + 0.5 * imaging.gaussian_blur(scenes, 1.0) * (0.75 + 0.25 * scan)
+    projector = projector * torch.tensor([1.08, 1.0, 0.9], device=x.device)[None, :, None, None]
+    other = scenes.roll(1, 0)
+    centre = boxes[:, :2] + boxes[:, 2:] / 2
+    oval = ((x - column(centre[:, 0])) / column(boxes[:, 2] * 0.75)) ** 2 + (
+        (y - column(centre[:, 1])) / column(boxes[:, 3] * 0.75)
+    ) ** 2
+    inside = torch.sigmoid((1 - oval) * 25)
+    rim = torch.sigmoid((1.12 - oval) * 25) - inside
+    paper = 0.2 + 0.55 * imaging.gaussian_blur(scenes, 0.8)
+    cutout = paper * inside + rim * 0.95 + other * (1 - inside - rim).clamp(min=0)
+    dither = (
+        (scenes - 0.5) * 0.6
+        + 0.5
+        + 0.14
+        * torch.sin(math.pi * (x + y))
+        * torch.cos(2 * math.pi * x / column(rand(n, 2.2, 3.5, scenes)))
+    )
+    copy = 0.25 + 0.5 * imaging.gaussian_blur(dither, 0.6) + 0.04 * torch.randn_like(scenes)
+    return {
+        name: value.clamp(0, 1)
+        for name, value in (
+            ("newsprint", newsprint),
+            ("projector", projector),
+            ("cutout", cutout),
+            ("copy", copy),
+        )
+    }
+
+
+def pair_scores(pair: nn.Module, scenes: Tensor, boxes: Tensor) -> Tensor:
+    """[N]: the pair's score of scenes in 0..1."""
+    picture = (scenes * 255).round()
+    answer: Tensor = pair(context_crop(picture, boxes, NARROW), context_crop(picture, boxes, WIDE))
+    return answer.float()
+
+
+def student_input(scenes: Tensor, boxes: Tensor) -> Tensor:
+    """[N, 3, 80, 80] BGR 0..255, as the server cuts it."""
+    return context_crop((scenes * 255).round(), boxes, NARROW)
+
+
+def train(
+    data: Path, out: Path, clock: Clock, device: torch.device, options: Options, seed: int = 3
+) -> LivenessNet:
+    """Train until ``clock`` is over; checkpoints and the log go to ``out``."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    photos = load_photos(data, held_out=False, limit=options.limit)
+    faces = torch.from_numpy(photos.main_face())
+    good = faces[:, 14] >= 0.7
+    pictures = torch.from_numpy(photos.pictures).permute(0, 3, 1, 2)[good].contiguous().to(device)
+    scenes = Scenes(pictures, faces[good][:, :4].to(device))
+    pair = load_pair(data / "models").to(device)
+    network = LivenessNet().to(device, memory_format=torch.channels_last)
+    average = Average(network, 0.998)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        decay_groups(network, 0.02), lr=options.rate, betas=(0.9, 0.98), fused=fused
+    )
+    attacks = max(2, options.batch * 2 // 5)
+    log: list[dict[str, float]] = []
+    step, saved, begun = 0, time.time(), time.time()
+    while not clock.over:
+        set_rate(optimizer, cosine_rate(clock.progress, options.rate))
+        with torch.no_grad():
+            scene, boxes = scenes.compose(options.batch)
+            half = attacks // 2
+            scene = torch.cat(
+                (
+                    print_attack(scene[:half], boxes[:half]),
+                    replay_attack(scene[half:attacks], boxes[half:attacks]),
+                    scene[attacks:],
+                )
+            )
+            # The last eighth stays as it is: pictures as they come are what is served most.
+            scene[: -(options.batch // 8)] = camera(scene[: -(options.batch // 8)])
+            live = pair_scores(pair, scene[attacks:], boxes[attacks:])
+            target = torch.cat((torch.zeros(attacks, device=device), live))
+            seen = student_input(scene, boxes).contiguous(memory_format=torch.channels_last)
+        network.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=fused):
+            logit = network.logits(seen)
+        loss = F.binary_cross_entropy_with_logits(logit.float(), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        average.update(network)
+        step += 1
+        if step % 100 == 0 or step == 1:
+            row = {
+                "step": step,
+                "s": time.time() - begun,
+                "loss": loss.item(),
+                "live_share": float((live > 0.5).float().mean()),
+            }
+            log.append(row)
+            (out / "liveness-log.json").write_text(json.dumps(log))
+            print("liveness", json.dumps(row), flush=True)
+        if time.time() - saved > options.save_every_s:
+            save(out / "liveness.pt", state=half_state(average.network), step=step)
+            saved = time.time()
+    save(out / "liveness.pt", state=half_state(average.network), step=step, finished=True)
+    return average.network

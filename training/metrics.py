@@ -1,0 +1,81 @@
+"""Measures of verification, of separation, and of agreement. Everything is numpy, float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+
+def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
+    """Probability that a positive scores above a negative; ties count half."""
+    p, n = np.asarray(positive, np.float64), np.sort(np.asarray(negative, np.float64))
+    below = np.searchsorted(n, p, "left")
+    upto = np.searchsorted(n, p, "right")
+    return float((below + upto).mean() / 2 / len(n))
+
+
+def pairs(identity: I64, seed: int, cap: int = 20) -> tuple[I64, I64]:
+    """Genuine pairs [G, 2] (at most ``cap`` of each identity) and all impostor pairs [I, 2]."""
+    rng = np.random.default_rng(seed)
+    genuine: list[I64] = []
+    for who in np.unique(identity):
+        rows = np.flatnonzero(identity == who)
+        a, b = np.triu_indices(len(rows), 1)
+        both = np.stack((rows[a], rows[b]), 1)
+        genuine.append(rng.permutation(both)[:cap])
+    a, b = np.triu_indices(len(identity), 1)
+    different = identity[a] != identity[b]
+    return np.concatenate(genuine), np.stack((a[different], b[different]), 1)
+
+
+def accuracy_10_fold(genuine: F64, impostor: F64, seed: int) -> float:
+    """Mean accuracy over ten folds, each at the threshold that is best on the other nine.
+
+    As many impostor pairs as genuine ones are drawn.
+    """
+    rng = np.random.default_rng(seed)
+    count = min(len(genuine), len(impostor))
+    same, other = rng.permutation(genuine)[:count], rng.permutation(impostor)[:count]
+    fold = np.arange(count) % 10
+    hits: list[float] = []
+    for k in range(10):
+        threshold = best_threshold(same[fold != k], other[fold != k])
+        test_same, test_other = same[fold == k], other[fold == k]
+        right = (test_same >= threshold).sum() + (test_other < threshold).sum()
+        hits.append(right / (len(test_same) + len(test_other)))
+    return float(np.mean(hits))
+
+
+def best_threshold(genuine: F64, impostor: F64) -> float:
+    """The threshold of highest balanced accuracy."""
+    values = np.sort(np.concatenate((genuine, impostor)))
+    passed = 1 - np.searchsorted(np.sort(genuine), values, "left") / len(genuine)
+    stopped = np.searchsorted(np.sort(impostor), values, "left") / len(impostor)
+    return float(values[np.argmax(passed + stopped)])
+
+
+def threshold_at_far(impostor: F64, far: float) -> float:
+    """The lowest threshold that at most ``far`` of the impostors reach."""
+    ordered = np.sort(impostor)[::-1]
+    allowed = int(np.floor(far * len(ordered)))
+    return float(np.nextafter(ordered[min(allowed, len(ordered) - 1)], np.inf))
+
+
+def reject_curve(score: F64, similarity: F64, genuine: npt.NDArray[np.bool_], shares: F64) -> F64:
+    """Verification error among the pairs that remain after rejecting the worst shares.
+
+    The error is one minus the balanced accuracy at the best threshold of the whole set.
+    """
+    threshold = best_threshold(similarity[genuine], similarity[~genuine])
+    wrong = (similarity >= threshold) != genuine
+    order = np.argsort(score, kind="stable")
+    out: list[float] = []
+    for share in shares:
+        kept = order[int(share * len(order)) :]
+        same = genuine[kept]
+        parts = [wrong[kept][side].mean() for side in (same, ~same) if side.any()]
+        out.append(float(np.mean(parts)))
+    return np.array(out)

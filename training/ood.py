@@ -1,0 +1,224 @@
+"""The OOD score of the recogniser: two ways to learn it, on top of a finished trunk.
+
+*Consistency*: a head on pooled feature maps predicts how far the embedding of a damaged
+face stays at the clean one's (the trunk is frozen).
+
+*RTS* (Random Temperature Scaling, arXiv 2212.01015): the last stage, the embedding and a
+log-variance head are trained together from a classification objective whose softmax has a
+random temperature, the mean of ``ALPHA`` squared Gaussians of the predicted variance, with a
+KL term to unit variance. The earlier stages stay frozen; the shipped embedding is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet, TrustHead
+from training.augment import background_patches, clean_batch, damage
+from training.clock import Clock, cosine_rate, decay_groups, save, set_rate
+from training.data import load_crops, load_photos
+from training.recognizer import student_input
+
+ALPHA = 16
+KL_WEIGHT = 0.3
+CLEAN_TARGET = 0.97
+DAMAGED_CEILING = 0.8
+"""Target of a damage that moves the embedding not at all: below clean, so that damage which
+the recogniser happens to bear (mild noise, over-exposure) is still told from none."""
+
+
+@dataclass(frozen=True)
+class Options:
+    batch: int = 256
+    rate: float = 2e-3
+    limit: int = 0
+
+
+class Material:
+    """Crops, identities and face-free patches on the device."""
+
+    def __init__(self, data: Path, device: torch.device, limit: int, *, held_out: bool) -> None:
+        crops = load_crops(data, held_out=held_out, limit=limit)
+        self.pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2).contiguous().to(device)
+        self.identity = torch.from_numpy(crops.identity).to(device)
+        self.source = torch.from_numpy(crops.source).to(device)
+        photos = load_photos(data, held_out=held_out, limit=limit)
+        faces = torch.from_numpy(photos.main_face()[:, :4])
+        tensor = torch.from_numpy(photos.pictures).permute(0, 3, 1, 2)
+        count = 4000 if not limit else 200
+        self.backgrounds = background_patches(tensor, faces, count).to(device)
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(self.pictures), (n,), device=self.pictures.device)
+        return self.pictures[rows], self.identity[rows]
+
+
+def on_device(network: MobileFaceNet, device: torch.device) -> MobileFaceNet:
+    """A frozen copy for inference, half precision on CUDA."""
+    copy = deepcopy(network).to(device, memory_format=torch.channels_last).eval()
+    for parameter in copy.parameters():
+        parameter.requires_grad_(False)
+    return copy.half() if device.type == "cuda" else copy
+
+
+def forward(network: MobileFaceNet, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Embedding and maps of BGR 0..1 pictures, in the network's own precision."""
+    x = student_input(pictures).to(next(network.parameters()).dtype)
+    return network.trunk(x)
+
+
+def map_channels(network: MobileFaceNet) -> list[int]:
+    with torch.no_grad():
+        like = next(network.parameters())
+        _, maps = network.trunk(torch.zeros(1, 3, 112, 112, dtype=like.dtype, device=like.device))
+    return [m.shape[1] for m in maps]
+
+
+def train_consistency(
+    network: MobileFaceNet, material: Material, out: Path, clock: Clock, options: Options
+) -> TrustHead:
+    """A trust head for ``network`` (on the CPU, fp32), trained until ``clock`` is over."""
+    torch.manual_seed(4)
+    random.seed(4)
+    device = material.pictures.device
+    trunk = on_device(network, device)
+    head = TrustHead(map_channels(network)).to(device)
+    centre = torch.zeros(head.hidden.in_features, device=device)
+    spread = torch.ones_like(centre)
+    optimizer = torch.optim.AdamW(decay_groups(head, 0.02), lr=options.rate, betas=(0.9, 0.98))
+    mean_head = deepcopy(head)
+    seen: list[Tensor] = []
+    log: list[dict[str, float]] = []
+    begun, step = time.time(), 0
+    while not clock.over or step < 4:
+        with torch.no_grad():
+            pictures, _ = material.draw(options.batch)
+            clean = clean_batch(pictures)
+            both = torch.cat((clean, damage(clean, material.backgrounds)))
+            embedding, maps = forward(trunk, both)
+            summary = TrustHead.summary(maps, embedding)
+            direction = F.normalize(embedding.float())
+            kept = (direction[: options.batch] * direction[options.batch :]).sum(1)
+            target = torch.cat(
+                (torch.full_like(kept, CLEAN_TARGET), DAMAGED_CEILING * kept.clamp(0.02, 1))
+            )
+            if step < 20:
+                # The first steps fix the standardisation; it is folded into the head at the end.
+                seen.append(summary)
+                everything = torch.cat(seen)
+                centre, spread = everything.mean(0), everything.std(0).clamp(min=1e-3)
+        set_rate(optimizer, cosine_rate(clock.progress, options.rate))
+        logit = head.out(head.act(head.hidden((summary - centre) / spread)))[:, 0]
+        loss = F.binary_cross_entropy_with_logits(logit, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            weight = 0.99 if step > 100 else 0.9
+            for mine, theirs in zip(mean_head.parameters(), head.parameters(), strict=True):
+                mine.lerp_(theirs, 1 - weight)
+        step += 1
+        if step % 100 == 0:
+            log.append({"step": step, "s": time.time() - begun, "loss": loss.item()})
+            (out / "ood-log.json").write_text(json.dumps(log))
+    print("ood", json.dumps({"consistency_steps": step, "loss": loss.item()}), flush=True)
+    with torch.no_grad():
+        mean_head.hidden.bias -= mean_head.hidden.weight @ (centre / spread)
+        mean_head.hidden.weight /= spread
+    return mean_head.eval().cpu()
+
+
+class Rts(nn.Module):
+    """The retrained end of the trunk with its log-variance head."""
+
+    def __init__(self, network: MobileFaceNet, identities: int) -> None:
+        super().__init__()
+        # Clones hold float copies of layers whose batch norms are folded; that is no
+        # obstacle to fine-tuning for a minute.
+        self.stage = deepcopy(network.stages[2]).float()
+        self.features = deepcopy(network.features).float()
+        self.head = deepcopy(network.head).float()
+        self.variance = nn.Linear(2 * 512, 1)
+        nn.init.zeros_(self.variance.weight)
+        nn.init.zeros_(self.variance.bias)
+        self.classes = nn.Parameter(0.01 * torch.randn(identities, 512))
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    def forward(self, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The second stage's map -> embedding [N, 512], log-variance [N]."""
+        features = self.features(self.stage(second))
+        flat = features.flatten(2)
+        pooled = torch.cat((flat.mean(2), flat.std(2)), 1)
+        return self.head(features), self.variance(pooled)[:, 0].clamp(-6, 6)
+
+
+def rts_loss(rts: Rts, embedding: Tensor, log_variance: Tensor, label: Tensor) -> Tensor:
+    cosine = F.normalize(embedding) @ F.normalize(rts.classes).T
+    margin = 0.2 * F.one_hot(label, cosine.shape[1])
+    chi = torch.randn(len(label), ALPHA, device=label.device).square().mean(1)
+    temperature = (chi * log_variance.exp()).clamp(min=0.05)
+    classification = F.cross_entropy(24 * (cosine - margin) / temperature[:, None], label)
+    kl = 0.5 * (log_variance.exp() - 1 - log_variance).mean()
+    return classification + KL_WEIGHT * kl
+
+
+def train_rts(
+    network: MobileFaceNet, material: Material, out: Path, clock: Clock, options: Options
+) -> Rts:
+    """The RTS end for ``network``, trained until ``clock`` is over; on the device."""
+    torch.manual_seed(5)
+    random.seed(5)
+    device = material.pictures.device
+    trunk = on_device(network, device)
+    _, label_of = torch.unique(material.identity, return_inverse=True)
+    rts = Rts(network, int(label_of.max()) + 1).to(device)
+    optimizer = torch.optim.AdamW(decay_groups(rts, 0.01), lr=1e-3, betas=(0.9, 0.98))
+    step, loss = 0, torch.zeros(())
+    while not clock.over or step < 4:
+        with torch.no_grad():
+            rows = torch.randint(len(material.pictures), (options.batch,), device=device)
+            clean = clean_batch(material.pictures[rows])
+            both = torch.cat((clean, damage(clean, material.backgrounds)))
+            _, (_, second, _) = forward(trunk, both)
+            label = label_of[rows].repeat(2)
+        set_rate(optimizer, cosine_rate(clock.progress, 1e-3))
+        embedding, log_variance = rts(second.float())
+        loss = rts_loss(rts, embedding, log_variance, label)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(rts.parameters(), 5.0)
+        optimizer.step()
+        step += 1
+    print("ood", json.dumps({"rts_steps": step, "loss": loss.item()}), flush=True)
+    save(out / "rts.pt", state=rts.state_dict(), step=step)
+    return rts.eval()
+
+
+@torch.inference_mode()
+def score_all(
+    network: MobileFaceNet, rts: Rts | None, pictures: Tensor, batch: int = 256
+) -> dict[str, Tensor]:
+    """``embedding`` [N, 512] normalised, and the scores [N] ``consistency`` (a logit), ``norm``
+    and ``rts`` (minus log-variance), on the host. Pictures are uint8 or float 0..1, BGR."""
+    rows: dict[str, list[Tensor]] = {}
+    for part in pictures.split(batch):
+        x = part.float() / 255 if part.dtype == torch.uint8 else part
+        embedding, maps = forward(network, x)
+        got = {"embedding": F.normalize(embedding.float()), "norm": embedding.float().norm(dim=1)}
+        if network.ood_head is not None:
+            got["consistency"] = network.ood_head(maps, embedding).float()
+        if rts is not None:
+            got["rts"] = -rts(maps[1].float())[1]
+        for name, value in got.items():
+            rows.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(values) for name, values in rows.items()}

@@ -1,0 +1,145 @@
+"""Pack the data and the teachers into one folder of less than 60 MB.
+
+``python -m training.pack --shared DIR --out DIR`` reads ``DIR/data`` and ``DIR/models``,
+marks the identities that are kept out, lets YuNet label the photos, re-encodes what is
+only trained on, and records the hashes. Crops of identities kept out stay byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from training.data import CELEBA, LFW, U8, is_held_out, sha256
+from training.teacher import TEACHER_STEM
+
+PHOTO_QUALITY = 75
+CELEBA_QUALITY = 85
+LABEL_SCORE = 0.5
+"""Faces that YuNet scores below this are left out of the labels."""
+
+MODELS = (
+    f"{TEACHER_STEM}.xml",
+    f"{TEACHER_STEM}.bin",
+    "yunet_n.pth",
+    "2.7_80x80_MiniFASNetV2.pth",
+    "4_0_0_80x80_MiniFASNetV1SE.pth",
+)
+
+
+def _slices(archive: Any) -> list[bytes]:
+    blob, offsets = archive["jpeg"], archive["offsets"]
+    return [bytes(blob[offsets[i] : offsets[i + 1]]) for i in range(len(offsets) - 1)]
+
+
+def _webp(encoded: bytes, quality: int) -> bytes:
+    picture = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+    done, out = cv2.imencode(".webp", picture, [cv2.IMWRITE_WEBP_QUALITY, quality])
+    if not done:
+        raise ValueError("a picture could not be re-encoded")
+    return out.tobytes()
+
+
+def _join(parts: Sequence[bytes]) -> tuple[U8, npt.NDArray[np.int64]]:
+    offsets = np.cumsum([0] + [len(part) for part in parts]).astype(np.int64)
+    return np.frombuffer(b"".join(parts), np.uint8), offsets
+
+
+def pack_crops(data: Path, out: Path) -> None:
+    """Both crop sets into ``out``/crops.npz; identities are renumbered, no names are kept."""
+    parts: list[bytes] = []
+    identity: list[int] = []
+    held: list[bool] = []
+    source: list[int] = []
+    with np.load(data / "celeba299.npz") as archive:
+        numbers = {v: i for i, v in enumerate(sorted(set(archive["identity"].tolist())))}
+        for encoded, who in zip(_slices(archive), archive["identity"].tolist(), strict=True):
+            parts.append(_webp(encoded, CELEBA_QUALITY))
+            identity.append(numbers[who])
+            held.append(False)
+            source.append(CELEBA)
+        base = len(numbers)
+    with np.load(data / "lfw_train.npz") as archive:
+        rows = zip(_slices(archive), archive["identity"].tolist(), archive["names"], strict=True)
+        for encoded, who, name in rows:
+            parts.append(encoded)
+            identity.append(base + who)
+            held.append(is_held_out(str(name).split("/")[0]))
+            source.append(LFW)
+    blob, offsets = _join(parts)
+    np.savez(
+        out / "crops.npz",
+        blob=blob,
+        offsets=offsets,
+        identity=np.array(identity, np.int64),
+        heldout=np.array(held),
+        source=np.array(source, np.int64),
+    )
+
+
+def pack_photos(data: Path, models: Path, out: Path, limit: int = 0) -> None:
+    """The photos into ``out``/photos.npz, with YuNet's faces (score at least 0.5)."""
+    from training.detector import load_yunet, merge_faces
+
+    network = load_yunet(models / "yunet_n.pth")
+    parts: list[bytes] = []
+    held: list[bool] = []
+    faces: list[npt.NDArray[np.float32]] = []
+    with np.load(data / "lfw_train_photos.npz") as archive:
+        encoded = _slices(archive)
+        names = [str(name) for name in archive["names"]]
+    for raw, name in list(zip(encoded, names, strict=True))[: limit or None]:
+        small = _webp(raw, PHOTO_QUALITY)
+        picture = cv2.imdecode(np.frombuffer(small, np.uint8), cv2.IMREAD_COLOR)
+        tensor = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+        with torch.inference_mode():
+            found = merge_faces(network, tensor, LABEL_SCORE)[0]
+        parts.append(small)
+        held.append(is_held_out(name.split("/")[0]))
+        faces.append(found.numpy().astype(np.float32))
+    blob, offsets = _join(parts)
+    first = np.cumsum([0] + [len(rows) for rows in faces]).astype(np.int64)
+    np.savez(
+        out / "photos.npz",
+        blob=blob,
+        offsets=offsets,
+        heldout=np.array(held),
+        faces=np.concatenate(faces),
+        first=first,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    out: Path = arguments.out
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    data, models = arguments.shared / "data", arguments.shared / "models"
+    for name in MODELS:
+        shutil.copyfile(models / name, out / "models" / name)
+    pack_crops(data, out)
+    pack_photos(data, models, out)
+    packed = ["crops.npz", "photos.npz", *(f"models/{name}" for name in MODELS)]
+    sources = ["celeba299.npz", "lfw_train.npz", "lfw_train_photos.npz"]
+    record = {
+        "sources": {name: sha256(data / name) for name in sources},
+        "packed": {name: sha256(out / name) for name in packed},
+    }
+    (out / "manifest.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

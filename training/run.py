@@ -1,0 +1,249 @@
+"""Train, measure and collect everything within a wall-clock budget.
+
+``python -m training.run --data DIR --out DIR [--budget-s 560] [--smoke]``
+
+The three trainings run as processes of their own on one device. While the recogniser
+compiles, detector and liveness have the device to themselves; they end early, and the
+recogniser has it alone for the rest. Whatever a process reached when the budget ends is
+kept: checkpoints are written while training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training import data as packed
+from training import detector, evaluate, liveness, ood, recognizer
+from training.clock import Clock, half_state, save
+
+STAGES = ("detector", "liveness", "recognizer")
+ENDS = {"detector": 0.32, "liveness": 0.28, "recognizer": 0.775, "consistency": 0.86, "rts": 0.92}
+"""When each training ends, as a share of the budget."""
+SMOKE_LIMIT = 64
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run_detector(arguments: argparse.Namespace, start: float) -> None:
+    device = _device()
+    options = detector.Options()
+    if arguments.smoke:
+        options = replace(options, side=96, batch=4, limit=SMOKE_LIMIT)
+    clock = Clock(time.time(), start + arguments.budget_s * ENDS["detector"] - time.time())
+    network = detector.train(arguments.data, arguments.out, clock, device, options)
+    network = network.float().eval()
+    report = evaluate.detector_report(network, arguments.data, device, options.limit)
+    _write(arguments.out / "detector.json", report)
+
+
+def run_liveness(arguments: argparse.Namespace, start: float) -> None:
+    device = _device()
+    options = liveness.Options()
+    if arguments.smoke:
+        options = replace(options, batch=10, limit=SMOKE_LIMIT)
+    clock = Clock(time.time(), start + arguments.budget_s * ENDS["liveness"] - time.time())
+    network = liveness.train(arguments.data, arguments.out, clock, device, options)
+    report = evaluate.liveness_report(network, arguments.data, device, options.limit)
+    _write(arguments.out / "liveness.json", report)
+
+
+def run_recognizer(arguments: argparse.Namespace, start: float) -> None:
+    device = _device()
+    limit = SMOKE_LIMIT if arguments.smoke else 0
+    options = recognizer.Options(limit=limit, resume=arguments.resume)
+    if arguments.smoke:
+        options = replace(options, batch=8)
+    ends = {name: start + share * arguments.budget_s for name, share in ENDS.items()}
+    # Read beside the compiler, which leaves most of the host idle.
+    reader = ThreadPoolExecutor(1)
+    materials = [
+        reader.submit(ood.Material, arguments.data, device, limit, held_out=side)
+        for side in (False, True)
+    ]
+    student = recognizer.train(arguments.data, arguments.out, ends["recognizer"], device, options)
+    shipped = recognizer.lift(student)
+    state = half_state(shipped)
+    save(arguments.out / "recognizer-shipped.pt", state=state)
+    material, held_out = (future.result() for future in materials)
+    reader.shutdown()
+    settings = ood.Options(limit=limit, batch=20 if arguments.smoke else 256)
+    clock = Clock(time.time(), ends["consistency"] - time.time())
+    head = ood.train_consistency(shipped, material, arguments.out, clock, settings)
+    whole = recognizer.MobileFaceNet(norm=False, ood_head="trust")
+    whole.load_state_dict({**state, **{f"ood_head.{k}": v for k, v in half_state(head).items()}})
+    whole.eval()
+    save(arguments.out / "recognizer-shipped.pt", state=half_state(whole))
+    clock = Clock(time.time(), ends["rts"] - time.time())
+    rts = ood.train_rts(shipped, material, arguments.out, clock, settings)
+    # Measured in fp32 with the fp16 weights, as a CPU will serve them.
+    network = whole.float().to(device, memory_format=torch.channels_last)
+    report = evaluate.recognizer(network, rts, arguments.data, material, held_out)
+    _write(arguments.out / "recognizer.json", report)
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    run = {"detector": run_detector, "liveness": run_liveness, "recognizer": run_recognizer}
+    run[arguments.stage](arguments, arguments.start)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report's main figures as markdown."""
+    lines = ["# Starter models: what was measured", ""]
+    about = report["about"]
+    lines += [f"{about['device']}, torch {about['torch']}, {about['seconds']:.0f} s in all.", ""]
+    got = report.get("recognizer", {})
+    if got:
+        lines += ["## Recogniser, identities never seen", ""]
+        lines += ["| | accuracy | TAR@1e-2 | TAR@1e-3 | TAR@1e-4 |", "|---|---|---|---|---|"]
+        for name in ("verification", "teacher_verification"):
+            if name in got:
+                v = got[name]
+                cells = [v["accuracy"], *(v[f"tar_at_far_1e-{k}"] for k in (2, 3, 4))]
+                lines.append(f"| {name} | " + " | ".join(f"{c:.4f}" for c in cells) + " |")
+        scores = list(got["ood_mean"])
+        lines += ["", "## OOD, AUROC", "", "| damage | " + " | ".join(scores) + " |"]
+        lines.append("|---" * (len(scores) + 1) + "|")
+        rows = {**got["ood_auroc"], "mean": got["ood_mean"]}
+        rows["mean of kinds kept out"] = got["ood_mean_held_out_kinds"]
+        for kind, row in rows.items():
+            lines.append(f"| {kind} | " + " | ".join(f"{row[s]:.4f}" for s in scores) + " |")
+    for name in ("detector", "liveness"):
+        if name in report:
+            lines += ["", f"## {name.capitalize()}", "", "```json"]
+            lines += [json.dumps(report[name], indent=1), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def plots(report: dict[str, Any], out: Path) -> None:
+    """Reject curve and OOD bars as PNG, where matplotlib is installed."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    got = report.get("recognizer")
+    if not got:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
+    for score in got["ood_mean"]:
+        axes[0].plot(got["reject"]["share"], got["reject"][score], label=score)
+    axes[0].set_xlabel("share rejected")
+    axes[0].set_ylabel("verification error")
+    axes[0].legend()
+    kinds = list(got["ood_auroc"])
+    scores = list(got["ood_mean"])
+    for index, score in enumerate(scores):
+        at = [k + 0.8 * index / len(scores) for k in range(len(kinds))]
+        axes[1].barh(
+            at, [got["ood_auroc"][k][score] for k in kinds], 0.8 / len(scores), label=score
+        )
+    axes[1].set_yticks(range(len(kinds)), kinds)
+    axes[1].set_xlim(0.4, 1.0)
+    axes[1].legend()
+    figure.tight_layout()
+    figure.savefig(out / "ood.png", dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of training.pack")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget-s", type=float, default=560.0)
+    parser.add_argument("--only", nargs="*", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--resume", type=Path, help="a recognizer.pt to go on from")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the recipe")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.stage:
+        _stage(arguments)
+        return 0
+    start: float = arguments.start
+    recorded = packed.manifest(arguments.data)
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    environment = {
+        "TORCHINDUCTOR_CACHE_DIR": str((out / "inductor").resolve()),
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+    }
+    failed: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for stage in arguments.only:
+            command = [sys.executable, "-m", "training.run", "--stage", stage]
+            command += ["--data", str(arguments.data), "--out", str(out)]
+            command += ["--budget-s", str(arguments.budget_s), "--start", str(start)]
+            command += ["--smoke"] if arguments.smoke else []
+            command += ["--resume", str(arguments.resume)] if arguments.resume else []
+            children[stage] = stack.enter_context(
+                subprocess.Popen(command, env=environment)  # noqa: S603 - our own module
+            )
+        last = start + arguments.budget_s + (60 if arguments.smoke else 10)
+        for stage, child in children.items():
+            try:
+                code = child.wait(max(1.0, last - time.time()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                code = child.wait()
+            if code:
+                failed.append(stage)
+    cuda = torch.cuda.is_available()
+    report: dict[str, Any] = {
+        "about": {
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+            "torch": torch.__version__,
+            "seconds": time.time() - start,
+            "failed": failed,
+            "data": recorded,
+        }
+    }
+    for stage in arguments.only:
+        path = out / f"{stage}.json"
+        if path.exists():
+            report[stage] = json.loads(path.read_text())
+    _write(out / "report.json", report)
+    (out / "report.md").write_text(summary(report))
+    try:
+        plots(report, out)
+    except Exception:  # noqa: BLE001 - a plot is no reason to lose a training
+        traceback.print_exc()
+    with tarfile.open(out / "training.tar.gz", "w:gz") as archive:
+        for path in sorted(out.iterdir()):
+            if path.is_file() and path.suffix in (".pt", ".json", ".md", ".png"):
+                archive.add(path, path.name)
+    print(json.dumps({"failed": failed, "seconds": time.time() - start}), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
