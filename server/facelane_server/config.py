@@ -37,7 +37,9 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class Tls(Section):
     cert_file: str = ""
+    """PEM certificate chain; with it the server speaks TLS only."""
     key_file: str = ""
+    """PEM private key."""
     client_ca_file: str = ""
     """When set, clients must present a certificate of this authority (mutual TLS)."""
 
@@ -55,23 +57,32 @@ class Server(Section):
     listen: str = "127.0.0.1:50151"
     """``host:port`` or ``unix:/path``."""
     drain_grace_s: Seconds = 10.0
+    """How long open streams may finish after SIGTERM."""
     reflection: bool = True
+    """Offer gRPC reflection (``grpcurl`` and friends)."""
 
 
 class Limits(Section):
     max_streams: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STREAMS)] = 256
+    """Streams open at one time; more are refused with STREAM_LIMIT."""
     window: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_WINDOW)] = 64
     """Frames of a stream without an outcome written; more are held back by flow control."""
     window_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1024 * limits.MIB)] = 32 * limits.MIB
     """Picture bytes that a stream may hold on the server; one frame is always let in."""
     max_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 1_000
+    """LATEST_WINS: a frame older than this when a worker is free is dropped."""
     lossless_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=3_600_000)] = 60_000
+    """The same for LOSSLESS streams."""
     image_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 10_000
+    """For single pictures, where the caller sets no nearer deadline."""
     max_frame_bytes: Annotated[int, msgspec.Meta(ge=1024, le=limits.MAX_PICTURE_BYTES)] = (
         16 * limits.MIB
     )
+    """Bytes of one picture as sent."""
     max_pixels: Annotated[int, msgspec.Meta(ge=4096, le=limits.MAX_PIXELS)] = 16_000_000
+    """Width x height of one picture; checked in its header, before decoding."""
     max_faces: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_FACES)] = 32
+    """Faces a picture, best score first."""
     slow_reader_s: Seconds = 30.0
     """A client that does not read its outcomes for so long loses its stream."""
     first_message_s: Seconds = 10.0
@@ -87,22 +98,29 @@ class Pool(Section):
     model: str = ""
     """A package's name or folder; empty = the default of the stage."""
     workers: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_WORKERS)] = 1
+    """Worker processes (threads, for ``thread``)."""
     spares: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
     """Warmed workers that take over at once when one is lost."""
     devices: tuple[str, ...] = ("auto",)
     """``cpu``, ``cuda:0``, ...; ``auto`` = cuda:0 where there is one, else cpu. Workers are
     spread over them in turn."""
     isolation: Isolation = "process"
+    """``process``: own process, own CUDA context. ``mps``: the same under NVIDIA MPS, with ``sm_share``. ``thread``: threads of one process, own streams. ``external``: started by somebody else, attaches to ``socket``."""
     group: str = "shared"
     """``thread`` pools of one group are threads of one worker process."""
     socket: str = ""
     """``external``: the Unix socket that workers attach to; empty =
     ``<runtime dir>/<pool>.sock``."""
     batch_max: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BATCH)] = 8
+    """Largest batch that a worker takes; batches grow under load only."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    """CPU threads of one worker."""
     precision: Precision = "auto"
+    """``auto``: fp16 on CUDA, fp32 on the CPU."""
     graphs: bool = True
+    """Capture CUDA graphs."""
     stream_priority: Annotated[int, msgspec.Meta(ge=-5, le=0)] = 0
+    """CUDA stream priority; lower = sooner."""
     memory_mib: NonNegative = 0
     """Budget of one worker on its device, CUDA context included; 0 = no budget."""
     sm_share: Annotated[int, msgspec.Meta(ge=1, le=100)] = 100
@@ -112,12 +130,17 @@ class Pool(Section):
     job_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 5_000
     """A job that takes longer means that the worker hangs: it is killed."""
     load_timeout_s: Seconds = 120.0
+    """Loading and warming up may take this long."""
     ping_interval_s: Seconds = 2.0
+    """An idle worker is asked this often whether its inference loop lives."""
     restart_limit: Positive = 5
     """Losses within ``restart_window_s`` after which a worker is quarantined."""
     restart_window_s: Seconds = 120.0
+    """See ``restart_limit``."""
     backoff_initial_s: Seconds = 0.05
+    """Wait before the first restart; doubles, with jitter."""
     backoff_max_s: Seconds = 15.0
+    """Longest wait before a restart."""
     quarantine_s: Seconds = 60.0
     """A quarantined worker is given one more try after this time."""
     canary_interval_s: Seconds = 10.0
@@ -136,17 +159,24 @@ class Identity(Section):
     """Overrides of what the packages say; unset = the package's value."""
 
     match_threshold: Ratio | None = None
+    """Least cosine of a match."""
     margin: Ratio | None = None
+    """Least distance in cosine between the best subject and the next."""
     ood_threshold: Ratio | None = None
+    """Least OOD score of a face that may be named."""
     live_threshold: Ratio | None = None
+    """Liveness scores from here on are LIVE."""
     spoof_threshold: Ratio | None = None
+    """Liveness scores below are SPOOF."""
 
 
 class Tracking(Section):
     reinference_interval_s: Seconds = 3.0
+    """A track is recognised again after this media time even without a better shot."""
     max_gap_s: Seconds = 1.0
     """A track that is not seen for so long (media time) ends."""
     min_iou: Ratio = 0.2
+    """Least overlap that links a face to a track by itself."""
     max_centre_distance: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] = 1.0
     """In box widths."""
     better_shot_margin: Ratio = 0.05
@@ -157,6 +187,7 @@ class Gallery(Section):
     path: str = ""
     """SQLite file; empty = ``<state dir>/gallery.db``."""
     max_templates: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_TEMPLATES)] = 100_000
+    """Templates in all galleries together; more enrolments are refused with GALLERY_FULL."""
 
 
 class Metrics(Section):
@@ -166,13 +197,18 @@ class Metrics(Section):
 
 class Log(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is logged."""
     format: Literal["auto", "json", "console"] = "auto"
+    """``auto``: console on a terminal, else JSON lines."""
 
 
 class Monitor(Section):
     interval_s: Seconds = 1.0
+    """Between two looks at the devices."""
     memory_warning: Ratio = 0.90
+    """Share of a device's memory above which an event warns."""
     memory_warning_clear: Ratio = 0.85
+    """Share below which the warning ends."""
 
 
 class Config(Section):

@@ -1,0 +1,140 @@
+"""``facelane-server``: run the service, and look after it.
+
+Exit codes: 0 ended as asked · 1 failed while running · 2 usage · 69 a model or a device
+is not usable · 78 the configuration is not usable (systemd: do not restart).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+try:
+    import typer
+except ImportError:  # pragma: no cover - the bare install
+    sys.exit("facelane-server needs the server extra: pip install 'facelane[server]'")
+
+from facelane_server import __version__
+from facelane_server import config as configuration
+from facelane_server.domain import FacelaneError, Reason
+
+EX_UNAVAILABLE: Final = 69
+EX_CONFIG: Final = 78
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="TOML file; without it, the defaults.", envvar="FACELANE_CONFIG"
+    ),
+]
+
+app = typer.Typer(
+    name="facelane-server",
+    help="Streaming video analytics for faces: identity, OOD score, liveness.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+keys_app = typer.Typer(help="Keys that clients authenticate with.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+
+def _load(path: Path | None) -> configuration.Config:
+    try:
+        return configuration.load(path)
+    except configuration.ConfigError as error:
+        typer.echo(f"facelane-server: {error}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+
+
+@app.command()
+def run(config: ConfigOption = None) -> None:
+    """Run the server in the foreground until SIGTERM or SIGINT; SIGHUP reloads the config."""
+    loaded = _load(config)
+    from facelane_server.app import serve
+
+    try:
+        code = asyncio.run(serve(loaded, config))
+    except configuration.ConfigError as error:
+        typer.echo(f"facelane-server: {error}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    except FacelaneError as error:
+        typer.echo(f"facelane-server: {error.reason.value}: {error.message}", err=True)
+        raise typer.Exit(
+            EX_CONFIG if error.reason is Reason.MODEL_INVALID else EX_UNAVAILABLE
+        ) from None
+    raise typer.Exit(code)
+
+
+@app.command()
+def check(config: ConfigOption = None) -> None:
+    """Read the config and the model packages it names, and say what would run."""
+    loaded = _load(config)
+    from facelane_server.app import ServedModels
+
+    try:
+        models = ServedModels.resolve(loaded)
+    except FacelaneError as error:
+        typer.echo(f"facelane-server: {error.message}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    for stage, package in models.packages.items():
+        pool = loaded.stages[stage.value]
+        typer.echo(
+            f"{stage.value:<11} {package.model_id}  x{pool.workers} on {', '.join(pool.devices)}"
+            f"  {pool.isolation}"
+        )
+    typer.echo(f"listens on {loaded.server.listen}")
+
+
+@keys_app.command("new")
+def keys_new(
+    name: Annotated[str, typer.Argument(help="Whose key it is; appears in logs.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="analyze, gallery or admin; may be given several times."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Append the entry to this keys file (mode 0600).")
+    ] = None,
+) -> None:
+    """Make a key. The secret is printed once; the file holds its hash."""
+    from facelane_server.edge.auth import new_key
+
+    scopes = scope or ["analyze"]
+    unknown = [s for s in scopes if s not in ("analyze", "gallery", "admin")]
+    if unknown:
+        raise typer.BadParameter(f"unknown scope {unknown[0]}: use analyze, gallery or admin")
+    secret, entry = new_key(name, tuple(scopes))  # type: ignore[arg-type]
+    if file is None:
+        typer.echo(entry, err=True)
+    else:
+        with open(file, "a", encoding="utf-8", opener=_private) as stream:
+            stream.write(("\n" if stream.tell() else "") + entry)
+        typer.echo(f"added to {file}; reload the server (SIGHUP)", err=True)
+    typer.echo(secret)
+
+
+def _private(path: str, flags: int) -> int:
+    import os
+
+    return os.open(path, flags, 0o600)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _attach_models() -> None:
+    """``facelane-server models``: it needs no torch until a model is loaded."""
+    from facelane_server.worker.models.cli import app as models_app
+
+    app.add_typer(models_app, name="models")
+
+
+def main() -> None:
+    _attach_models()
+    app()

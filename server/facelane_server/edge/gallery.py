@@ -1,0 +1,305 @@
+"""``GalleryService``: the gallery and the pipeline behind protobuf."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from facelane.v1 import face_pb2
+from facelane.v1 import gallery_service_pb2 as pb
+from facelane.v1 import gallery_service_pb2_grpc as pb_grpc
+
+from facelane_server import limits
+from facelane_server.config import Config
+from facelane_server.domain import Decision, Face, FacelaneError, Identity, Picture, Reason, Stage
+from facelane_server.edge import convert, errors
+from facelane_server.edge.analysis import AnalysisService
+from facelane_server.gallery import decide, enrolment
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.store import Subject, Template
+from facelane_server.pipeline import Pipeline, Plan, Reading
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Service = TypeVar("Service")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+def answers_errors(
+    method: Callable[[Service, Request, Context], Awaitable[Response]],
+) -> Callable[[Service, Request, Context], Awaitable[Response]]:
+    """``FacelaneError`` becomes the call's status."""
+
+    @functools.wraps(method)
+    async def call(self: Service, request: Request, context: Context) -> Response:
+        try:
+            return await method(self, request, context)
+        except FacelaneError as error:
+            log.info("call refused", method=method.__name__, reason=error.reason.value)
+            await errors.abort(context, error)
+
+    return call
+
+
+class GalleryService(pb_grpc.GalleryServiceServicer):
+    def __init__(
+        self, config: Config, gallery: Gallery, analysis: AnalysisService, pipeline: Pipeline
+    ) -> None:
+        self._config = config
+        self._gallery = gallery
+        self._analysis = analysis
+        self._pipeline = pipeline
+
+    # -- subjects ------------------------------------------------------------------------
+
+    @answers_errors
+    async def CreateSubject(
+        self, request: pb.CreateSubjectRequest, context: Context
+    ) -> pb.CreateSubjectResponse:
+        subject = await self._gallery.create_subject(
+            request.gallery_id, request.subject_id, request.display_name, dict(request.labels)
+        )
+        return pb.CreateSubjectResponse(subject=_subject(subject))
+
+    @answers_errors
+    async def GetSubject(
+        self, request: pb.GetSubjectRequest, context: Context
+    ) -> pb.GetSubjectResponse:
+        subject = await self._gallery.get_subject(request.gallery_id, request.subject_id)
+        return pb.GetSubjectResponse(subject=_subject(subject))
+
+    @answers_errors
+    async def ListSubjects(
+        self, request: pb.ListSubjectsRequest, context: Context
+    ) -> pb.ListSubjectsResponse:
+        subjects, token = await self._gallery.list_subjects(
+            request.gallery_id, page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.ListSubjectsResponse(
+            subjects=[_subject(s) for s in subjects], next_page_token=token
+        )
+
+    @answers_errors
+    async def UpdateSubject(
+        self, request: pb.UpdateSubjectRequest, context: Context
+    ) -> pb.UpdateSubjectResponse:
+        paths = set(request.update_mask.paths) or {"display_name", "labels"}
+        if unknown := paths - {"display_name", "labels"}:
+            raise FacelaneError(
+                Reason.ARGUMENT_INVALID,
+                "update_mask: only display_name and labels can be updated",
+                metadata={"field": "update_mask", "unknown": str(len(unknown))},
+            )
+        wanted = request.subject
+        subject = await self._gallery.update_subject(
+            wanted.gallery_id,
+            wanted.subject_id,
+            display_name=wanted.display_name if "display_name" in paths else None,
+            labels=dict(wanted.labels) if "labels" in paths else None,
+            etag=wanted.etag,
+        )
+        return pb.UpdateSubjectResponse(subject=_subject(subject))
+
+    @answers_errors
+    async def DeleteSubject(
+        self, request: pb.DeleteSubjectRequest, context: Context
+    ) -> pb.DeleteSubjectResponse:
+        count = await self._gallery.delete_subject(request.gallery_id, request.subject_id)
+        return pb.DeleteSubjectResponse(templates_deleted=count)
+
+    # -- templates -----------------------------------------------------------------------
+
+    @answers_errors
+    async def ListTemplates(
+        self, request: pb.ListTemplatesRequest, context: Context
+    ) -> pb.ListTemplatesResponse:
+        templates = await self._gallery.list_templates(request.gallery_id, request.subject_id)
+        return pb.ListTemplatesResponse(templates=[_template(t) for t in templates])
+
+    @answers_errors
+    async def DeleteTemplate(
+        self, request: pb.DeleteTemplateRequest, context: Context
+    ) -> pb.DeleteTemplateResponse:
+        await self._gallery.delete_template(request.gallery_id, request.template_id)
+        return pb.DeleteTemplateResponse()
+
+    @answers_errors
+    async def EnrollFace(
+        self, request: pb.EnrollFaceRequest, context: Context
+    ) -> pb.EnrollFaceResponse:
+        remaining = context.time_remaining()
+
+        async def analyse(picture: Picture) -> enrolment.Probe:
+            plan = Plan(
+                recognize=True,
+                liveness=not request.skip_liveness,
+                gallery_id="",
+                max_faces=self._config.limits.max_faces,
+                want_vectors=True,
+            )
+            reading = await self._analysis.analyse(picture, plan, remaining_s=remaining)
+            return _probe(reading)
+
+        enrolled = await enrolment.enroll(
+            self._gallery,
+            enrolment.Request(
+                gallery_id=request.gallery_id,
+                subject_id=request.subject_id,
+                picture=convert.picture(request.picture, self._config),
+                request_id=request.request_id,
+                create_subject=request.create_subject,
+                display_name=request.display_name,
+                allow_multiple_faces=request.allow_multiple_faces,
+                skip_liveness=request.skip_liveness,
+            ),
+            analyse=analyse,
+            thresholds=self._pipeline.thresholds,
+            liveness_configured=Stage.LIVENESS in self._pipeline.pools,
+        )
+        return pb.EnrollFaceResponse(
+            subject=_subject(enrolled.subject),
+            template=_template(enrolled.template),
+            face=convert.face(enrolled.face),
+        )
+
+    # -- 1:1 and 1:N -----------------------------------------------------------------------
+
+    @answers_errors
+    async def VerifyFace(
+        self, request: pb.VerifyFaceRequest, context: Context
+    ) -> pb.VerifyFaceResponse:
+        picture = convert.picture(request.picture, self._config)
+        await self._gallery.get_subject(request.gallery_id, request.subject_id)
+        reading = await self._read(picture, "", 0, context, want_vectors=True)
+        probe = _probe(reading)
+        if not probe.faces:
+            raise FacelaneError(Reason.NO_FACE, "no face was found in the picture")
+        if len(probe.faces) > 1:
+            raise FacelaneError(
+                Reason.MULTIPLE_FACES,
+                "the picture shows several faces; crop it to the one that is meant",
+                metadata={"faces": str(len(probe.faces))},
+            )
+        probed = probe.faces[0]
+        if not probed.vector:
+            raise _unanswered()
+        thresholds = self._pipeline.thresholds
+        similarity = self._gallery.similarity(
+            request.gallery_id, request.subject_id, probed.vector
+        )
+        decision = decide.verify(probed.face.ood_score, similarity, thresholds)
+        trusted = decision is not Decision.REJECTED_OOD
+        identity = Identity(
+            decision,
+            request.subject_id if decision is Decision.MATCH else "",
+            similarity if trusted else None,
+        )
+        message = pb.VerifyFaceResponse(
+            verified=decision is Decision.MATCH,
+            threshold=thresholds.match,
+            face=convert.face(_with_identity(probed.face, identity)),
+        )
+        if trusted:
+            message.similarity = similarity
+        return message
+
+    @answers_errors
+    async def IdentifyFace(
+        self, request: pb.IdentifyFaceRequest, context: Context
+    ) -> pb.IdentifyFaceResponse:
+        if request.max_candidates > limits.MAX_CANDIDATES:
+            raise convert.invalid(
+                f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates"
+            )
+        picture = convert.picture(request.picture, self._config)
+        reading = await self._read(
+            picture, convert.gallery_id(request.gallery_id), request.max_candidates, context
+        )
+        if Stage.RECOGNIZER in reading.result.missing_stages:
+            raise _unanswered()
+        return pb.IdentifyFaceResponse(faces=convert.faces(reading.result.faces))
+
+    async def _read(
+        self,
+        picture: Picture,
+        gallery_id: str,
+        max_candidates: int,
+        context: Context,
+        *,
+        want_vectors: bool = False,
+    ) -> Reading:
+        plan = Plan(
+            gallery_id=gallery_id,
+            max_faces=self._config.limits.max_faces,
+            max_candidates=max_candidates,
+            liveness=Stage.LIVENESS in self._pipeline.pools,
+            want_vectors=want_vectors,
+        )
+        return await self._analysis.analyse(
+            picture, plan, remaining_s=context.time_remaining()
+        )
+
+
+def _unanswered() -> FacelaneError:
+    return FacelaneError(
+        Reason.POOL_UNAVAILABLE,
+        "the recognizer stage did not answer; try again",
+        metadata={"stage": Stage.RECOGNIZER.value},
+        retryable=True,
+    )
+
+
+def _probe(reading: Reading) -> enrolment.Probe:
+    result = reading.result
+    return enrolment.Probe(
+        result.width,
+        result.height,
+        tuple(enrolment.ProbedFace(r.face, r.vector) for r in reading.readings),
+        result.missing_stages,
+    )
+
+
+def _with_identity(face: Face, identity: Identity) -> Face:
+    return Face(
+        face.track_id,
+        face.box,
+        face.score,
+        face.landmarks,
+        identity,
+        face.liveness,
+        face.ood_score,
+        face.recognized_now,
+    )
+
+
+def _moment(ns: int) -> datetime:
+    return datetime.fromtimestamp(ns / 1e9, UTC)
+
+
+def _subject(subject: Subject) -> face_pb2.Subject:
+    return face_pb2.Subject(
+        subject_id=subject.subject_id,
+        gallery_id=subject.gallery_id,
+        display_name=subject.display_name,
+        labels=dict(subject.labels),
+        create_time=convert.timestamp(_moment(subject.created_ns)),
+        update_time=convert.timestamp(_moment(subject.updated_ns)),
+        template_count=subject.template_count,
+        etag=subject.etag,
+    )
+
+
+def _template(template: Template) -> face_pb2.Template:
+    return face_pb2.Template(
+        template_id=template.template_id,
+        subject_id=template.subject_id,
+        model_id=template.model_id,
+        ood_score=template.ood_score,
+        create_time=convert.timestamp(_moment(template.created_ns)),
+    )
