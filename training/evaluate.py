@@ -62,7 +62,6 @@ def recognizer(
 ) -> Report:
     """Verification, OOD separation by kind of damage, reject curves, calibration."""
     torch.manual_seed(9)
-    device = held_out.pictures.device
     identity = held_out.identity.cpu().numpy()
     clean = score_all(network, rts, held_out.pictures)
     report: Report = {"verification": verification(clean["embedding"], identity)}

@@ -205,9 +205,7 @@ def main() -> int:
             command += ["--budget-s", str(arguments.budget_s), "--start", str(start)]
             command += ["--smoke"] if arguments.smoke else []
             command += ["--resume", str(arguments.resume)] if arguments.resume else []
-            children[stage] = stack.enter_context(
-                subprocess.Popen(command, env=environment)  # noqa: S603 - our own module
-            )
+            children[stage] = stack.enter_context(subprocess.Popen(command, env=environment))
         last = start + arguments.budget_s + (60 if arguments.smoke else 10)
         for stage, child in children.items():
             try:
@@ -235,7 +233,7 @@ def main() -> int:
     (out / "report.md").write_text(summary(report))
     try:
         plots(report, out)
-    except Exception:  # noqa: BLE001 - a plot is no reason to lose a training
+    except Exception:
         traceback.print_exc()
     with tarfile.open(out / "training.tar.gz", "w:gz") as archive:
         for path in sorted(out.iterdir()):
