@@ -1,0 +1,123 @@
+"""Open-set decisions: pure functions from scores and thresholds to what is said of a face.
+
+The order is the rule. Trust first: a face whose OOD score is below its threshold is
+``REJECTED_OOD`` and nothing is said of who it may be, candidates included. Then the best
+subject must be near enough (``UNKNOWN`` otherwise), and far enough from the next one
+(``AMBIGUOUS`` otherwise). There is no silent best guess.
+
+A score that is not a number never passes a threshold: NaN is no evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from facelane_server import limits
+from facelane_server.domain import (
+    Candidate,
+    Decision,
+    Identity,
+    Liveness,
+    LivenessVerdict,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """What the decisions compare with; from the model packages, or the config's overrides.
+
+    ``match``: least cosine of a match, [-1, 1]. ``margin``: least distance in cosine
+    between the best subject and the next, [0, 2]. ``ood``: least OOD score, [0, 1].
+    ``live``: scores from here on are LIVE. ``spoof``: scores below are SPOOF;
+    0 <= spoof <= live <= 1. Raises ``ValueError`` outside of these ranges.
+    """
+
+    match: float
+    margin: float = 0.05
+    ood: float = 0.4
+    live: float = 0.5
+    spoof: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not -1.0 <= self.match <= 1.0:
+            raise ValueError(f"match threshold {self.match} is outside of [-1, 1]")
+        if not 0.0 <= self.margin <= 2.0:
+            raise ValueError(f"margin {self.margin} is outside of [0, 2]")
+        if not 0.0 <= self.ood <= 1.0:
+            raise ValueError(f"OOD threshold {self.ood} is outside of [0, 1]")
+        if not 0.0 <= self.spoof <= self.live <= 1.0:
+            raise ValueError(
+                f"liveness thresholds spoof {self.spoof} and live {self.live} "
+                "must satisfy 0 <= spoof <= live <= 1"
+            )
+
+
+def best_first(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """One candidate a subject (its best), best first, ties by id; NaN similarities left out."""
+    best: dict[str, Candidate] = {}
+    for candidate in candidates:
+        if math.isnan(candidate.similarity):
+            continue
+        known = best.get(candidate.subject_id)
+        if known is None or candidate.similarity > known.similarity:
+            best[candidate.subject_id] = candidate
+    return tuple(sorted(best.values(), key=lambda c: (-c.similarity, c.subject_id)))
+
+
+def identify(
+    ood_score: float | None,
+    candidates: Iterable[Candidate],
+    thresholds: Thresholds,
+    *,
+    keep: int = 0,
+) -> Identity:
+    """The identity of one face.
+
+    ``ood_score`` in [0, 1]; ``None`` means that the recogniser did not answer and gives
+    NOT_EVALUATED. ``candidates`` may come in any order and with several entries a subject.
+    ``keep``: how many of them the answer carries, at most ``limits.MAX_CANDIDATES``.
+
+    MATCH when ``best >= match`` and ``best - second >= margin``, where ``second`` is the best
+    similarity of *another* subject; AMBIGUOUS when only the first holds.
+    """
+    if ood_score is None:
+        return Identity(Decision.NOT_EVALUATED)
+    if not ood_score >= thresholds.ood:
+        return Identity(Decision.REJECTED_OOD)
+    ranked = best_first(candidates)
+    if not ranked:
+        return Identity(Decision.UNKNOWN)
+    shown = ranked[: max(0, min(keep, limits.MAX_CANDIDATES))]
+    best = ranked[0]
+    if best.similarity < thresholds.match:
+        return Identity(Decision.UNKNOWN, "", best.similarity, shown)
+    if len(ranked) > 1 and best.similarity - ranked[1].similarity < thresholds.margin:
+        return Identity(Decision.AMBIGUOUS, "", best.similarity, shown)
+    return Identity(Decision.MATCH, best.subject_id, best.similarity, shown)
+
+
+def verify(ood_score: float | None, similarity: float, thresholds: Thresholds) -> Decision:
+    """The decision of a 1:1 comparison, where no other subject competes."""
+    if ood_score is None:
+        return Decision.NOT_EVALUATED
+    if not ood_score >= thresholds.ood:
+        return Decision.REJECTED_OOD
+    return Decision.MATCH if similarity >= thresholds.match else Decision.UNKNOWN
+
+
+def liveness(score: float | None, thresholds: Thresholds) -> Liveness:
+    """The verdict of one shot. No score, or NaN, is UNDECIDED: never LIVE by absence."""
+    if score is None or math.isnan(score):
+        return Liveness(LivenessVerdict.UNDECIDED)
+    return Liveness(verdict(score, thresholds), score)
+
+
+def verdict(score: float, thresholds: Thresholds) -> LivenessVerdict:
+    """LIVE at or above ``live``, SPOOF below ``spoof``, UNDECIDED between and for NaN."""
+    if score >= thresholds.live:
+        return LivenessVerdict.LIVE
+    if score < thresholds.spoof:
+        return LivenessVerdict.SPOOF
+    return LivenessVerdict.UNDECIDED

@@ -1,0 +1,268 @@
+"""Enrolment: one picture, one face, one template; or a refusal that says why.
+
+The picture goes through the same stages as any other (the pipeline gives ``Probe``). What
+would poison a gallery is refused: a face that the recogniser cannot be trusted on, a face
+that may be an attack, a picture from which it is not clear whose face is meant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from facelane_server import limits
+from facelane_server.domain import (
+    Box,
+    Decision,
+    Face,
+    FacelaneError,
+    Identity,
+    Liveness,
+    LivenessVerdict,
+    Picture,
+    Reason,
+    Stage,
+)
+from facelane_server.gallery.decide import Thresholds
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.store import (
+    RequestKey,
+    Subject,
+    Template,
+    check_display_name,
+    check_identifier,
+    gallery_name,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedFace:
+    """``vector``: float32 bytes of unit norm, empty when the recogniser did not answer.
+    ``face``: its OOD score and its liveness are those of this one shot."""
+
+    face: Face
+    vector: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A picture after all stages that were asked for. ``missing_stages`` could not answer."""
+
+    width: int
+    height: int
+    faces: tuple[ProbedFace, ...]
+    missing_stages: tuple[Stage, ...] = ()
+
+
+Analyse = Callable[[Picture], Awaitable[Probe]]
+"""The pipeline, with embeddings asked for and no gallery searched. Raises the picture's own
+errors and POOL_UNAVAILABLE for the detector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``request_id``: empty, or 1-128 characters that make the call repeatable."""
+
+    gallery_id: str
+    subject_id: str
+    picture: Picture
+    request_id: str = ""
+    create_subject: bool = False
+    display_name: str = ""
+    allow_multiple_faces: bool = False
+    skip_liveness: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """``created`` is false when the template was there before: the request was a repetition,
+    or the subject had this very picture."""
+
+    subject: Subject
+    template: Template
+    face: Face
+    created: bool
+
+
+_NOTHING: Final = Identity(Decision.NOT_EVALUATED)
+
+
+async def enroll(
+    gallery: Gallery,
+    request: Request,
+    *,
+    analyse: Analyse,
+    thresholds: Thresholds,
+    liveness_configured: bool,
+) -> Enrolment:
+    """Adds the picture's face to the subject.
+
+    Refusals (``FacelaneError``): NO_FACE; MULTIPLE_FACES unless ``allow_multiple_faces``,
+    which takes the largest; OOD_REJECTED; SPOOF_SUSPECTED when the verdict is SPOOF; and
+    POOL_UNAVAILABLE (retryable) when a configured recogniser or liveness stage did not
+    answer, because no answer is no proof. ``skip_liveness`` lifts the last two for the
+    liveness stage. UNDECIDED is let through: the verdict of a single still picture often is.
+    Further SUBJECT_NOT_FOUND, GALLERY_FULL, REQUEST_ID_REUSED, TEMPLATE_NOT_FOUND,
+    ARGUMENT_INVALID, GALLERY_UNAVAILABLE as the store says, and the picture's own errors.
+    """
+    gallery_id = gallery_name(request.gallery_id)
+    check_identifier(request.subject_id, "subject_id")
+    check_display_name(request.display_name)
+    if not gallery.model_id:
+        raise FacelaneError(
+            Reason.POOL_UNAVAILABLE,
+            "this server runs without a recogniser, so nobody can be enrolled; switch it on in "
+            "[pools.recognizer]",
+            metadata={"stage": Stage.RECOGNIZER.value},
+        )
+    key = None
+    if request.request_id:
+        _check_request_id(request.request_id)
+        key = RequestKey(request.request_id, await asyncio.to_thread(_fingerprint, request))
+        known = await gallery.recall(gallery_id, key)
+        if known is not None:
+            face = _face_from(known.answer, known.template)
+            return Enrolment(known.subject, known.template, face, created=False)
+    if not request.create_subject:
+        # Before the expensive part, and before an answer about the face: the caller's first
+        # mistake is told first.
+        await gallery.get_subject(gallery_id, request.subject_id)
+    probe = await analyse(request.picture)
+    chosen = choose(
+        probe,
+        thresholds,
+        allow_multiple_faces=request.allow_multiple_faces,
+        liveness_required=liveness_configured and not request.skip_liveness,
+    )
+    assert chosen.face.ood_score is not None
+    enrolled = await gallery.enroll(
+        gallery_id,
+        request.subject_id,
+        vector=np.frombuffer(chosen.vector, np.float32),
+        ood_score=chosen.face.ood_score,
+        create_subject=request.create_subject,
+        display_name=request.display_name,
+        request=key,
+        answer=_face_facts(chosen.face),
+    )
+    return Enrolment(enrolled.subject, enrolled.template, chosen.face, enrolled.created)
+
+
+def choose(
+    probe: Probe,
+    thresholds: Thresholds,
+    *,
+    allow_multiple_faces: bool,
+    liveness_required: bool,
+) -> ProbedFace:
+    """The face to enrol, or the refusal; see ``enroll``. Pure."""
+    if not probe.faces:
+        raise FacelaneError(
+            Reason.NO_FACE,
+            "no face was found; send a picture that shows one face from the front, at least 80 "
+            "pixels wide",
+        )
+    if len(probe.faces) > 1 and not allow_multiple_faces:
+        raise FacelaneError(
+            Reason.MULTIPLE_FACES,
+            "the picture shows several faces; crop it to the one that is meant, or set "
+            "allow_multiple_faces to take the largest",
+            metadata={"faces": str(len(probe.faces))},
+        )
+    chosen = max(probe.faces, key=lambda probed: (_area(probed.face.box), probed.face.score))
+    ood = chosen.face.ood_score
+    if ood is None or not chosen.vector or Stage.RECOGNIZER in probe.missing_stages:
+        raise _no_answer(Stage.RECOGNIZER, "")
+    if not ood >= thresholds.ood:
+        raise FacelaneError(
+            Reason.OOD_REJECTED,
+            "the face is not clear enough to be recognised by; take a sharper, brighter picture "
+            "from the front, without anything before the face",
+            metadata={"ood_score": f"{ood:.3f}", "threshold": f"{thresholds.ood:.3f}"},
+        )
+    if liveness_required:
+        live = chosen.face.liveness
+        if live.score is None or Stage.LIVENESS in probe.missing_stages:
+            raise _no_answer(Stage.LIVENESS, ", or set skip_liveness")
+        if live.verdict is LivenessVerdict.SPOOF:
+            raise FacelaneError(
+                Reason.SPOOF_SUSPECTED,
+                "the picture seems to show a print, a screen or a mask; take one of the person, "
+                "or set skip_liveness where pictures of documents are meant",
+                metadata={"score": f"{live.score:.3f}", "threshold": f"{thresholds.spoof:.3f}"},
+            )
+    return chosen
+
+
+def _no_answer(stage: Stage, otherwise: str) -> FacelaneError:
+    return FacelaneError(
+        Reason.POOL_UNAVAILABLE,
+        f"the {stage.value} stage did not answer, and without it nobody is enrolled; try again"
+        f"{otherwise}",
+        metadata={"stage": stage.value},
+        retryable=True,
+    )
+
+
+def _area(box: Box) -> float:
+    return box.width * box.height
+
+
+def _check_request_id(request_id: str) -> None:
+    if len(request_id.encode()) > limits.MAX_ID_CHARS:
+        raise FacelaneError(
+            Reason.ARGUMENT_INVALID,
+            f"request_id: at most {limits.MAX_ID_CHARS} bytes",
+            metadata={"field": "request_id"},
+        )
+
+
+def _fingerprint(request: Request) -> bytes:
+    """A digest of everything that the call says, the picture included."""
+    said = (
+        request.subject_id,
+        request.display_name,
+        request.create_subject,
+        request.allow_multiple_faces,
+        request.skip_liveness,
+        request.picture.encoding,
+        request.picture.width,
+        request.picture.height,
+        request.picture.stride,
+        hashlib.sha256(request.picture.data).hexdigest(),
+    )
+    return hashlib.sha256(json.dumps(said).encode()).digest()
+
+
+def _face_facts(face: Face) -> dict[str, Any]:
+    """What a repetition of the request is told of the face; no picture and no embedding."""
+    return {
+        "box": [face.box.x, face.box.y, face.box.width, face.box.height],
+        "score": face.score,
+        "landmarks": [list(point) for point in face.landmarks],
+        "ood_score": face.ood_score,
+        "verdict": face.liveness.verdict.value,
+        "liveness": face.liveness.score,
+    }
+
+
+def _face_from(facts: Mapping[str, Any] | None, template: Template) -> Face:
+    if facts is None:
+        undecided = Liveness(LivenessVerdict.UNDECIDED)
+        return Face(0, Box(0, 0, 0, 0), 0.0, (), _NOTHING, undecided, template.ood_score)
+    return Face(
+        track_id=0,
+        box=Box(*facts["box"]),
+        score=facts["score"],
+        landmarks=tuple((x, y) for x, y in facts["landmarks"]),
+        identity=_NOTHING,
+        liveness=Liveness(LivenessVerdict(facts["verdict"]), facts["liveness"]),
+        ood_score=facts["ood_score"],
+        recognized_now=True,
+    )
