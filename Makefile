@@ -41,5 +41,8 @@ bench: setup ## the benchmarks that run on a CPU; results in bench/results
 wheel: setup ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
+install-systemd: ## units, users and example settings; DESTDIR=, PREFIX=, VENV= as usual
+	@deploy/systemd/install.sh
+
 clean: ## remove what was built, the environment included
 	rm -rf $(VENV) .venv-protos dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
