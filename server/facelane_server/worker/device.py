@@ -14,12 +14,9 @@ import os
 import threading
 from typing import Final
 
-import structlog
-
 from facelane_server.domain import FacelaneError, Reason
+from facelane_server.worker.journal import log_event
 from facelane_server.worker.models.api import DeviceOptions
-
-log = structlog.get_logger(__name__)
 
 MIB: Final = 1024 * 1024
 CONTEXT_MIB_UNMEASURED: Final = 640
@@ -201,7 +198,7 @@ class _Budgets:
                 metadata={"memory_mib": str(budget), "context_mib": str(context)},
             )
         torch.cuda.set_per_process_memory_fraction(min(left / total, 1.0), index)
-        log.info(
+        log_event(
             "device memory capped",
             budget_mib=budget,
             context_mib=context,

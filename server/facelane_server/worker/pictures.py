@@ -68,12 +68,13 @@ def decode(
             Reason.PICTURE_CORRUPT,
             f"the {encoding.value} picture's data contradict the size in its header",
         )
-    if encoding is Encoding.JPEG and _ends_in_filler(picture):
+    pixels = np.ascontiguousarray(picture, np.uint8)
+    if encoding is Encoding.JPEG and _ends_in_filler(pixels):
         raise FacelaneError(
             Reason.PICTURE_CORRUPT,
             "the jpeg picture's data end before the picture does; send it again whole",
         )
-    return np.ascontiguousarray(picture)
+    return pixels
 
 
 def _ends_in_filler(picture: U8) -> bool:

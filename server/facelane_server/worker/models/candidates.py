@@ -58,8 +58,8 @@ def decode_yunet(outputs: Mapping[str, npt.NDArray[np.float32]], height: int, wi
         grid = np.stack((x, y), -1).reshape(-1, 2).astype(np.float32)
         size = np.exp(np.minimum(heads["bbox"][..., 2:], 10.0)) * stride
         corner = (grid + heads["bbox"][..., :2]) * stride - size / 2
-        points = heads["kps"].reshape(count, -1, 5, 2)
-        points = ((points + grid[:, None, :]) * stride).reshape(count, -1, 10)
+        offsets = heads["kps"].reshape(count, -1, 5, 2)
+        points = ((offsets + grid[:, None, :]) * stride).reshape(count, -1, 10)
         score = np.sqrt(heads["cls"].clip(0, 1) * heads["obj"].clip(0, 1))
         levels.append(np.concatenate((score, corner, size, points), -1))
     return np.concatenate(levels, 1)

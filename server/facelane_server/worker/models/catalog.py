@@ -39,7 +39,7 @@ class Catalog:
     def __init__(self, directories: Sequence[Path] = ()) -> None:
         self._directories = (*SHIPPED, *map(Path, directories))
 
-    def list(self) -> tuple[list[Package], list[Broken]]:
+    def scan(self) -> tuple[list[Package], list[Broken]]:
         """All packages, in order of the search path; and the folders that cannot be read."""
         packages: list[Package] = []
         broken: list[Broken] = []
@@ -58,7 +58,7 @@ class Catalog:
         """
         if os.sep in reference or reference in (".", ".."):
             return read_package(Path(reference).expanduser())
-        packages, broken = self.list()
+        packages, broken = self.scan()
         for package in packages:
             if reference in (package.name, f"{package.name}@{package.manifest.version}"):
                 return package

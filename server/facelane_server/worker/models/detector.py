@@ -82,7 +82,7 @@ class NetworkDetector(Detector):
     def begin(self, pictures: Sequence[U8], max_faces: Sequence[int]) -> Pending[list[Detections]]:
         if not 1 <= len(pictures) <= self.batch_max or len(pictures) != len(max_faces):
             raise ValueError("a batch has 1 to batch_max pictures, and a max_faces for each")
-        fits = [fit(*picture.shape[:2], self._max_side) for picture in pictures]
+        fits = [fit(p.shape[0], p.shape[1], self._max_side) for p in pictures]
         shapes: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for i, place in enumerate(fits):
             side = self._runner.fixed_side

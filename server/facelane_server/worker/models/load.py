@@ -55,8 +55,8 @@ def load(
 
     ``crops``: what a detector is to cut out for the models behind it. ``max_side``:
     overrides a detector package's own. ``extra`` may hold ``faces`` (``3``) and
-    ``decode`` (``true``, ``false``) for a null detector; other keys are ignored. Call ``warm_up`` before
-    the first batch.
+    ``decode`` (``true``, ``false``) for a null detector; other keys are ignored. Call
+    ``warm_up`` before the first batch.
 
     Raises FacelaneError: MODEL_INVALID (the file, key or shape at fault is named),
     CONFIG_INVALID (no such device).

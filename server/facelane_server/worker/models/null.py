@@ -96,7 +96,7 @@ class NullRecognizer(Recognizer):
 
     def _embed(self, chip: U8) -> F32:
         # A stream of bytes from the chip's hash, as numbers around zero.
-        stream = hashlib.shake_128(np.ascontiguousarray(chip)).digest(2 * self.embedding_dim)
+        stream = hashlib.shake_128(chip.tobytes()).digest(2 * self.embedding_dim)
         vector = np.frombuffer(stream, "<i2").astype(np.float32) + np.float32(0.5)
         return vector / np.linalg.norm(vector)
 

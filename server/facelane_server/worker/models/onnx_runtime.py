@@ -100,7 +100,8 @@ def prepare(pictures: U8, spec: Input) -> F32:
     x = pictures.astype(np.float32)
     if spec.color == "rgb":
         x = x[..., ::-1]
-    x = (x - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    x -= np.asarray(spec.mean, np.float32)
+    x /= np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 

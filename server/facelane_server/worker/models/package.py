@@ -63,7 +63,7 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A table of the manifest."""
 
 
-class WeightsFile(_Table):
+class WeightsFile(_Table, frozen=True):
     """One weights file. ``part``: the submodule that it fills, for models of several."""
 
     file: str
@@ -71,7 +71,7 @@ class WeightsFile(_Table):
     part: str = ""
 
 
-class Crop(_Table):
+class Crop(_Table, frozen=True):
     """What the detector is to cut out for this model (see ``api.CropSpec``)."""
 
     kind: Literal["aligned", "context"]
@@ -84,7 +84,7 @@ class Crop(_Table):
         return ContextCrop(self.scale, self.size)
 
 
-class Input(_Table):
+class Input(_Table, frozen=True):
     """What the network reads.
 
     ``width``, ``height``: of recognisers and liveness networks; where they differ from
@@ -103,7 +103,7 @@ class Input(_Table):
     crops: tuple[Crop, ...] = ()
 
 
-class Output(_Table):
+class Output(_Table, frozen=True):
     """What the network says.
 
     ``embedding_dim``: of recognisers. The others are for ONNX files: ``decode`` of
@@ -120,7 +120,7 @@ class Output(_Table):
     softmax: bool = True
 
 
-class Thresholds(_Table):
+class Thresholds(_Table, frozen=True):
     """Decision thresholds, those of the package's task required.
 
     Detector: ``score``, ``nms`` (IoU). Recogniser: ``match`` and ``margin`` (cosines),
@@ -136,7 +136,7 @@ class Thresholds(_Table):
     spoof: float | None = None
 
 
-class Ood(_Table):
+class Ood(_Table, frozen=True):
     """How a recogniser's trust becomes a score in [0, 1].
 
     ``source``: ``norm`` (of the embedding), ``head`` (the network's own logit) or
@@ -151,14 +151,14 @@ class Ood(_Table):
     scale: float = 1.0
 
 
-class Memory(_Table):
+class Memory(_Table, frozen=True):
     """Estimates for the start-up plan, in MiB of device memory."""
 
     weights_mib: float = 0.0
     activations_mib_per_item: float = 0.0
 
 
-class Manifest(_Table):
+class Manifest(_Table, frozen=True):
     """``model.toml``."""
 
     schema: int

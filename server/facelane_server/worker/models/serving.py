@@ -56,7 +56,7 @@ class Served(nn.Module):
         self.network = network.eval()
         fold(self.network)
         self.requires_grad_(requires_grad=False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @staticmethod
     @abstractmethod

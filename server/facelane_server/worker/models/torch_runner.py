@@ -16,16 +16,14 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-import structlog
 import torch
 from torch import Tensor
 
 from facelane_server.worker.device import settle_memory
+from facelane_server.worker.journal import log_event
 from facelane_server.worker.models.api import F32, U8, DeviceOptions
 from facelane_server.worker.models.runner import Computed, Runner, Ticket, batch_buckets
 from facelane_server.worker.models.serving import Served, check_pictures
-
-log = structlog.get_logger(__name__)
 
 STAGES: Final = 2
 """Batches under way at a time: one computes, the next is staged."""
@@ -69,7 +67,7 @@ class _Stage:
             for shape in shapes
         ]
         self.output = torch.zeros((batch_max, *output), dtype=torch.float32, pin_memory=True)
-        self.done = torch.cuda.Event()
+        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.ticket: _Launched | None = None
 
     def claim(self) -> None:
@@ -116,7 +114,9 @@ class CudaRunner(Runner):
         self._shapes = list(shapes)
         self._batch_max = batch_max
         self._half = options.precision != "fp32"
-        self._stream = torch.cuda.Stream(self._device, priority=options.stream_priority)
+        self._stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
+            self._device, priority=options.stream_priority
+        )
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._served = served.float().to(self._device)
             self._inputs = [
@@ -228,7 +228,7 @@ class CudaRunner(Runner):
         value = self._served.agreement(reference, host) if host.isfinite().all() else 0.0
         if value >= AGREEMENT:
             return True
-        log.warning(
+        log_event(
             "model disagrees with full precision and runs eagerly in it",
             what=what,
             agreement=round(value, 5),

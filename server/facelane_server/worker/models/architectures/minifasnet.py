@@ -148,7 +148,7 @@ class MiniFASNet(Foldable):
         x = self.conv_5(self.conv_45(x))
         x = self.conv_6_dw(self.conv_6_sep(x)).flatten(1)
         logits: Tensor = self.prob(self.bn(self.linear(x)))
-        return logits.float().softmax(1)
+        return torch.softmax(logits.float(), 1)
 
 
 class MiniFASNetPair(nn.Module):
@@ -164,5 +164,5 @@ class MiniFASNetPair(nn.Module):
         self.v1se = MiniFASNet("v1se")
 
     def forward(self, narrow: Tensor, wide: Tensor) -> Tensor:
-        live = self.v2(narrow)[:, LIVE_CLASS] + self.v1se(wide)[:, LIVE_CLASS]
+        live: Tensor = self.v2(narrow)[:, LIVE_CLASS] + self.v1se(wide)[:, LIVE_CLASS]
         return live / 2

@@ -63,7 +63,8 @@ class _Stem(Foldable):
         self.conv2 = _PointDepth(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=not self.training))
+        out: Tensor = self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=not self.training))
+        return out
 
 
 class _Stage(nn.Module):
@@ -73,7 +74,8 @@ class _Stage(nn.Module):
         self.conv2 = _PointDepth(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+        out: Tensor = self.conv2(self.conv1(x))
+        return out
 
 
 class _Backbone(nn.Module):
@@ -178,7 +180,7 @@ def decode(heads: DenseHeads, height: int, width: int) -> Tensor:
     # A size of more than e**10 strides is no face, and its exponential may overflow.
     size = box[..., 2:].clamp(max=10.0).exp() * step
     corner = (grid + box[..., :2]) * step - size / 2
-    points = heads.points.float().unflatten(-1, (5, 2))
+    points = heads.points.float().reshape(*heads.points.shape[:2], 5, 2)
     points = (points + grid[:, None, :]) * step[:, None, :]
     score = (heads.cls.float().clamp(0, 1) * heads.obj.float().clamp(0, 1)).sqrt()
     return torch.cat((score[..., None], corner, size, points.flatten(-2)), -1)

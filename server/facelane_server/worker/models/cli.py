@@ -1,0 +1,225 @@
+"""``facelane-server models``: list, show, verify and import model packages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from facelane_server import config
+from facelane_server.domain import FacelaneError
+from facelane_server.worker.models.api import DeviceOptions
+from facelane_server.worker.models.catalog import Broken, Catalog
+from facelane_server.worker.models.package import Package
+
+app = typer.Typer(no_args_is_help=True, help="Model packages: what there is, and is it sound.")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Take models.path from this configuration.")
+]
+DirectoryOption = Annotated[
+    list[Path] | None,
+    typer.Option("--directory", "-d", help="Another directory with packages; may be repeated."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _catalog(config_file: Path | None, directories: list[Path] | None) -> Catalog:
+    try:
+        configured = config.load(config_file).models.path
+    except config.ConfigError as error:
+        raise _failed(str(error)) from error
+    return Catalog([*map(Path, configured), *(directories or [])])
+
+
+def _failed(message: str) -> typer.Exit:
+    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False)
+    return typer.Exit(1)
+
+
+def _resolve(catalog: Catalog, reference: str) -> Package:
+    try:
+        return catalog.resolve(reference)
+    except FacelaneError as error:
+        raise _failed(error.message) from error
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+@app.command("list")
+def list_packages(
+    config_file: ConfigOption = None, directory: DirectoryOption = None, as_json: JsonOption = False
+) -> None:
+    """All packages along the search path, and folders that cannot be read."""
+    packages, broken = _catalog(config_file, directory).scan()
+    if as_json:
+        _print_json(
+            {
+                "packages": [_summary(package) for package in packages],
+                "broken": [
+                    {"folder": str(item.folder), "error": item.error.message} for item in broken
+                ],
+            }
+        )
+        return
+    table = Table("model", "task", "runs by", "license", "description")
+    for package in packages:
+        manifest = package.manifest
+        runs_by = manifest.architecture or manifest.runtime
+        if package.random_weights:
+            runs_by += " (random weights)"
+        table.add_row(
+            package.model_id, manifest.task.value, runs_by, manifest.license, manifest.description
+        )
+    console = Console()
+    console.print(table)
+    for item in broken:
+        console.print(f"[red]broken:[/red] {item.error.message}", highlight=False)
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(help="Name, name@version, or path of a package.")],
+    config_file: ConfigOption = None,
+    directory: DirectoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Everything that one package declares."""
+    package = _resolve(_catalog(config_file, directory), model)
+    if as_json:
+        _print_json({**_summary(package), "manifest": msgspec.to_builtins(package.manifest)})
+        return
+    console = Console()
+    if package.random_weights:
+        console.print("[yellow]random weights: timings only, results mean nothing[/yellow]")
+    table = Table("key", "value", title=package.model_id)
+    for key, value in _flat(msgspec.to_builtins(package.manifest), ""):
+        table.add_row(key, value)
+    console.print(table)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        list[str] | None, typer.Argument(help="Packages; without any, all along the search path.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    config_file: ConfigOption = None,
+    directory: DirectoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check hashes, keys and shapes, and run one inference. Exit status 1 if any fails."""
+    from facelane_server.worker.models.verify import verify as verify_package
+
+    catalog = _catalog(config_file, directory)
+    packages = [_resolve(catalog, reference) for reference in model or []]
+    broken: list[Broken] = []
+    if not model:
+        packages, broken = catalog.scan()
+    console = Console(stderr=as_json)
+    results = []
+    for package in packages:
+        with console.status(f"verifying {package.name}"):
+            results.append(verify_package(package, DeviceOptions(device=device)))
+    if as_json:
+        _print_json(
+            {
+                "results": [
+                    {
+                        "model_id": result.model_id,
+                        "task": result.task,
+                        "random_weights": result.random_weights,
+                        "passed": result.passed,
+                        "latency_ms": result.latency_ms,
+                        "checks": [
+                            {"name": c.name, "passed": c.passed, "detail": c.detail}
+                            for c in result.checks
+                        ],
+                    }
+                    for result in results
+                ],
+                "broken": [
+                    {"folder": str(item.folder), "error": item.error.message} for item in broken
+                ],
+            }
+        )
+    else:
+        table = Table("model", "check", "result", "detail")
+        for result in results:
+            for check in result.checks:
+                mark = "[green]ok[/green]" if check.passed else "[red]failed[/red]"
+                table.add_row(result.model_id, check.name, mark, check.detail)
+            if result.latency_ms is not None:
+                table.add_row(result.model_id, "latency", "", f"{result.latency_ms} ms an item")
+        console.print(table)
+        for item in broken:
+            console.print(f"[red]broken:[/red] {item.error.message}", highlight=False)
+    if broken or not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_package(
+    files: Annotated[list[Path], typer.Argument(help="The public weights files.")],
+    into: Annotated[Path, typer.Option("--into", help="Directory that gets the package.")],
+    recipe: Annotated[
+        str, typer.Option(help="Which model the files are; without it, told by their names.")
+    ] = "",
+    name: Annotated[str, typer.Option(help="The package's name.")] = "",
+    version: Annotated[str, typer.Option(help="The package's version.")] = "1.0.0",
+    replace: Annotated[bool, typer.Option(help="Replace a package of this name.")] = False,
+) -> None:
+    """Make a package of public weights files. Recipes: yunet, yunet-onnx, mobilefacenet-onnx,
+    minifasnet (V2 file first), rts, onnx-detector, onnx-recognizer, onnx-liveness."""
+    from facelane_server.worker.models.importer import guess_recipe, import_model
+
+    try:
+        package = import_model(
+            recipe or guess_recipe(files),
+            files,
+            into,
+            name=name,
+            version=version,
+            replace=replace,
+        )
+    except FacelaneError as error:
+        raise _failed(error.message) from error
+    typer.echo(f"{package.model_id} in {package.folder}")
+
+
+def _summary(package: Package) -> dict[str, Any]:
+    manifest = package.manifest
+    return {
+        "model_id": package.model_id,
+        "name": package.name,
+        "version": manifest.version,
+        "task": manifest.task.value,
+        "runtime": manifest.runtime,
+        "architecture": manifest.architecture,
+        "license": manifest.license,
+        "description": manifest.description,
+        "random_weights": package.random_weights,
+        "folder": str(package.folder),
+    }
+
+
+def _flat(value: Any, prefix: str) -> list[tuple[str, str]]:
+    """A nested table as rows of dotted keys, without what is unset."""
+    if isinstance(value, dict):
+        rows = []
+        for key, inner in value.items():
+            rows += _flat(inner, f"{prefix}.{key}" if prefix else key)
+        return rows
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        rows = []
+        for i, item in enumerate(value):
+            rows += _flat(item, f"{prefix}[{i}]")
+        return rows
+    return [] if value in (None, "", []) else [(prefix, str(value))]
