@@ -140,5 +140,5 @@ def test_liveness_of_one_shot(score: float | None, verdict: LivenessVerdict) -> 
     ],
 )
 def test_thresholds_outside_of_their_ranges_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="threshold|margin"):
+    with pytest.raises(ValueError, match=r"threshold|margin"):
         Thresholds(**wrong)

@@ -239,9 +239,7 @@ def test_a_deleted_vector_is_in_none_of_the_files(store: Store, path: Path) -> N
 
 def test_a_repeated_request_gives_the_first_answer(store: Store) -> None:
     key = RequestKey("r1", b"digest")
-    first = store.enroll(
-        "g", "a", new(1), create_subject=True, request=key, answer={"score": 0.9}
-    )
+    first = store.enroll("g", "a", new(1), create_subject=True, request=key, answer={"score": 0.9})
     assert store.recall("g", key) == store.enroll("g", "a", new(2), request=key)
     known = store.recall("g", key)
     assert known is not None
@@ -416,9 +414,13 @@ def test_a_full_disk_is_retryable_and_loses_nothing(store: Store) -> None:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
         connection.rollback()
-    with pytest.raises(FacelaneError) as caught:
+
+    def fill() -> None:
         for seed in range(2, 90):
             store.enroll("g", f"s{seed}", new(seed), create_subject=True)
+
+    with pytest.raises(FacelaneError) as caught:
+        fill()
     assert (caught.value.reason, caught.value.retryable) == (Reason.GALLERY_UNAVAILABLE, True)
     assert "disk is full" in caught.value.message
     subjects, templates = store.counts()

@@ -103,7 +103,7 @@ class Gallery:
                 ),
             )
 
-        revision = await self._call(load, deadline_s=None)
+        revision = await self._call(load, bounded=False)
         if self._index is None:
             self._index = index
             index.start()
@@ -281,7 +281,7 @@ class Gallery:
         if not await self._index.published(revision, PUBLISHED_TIMEOUT_S):
             log.warning("gallery change committed, but not yet with every recogniser")
 
-    async def _call(self, call: Callable[[], T], *, deadline_s: float | None = CALL_TIMEOUT_S) -> T:
+    async def _call(self, call: Callable[[], T], *, bounded: bool = True) -> T:
         if not self._room.acquire(blocking=False):
             raise FacelaneError(
                 Reason.GALLERY_UNAVAILABLE,
@@ -294,7 +294,7 @@ class Gallery:
         def run() -> T:
             try:
                 if abandoned.is_set():
-                    raise asyncio.CancelledError
+                    raise FacelaneError(Reason.CANCELLED, "the caller is gone")
                 return call()
             finally:
                 self._room.release()
@@ -306,8 +306,10 @@ class Gallery:
             raise FacelaneError(
                 Reason.GALLERY_UNAVAILABLE, "the server is shutting down; try another, or later"
             ) from None
+        # A caller that gave up does not come for the error.
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout(CALL_TIMEOUT_S if bounded else None):
                 # Shielded: a call that waits in the queue keeps its place in the bound until
                 # the thread has met it, so that impatient callers cannot outgrow the bound.
                 return await asyncio.shield(work)

@@ -252,7 +252,7 @@ def _write(old: F16, order: I64, block: F16, counts: I64) -> tuple[int, F16]:
     try:
         for first in range(0, len(order), CHUNK_ROWS):
             source = order[first : first + CHUNK_ROWS]
-            if source[0] >= 0 and source[-1] - source[0] == len(source) - 1:
+            if source[0] >= 0 and (np.diff(source) == 1).all():
                 _write_all(writable, old[source[0] : source[-1] + 1])
                 continue
             chunk = np.empty((len(source), dim), np.float16)
@@ -331,9 +331,10 @@ class GalleryIndex:
             self._task = None
         self._loop = None
         self._executor.shutdown(wait=True)
-        for snapshot in (self._snapshot, self._published):
-            if snapshot is not None:
-                snapshot.close()
+        self._snapshot.close()
+        if self._published is not None:
+            self._published.close()
+        self._snapshot, self._published = empty(self._snapshot.dim), None
 
     # changes
 

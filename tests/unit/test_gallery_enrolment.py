@@ -1,0 +1,237 @@
+"""Enrolment: which picture becomes a template, and what the others are told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from facelane_server.domain import (
+    Box,
+    Decision,
+    Encoding,
+    Face,
+    FacelaneError,
+    Identity,
+    Liveness,
+    LivenessVerdict,
+    Picture,
+    Reason,
+    Stage,
+)
+from facelane_server.gallery.decide import Thresholds
+from facelane_server.gallery.enrolment import Enrolment, Probe, ProbedFace, Request, enroll
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.ipc.messages import GallerySnapshot
+
+DIM = 32
+THRESHOLDS = Thresholds(match=0.35, ood=0.4, live=0.9, spoof=0.5)
+LIVE = Liveness(LivenessVerdict.LIVE, 0.95)
+SPOOF = Liveness(LivenessVerdict.SPOOF, 0.1)
+SILENT = Liveness(LivenessVerdict.UNDECIDED, None)
+UNDECIDED = Liveness(LivenessVerdict.UNDECIDED, 0.7)
+
+
+def face(
+    seed: int = 1,
+    *,
+    width: float = 100.0,
+    ood: float | None = 0.8,
+    liveness: Liveness = LIVE,
+) -> ProbedFace:
+    values = np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
+    found = Face(
+        track_id=0,
+        box=Box(10, 10, width, width),
+        score=0.9,
+        landmarks=((1.0, 2.0),) * 5,
+        identity=Identity(Decision.NOT_EVALUATED),
+        liveness=liveness,
+        ood_score=ood,
+    )
+    return ProbedFace(found, (values / np.linalg.norm(values)).tobytes())
+
+
+class Pipeline:
+    """Answers with prepared faces and counts how often it was asked."""
+
+    def __init__(self, *faces: ProbedFace, missing: tuple[Stage, ...] = ()) -> None:
+        self.probe = Probe(640, 480, faces, missing)
+        self.calls = 0
+
+    async def __call__(self, picture: Picture) -> Probe:
+        self.calls += 1
+        return self.probe
+
+
+@pytest.fixture
+async def gallery(tmp_path: Path) -> AsyncIterator[Gallery]:
+    async def publish(message: GallerySnapshot, fd: int) -> None:
+        assert message.dim == DIM
+
+    opened = await Gallery.open(tmp_path / "g.db")
+    await opened.serve("m@1", DIM, publish)
+    yield opened
+    await opened.close()
+
+
+def request(**changes: object) -> Request:
+    picture = Picture(Encoding.JPEG, b"\xff\xd8 some bytes")
+    plain = Request("", "ada", picture, create_subject=True)
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+async def run(
+    gallery: Gallery, pipeline: Pipeline, asked: Request, *, liveness: bool = True
+) -> Enrolment:
+    return await enroll(
+        gallery,
+        asked,
+        analyse=pipeline,
+        thresholds=THRESHOLDS,
+        liveness_configured=liveness,
+    )
+
+
+async def test_one_clear_face_becomes_a_template(gallery: Gallery) -> None:
+    made = await run(gallery, Pipeline(face()), request(display_name="Ada"))
+    assert made.created
+    assert made.subject.subject_id == "ada"
+    assert made.subject.gallery_id == "default"
+    assert made.subject.display_name == "Ada"
+    assert made.subject.template_count == 1
+    assert (made.template.model_id, made.template.ood_score) == ("m@1", 0.8)
+    assert gallery.similarity("", "ada", face().vector) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "changes", "reason", "retryable"),
+    [
+        (Pipeline(), {}, Reason.NO_FACE, False),
+        (Pipeline(face(1), face(2)), {}, Reason.MULTIPLE_FACES, False),
+        (Pipeline(face(ood=0.39)), {}, Reason.OOD_REJECTED, False),
+        (Pipeline(face(ood=float("nan"))), {}, Reason.OOD_REJECTED, False),
+        (Pipeline(face(ood=None)), {}, Reason.POOL_UNAVAILABLE, True),
+        (Pipeline(face(liveness=SPOOF)), {}, Reason.SPOOF_SUSPECTED, False),
+        (Pipeline(face(liveness=SILENT)), {}, Reason.POOL_UNAVAILABLE, True),
+        (
+            Pipeline(face(), missing=(Stage.LIVENESS,)),
+            {},
+            Reason.POOL_UNAVAILABLE,
+            True,
+        ),
+        (
+            Pipeline(face(), missing=(Stage.RECOGNIZER,)),
+            {"skip_liveness": True},
+            Reason.POOL_UNAVAILABLE,
+            True,
+        ),
+        # The OOD gate is not lifted with the liveness check.
+        (Pipeline(face(ood=0.1)), {"skip_liveness": True}, Reason.OOD_REJECTED, False),
+        (Pipeline(face()), {"create_subject": False}, Reason.SUBJECT_NOT_FOUND, False),
+        (Pipeline(face()), {"subject_id": "no spaces"}, Reason.ARGUMENT_INVALID, False),
+        (Pipeline(face()), {"request_id": "r" * 129}, Reason.ARGUMENT_INVALID, False),
+    ],
+)
+async def test_refusals(
+    gallery: Gallery,
+    pipeline: Pipeline,
+    changes: dict[str, object],
+    reason: Reason,
+    retryable: bool,
+) -> None:
+    with pytest.raises(FacelaneError) as caught:
+        await run(gallery, pipeline, request(**changes))
+    assert (caught.value.reason, caught.value.retryable) == (reason, retryable)
+    assert await gallery.counts() == (0, 0), "a refusal must leave nothing"
+    assert gallery.templates == 0
+
+
+async def test_an_unknown_subject_is_told_before_the_models_run(gallery: Gallery) -> None:
+    pipeline = Pipeline(face())
+    with pytest.raises(FacelaneError):
+        await run(gallery, pipeline, request(create_subject=False))
+    assert pipeline.calls == 0
+
+
+@pytest.mark.parametrize("liveness", [SPOOF, SILENT])
+async def test_liveness_can_be_skipped_or_not_configured(
+    gallery: Gallery, liveness: Liveness
+) -> None:
+    shown = Pipeline(face(1, liveness=liveness))
+    assert (await run(gallery, shown, request(skip_liveness=True))).created
+    other = Pipeline(face(2, liveness=SILENT))
+    assert (await run(gallery, other, request(), liveness=False)).created
+
+
+async def test_undecided_is_let_through(gallery: Gallery) -> None:
+    assert (await run(gallery, Pipeline(face(liveness=UNDECIDED)), request())).created
+
+
+async def test_the_largest_of_several_faces(gallery: Gallery) -> None:
+    crowd = Pipeline(face(1, width=50), face(2, width=90), face(3, width=60))
+    made = await run(gallery, crowd, request(allow_multiple_faces=True))
+    assert made.face.box.width == 90
+    assert gallery.similarity("", "ada", face(2).vector) == pytest.approx(1.0, abs=1e-3)
+
+
+async def test_the_largest_face_is_the_one_that_is_judged(gallery: Gallery) -> None:
+    crowd = Pipeline(face(1, width=50), face(2, width=90, liveness=SPOOF))
+    with pytest.raises(FacelaneError) as caught:
+        await run(gallery, crowd, request(allow_multiple_faces=True))
+    assert caught.value.reason is Reason.SPOOF_SUSPECTED
+
+
+async def test_a_repeated_request_does_not_run_the_models(gallery: Gallery) -> None:
+    pipeline = Pipeline(face())
+    first = await run(gallery, pipeline, request(request_id="r1"))
+    again = await run(gallery, pipeline, request(request_id="r1"))
+    assert pipeline.calls == 1
+    assert not again.created
+    assert again.template == first.template
+    assert again.face.box == first.face.box
+    assert again.face.landmarks == first.face.landmarks
+    assert again.face.liveness == first.face.liveness
+    assert again.face.ood_score == first.face.ood_score
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"subject_id": "bob"},
+        {"picture": Picture(Encoding.JPEG, b"\xff\xd8 other bytes")},
+        {"skip_liveness": True},
+        {"allow_multiple_faces": True},
+        {"display_name": "B"},
+    ],
+)
+async def test_a_request_id_for_something_else(
+    gallery: Gallery, changes: dict[str, object]
+) -> None:
+    await run(gallery, Pipeline(face()), request(request_id="r1"))
+    with pytest.raises(FacelaneError) as caught:
+        await run(gallery, Pipeline(face(2)), request(request_id="r1", **changes))
+    assert caught.value.reason is Reason.REQUEST_ID_REUSED
+    assert await gallery.counts() == (1, 1)
+
+
+async def test_the_same_picture_again_without_a_request_id(gallery: Gallery) -> None:
+    first = await run(gallery, Pipeline(face()), request())
+    again = await run(gallery, Pipeline(face()), request())
+    assert not again.created
+    assert again.template == first.template
+    assert gallery.templates == 1
+
+
+async def test_without_a_recogniser_nobody_is_enrolled(tmp_path: Path) -> None:
+    opened = await Gallery.open(tmp_path / "other.db")
+    try:
+        with pytest.raises(FacelaneError) as caught:
+            await run(opened, Pipeline(face()), request())
+    finally:
+        await opened.close()
+    assert caught.value.reason is Reason.POOL_UNAVAILABLE
+    assert "pools.recognizer" in caught.value.message

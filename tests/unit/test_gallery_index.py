@@ -1,0 +1,488 @@
+"""Snapshots: what the recognisers get, in which order, and who is named from them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import mmap
+import os
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.waiting import auntil
+
+from facelane_server import limits
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.gallery import index as index_module
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.index import (
+    AddTemplate,
+    Change,
+    GalleryIndex,
+    RemoveSubject,
+    RemoveTemplate,
+    SubjectKey,
+)
+from facelane_server.gallery.store import RequestKey
+from facelane_server.ipc.messages import GallerySnapshot, decode_to_worker, encode
+
+DIM = 16
+F32 = npt.NDArray[np.float32]
+
+
+def vector(seed: int, dim: int = DIM) -> F32:
+    values = np.random.default_rng(seed).standard_normal(dim).astype(np.float32)
+    return values / np.linalg.norm(values)
+
+
+def add(gallery: str, subject: str, template: int) -> AddTemplate:
+    return AddTemplate(gallery, subject, f"t{template}", vector(template).astype(np.float16))
+
+
+def read(message: GallerySnapshot, fd: int) -> dict[SubjectKey, list[bytes]]:
+    """A snapshot as a worker reads it: by gallery and subject *index*, from the file alone."""
+    found: dict[tuple[str, int], list[bytes]] = {}
+    if message.rows == 0:
+        assert os.fstat(fd).st_size == 0
+        return {}
+    size = message.rows * message.dim * 2
+    mapped = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    matrix = np.frombuffer(mapped, np.float16, message.rows * message.dim)
+    matrix = matrix.reshape(message.rows, message.dim)
+    indices = np.frombuffer(mapped, np.int32, message.rows, offset=size)
+    assert os.fstat(fd).st_size == size + 4 * message.rows
+    assert (np.diff(indices) >= 0).all(), "rows of a subject must lie together"
+    covered = 0
+    for gallery, first, end in message.galleries:
+        assert first == covered
+        covered = end
+        for row in range(first, end):
+            found.setdefault((gallery, int(indices[row])), []).append(matrix[row].tobytes())
+    assert covered == message.rows
+    return found  # type: ignore[return-value]
+
+
+class Recogniser:
+    """Stands where the pool stands: keeps what was published, as a worker would read it."""
+
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+        self.content: dict[SubjectKey, list[bytes]] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.entered = asyncio.Event()
+        self.failures = 0
+
+    async def publish(self, message: GallerySnapshot, fd: int) -> None:
+        self.entered.set()
+        await self.gate.wait()
+        if self.failures:
+            self.failures -= 1
+            raise FacelaneError(Reason.POOL_UNAVAILABLE, "no worker", retryable=True)
+        assert decode_to_worker(encode(message)) == message
+        self.versions.append(message.version)
+        self.content = read(message, fd)
+
+    def named(self, index: GalleryIndex) -> dict[SubjectKey, set[bytes]]:
+        """What the newest snapshot holds, with its indices resolved."""
+        out: dict[SubjectKey, set[bytes]] = {}
+        for (gallery, number), vectors in self.content.items():
+            key = index.resolve(self.versions[-1], int(number))
+            assert key is not None
+            assert key[0] == gallery
+            out[key] = set(vectors)
+        return out
+
+
+@pytest.fixture
+async def recogniser() -> Recogniser:
+    return Recogniser()
+
+
+@pytest.fixture
+async def index(recogniser: Recogniser) -> AsyncIterator[GalleryIndex]:
+    made = GalleryIndex(DIM, recogniser.publish)
+    made.start()
+    yield made
+    await made.close()
+
+
+async def settled(index: GalleryIndex, revision: int) -> None:
+    assert await index.published(revision, 10.0)
+
+
+async def test_an_empty_gallery_is_published_too(
+    index: GalleryIndex, recogniser: Recogniser
+) -> None:
+    await settled(index, 0)
+    assert recogniser.versions == [1]
+    assert recogniser.content == {}
+    assert index.resolve(1, 0) is None
+
+
+async def test_changes_reach_the_recogniser(index: GalleryIndex, recogniser: Recogniser) -> None:
+    await settled(
+        index, index.apply([add("g", "b", 1), add("g", "a", 2), add("f", "z", 3), add("g", "b", 4)])
+    )
+    bytes_of = {n: vector(n).astype(np.float16).tobytes() for n in range(10)}
+    assert recogniser.named(index) == {
+        ("f", "z"): {bytes_of[3]},
+        ("g", "a"): {bytes_of[2]},
+        ("g", "b"): {bytes_of[1], bytes_of[4]},
+    }
+    assert index.templates == 4
+    await settled(index, index.apply([RemoveTemplate("g", "b", "t1"), RemoveSubject("f", "z")]))
+    assert recogniser.named(index) == {("g", "a"): {bytes_of[2]}, ("g", "b"): {bytes_of[4]}}
+    await settled(index, index.apply([RemoveTemplate("g", "b", "t4"), RemoveSubject("g", "a")]))
+    assert recogniser.content == {}
+    assert index.templates == 0
+
+
+async def test_the_file_cannot_be_changed(index: GalleryIndex) -> None:
+    await settled(index, index.apply([add("g", "a", 1)]))
+    fd = index.snapshot.fd
+    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    with pytest.raises(OSError, match=r"Bad file descriptor|Operation not permitted"):
+        os.write(fd, b"x")
+    with pytest.raises(ValueError, match="read-only"):
+        index.snapshot.matrix[0, 0] = 1
+
+
+keys = st.tuples(st.sampled_from(["f", "g"]), st.sampled_from(["a", "b", "c"]))
+operations = st.lists(st.tuples(st.sampled_from(["add", "one", "all"]), keys), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(operations, max_size=6), st.data())
+def test_any_history_ends_in_the_same_state_as_a_plain_model(
+    batches: list[list[tuple[str, SubjectKey]]], data: st.DataObject
+) -> None:
+    """Batches of changes, each one snapshot, against a dict of sets."""
+    model: dict[SubjectKey, dict[str, bytes]] = {}
+    recogniser: Recogniser
+
+    async def play() -> None:
+        nonlocal recogniser
+        recogniser = Recogniser()
+        index = GalleryIndex(DIM, recogniser.publish)
+        index.start()
+        number = 0
+        try:
+            for batch in batches:
+                changes: list[Change] = []
+                for kind, key in batch:
+                    held = model.setdefault(key, {})
+                    if kind == "add":
+                        number += 1
+                        change = add(*key, number)
+                        held[change.template_id] = change.vector.tobytes()
+                        changes.append(change)
+                    elif kind == "one" and held:
+                        name = data.draw(st.sampled_from(sorted(held)))
+                        del held[name]
+                        changes.append(RemoveTemplate(*key, name))
+                    elif kind == "all":
+                        held.clear()
+                        changes.append(RemoveSubject(*key))
+                await settled(index, index.apply(changes))
+                expected = {key: set(held.values()) for key, held in model.items() if held}
+                assert recogniser.named(index) == expected
+                assert index.templates == sum(map(len, expected.values()))
+                assert sorted(index.snapshot.keys) == list(index.snapshot.keys)
+        finally:
+            await index.close()
+
+    asyncio.run(play())
+
+
+async def test_changes_during_a_publication_are_taken_together(
+    index: GalleryIndex, recogniser: Recogniser
+) -> None:
+    await settled(index, 0)
+    recogniser.gate.clear()
+    recogniser.entered.clear()
+    index.apply([add("g", "a", 1)])
+    await asyncio.wait_for(recogniser.entered.wait(), 10)
+    last = 0
+    for n in range(2, 50):
+        last = index.apply([add("g", f"s{n}", n)])
+    assert not await index.published(last, 0.05)
+    recogniser.gate.set()
+    await settled(index, last)
+    assert recogniser.versions == [1, 2, 3], "48 changes took more than one snapshot"
+    assert len(recogniser.named(index)) == 49
+
+
+async def test_a_deleted_subject_is_not_named_from_an_older_snapshot(
+    index: GalleryIndex, recogniser: Recogniser
+) -> None:
+    await settled(index, index.apply([add("g", "a", 1), add("g", "b", 2)]))
+    version = recogniser.versions[-1]
+    assert index.resolve(version, 0) == ("g", "a")
+    recogniser.gate.clear()
+    revision = index.apply([RemoveSubject("g", "a")])
+    # Before any recogniser knows.
+    assert index.resolve(version, 0) is None
+    assert index.similarity(("g", "a"), vector(1)) is None
+    assert index.resolve(version, 1) == ("g", "b")
+    # Somebody else under the same id is not who the old snapshot meant.
+    revision = index.apply([add("g", "a", 3)])
+    assert index.resolve(version, 0) is None
+    recogniser.gate.set()
+    await settled(index, revision)
+    assert index.resolve(recogniser.versions[-1], 0) == ("g", "a")
+    assert index.resolve(version, 0) is None
+
+
+async def test_recreated_during_a_build_is_not_named_from_that_build(
+    index: GalleryIndex, recogniser: Recogniser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await settled(index, 0)
+    building, release = threading.Event(), threading.Event()
+    real = index_module.build
+
+    def slow(*args: object) -> object:
+        building.set()
+        assert release.wait(10)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index_module, "build", slow)
+    index.apply([add("g", "a", 1)])
+    assert await asyncio.to_thread(building.wait, 10)
+    # The build under way holds the first person; the id now means a second one.
+    monkeypatch.setattr(index_module, "build", real)
+    recogniser.gate.clear()
+    recogniser.entered.clear()
+    revision = index.apply([RemoveSubject("g", "a"), add("g", "a", 2)])
+    release.set()
+    await asyncio.wait_for(recogniser.entered.wait(), 10)
+    assert index.snapshot.version == 2
+    assert index.resolve(2, 0) is None
+    recogniser.gate.set()
+    await settled(index, revision)
+    assert index.resolve(recogniser.versions[-1], 0) == ("g", "a")
+
+
+async def test_only_the_last_versions_are_resolved(
+    index: GalleryIndex, recogniser: Recogniser
+) -> None:
+    for n in range(1, limits.MAX_SNAPSHOTS_KEPT + 5):
+        await settled(index, index.apply([add("g", "a", n)]))
+    newest = recogniser.versions[-1]
+    kept = [v for v in range(newest + 1) if index.resolve(v, 0) is not None]
+    assert kept == list(range(newest - limits.MAX_SNAPSHOTS_KEPT + 1, newest + 1))
+    for wrong in (-1, 1, 10**9):
+        assert index.resolve(newest, wrong) is None
+
+
+async def test_a_failed_publication_is_repeated(
+    index: GalleryIndex, recogniser: Recogniser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "RETRY_S", 0.01)
+    await settled(index, 0)
+    recogniser.failures = 3
+    await settled(index, index.apply([add("g", "a", 1)]))
+    assert set(recogniser.named(index)) == {("g", "a")}
+
+
+async def test_a_failed_build_loses_no_change(
+    index: GalleryIndex, recogniser: Recogniser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "RETRY_S", 0.01)
+    await settled(index, index.apply([add("g", "a", 1), add("g", "b", 2), add("g", "c", 3)]))
+    real = index_module.build
+    failed: list[int] = []
+
+    def failing(*args: object) -> object:
+        if len(failed) < 2:
+            failed.append(1)
+            # Changes that arrive during the build that fails.
+            if len(failed) == 1:
+                index.apply([RemoveTemplate("g", "d", "t4"), add("g", "b", 5)])
+                index.apply([RemoveSubject("g", "c"), add("g", "c", 6)])
+            raise MemoryError
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index_module, "build", failing)
+    index.apply([add("g", "d", 4), RemoveTemplate("g", "a", "t1"), add("g", "c", 7)])
+    await auntil(lambda: len(failed) == 2)
+    await settled(index, index.apply([add("g", "e", 8)]))
+    bytes_of = {n: vector(n).astype(np.float16).tobytes() for n in range(10)}
+    assert recogniser.named(index) == {
+        ("g", "b"): {bytes_of[2], bytes_of[5]},
+        ("g", "c"): {bytes_of[6]},
+        ("g", "e"): {bytes_of[8]},
+    }
+
+
+def gallery_descriptors() -> int:
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sum("facelane-gallery" in link for link in links)
+
+
+async def test_no_descriptor_is_left(recogniser: Recogniser) -> None:
+    gc.collect()
+    assert gallery_descriptors() == 0
+    index = GalleryIndex(DIM, recogniser.publish)
+    index.start()
+    for n in range(1, 10):
+        await settled(index, index.apply([add("g", "a", n)]))
+        # The snapshot's own, and the mapping's, of this version and the one before.
+        assert 1 <= gallery_descriptors() <= 4
+    await index.close()
+    await index.close()
+    del index
+    gc.collect()
+    assert gallery_descriptors() == 0
+
+
+# -- store and index together -------------------------------------------------------------------
+
+
+@pytest.fixture
+async def gallery(tmp_path: Path, recogniser: Recogniser) -> AsyncIterator[Gallery]:
+    opened = await Gallery.open(tmp_path / "gallery.db", max_templates=50)
+    assert await opened.serve("m@1", DIM, recogniser.publish)
+    yield opened
+    await opened.close()
+
+
+async def test_enrolled_is_published_when_the_call_returns(
+    gallery: Gallery, recogniser: Recogniser
+) -> None:
+    made = await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    assert len(recogniser.content) == 1
+    assert gallery.similarity("g", "a", vector(1).tobytes()) == pytest.approx(1.0, abs=1e-3)
+    await gallery.delete_template("g", made.template.template_id)
+    assert recogniser.content == {}
+    with pytest.raises(FacelaneError) as caught:
+        gallery.similarity("g", "a", vector(1).tobytes())
+    assert caught.value.reason is Reason.NO_TEMPLATES
+    await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9)
+    assert await gallery.delete_subject("g", "a") == 1
+    assert recogniser.content == {}
+    assert gallery.templates == 0
+    assert await gallery.counts() == (0, 0)
+
+
+async def test_a_restart_publishes_what_was_stored(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.db"
+    for round_ in range(2):
+        recogniser = Recogniser()
+        opened = await Gallery.open(path)
+        await opened.serve("m@1", DIM, recogniser.publish)
+        assert gallery_size(recogniser) == round_
+        await opened.enroll("g", "a", vector=vector(round_), ood_score=0.9, create_subject=True)
+        assert gallery_size(recogniser) == round_ + 1
+        await opened.close()
+
+
+def gallery_size(recogniser: Recogniser) -> int:
+    return sum(map(len, recogniser.content.values()))
+
+
+async def test_another_model_sees_only_its_own_templates(
+    gallery: Gallery, recogniser: Recogniser
+) -> None:
+    await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    old = recogniser.versions[-1]
+    assert await gallery.serve("n@2", 2 * DIM, recogniser.publish)
+    assert recogniser.content == {}
+    assert gallery.resolve(old, 0) is None
+    [kept] = await gallery.list_templates("g", "a")
+    # A template of the other model is deleted without touching the index.
+    await gallery.enroll("g", "a", vector=vector(2, 2 * DIM), ood_score=0.9)
+    await gallery.delete_template("g", kept.template_id)
+    assert gallery.templates == 1
+    assert gallery_size(recogniser) == 1
+    assert await gallery.serve("m@1", DIM, recogniser.publish)
+    assert recogniser.content == {}
+    assert recogniser.versions == sorted(set(recogniser.versions))
+
+
+async def test_a_caller_that_goes_away_leaves_store_and_index_in_step(
+    gallery: Gallery, recogniser: Recogniser
+) -> None:
+    for n in range(10):
+        call = asyncio.create_task(
+            gallery.enroll("g", f"s{n}", vector=vector(n), ood_score=0.9, create_subject=True)
+        )
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    await gallery.enroll("g", "last", vector=vector(99), ood_score=0.9, create_subject=True)
+    _subjects, templates = await gallery.counts()
+    assert gallery.templates == templates == gallery_size(recogniser)
+
+
+async def test_waiting_calls_are_bounded(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> bool:
+        entered.set()
+        assert release.wait(20)
+        return True
+
+    monkeypatch.setattr(gallery._store, "has_gallery", hang)
+    calls = [asyncio.create_task(gallery.has_gallery("g")) for _ in range(limits.MAX_GALLERY_CALLS)]
+    assert await asyncio.to_thread(entered.wait, 10)
+    with pytest.raises(FacelaneError) as caught:
+        await gallery.counts()
+    assert (caught.value.reason, caught.value.retryable) == (Reason.GALLERY_UNAVAILABLE, True)
+    # Giving up does not make room: the thread still has those calls before it.
+    for call in calls[1:]:
+        call.cancel()
+    with pytest.raises(FacelaneError):
+        await gallery.counts()
+    release.set()
+    assert await calls[0]
+    # Calls nobody waits for are not carried out, and the room is there again.
+    assert await gallery.counts() == (0, 0)
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_slow_store_has_a_deadline(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(gallery._store, "has_gallery", lambda _: release.wait(20))
+    monkeypatch.setattr("facelane_server.gallery.gallery.CALL_TIMEOUT_S", 0.05)
+    with pytest.raises(FacelaneError) as caught:
+        await gallery.has_gallery("g")
+    assert (caught.value.reason, caught.value.retryable) == (Reason.GALLERY_UNAVAILABLE, True)
+    release.set()
+
+
+async def test_calls_after_close_are_refused(gallery: Gallery) -> None:
+    await gallery.close()
+    await gallery.close()
+    with pytest.raises(FacelaneError) as caught:
+        await gallery.counts()
+    assert caught.value.reason is Reason.GALLERY_UNAVAILABLE
+
+
+async def test_concurrent_repetitions_make_one_template(gallery: Gallery) -> None:
+    key = RequestKey("r", b"x")
+    made = await asyncio.gather(
+        *(
+            gallery.enroll(
+                "g", "a", vector=vector(n), ood_score=0.9, create_subject=True, request=key
+            )
+            for n in range(8)
+        )
+    )
+    assert len({enrolled.template.template_id for enrolled in made}) == 1
+    assert [enrolled.created for enrolled in made].count(True) == 1
+    assert gallery.templates == 1
