@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import threading
@@ -273,14 +274,6 @@ _ENDED = _Ended()
 _Said = SourceInfo | SourceError | _Ended
 
 
-class _StreamEndedError(Exception):
-    """The server's stream cannot go on; ``error`` says why."""
-
-    def __init__(self, error: facelane.FacelaneError) -> None:
-        super().__init__(error.reason)
-        self.error = error
-
-
 class _CameraRunner:
     """One camera from its first opening to its end, over any number of reconnections."""
 
@@ -294,7 +287,6 @@ class _CameraRunner:
         open_source: OpenSource,
     ) -> None:
         self.name = settings.name
-        self.connections = 0
         self.server_failed = False
         self._settings = settings
         self._server = server
@@ -309,6 +301,8 @@ class _CameraRunner:
         self._handover = Handover(self._loop, lossless=settings.is_lossless)
         self._wake = asyncio.Event()
         self._handover.watch(self._wake)
+        self._stream: aio.AnalyzeStream | None = None
+        self._connections_before = 0
         self._stopped = asyncio.Event()
         self._camera: Camera | None = None
         self._reader: _Reader | None = None
@@ -330,6 +324,12 @@ class _CameraRunner:
     @property
     def state(self) -> CameraState:
         return CameraState.CONNECTING if self._camera is None else self._camera.state
+
+    @property
+    def connections(self) -> int:
+        """How often a stream to the server was opened."""
+        stream = self._stream
+        return self._connections_before + (0 if stream is None else stream.summary.connections)
 
     def stop(self) -> None:
         """Begin to end; from the event loop."""
@@ -369,37 +369,62 @@ class _CameraRunner:
         life: asyncio.Task[None] | None = None
         failures = 0
         try:
-            while not self._stopped.is_set():
+            while not self._stopped.is_set() and not self.state.is_terminal:
                 try:
-                    async with self._client.analyze_stream(
-                        on_update=self._on_update, **self._stream_options()
-                    ) as stream:
+                    async with contextlib.AsyncExitStack() as stack:
+                        stream = await self._connect(stack)
+                        if stream is None:
+                            break  # told to stop meanwhile
                         failures = 0
-                        self.connections += 1
                         if life is None:
                             # The camera is opened when there is somebody to send to.
                             life = asyncio.create_task(self._live(), name=f"life {self.name}")
                         await self._serve(stream)
-                    break
-                except (_StreamEndedError, facelane.FacelaneError) as raised:
-                    error = raised.error if isinstance(raised, _StreamEndedError) else raised
+                except facelane.FacelaneError as error:
                     failures += 1
                     await self._settle_in_flight(error.reason)
                     if not await self._may_try_again(error, failures):
                         break
-                if life is not None and life.done():
-                    break
         finally:
             self.stop()
-            if life is None:
-                if self._camera is None:
-                    # Never opened: stopped before the server was reached.
-                    camera, _ = start(time.monotonic())
-                    self._camera, _ = step(camera, Stop(time.monotonic()), self._policy, 0.0)
-            else:
+            if life is not None:
                 await life
+            elif self._camera is None:
+                # Stopped before the server was reached.
+                camera, _ = start(time.monotonic())
+                self._camera, _ = step(camera, Stop(time.monotonic()), self._policy, 0.0)
             await self._settle_rest()
             await asyncio.to_thread(self._join_readers)
+
+    async def _connect(self, stack: contextlib.AsyncExitStack) -> aio.AnalyzeStream | None:
+        """An open stream, owned by ``stack``; ``None`` when the camera was stopped first.
+
+        The stream comes back by itself when its connection breaks later. Raises
+        ``FacelaneError`` when the server cannot be reached now, or refuses.
+        """
+        stream = self._client.analyze_stream(
+            on_update=self._on_update, reconnect=facelane.Reconnect(), **self._stream_options()
+        )
+        opening = asyncio.create_task(stack.enter_async_context(stream))
+        stopped = asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+            if not opening.done():
+                opening.cancel()
+            await asyncio.gather(opening, stopped, return_exceptions=True)
+        if opening.cancelled() or self._stopped.is_set():
+            return None
+        opening.result()
+        if stream.opened is None:
+            raise facelane.UnavailableError(
+                facelane.Reason.UNREACHABLE,
+                "no server answers at the target; check that it runs, and its address",
+            )
+        self._connections_before = self.connections
+        self._stream = stream
+        return stream
 
     async def _may_try_again(self, error: facelane.FacelaneError, failures: int) -> bool:
         """Wait for the server to come back; False when that cannot help."""
@@ -427,9 +452,9 @@ class _CameraRunner:
         await self._step(SourceFailed(now, reason, message, permanent=True))
         self._wake.set()
 
-    def _stream_options(self) -> facelane.StreamOptions:
+    def _stream_options(self) -> facelane.StreamConfigOptions:
         camera = self._settings
-        return facelane.StreamOptions(
+        return facelane.StreamConfigOptions(
             source_id=camera.name,
             overload="lossless" if camera.is_lossless else "latest_wins",
             max_frame_age=camera.max_frame_age or None,
@@ -442,37 +467,49 @@ class _CameraRunner:
             max_faces=camera.max_faces,
             max_candidates=camera.max_candidates,
             min_face_size=camera.min_face_size,
-            reconnect=facelane.Reconnect(),
         )
 
     async def _serve(self, stream: aio.AnalyzeStream) -> None:
-        """Send and receive until the camera has ended and all outcomes are here."""
-        receiver = asyncio.create_task(self._receive(stream), name=f"receive {self.name}")
+        """Send and receive until the camera has ended and all outcomes are here.
+
+        Raises ``FacelaneError`` when the stream cannot go on.
+        """
         sender = asyncio.create_task(self._send(stream), name=f"send {self.name}")
+        receiver = asyncio.create_task(self._receive(stream), name=f"receive {self.name}")
+        # A camera that came to its end waits for its outcomes as long as the SDK does; one
+        # that was told to stop has DRAIN_TIMEOUT.
+        patience = asyncio.create_task(self._patience(), name=f"patience {self.name}")
         try:
-            await asyncio.wait({sender, receiver}, return_when=asyncio.FIRST_COMPLETED)
-            if receiver.done() and not sender.done():
-                # The stream ended under us.
-                await receiver
-                raise _StreamEndedError(
-                    facelane.ConnectionLostError("CONNECTION_LOST", "the stream ended early")
-                )
-            await sender
-            try:
-                async with asyncio.timeout(DRAIN_TIMEOUT):
-                    await stream.close_send()
-                    await receiver
-            except TimeoutError:
+            await asyncio.wait({sender, receiver, patience}, return_when=asyncio.FIRST_COMPLETED)
+            if sender.done() and not patience.done():
+                if sender.exception() is None:
+                    stream.close_send()
+                # The stream settles what is in flight, also when it has broken.
+                await asyncio.wait({receiver, patience}, return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+            if receiver.done():
+                receiver.result()
+                if not sender.done():
+                    raise facelane.ConnectionLostError(
+                        facelane.Reason.CONNECTION_LOST, "the server ended the stream early"
+                    )
+            if not receiver.done():
                 self._log.warning("outcomes missing at the end", frames=len(self._in_flight))
         finally:
-            for task in (sender, receiver):
+            tasks = (sender, receiver, patience)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(sender, receiver, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _patience(self) -> None:
+        await self._stopped.wait()
+        await asyncio.sleep(DRAIN_TIMEOUT)
 
     # --- frames out, outcomes in ---
 
     async def _send(self, stream: aio.AnalyzeStream) -> None:
-        patience = None if self._settings.is_lossless else SEND_PATIENCE
+        patience = math.inf if self._settings.is_lossless else SEND_PATIENCE
         while True:
             taken = await self._handover.take()
             if taken.replaced:
@@ -499,8 +536,6 @@ class _CameraRunner:
             except facelane.DeadlineExceededError as error:
                 del self._in_flight[numbered.frame_id]
                 await self._dropped(numbered.frame_id, 1, error.reason, where="bridge")
-            except facelane.FacelaneError as error:
-                raise _StreamEndedError(error) from None
 
     async def _receive(self, stream: aio.AnalyzeStream) -> None:
         async for outcome in stream:
@@ -585,12 +620,14 @@ class _CameraRunner:
             await self._dropped(first, count, "STOPPED", where="bridge")
 
     def _on_update(self, update: facelane.StreamUpdate) -> None:
+        if update.kind is not facelane.StreamUpdateKind.TRACK_ENDED:
+            self._log.info("stream update", kind=update.kind.value, stage=update.stage.value)
         self._updates.append(
             UpdateLine(
                 time=now_utc(),
                 camera=self.name,
                 kind=update.kind.value,
-                stage=update.stage.value if update.stage else "",
+                stage="" if update.stage is facelane.Stage.UNSPECIFIED else update.stage.value,
                 track_id=update.track_id,
                 message=update.message,
             )

@@ -312,7 +312,7 @@ def _convert(value: Any, type_: Any, where: str) -> Any:
         text, _, path = str(error).partition(" - at `$")
         key = path.strip("`").lstrip(".")
         text = text.replace("`", "")
-        text = f"{key}: {text[:1].lower()}{text[1:]}" if key else text
+        text = f"{key}: {text[:1].lower()}{text[1:]}" if key else text[:1].lower() + text[1:]
         if key == "name":
             text += " (1-64 letters, digits, '-', '_', '.')"
         raise ConfigError(f"{where}: {text}") from None

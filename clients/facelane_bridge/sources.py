@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import http.client
+import math
 import os
 import re
 import ssl
@@ -24,7 +25,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import urllib.response
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -220,7 +221,9 @@ class MediaClock:
     MAX_FORWARD = 10.0
     MAX_BACKWARD = 0.5
 
-    def __init__(self) -> None:
+    def __init__(self, *, live: bool = True) -> None:
+        # A file may well have a minute between two frames.
+        self._max_forward = self.MAX_FORWARD if live else math.inf
         self._base: float | None = None
         self._last_stamp = 0.0
         self._last_media = 0.0
@@ -232,7 +235,7 @@ class MediaClock:
             stamp = arrival
         if self._base is None:
             self._base = stamp
-        elif not -self.MAX_BACKWARD <= stamp - self._last_stamp <= self.MAX_FORWARD:
+        elif not -self.MAX_BACKWARD <= stamp - self._last_stamp <= self._max_forward:
             self._base = stamp - self._last_media - max(0.0, arrival - self._last_arrival)
         self._last_stamp = stamp
         self._last_arrival = arrival
@@ -404,7 +407,7 @@ class _AvSource:
         self._container: InputContainer | None = None
         self._stream: VideoStream | None = None
         self._frames: Iterator[CapturedFrame] | None = None
-        self._clock = MediaClock()
+        self._clock = MediaClock(live=self._is_live)
         self._pacer = _Pacer(self._interrupted)
         self._decimator = _Decimator(camera.max_fps)
         self._encoder = JpegEncoder(camera.jpeg_quality, camera.max_side)
@@ -612,7 +615,7 @@ class _AvSource:
             stream = self._stream
             rate = float(stream.average_rate or 25) if stream is not None else 25.0
             self._loop_offset = last.media_time + 1.0 / rate
-            self._clock = MediaClock()
+            self._clock = MediaClock(live=False)
             self._close_container()
             self._open_container()
 
@@ -683,6 +686,24 @@ class _AvSource:
 # --- HTTP-MJPEG -----------------------------------------------------------------------
 
 
+def _second_try(
+    retry: Callable[..., urllib.response.addinfourl | None],
+    request: urllib.request.Request,
+    refusal: IO[bytes],
+    *rest: Any,
+) -> urllib.response.addinfourl | None:
+    """Ask again with credentials, and close the refusal's connection, which the standard
+    handlers leave to the garbage collector; they leave it open when they do not ask again."""
+    try:
+        answer = retry(request, refusal, *rest)
+    except BaseException:
+        refusal.close()
+        raise
+    if answer is not None:
+        refusal.close()
+    return answer
+
+
 class _OneTryDigest(urllib.request.HTTPDigestAuthHandler):
     """The standard handler tries five times: enough to lock an account on many cameras."""
 
@@ -692,6 +713,35 @@ class _OneTryDigest(urllib.request.HTTPDigestAuthHandler):
         if req.has_header(self.auth_header):
             return None
         return super().retry_http_digest_auth(req, auth)
+
+    def http_error_401(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+    ) -> urllib.response.addinfourl | None:
+        return _second_try(super().http_error_401, req, fp, code, msg, headers)
+
+
+class _BasicIfAsked(urllib.request.HTTPBasicAuthHandler):
+    """The standard handler raises ValueError when the challenge is for digest."""
+
+    def http_error_401(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+    ) -> urllib.response.addinfourl | None:
+        if not any(
+            challenge.strip().lower().startswith("basic")
+            for challenge in headers.get_all("WWW-Authenticate", [])
+        ):
+            return None
+        return _second_try(super().http_error_401, req, fp, code, msg, headers)
 
 
 class _MjpegSource:
@@ -727,6 +777,7 @@ class _MjpegSource:
         try:
             boundary = boundary_of(response.headers.get("Content-Type", ""))
         except MjpegError as error:
+            self.close()
             raise SourceError(SourceReason.FORMAT_INVALID, error.message, permanent=True) from None
         self._parser = MjpegParser(boundary)
         return SourceInfo(
@@ -747,7 +798,7 @@ class _MjpegSource:
             passwords.add_password(None, camera.source, credentials.user, credentials.password)
             handlers += [
                 _OneTryDigest(passwords),
-                urllib.request.HTTPBasicAuthHandler(passwords),
+                _BasicIfAsked(passwords),
             ]
         opener = urllib.request.build_opener(*handlers)
         timeout = min(camera.open_timeout, camera.read_timeout)
@@ -757,8 +808,15 @@ class _MjpegSource:
             status = error.code
             error.close()
             raise self._refused(status, credentials is not None) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
+        except ValueError:
+            raise SourceError(
+                SourceReason.AUTHENTICATION_FAILED,
+                "the camera asks for an authentication that is not known here; "
+                "set it to basic, or to digest with MD5",
+                permanent=True,
+            ) from None
         assert isinstance(response, http.client.HTTPResponse)
         return response
 
