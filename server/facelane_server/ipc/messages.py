@@ -201,8 +201,9 @@ class Warming(Message):
 
 
 class Ready(Message):
-    """``memory_mib`` on the device by NVML or the allocator, context included; 0 on CPU.
-    ``latency_ms``: one item, measured after warm-up."""
+    """``memory_mib`` on the device by NVML or the allocator, context included; resident on
+    a CPU. ``latency_ms``: one item, measured after warm-up. ``embedding_dim``: of
+    recognisers, else 0."""
 
     model_id: str
     load_ms: float
@@ -210,6 +211,7 @@ class Ready(Message):
     latency_ms: float
     memory_mib: int = 0
     device_name: str = ""
+    embedding_dim: int = 0
 
 
 class GalleryLoaded(Message):
@@ -245,22 +247,14 @@ class Drained(Message):
 
 class Fatal(Message):
     """The worker ends now. ``reason``: LOAD_FAILED, WARM_UP_FAILED, DEVICE_POISONED,
-    OUT_OF_MEMORY, PROTOCOL, OVER_BUDGET."""
+    OUT_OF_MEMORY, PROTOCOL, INTERNAL."""
 
     reason: str
     message: str
 
 
 FromWorker = (
-    Hello
-    | Warming
-    | Ready
-    | GalleryLoaded
-    | InferDone
-    | InferFailed
-    | Pong
-    | Drained
-    | Fatal
+    Hello | Warming | Ready | GalleryLoaded | InferDone | InferFailed | Pong | Drained | Fatal
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,0 +1,276 @@
+"""One worker, seen from the server: an ``UnreadyWorker`` becomes a ``ReadyWorker`` or is lost.
+
+They are different types, and only a ``ReadyWorker`` can take a job, so that nothing can
+be dispatched to a worker that has not loaded, warmed up and answered a first inference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from facelane_server.ipc import messages
+from facelane_server.ipc.arena import Arena
+from facelane_server.ipc.channel import ChannelError, ProtocolError, ServerChannel
+from facelane_server.ipc.messages import (
+    Cancel,
+    Drain,
+    Drained,
+    Fatal,
+    FromWorker,
+    GalleryLoaded,
+    GallerySnapshot,
+    Hello,
+    Infer,
+    InferDone,
+    InferFailed,
+    Load,
+    Ping,
+    Pong,
+    Ready,
+    Warming,
+)
+from facelane_server.pools.host import Link
+from facelane_server.pools.tasks import Task
+
+
+class WorkerLostError(Exception):
+    """The worker is of no use any more; ``reason`` is one constant word."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A batch in one slot of one worker. ``canary``: an inference of the pool's own."""
+
+    job_id: int
+    slot: int
+    tasks: list[Task[Any]]
+    request_used: int = 0
+    started_ns: int = 0
+    """When it became the worker's first job."""
+    canary: bool = False
+    abandoned: bool = False
+
+
+class UnreadyWorker:
+    """A worker that was launched. Owns the channel and the arenas until ``ready``."""
+
+    def __init__(self, link: Link, worker_id: str, load: Load) -> None:
+        self.link = link
+        self.worker_id = worker_id
+        self._load = load
+        self._inbox: deque[FromWorker] = deque()
+        self._error: WorkerLostError | None = None
+        self._arrival: asyncio.Future[None] | None = None
+        self._request: Arena | None = None
+        self._response: Arena | None = None
+        self._channel = ServerChannel(link.sock, self._on_message, self._on_lost)
+        self._handed_over = False
+
+    async def ready(self, progress: Callable[[str], None]) -> ReadyWorker:
+        """Load and warm the model; ``progress`` hears HELLO and WARMING. The caller bounds
+        the time. Raises WorkerLostError; then call ``close``."""
+        hello = await self._next(Hello)
+        assert isinstance(hello, Hello)
+        if hello.protocol != messages.PROTOCOL:
+            raise WorkerLostError("PROTOCOL", "the worker is of another version")
+        progress("HELLO")
+        load = self._load
+        self._request = Arena.create("facelane-request", load.slots, load.request_slot_bytes)
+        self._response = Arena.create("facelane-response", load.slots, load.response_slot_bytes)
+        try:
+            self._channel.send(load, [self._request.fileno(), self._response.fileno()])
+        except ChannelError as error:
+            raise WorkerLostError("EXITED", str(error)) from None
+        await self._next(Warming)
+        progress("WARMING")
+        facts = await self._next(Ready)
+        assert isinstance(facts, Ready)
+        self._handed_over = True
+        return ReadyWorker(
+            self.link, self.worker_id, facts, self._channel, self._request, self._response
+        )
+
+    def close(self) -> None:
+        """Close what a ReadyWorker has not taken over. Safe to call twice."""
+        if self._handed_over:
+            return
+        self._channel.close()
+        for arena in (self._request, self._response):
+            if arena is not None:
+                arena.close()
+
+    async def _next(self, kind: type[FromWorker]) -> FromWorker:
+        while not self._inbox:
+            if self._error is not None:
+                raise self._error
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        message = self._inbox.popleft()
+        if isinstance(message, Fatal):
+            raise WorkerLostError(message.reason, message.message)
+        if not isinstance(message, kind):
+            raise WorkerLostError("PROTOCOL", f"unexpected {type(message).__name__}")
+        return message
+
+    def _on_message(self, message: FromWorker) -> None:
+        self._inbox.append(message)
+        self._wake()
+
+    def _on_lost(self, error: ChannelError) -> None:
+        reason = "PROTOCOL" if isinstance(error, ProtocolError) else "EXITED"
+        self._error = WorkerLostError(reason, str(error))
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+
+class ReadyWorker:
+    """A worker that takes jobs. Owns the channel and the arenas.
+
+    Set the ``on_…`` callbacks before the first job. A slot is free again when its job was
+    answered, or never: a lost worker's arenas go with it.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        worker_id: str,
+        facts: Ready,
+        channel: ServerChannel,
+        request: Arena,
+        response: Arena,
+    ) -> None:
+        self.link = link
+        self.worker_id = worker_id
+        self.facts = facts
+        self.jobs: deque[Job] = deque()
+        """In flight, in the order sent."""
+        self.memory_mib = facts.memory_mib
+        self.gallery_version = 0
+        self.ping_sent_ns = 0
+        """When the ping that is not answered yet was sent; 0 = none."""
+        self.last_success_ns = 0
+        self.on_answer: Callable[[ReadyWorker, Job, InferDone | InferFailed], None] = _unset
+        self.on_gallery: Callable[[ReadyWorker], None] = _unset
+        self.on_drained: Callable[[ReadyWorker], None] = _unset
+        self.on_lost: Callable[[ReadyWorker, WorkerLostError], None] = _unset
+        self._channel = channel
+        self._request = request
+        self._response = response
+        self._free = list(range(request.slots))
+        self._pings = 0
+        self._closed = False
+        channel.on_message = self._on_message
+        channel.on_lost = self._on_lost
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    def request_slot(self) -> tuple[int, memoryview]:
+        """A free slot, to be filled and then passed to ``send``."""
+        return self._free[-1], self._request.slot(self._free[-1])
+
+    def response(self, job: Job) -> memoryview:
+        return self._response.slot(job.slot)
+
+    def send(self, job: Job, items: list[messages.Item]) -> None:
+        """Raises ChannelClosed; the worker is then lost and its owner says so."""
+        assert self._free and self._free[-1] == job.slot
+        self._channel.send(Infer(job.job_id, job.slot, items))
+        self._free.pop()
+        self.jobs.append(job)
+
+    def done(self, job: Job, response_used: int) -> None:
+        """The answer to a job was read: its slot is free."""
+        self._request.trim(job.slot, job.request_used)
+        self._response.trim(job.slot, response_used)
+        self._free.append(job.slot)
+
+    def cancel(self, job: Job) -> None:
+        """Best effort: the worker may have begun it."""
+        with contextlib.suppress(ChannelError):
+            self._channel.send(Cancel(job.job_id))
+
+    def ping(self, now_ns: int) -> None:
+        self._pings += 1
+        self.ping_sent_ns = now_ns
+        with contextlib.suppress(ChannelError):  # end of file tells
+            self._channel.send(Ping(self._pings))
+
+    def publish(self, snapshot: GallerySnapshot, fd: int) -> None:
+        """Raises ChannelClosed."""
+        self._channel.send(snapshot, [fd])
+
+    def drain(self) -> None:
+        with contextlib.suppress(ChannelError):
+            self._channel.send(Drain())
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._channel.close()
+            self._request.close()
+            self._response.close()
+
+    def _on_message(self, message: FromWorker) -> None:
+        if isinstance(message, (InferDone, InferFailed)):
+            if not self.jobs or self.jobs[0].job_id != message.job_id:
+                cancelled = isinstance(message, InferFailed) and self._remove(message.job_id)
+                if cancelled:
+                    self.on_answer(self, cancelled, message)
+                else:
+                    self._breach("an answer to no job, or out of order")
+                return
+            if isinstance(message, InferDone):
+                self.memory_mib = message.memory_mib
+            self.on_answer(self, self.jobs.popleft(), message)
+        elif isinstance(message, Pong):
+            if message.sequence != self._pings:
+                self._breach("a pong to no ping")
+                return
+            self.ping_sent_ns = 0
+            self.memory_mib = message.memory_mib
+        elif isinstance(message, GalleryLoaded):
+            self.gallery_version = max(self.gallery_version, message.version)
+            self.on_gallery(self)
+        elif isinstance(message, Drained):
+            self._channel.close()
+            self.on_drained(self)
+        elif isinstance(message, Fatal):
+            self._channel.close()
+            self.on_lost(self, WorkerLostError(message.reason, message.message))
+        else:
+            self._breach(f"unexpected {type(message).__name__}")
+
+    def _remove(self, job_id: int) -> Job | None:
+        for job in self.jobs:
+            if job.job_id == job_id and job.abandoned:
+                self.jobs.remove(job)
+                return job
+        return None
+
+    def _breach(self, detail: str) -> None:
+        self._channel.close()
+        self.on_lost(self, WorkerLostError("PROTOCOL", detail))
+
+    def _on_lost(self, error: ChannelError) -> None:
+        reason = "PROTOCOL" if isinstance(error, ProtocolError) else "EXITED"
+        self.on_lost(self, WorkerLostError(reason, str(error)))
+
+
+def _unset(*_: Any) -> None:
+    raise AssertionError("a callback was not set")

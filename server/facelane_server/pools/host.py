@@ -1,0 +1,467 @@
+"""Operating-system processes that host workers: how they start, are watched and end.
+
+A worker, to the rest of ``pools``, is a ``Link``: a socket to it, its pid, a future that
+resolves when it is gone, and signals. Three launchers make links:
+
+- ``ProcessLauncher``: a process each (``process``, ``mps``), started with ``python -m
+  facelane_server.worker --channel FD``;
+- ``GroupLauncher``: one process whose threads are the workers of a group (``thread``);
+- ``ExternalLauncher``: processes that somebody else starts and that attach to a Unix
+  socket (``external``).
+
+Processes are started by the thread of the event loop, and only there: a worker asks the
+kernel to be killed when the *thread* that started it ends. A pidfd tells of their end
+at once; nothing polls. What they write to stderr becomes log lines, bounded in length
+and in number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import structlog
+
+from facelane_server.ipc.channel import socket_pair
+
+log = structlog.get_logger(__name__)
+
+_LINE_BYTES: Final = 8 * 1024
+_READ_BYTES: Final = 64 * 1024
+_LINES_PER_S: Final = 200
+_TERM_S: Final = 2.0
+_DUMP_S: Final = 0.2
+"""From asking for a stack dump to SIGKILL: faulthandler writes it within milliseconds."""
+_REAP_S: Final = 10.0
+_BACKLOG: Final = 16
+
+
+class Link(Protocol):
+    """One worker's process, or thread of one. ``exited`` resolves with the exit code
+    (negative = signal, None = unknown) when nothing of the worker runs any more."""
+
+    sock: socket.socket
+    pid: int
+    exited: asyncio.Future[int | None]
+    polite: bool
+    """SIGTERM concerns this worker alone."""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Does nothing when the process is gone."""
+
+    def release(self) -> None:
+        """The worker was drained, or its channel is closed: nothing more is asked of it."""
+
+
+class Launcher(Protocol):
+    """Makes links, and owns what they need."""
+
+    async def launch(self, worker_id: str) -> Link:
+        """A new worker, not yet spoken to. Raises OSError when none can be started."""
+
+    async def close(self) -> None:
+        """After all links are gone."""
+
+
+async def end(link: Link, *, grace_s: float, dump: bool) -> None:
+    """See to a worker's end: wait ``grace_s`` for it to leave by itself, then SIGTERM, then a
+    stack dump (when ``dump``), then SIGKILL, each bounded. Returns when it was reaped, or
+    when the kernel does not let go of it (logged)."""
+    if grace_s > 0 and await _within(link.exited, grace_s):
+        return
+    if grace_s > 0 and link.polite:
+        link.signal(signal.SIGTERM)
+        if await _within(link.exited, _TERM_S):
+            return
+        dump = True
+    if dump and not link.exited.done():
+        link.signal(signal.SIGUSR1)
+        if await _within(link.exited, _DUMP_S):
+            return
+    link.signal(signal.SIGKILL)
+    if not await _within(link.exited, _REAP_S):
+        log.error("worker cannot be killed, the kernel holds it", pid=link.pid)
+        await asyncio.shield(link.exited)
+
+
+async def _within(future: asyncio.Future[int | None], seconds: float) -> bool:
+    done, _ = await asyncio.wait([future], timeout=seconds)
+    return bool(done)
+
+
+class Process:
+    """One child process: spawned, watched by pidfd, its stderr read, reaped."""
+
+    def __init__(
+        self, name: str, channels: int, threads: int, environment: Mapping[str, str]
+    ) -> None:
+        """Raises OSError when it cannot be started."""
+        self._loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int | None] = self._loop.create_future()
+        pairs = [socket_pair() for _ in range(channels)]
+        theirs = [worker.fileno() for _, worker in pairs]
+        command = [sys.executable, "-P", "-m", "facelane_server.worker"]
+        command += [f"--threads={threads}", *(f"--channel={fd}" for fd in theirs)]
+        try:
+            self._child = subprocess.Popen(
+                command,
+                pass_fds=theirs,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={**os.environ, **environment},
+                start_new_session=True,  # a Ctrl-C in the terminal is the server's to handle
+            )
+        except BaseException:
+            for server, _ in pairs:
+                server.close()
+            raise
+        finally:
+            for _, worker in pairs:
+                worker.close()
+        self.sockets = [server for server, _ in pairs]
+        self.pid = self._child.pid
+        assert self._child.stderr is not None
+        self._output = _OutputReader(self._child.stderr.fileno(), name, self.pid, self._loop)
+        self._pidfd = os.pidfd_open(self.pid)
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def _reap(self) -> None:
+        code = self._child.wait()  # returns at once: the pidfd is readable
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self._output.close()
+        assert self._child.stderr is not None
+        self._child.stderr.close()
+        if not self.exited.done():
+            self.exited.set_result(code)
+
+
+class _OutputReader:
+    """Turns a worker's stderr into log lines."""
+
+    def __init__(self, fd: int, name: str, pid: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._fd = fd
+        self._loop = loop
+        self._log = log.bind(worker=name, worker_pid=pid)
+        self._partial = b""
+        self._second = 0
+        self._lines = 0
+        self._suppressed = 0
+        os.set_blocking(fd, False)
+        loop.add_reader(fd, self._readable)
+
+    def close(self) -> None:
+        """Read what is left; the descriptor stays its owner's."""
+        for _ in range(16):
+            if not self._readable():
+                break
+        if self._partial:
+            self._line(self._partial)
+            self._partial = b""
+        self._report_suppressed()
+        self._loop.remove_reader(self._fd)
+
+    def _readable(self) -> bool:
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._loop.remove_reader(self._fd)
+            return False
+        *lines, rest = (self._partial + data).split(b"\n")
+        for line in lines:
+            self._line(line)
+        if len(rest) > _LINE_BYTES:
+            self._line(rest)
+            rest = b""
+        self._partial = rest
+        return True
+
+    def _line(self, line: bytes) -> None:
+        if not line.strip():
+            return
+        second = int(time.monotonic())
+        if second != self._second:
+            self._report_suppressed()
+            self._second, self._lines = second, 0
+        self._lines += 1
+        if self._lines > _LINES_PER_S:
+            self._suppressed += 1
+            return
+        text = line[:_LINE_BYTES].decode("utf-8", "replace").rstrip()
+        fields = _fields_of(text)
+        if fields is None:
+            self._log.warning("worker output", text=text)
+        else:
+            self._log.warning("worker message", **fields)
+
+    def _report_suppressed(self) -> None:
+        if self._suppressed:
+            self._log.warning("worker output suppressed", lines=self._suppressed)
+            self._suppressed = 0
+
+
+def _fields_of(text: str) -> dict[str, Any] | None:
+    """The fields of a worker's JSON line, its event under ``message``."""
+    if not text.startswith("{"):
+        return None
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    message = fields.pop("event", "")
+    return {
+        "message": message,
+        **{f"worker_{k}" if k in _TAKEN else k: v for k, v in fields.items()},
+    }
+
+
+_TAKEN: Final = frozenset({"event", "message", "level", "worker", "worker_pid", "timestamp"})
+
+
+# -- process and mps --------------------------------------------------------------------
+
+
+class _ProcessLink:
+    polite = True
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.sock = process.sockets[0]
+        self.pid = process.pid
+        self.exited = process.exited
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.signal(number)
+
+    def release(self) -> None:
+        pass
+
+
+class ProcessLauncher:
+    """A process for every worker."""
+
+    def __init__(self, *, threads: int, environment: Mapping[str, str] | None = None) -> None:
+        self._threads = threads
+        self._environment = dict(environment or {})
+
+    async def launch(self, worker_id: str) -> Link:
+        return _ProcessLink(Process(worker_id, 1, self._threads, self._environment))
+
+    async def close(self) -> None:
+        pass
+
+
+def mps_environment(
+    *, pipe_directory: Path, device: str, sm_share: int, memory_mib: int
+) -> dict[str, str]:
+    """What makes a worker a client of the MPS daemon behind ``pipe_directory``, with its
+    share of the multiprocessors (percent) and its device memory limit (0 = none)."""
+    index = device.partition(":")[2] or "0"
+    environment = {
+        "CUDA_MPS_PIPE_DIRECTORY": str(pipe_directory),
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(sm_share),
+    }
+    if memory_mib:
+        environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"{index}={memory_mib}M"
+    return environment
+
+
+# -- thread -------------------------------------------------------------------------------
+
+
+class _GroupLink:
+    polite = False
+
+    def __init__(self, process: Process, sock: socket.socket) -> None:
+        self._process = process
+        # A copy: the group keeps the original open, so that the thread outlives this life.
+        self.sock = sock.dup()
+        self.pid = process.pid
+        self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        process.exited.add_done_callback(self._process_gone)
+
+    def signal(self, number: signal.Signals) -> None:
+        if not self.exited.done():
+            self._process.signal(number)
+
+    def release(self) -> None:
+        """Drained: the thread waits for the next Load on the same channel."""
+        if not self.exited.done():
+            self.exited.set_result(0)
+            self._process.exited.remove_done_callback(self._process_gone)
+
+    def _process_gone(self, process: asyncio.Future[int | None]) -> None:
+        if not self.exited.done():
+            self.exited.set_result(process.result())
+
+
+class GroupLauncher:
+    """One process for the workers of a group, a thread each. They share one fate: what ends
+    the process ends them all, and the first that is launched again starts the next one.
+
+    ``register`` every worker before the first ``launch``.
+    """
+
+    def __init__(self, name: str, *, threads: int) -> None:
+        self._name = name
+        self._threads = threads
+        self._channels: dict[str, int] = {}
+        self._process: Process | None = None
+
+    def register(self, worker_id: str) -> None:
+        """Give a worker its channel. Raises RuntimeError once the process runs."""
+        if self._process is not None:
+            raise RuntimeError("the group's process is running already")
+        self._channels[worker_id] = len(self._channels)
+
+    async def launch(self, worker_id: str) -> Link:
+        process = self._process
+        if process is None or process.exited.done():
+            self._drop()
+            process = Process(f"group {self._name}", len(self._channels), self._threads, {})
+            self._process = process
+        return _GroupLink(process, process.sockets[self._channels[worker_id]])
+
+    async def close(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        self._drop()  # end of file on every channel
+        if not await _within(process.exited, _TERM_S):
+            process.signal(signal.SIGKILL)
+            await _within(process.exited, _REAP_S)
+
+    def _drop(self) -> None:
+        if self._process is not None:
+            for sock in self._process.sockets:
+                sock.close()
+            self._process = None
+
+
+# -- external -----------------------------------------------------------------------------
+
+
+class _ExternalLink:
+    """``pidfd`` < 0: the process cannot be watched (another namespace's or user's); it
+    counts as gone when its channel is closed."""
+
+    polite = True
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.sock = sock
+        self.pid = pid
+        self.exited: asyncio.Future[int | None] = self._loop.create_future()
+        self._pidfd = -1
+        if pid > 0:
+            with contextlib.suppress(OSError):
+                self._pidfd = os.pidfd_open(pid)
+                self._loop.add_reader(self._pidfd, self._gone)
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._pidfd < 0:
+            if number is signal.SIGKILL:
+                self._gone()
+            return
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            # Somebody else's process: closing the channel is all that we can do.
+            if number is signal.SIGKILL:
+                self._gone()
+
+    def release(self) -> None:
+        if self._pidfd < 0:
+            self._gone()
+
+    def _gone(self) -> None:
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if not self.exited.done():
+            self.exited.set_result(None)
+
+
+class ExternalLauncher:
+    """Accepts workers on a Unix socket of mode 0600 whose peers must run as ``uids``
+    (default: our own). Workers beyond those wanted wait, not accepted, as cold spares."""
+
+    def __init__(self, path: Path, *, uids: Sequence[int] = ()) -> None:
+        self.path = path
+        self._uids = frozenset(uids or (os.getuid(),))
+        self._listener: socket.socket | None = None
+        self._turn = asyncio.Lock()
+
+    async def launch(self, worker_id: str) -> Link:
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            listener = self._listen()
+            while True:
+                sock, _ = await loop.sock_accept(listener)
+                raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                pid, uid, _gid = struct.unpack("3i", raw)
+                if uid in self._uids:
+                    return _ExternalLink(sock, pid)
+                sock.close()
+                log.warning("worker refused, it runs as another user", worker=worker_id, uid=uid)
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            self.path.unlink(missing_ok=True)
+
+    def _listen(self) -> socket.socket:
+        if self._listener is None:
+            self.path.unlink(missing_ok=True)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                old = os.umask(0o177)
+                try:
+                    listener.bind(str(self.path))
+                finally:
+                    os.umask(old)
+                listener.listen(_BACKLOG)
+                listener.setblocking(False)
+            except BaseException:
+                listener.close()
+                raise
+            self._listener = listener
+        return self._listener
+
+
+__all__ = [
+    "ExternalLauncher",
+    "GroupLauncher",
+    "Launcher",
+    "Link",
+    "Process",
+    "ProcessLauncher",
+    "end",
+    "mps_environment",
+]

@@ -1,0 +1,207 @@
+"""Between tasks and slots: writes a batch's items, reads its answers.
+
+The server trusts no number that a worker sends: an offset or a count outside of what
+the job can have is a ``ProtocolError``, and the worker is lost.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from facelane_server import limits
+from facelane_server.domain import Box, Candidate, FacelaneError, Reason, Stage
+from facelane_server.ipc.arena import aligned
+from facelane_server.ipc.channel import ProtocolError
+from facelane_server.ipc.messages import (
+    DetectDone,
+    DetectItem,
+    EmbedDone,
+    EmbedItem,
+    Item,
+    ItemDone,
+    ItemFailed,
+    LivenessDone,
+    LivenessItem,
+)
+from facelane_server.pools.tasks import (
+    Answer,
+    DetectAnswer,
+    DetectedFace,
+    DetectRequest,
+    EmbedAnswer,
+    EmbedRequest,
+    LivenessAnswer,
+    LivenessRequest,
+    Request,
+)
+
+SubjectResolver = Callable[[int, int], tuple[str, str] | None]
+"""(snapshot version, subject index) → (gallery id, subject id); None for a subject that was
+deleted since the snapshot was made: it is no candidate any more."""
+
+_FACE: Final = struct.Struct(f"={limits.FACE_RECORD_FLOATS}f")
+_REASONS: Final = {reason.value: reason for reason in Reason}
+
+
+class Codec:
+    """Items and answers of one stage.
+
+    ``crop_sizes``: sides of the crops that a detector cuts, or that a recogniser (one)
+    or a liveness model takes. ``embedding_dim``: of a recogniser.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        crop_sizes: Sequence[int],
+        *,
+        embedding_dim: int = 0,
+        resolve: SubjectResolver | None = None,
+    ) -> None:
+        self._stage = stage
+        self._crop_bytes = [size * size * 3 for size in crop_sizes]
+        self._record = sum(self._crop_bytes)
+        self._dim = embedding_dim
+        self._resolve = resolve
+
+    def cost(self, request: Request) -> tuple[int, int]:
+        """(request bytes, response bytes) that one item takes at most in the slots.
+
+        Raises FacelaneError for a request that this stage cannot serve.
+        """
+        if isinstance(request, DetectRequest) and self._stage is Stage.DETECTOR:
+            faces = min(request.max_faces, limits.MAX_FACES)
+            response = aligned(faces * _FACE.size) + aligned(faces * self._record)
+            return aligned(max(len(request.picture.data), 1)), response
+        if isinstance(request, EmbedRequest) and self._stage is Stage.RECOGNIZER:
+            if len(request.chip) == self._record:
+                return aligned(self._record), aligned(self._dim * 4)
+            raise self._wrong_size()
+        if isinstance(request, LivenessRequest) and self._stage is Stage.LIVENESS:
+            if [len(crop) for crop in request.crops] == self._crop_bytes:
+                return sum(map(aligned, self._crop_bytes)), 0
+            raise self._wrong_size()
+        raise FacelaneError(Reason.INTERNAL, f"the {self._stage} pool does not take this request")
+
+    def write(self, requests: Sequence[Request], slot: memoryview) -> tuple[list[Item], int]:
+        """Lay a batch into a request slot; its items, and the bytes used."""
+        items: list[Item] = []
+        end = 0
+        for request in requests:
+            if isinstance(request, DetectRequest):
+                picture = request.picture
+                size = len(picture.data)
+                slot[end : end + size] = picture.data
+                items.append(
+                    DetectItem(
+                        end,
+                        size,
+                        picture.encoding,
+                        picture.width,
+                        picture.height,
+                        picture.stride,
+                        request.max_faces,
+                        request.max_pixels,
+                    )
+                )
+                end = aligned(end + size)
+            elif isinstance(request, EmbedRequest):
+                size = len(request.chip)
+                slot[end : end + size] = request.chip
+                items.append(EmbedItem(end, request.gallery_id, request.top_k, request.want_vector))
+                end = aligned(end + size)
+            else:
+                offsets: list[int] = []
+                for crop in request.crops:
+                    slot[end : end + len(crop)] = crop
+                    offsets.append(end)
+                    end = aligned(end + len(crop))
+                items.append(LivenessItem(tuple(offsets)))
+        return items, end
+
+    def read(
+        self, request: Request, done: ItemDone, slot: memoryview
+    ) -> tuple[Answer | FacelaneError, int]:
+        """One item's answer (or its own error), and where it ends in the response slot.
+
+        Raises ProtocolError when the answer cannot be one to this request.
+        """
+        if isinstance(done, ItemFailed):
+            reason = _REASONS.get(done.reason, Reason.INTERNAL)
+            return FacelaneError(reason, done.message), 0
+        if isinstance(done, DetectDone) and isinstance(request, DetectRequest):
+            return self._faces(request, done, slot)
+        if isinstance(done, EmbedDone) and isinstance(request, EmbedRequest):
+            return self._embedding(request, done, slot)
+        if isinstance(done, LivenessDone) and isinstance(request, LivenessRequest):
+            return LivenessAnswer(done.score), 0
+        raise ProtocolError("an answer of another kind than its request")
+
+    def _faces(
+        self, request: DetectRequest, done: DetectDone, slot: memoryview
+    ) -> tuple[Answer, int]:
+        count, offset, crops_at = done.count, done.offset, done.crops_offset
+        end = crops_at + count * self._record
+        records_end = offset + count * _FACE.size
+        if not (
+            0 <= count <= max(request.max_faces, 0)
+            and offset >= 0
+            and records_end <= crops_at
+            and end <= len(slot)
+        ):
+            raise ProtocolError("faces outside of the response slot")
+        faces: list[DetectedFace] = []
+        for values in _FACE.iter_unpack(slot[offset:records_end]):
+            crops: list[bytes] = []
+            for size in self._crop_bytes:
+                crops.append(bytes(slot[crops_at : crops_at + size]))
+                crops_at += size
+            x, y, width, height, score = values[:5]
+            points = values[5:]
+            faces.append(
+                DetectedFace(
+                    Box(x, y, width, height),
+                    score,
+                    tuple(zip(points[0::2], points[1::2], strict=True)),
+                    tuple(crops),
+                )
+            )
+        return DetectAnswer(done.width, done.height, tuple(faces)), end
+
+    def _embedding(
+        self, request: EmbedRequest, done: EmbedDone, slot: memoryview
+    ) -> tuple[Answer, int]:
+        vector, end = b"", 0
+        if request.want_vector:
+            start, end = done.vector_offset, done.vector_offset + self._dim * 4
+            if start < 0 or end > len(slot):
+                raise ProtocolError("an embedding outside of the response slot")
+            vector = bytes(slot[start:end])
+        if not done.candidates:
+            return EmbedAnswer(done.ood, (), vector), end
+        if self._resolve is None:
+            raise ProtocolError("candidates without a gallery")
+        candidates: list[Candidate] = []
+        for index, similarity in done.candidates:
+            key = self._resolve(done.snapshot, index)
+            if key is None:
+                continue
+            if key[0] != request.gallery_id:
+                raise ProtocolError("a candidate of another gallery")
+            candidates.append(Candidate(key[1], similarity))
+        return EmbedAnswer(done.ood, tuple(candidates), vector), end
+
+    def _wrong_size(self) -> FacelaneError:
+        return FacelaneError(
+            Reason.INTERNAL, f"the crops are not those that the {self._stage} model takes"
+        )
+
+
+def failure_of(done: Any, attempts: int) -> FacelaneError:
+    """The error of a job that failed whole (``InferFailed``)."""
+    reason = _REASONS.get(done.reason, Reason.INTERNAL)
+    return FacelaneError(
+        reason, done.message, retryable=done.retryable, metadata={"attempts": str(attempts)}
+    )

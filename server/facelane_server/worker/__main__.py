@@ -1,0 +1,150 @@
+"""``python -m facelane_server.worker``: one worker process.
+
+``--channel FD`` (started by the server): one inherited SOCK_SEQPACKET socket; given
+several times, each is served by a thread with its own model and stream (``thread``
+isolation). ``--attach PATH`` (started by systemd or in a container): connect to the
+server's Unix socket and serve that. Exit codes are in ``exit_codes``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Final
+
+from facelane_server.worker import exit_codes
+
+_PR_SET_PDEATHSIG: Final = 1
+_THREAD_VARIABLES: Final = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, do the start ritual, serve. The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m facelane_server.worker")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--channel", type=int, action="append", metavar="FD")
+    where.add_argument("--attach", metavar="PATH")
+    parser.add_argument("--attach-timeout", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operator")
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as leave:
+        return exit_codes.USAGE if leave.code else exit_codes.OK
+
+    # Before anything imports numpy or torch, which read these once.
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(max(1, options.threads))
+    _close_stdin()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    stopping, wake = _stop_on_sigterm()
+
+    if options.attach:
+        sock = _attach(options.attach, options.attach_timeout)
+        if sock is None:
+            sys.stderr.write("nobody accepts workers on the socket; is the server running?\n")
+            return exit_codes.CANNOT_ATTACH
+        sockets = [sock]
+    else:
+        _die_with_parent()
+        sockets = [socket.socket(fileno=fd) for fd in options.channel]
+        for sock in sockets:
+            os.set_inheritable(sock.fileno(), False)
+    return _serve(sockets, stopping, wake)
+
+
+def _serve(sockets: list[socket.socket], stopping: threading.Event, wake: int) -> int:
+    from facelane_server.ipc.channel import WorkerChannel
+    from facelane_server.worker.loop import Loop, log_exception
+
+    def run(sock: socket.socket) -> int:
+        try:
+            return Loop(WorkerChannel(sock, wake_fd=wake), stopping.is_set).run()
+        except Exception as error:
+            log_exception("worker failed", error)
+            return exit_codes.INTERNAL
+
+    if len(sockets) == 1:
+        return run(sockets[0])
+
+    def run_in_thread(sock: socket.socket) -> None:
+        code = run(sock)
+        if code != exit_codes.OK:
+            # The models of a group share one fate: half a process would be worse.
+            os._exit(code)
+        sock.close()
+
+    threads = [
+        threading.Thread(target=run_in_thread, args=(sock,), name=f"channel-{i}")
+        for i, sock in enumerate(sockets)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return exit_codes.OK
+
+
+def _close_stdin() -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def _die_with_parent() -> None:
+    """SIGKILL when the server's process ends, for a worker that hangs and cannot see end of
+    file on its channel. (A server that ended before this call closed the channel.)"""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _stop_on_sigterm() -> tuple[threading.Event, int]:
+    """An event that SIGTERM sets, and a descriptor that becomes readable with it."""
+    stopping = threading.Event()
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def stop(_signal: int, _frame: object) -> None:
+        stopping.set()
+        with contextlib.suppress(BlockingIOError):
+            os.write(wake_write, b"\0")
+
+    signal.signal(signal.SIGTERM, stop)
+    return stopping, wake_read
+
+
+def _attach(path: str, timeout_s: float) -> socket.socket | None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.settimeout(max(0.1, deadline - time.monotonic()))
+        try:
+            sock.connect(path)
+            return sock
+        except OSError:
+            sock.close()
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    code = main()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    # Not sys.exit: a device library that hangs while it is torn down must not keep a
+    # worker from ending.
+    os._exit(code)

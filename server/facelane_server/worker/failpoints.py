@@ -1,0 +1,156 @@
+"""Named faults that a worker commits on request: for fault tests, and for them alone.
+
+They are switched on by ``options`` of a pool (``fail.<name> = "<value>"``); without any,
+the worker holds no ``Failpoints`` at all and pays nothing. Jobs are counted from 1 in
+each process; the warm-up is no job, the canary is one.
+
+========================= ==========================================================
+``fail.load``             loading raises an error (the package is broken)
+``fail.hang_load``        loading never ends
+``fail.slow_load_ms``     loading takes so much longer
+``fail.crash_load``       the process kills itself (SIGSEGV) while loading
+``fail.crash_warm_up``    ... while warming up
+``fail.hang_on_job``      job N never ends
+``fail.crash_on_job``     job N kills the process (SIGSEGV)
+``fail.exit_on_job``      job N ends the process with exit code 0
+``fail.slow_ms``          every job takes so much longer
+``fail.oom_on_job``       job N (and every later one) runs out of device memory
+``fail.oom_once_on_job``  job N alone runs out of device memory
+``fail.sticky_on_job``    job N meets a sticky CUDA error
+``fail.garbage_on_job``   job N is answered with bytes that are no message
+``fail.truncated_on_job`` job N is answered with half of its packet
+``fail.error_on_job``     job N raises an error that nobody foresaw
+``fail.leak_mib``         every job leaks so many MiB of host memory
+``fail.poison``           an item that contains ``POISON`` kills the process (SIGSEGV)
+``fail.only_file``        the faults above count only while this file is absent; the
+                          first process to commit one creates it (faults that heal)
+========================= ==========================================================
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+PREFIX: Final = "fail."
+POISON: Final = b"facelane-poison-marker"
+"""Bytes that crash a worker with ``fail.poison``."""
+
+NAMES: Final = frozenset({
+    "load", "hang_load", "slow_load_ms", "crash_load", "crash_warm_up", "hang_on_job",
+    "crash_on_job", "exit_on_job", "slow_ms", "oom_on_job", "oom_once_on_job",
+    "sticky_on_job", "garbage_on_job", "truncated_on_job", "error_on_job", "leak_mib",
+    "poison", "only_file",
+})  # fmt: skip
+
+
+class InjectedOutOfMemoryError(Exception):
+    """Stands for the device's own out-of-memory error."""
+
+
+class InjectedStickyError(Exception):
+    """Stands for a CUDA error that poisons the context."""
+
+
+class InjectedError(Exception):
+    """An error that the loop does not foresee."""
+
+
+class Failpoints:
+    """The active faults of one worker."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self._values = dict(values)
+        self._job = 0
+        self._leaked: list[bytearray] = []
+        self._marker = Path(values["only_file"]) if "only_file" in values else None
+
+    def loading(self) -> None:
+        """Before the model is loaded."""
+        if "slow_load_ms" in self._values:
+            time.sleep(float(self._values["slow_load_ms"]) / 1000)
+        if "load" in self._values and self._fires():
+            raise InjectedError("failpoint fail.load")
+        if "hang_load" in self._values and self._fires():
+            _hang()
+        if "crash_load" in self._values and self._fires():
+            _crash()
+
+    def warming(self) -> None:
+        """Before the model is warmed up."""
+        if "crash_warm_up" in self._values and self._fires():
+            _crash()
+
+    def job(self, payloads: list[memoryview]) -> None:
+        """At the start of a job, ``payloads`` being its items' bytes."""
+        self._job += 1
+        if "slow_ms" in self._values:
+            time.sleep(float(self._values["slow_ms"]) / 1000)
+        if "leak_mib" in self._values:
+            block = bytearray(int(float(self._values["leak_mib"]) * (1 << 20)))
+            block[::4096] = b"\1" * len(block[::4096])
+            self._leaked.append(block)
+        if "poison" in self._values and any(POISON in bytes(item) for item in payloads):
+            _crash()
+        if self._at("hang_on_job"):
+            _hang()
+        if self._at("crash_on_job"):
+            _crash()
+        if self._at("exit_on_job"):
+            os._exit(0)
+        if self._at("oom_once_on_job") or (
+            "oom_on_job" in self._values and self._job >= int(self._values["oom_on_job"])
+        ):
+            raise InjectedOutOfMemoryError("failpoint: out of memory")
+        if self._at("sticky_on_job"):
+            raise InjectedStickyError("failpoint: sticky device error")
+        if self._at("error_on_job"):
+            raise InjectedError("failpoint fail.error_on_job")
+
+    def answer(self, packet: bytes) -> bytes:
+        """What to send instead of ``packet``, the answer to the present job."""
+        if self._at("garbage_on_job"):
+            return b"\xc1 this is no message"
+        if self._at("truncated_on_job"):
+            return packet[: max(1, len(packet) // 2)]
+        return packet
+
+    def _at(self, name: str) -> bool:
+        return name in self._values and self._job == int(self._values[name]) and self._fires()
+
+    def _fires(self) -> bool:
+        if self._marker is None:
+            return True
+        try:
+            self._marker.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def from_options(options: Mapping[str, str]) -> Failpoints | None:
+    """The faults that ``options`` name, or None. Raises ValueError for an unknown one."""
+    values = {key.removeprefix(PREFIX): v for key, v in options.items() if key.startswith(PREFIX)}
+    if not values:
+        return None
+    unknown = sorted(set(values) - NAMES)
+    if unknown:
+        raise ValueError(f"unknown failpoint {PREFIX}{unknown[0]}")
+    return Failpoints(values)
+
+
+def _crash() -> None:
+    sys.stderr.flush()
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(60)
+
+
+def _hang() -> None:
+    while True:
+        time.sleep(3600)

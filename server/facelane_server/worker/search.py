@@ -1,0 +1,198 @@
+"""Exact cosine search of a gallery snapshot, inside the recogniser's worker.
+
+Rows are unit vectors sorted by gallery, then by subject; a subject's similarity is that
+of its best template. On a CPU the snapshot is held as float32 and searched by BLAS; on
+a CUDA device it is held as float16 and only the best subjects' rows are scored again in
+float32, so that what comes back is exact there too.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from facelane_server import limits
+from facelane_server.ipc.messages import GallerySnapshot
+
+if TYPE_CHECKING:
+    from facelane_server.worker.models.api import F32
+
+_CHUNK_ROWS: Final = 65_536
+"""Rows scored at a time: bounds the score matrix to 32 x 65,536 floats (8 MiB)."""
+_RESCORED: Final = 4
+"""On CUDA this many subjects more than asked for are scored again in float32."""
+
+Hits = tuple[tuple[int, float], ...]
+"""(subject index, cosine), best first, one a subject."""
+
+
+class SnapshotError(Exception):
+    """The snapshot's descriptor does not hold what its message says."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """One gallery: rows [first, last) and where its subjects begin, relative to first."""
+
+    first: int
+    last: int
+    starts: npt.NDArray[np.intp]
+    subjects: npt.NDArray[np.int32]
+
+
+class _Rows(Protocol):
+    """Where the matrix lives."""
+
+    def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]: ...
+
+
+class Searcher:
+    """One snapshot. Immutable, so it may be built by one thread and used by another."""
+
+    def __init__(self, snapshot: GallerySnapshot, fd: int, device: str) -> None:
+        """Read the snapshot from ``fd`` (closed in any case) onto ``device``.
+
+        Raises SnapshotError when sizes or ranges do not hold together.
+        """
+        try:
+            matrix, subjects = _read(snapshot, fd)
+        finally:
+            os.close(fd)
+        self.version = snapshot.version
+        self.dim = snapshot.dim
+        self._segments = {
+            gallery: _segment(first, last, subjects) for gallery, first, last in snapshot.galleries
+        }
+        self._rows: _Rows = (
+            _TorchRows(matrix, device) if device.startswith("cuda") else _NumpyRows(matrix)
+        )
+
+    def search(self, probes: F32, gallery: str, top_k: int) -> list[Hits]:
+        """``probes`` [N, dim] unit vectors → for each the best ``top_k`` subjects of
+        ``gallery``; empty for a gallery that has no templates."""
+        segment = self._segments.get(gallery)
+        if segment is None or segment.last == segment.first or top_k < 1:
+            return [() for _ in range(len(probes))]
+        keep = min(top_k, limits.MAX_CANDIDATES)
+        return self._rows.best_of_subjects(probes, segment, keep)
+
+
+class _NumpyRows:
+    def __init__(self, matrix: npt.NDArray[np.float16]) -> None:
+        self._matrix = matrix.astype(np.float32)
+
+    def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
+        best = np.empty((len(probes), len(segment.starts)), np.float32)
+        for lo, hi, first, last in _chunks(segment):
+            scores = probes @ self._matrix[segment.first + first : segment.first + last].T
+            np.maximum.reduceat(scores, segment.starts[lo:hi] - first, axis=1, out=best[:, lo:hi])
+        return _top(best, segment.subjects, keep)
+
+
+class _TorchRows:
+    def __init__(self, matrix: npt.NDArray[np.float16], device: str) -> None:
+        import torch
+
+        self._torch: Any = torch
+        self._device = device
+        with torch.inference_mode():
+            self._matrix = torch.from_numpy(np.array(matrix)).to(device)
+            torch.cuda.synchronize(device)
+        self._ids: dict[int, Any] = {}
+
+    def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
+        torch = self._torch
+        with torch.inference_mode():
+            exact = torch.from_numpy(probes).to(self._device)
+            coarse = exact.half()
+            count = len(segment.starts)
+            best = torch.full((len(probes), count), -2.0, device=self._device)
+            ids = self._subject_ids(segment)
+            for first in range(0, segment.last - segment.first, _CHUNK_ROWS):
+                last = min(first + _CHUNK_ROWS, segment.last - segment.first)
+                rows = self._matrix[segment.first + first : segment.first + last]
+                scores = (coarse @ rows.T).float()
+                best.scatter_reduce_(1, ids[first:last].expand(len(probes), -1), scores, "amax")
+            _, shortlist = torch.topk(best, min(keep + _RESCORED, count), dim=1)
+            chosen = shortlist.cpu().numpy()
+            hits: list[Hits] = []
+            bounds = np.append(segment.starts, segment.last - segment.first)
+            for probe in range(len(probes)):
+                exact_best: list[tuple[int, float]] = []
+                for subject in chosen[probe]:
+                    lo = segment.first + int(bounds[subject])
+                    hi = segment.first + int(bounds[subject + 1])
+                    score = (self._matrix[lo:hi].float() @ exact[probe]).max()
+                    exact_best.append((int(segment.subjects[subject]), float(score)))
+                exact_best.sort(key=lambda hit: -hit[1])
+                hits.append(tuple(exact_best[:keep]))
+            return hits
+
+    def _subject_ids(self, segment: _Segment) -> Any:
+        ids = self._ids.get(segment.first)
+        if ids is None:
+            lengths = np.diff(np.append(segment.starts, segment.last - segment.first))
+            numbers = np.repeat(np.arange(len(segment.starts), dtype=np.int64), lengths)
+            ids = self._ids[segment.first] = self._torch.from_numpy(numbers).to(self._device)
+        return ids
+
+
+def _read(
+    snapshot: GallerySnapshot, fd: int
+) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int32]]:
+    rows, dim = snapshot.rows, snapshot.dim
+    if not (0 <= rows <= limits.MAX_TEMPLATES and 1 <= dim <= limits.MAX_EMBEDDING_DIM):
+        raise SnapshotError("rows or dim out of range")
+    for _, first, last in snapshot.galleries:
+        if not 0 <= first <= last <= rows:
+            raise SnapshotError("a gallery's rows are out of range")
+    size = rows * dim * 2 + rows * 4
+    if os.fstat(fd).st_size < size:
+        raise SnapshotError("the descriptor is shorter than its message says")
+    if rows == 0:
+        return np.empty((0, dim), np.float16), np.empty(0, np.int32)
+    mapped = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    matrix = np.frombuffer(mapped, np.float16, rows * dim).reshape(rows, dim)
+    subjects = np.frombuffer(mapped, np.int32, rows, offset=rows * dim * 2).copy()
+    return matrix, subjects
+
+
+def _segment(first: int, last: int, subjects: npt.NDArray[np.int32]) -> _Segment:
+    own = subjects[first:last]
+    if not len(own):
+        return _Segment(first, last, np.empty(0, np.intp), own)
+    starts = np.concatenate(([0], np.flatnonzero(own[1:] != own[:-1]) + 1)).astype(np.intp)
+    return _Segment(first, last, starts, own[starts])
+
+
+def _chunks(segment: _Segment) -> list[tuple[int, int, int, int]]:
+    """(first subject, last subject, first row, last row), cut between subjects."""
+    rows = segment.last - segment.first
+    bounds = np.append(segment.starts, rows)
+    chunks: list[tuple[int, int, int, int]] = []
+    lo = 0
+    while lo < len(segment.starts):
+        hi = int(np.searchsorted(bounds, bounds[lo] + _CHUNK_ROWS, side="right")) - 1
+        hi = max(hi, lo + 1)
+        chunks.append((lo, hi, int(bounds[lo]), int(bounds[hi])))
+        lo = hi
+    return chunks
+
+
+def _top(best: F32, subjects: Sequence[int] | npt.NDArray[np.int32], keep: int) -> list[Hits]:
+    keep = min(keep, best.shape[1])
+    if keep < best.shape[1]:
+        columns = np.argpartition(-best, keep - 1, axis=1)[:, :keep]
+    else:
+        columns = np.broadcast_to(np.arange(keep), (len(best), keep))
+    hits: list[Hits] = []
+    for row, chosen in zip(best, columns, strict=True):
+        ordered = chosen[np.argsort(-row[chosen], kind="stable")]
+        hits.append(tuple((int(subjects[c]), float(row[c])) for c in ordered))
+    return hits
