@@ -622,9 +622,10 @@ class AnalyzeStream:
         if self._reader is not None:
             raise RuntimeError("a stream is opened once: make another with analyze_stream")
         core = self._core
-        core.connecting(time.monotonic())
+        now = time.monotonic()
+        core.connecting(now)
         self._reader = asyncio.create_task(self._run(), name="facelane-stream")
-        deadline = time.monotonic() + self._timeout
+        deadline = now + self._timeout
         try:
             while core.opened is None and core.phase is not Phase.ENDED:
                 if not await self._wait(self._turn, deadline):
@@ -788,10 +789,10 @@ class AnalyzeStream:
         by whoever suffers from it.
         """
         now = time.monotonic()
-        if now >= deadline:
-            return False
         if self._end_if_overdue(now):
             return True
+        if now >= deadline:
+            return False
         overdue = self._core.overdue_at()
         until = min(deadline, now + _PARK if overdue is None else overdue)
         await waiters.wait(max(0.001, until - now))

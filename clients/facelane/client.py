@@ -623,11 +623,12 @@ class AnalyzeStream:
         if self._reader is not None:
             raise RuntimeError("a stream is opened once: make another with analyze_stream")
         self._reader = threading.Thread(target=self._run, name="facelane-stream", daemon=True)
-        deadline = time.monotonic() + self._timeout
+        now = time.monotonic()
+        deadline = now + self._timeout
         core = self._core
         try:
             with self._lock:
-                core.connecting(time.monotonic())
+                core.connecting(now)
                 self._reader.start()
                 while core.opened is None and core.phase is not Phase.ENDED:
                     if not self._wait(self._turn, deadline):
@@ -820,10 +821,10 @@ class AnalyzeStream:
         by whoever suffers from it.
         """
         now = time.monotonic()
-        if now >= deadline:
-            return False
         if self._end_if_overdue(now):
             return True
+        if now >= deadline:
+            return False
         overdue = self._core.overdue_at()
         until = min(deadline, now + _PARK if overdue is None else overdue)
         condition.wait(max(0.001, until - now))

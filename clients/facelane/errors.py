@@ -212,9 +212,22 @@ class ServerError(FacelaneError):
     """A fault of the server."""
 
 
-_ENROLMENT_REASONS = frozenset(
-    {Reason.NO_FACE, Reason.MULTIPLE_FACES, Reason.OOD_REJECTED, Reason.SPOOF_SUSPECTED}
-)
+# Where the reason says more than the code.
+_BY_REASON: dict[str, type[FacelaneError]] = {
+    Reason.NO_FACE: EnrollmentRefusedError,
+    Reason.MULTIPLE_FACES: EnrollmentRefusedError,
+    Reason.OOD_REJECTED: EnrollmentRefusedError,
+    Reason.SPOOF_SUSPECTED: EnrollmentRefusedError,
+    Reason.HISTORY_LOST: HistoryLostError,
+    Reason.POISONED: RefusedError,
+    Reason.PICTURE_EMPTY: PictureError,
+    Reason.PICTURE_CORRUPT: PictureError,
+    Reason.PICTURE_TOO_SMALL: PictureError,
+    Reason.PICTURE_TOO_LARGE: PictureError,
+    Reason.ENCODING_UNSUPPORTED: PictureError,
+    Reason.ENCODING_MISMATCH: PictureError,
+    Reason.RAW_LAYOUT_INVALID: PictureError,
+}
 
 # Code -> (class, the reason when the server gave none).
 _BY_CODE: dict[grpc.StatusCode, tuple[type[FacelaneError], Reason]] = {
@@ -311,12 +324,6 @@ def _without_reason(code: grpc.StatusCode, details: str) -> FacelaneError:
 def _build(
     code: grpc.StatusCode, reason: str, message: str, metadata: dict[str, str]
 ) -> FacelaneError:
-    kind, _ = _BY_CODE.get(code, (ServerError, Reason.INTERNAL))
-    if reason in _ENROLMENT_REASONS:
-        kind = EnrollmentRefusedError
-    elif reason == Reason.HISTORY_LOST:
-        kind = HistoryLostError
-    elif reason.startswith(("PICTURE_", "ENCODING_")) or reason == Reason.RAW_LAYOUT_INVALID:
-        kind = PictureError
+    kind = _BY_REASON.get(reason) or _BY_CODE.get(code, (ServerError, Reason.INTERNAL))[0]
     retryable = is_retryable(reason, metadata, kind.default_retryable)
     return kind(reason, message or reason, metadata=metadata, retryable=retryable)

@@ -335,6 +335,8 @@ class StreamCore(Generic[T]):
             raise _violation(
                 f"it gave the outcome of frame {outcome.frame_id} where {wanted} was due"
             )
+        if len(self._in_flight) == len(self._outbox):
+            raise _violation(f"it gave the outcome of frame {outcome.frame_id} before its receipt")
         frame = self._in_flight.popleft()
         self._progress_at = now
         self._attempts = 0
@@ -429,7 +431,8 @@ class StreamCore(Generic[T]):
         if self.phase is Phase.ENDED:
             return None
         was_open = self.phase in _OUTCOME_PHASES
-        drained = error is None and self._summarised
+        # A server that drains settles everything, sums up and only then says DRAINING.
+        settled = self._summarised and not self._in_flight
         if error is None and not self._summarised:
             error = ConnectionLostError(
                 Reason.CONNECTION_LOST, "the server ended the stream without a summary"
@@ -438,7 +441,9 @@ class StreamCore(Generic[T]):
             error = _as_lost(error)
         self._lose_in_flight(Reason.CONNECTION_LOST, error)
 
-        if self._closing and (error is None or (self._reconnect and error.retryable)):
+        if self._closing and (
+            settled or error is None or (self._reconnect is not None and error.retryable)
+        ):
             # Every frame has its outcome: there is nothing left to connect for.
             self._end(None)
             return None
@@ -452,7 +457,7 @@ class StreamCore(Generic[T]):
             return None
         self.phase = Phase.BACKOFF
         self.retry_at = now + policy.delay(self._attempts, self._random_unit())
-        if drained or not was_open:
+        if settled or not was_open:
             return None
         update = StreamUpdate(
             StreamUpdateKind.CONNECTION_LOST, message=error.message if error else ""
