@@ -6,9 +6,9 @@ import base64
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from tests.fakes.cameras import HttpServer, jpeg, picture, send_stream, write_clip
 
 from facelane_bridge import config
 from facelane_bridge.sources import (
@@ -38,31 +39,6 @@ SECRET = "p@ss/w:rd %41"
 
 def camera(source: str, **options: Any) -> config.CameraSettings:
     return config.single(source, server={}, options=options).cameras[0]
-
-
-def picture(width: int = 64, height: int = 48, value: int = 0) -> np.ndarray:
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    return np.stack(
-        [(x * 3 + value) % 256, (y * 5) % 256, np.full_like(x, value % 256)], axis=-1
-    ).astype(np.uint8)
-
-
-def jpeg(value: int = 0, width: int = 64, height: int = 48) -> bytes:
-    return cv2.imencode(".jpg", picture(width, height, value))[1].tobytes()
-
-
-def write_clip(path: Path, *, frames: int = 20, fps: int = 10, codec: str = "libx264") -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height = 64, 48
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        for index in range(frames):
-            # The frame's number is its brightness, so that a test knows which one it sees.
-            image = np.full((48, 64, 3), min(255, 20 + index * 10), np.uint8)
-            frame = av.VideoFrame.from_ndarray(image, format="bgr24")
-            container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
-        container.mux(stream.encode(None))
-    return path
 
 
 def read_all(source: Any, limit: int = 1000) -> list[CapturedFrame]:
@@ -200,11 +176,11 @@ def test_a_file_without_video_is_told(tmp_path: Path) -> None:
 
 def test_a_playlist_cannot_reach_the_network(tmp_path: Path) -> None:
     asked: list[str] = []
-    with http_server(lambda handler: asked.append(handler.path)) as port:
+    with HttpServer(lambda handler: asked.append(handler.path)) as web:
         playlist = tmp_path / "list.m3u8"
         playlist.write_text(
             "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n"
-            f"http://127.0.0.1:{port}/a.ts\n#EXT-X-ENDLIST\n"
+            f"http://127.0.0.1:{web.port}/a.ts\n#EXT-X-ENDLIST\n"
         )
         with pytest.raises(SourceError):
             read_all(open_source(camera(str(playlist), kind="file")))
@@ -254,47 +230,6 @@ def test_folders_that_hold_nothing_are_told(tmp_path: Path) -> None:
 # --- HTTP-MJPEG ---
 
 
-class http_server:  # noqa: N801
-    """A real HTTP server that answers with ``respond``."""
-
-    def __init__(self, respond: Callable[[BaseHTTPRequestHandler], Any]) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                respond(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-
-    def __enter__(self) -> int:
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        return self._server.server_address[1]
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
-
-
-def send_stream(
-    handler: BaseHTTPRequestHandler, pictures: list[bytes], *, close: bool = True
-) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
-    handler.end_headers()
-    for data in pictures:
-        handler.wfile.write(
-            b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data)
-        )
-        handler.wfile.write(data + b"\r\n")
-    if close:
-        handler.wfile.write(b"--frame--\r\n")
-    handler.wfile.flush()
-
-
 def drain(source: Any) -> Iterator[CapturedFrame]:
     source.open()
     while True:
@@ -310,8 +245,8 @@ def drain(source: Any) -> Iterator[CapturedFrame]:
 
 def test_http_mjpeg_passes_untouched() -> None:
     pictures = [jpeg(n) for n in range(5)]
-    with http_server(lambda handler: send_stream(handler, pictures)) as port:
-        source = open_source(camera(f"http://127.0.0.1:{port}/video"))
+    with HttpServer(lambda handler: send_stream(handler, pictures)) as web:
+        source = open_source(camera(f"http://127.0.0.1:{web.port}/video"))
         frames = list(drain(source))
         source.close()
     assert [frame.data for frame in frames] == pictures
@@ -321,8 +256,8 @@ def test_http_mjpeg_passes_untouched() -> None:
 
 def test_http_mjpeg_is_scaled_down_on_request() -> None:
     pictures = [jpeg(1, 200, 100), jpeg(1, 40, 20), jpeg(1, 200, 100)[:200]]
-    with http_server(lambda handler: send_stream(handler, pictures)) as port:
-        frames = list(drain(open_source(camera(f"http://127.0.0.1:{port}/", max_side=100))))
+    with HttpServer(lambda handler: send_stream(handler, pictures)) as web:
+        frames = list(drain(open_source(camera(f"http://127.0.0.1:{web.port}/", max_side=100))))
     assert [jpeg_size(frame.data) for frame in frames[:2]] == [(100, 50), (40, 20)]
     assert frames[1].data == pictures[1]
 
@@ -362,8 +297,8 @@ def test_http_credentials(monkeypatch: pytest.MonkeyPatch, scheme: str, password
         handler.end_headers()
 
     monkeypatch.setenv("CAM", f"us@r:{password}")
-    with http_server(respond) as port:
-        source = open_source(camera(f"http://127.0.0.1:{port}/v", credentials_env="CAM"))
+    with HttpServer(respond) as web:
+        source = open_source(camera(f"http://127.0.0.1:{web.port}/v", credentials_env="CAM"))
         if password == SECRET:
             assert next(drain(source)).data == jpeg(1)
         else:
@@ -395,8 +330,8 @@ def test_http_answers_that_are_no_camera(
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
-    with http_server(respond) as port, pytest.raises(SourceError) as caught:
-        open_source(camera(f"http://127.0.0.1:{port}/v")).open()
+    with HttpServer(respond) as web, pytest.raises(SourceError) as caught:
+        open_source(camera(f"http://127.0.0.1:{web.port}/v")).open()
     assert (caught.value.reason, caught.value.permanent) == (reason, permanent)
 
 
@@ -407,8 +342,8 @@ def test_http_that_falls_silent_times_out() -> None:
         send_stream(handler, [jpeg(1)], close=False)
         done.wait(10)
 
-    with http_server(respond) as port:
-        source = open_source(camera(f"http://127.0.0.1:{port}/v", read_timeout=0.3))
+    with HttpServer(respond) as web:
+        source = open_source(camera(f"http://127.0.0.1:{web.port}/v", read_timeout=0.3))
         source.open()
         assert source.read() is not None
         with pytest.raises(SourceError) as caught:
@@ -425,8 +360,8 @@ def test_http_hostile_parts_end_the_connection() -> None:
         handler.end_headers()
         handler.wfile.write(b"--frame\r\nX: " + b"y" * 100_000)
 
-    with http_server(respond) as port:
-        source = open_source(camera(f"http://127.0.0.1:{port}/v"))
+    with HttpServer(respond) as web:
+        source = open_source(camera(f"http://127.0.0.1:{web.port}/v"))
         source.open()
         with pytest.raises(SourceError) as caught:
             source.read()
@@ -435,10 +370,10 @@ def test_http_hostile_parts_end_the_connection() -> None:
 
 
 def test_nobody_there() -> None:
-    with http_server(lambda _: None) as port:
+    with HttpServer(lambda _: None) as web:
         pass
     with pytest.raises(SourceError) as caught:
-        open_source(camera(f"http://127.0.0.1:{port}/v")).open()
+        open_source(camera(f"http://127.0.0.1:{web.port}/v")).open()
     assert caught.value.reason is SourceReason.CONNECT_FAILED
     assert not caught.value.permanent
 
