@@ -159,6 +159,8 @@ class ReadyWorker:
         """In flight, in the order sent."""
         self.memory_mib = facts.memory_mib
         self.gallery_version = 0
+        self.gallery_sent_ns = 0
+        """When the oldest snapshot that it has not answered was sent."""
         self.ping_sent_ns = 0
         """When the ping that is not answered yet was sent; 0 = none."""
         self.last_success_ns = 0
@@ -171,6 +173,7 @@ class ReadyWorker:
         self._response = response
         self._free = list(range(request.slots))
         self._pings = 0
+        self._gallery_sent = 0
         self._closed = False
         channel.on_message = self._on_message
         channel.on_lost = self._on_lost
@@ -188,7 +191,8 @@ class ReadyWorker:
 
     def send(self, job: Job, items: list[messages.Item]) -> None:
         """Raises ChannelClosed; the worker is then lost and its owner says so."""
-        assert self._free and self._free[-1] == job.slot
+        assert self._free
+        assert self._free[-1] == job.slot
         self._channel.send(Infer(job.job_id, job.slot, items))
         self._free.pop()
         self.jobs.append(job)
@@ -210,8 +214,11 @@ class ReadyWorker:
         with contextlib.suppress(ChannelError):  # end of file tells
             self._channel.send(Ping(self._pings))
 
-    def publish(self, snapshot: GallerySnapshot, fd: int) -> None:
+    def publish(self, snapshot: GallerySnapshot, fd: int, now_ns: int) -> None:
         """Raises ChannelClosed."""
+        if self.gallery_sent_ns == 0 or self.gallery_version == self._gallery_sent:
+            self.gallery_sent_ns = now_ns
+        self._gallery_sent = snapshot.version
         self._channel.send(snapshot, [fd])
 
     def drain(self) -> None:

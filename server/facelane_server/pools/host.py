@@ -33,6 +33,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 
+from facelane_server import config
 from facelane_server.ipc.channel import socket_pair
 
 log = structlog.get_logger(__name__)
@@ -274,17 +275,19 @@ class ProcessLauncher:
 
 
 def mps_environment(
-    *, pipe_directory: Path, device: str, sm_share: int, memory_mib: int
+    *, pipe_directory: Path, devices: Sequence[str], sm_share: int, memory_mib: int
 ) -> dict[str, str]:
     """What makes a worker a client of the MPS daemon behind ``pipe_directory``, with its
     share of the multiprocessors (percent) and its device memory limit (0 = none)."""
-    index = device.partition(":")[2] or "0"
     environment = {
         "CUDA_MPS_PIPE_DIRECTORY": str(pipe_directory),
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(sm_share),
     }
     if memory_mib:
-        environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"{index}={memory_mib}M"
+        indices = sorted({device.partition(":")[2] or "0" for device in devices})
+        environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = ",".join(
+            f"{index}={memory_mib}M" for index in indices
+        )
     return environment
 
 
@@ -455,13 +458,48 @@ class ExternalLauncher:
         return self._listener
 
 
-__all__ = [
-    "ExternalLauncher",
-    "GroupLauncher",
-    "Launcher",
-    "Link",
-    "Process",
-    "ProcessLauncher",
-    "end",
-    "mps_environment",
-]
+class Launchers:
+    """The launchers of all pools, by their isolation. Owns them.
+
+    ``runtime_dir``: where the sockets of external pools are made. ``mps_pipe_directory``:
+    of the MPS control daemon, for pools with ``isolation = "mps"``.
+    """
+
+    def __init__(self, runtime_dir: Path, *, mps_pipe_directory: Path | None = None) -> None:
+        self._runtime_dir = runtime_dir
+        self._mps_pipe_directory = mps_pipe_directory or runtime_dir / "mps"
+        self._groups: dict[str, GroupLauncher] = {}
+        self._launchers: list[Launcher] = []
+
+    def for_pool(self, name: str, settings: config.Pool) -> Launcher:
+        """The launcher for a pool; pools of one thread group share theirs."""
+        launcher: Launcher
+        if settings.isolation == "thread":
+            group = self._groups.get(settings.group)
+            if group is None:
+                group = GroupLauncher(settings.group, threads=settings.threads)
+                self._groups[settings.group] = group
+                self._launchers.append(group)
+            return group
+        if settings.isolation == "external":
+            path = Path(settings.socket) if settings.socket else self._runtime_dir / f"{name}.sock"
+            launcher = ExternalLauncher(path)
+        elif settings.isolation == "mps":
+            environment = mps_environment(
+                pipe_directory=self._mps_pipe_directory,
+                devices=settings.devices,
+                sm_share=settings.sm_share,
+                memory_mib=settings.memory_mib,
+            )
+            launcher = ProcessLauncher(threads=settings.threads, environment=environment)
+        else:
+            launcher = ProcessLauncher(threads=settings.threads)
+        self._launchers.append(launcher)
+        return launcher
+
+    async def close(self) -> None:
+        """After all pools have stopped."""
+        for launcher in self._launchers:
+            await launcher.close()
+        self._launchers.clear()
+        self._groups.clear()

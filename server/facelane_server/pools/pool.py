@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import enum
 import os
 import random
@@ -227,6 +228,7 @@ class Pool:
         self._resolve = resolve
         self._on_change = on_change
         self._given_clock = clock
+        self._running_clock: Clock | None = None
         self._random = (rng or random.Random()).random
         self._policy = restart.Policy(
             limit=settings.restart_limit,
@@ -265,6 +267,12 @@ class Pool:
         if isinstance(launcher, host.GroupLauncher):
             for number in range(settings.workers):
                 launcher.register(f"{self.name}#{number}")
+
+    @property
+    def _clock(self) -> Clock:
+        if self._running_clock is None:
+            self._running_clock = self._given_clock or LoopClock()
+        return self._running_clock
 
     # -- what the server asks ---------------------------------------------------------
 
@@ -375,6 +383,8 @@ class Pool:
                 if life.wake_at is not None and life.wake_at * _S < deadline_ns:
                     return True
             elif life.life is not Life.EXITED:
+                if member.link is None and self._settings.isolation == "external":
+                    continue  # nobody has attached
                 return True
         return False
 
@@ -501,9 +511,10 @@ class Pool:
             ready.send(job, items)
         except ChannelError as error:
             for task in reversed(tasks):
-                if not canary:
-                    self._queue.put_back(task, alone=False)
-                    self._arm_deadline(task.deadline_ns)
+                if canary:
+                    self._fail(task, _worker_lost(self.name))
+                else:
+                    self._retry(task, alone=False)
             self._lost(member, WorkerLostError("EXITED", str(error)))
             return
         if len(ready.jobs) == 1:
@@ -577,6 +588,9 @@ class Pool:
                 self._fail(task, failure_of(message, task.attempts))
 
     def _retry(self, task: AnyTask, *, alone: bool) -> None:
+        if self._state is PoolState.STOPPED:
+            self._fail(task, _unavailable(self.name, "is shutting down"))
+            return
         self._retried += 1
         task.dispatched_ns = 0
         self._queue.put_back(task, alone=alone)
@@ -612,6 +626,9 @@ class Pool:
             ready = member.ready
             if ready is None or not member.joined:
                 continue
+            if self._is_gallery_late(ready, now):
+                self._lost(member, WorkerLostError("GALLERY_STALE"))
+                continue
             if ready.ping_sent_ns:
                 if not ready.jobs and now - ready.ping_sent_ns >= self._job_timeout_ns:
                     self._lost(member, WorkerLostError("HUNG", "no pong in time"))
@@ -624,6 +641,14 @@ class Pool:
                 ready.ping(now)
             if self._over_budget(ready):
                 self._recycle(member, "OVER_BUDGET")
+
+    def _is_gallery_late(self, ready: ReadyWorker, now: int) -> bool:
+        """It goes on naming people by a gallery that is no more."""
+        return (
+            self._snapshot is not None
+            and ready.gallery_version < self._snapshot[0].version
+            and now - ready.gallery_sent_ns >= _GALLERY_TIMEOUT_S * _S
+        )
 
     def _over_budget(self, ready: ReadyWorker) -> bool:
         return 0 < self._settings.memory_mib < ready.memory_mib
@@ -745,8 +770,13 @@ class Pool:
 
     def _wake(self, member: _Member) -> None:
         member.timer = None
-        if member.life.life in restart.STARTING:
+        if member.life.life in restart.STARTING and member.link is not None:
             self._lost(member, WorkerLostError("START_TIMEOUT"))
+        elif member.life.life in restart.STARTING:
+            # Nobody has attached yet, which is for the outside to do: no failure of ours.
+            later = self._clock.now_ns() / _S + self._policy.start_timeout_s
+            member.life = dataclasses.replace(member.life, wake_at=later)
+            self._arm_life(member)
         else:
             self._happen(member, Event(Happening.TIMER))
 
@@ -782,11 +812,13 @@ class Pool:
             ready.on_drained = lambda _: self._left(member)
             ready.on_lost = lambda _, error: self._lost(member, error)
             self._codec_check(member)
+            if self._over_budget(ready):
+                raise WorkerLostError("OVER_BUDGET", "the model alone exceeds memory_mib")
             await self._send_canary(member)
             while self._snapshot is not None and (
                 ready.gallery_version < self._snapshot[0].version
             ):
-                ready.publish(*self._snapshot)
+                self._send_gallery(member)
                 await self._gallery_loaded([member], self._snapshot[0].version)
             ready.last_success_ns = self._clock.now_ns()
         except asyncio.CancelledError:
@@ -873,6 +905,7 @@ class Pool:
         spare = [m for m in joined if m not in kept]
         room = max(self._settings.workers - len(kept), 0)
         self._active = kept + spare[:room]
+        self._retiring = [m for m in self._retiring if m.life.life is not Life.EXITED]
         self._set_state()
         self._refuse_hopeless()
         self._schedule_dispatch()
@@ -918,7 +951,6 @@ class Pool:
 
     async def start(self) -> None:
         """Launch all workers and return at once; see ``wait_ready``."""
-        self._clock: Clock = self._given_clock or LoopClock()
         self._state = PoolState.STARTING
         self._members = [
             self._new_member(self.package)
@@ -1071,7 +1103,7 @@ class Pool:
         self._retire(old)
 
     def _retire(self, members: list[_Member]) -> None:
-        self._retiring = [m for m in self._retiring if m.life.life is not Life.EXITED] + members
+        self._retiring += members
         for member in members:
             self._happen(member, Event(Happening.STOP, "STOPPED"))
 
@@ -1111,42 +1143,38 @@ class Pool:
         A worker that cannot load it within a bound is replaced, because it would go on
         naming people by a gallery that is no more.
         """
-        if self._snapshot is not None:
-            if snapshot.version <= self._snapshot[0].version:
-                raise ValueError("gallery versions must increase")
-            os.close(self._snapshot[1])
-        self._snapshot = (snapshot, os.dup(fd))
+        current = 0 if self._snapshot is None else self._snapshot[0].version
+        if snapshot.version < current:
+            raise ValueError("gallery versions must not go back")
         members = [m for m in self._everyone() if m.joined and m.ready is not None]
-        for member in members:
-            assert member.ready is not None
-            try:
-                member.ready.publish(snapshot, self._snapshot[1])
-            except ChannelError as error:
-                self._lost(member, WorkerLostError("EXITED", str(error)))
+        if snapshot.version > current:
+            if self._snapshot is not None:
+                os.close(self._snapshot[1])
+            self._snapshot = (snapshot, os.dup(fd))
+            for member in members:
+                self._send_gallery(member)
         await self._gallery_loaded(members, snapshot.version)
 
+    def _send_gallery(self, member: _Member) -> None:
+        assert member.ready is not None
+        assert self._snapshot is not None
+        try:
+            member.ready.publish(*self._snapshot, self._clock.now_ns())
+        except ChannelError as error:
+            self._lost(member, WorkerLostError("EXITED", str(error)))
+
     async def _gallery_loaded(self, members: list[_Member], version: int) -> None:
-        """Until each of the workers has loaded ``version`` or is gone."""
+        """Until each of the workers has loaded ``version`` or is gone. ``_tick`` sees to it
+        that one of both happens."""
         handles = [(m, m.ready) for m in members]
-
-        def behind() -> list[_Member]:
-            return [
-                m
-                for m, ready in handles
-                if ready is not None and m.ready is ready and ready.gallery_version < version
-            ]
-
-        deadline = self._clock.now_ns() + int(_GALLERY_TIMEOUT_S * _S)
-        while late := behind():
-            left = (deadline - self._clock.now_ns()) / _S
-            if left <= 0:
-                for member in late:
-                    self._lost(member, WorkerLostError("GALLERY_STALE"))
-                return
+        while any(
+            ready is not None and m.ready is ready and ready.gallery_version < version
+            for m, ready in handles
+        ):
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._gallery_waiters.add(waiter)
             try:
-                await asyncio.wait([waiter], timeout=left)
+                await waiter
             finally:
                 self._gallery_waiters.discard(waiter)
 

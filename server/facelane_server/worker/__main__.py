@@ -71,18 +71,24 @@ def _serve(sockets: list[socket.socket], stopping: threading.Event, wake: int) -
     from facelane_server.ipc.channel import WorkerChannel
     from facelane_server.worker.loop import Loop, log_exception
 
-    def run(sock: socket.socket) -> int:
+    def run(sock: socket.socket, *, again: bool) -> int:
+        """``again``: when drained, wait for the next model on the same channel."""
         try:
-            return Loop(WorkerChannel(sock, wake_fd=wake), stopping.is_set).run()
+            channel = WorkerChannel(sock, wake_fd=wake)
+            while True:
+                loop = Loop(channel, stopping.is_set)
+                code = loop.run()
+                if not (again and loop.drained) or stopping.is_set():
+                    return code
         except Exception as error:
             log_exception("worker failed", error)
             return exit_codes.INTERNAL
 
     if len(sockets) == 1:
-        return run(sockets[0])
+        return run(sockets[0], again=False)
 
     def run_in_thread(sock: socket.socket) -> None:
-        code = run(sock)
+        code = run(sock, again=True)
         if code != exit_codes.OK:
             # The models of a group share one fate: half a process would be worse.
             os._exit(code)

@@ -119,6 +119,8 @@ class Loop:
         self._stopping = stopping
         self._jobs: deque[Infer] = deque()
         self._begun: deque[_Begun] = deque()
+        self.drained = False
+        """The server drained this loop; the channel is still good."""
         self._draining = False
         self._fail: Failpoints | None = None
         self._ooms: deque[float] = deque(maxlen=_OOM_LIMIT)
@@ -135,6 +137,7 @@ class Loop:
                 self._start(load, descriptors)
                 self._serve()
                 self._send(Drained())
+                self.drained = True
             except ProtocolError as error:
                 raise _Quit(exit_codes.PROTOCOL, Fatal("PROTOCOL", str(error))) from None
         except ChannelClosed:
@@ -164,6 +167,7 @@ class Loop:
             close_all(descriptors)
             if isinstance(message, Drain):
                 self._send(Drained())
+                self.drained = True
                 raise _Quit(exit_codes.OK)
             raise ProtocolError(f"expected Load with two arenas, got {type(message).__name__}")
 
@@ -765,8 +769,7 @@ def release_device_memory() -> None:
     if "torch" in sys.modules:
         import torch
 
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
 
 def _nothing() -> int:
