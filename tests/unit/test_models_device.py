@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.worker import device
 from facelane_server.worker.device import Fault, classify
@@ -64,13 +65,9 @@ def test_ordinary_errors_leave_the_context_alone(error: Exception) -> None:
 
 
 def test_the_cause_counts() -> None:
-    try:
-        try:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        except RuntimeError as error:
-            raise ValueError("the batch failed") from error
-    except ValueError as error:
-        assert classify(error) is Fault.POISONED
+    error = ValueError("the batch failed")
+    error.__cause__ = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert classify(error) is Fault.POISONED
 
 
 @pytest.mark.parametrize(

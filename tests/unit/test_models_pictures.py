@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zlib
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from facelane_server.domain import Encoding, FacelaneError, Reason
 from facelane_server.worker.headers import picture_size, sniff
 from facelane_server.worker.models.verify import synthetic_picture
 from facelane_server.worker.pictures import decode, silence_opencv
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 PICTURE = synthetic_picture(96, 128, 3)
 COMPRESSED = [Encoding.JPEG, Encoding.PNG, Encoding.WEBP]
@@ -228,11 +230,9 @@ def test_exif_orientation_is_not_applied() -> None:
 
 
 def survives(data: bytes, encoding: Encoding, **raw: int) -> None:
-    try:
+    """Anything but FacelaneError fails the test."""
+    with contextlib.suppress(FacelaneError):
         picture = decode(memoryview(data), encoding, **{"max_pixels": MAX, **raw})
-    except FacelaneError as error:
-        assert error.message
-    else:
         assert picture.ndim == 3
         assert 16 * 16 <= picture.shape[0] * picture.shape[1] <= MAX
 

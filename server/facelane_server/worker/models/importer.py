@@ -116,26 +116,17 @@ def _mobilefacenet_onnx(recipe: Recipe, sources: Sequence[Path], folder: Path) -
 
 def _rts(recipe: Recipe, sources: Sequence[Path], folder: Path) -> dict[str, Any]:
     """The recogniser's keys of an RTS checkpoint; what only training needs is left out."""
-    import pickle
-
-    import torch
+    from facelane_server.worker.models.load import read_checkpoint
 
     try:
-        found = torch.load(sources[0], map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise _refuse(
-            f"{sources[0].name} is not a checkpoint of plain tensors; files that hold code "
-            "are refused"
-        ) from error
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict):
-        raise _refuse(f"{sources[0].name} holds no state dict")
+        found = read_checkpoint(sources[0].read_bytes())
+    except ValueError as error:
+        raise _refuse(f"{sources[0].name} {error}") from error
     prefixes = ("features.", "features_backbone.", "logvar_rts_backbone.")
     state = {}
     for key, value in found.items():
-        key = str(key).removeprefix("module.").removeprefix("backbone.")
-        if key.startswith(prefixes) and isinstance(value, torch.Tensor):
+        key = key.removeprefix("module.").removeprefix("backbone.")
+        if key.startswith(prefixes):
             state[key] = value
     if not state:
         raise _refuse(f"{sources[0].name} has no key that begins with {', '.join(prefixes)}")

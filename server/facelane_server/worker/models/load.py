@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import io
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
@@ -185,23 +187,34 @@ def _safetensors(package: Package, part: WeightsFile, data: bytes) -> dict[str, 
 
 
 def _checkpoint(package: Package, part: WeightsFile, data: bytes) -> dict[str, Tensor]:
-    import io
+    try:
+        return read_checkpoint(data)
+    except ValueError as error:
+        raise invalid(package.folder, f"{part.file} {error}") from error
 
+
+def read_checkpoint(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a torch checkpoint, or of the ``state_dict`` inside of it.
+
+    Raises ValueError for anything but plain tensors; code in it is never run.
+    """
     import torch
 
     try:
-        found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About pickle protocols: the file is either read or refused.
+            warnings.simplefilter("ignore", UserWarning)
+            found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise invalid(
-            package.folder,
-            f"{part.file} is not a checkpoint of plain tensors; files that hold code are refused",
+        raise ValueError(
+            "is not a checkpoint of plain tensors; files that hold code are refused"
         ) from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
     ):
-        raise invalid(package.folder, f"{part.file} holds no state dict of named tensors")
+        raise ValueError("holds no state dict of named tensors")
     return dict(found)
 
 

@@ -1,0 +1,376 @@
+"""The networks and the three tasks on top of them, with random and null weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from facelane_server.domain import FacelaneError
+from facelane_server.worker.models.api import (
+    AlignedCrop,
+    ContextCrop,
+    Detections,
+    DeviceOptions,
+    Pending,
+    Ready,
+)
+from facelane_server.worker.models.architectures.folding import fold
+from facelane_server.worker.models.architectures.irse import RtsIrSe
+from facelane_server.worker.models.architectures.minifasnet import MiniFASNetPair
+from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
+from facelane_server.worker.models.architectures.yunet import DenseHeads, YuNet, decode
+from facelane_server.worker.models.candidates import decode_yunet, select
+from facelane_server.worker.models.catalog import Catalog
+from facelane_server.worker.models.detector import NetworkDetector, fit
+from facelane_server.worker.models.load import load
+from facelane_server.worker.models.null import NullDetector, NullLiveness, NullRecognizer
+from facelane_server.worker.models.package import Input, Ood
+from facelane_server.worker.models.recognizer import NetworkRecognizer
+from facelane_server.worker.models.runner import Computed, Runner, Ticket
+from facelane_server.worker.models.serving import ServedRecognizer
+from facelane_server.worker.models.verify import synthetic_picture, verify
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(5)
+
+
+def shaken(network: nn.Module) -> nn.Module:
+    """In evaluation mode, with batch norms that do something."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.7, 1.3)
+            nn.init.uniform_(module.weight, 0.7, 1.3)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (YuNet(widths=(4, 8, 8, 8, 8, 8)), [(2, 3, 64, 96)]),
+        (
+            MobileFaceNet(
+                stem=8, stages=((8, 1, 8, 8), (16, 1, 16, 16), (16, 1, 32, 16)), features=32
+            ),
+            [(2, 3, 112, 112)],
+        ),
+        (
+            MobileFaceNet(
+                stem=8,
+                stages=((8, 1, 8, 8), (8, 1, 8, 8), (8, 1, 8, 8)),
+                features=16,
+                head="flatten",
+                neck=4,
+            ),
+            [(2, 3, 112, 112)],
+        ),
+        (MiniFASNetPair(), [(2, 3, 80, 80)] * 2),
+        (RtsIrSe(units=(1, 1, 1, 1), embedding_dim=32, alpha=3), [(2, 3, 112, 112)]),
+    ],
+)
+def test_folding_changes_nothing(network: nn.Module, inputs: list[tuple[int, ...]]) -> None:
+    network = shaken(network)
+    xs = [torch.rand(shape) for shape in inputs]
+    with torch.inference_mode():
+        before = network(*xs)
+        norms = sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in network.modules())
+        fold(network)
+        after = network(*xs)
+    left = sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in network.modules())
+    assert left < norms / 2
+    pairs = zip(before, after, strict=True) if isinstance(before, tuple) else [(before, after)]
+    for a, b in pairs:
+        if a is not None:
+            assert torch.allclose(a, b, atol=1e-4 * max(1.0, float(a.abs().max())))
+
+
+def test_folding_refuses_a_network_in_training() -> None:
+    with pytest.raises(ValueError, match="eval"):
+        fold(YuNet())
+
+
+def test_the_public_sizes() -> None:
+    def parameters(network: nn.Module) -> int:
+        return sum(p.numel() for p in network.parameters())
+
+    # 75,856 published weights and biases, without the batch norms' statistics.
+    assert 70_000 < parameters(YuNet()) < 80_000
+    assert 1_000_000 < parameters(MobileFaceNet()) < 1_400_000
+    keys = RtsIrSe(alpha=8).state_dict()
+    shapes = {
+        "features.0.0.weight": (64, 3, 3, 3),
+        "features.0.2.weight": (64,),
+        "features.1.0.res_layer.1.weight": (64, 64, 3, 3),
+        "features.1.0.res_layer.5.fc1.weight": (4, 64, 1, 1),
+        "features.1.3.shortcut_layer.0.weight": (128, 64, 1, 1),
+        "features.1.29.res_layer.3.weight": (512, 512, 3, 3),
+        "features.2.0.running_var": (512,),
+        "features_backbone.0.weight": (512, 25088),
+        "features_backbone.1.weight": (512,),
+        "logvar_rts_backbone.0.weight": (1, 25088),
+        "logvar_rts_plus_backbone.0.weight": (8, 25088),
+    }
+    for key, shape in shapes.items():
+        assert tuple(keys[key].shape) == shape
+    assert "features.1.0.shortcut_layer.0.weight" not in keys
+    assert "features.1.30.res_layer.1.weight" not in keys
+
+
+def test_both_decoders_of_yunet_agree() -> None:
+    generator = torch.Generator().manual_seed(2)
+    height, width = 64, 96
+    outputs: dict[str, np.ndarray] = {}
+    parts: dict[str, list[torch.Tensor]] = {"cls": [], "obj": [], "bbox": [], "kps": []}
+    for stride in (8, 16, 32):
+        anchors = (height // stride) * (width // stride)
+        for name, size in (("cls", 1), ("obj", 1), ("bbox", 4), ("kps", 10)):
+            value = torch.rand((2, anchors, size), generator=generator)
+            parts[name].append(value)
+            outputs[f"{name}_{stride}"] = value.numpy()
+    joined = {name: torch.cat(values, 1) for name, values in parts.items()}
+    heads = DenseHeads(joined["cls"][..., 0], joined["obj"][..., 0], joined["bbox"], joined["kps"])
+    assert np.allclose(
+        decode(heads, height, width), decode_yunet(outputs, height, width), atol=1e-3
+    )
+
+
+def candidate(score: float, x: float, y: float, w: float, h: float) -> list[float]:
+    return [score, x, y, w, h, *([0.0] * 10)]
+
+
+def test_suppression() -> None:
+    rows = np.array(
+        [
+            candidate(0.80, 11, 10, 40, 40),  # the second best of the first face
+            candidate(0.95, 10, 10, 40, 40),
+            candidate(0.70, 200, 10, 40, 40),
+            candidate(0.90, 45, 10, 40, 40),  # overlaps the first a little
+            candidate(0.40, 300, 10, 40, 40),  # below the threshold
+            candidate(np.nan, 300, 10, 40, 40),
+            candidate(0.99, np.inf, 10, 40, 40),
+            candidate(0.99, 10, 10, -4, 40),
+        ],
+        np.float32,
+    )
+    kept = select(rows, score=0.5, iou=0.3, limit=10)
+    assert kept[:, 0].tolist() == pytest.approx([0.95, 0.90, 0.70])
+    assert len(select(rows, score=0.5, iou=0.3, limit=2)) == 2
+    assert len(select(rows, score=0.5, iou=0.0, limit=10)) == 2
+    assert len(select(rows, score=0.5, iou=1.0, limit=10)) == 4
+    assert select(rows[:0], score=0.5, iou=0.3, limit=10).shape == (0, 15)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (480, 640, (480, 640)),
+        (100, 200, (100, 200)),
+        (1080, 1920, (360, 640)),
+        (1920, 1080, (640, 360)),
+        (16, 16000, (1, 640)),
+    ],
+)
+def test_pictures_are_scaled_down_and_never_up(
+    height: int, width: int, expected: tuple[int, int]
+) -> None:
+    place = fit(height, width, 640)
+    assert (place.height, place.width) == expected
+
+
+class OneFace(Runner):
+    """A runner whose network finds one face at a fixed place of its input."""
+
+    def __init__(self, fixed_side: int = 0) -> None:
+        self.fixed_side = fixed_side
+        self.batches: list[tuple[int, ...]] = []
+        self.staged: tuple[np.ndarray, ...] = ()
+
+    def stage(self, count: int, shapes: object) -> tuple[np.ndarray, ...]:
+        (shape,) = shapes  # type: ignore[misc]
+        self.staged = (np.full((count, *shape, 3), 9, np.uint8),)
+        return self.staged
+
+    def launch(self) -> Ticket:
+        count = len(self.staged[0])
+        self.batches.append(self.staged[0].shape)
+        row = np.zeros((count, 1, 15), np.float32)
+        row[:, 0, :5] = (0.9, 32, 16, 64, 48)
+        row[:, 0, 5:] = [40, 30, 80, 30, 60, 44, 45, 55, 75, 55]
+        return Computed(row)
+
+    def warm_up(self) -> None:
+        pass
+
+
+def detector(runner: Runner, **options: object) -> NetworkDetector:
+    settings = {"crops": (AlignedCrop(),), "max_side": 320, "score": 0.5, "nms": 0.3}
+    return NetworkDetector(runner, batch_max=8, **{**settings, **options})  # type: ignore[arg-type]
+
+
+def test_a_detector_answers_in_pixels_of_each_picture() -> None:
+    runner = OneFace()
+    sizes = [(240, 320), (480, 640), (200, 310), (240, 320)]
+    pictures = [synthetic_picture(h, w, 1) for h, w in sizes]
+    found = detector(runner).begin(pictures, [4] * 4).finish()
+    # Padded to multiples of 32, like shapes in one batch, in the order of the pictures.
+    assert runner.batches == [(3, 256, 320, 3), (1, 224, 320, 3)]
+    assert found[0].boxes[0].tolist() == [32, 16, 64, 48]
+    assert found[1].boxes[0].tolist() == [64, 32, 128, 96]
+    assert found[1].landmarks[0, 0].tolist() == [80, 60]
+    assert found[2].crops[0].shape == (1, 112, 112, 3)
+    assert found[0].scores[0] == pytest.approx(0.9)
+
+
+def test_a_fixed_canvas_is_one_batch_and_padded_with_black() -> None:
+    runner = OneFace(fixed_side=320)
+    pictures = [np.full((100, 200, 3), 255, np.uint8), np.full((600, 300, 3), 255, np.uint8)]
+    pending = detector(runner).begin(pictures, [1, 0])
+    assert not isinstance(pending, Ready)
+    found = pending.finish()
+    assert runner.batches == [(2, 320, 320, 3)]
+    canvas = runner.staged[0]
+    assert (canvas[0, :100, :200] == 255).all()
+    assert canvas[0].sum() == 100 * 200 * 3 * 255
+    assert canvas[1].sum() == 320 * 160 * 3 * 255
+    assert [len(d.boxes) for d in found] == [1, 0]
+
+
+def test_batches_out_of_bounds_are_refused() -> None:
+    model = detector(OneFace())
+    picture = synthetic_picture(32, 32, 0)
+    for pictures, limits in (([], []), ([picture] * 9, [1] * 9), ([picture], [1, 2])):
+        with pytest.raises(ValueError, match="batch"):
+            model.begin(pictures, limits)
+
+
+class Fixed(nn.Module):
+    """A network whose embedding and logit are given."""
+
+    def __init__(self, embedding: torch.Tensor, logit: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.answer = (embedding, logit)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.answer
+
+
+def served(ood: Ood, embedding: list[list[float]], logit: list[float] | None = None) -> np.ndarray:
+    network = Fixed(torch.tensor(embedding), None if logit is None else torch.tensor(logit))
+    pictures = torch.zeros((len(embedding), 112, 112, 3), dtype=torch.uint8)
+    return np.asarray(ServedRecognizer(network, Input(width=112, height=112), ood)(pictures))
+
+
+def test_ood_scores_by_source() -> None:
+    vectors = [[3.0, 4.0], [0.6, 0.8], [0.0, 0.0]]
+    norm = served(Ood("norm", center=4.0, scale=0.5), vectors)
+    assert np.allclose(norm[:2, :2], [[0.6, 0.8], [0.6, 0.8]])
+    expected = 1 / (1 + np.exp(-(np.array([5.0, 1.0, 0.0]) - 4.0) / 0.5))
+    assert np.allclose(norm[:, 2], expected, atol=1e-5)
+    assert np.isfinite(norm).all()
+    rts = served(Ood("rts", mapping="exp"), vectors, [-0.266, 0.5, -20.0])
+    assert np.allclose(rts[:, 2], [0.7664, 1.0, 0.0], atol=1e-3)
+    head = served(Ood("head", center=1.0, scale=2.0), vectors, [1.0, 3.0, -1.0])
+    assert np.allclose(head[:, 2], [0.5, 0.7311, 0.2689], atol=1e-3)
+    assert served(Ood("none"), vectors)[:, 2].tolist() == [1, 1, 1]
+
+
+def test_colours_and_normalisation_reach_the_network() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Spy(Fixed):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            seen.append(x)
+            return self.answer
+
+    picture = torch.zeros((1, 112, 112, 3), dtype=torch.uint8)
+    picture[..., 0], picture[..., 2] = 10, 250  # blue, red
+    spec = Input(width=128, height=128, color="rgb", mean=(10, 0, 5), std=(2, 1, 1))
+    ServedRecognizer(Spy(torch.ones(1, 2)), spec, Ood("none"))(picture)
+    assert seen[0].shape == (1, 3, 128, 128)
+    assert seen[0][0, :, 5, 5].tolist() == pytest.approx([120.0, 0.0, 5.0])
+
+
+def test_a_wrong_declared_dimension_is_found_in_warm_up() -> None:
+    class Wide(Runner):
+        def stage(self, count: int, shapes: object) -> tuple[np.ndarray, ...]:
+            return (np.zeros((count, 112, 112, 3), np.uint8),)
+
+        def launch(self) -> Ticket:
+            return Computed(np.zeros((1, 257), np.float32))
+
+        def warm_up(self) -> None:
+            pass
+
+    model = NetworkRecognizer(Wide(), crop=AlignedCrop(), embedding_dim=512, batch_max=1)
+    with pytest.raises(FacelaneError, match="512, but the network gives 256"):
+        model.warm_up()
+
+
+def finish(pending: Pending[list[Detections]]) -> list[Detections]:
+    return pending.finish()
+
+
+def test_the_null_detector() -> None:
+    crops = (AlignedCrop(), ContextCrop(2.7))
+    model = NullDetector(crops=crops, faces=3)
+    assert model.needs_pixels
+    (found,) = finish(model.begin([synthetic_picture(120, 300, 2)], [8]))
+    assert found.boxes.shape == (3, 4)
+    low, high = found.boxes[:, :2], found.boxes[:, :2] + found.boxes[:, 2:]
+    assert (low >= 0).all()
+    assert (high <= (300, 120)).all()
+    assert [c.shape for c in found.crops] == [(3, 112, 112, 3), (3, 80, 80, 3)]
+    assert found.crops[0].std() > 0
+    (fewer,) = finish(model.begin([synthetic_picture(120, 300, 2)], [2]))
+    assert len(fewer.scores) == 2
+
+    blind = NullDetector(crops=crops, faces=2, decode=False)
+    assert not blind.needs_pixels
+    empty = np.empty((0, 0, 3), np.uint8)
+    (found,) = finish(blind.begin([empty], [8]))
+    assert [c.shape for c in found.crops] == [(2, 112, 112, 3), (2, 80, 80, 3)]
+
+
+def test_the_null_recognizer_knows_equal_chips() -> None:
+    model = NullRecognizer(embedding_dim=64)
+    chips = np.stack([synthetic_picture(112, 112, seed) for seed in (1, 2, 1)])
+    result = model.begin(chips).finish()
+    similarity = result.vectors @ result.vectors.T
+    assert np.allclose(np.diag(similarity), 1, atol=1e-5)
+    assert similarity[0, 2] == pytest.approx(1, abs=1e-5)
+    assert abs(similarity[0, 1]) < 0.6
+    assert (result.ood == 1).all()
+
+
+def test_null_liveness_calls_all_live() -> None:
+    model = NullLiveness(crops=(ContextCrop(2.7),))
+    assert model.begin([np.zeros((3, 80, 80, 3), np.uint8)]).finish().tolist() == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_the_random_rts_package_passes_verification() -> None:
+    result = verify(Catalog().resolve("rts-irse64-random"))
+    assert result.passed, result.checks
+    assert result.random_weights
+    assert any("random" in check.detail for check in result.checks)
+
+
+@pytest.mark.parametrize("name", ["null-detector", "null-recognizer", "null-liveness"])
+def test_null_packages_pass_verification(name: str) -> None:
+    result = verify(Catalog().resolve(name))
+    assert result.passed, result.checks
+    assert result.latency_ms is not None
+
+
+def test_a_null_model_needs_no_pixels_only_when_told() -> None:
+    package = Catalog().resolve("null-detector")
+    for value, expected in (("true", True), ("false", False)):
+        model = load(package, DeviceOptions(), batch_max=2, extra={"decode": value})
+        assert isinstance(model, NullDetector)
+        assert model.needs_pixels is expected
