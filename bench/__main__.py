@@ -1,0 +1,93 @@
+"""``python -m bench [NAME ...]``: run benchmarks, store their results, print their tables."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from bench.material import MissingError
+from bench.report import RESULTS, Report, command_line
+from bench.settings import Settings
+
+CPU: Final = ("overhead", "article", "front", "recovery")
+GPU: Final = ("isolation", "streams")
+ABOUT: Final = {
+    "overhead": "the service against the same models in one loop; null models for its own cost",
+    "article": "threads with polled queues, processes with pickled frames, and facelane",
+    "front": "the server's own process: memory over time, what it imports, what it leaves",
+    "recovery": "a recogniser worker is killed under load; with peers in their own environments",
+    "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
+    "streams": "how many cameras one card takes",
+}
+
+
+def main() -> int:
+    listing = "\n".join(
+        f"  {name:<10} {ABOUT[name]}{' (GPU)' * (name in GPU)}" for name in (*CPU, *GPU)
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Benchmarks of facelane. Without names: those for a CPU.",
+        epilog=f"benchmarks:\n{listing}\n\nA NAME may be NAME:PART, for instance overhead:null.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does the code run?")
+    parser.add_argument("--device", default="", help="cpu or cuda:N; default cuda:0 where it is")
+    parser.add_argument("--frames", type=Path, help="a folder of JPEG files to use as frames")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--docs", type=Path, default=None, help="folder of drawings")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facelane-bench",
+        help="imported models, environments of the peers",
+    )
+    args = parser.parse_args()
+    chosen: dict[str, list[str]] = {}
+    for item in args.names or CPU:
+        name, _, part = item.partition(":")
+        if name not in ABOUT:
+            parser.error(f"no benchmark is called {name}; there are: {', '.join(ABOUT)}")
+        chosen.setdefault(name, [])
+        if part:
+            chosen[name].append(part)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    failed = []
+    for name, parts in chosen.items():
+        settings = Settings(
+            smoke=args.smoke,
+            device=args.device or ("cuda:0" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"),
+            cache=args.cache,
+            docs=args.docs or args.out,
+            frames=args.frames,
+            only=tuple(parts),
+        )
+        console.print(f"[bold]{name}[/]: {ABOUT[name]}")
+        try:
+            report: Report = asyncio.run(importlib.import_module(f"bench.{name}").run(settings))
+        except MissingError as error:
+            console.print(f"  not run: {error}", style="red", markup=False)
+            failed.append(name)
+            continue
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        report.print(console)
+        console.print(f"  stored: {report.write(args.out, command_line())}\n", markup=False)
+    if failed:
+        console.print(f"not completed: {', '.join(failed)}", style="red")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

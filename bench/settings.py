@@ -1,0 +1,35 @@
+"""What the command line says to every benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """``smoke``: tiny sizes, to see that the code runs; figures mean nothing then.
+
+    ``device``: ``cpu`` or ``cuda:N``, for the benchmarks that take one. ``cache``: where
+    imported models and the peers' environments are kept between runs. ``frames``: a
+    folder of JPEG files instead of rendered frames, or None. ``docs``: where drawings go.
+    ``only``: parts of a benchmark by name, empty = all.
+    """
+
+    smoke: bool
+    device: str
+    cache: Path
+    docs: Path
+    frames: Path | None = None
+    only: tuple[str, ...] = ()
+
+    def sized(self, full: int, smoke: int) -> int:
+        """A count for a real run and for a smoke run."""
+        return smoke if self.smoke else full
+
+    def lasting(self, full: float, smoke: float) -> float:
+        """Seconds for a real run and for a smoke run."""
+        return smoke if self.smoke else full
+
+    def wants(self, part: str) -> bool:
+        return not self.only or part in self.only
