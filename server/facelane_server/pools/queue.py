@@ -2,8 +2,11 @@
 
 Start-time fair queueing. Every lane's next task has a start tag in virtual time,
 ``max(virtual time, the lane's last finish tag)``; taking it moves the lane's finish tag to
-``start + 1 / weight`` and virtual time to the start tag. So a lane that was silent gets its
-turn at once but no credit for its silence, and a lane that floods waits for its share.
+``start + 1 / weight``. Virtual time moves on by ``1 / W`` for every task taken, W being the
+weights of the lanes that wait, and never lags behind the start tag taken: so a stream of
+ever new lanes, each with one task, cannot starve those that were there before. A lane that
+was silent gets its turn at once but no credit for its silence, and a lane that floods waits
+for its share.
 A task that is withdrawn before it is taken costs its lane nothing, and the task that
 replaces it at once (the newest frame in place of the one that waits) inherits its turn.
 
@@ -27,7 +30,7 @@ _SLACK: Final = 256
 
 
 class _Lane:
-    __slots__ = ("finish", "start", "turn", "waiting")
+    __slots__ = ("finish", "start", "turn", "waiting", "weight")
 
     def __init__(self, finish: float) -> None:
         self.finish = finish
@@ -35,6 +38,8 @@ class _Lane:
         self.turn = 0
         """Changes with the head; heap entries of another turn are dead."""
         self.waiting: deque[AnyTask] = deque()
+        self.weight = 0
+        """Of its head; 0 while nothing waits."""
 
 
 class FairQueue:
@@ -51,6 +56,8 @@ class FairQueue:
         self._inherited: dict[int, float] = {}
         """Start tags of lanes whose only task was withdrawn since the last take."""
         self._virtual = 0.0
+        self._weight = 0
+        """Sum over the lanes that wait."""
         self._sequence = 0
 
     def __len__(self) -> int:
@@ -126,7 +133,7 @@ class FairQueue:
             heapq.heappop(heads)
             lane.waiting.popleft()
             self._queued.remove(task)
-            self._virtual = max(self._virtual, start)
+            self._virtual = max(self._virtual + 1.0 / self._weight, start)
             lane.finish = start + 1.0 / max(task.weight, 1)
             self._new_head(number, lane, lane.finish)
             task.start_tag = start
@@ -137,6 +144,7 @@ class FairQueue:
             heads.clear()
             self._deadlines.clear()
             self._virtual = 0.0
+            self._weight = 0
         return batch
 
     def next_deadline(self) -> int | None:
@@ -176,6 +184,9 @@ class FairQueue:
     def _new_head(self, number: int, lane: _Lane, start: float) -> None:
         self._sequence += 1
         lane.turn = self._sequence
+        weight = max(lane.waiting[0].weight, 1) if lane.waiting else 0
+        self._weight += weight - lane.weight
+        lane.weight = weight
         if not lane.waiting:
             if lane.finish <= self._virtual:
                 del self._lanes[number]

@@ -1,0 +1,238 @@
+"""Which task goes next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from facelane_server.pools.queue import AnyTask, FairQueue
+from facelane_server.pools.tasks import LivenessRequest, Task
+
+REQUEST = LivenessRequest(())
+
+
+def task(lane: int, *, weight: int = 1, deadline: int = 1000) -> AnyTask:
+    loop = asyncio.new_event_loop()
+    try:
+        return Task(REQUEST, lane, weight, deadline, loop.create_future())
+    finally:
+        loop.close()
+
+
+def take(queue: FairQueue, most: int) -> list[AnyTask]:
+    return queue.take(most, lambda _: True)
+
+
+def test_one_lane_is_served_in_order() -> None:
+    queue = FairQueue()
+    tasks = [task(1) for _ in range(5)]
+    for item in tasks:
+        queue.put(item)
+    assert take(queue, 3) == tasks[:3]
+    assert take(queue, 3) == tasks[3:]
+    assert len(queue) == 0
+
+
+def test_among_equals_the_earliest_deadline_goes_first() -> None:
+    queue = FairQueue()
+    late, early, middle = task(1, deadline=30), task(2, deadline=10), task(3, deadline=20)
+    for item in (late, early, middle):
+        queue.put(item)
+    assert take(queue, 3) == [early, middle, late]
+
+
+def test_a_flood_does_not_delay_a_quiet_lane() -> None:
+    queue = FairQueue()
+    for _ in range(100):
+        queue.put(task(1, deadline=1))
+    take(queue, 10)
+    quiet = task(2, deadline=10_000)
+    queue.put(quiet)
+    assert quiet in take(queue, 2)
+
+
+def test_weights_are_shares() -> None:
+    queue = FairQueue()
+    for _ in range(300):
+        queue.put(task(1, weight=3))
+        queue.put(task(2, weight=1))
+    served = Counter(item.lane for item in take(queue, 200))
+    assert 148 <= served[1] <= 152
+    assert served[1] + served[2] == 200
+
+
+def test_silence_earns_no_credit() -> None:
+    queue = FairQueue()
+    for _ in range(50):
+        queue.put(task(1))
+    take(queue, 25)
+    for _ in range(50):
+        queue.put(task(2))
+    served = Counter(item.lane for item in take(queue, 20))
+    assert abs(served[1] - served[2]) <= 1
+
+
+def test_a_replaced_frame_keeps_the_turn_of_its_lane() -> None:
+    """LATEST_WINS withdraws and submits for every frame: that must not cost the lane."""
+    queue = FairQueue()
+    waiting = task(1, deadline=10_000)
+    queue.put(waiting)
+    for _ in range(20):
+        queue.put(task(2))
+        queue.put(task(3))
+    served: Counter[int] = Counter()
+    for turn in range(30):
+        assert queue.withdraw(waiting) or served[1]
+        waiting = task(1, deadline=10_000 + turn)
+        queue.put(waiting)
+        got = take(queue, 1)[0]
+        served[got.lane] += 1
+        if got is waiting:
+            waiting = task(1, deadline=20_000)
+            queue.put(waiting)
+    assert abs(served[1] - 10) <= 1
+
+
+def test_what_came_back_goes_first_and_the_suspect_alone() -> None:
+    queue = FairQueue()
+    waiting = [task(1) for _ in range(4)]
+    for item in waiting:
+        queue.put(item)
+    suspects = [task(2), task(3)]
+    innocent = task(4)
+    queue.put_back(innocent, alone=False)
+    for item in reversed(suspects):
+        queue.put_back(item, alone=True)
+    assert take(queue, 8) == [suspects[0]]
+    assert take(queue, 8) == [suspects[1]]
+    assert take(queue, 8) == [innocent, *waiting]
+
+
+def test_a_batch_ends_at_the_first_task_that_does_not_fit_but_is_never_empty() -> None:
+    queue = FairQueue()
+    tasks = [task(1) for _ in range(3)]
+    for item in tasks:
+        queue.put(item)
+    assert queue.take(3, lambda _: False) == tasks[:1]
+    room = iter([True, False])
+    assert queue.take(3, lambda _: next(room)) == tasks[1:2]
+
+
+def test_expiry_takes_out_exactly_what_is_due() -> None:
+    queue = FairQueue()
+    tasks = [task(lane % 3, deadline=deadline) for lane, deadline in enumerate(range(10, 60, 5))]
+    for item in tasks:
+        queue.put(item)
+    queue.put_back(late := task(9, deadline=12), alone=True)
+    assert queue.next_deadline() == 10
+    assert set(queue.expire(25)) == {*tasks[:4], late}
+    assert queue.next_deadline() == 30
+    assert len(queue) == 6
+    assert late not in take(queue, 10)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=120),
+    st.integers(1, 8),
+)
+def test_backlogged_lanes_get_their_shares(plan: list[tuple[int, int]], batch: int) -> None:
+    """While lanes stay backlogged, normalised service differs by at most one task each: the
+    bound of start-time fair queueing."""
+    queue = FairQueue()
+    weights = dict(plan)
+    left = Counter(lane for lane, _ in plan)
+    for lane, _ in plan:
+        queue.put(task(lane, weight=weights[lane]))
+    served: Counter[int] = Counter()
+    backlogged = set(left)
+    while len(queue):
+        for item in take(queue, batch):
+            served[item.lane] += 1
+            left[item.lane] -= 1
+            if not left[item.lane]:
+                backlogged.discard(item.lane)
+            for a in backlogged:
+                for b in backlogged:
+                    gap = served[a] / weights[a] - served[b] / weights[b]
+                    assert gap <= 1 / weights[a] + 1 / weights[b] + 1e-9
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Against a plain set: nothing is lost, nothing comes twice, order in a lane holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = FairQueue()
+        self.model: list[AnyTask] = []
+        self.gone: list[AnyTask] = []
+
+    @rule(lane=st.integers(0, 4), weight=st.integers(1, 3), deadline=st.integers(0, 100))
+    def put(self, lane: int, weight: int, deadline: int) -> None:
+        item = task(lane, weight=weight, deadline=deadline)
+        self.queue.put(item)
+        self.model.append(item)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(self.model))
+        assert self.queue.withdraw(item)
+        assert not self.queue.withdraw(item)
+        self.model.remove(item)
+
+    @rule(most=st.integers(1, 6))
+    def take(self, most: int) -> None:
+        batch = take(self.queue, most)
+        assert len(batch) <= most
+        assert bool(batch) == bool(self.model)
+        for item in batch:
+            older = [o for o in self.model if o.lane == item.lane and o not in self.gone]
+            if item not in self.gone:
+                assert older[0] is item, "a lane is served in order"
+            self.model.remove(item)
+            if item in self.gone:
+                self.gone.remove(item)
+        if batch:
+            self.last = batch[-1]
+
+    @precondition(lambda self: getattr(self, "last", None) is not None)
+    @rule(alone=st.booleans())
+    def put_back(self, alone: bool) -> None:
+        item, self.last = self.last, None  # type: ignore[assignment]
+        self.queue.put_back(item, alone=alone)
+        self.model.append(item)
+        self.gone.append(item)
+
+    @rule(now=st.integers(0, 100))
+    def expire(self, now: int) -> None:
+        due = {item for item in self.model if item.deadline_ns <= now}
+        assert set(self.queue.expire(now)) == due
+        self.model = [item for item in self.model if item not in due]
+
+    @invariant()
+    def agrees(self) -> None:
+        assert len(self.queue) == len(self.model)
+        assert set(self.queue.tasks()) == set(self.model)
+        expected = min((item.deadline_ns for item in self.model), default=None)
+        assert self.queue.next_deadline() == expected
+
+
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestQueueMachine = QueueMachine.TestCase
+
+
+def test_memory_does_not_grow_with_what_has_passed() -> None:
+    queue = FairQueue()
+    kept = task(-1, deadline=10**9)
+    queue.put(kept)
+    for number in range(5_000):
+        queue.put(task(number, deadline=10**9))
+        for item in take(queue, 1):
+            if item is kept:
+                queue.put(kept)
+    held = [queue._lanes, queue._heads, queue._deadlines]
+    assert max(map(len, held)) < 1_500
