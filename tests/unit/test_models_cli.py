@@ -1,0 +1,116 @@
+"""The ``models`` commands, as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from facelane_server.worker.models.cli import app
+from facelane_server.worker.models.importer import to_toml
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A directory with a package whose manifest has a typo."""
+    folder = tmp_path / "typo"
+    folder.mkdir()
+    (folder / "model.toml").write_text(to_toml({"schema": 1, "nmae": "typo"}))
+    return tmp_path
+
+
+def test_list() -> None:
+    result = run("list", "--json")
+    assert result.exit_code == 0
+    listed = {row["name"]: row for row in json.loads(result.stdout)["packages"]}
+    assert listed["null-detector"]["task"] == "detector"
+    assert listed["rts-irse64-random"]["random_weights"] is True
+    assert listed["null-detector"]["random_weights"] is False
+    table = run("list")
+    assert table.exit_code == 0
+    assert "detector" in table.stdout
+
+
+def test_list_shows_what_is_broken(broken: Path) -> None:
+    result = run("list", "--json", "-d", str(broken))
+    (item,) = json.loads(result.stdout)["broken"]
+    assert "unknown key nmae; did you mean name?" in item["error"]
+    assert "did you mean name?" in run("list", "-d", str(broken)).stdout.replace("\n", " ")
+
+
+def test_show() -> None:
+    result = run("show", "rts-irse64-random", "--json")
+    shown = json.loads(result.stdout)
+    assert shown["manifest"]["ood"]["source"] == "rts"
+    assert shown["model_id"].startswith("rts-irse64-random@1.0.0#")
+    assert "random weights" in run("show", "rts-irse64-random").stdout
+
+
+def test_show_of_what_is_not_there() -> None:
+    result = run("show", "null-detectr")
+    assert result.exit_code == 1
+    assert "did you mean null-detector?" in result.stderr.replace("\n", " ")
+
+
+def test_verify_passes_and_fails_by_exit_status(broken: Path, tmp_path: Path) -> None:
+    good = run("verify", "null-detector", "null-liveness", "--json")
+    assert good.exit_code == 0, good.stderr
+    results = json.loads(good.stdout)["results"]
+    assert [row["passed"] for row in results] == [True, True]
+    assert {check["name"] for check in results[0]["checks"]} == {
+        "card",
+        "weights",
+        "load",
+        "inference",
+    }
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    table = {
+        "schema": 1,
+        "name": "bad",
+        "version": "1",
+        "task": "detector",
+        "architecture": "yunet",
+        "license": "none",
+        "description": "weights that are not there",
+        "input": {"max_side": 64},
+        "thresholds": {"score": 0.5, "nms": 0.3},
+        "weights": [{"file": "weights.pth", "sha256": "0" * 64}],
+    }
+    (folder / "model.toml").write_text(to_toml(table))
+    bad = run("verify", str(folder))
+    assert bad.exit_code == 1
+    assert "failed" in bad.stdout
+
+
+def test_import_tells_what_it_needs(tmp_path: Path) -> None:
+    file = tmp_path / "something.pth"
+    file.write_bytes(b"")
+    result = run("import", str(file), "--into", str(tmp_path / "models"))
+    assert result.exit_code == 1
+    assert "name one of yunet" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.shared
+def test_import_of_a_public_model(shared: Path, tmp_path: Path) -> None:
+    result = run("import", str(shared / "models" / "yunet_n.pth"), "--into", str(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("yunet-n@1.0.0#")
+    assert run("verify", "yunet-n", "-d", str(tmp_path), "--json").exit_code == 0
+
+
+def test_directories_come_from_the_configuration(broken: Path, tmp_path: Path) -> None:
+    config = tmp_path / "facelane.toml"
+    config.write_text(to_toml({"models": {"path": [str(broken)]}}))
+    result = run("list", "--json", "--config", str(config))
+    assert len(json.loads(result.stdout)["broken"]) == 1
+    config.write_text(to_toml({"models": {"paths": [str(broken)]}}))
+    wrong = run("list", "--config", str(config))
+    assert wrong.exit_code == 1
+    assert "did you mean" in wrong.stderr.replace("\n", " ")
