@@ -229,7 +229,9 @@ def new_client(server: ServerSettings) -> aio.Client:
                 key_file=server.tls_key or None,
                 server_name=server.tls_server_name or None,
             )
-        return aio.Client(server.target, token=token, tls=tls, timeout=CONNECT_TIMEOUT)
+        # Whoever waits a second for an absent server does not want ten for the first try.
+        patience = min(CONNECT_TIMEOUT, max(1.0, server.wait)) if server.wait else CONNECT_TIMEOUT
+        return aio.Client(server.target, token=token, tls=tls, timeout=patience)
     except OSError as error:
         name = error.filename or "a file of [server]"
         raise ConfigError(f"{name} cannot be read ({error.strerror})") from None

@@ -455,6 +455,7 @@ class _AvSource:
 
     def _open_container(self) -> InputContainer:
         address, input_format, options = self._address()
+        begun = time.monotonic()
         try:
             container = av.open(
                 address,
@@ -464,6 +465,15 @@ class _AvSource:
                 timeout=(self._camera.open_timeout, self._camera.read_timeout),
             )
         except (av.FFmpegError, OSError, ValueError) as error:
+            patience = min(self._camera.open_timeout, self._camera.read_timeout)
+            if (
+                self._kind is SourceKind.RTSP
+                and isinstance(error, av.error.InvalidDataError)
+                and time.monotonic() - begun > 0.9 * patience
+            ):
+                # FFmpeg calls it invalid data when a port takes the connection and then
+                # says nothing.
+                raise self._as_source_error(TimeoutError(), "opened") from None
             raise self._as_source_error(error, "opened") from None
         try:
             if not container.streams.video:
