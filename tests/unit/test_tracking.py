@@ -1,0 +1,649 @@
+"""Tracks: who is linked to whom, how long a name holds, and what an attack cannot undo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from facelane_server import config, limits, tracking
+from facelane_server.domain import Box, Candidate, Decision, Identity, Landmarks, LivenessVerdict
+from facelane_server.tracking import Detection, Params, Track, Tracks, Update, update
+
+MS = 1_000_000
+SECOND = 1_000 * MS
+FRAME = 40 * MS
+PARAMS = Params()
+
+
+def frontal(box: Box) -> Landmarks:
+    """The ArcFace template's points in a box."""
+    points = ((0.31, 0.46), (0.69, 0.46), (0.5, 0.64), (0.35, 0.82), (0.65, 0.82))
+    return tuple((box.x + u * box.width, box.y + v * box.height) for u, v in points)
+
+
+def at(x: float, y: float = 100.0, size: float = 60.0, score: float = 0.9) -> Detection:
+    box = Box(x, y, size, size)
+    return Detection(box, score, frontal(box))
+
+
+def match(subject: str, similarity: float = 0.6) -> Identity:
+    return Identity(Decision.MATCH, subject, similarity, (Candidate(subject, similarity),))
+
+
+UNKNOWN = Identity(Decision.UNKNOWN, "", 0.1)
+REJECTED = Identity(Decision.REJECTED_OOD)
+
+
+@dataclass
+class Thresholds:
+    live: float = 0.9
+    spoof: float = 0.5
+
+
+def play(
+    frames: Iterable[Sequence[Detection]],
+    *,
+    start: Tracks | None = None,
+    begin_ns: int = 0,
+    step_ns: int = FRAME,
+    params: Params = PARAMS,
+) -> list[Update]:
+    tracks = start or Tracks()
+    updates = []
+    for n, found in enumerate(frames):
+        updates.append(update(tracks, found, begin_ns + n * step_ns, params))
+        tracks = updates[-1].tracks
+    return updates
+
+
+def one(updates: list[Update] | Update) -> Track:
+    last = updates if isinstance(updates, Update) else updates[-1]
+    [track] = last.tracks.active
+    return track
+
+
+# -- linking -------------------------------------------------------------------------------
+
+
+def test_a_walking_face_is_one_track() -> None:
+    updates = play([[at(10 + 6 * n)] for n in range(50)])
+    assert {u.assignments for u in updates} == {(1,)}
+    assert not any(u.ended for u in updates)
+    assert one(updates).suspect_ns is None
+
+
+def test_a_fast_face_is_followed_by_its_velocity() -> None:
+    # 55 px a frame at 60 px width: boxes of neighbouring frames overlap by an IoU of 0.04.
+    still = [[at(100)] for _ in range(3)]
+    speeding = [[at(100 + 8 * n * n)] for n in range(5)]
+    running = [[at(228 + 55 * n)] for n in range(1, 20)]
+    updates = play(still + speeding + running)
+    assert {u.assignments for u in updates} == {(1,)}
+
+
+def test_a_jump_is_a_new_track() -> None:
+    updates = play([[at(10)], [at(10)], [at(400)]])
+    assert [u.assignments for u in updates] == [(1,), (1,), (2,)]
+    # The old one lingers for a while, then it ends.
+    assert [t.track_id for t in updates[-1].tracks.active] == [1, 2]
+
+
+def test_a_face_of_another_size_at_the_same_place_is_not_linked_by_distance() -> None:
+    updates = play([[at(100, size=40)], [at(60, 60, size=150)]])
+    assert updates[-1].assignments == (2,)
+
+
+def test_a_track_ends_after_the_gap_and_never_returns() -> None:
+    seen = play([[at(10)]] * 5)
+    gone = play([[]] * 40, start=seen[-1].tracks, begin_ns=5 * FRAME)
+    ended = [(n, t.track_id) for n, u in enumerate(gone) for t in u.ended]
+    last_seen = 4 * FRAME
+    [(frame, track_id)] = ended
+    assert track_id == 1
+    assert (5 + frame) * FRAME - last_seen > PARAMS.max_gap_ns
+    assert (5 + frame - 1) * FRAME - last_seen <= PARAMS.max_gap_ns
+    back = update(gone[-1].tracks, [at(10)], 50 * FRAME, PARAMS)
+    assert back.assignments == (2,)
+    assert back.tracks.created == 2
+    # Neither does a late answer bring it back.
+    stale = tracking.with_recognition(seen[-1].tracks.active[0], at(10), 0.9, match("a"), 0)
+    assert back.tracks.replace(stale) == back.tracks
+
+
+def test_a_short_occlusion_keeps_the_track() -> None:
+    before = play([[at(10 + 4 * n)] for n in range(10)])
+    hidden = play([[]] * 10, start=before[-1].tracks, begin_ns=10 * FRAME)
+    after = update(hidden[-1].tracks, [at(10 + 4 * 20)], 20 * FRAME, PARAMS)
+    assert after.assignments == (1,)
+
+
+def test_two_faces_that_cross_keep_their_tracks() -> None:
+    frames = [[at(0 + 10 * n, 100), at(400 - 10 * n, 130)] for n in range(41)]
+    updates = play(frames)
+    assert {u.assignments for u in updates} == {(1, 2)}
+    # They were near enough to be swapped, so both names must be confirmed.
+    for track in updates[-1].tracks.active:
+        assert track.suspect_ns is not None
+        assert not track.crossing
+
+
+def test_faces_side_by_side_are_no_suspects() -> None:
+    updates = play([[at(100 + n), at(165 + n), at(230 + n)] for n in range(30)])
+    assert {u.assignments for u in updates} == {(1, 2, 3)}
+    assert all(t.suspect_ns is None for t in updates[-1].tracks.active)
+
+
+def test_the_assignment_is_the_best_in_all_not_greedy() -> None:
+    start = play([[at(100), at(130)]])
+    # The first face moved onto the second's old place; greedy would give it the second track.
+    moved = update(start[-1].tracks, [at(126), at(156)], FRAME, PARAMS)
+    assert moved.assignments == (1, 2)
+
+
+def test_media_time_that_goes_far_back_is_another_recording() -> None:
+    seen = play([[at(10)]] * 50)
+    again = update(seen[-1].tracks, [at(10)], 0, PARAMS)
+    assert again.assignments == (2,)
+    assert [t.track_id for t in again.ended] == [1]
+    assert again.tracks.now_ns == 0
+    # A small step back is clock jitter.
+    jitter = update(seen[-1].tracks, [at(10)], 40 * FRAME, PARAMS)
+    assert jitter.assignments == (1,)
+
+
+def test_a_frozen_media_time_still_links() -> None:
+    updates = play([[at(10 + n)] for n in range(10)], step_ns=0)
+    assert {u.assignments for u in updates} == {(1,)}
+    assert one(updates).velocity == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        Box(0, 0, 0, 10),
+        Box(0, 0, 10, -1),
+        Box(math.nan, 0, 10, 10),
+        Box(0, math.inf, 10, 10),
+        Box(0, 0, math.nan, 10),
+    ],
+)
+def test_a_box_without_an_area_is_not_tracked(box: Box) -> None:
+    done = update(Tracks(), [Detection(box, 0.9, ()), at(10)], 0, PARAMS)
+    assert done.assignments == (0, 1)
+
+
+def test_tracks_are_bounded() -> None:
+    """Faces in new places on every frame: the longest unseen make room."""
+    tracks = Tracks()
+    ended = 0
+    for n in range(20):
+        found = [at(1000 * n + 100 * k, 1000 * n) for k in range(limits.MAX_FACES)]
+        done = update(tracks, found, n, PARAMS)
+        tracks = done.tracks
+        ended += len(done.ended)
+        assert len(tracks.active) <= limits.MAX_TRACKS
+        assert 0 not in done.assignments
+    assert tracks.created == 20 * limits.MAX_FACES == ended + len(tracks.active)
+
+
+def test_more_faces_than_tracks_leaves_the_rest_untracked() -> None:
+    crowd = [at(100 * k) for k in range(limits.MAX_TRACKS + 10)]
+    done = update(Tracks(), crowd, 0, PARAMS)
+    assert done.assignments.count(0) == 10
+    assert len(done.tracks.active) == limits.MAX_TRACKS
+
+
+coordinates = st.floats(0, 300, allow_nan=False)
+detections = st.builds(at, coordinates, coordinates, st.floats(20, 120), st.floats(0, 1))
+scenes = st.lists(
+    st.tuples(st.lists(detections, max_size=6), st.integers(0, 600)), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(scenes)
+def test_what_always_holds(scene: list[tuple[list[Detection], int]]) -> None:
+    tracks, now = Tracks(), 0
+    ended: set[int] = set()
+    for found, step in scene:
+        now += step * MS
+        done = update(tracks, found, now, PARAMS)
+        ids = [track_id for track_id in done.assignments if track_id]
+        assert len(done.assignments) == len(found)
+        assert len(set(ids)) == len(ids), "one track took two faces"
+        assert ended.isdisjoint(ids), "an ended track returned"
+        assert ended.isdisjoint(t.track_id for t in done.ended), "a track ended twice"
+        ended |= {t.track_id for t in done.ended}
+        alive = [t.track_id for t in done.tracks.active]
+        assert alive == sorted(alive)
+        assert set(ids) <= set(alive)
+        assert ended.isdisjoint(alive)
+        assert len(alive) + len(ended) == done.tracks.created
+        for track in done.tracks.active:
+            assert track.missed == (track.track_id not in ids)
+            assert now - track.seen_ns <= PARAMS.max_gap_ns
+        for track_id, detection in zip(done.assignments, found, strict=True):
+            linked = done.tracks.get(track_id)
+            assert linked is not None
+            assert linked.box == detection.box
+        tracks = done.tracks
+
+
+@settings(max_examples=100, deadline=None)
+@given(scenes, st.randoms())
+def test_the_order_of_detections_does_not_matter(
+    scene: list[tuple[list[Detection], int]], random: object
+) -> None:
+    tracks, now = Tracks(), 0
+    for found, step in scene:
+        now += step * MS
+        order = list(range(len(found)))
+        random.shuffle(order)  # type: ignore[attr-defined]
+        plain = update(tracks, found, now, PARAMS)
+        mixed = update(tracks, [found[i] for i in order], now, PARAMS)
+        assert mixed.tracks == plain.tracks
+        seen = sorted(zip((repr(d) for d in found), plain.assignments, strict=True))
+        also = sorted(zip((repr(found[i]) for i in order), mixed.assignments, strict=True))
+        assert seen == also
+        tracks = plain.tracks
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 7), st.randoms(use_true_random=False))
+def test_the_linking_costs_as_little_as_any(rows: int, columns: int, random: object) -> None:
+    """The shortcuts for uncontested pairs against the plain assignment over all pairs."""
+    draw = random.uniform  # type: ignore[attr-defined]
+    known = [Track(k + 1, Box(draw(0, 200), draw(0, 200), 60, 60), 0, 0) for k in range(columns)]
+    boxes = [Box(draw(0, 200), draw(0, 200), draw(30, 90), 60) for _ in range(rows)]
+    boxes.sort(key=lambda box: box.x)
+    links = tracking._assign(known, boxes, 0, PARAMS)
+    matrix = np.full((rows, columns), 1e6)
+    for r, box in enumerate(boxes):
+        for c, track in enumerate(known):
+            cost = tracking._cost(track.box, box, PARAMS)
+            if cost is not None:
+                matrix[r, c] = cost[0]
+    best = [(r, c) for r, c in zip(*linear_sum_assignment(matrix), strict=True)]
+    best = [(r, c) for r, c in best if matrix[r, c] < 1e6]
+    assert len(links) == len(best)
+    total = sum(matrix[r, c] for r, (c, _near) in links.items())
+    assert total == pytest.approx(sum(matrix[r, c] for r, c in best))
+
+
+# -- names ---------------------------------------------------------------------------------
+
+
+def recognized(
+    track: Track, identity: Identity, ood: float, now_ns: int, found: Detection | None = None
+) -> Track:
+    return tracking.with_recognition(track, found or at(10), ood, identity, now_ns)
+
+
+def shown(track: Track, now_ns: int) -> Identity:
+    return tracking.identity_at(track, now_ns, PARAMS)
+
+
+@pytest.fixture
+def fresh() -> Track:
+    return one(play([[at(10)]]))
+
+
+def test_a_new_track_is_recognised_once_and_then_rests(fresh: Track) -> None:
+    assert tracking.wants_recognition(fresh, at(10), 0, PARAMS)
+    assert shown(fresh, 0).decision is Decision.NOT_EVALUATED
+    known = recognized(fresh, match("ada"), 0.9, 0)
+    for n in range(1, 75):
+        assert not tracking.wants_recognition(known, at(10 + n), n * FRAME, PARAMS)
+        assert shown(known, n * FRAME) == match("ada")
+    assert tracking.wants_recognition(known, at(10), 3 * SECOND, PARAMS)
+
+
+def test_interval_zero_recognises_every_frame(fresh: Track) -> None:
+    params = PARAMS.with_interval(0)
+    known = recognized(fresh, match("ada"), 0.9, 0)
+    assert tracking.wants_recognition(known, at(10), 1, params)
+    assert tracking.identity_at(known, FRAME, params) == match("ada")
+    assert tracking.identity_at(known, SECOND, params).decision is Decision.NOT_EVALUATED
+
+
+def test_a_better_shot_is_embedded_and_a_similar_one_is_not(fresh: Track) -> None:
+    far = at(10, size=30)
+    known = recognized(fresh, match("ada"), 0.5, 0, far)
+    assert not tracking.wants_recognition(known, at(10, size=31), FRAME, PARAMS)
+    near = at(10, size=100)
+    assert tracking.wants_recognition(known, near, FRAME, PARAMS)
+    # A shot that did not keep its promise is not repeated on every frame.
+    tried = recognized(known, match("ada"), 0.45, FRAME, near)
+    assert tried.ood_score == 0.5
+    assert not tracking.wants_recognition(tried, near, 2 * FRAME, PARAMS)
+    # Where there is nothing left to gain, the best shot in the world is not worth it.
+    perfect = recognized(fresh, match("ada"), 0.99, 0, far)
+    assert not tracking.wants_recognition(perfect, near, FRAME, PARAMS)
+
+
+def test_the_best_shot_speaks(fresh: Track) -> None:
+    known = recognized(fresh, match("ada", 0.5), 0.6, 0)
+    better = recognized(known, match("ada", 0.7), 0.8, FRAME)
+    assert (better.identity.similarity, better.ood_score) == (0.7, 0.8)
+    worse = recognized(better, match("ada", 0.4), 0.5, 2 * FRAME)
+    assert (worse.identity.similarity, worse.ood_score) == (0.7, 0.8)
+    assert worse.confirmed_ns == 2 * FRAME
+
+
+def test_another_match_replaces_the_name_at_once(fresh: Track) -> None:
+    known = with_live(recognized(fresh, match("ada"), 0.95, 0), [0.99] * 4)
+    switched = recognized(known, match("bob"), 0.45, SECOND)
+    assert shown(switched, SECOND) == match("bob")
+    assert switched.ood_score == 0.45
+    assert switched.liveness.verdict is LivenessVerdict.UNDECIDED
+    assert tracking.wants_liveness(switched, at(10), SECOND, PARAMS)
+
+
+def test_a_contradiction_of_lower_quality_takes_two(fresh: Track) -> None:
+    known = recognized(fresh, match("ada"), 0.9, 0)
+    doubted = recognized(known, UNKNOWN, 0.6, SECOND)
+    assert shown(doubted, SECOND) == match("ada")
+    assert tracking.wants_recognition(doubted, at(10), SECOND + FRAME, PARAMS)
+    assert shown(recognized(doubted, UNKNOWN, 0.6, 2 * SECOND), 2 * SECOND) == UNKNOWN
+    # A confirmation in between settles it.
+    settled = recognized(doubted, match("ada"), 0.6, 2 * SECOND)
+    assert shown(recognized(settled, UNKNOWN, 0.6, 3 * SECOND), 3 * SECOND) == match("ada")
+
+
+def test_a_contradiction_of_better_quality_counts_at_once(fresh: Track) -> None:
+    known = recognized(fresh, match("ada"), 0.6, 0)
+    assert shown(recognized(known, UNKNOWN, 0.9, SECOND), SECOND) == UNKNOWN
+
+
+def test_somebody_enrolled_while_on_camera_is_named_soon(fresh: Track) -> None:
+    stranger = recognized(fresh, UNKNOWN, 0.95, 0)
+    first = recognized(stranger, match("ada"), 0.9, 3 * SECOND)
+    assert tracking.wants_recognition(first, at(10), 3 * SECOND + FRAME, PARAMS)
+    second = recognized(first, match("ada"), 0.9, 3 * SECOND + FRAME)
+    assert shown(second, 3 * SECOND + FRAME) == match("ada")
+
+
+def test_a_rejected_shot_says_nothing_but_is_repeated_soon(fresh: Track) -> None:
+    known = recognized(fresh, match("ada"), 0.9, 0)
+    now = 3 * SECOND
+    blurred = recognized(known, REJECTED, 0.1, now)
+    assert shown(blurred, now) == match("ada")
+    asked = [
+        t
+        for t in range(now, now + 3 * SECOND, FRAME)
+        if tracking.wants_recognition(blurred, at(10), t, PARAMS)
+    ]
+    assert asked[0] - now <= 320 * MS
+    # Two intervals after the last confirmation the name is gone.
+    assert shown(blurred, 6 * SECOND) == match("ada")
+    assert shown(blurred, 6 * SECOND + 1).decision is Decision.REJECTED_OOD
+    assert tracking.ood_score_at(blurred, 6 * SECOND + 1, PARAMS) == 0.1
+    assert shown(known, 6 * SECOND + 1).decision is Decision.NOT_EVALUATED
+    assert tracking.ood_score_at(known, 6 * SECOND + 1, PARAMS) is None
+
+
+def test_retries_of_a_rejected_face_become_rarer(fresh: Track) -> None:
+    track, asked = fresh, []
+    for t in range(0, 20 * SECOND, FRAME):
+        if tracking.wants_recognition(track, at(10), t, PARAMS):
+            asked.append(t)
+            track = recognized(track, REJECTED, 0.2, t)
+    gaps = np.diff(asked)
+    assert gaps[0] <= 400 * MS
+    assert (np.diff(gaps) >= 0).all()
+    assert gaps[-1] == PARAMS.interval_ns
+    assert shown(track, 20 * SECOND).decision is Decision.REJECTED_OOD
+
+
+def test_a_name_after_rejections_is_taken(fresh: Track) -> None:
+    rejected = recognized(fresh, REJECTED, 0.3, 0)
+    assert shown(rejected, 0) == REJECTED
+    assert shown(recognized(rejected, match("ada"), 0.5, FRAME), FRAME) == match("ada")
+
+
+def test_no_answer_changes_nothing(fresh: Track) -> None:
+    known = recognized(fresh, match("ada"), 0.9, 0)
+    assert recognized(known, Identity(Decision.NOT_EVALUATED), 0.0, SECOND) == known
+
+
+# -- identity switches -----------------------------------------------------------------------
+
+
+def test_somebody_else_after_an_occlusion_does_not_inherit_the_name() -> None:
+    tracks = play([[at(10)]] * 5)[-1].tracks
+    known = with_live(recognized(tracks.active[0], match("ada"), 0.95, 0), [0.99] * 4)
+    tracks = tracks.replace(known)
+    hidden = play([[]] * 10, start=tracks, begin_ns=5 * FRAME)[-1].tracks
+    now = 15 * FRAME
+    back = update(hidden, [at(10)], now, PARAMS)
+    track = one(back)
+    assert track.track_id == 1
+    assert shown(track, now).decision is Decision.NOT_EVALUATED
+    assert track.liveness.verdict is LivenessVerdict.UNDECIDED
+    assert tracking.wants_recognition(track, at(10), now, PARAMS)
+    assert tracking.wants_liveness(track, at(10), now, PARAMS)
+    # What was shot before the gap does not settle it.
+    late = recognized(track, match("ada"), 0.9, 4 * FRAME)
+    assert shown(late, now).decision is Decision.NOT_EVALUATED
+    assert shown(late, 4 * FRAME) == match("ada")
+    # A stranger, even in a worse shot than the best of the one before.
+    stranger = recognized(track, UNKNOWN, 0.5, now)
+    assert shown(stranger, now) == UNKNOWN
+    # An unclear shot settles nothing; the right person does.
+    unclear = recognized(track, REJECTED, 0.2, now)
+    assert shown(unclear, now).decision is Decision.REJECTED_OOD
+    assert shown(recognized(track, match("ada"), 0.6, now), now) == match("ada")
+
+
+def test_one_missed_frame_is_no_occlusion() -> None:
+    tracks = play([[at(10)]] * 5)[-1].tracks
+    tracks = tracks.replace(recognized(tracks.active[0], match("ada"), 0.95, 0))
+    again = play([[], [at(10)]], start=tracks, begin_ns=5 * FRAME)[-1]
+    assert shown(one(again), 6 * FRAME) == match("ada")
+
+
+def test_a_link_by_distance_alone_must_be_confirmed() -> None:
+    tracks = play([[at(10)]] * 3)[-1].tracks
+    tracks = tracks.replace(recognized(tracks.active[0], match("ada"), 0.95, 0))
+    hop = update(tracks, [at(10 + 55)], 3 * FRAME, PARAMS)
+    assert hop.assignments == (1,)
+    assert shown(one(hop), 3 * FRAME).decision is Decision.NOT_EVALUATED
+
+
+def test_a_face_that_vanished_behind_another_makes_both_suspect() -> None:
+    approach = [[at(100 + 5 * n), at(200 - 5 * n)] for n in range(9)]
+    merged = [[at(150)] for _ in range(30)]
+    updates = play(approach + merged)
+    seen = [u for u in updates if u.ended]
+    assert len(seen) == 1
+    survivor = one(updates)
+    assert survivor.suspect_ns is not None
+
+
+def test_without_the_recogniser_the_name_fades(fresh: Track) -> None:
+    known = recognized(fresh, match("ada"), 0.95, 0)
+    decisions = [shown(known, t).decision for t in range(0, 10 * SECOND, SECOND)]
+    assert decisions == [Decision.MATCH] * 7 + [Decision.NOT_EVALUATED] * 3
+
+
+identities = st.one_of(
+    st.builds(match, st.sampled_from(["ada", "bob"])),
+    st.just(UNKNOWN),
+    st.just(REJECTED),
+    st.just(Identity(Decision.AMBIGUOUS, "", 0.5)),
+    st.just(Identity(Decision.NOT_EVALUATED)),
+)
+histories = st.lists(
+    st.tuples(st.integers(0, 4000), st.none() | st.tuples(identities, st.floats(0, 1))),
+    max_size=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(histories)
+def test_a_shown_name_was_confirmed_lately_and_nobody_else_matched_since(
+    history: list[tuple[int, tuple[Identity, float] | None]],
+) -> None:
+    track, now = one(play([[at(10)]])), 0
+    answers: list[tuple[int, Identity]] = []
+    for step, answer in history:
+        now += step * MS
+        if answer is not None:
+            track = recognized(track, *answer, now)
+            answers.append((now, answer[0]))
+        said = shown(track, now)
+        if said.decision is not Decision.MATCH:
+            assert said.subject_id == ""
+            continue
+        own = [t for t, i in answers if i.subject_id == said.subject_id]
+        assert own, "a name out of nothing"
+        assert now - own[-1] <= 2 * PARAMS.interval_ns
+        since = [i for t, i in answers[[t for t, _ in answers].index(own[-1]) :]]
+        others = {i.subject_id for i in since if i.decision is Decision.MATCH}
+        assert others == {said.subject_id}
+
+
+# -- quality -----------------------------------------------------------------------------------
+
+
+def test_frontalness_falls_with_yaw_and_pitch_but_not_with_tilt() -> None:
+    straight = np.array(frontal(Box(0, 0, 100, 100)))
+
+    def turned(dx: float = 0.0, dy: float = 0.0, degrees: float = 0.0) -> float:
+        points = straight.copy()
+        points[2] += (dx, dy)
+        angle = math.radians(degrees)
+        spin = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        return tracking.frontalness(tuple(map(tuple, (points @ spin.T).tolist())))
+
+    assert turned() > 0.9
+    assert turned() > turned(dx=5) > turned(dx=12) > turned(dx=22)
+    assert turned(dx=5) == pytest.approx(turned(dx=-5))
+    assert turned() > turned(dy=8) > turned(dy=16)
+    for degrees in (-60, 20, 90, 180):
+        assert turned(dx=6, degrees=degrees) == pytest.approx(turned(dx=6))
+
+
+@given(
+    st.lists(st.tuples(st.floats(), st.floats()), min_size=5, max_size=5),
+    st.floats(0, 1),
+    st.floats(1, 1e4),
+)
+def test_quality_is_always_a_share(
+    points: list[tuple[float, float]], score: float, size: float
+) -> None:
+    found = Detection(Box(0, 0, size, size), score, tuple(points))
+    assert 0.0 <= tracking.quality(found) <= 1.0
+
+
+# -- liveness ------------------------------------------------------------------------------------
+
+
+def with_live(track: Track, scores: Iterable[float], *, begin: int = 0) -> Track:
+    for n, score in enumerate(scores):
+        track = tracking.with_liveness(track, score, begin + n * FRAME, Thresholds())
+    return track
+
+
+@pytest.mark.parametrize(
+    ("scores", "verdict"),
+    [
+        ([0.95], LivenessVerdict.LIVE),
+        ([0.1], LivenessVerdict.SPOOF),
+        ([0.7], LivenessVerdict.UNDECIDED),
+        ([0.95] * 8, LivenessVerdict.LIVE),
+        # Outliers upwards do not help, downwards count.
+        ([0.7, 0.99, 0.7, 0.99], LivenessVerdict.UNDECIDED),
+        ([0.99] * 7 + [0.3], LivenessVerdict.UNDECIDED),
+        ([0.99] * 3 + [0.3] + [0.99] * 7, LivenessVerdict.UNDECIDED),
+        ([0.99] * 3 + [0.3] + [0.99] * 8, LivenessVerdict.LIVE),
+        # Two attack scores in memory: SPOOF until the memory is all live again.
+        ([0.3, 0.99, 0.3], LivenessVerdict.SPOOF),
+        ([0.3, 0.3] + [0.99] * 7, LivenessVerdict.SPOOF),
+        ([0.3, 0.3] + [0.99] * 8, LivenessVerdict.LIVE),
+        ([0.3, 0.3] + ([0.99] * 7 + [0.8]) * 4, LivenessVerdict.SPOOF),
+        # Two that are never in memory together are two outliers.
+        ([0.3] + [0.99] * 8 + [0.3], LivenessVerdict.UNDECIDED),
+    ],
+)
+def test_fusion(fresh: Track, scores: list[float], verdict: LivenessVerdict) -> None:
+    assert with_live(fresh, scores).liveness.verdict is verdict
+
+
+def test_a_live_verdict_does_not_flicker(fresh: Track) -> None:
+    wobbling = [0.95, 0.92, 0.85, 0.95, 0.86, 0.93, 0.84, 0.95] * 3
+    verdicts = {with_live(fresh, wobbling[: n + 1]).liveness.verdict for n in range(24)}
+    assert verdicts == {LivenessVerdict.LIVE}
+    # The same scores never become LIVE where the verdict was another before.
+    assert with_live(fresh, [0.8, *wobbling[1:3]]).liveness.verdict is LivenessVerdict.UNDECIDED
+
+
+def test_the_memory_is_bounded_and_no_answer_is_none(fresh: Track) -> None:
+    track = with_live(fresh, [0.95] * 100)
+    assert len(track.liveness_shots) == limits.MAX_LIVENESS_SHOTS
+    assert tracking.with_liveness(track, math.nan, 0, Thresholds()) == track
+
+
+def test_attack_evidence_survives_suspicion_and_a_switch(fresh: Track) -> None:
+    attacked = with_live(recognized(fresh, match("ada"), 0.9, 0), [0.95, 0.2, 0.2, 0.95])
+    assert attacked.liveness.verdict is LivenessVerdict.SPOOF
+    switched = recognized(attacked, match("bob"), 0.9, SECOND)
+    assert switched.liveness.verdict is LivenessVerdict.SPOOF
+    assert with_live(switched, [0.99] * 7).liveness.verdict is LivenessVerdict.SPOOF
+    single = with_live(recognized(fresh, match("ada"), 0.9, 0), [0.95, 0.2])
+    switched = recognized(single, match("bob"), 0.9, SECOND)
+    assert with_live(switched, [0.99]).liveness.verdict is not LivenessVerdict.LIVE
+
+
+def test_when_liveness_is_asked_for(fresh: Track) -> None:
+    assert tracking.wants_liveness(fresh, at(10), 0, PARAMS)
+    assert tracking.wants_liveness(with_live(fresh, [0.95] * 2), at(10), FRAME, PARAMS)
+    settled = with_live(fresh, [0.95] * 3)
+    asked = settled.liveness_ns or 0
+    assert not tracking.wants_liveness(settled, at(10), asked + 900 * MS, PARAMS)
+    assert tracking.wants_liveness(settled, at(10), asked + SECOND, PARAMS)
+    undecided = with_live(fresh, [0.7] * 3)
+    assert not tracking.wants_liveness(undecided, at(10), asked + FRAME, PARAMS)
+    assert tracking.wants_liveness(undecided, at(10), asked + 300 * MS, PARAMS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_liveness_rules_hold_for_all_scores(scores: list[float]) -> None:
+    limit = Thresholds()
+    track = with_live(one(play([[at(10)]])), scores)
+    memory = scores[-limits.MAX_LIVENESS_SHOTS :]
+    attacks = sum(score < limit.spoof for score in memory)
+    fused = track.liveness.score
+    assert fused is not None
+    assert min(memory) <= fused <= sum(memory) / len(memory) + 1e-12
+    if attacks:
+        assert track.liveness.verdict is not LivenessVerdict.LIVE
+    if attacks >= 2:
+        assert track.liveness.verdict is LivenessVerdict.SPOOF
+    if all(score >= limit.live for score in memory) and len(memory) == limits.MAX_LIVENESS_SHOTS:
+        assert track.liveness.verdict is LivenessVerdict.LIVE
+
+
+# -- parameters ------------------------------------------------------------------------------------
+
+
+def test_parameters_come_from_the_config() -> None:
+    params = Params.of(
+        config.parse("[tracking]\nreinference_interval_s = 1.5\nmax_gap_s = 2").tracking
+    )
+    assert (params.interval_ns, params.max_gap_ns) == (1500 * MS, 2 * SECOND)
+    assert params.with_interval(5 * SECOND).interval_ns == 5 * SECOND
+    assert Params.of(config.Tracking()) == Params()
+
+
+def test_preparing_imports_the_solver() -> None:
+    tracking.prepare()
+    assert tracking._solver() is linear_sum_assignment
