@@ -225,7 +225,7 @@ def frames_of_size(count: int, size_bytes: int) -> list[bytes]:
         while len(data) < size_bytes:
             noisy = _texture(640, 480, seed) + rng.normal(0, grain, (480, 640, 1))
             picture = np.clip(noisy, 0, 255).astype(np.uint8)
-            for quality in (70, 78, 84, 88, 91, 94):
+            for quality in range(30, 95, 2):
                 _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
                 data = encoded.tobytes()
                 if len(data) >= size_bytes:
