@@ -621,7 +621,7 @@ class Lane:
                     self._tracks = self._tracks.replace(track)
             identity = tracking.identity_at(track, now, self._params)
             liveness = track.liveness
-            ood_score = track.ood_score
+            ood_score = tracking.ood_score_at(track, now, self._params)
             if identity.subject_id and self._named.get(look.track_id) != identity.subject_id:
                 self._named[look.track_id] = identity.subject_id
                 self._observer.track_decided(self, look.track_id, identity, liveness, ood_score)
