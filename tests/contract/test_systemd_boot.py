@@ -311,7 +311,9 @@ def test_an_external_worker_attaches_dies_and_comes_back(machine: Machine) -> No
 
         def serving() -> bool:
             shown = machine.run(
-                "/opt/facelane/bin/facelane", "server", "health", "recognizer", check=False
+                "/opt/facelane/bin/facelane",
+                *("server", "health", "facelane.pool.recognizer"),
+                check=False,
             )
             return "SERVING" in shown and "NOT_SERVING" not in shown
 
