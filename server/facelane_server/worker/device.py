@@ -222,6 +222,8 @@ def _nvml_process_mib(index: int) -> int | None:
             uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            # Clients of an MPS server are listed apart.
+            processes = [*processes, *pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)]
         finally:
             pynvml.nvmlShutdown()
     except Exception:  # NVML is a luxury here, and raises types of its own

@@ -31,13 +31,10 @@ class Prepare(nn.Module):
         self._rgb = spec.color == "rgb"
         self._size = (spec.height, spec.width)
         self._plain = spec.mean == (0.0, 0.0, 0.0) and spec.std == (1.0, 1.0, 1.0)
-        self.register_buffer(
-            "mean", torch.tensor(spec.mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False
-        )
+        self.register_buffer("mean", torch.tensor(spec.mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer(
             "inverse",
             torch.tensor(spec.std, dtype=torch.float32).reciprocal().view(1, 3, 1, 1),
-            persistent=False,
         )
 
     def forward(self, pictures: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ in full precision, with a warning.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Final
 
@@ -28,6 +29,7 @@ from facelane_server.worker.models.serving import Served, check_pictures
 STAGES: Final = 2
 """Batches under way at a time: one computes, the next is staged."""
 AGREEMENT: Final = 0.999
+_warm_up_lock = threading.Lock()
 _CAPTURE_ROUNDS: Final = 3
 """Eager rounds before a capture: libraries choose their algorithms in the first ones."""
 
@@ -113,6 +115,8 @@ class CudaRunner(Runner):
         self._device = torch.device(options.device)
         self._shapes = list(shapes)
         self._batch_max = batch_max
+        buckets = batch_buckets(batch_max)
+        self._bucket = {n: min(b for b in buckets if b >= n) for n in range(1, batch_max + 1)}
         self._half = options.precision != "fp32"
         self._stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
             self._device, priority=options.stream_priority
@@ -134,7 +138,9 @@ class CudaRunner(Runner):
         return tuple(sorted(self._graphs))
 
     def warm_up(self) -> None:
+        # One at a time in a process: a capture forbids other captures to synchronise.
         with (
+            _warm_up_lock,
             torch.cuda.device(self._device),
             torch.cuda.stream(self._stream),
             torch.inference_mode(),
@@ -178,9 +184,8 @@ class CudaRunner(Runner):
         ):
             for target, source in zip(self._inputs, stage.inputs, strict=True):
                 target[:count].copy_(source[:count], non_blocking=True)
-            bucket = next((b for b in self.captured if b >= count), 0)
-            if bucket:
-                graph, output = self._graphs[bucket]
+            if self._graphs:
+                graph, output = self._graphs[self._bucket[count]]
                 graph.replay()
             else:
                 output = self._eager(count)
