@@ -422,6 +422,7 @@ class _DetectWork(_Work):
         self._model = model
         self._max_pixels = load.max_pixels
         self._needs_pixels = bool(getattr(model, "needs_pixels", True))
+        pictures.silence_opencv(load.threads)
         self._decode = pictures.decode
         self._size = headers.picture_size
         self._record = sum(spec.size * spec.size * 3 for spec in model.crops)
