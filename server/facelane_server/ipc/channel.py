@@ -72,9 +72,7 @@ class _Receiver:
         Raises BlockingIOError when there is none, ChannelClosed, ProtocolError.
         """
         try:
-            size, ancillary, flags, _ = self._sock.recvmsg_into(
-                [self._buffer], _ANCILLARY, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-            )
+            size, ancillary, flags, _ = self._packet()
         except BlockingIOError:
             raise
         except OSError as error:
@@ -92,6 +90,16 @@ class _Receiver:
             close_all(descriptors)
             raise ChannelClosed("end of file")
         return self._view[:size], descriptors
+
+
+    def _packet(self) -> tuple[int, list[tuple[int, int, bytes]], int, object]:
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        try:
+            return self._sock.recvmsg_into([self._buffer], _ANCILLARY, flags)
+        except ConnectionResetError:
+            # The peer ended with messages unread. The kernel says so once, and first; what
+            # the peer had sent before, its last words among it, is still there.
+            return self._sock.recvmsg_into([self._buffer], _ANCILLARY, flags)
 
 
 def _transmit(sock: socket.socket, packet: bytes, descriptors: Sequence[int]) -> None:
@@ -178,6 +186,10 @@ class ServerChannel:
         if len(self._backlog) >= _BACKLOG:
             raise ChannelClosed(f"the worker leaves {_BACKLOG} messages unread")
         self._backlog.append((packet, [os.dup(fd) for fd in descriptors]))
+
+    def receive_last(self) -> None:
+        """After a failed ``send``: take in what the peer had sent before it went."""
+        self._readable()
 
     def close(self) -> None:
         """Close the socket; the worker reads end of file. Safe to call twice."""

@@ -221,6 +221,10 @@ class ReadyWorker:
         self._gallery_sent = snapshot.version
         self._channel.send(snapshot, [fd])
 
+    def receive_last(self) -> None:
+        """``send`` failed: hear the worker's last words, if it left any."""
+        self._channel.receive_last()
+
     def drain(self) -> None:
         with contextlib.suppress(ChannelError):
             self._channel.send(Drain())

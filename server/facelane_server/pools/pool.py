@@ -515,7 +515,11 @@ class Pool:
                     self._fail(task, _worker_lost(self.name))
                 else:
                     self._retry(task, alone=False)
-            self._lost(member, WorkerLostError("EXITED", str(error)))
+            # It may have left in order, or said why it ends: that counts, not our EPIPE.
+            self._active = [m for m in self._active if m is not member]
+            ready.receive_last()
+            if member.ready is ready:
+                self._lost(member, WorkerLostError("EXITED", str(error)))
             return
         if len(ready.jobs) == 1:
             self._watch(member)
