@@ -1,0 +1,23 @@
+"""The ``facelane`` command: the client library for people and shell scripts."""
+
+from __future__ import annotations
+
+import sys
+
+_EXTRA = frozenset({"typer", "rich", "cv2", "av", "numpy"})
+
+
+def main() -> None:
+    """The console script. Never returns: see ``facelane --help`` for its exit codes."""
+    try:
+        from facelane.cli.app import app
+
+        app(prog_name="facelane")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
+        sys.stderr.write(
+            f"facelane: {missing} is not installed: run  pip install 'facelane[cli]'\n"
+        )
+        sys.exit(2)

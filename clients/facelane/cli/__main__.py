@@ -1,0 +1,7 @@
+"""``python -m facelane.cli``."""
+
+from __future__ import annotations
+
+from facelane.cli import main
+
+main()

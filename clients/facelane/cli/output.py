@@ -1,0 +1,273 @@
+"""How results look: tables for people, JSON lines for programs, boxes on pictures.
+
+A JSON line is ``{"type": "outcome" | "summary" | "face" | "event" | …, …}`` with the field
+names of ``facelane.types``; times are ISO 8601, durations seconds, boxes pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from facelane import types
+
+_COLOURS: Final = {
+    # Blue, green, red.
+    types.Decision.MATCH: (80, 200, 80),
+    types.Decision.AMBIGUOUS: (0, 200, 230),
+    types.Decision.REJECTED_OOD: (160, 160, 160),
+}
+_OTHER_COLOUR: Final = (230, 160, 60)
+_SPOOF_COLOUR: Final = (60, 60, 230)
+_DECISION_STYLE: Final = {
+    types.Decision.MATCH: "bold green",
+    types.Decision.AMBIGUOUS: "yellow",
+    types.Decision.REJECTED_OOD: "dim",
+}
+
+
+def consoles() -> tuple[Console, Console]:
+    """Results go to the first (stdout), everything else to the second (stderr)."""
+    return Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+
+
+def plain(value: object) -> Any:
+    """A value of ``facelane.types`` as JSON knows it."""
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, float):
+        # Floats of the wire are single precision: further digits are noise.
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def json_line(kind: str, value: object = None, **more: object) -> None:
+    """One line on stdout, flushed: the reader may be a pipe that waits for it."""
+    body = plain(value) if value is not None else {}
+    line = {"type": kind, **plain(more), **body}
+    sys.stdout.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+def outcome_line(outcome: types.Outcome, name: str = "") -> None:
+    """An outcome as one JSON line: exactly one of result, drop, error is there."""
+    body: dict[str, object] = {
+        "frame_id": outcome.frame_id,
+        "stream_offset": outcome.stream_offset,
+        "capture_time": outcome.capture_time,
+        "age": outcome.age,
+        "round_trip": outcome.round_trip,
+    }
+    if name:
+        body["source"] = name
+    kind = "result" if outcome.result else "drop" if outcome.drop else "error"
+    json_line("outcome", None, **body, **{kind: outcome.body})
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for a table; absent is a dash, never a zero."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def faces_table(rows: Iterable[tuple[str, types.Face]], *, names: bool = False) -> Table:
+    """One row a face."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    if names:
+        table.add_column("picture", overflow="fold")
+    for title in ("decision", "subject", "similarity", "OOD", "liveness", "score", "box"):
+        right = title in ("similarity", "OOD", "score")
+        table.add_column(title, justify="right" if right else "left", no_wrap=title != "subject")
+    for name, face in rows:
+        identity, live, box = face.identity, face.liveness, face.box
+        style = _DECISION_STYLE.get(identity.decision, "")
+        cells = [
+            f"[{style}]{identity.decision.value}[/]" if style else identity.decision.value,
+            identity.subject_id or _nearest(identity),
+            number(identity.similarity, 3),
+            number(face.ood_score),
+            f"{live.verdict.value} {number(live.score)}",
+            number(face.score),
+            f"{box.x:.0f},{box.y:.0f} {box.width:.0f}x{box.height:.0f}",
+        ]
+        table.add_row(*([name] if names else []), *cells)
+    return table
+
+
+def _nearest(identity: types.Identity) -> str:
+    """For a face that was not named: who would have been next, marked as a question."""
+    return f"({identity.candidates[0].subject_id}?)" if identity.candidates else ""
+
+
+@dataclasses.dataclass(slots=True)
+class _TrackRow:
+    face: types.Face
+    first: float
+    last: float
+    frames: int = 1
+
+
+class TrackBook:
+    """The tracks of a video in brief. Bounded: of more tracks only the count is kept."""
+
+    LIMIT: Final = 1000
+
+    def __init__(self) -> None:
+        self._rows: dict[int, _TrackRow] = {}
+        self.uncounted = 0
+
+    def add(self, outcome: types.Outcome) -> None:
+        for face in outcome.result.faces if outcome.result else ():
+            row = self._rows.get(face.track_id)
+            if row is not None:
+                row.frames += 1
+                row.last = outcome.stream_offset
+                row.face = face
+            elif len(self._rows) < self.LIMIT:
+                self._rows[face.track_id] = _TrackRow(
+                    face, outcome.stream_offset, outcome.stream_offset
+                )
+            else:
+                self.uncounted += 1
+
+    def table(self) -> Table:
+        """One row a track, with its last word on who it is."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        titles = ("track", "seen", "frames", "decision", "subject", "similarity", "OOD", "liveness")
+        for title in titles:
+            right = title in ("track", "frames", "similarity", "OOD")
+            table.add_column(title, justify="right" if right else "left", no_wrap=True)
+        for track_id, row in sorted(self._rows.items()):
+            face = row.face
+            table.add_row(
+                str(track_id),
+                f"{row.first:.1f}-{row.last:.1f} s",
+                str(row.frames),
+                face.identity.decision.value,
+                face.identity.subject_id or _nearest(face.identity),
+                number(face.identity.similarity, 3),
+                number(face.ood_score),
+                f"{face.liveness.verdict.value} {number(face.liveness.score)}",
+            )
+        return table
+
+
+def summary_words(summary: types.StreamSummary, seconds: float, not_sent: int = 0) -> str:
+    """One line that adds up."""
+    drops = ", ".join(f"{n} {reason}" for reason, n in sorted(summary.drops_by_reason.items()))
+    words = (
+        f"{summary.received} frames = {summary.results} results + {summary.drops} drops"
+        f"{f' ({drops})' if drops else ''} + {summary.errors} errors; {summary.faces} faces; "
+        f"{summary.received / seconds if seconds else 0:.1f} frames/s"
+    )
+    return words + (f"; {not_sent} not sent, the window was full" if not_sent else "")
+
+
+def key_values(rows: Sequence[tuple[str, object]]) -> Table:
+    """Two columns."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in rows:
+        table.add_row(key, str(value))
+    return table
+
+
+def draw(pixels: Any, result: types.FrameResult) -> Any:
+    """A copy of BGR ``pixels`` with boxes, landmarks and words."""
+    import cv2
+
+    canvas = pixels.copy()
+    unit = max(1, round(max(canvas.shape[:2]) / 640))
+    for face in result.faces:
+        spoof = face.liveness.verdict is types.LivenessVerdict.SPOOF
+        colour = _SPOOF_COLOUR if spoof else _COLOURS.get(face.identity.decision, _OTHER_COLOUR)
+        box = face.box
+        left, top = round(box.x), round(box.y)
+        right, bottom = round(box.x + box.width), round(box.y + box.height)
+        cv2.rectangle(canvas, (left, top), (right, bottom), colour, unit, cv2.LINE_AA)
+        for point in face.landmarks:
+            cv2.circle(canvas, (round(point.x), round(point.y)), unit, colour, -1, cv2.LINE_AA)
+        lines = [face.identity.subject_id or face.identity.decision.value.lower()]
+        lines.append(f"ood {number(face.ood_score)} {face.liveness.verdict.value.lower()}")
+        for index, words in enumerate(lines):
+            _label(canvas, words, (left, bottom + (index + 1) * 14 * unit), colour, unit)
+    return canvas
+
+
+def _label(canvas: Any, words: str, at: tuple[int, int], colour: Any, unit: int) -> None:
+    import cv2
+
+    # OpenCV's fonts know ASCII alone.
+    shown = words.encode("ascii", "replace").decode()
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.42 * unit
+    cv2.putText(canvas, shown, at, font, scale, (0, 0, 0), unit * 2, cv2.LINE_AA)
+    cv2.putText(canvas, shown, at, font, scale, colour, unit, cv2.LINE_AA)
+
+
+def write_picture(path: Path, pixels: Any) -> None:
+    """Writes BGR pixels in the format of the suffix.
+
+    Raises:
+        OSError: the folder is missing, or the suffix is of no known format.
+    """
+    import cv2
+
+    try:
+        written = cv2.imwrite(str(path), pixels)
+    except cv2.error:
+        written = False
+    if not written:
+        raise OSError(f"{path} cannot be written: check the folder, and use .jpg, .png or .webp")
+
+
+class VideoWriter:
+    """An H.264 file, opened at the first frame since only that tells the size."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self._path = path
+        self._fps = fps
+        self._container: Any = None
+        self._stream: Any = None
+
+    def write(self, pixels: Any) -> None:
+        """Appends a BGR frame; later ones are scaled to the size of the first."""
+        import av
+
+        # yuv420 needs even sides.
+        height, width = (side - side % 2 for side in pixels.shape[:2])
+        if self._container is None:
+            self._container = av.open(str(self._path), "w")
+            from fractions import Fraction
+
+            self._stream = self._container.add_stream(
+                "libx264", rate=Fraction(self._fps).limit_denominator(1000)
+            )
+            self._stream.width, self._stream.height = width, height
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.options = {"preset": "veryfast", "crf": "21"}
+        image = av.VideoFrame.from_ndarray(pixels[:height, :width].copy(), format="bgr24").reformat(
+            self._stream.width, self._stream.height, "yuv420p"
+        )
+        self._container.mux(self._stream.encode(image))
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.mux(self._stream.encode())
+            self._container.close()
+            self._container = None
