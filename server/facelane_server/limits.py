@@ -83,8 +83,12 @@ MAX_REQUEST_IDS: Final = 10_000
 
 # -- events -------------------------------------------------------------------------
 EVENT_HISTORY: Final = 4_096
+"""Events that are kept. Watchers read from the history, each at its own pace; one that falls
+out of it has lost events and is told so."""
 MAX_EVENT_WATCHERS: Final = 64
-EVENT_WATCHER_QUEUE: Final = 1_024
+MAX_EVENT_BATCH: Final = 256
+"""Events that a watcher is given at a time."""
+MAX_METRICS_CONNECTIONS: Final = 8
 
 assert MAX_PICTURE_BYTES < MAX_MESSAGE_BYTES, "a picture must fit into a message"
 assert MAX_PICTURE_BYTES <= REQUEST_SLOT_BYTES, "a picture must fit into a slot"

@@ -51,7 +51,8 @@ Publish = Callable[[GallerySnapshot, int], Awaitable[None]]
 descriptor is read-only and stays the index's own. It is open until a later call has
 returned; who needs it for longer duplicates it."""
 
-PUBLISH_TIMEOUT_S: Final = 10.0
+PUBLISH_TIMEOUT_S: Final = 40.0
+"""Longer than a pool waits for its workers: it reports its own failure first."""
 RETRY_S: Final = 1.0
 CHUNK_ROWS: Final = 8_192
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
