@@ -1,0 +1,114 @@
+"""Exact search of a gallery snapshot, against the plainest way to do it."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from facelane_server.ipc.messages import GallerySnapshot
+from facelane_server.worker import search
+from facelane_server.worker.search import Searcher, SnapshotError
+
+
+def snapshot(
+    galleries: dict[str, list[int]], dim: int = 16, seed: int = 0, version: int = 1
+) -> tuple[GallerySnapshot, int, np.ndarray, np.ndarray]:
+    """``galleries``: templates of each subject, by gallery. Subjects are numbered from 100."""
+    rng = np.random.default_rng(seed)
+    counts = [count for subjects in galleries.values() for count in subjects]
+    subjects = np.repeat(np.arange(100, 100 + len(counts)), counts).astype(np.int32)
+    matrix = rng.standard_normal((len(subjects), dim))
+    matrix = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float16)
+    ranges = []
+    row = 0
+    for name, per_subject in galleries.items():
+        ranges.append((name, row, row + sum(per_subject)))
+        row += sum(per_subject)
+    fd = os.memfd_create("snapshot")
+    os.write(fd, matrix.tobytes() + subjects.tobytes())
+    return GallerySnapshot(version, len(subjects), dim, tuple(ranges)), fd, matrix, subjects
+
+
+def plain(
+    probe: np.ndarray, matrix: np.ndarray, subjects: np.ndarray, top_k: int
+) -> list[tuple[int, float]]:
+    best: dict[int, float] = {}
+    for row, subject in zip(matrix.astype(np.float64), subjects, strict=True):
+        best[int(subject)] = max(best.get(int(subject), -2.0), float(row @ probe))
+    return sorted(best.items(), key=lambda hit: -hit[1])[:top_k]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 4), min_size=0, max_size=8), min_size=1, max_size=3),
+    st.integers(1, 10),
+    st.integers(1, 4),
+    st.integers(1, 20),
+)
+def test_it_finds_what_the_plainest_search_finds(
+    layout: list[list[int]], top_k: int, probes: int, chunk: int
+) -> None:
+    galleries = {f"g{n}": subjects for n, subjects in enumerate(layout)}
+    message, fd, matrix, subjects = snapshot(galleries)
+    rng = np.random.default_rng(1)
+    batch = rng.standard_normal((probes, 16)).astype(np.float32)
+    batch /= np.linalg.norm(batch, axis=1, keepdims=True)
+    previous, search._CHUNK_ROWS = search._CHUNK_ROWS, chunk  # type: ignore[misc]
+    try:
+        searcher = Searcher(message, fd, "cpu")
+        for name, first, last in message.galleries:
+            found = searcher.search(batch, name, top_k)
+            assert len(found) == probes
+            for probe, hits in zip(batch, found, strict=True):
+                expected = plain(probe, matrix[first:last], subjects[first:last], top_k)
+                assert [s for s, _ in hits] == [s for s, _ in expected]
+                assert [c for _, c in hits] == pytest.approx([c for _, c in expected], abs=1e-5)
+    finally:
+        search._CHUNK_ROWS = previous  # type: ignore[misc]
+
+
+def test_an_unknown_or_empty_gallery_has_no_candidates() -> None:
+    message, fd, matrix, _ = snapshot({"people": [1, 2], "nobody": []})
+    searcher = Searcher(message, fd, "cpu")
+    probe = matrix[:1].astype(np.float32)
+    assert searcher.search(probe, "nobody", 2) == [()]
+    assert searcher.search(probe, "elsewhere", 2) == [()]
+    assert len(searcher.search(probe, "people", 2)[0]) == 2
+
+
+def test_an_empty_snapshot_is_one() -> None:
+    message, fd, _, _ = snapshot({})
+    searcher = Searcher(message, fd, "cpu")
+    assert searcher.search(np.ones((2, 16), np.float32), "people", 2) == [(), ()]
+
+
+def test_subjects_of_another_gallery_are_never_candidates() -> None:
+    message, fd, matrix, subjects = snapshot({"a": [3, 3], "b": [3, 3]})
+    searcher = Searcher(message, fd, "cpu")
+    for row in matrix.astype(np.float32):
+        hits = searcher.search(row[None], "a", 10)[0]
+        assert {subject for subject, _ in hits} == set(subjects[:6].tolist())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"rows": 99},
+        {"rows": -1},
+        {"dim": 0},
+        {"dim": 10**6},
+        {"galleries": (("a", 0, 99),)},
+        {"galleries": (("a", 3, 1),)},
+    ],
+)
+def test_a_snapshot_that_lies_is_refused(broken: dict[str, object]) -> None:
+    message, fd, _, _ = snapshot({"a": [2, 2]})
+    values = {name: getattr(message, name) for name in message.__struct_fields__}
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SnapshotError):
+        Searcher(GallerySnapshot(**{**values, **broken}), fd, "cpu")
+    assert len(os.listdir("/proc/self/fd")) == before - 1
