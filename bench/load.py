@@ -32,6 +32,8 @@ class Answer:
     reason: str = ""
     missing: tuple[str, ...] = ()
     faces: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+    """Seconds on the server by stage: waiting for a worker, and its answer."""
 
 
 @dataclass(slots=True)
@@ -233,6 +235,7 @@ def _answer(number: int, now: float, latency: float, outcome: facelane.Outcome) 
             "result",
             missing=tuple(str(stage) for stage in outcome.result.missing_stages),
             faces=len(outcome.result.faces),
+            stages={str(t.stage): t.queue + t.service for t in outcome.result.timings},
         )
     if outcome.drop is not None:
         return Answer(number, now, latency, outcome.age, "drop", str(outcome.drop.reason))

@@ -112,7 +112,7 @@ class Processes(Baseline):
         self._frames.put((frame_id, picture))
 
     def poll(self) -> list[tuple[int, int]]:
-        done = []
+        done: list[tuple[int, int]] = []
         while True:
             try:
                 frame_id, faces, whole = self._results.get_nowait()

@@ -66,7 +66,7 @@ class Threads(Baseline):
         self._frames.put((frame_id, data))
 
     def poll(self) -> list[tuple[int, int]]:
-        done = []
+        done: list[tuple[int, int]] = []
         while True:
             try:
                 frame_id, faces, whole = self._results.get_nowait()
