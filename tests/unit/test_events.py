@@ -156,7 +156,7 @@ async def test_close_lets_watchers_read_to_the_end() -> None:
 
         async def read() -> None:
             async for event in reader:
-                seen.append(event.sequence)
+                seen.append(event.sequence)  # noqa: PERF401 - the error ends the loop
 
         with pytest.raises(FacelaneError) as caught:
             await read()
