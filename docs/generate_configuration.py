@@ -92,7 +92,9 @@ def page() -> str:
     for field in msgspec.structs.fields(config.Config):
         if isinstance(field.default, config.Pools):
             parts += section("[pools.detector], [pools.recognizer], [pools.liveness]", config.Pool)
-            parts.append("`recognizer = false` or `liveness = false` under `[pools]` leaves a stage out.\n")
+            parts.append(
+                "`recognizer = false` or `liveness = false` under `[pools]` leaves a stage out.\n"
+            )
         elif isinstance(field.default, msgspec.Struct):
             parts += section(f"[{field.name}]", type(field.default))
     return "\n".join(parts)

@@ -42,9 +42,7 @@ listen = ""
 class RunningServer:
     """``facelane-server run`` on a config. Owns the process; ``stop`` ends it."""
 
-    def __init__(
-        self, folder: Path, config: str, *, env: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, config: str, *, env: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.config = folder / "server.toml"
         self.config.write_text(config)

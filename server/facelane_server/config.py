@@ -35,7 +35,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class Tls(Section):
+class Tls(Section, frozen=True):
     cert_file: str = ""
     """PEM certificate chain; with it the server speaks TLS only."""
     key_file: str = ""
@@ -44,7 +44,7 @@ class Tls(Section):
     """When set, clients must present a certificate of this authority (mutual TLS)."""
 
 
-class Auth(Section):
+class Auth(Section, frozen=True):
     mode: Literal["auto", "keys", "none"] = "auto"
     """``auto``: no keys on loopback and Unix sockets, keys anywhere else."""
     keys_file: str = ""
@@ -53,7 +53,7 @@ class Auth(Section):
     """Keys over an unencrypted connection off loopback are refused unless this is set."""
 
 
-class Server(Section):
+class Server(Section, frozen=True):
     listen: str = "127.0.0.1:50151"
     """``host:port`` or ``unix:/path``."""
     drain_grace_s: Seconds = 10.0
@@ -62,7 +62,7 @@ class Server(Section):
     """Offer gRPC reflection (``grpcurl`` and friends)."""
 
 
-class Limits(Section):
+class Limits(Section, frozen=True):
     max_streams: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STREAMS)] = 256
     """Streams open at one time; more are refused with STREAM_LIMIT."""
     window: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_WINDOW)] = 64
@@ -89,12 +89,12 @@ class Limits(Section):
     """A stream must send its config within this time."""
 
 
-class Models(Section):
+class Models(Section, frozen=True):
     path: tuple[str, ...] = ()
     """Folders with model packages, searched after the packages that ship with facelane."""
 
 
-class Pool(Section):
+class Pool(Section, frozen=True):
     model: str = ""
     """A package's name or folder; empty = the default of the stage."""
     workers: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_WORKERS)] = 1
@@ -149,13 +149,13 @@ class Pool(Section):
     """Passed to the worker; for fault tests and benchmarks."""
 
 
-class Pools(Section):
+class Pools(Section, frozen=True):
     detector: Pool = Pool()
     recognizer: Pool | None = Pool()
     liveness: Pool | None = Pool()
 
 
-class Identity(Section):
+class Identity(Section, frozen=True):
     """Overrides of what the packages say; unset = the package's value."""
 
     match_threshold: Ratio | None = None
@@ -170,7 +170,7 @@ class Identity(Section):
     """Liveness scores below are SPOOF."""
 
 
-class Tracking(Section):
+class Tracking(Section, frozen=True):
     reinference_interval_s: Seconds = 3.0
     """A track is recognised again after this media time even without a better shot."""
     max_gap_s: Seconds = 1.0
@@ -183,26 +183,26 @@ class Tracking(Section):
     """A new shot of a track is embedded only if it promises this much more OOD score."""
 
 
-class Gallery(Section):
+class Gallery(Section, frozen=True):
     path: str = ""
     """SQLite file; empty = ``<state dir>/gallery.db``."""
     max_templates: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_TEMPLATES)] = 100_000
     """Templates in all galleries together; more enrolments are refused with GALLERY_FULL."""
 
 
-class Metrics(Section):
+class Metrics(Section, frozen=True):
     listen: str = "127.0.0.1:9151"
     """Prometheus text over HTTP; empty = off."""
 
 
-class Log(Section):
+class Log(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
     format: Literal["auto", "json", "console"] = "auto"
     """``auto``: console on a terminal, else JSON lines."""
 
 
-class Monitor(Section):
+class Monitor(Section, frozen=True):
     interval_s: Seconds = 1.0
     """Between two looks at the devices."""
     memory_warning: Ratio = 0.90
@@ -211,7 +211,7 @@ class Monitor(Section):
     """Share below which the warning ends."""
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     server: Server = Server()
     tls: Tls = Tls()
     auth: Auth = Auth()

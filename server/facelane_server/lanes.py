@@ -474,8 +474,8 @@ class Lane:
                 self._params,
             )
             self._tracks = update.tracks
-            for track in update.ended:
-                self._ended[track.track_id] = track
+            for gone in update.ended:
+                self._ended[gone.track_id] = gone
             ids = update.assignments
         else:
             ids = (0,) * len(faces)
@@ -600,9 +600,7 @@ class Lane:
             ood_score = evidence.ood_score
         else:
             if evidence is not None:
-                detection = tracking.Detection(
-                    look.face.box, look.face.score, look.face.landmarks
-                )
+                detection = tracking.Detection(look.face.box, look.face.score, look.face.landmarks)
                 if evidence.recognized and evidence.ood_score is not None:
                     track = tracking.with_recognition(
                         track,

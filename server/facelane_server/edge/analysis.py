@@ -17,7 +17,7 @@ from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 
 from facelane_server import limits, tracking
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Outcome, Picture, Reason
+from facelane_server.domain import Encoding, FacelaneError, Outcome, Picture, Reason
 from facelane_server.edge import convert, errors
 from facelane_server.lanes import (
     Lane,
@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_NO_PICTURE: Final = Picture(convert.Encoding.JPEG, b"")
+_NO_PICTURE: Final = Picture(Encoding.JPEG, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,9 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
 
     # -- streams -------------------------------------------------------------------------
 
-    async def AnalyzeStream(self, request_iterator: Any, context: Context) -> None:
+    async def AnalyzeStream(  # type: ignore[override]
+        self, request_iterator: Any, context: Context
+    ) -> None:
         del request_iterator  # read() and write() cost less than the iterators
         try:
             with self._lanes.place():
@@ -333,9 +335,7 @@ def _summary(totals: LaneTotals) -> pb.AnalyzeStreamResponse:
 
 def _update(item: Update) -> pb.AnalyzeStreamResponse:
     if isinstance(item, TrackEnded):
-        update = pb.StreamUpdate(
-            kind=pb.STREAM_UPDATE_KIND_TRACK_ENDED, track_id=item.track_id
-        )
+        update = pb.StreamUpdate(kind=pb.STREAM_UPDATE_KIND_TRACK_ENDED, track_id=item.track_id)
     elif isinstance(item, StageChanged):
         kind = (
             pb.STREAM_UPDATE_KIND_STAGE_RESTORED

@@ -102,9 +102,7 @@ def picture(message: pb.Picture, config: Config) -> Picture:
 def plan(options: analysis_pb.AnalysisOptions, config: Config) -> Plan:
     """What to run behind the detector."""
     if options.max_candidates > limits.MAX_CANDIDATES:
-        raise invalid(
-            f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates"
-        )
+        raise invalid(f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates")
     ceiling = config.limits.max_faces
     return Plan(
         recognize=not options.skip_recognition,
@@ -194,9 +192,7 @@ def identity(value: Identity, *, candidates: bool = True) -> pb.Identity:
         message.similarity = value.similarity
     if candidates:
         for candidate in value.candidates:
-            message.candidates.add(
-                subject_id=candidate.subject_id, similarity=candidate.similarity
-            )
+            message.candidates.add(subject_id=candidate.subject_id, similarity=candidate.similarity)
     return message
 
 
@@ -243,7 +239,7 @@ def result(value: FrameResult) -> pb.FrameResult:
     return message
 
 
-def stages(values: Sequence[Stage]) -> list[pb.Stage]:
+def stages(values: Sequence[Stage]) -> list[pb.Stage.ValueType]:
     return [STAGES[value] for value in values]
 
 

@@ -190,9 +190,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         if not probed.vector:
             raise _unanswered()
         thresholds = self._pipeline.thresholds
-        similarity = self._gallery.similarity(
-            request.gallery_id, request.subject_id, probed.vector
-        )
+        similarity = self._gallery.similarity(request.gallery_id, request.subject_id, probed.vector)
         decision = decide.verify(probed.face.ood_score, similarity, thresholds)
         trusted = decision is not Decision.REJECTED_OOD
         identity = Identity(
@@ -241,9 +239,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             liveness=Stage.LIVENESS in self._pipeline.pools,
             want_vectors=want_vectors,
         )
-        return await self._analysis.analyse(
-            picture, plan, remaining_s=context.time_remaining()
-        )
+        return await self._analysis.analyse(picture, plan, remaining_s=context.time_remaining())
 
 
 def _unanswered() -> FacelaneError:

@@ -133,6 +133,11 @@ class Gallery:
         """Templates that are searched."""
         return 0 if self._index is None else self._index.templates
 
+    @property
+    def version(self) -> int:
+        """Of the newest snapshot."""
+        return 0 if self._index is None else self._index.snapshot.version
+
     def resolve(self, version: int, index: int) -> SubjectKey | None:
         """See ``GalleryIndex.resolve``."""
         return None if self._index is None else self._index.resolve(version, index)

@@ -43,7 +43,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unk
 # -- items of a job -------------------------------------------------------------------
 
 
-class DetectItem(Packed, tag="D"):
+class DetectItem(Packed, frozen=True, tag="D"):
     """A picture at ``[offset, offset + length)`` of the request slot."""
 
     offset: int
@@ -56,7 +56,7 @@ class DetectItem(Packed, tag="D"):
     max_pixels: int = 0
 
 
-class EmbedItem(Packed, tag="E"):
+class EmbedItem(Packed, frozen=True, tag="E"):
     """An aligned chip at ``offset`` of the request slot (size x size x 3 uint8 BGR).
 
     ``gallery``: the gallery to search, empty = none. ``top_k`` distinct subjects come
@@ -69,13 +69,13 @@ class EmbedItem(Packed, tag="E"):
     want_vector: bool = False
 
 
-class LivenessItem(Packed, tag="L"):
+class LivenessItem(Packed, frozen=True, tag="L"):
     """Context crops at ``offsets`` of the request slot, in the order of the model's specs."""
 
     offsets: tuple[int, ...]
 
 
-class DetectDone(Packed, tag="d"):
+class DetectDone(Packed, frozen=True, tag="d"):
     """``count`` faces at ``offset`` of the response slot: first ``count`` records of
     ``limits.FACE_RECORD_FLOATS`` float32, then, at ``crops_offset``, ``count`` crop
     records (the crops of one face, one behind the other, in the order of Load.crops)."""
@@ -87,7 +87,7 @@ class DetectDone(Packed, tag="d"):
     crops_offset: int
 
 
-class EmbedDone(Packed, tag="e"):
+class EmbedDone(Packed, frozen=True, tag="e"):
     """``candidates``: (subject index in the snapshot's table, cosine), best first, one a
     subject. ``snapshot``: the version searched, 0 = none. ``vector_offset`` -1 = not asked."""
 
@@ -97,11 +97,11 @@ class EmbedDone(Packed, tag="e"):
     vector_offset: int = -1
 
 
-class LivenessDone(Packed, tag="l"):
+class LivenessDone(Packed, frozen=True, tag="l"):
     score: float
 
 
-class ItemFailed(Packed, tag="x"):
+class ItemFailed(Packed, frozen=True, tag="x"):
     """This item alone failed (a broken picture); the rest of its batch did not."""
 
     reason: str
@@ -115,14 +115,14 @@ ItemDone = DetectDone | EmbedDone | LivenessDone | ItemFailed
 # -- to the worker --------------------------------------------------------------------
 
 
-class CropSpecMessage(Packed):
+class CropSpecMessage(Packed, frozen=True):
     """``scale`` 0 = aligned chip (ArcFace template), else context crop."""
 
     size: int
     scale: float = 0.0
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """Load the model package in folder ``package`` and warm it up.
 
     With two descriptors: the request and the response arena, each
@@ -149,7 +149,7 @@ class Load(Message):
     options: dict[str, str] = {}
 
 
-class Infer(Message):
+class Infer(Message, frozen=True):
     """Job ``job_id`` in ``slot``; ``items`` are all of one kind."""
 
     job_id: int
@@ -157,19 +157,19 @@ class Infer(Message):
     items: list[Item]
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     job_id: int
 
 
-class Ping(Message):
+class Ping(Message, frozen=True):
     sequence: int
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """Finish what was sent, answer Drained, exit 0."""
 
 
-class GallerySnapshot(Message):
+class GallerySnapshot(Message, frozen=True):
     """With one descriptor: ``rows`` x ``dim`` float16 unit vectors, C order, then ``rows``
     int32 subject indices; rows are sorted by gallery, then by subject.
 
@@ -188,19 +188,19 @@ ToWorker = Load | Infer | Cancel | Ping | Drain | GallerySnapshot
 # -- from the worker ------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     protocol: int
     pid: int
     python: str = ""
 
 
-class Warming(Message):
+class Warming(Message, frozen=True):
     """The weights are loaded; warm-up begins. ``load_ms`` since Load."""
 
     load_ms: float
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """``memory_mib`` on the device by NVML or the allocator, context included; resident on
     a CPU. ``latency_ms``: one item, measured after warm-up. ``embedding_dim``: of
     recognisers, else 0."""
@@ -214,11 +214,11 @@ class Ready(Message):
     embedding_dim: int = 0
 
 
-class GalleryLoaded(Message):
+class GalleryLoaded(Message, frozen=True):
     version: int
 
 
-class InferDone(Message):
+class InferDone(Message, frozen=True):
     """``compute_ns``: from reading the job to its answer, by the worker's clock."""
 
     job_id: int
@@ -227,7 +227,7 @@ class InferDone(Message):
     memory_mib: int = 0
 
 
-class InferFailed(Message):
+class InferFailed(Message, frozen=True):
     """The whole job failed. ``retryable``: on another worker it may succeed."""
 
     job_id: int
@@ -236,16 +236,16 @@ class InferFailed(Message):
     retryable: bool = False
 
 
-class Pong(Message):
+class Pong(Message, frozen=True):
     sequence: int
     memory_mib: int = 0
 
 
-class Drained(Message):
+class Drained(Message, frozen=True):
     pass
 
 
-class Fatal(Message):
+class Fatal(Message, frozen=True):
     """The worker ends now. ``reason``: LOAD_FAILED, WARM_UP_FAILED, DEVICE_POISONED,
     OUT_OF_MEMORY, PROTOCOL, INTERNAL."""
 

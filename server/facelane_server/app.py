@@ -1,0 +1,528 @@
+"""The composition root: what exists, in which order it starts, and in which it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import grpc
+import structlog
+from facelane.v1 import (
+    admin_service_pb2_grpc,
+    analysis_service_pb2_grpc,
+    event_service_pb2_grpc,
+    gallery_service_pb2_grpc,
+    server_service_pb2_grpc,
+)
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from facelane_server import __version__, config, limits, tracking
+from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.edge import health
+from facelane_server.edge.analysis import AnalysisService, LaneRegistry
+from facelane_server.edge.auth import AuthInterceptor, Authenticator
+from facelane_server.edge.gallery import GalleryService
+from facelane_server.edge.operations import AdminService, EventService, ServerService
+from facelane_server.events import EventFeed, EventKind
+from facelane_server.gallery.decide import Thresholds
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.notify import Notifier
+from facelane_server.observability import (
+    GalleryReading,
+    Metrics,
+    MetricsServer,
+    PoolReading,
+    Sources,
+    WorkerReading,
+    configure_logging,
+)
+from facelane_server.pipeline import Pipeline
+from facelane_server.pools.host import Launchers
+from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
+from facelane_server.watch import LaneWatch
+from facelane_server.worker.models.api import CropSpec
+from facelane_server.worker.models.catalog import Catalog
+from facelane_server.worker.models.package import Package
+
+log = structlog.get_logger(__name__)
+
+DEFAULT_MODELS: Final = {
+    Stage.DETECTOR: "facelane-detector",
+    Stage.RECOGNIZER: "facelane-recognizer",
+    Stage.LIVENESS: "facelane-liveness",
+}
+START_POLL_S: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModels:
+    """The packages that the config names, and what follows from them."""
+
+    packages: Mapping[Stage, Package]
+    crops: tuple[CropSpec, ...]
+    """What the detector cuts for each face."""
+    positions: Mapping[Stage, tuple[int, ...]]
+    """Where each stage's crops are among them."""
+    thresholds: Thresholds
+
+    @classmethod
+    def resolve(cls, settings: config.Config) -> Self:
+        """Reads the manifests. Raises ``FacelaneError(MODEL_INVALID)``."""
+        catalog = Catalog([Path(folder).expanduser() for folder in settings.models.path])
+        packages = {}
+        for name, pool in settings.stages.items():
+            stage = Stage(name)
+            package = catalog.resolve(pool.model or DEFAULT_MODELS[stage])
+            if package.task is not stage:
+                raise FacelaneError(
+                    Reason.MODEL_INVALID,
+                    f"pools.{name}.model: {package.name} is a {package.task.value}, not a {name}",
+                )
+            packages[stage] = package
+        crops: list[CropSpec] = []
+        positions: dict[Stage, tuple[int, ...]] = {}
+        for stage in (Stage.RECOGNIZER, Stage.LIVENESS):
+            if stage in packages:
+                for crop in packages[stage].crops:
+                    if crop not in crops:
+                        crops.append(crop)
+                positions[stage] = tuple(crops.index(c) for c in packages[stage].crops)
+        return cls(packages, tuple(crops), positions, _thresholds(packages, settings.identity))
+
+
+def _thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Thresholds:
+    """The packages' thresholds, with the config's overrides."""
+
+    def pick(stage: Stage, name: str, override: float | None, without: float) -> float:
+        if override is not None:
+            return override
+        if stage not in packages:
+            return without
+        value = getattr(packages[stage].thresholds, name)
+        return without if value is None else float(value)
+
+    try:
+        return Thresholds(
+            match=pick(Stage.RECOGNIZER, "match", chosen.match_threshold, 1.0),
+            margin=pick(Stage.RECOGNIZER, "margin", chosen.margin, 0.05),
+            ood=pick(Stage.RECOGNIZER, "ood", chosen.ood_threshold, 0.4),
+            live=pick(Stage.LIVENESS, "live", chosen.live_threshold, 1.0),
+            spoof=pick(Stage.LIVENESS, "spoof", chosen.spoof_threshold, 0.0),
+        )
+    except ValueError as error:
+        raise config.ConfigError(f"identity: {error}") from None
+
+
+def state_dir(settings: config.Config) -> Path:
+    """Where the gallery lives; made when it is missing (mode 0700)."""
+    chosen = settings.state_dir or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if not chosen:
+        base = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+        chosen = str(Path(base) / "facelane")
+    folder = Path(chosen).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise config.ConfigError(f"state_dir {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+@contextlib.contextmanager
+def runtime_dir(settings: config.Config) -> Any:
+    """Where sockets are made. A fresh private folder is removed at the end."""
+    chosen = settings.runtime_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    if chosen:
+        folder = Path(chosen).expanduser()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="facelane-") as made:
+        yield Path(made)
+
+
+class App:
+    """One server. ``running`` starts and ends it."""
+
+    def __init__(self, settings: config.Config, path: Path | None) -> None:
+        self.settings = settings
+        self.path = path
+        self.models = ServedModels.resolve(settings)
+        self.started_ns = time.time_ns()
+        self.events = EventFeed()
+        self.lanes = LaneRegistry(settings.limits.max_streams)
+        self.health = health.Health()
+        self.authenticator = Authenticator.of(settings)
+        self.pools: dict[Stage, Pool] = {}
+        self.notifier = Notifier.from_environment()
+        self.metrics = Metrics(
+            Sources(
+                pools=self._pool_readings,
+                gallery=self._gallery_reading,
+                streams=lambda: len(self.lanes),
+                watchers=lambda: self.events.watchers,
+            )
+        )
+        self._gallery: Gallery | None = None
+        self._changed = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._grace_s = settings.server.drain_grace_s
+
+    # -- what others ask -----------------------------------------------------------------
+
+    def can_infer(self) -> dict[Stage, bool]:
+        return {stage: pool.available for stage, pool in self.pools.items()}
+
+    def model_ids(self) -> dict[str, str]:
+        return {stage.value: pool.model_id for stage, pool in self.pools.items()}
+
+    def request_stop(self, grace_s: float | None = None) -> None:
+        """Drain and end. Safe to call twice: the shorter grace counts."""
+        if grace_s is not None:
+            self._grace_s = min(grace_s, self._grace_s)
+        self._stop.set()
+
+    def _pool_readings(self) -> list[PoolReading]:
+        readings = []
+        for pool in self.pools.values():
+            info = pool.info()
+            workers = tuple(
+                WorkerReading(w.worker_id, w.life.name, w.restarts, w.memory_mib * limits.MIB)
+                for w in info.workers
+            )
+            readings.append(
+                PoolReading(
+                    info.pool,
+                    info.state.value,
+                    pool.available,
+                    info.queued,
+                    info.in_flight,
+                    info.completed,
+                    info.failed,
+                    info.retried,
+                    info.losses,
+                    workers,
+                )
+            )
+        return readings
+
+    def _gallery_reading(self) -> GalleryReading | None:
+        gallery = self._gallery
+        return None if gallery is None else GalleryReading(gallery.templates, gallery.version)
+
+    # -- what happens ----------------------------------------------------------------------
+
+    def _pool_changed(self, event: PoolEvent) -> None:
+        self._changed.set()
+        log.info(
+            "pool changed",
+            pool=event.pool,
+            change=event.change.value,
+            state=event.state.value,
+            worker=event.worker_id,
+            reason=event.reason,
+        )
+        if event.change in (PoolChange.STATE, PoolChange.WORKER_QUARANTINED):
+            self.events.publish(
+                EventKind.POOL_CHANGED,
+                pool=event.pool,
+                message=f"{event.change.value} {event.state.value}",
+            )
+
+    async def _publish_health(self) -> None:
+        """Follows the pools: every change is told within one turn of the loop."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            changed = await self.health.publish(self.can_infer(), draining=self.lanes.draining)
+            self.lanes.stages_changed()
+            if changed:
+                self.notifier.status(self._status_line())
+
+    def _status_line(self) -> str:
+        able = self.can_infer()
+        pools = ", ".join(f"{s.value} {'up' if up else 'DOWN'}" for s, up in able.items())
+        return f"{len(self.lanes)} streams; {pools}"
+
+    # -- life ------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Everything started, in order; everything ended, in the opposite one."""
+        async with contextlib.AsyncExitStack() as stack:
+            runtime = stack.enter_context(runtime_dir(self.settings))
+            await self._start_pools(stack, runtime)
+            gallery = await self._open_gallery(stack)
+            pipeline = Pipeline(
+                self.pools,
+                crops=self.models.positions,
+                thresholds=self.models.thresholds,
+                max_pixels=self.settings.limits.max_pixels,
+            )
+            follower = asyncio.create_task(self._publish_health(), name="health")
+            stack.push_async_callback(_cancel, follower)
+            self._changed.set()
+            await self._start_edge(stack, pipeline, gallery)
+            scraped = await MetricsServer.start(self.settings.metrics, self.metrics.exposition)
+            if scraped is not None:
+                stack.push_async_callback(scraped.close)
+            lag = asyncio.create_task(self.metrics.watch_loop(), name="loop-lag")
+            stack.push_async_callback(_cancel, lag)
+            keeper = asyncio.create_task(self.notifier.keep_alive(self._alive), name="watchdog")
+            stack.push_async_callback(_cancel, keeper)
+            yield self
+
+    def _alive(self) -> bool:
+        """What feeds systemd's watchdog: the detector can infer. A pool says so only after a
+        real inference, repeated while it is idle."""
+        return self.pools[Stage.DETECTOR].available
+
+    async def _start_pools(self, stack: contextlib.AsyncExitStack, runtime: Path) -> None:
+        launchers = Launchers(runtime)
+        stack.push_async_callback(launchers.close)
+        tracking.prepare()
+        for name, settings in self.settings.stages.items():
+            stage = Stage(name)
+            pool = Pool(
+                stage,
+                settings,
+                self.models.packages[stage],
+                launchers.for_pool(name, settings),
+                crops=self.models.crops if stage is Stage.DETECTOR else (),
+                max_pixels=self.settings.limits.max_pixels,
+                resolve=self._resolve_subject if stage is Stage.RECOGNIZER else None,
+                on_change=self._pool_changed,
+            )
+            self.pools[stage] = pool
+        for pool in self.pools.values():
+            await pool.start()
+            stack.push_async_callback(pool.stop, 0.0)
+
+    def _resolve_subject(self, version: int, index: int) -> tuple[str, str] | None:
+        return None if self._gallery is None else self._gallery.resolve(version, index)
+
+    async def _open_gallery(self, stack: contextlib.AsyncExitStack) -> Gallery:
+        chosen = self.settings.gallery.path
+        path = Path(chosen).expanduser() if chosen else state_dir(self.settings) / "gallery.db"
+        gallery = await Gallery.open(path, max_templates=self.settings.gallery.max_templates)
+        self._gallery = gallery
+        stack.push_async_callback(gallery.close)
+        recognizer = self.pools.get(Stage.RECOGNIZER)
+        if recognizer is not None:
+            package = recognizer.package
+            await gallery.serve(package.model_id, package.embedding_dim, recognizer.publish_gallery)
+        return gallery
+
+    async def _start_edge(
+        self, stack: contextlib.AsyncExitStack, pipeline: Pipeline, gallery: Gallery
+    ) -> None:
+        watch = LaneWatch(self.metrics, self.events)
+        self.lanes.on_opened = watch.opened
+        self.lanes.on_closed = watch.closed
+        analysis = AnalysisService(
+            self.settings,
+            pipeline,
+            self.lanes,
+            observer=watch,
+            models=self.model_ids,
+            server_version=__version__,
+        )
+        server = grpc.aio.server(
+            interceptors=[AuthInterceptor(self.authenticator)],
+            options=[
+                ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+                # A client that vanished without a word is noticed within a minute.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        analysis_service_pb2_grpc.add_AnalysisServiceServicer_to_server(analysis, server)
+        gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
+            GalleryService(self.settings, gallery, analysis, pipeline), server
+        )
+        server_service_pb2_grpc.add_ServerServiceServicer_to_server(
+            ServerService(
+                self.settings,
+                self.pools,
+                self.lanes,
+                started_ns=self.started_ns,
+                thresholds=self.models.thresholds,
+            ),
+            server,
+        )
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminService(self.pools, self.reload_model, self.request_stop), server
+        )
+        event_service_pb2_grpc.add_EventServiceServicer_to_server(EventService(self.events), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+        if self.settings.server.reflection:
+            reflection.enable_server_reflection(
+                (*health.SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+            )
+        bind(server, self.settings)
+        await server.start()
+        stack.push_async_callback(server.stop, 1.0)
+        log.info("listening", address=self.settings.server.listen, version=__version__)
+
+    # -- while it runs -----------------------------------------------------------------------
+
+    async def wait_ready(self) -> None:
+        """READY is told once every pool has inferred; a server whose models cannot be loaded
+        says so and goes on trying, NOT_SERVING meanwhile."""
+        while not self._stop.is_set():
+            if all(self.can_infer().values()):
+                self.notifier.ready(self._status_line())
+                log.info("serving", models=self.model_ids())
+                return
+            self.notifier.extend_timeout(30.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(START_POLL_S):
+                    await self._stop.wait()
+
+    async def wait_stop(self) -> None:
+        await self._stop.wait()
+
+    async def drain(self) -> None:
+        """Tells the streams, lets them finish within the grace, then ends them."""
+        self.notifier.stopping("draining")
+        grace_ns = int(self._grace_s * 1e9)
+        log.info("draining", streams=len(self.lanes), grace_s=self._grace_s)
+        self.lanes.drain(grace_ns)
+        self._changed.set()
+        deadline = time.monotonic() + self._grace_s
+        self.events.close()
+        # Streams that have settled end at once; the others have until the deadline.
+        self.lanes.stop()
+        while len(self.lanes) and time.monotonic() < deadline:
+            self.notifier.extend_timeout(self._grace_s)
+            await asyncio.sleep(0.02)
+
+    async def reload_model(self, pool_name: str, model: str) -> tuple[str, str]:
+        """See ``AdminService.ReloadModel``. Raises ``FacelaneError``."""
+        pool = next((p for p in self.pools.values() if p.name == pool_name), None)
+        if pool is None:
+            raise FacelaneError(
+                Reason.POOL_NOT_FOUND,
+                f"there is no such pool; there are {', '.join(p.name for p in self.pools.values())}",
+            )
+        old = pool.package
+        catalog = Catalog([Path(f).expanduser() for f in self.settings.models.path])
+        package = catalog.resolve(model) if model else Package(old.folder, old.manifest)
+        if not model:
+            from facelane_server.worker.models.package import read_package
+
+            package = read_package(old.folder)
+        await pool.reload(package)
+        if pool.stage is Stage.RECOGNIZER and package.model_id != old.model_id:
+            assert self._gallery is not None
+            await self._gallery.serve(package.model_id, package.embedding_dim, pool.publish_gallery)
+        log.info("model reloaded", pool=pool.name, model=package.model_id)
+        return old.model_id, package.model_id
+
+    def reload_config(self) -> None:
+        """SIGHUP: keys at once; what needs a restart is named and left as it is."""
+        self.notifier.reloading()
+        try:
+            fresh = config.load(self.path)
+            self.authenticator.reload(fresh)
+        except config.ConfigError as error:
+            log.error("config not reloaded", problem=str(error))
+        else:
+            stale = [
+                section
+                for section in (
+                    "server",
+                    "tls",
+                    "limits",
+                    "models",
+                    "pools",
+                    "identity",
+                    "tracking",
+                    "gallery",
+                    "metrics",
+                    "monitor",
+                    "state_dir",
+                    "runtime_dir",
+                )
+                if getattr(fresh, section) != getattr(self.settings, section)
+            ]
+            configure_logging(fresh.log)
+            log.info("config reloaded", applied=["auth", "log"], needs_restart=stale)
+        self.notifier.ready(self._status_line())
+
+
+def bind(server: grpc.aio.Server, settings: config.Config) -> None:
+    """Opens the port. Raises ``ConfigError`` when it cannot be had."""
+    listen = settings.server.listen
+    if listen.startswith("unix:"):
+        path = Path(listen.removeprefix("unix:").removeprefix("//"))
+        # A socket that a killed server left behind.
+        if path.is_socket():
+            path.unlink()
+    try:
+        if settings.tls.cert_file:
+            port = server.add_secure_port(listen, _credentials(settings.tls))
+        else:
+            port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise config.ConfigError(f"server.listen: cannot listen on {listen}: {error}") from None
+    if port == 0 and not listen.startswith("unix:"):
+        raise config.ConfigError(f"server.listen: cannot listen on {listen}; is it in use?")
+
+
+def _credentials(tls: config.Tls) -> grpc.ServerCredentials:
+    try:
+        pair = (Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes())
+        ca = Path(tls.client_ca_file).read_bytes() if tls.client_ca_file else None
+    except OSError as error:
+        raise config.ConfigError(f"tls: {error.filename}: {error.strerror}") from None
+    return grpc.ssl_server_credentials(
+        [pair], root_certificates=ca, require_client_auth=ca is not None
+    )
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def serve(
+    settings: config.Config,
+    path: Path | None = None,
+    *,
+    on_running: Callable[[App], None] | None = None,
+) -> int:
+    """Runs a server until SIGTERM or SIGINT; the exit code.
+
+    Raises ``ConfigError`` and ``FacelaneError`` for what cannot be started.
+    """
+    configure_logging(settings.log)
+    app = App(settings, path)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, app.request_stop)
+    loop.add_signal_handler(signal.SIGHUP, app.reload_config)
+    try:
+        async with app.running():
+            if on_running is not None:
+                on_running(app)
+            await app.wait_ready()
+            await app.wait_stop()
+            await app.drain()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+    log.info("ended")
+    return 0

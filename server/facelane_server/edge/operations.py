@@ -1,0 +1,227 @@
+"""``ServerService``, ``AdminService`` and ``EventService``."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import grpc
+import structlog
+from facelane.v1 import admin_service_pb2 as admin_pb
+from facelane.v1 import admin_service_pb2_grpc as admin_grpc
+from facelane.v1 import event_service_pb2 as event_pb
+from facelane.v1 import event_service_pb2_grpc as event_grpc
+from facelane.v1 import server_service_pb2 as pb
+from facelane.v1 import server_service_pb2_grpc as pb_grpc
+
+from facelane_server import __version__, limits
+from facelane_server.config import Config
+from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.edge import convert, errors
+from facelane_server.edge.analysis import LaneRegistry
+from facelane_server.edge.gallery import answers_errors
+from facelane_server.events import Event, EventFeed, EventKind
+from facelane_server.gallery.decide import Thresholds
+from facelane_server.pools.pool import Pool, PoolState
+from facelane_server.pools.restart import Life
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_POOL_STATES: Final = {
+    PoolState.STARTING: pb.POOL_STATE_STARTING,
+    PoolState.SERVING: pb.POOL_STATE_SERVING,
+    PoolState.DEGRADED: pb.POOL_STATE_DEGRADED,
+    PoolState.NOT_SERVING: pb.POOL_STATE_NOT_SERVING,
+    PoolState.DRAINING: pb.POOL_STATE_DRAINING,
+    PoolState.STOPPED: pb.POOL_STATE_DRAINING,
+}
+_LIVES: Final = {life: pb.WorkerState.Value(f"WORKER_STATE_{life.name}") for life in Life}
+_KINDS: Final = {kind: event_pb.EventKind.Value(f"EVENT_KIND_{kind.value}") for kind in EventKind}
+_KINDS_BACK: Final = {number: kind for kind, number in _KINDS.items()}
+
+
+class ServerService(pb_grpc.ServerServiceServicer):
+    def __init__(
+        self,
+        config: Config,
+        pools: Mapping[Stage, Pool],
+        lanes: LaneRegistry,
+        *,
+        started_ns: int,
+        thresholds: Thresholds,
+    ) -> None:
+        self._config = config
+        self._pools = pools
+        self._lanes = lanes
+        self._started_ns = started_ns
+        self._thresholds = thresholds
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
+        bounds = self._config.limits
+        return pb.GetServerInfoResponse(
+            version=__version__,
+            start_time=convert.timestamp(datetime.fromtimestamp(self._started_ns / 1e9, UTC)),
+            models=[self._model(stage, pool) for stage, pool in self._pools.items()],
+            limits=pb.ServerLimits(
+                max_streams=bounds.max_streams,
+                window=bounds.window,
+                max_frame_bytes=bounds.max_frame_bytes,
+                max_message_bytes=limits.MAX_MESSAGE_BYTES,
+                max_pixels=bounds.max_pixels,
+                max_faces=bounds.max_faces,
+                default_max_frame_age=convert.duration(bounds.max_frame_age_ms * 1_000_000),
+            ),
+            open_streams=len(self._lanes),
+            draining=self._lanes.draining,
+        )
+
+    def _model(self, stage: Stage, pool: Pool) -> pb.ModelInfo:
+        manifest = pool.package.manifest
+        chosen: dict[Stage, dict[str, float | None]] = {
+            Stage.DETECTOR: {"score": manifest.thresholds.score, "nms": manifest.thresholds.nms},
+            Stage.RECOGNIZER: {
+                "match": self._thresholds.match,
+                "margin": self._thresholds.margin,
+                "ood": self._thresholds.ood,
+            },
+            Stage.LIVENESS: {"live": self._thresholds.live, "spoof": self._thresholds.spoof},
+        }
+        in_force = chosen[stage]
+        return pb.ModelInfo(
+            name=manifest.name,
+            version=manifest.version,
+            model_id=pool.model_id,
+            task=convert.STAGES[stage],
+            license=manifest.license,
+            description=manifest.description,
+            thresholds={name: value for name, value in in_force.items() if value is not None},
+        )
+
+    async def ListPools(
+        self, request: pb.ListPoolsRequest, context: Context
+    ) -> pb.ListPoolsResponse:
+        response = pb.ListPoolsResponse()
+        for pool in self._pools.values():
+            info = pool.info()
+            message = response.pools.add(
+                pool=info.pool,
+                task=convert.STAGES[info.stage],
+                state=_POOL_STATES[info.state],
+                model_id=info.model_id,
+                isolation=info.isolation,
+                queued=info.queued,
+                in_flight=info.in_flight,
+                completed=info.completed,
+                failed=info.failed,
+            )
+            for worker in info.workers:
+                message.workers.add(
+                    worker_id=worker.worker_id,
+                    pid=worker.pid,
+                    state=_LIVES[worker.life],
+                    device=worker.device,
+                    restarts=worker.restarts,
+                    last_loss=worker.last_loss,
+                    memory_bytes=worker.memory_mib * limits.MIB,
+                    uptime=convert.duration(int(worker.uptime_s * 1e9)),
+                )
+        return response
+
+
+class AdminService(admin_grpc.AdminServiceServicer):
+    """``reload``: (pool, model) → (old, new model id). ``stop``: drains within seconds."""
+
+    def __init__(
+        self,
+        pools: Mapping[Stage, Pool],
+        reload: Callable[[str, str], Awaitable[tuple[str, str]]],
+        stop: Callable[[float | None], None],
+    ) -> None:
+        self._pools = pools
+        self._reload = reload
+        self._stop = stop
+
+    @answers_errors
+    async def RestartWorker(
+        self, request: admin_pb.RestartWorkerRequest, context: Context
+    ) -> admin_pb.RestartWorkerResponse:
+        name = request.worker_id.partition("#")[0]
+        pool = next((p for p in self._pools.values() if p.name == name), None)
+        if pool is None:
+            raise FacelaneError(
+                Reason.WORKER_NOT_FOUND,
+                "there is no such worker; ListPools names them (pool#number)",
+            )
+        log.info("worker restart asked for", worker=request.worker_id)
+        old, new = await pool.restart_worker(request.worker_id)
+        return admin_pb.RestartWorkerResponse(old_pid=old, new_pid=new)
+
+    @answers_errors
+    async def ReloadModel(
+        self, request: admin_pb.ReloadModelRequest, context: Context
+    ) -> admin_pb.ReloadModelResponse:
+        old, new = await self._reload(request.pool, request.model)
+        return admin_pb.ReloadModelResponse(old_model_id=old, new_model_id=new)
+
+    @answers_errors
+    async def Drain(
+        self, request: admin_pb.DrainRequest, context: Context
+    ) -> admin_pb.DrainResponse:
+        grace = None
+        if request.HasField("grace"):
+            grace = convert.duration_ns(request.grace, "grace") / 1e9
+            if grace < 0:
+                raise convert.invalid("grace must not be negative", field="grace")
+        self._stop(grace)
+        return admin_pb.DrainResponse()
+
+
+class EventService(event_grpc.EventServiceServicer):
+    def __init__(self, feed: EventFeed) -> None:
+        self._feed = feed
+
+    async def WatchEvents(  # type: ignore[override]
+        self, request: event_pb.WatchEventsRequest, context: Context
+    ) -> None:
+        try:
+            kinds = [_KINDS_BACK[kind] for kind in request.kinds if kind]
+        except KeyError:
+            await errors.abort(
+                context, convert.invalid("kinds: there is no such kind of event", field="kinds")
+            )
+        try:
+            with self._feed.watch(request.resume_token, kinds) as watcher:
+                async for event in watcher:
+                    await context.write(
+                        event_pb.WatchEventsResponse(
+                            event=_event(event), resume_token=self._feed.token(event)
+                        )
+                    )
+        except FacelaneError as error:
+            await errors.abort(context, error)
+
+
+def _event(event: Event) -> event_pb.Event:
+    message = event_pb.Event(
+        sequence=event.sequence,
+        kind=_KINDS[event.kind],
+        event_time=convert.timestamp(datetime.fromtimestamp(event.time_ns / 1e9, UTC)),
+        source_id=event.source_id,
+        stream_id=event.stream_id,
+        track_id=event.track_id,
+        gallery_id=event.gallery_id,
+        pool=event.pool,
+        message=event.message,
+    )
+    if event.identity is not None:
+        message.identity.CopyFrom(convert.identity(event.identity))
+    if event.liveness is not None:
+        message.liveness.CopyFrom(convert.liveness(event.liveness))
+    if event.ood_score is not None:
+        message.ood_score = event.ood_score
+    return message

@@ -1,0 +1,81 @@
+"""Lanes as metrics and events: what operators count, and what security software is told."""
+
+from __future__ import annotations
+
+from facelane_server.domain import Decision, Identity, Liveness, LivenessVerdict, Outcome
+from facelane_server.events import EventFeed, EventKind
+from facelane_server.lanes import Lane
+from facelane_server.observability import Metrics
+
+
+class LaneWatch:
+    """A ``LaneObserver``."""
+
+    def __init__(self, metrics: Metrics, events: EventFeed) -> None:
+        self._metrics = metrics
+        self._events = events
+
+    def opened(self, lane: Lane) -> None:
+        self._metrics.streams_opened.inc()
+        self._events.publish(
+            EventKind.STREAM_OPENED,
+            source_id=lane.options.source_id,
+            stream_id=lane.stream_id,
+        )
+
+    def closed(self, lane: Lane) -> None:
+        self._events.publish(
+            EventKind.STREAM_CLOSED,
+            source_id=lane.options.source_id,
+            stream_id=lane.stream_id,
+        )
+
+    def outcome(self, lane: Lane, outcome: Outcome) -> None:
+        self._metrics.outcome(outcome)
+
+    def track_decided(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        self._publish(EventKind.SUBJECT_SEEN, lane, track_id, identity, liveness, ood_score)
+
+    def track_ended(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        self._metrics.tracks_ended.inc()
+        if liveness.verdict is LivenessVerdict.SPOOF:
+            kind = EventKind.SPOOF_SUSPECTED
+        elif identity.decision in (Decision.UNKNOWN, Decision.AMBIGUOUS):
+            kind = EventKind.UNKNOWN_SEEN
+        else:
+            return
+        self._publish(kind, lane, track_id, identity, liveness, ood_score)
+
+    def _publish(
+        self,
+        kind: EventKind,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        self._events.publish(
+            kind,
+            source_id=lane.options.source_id,
+            stream_id=lane.stream_id,
+            track_id=track_id,
+            gallery_id=lane.options.plan.gallery_id,
+            identity=identity,
+            liveness=liveness,
+            ood_score=ood_score,
+        )
