@@ -778,11 +778,15 @@ class Pool:
             self._lost(member, WorkerLostError("START_TIMEOUT"))
         elif member.life.life in restart.STARTING:
             # Nobody has attached yet, which is for the outside to do: no failure of ours.
-            later = self._clock.now_ns() / _S + self._policy.start_timeout_s
-            member.life = dataclasses.replace(member.life, wake_at=later)
-            self._arm_life(member)
+            self._await_start(member)
         else:
             self._happen(member, Event(Happening.TIMER))
+
+    def _await_start(self, member: _Member) -> None:
+        """Give a starting worker its time from now on."""
+        later = self._clock.now_ns() / _S + self._policy.start_timeout_s
+        member.life = dataclasses.replace(member.life, wake_at=later)
+        self._arm_life(member)
 
     def _perform(self, member: _Member, actions: tuple[Action, ...], event: Event) -> None:
         for action in actions:
@@ -808,6 +812,8 @@ class Pool:
         try:
             link = await member.launcher.launch(member.worker_id)
             member.link = link
+            if self._settings.isolation == "external":
+                self._await_start(member)  # which begins only now
             unready = UnreadyWorker(link, member.worker_id, self._load_for(member))
             ready = await unready.ready(lambda what: self._happen(member, Event(Happening[what])))
             member.ready = ready

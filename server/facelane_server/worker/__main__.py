@@ -53,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     stopping, wake = _stop_on_sigterm()
 
+    if not options.attach:
+        _die_with_parent()
+    # Now, and not after an attach: from there on the server is waiting.
+    from facelane_server.worker import loop  # noqa: F401
+
     if options.attach:
         sock = _attach(options.attach, options.attach_timeout)
         if sock is None:
@@ -60,7 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
             return exit_codes.CANNOT_ATTACH
         sockets = [sock]
     else:
-        _die_with_parent()
         sockets = [socket.socket(fileno=fd) for fd in options.channel]
         for sock in sockets:
             os.set_inheritable(sock.fileno(), False)

@@ -1,0 +1,323 @@
+"""The ways to host a worker: threads of one process, and processes from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.real_pool import CROPS, FAST, PACKAGES, RealPool, alive, real_pool
+from tests.waiting import auntil, until
+
+from facelane_server import config
+from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.pools.host import ExternalLauncher, Launchers, mps_environment
+from facelane_server.pools.pool import Pool, PoolState
+from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer
+from facelane_server.worker import exit_codes
+
+# -- thread -------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def group(**settings: object) -> AsyncIterator[dict[Stage, RealPool]]:
+    """The three pools as threads of one process."""
+    with tempfile.TemporaryDirectory(prefix="facelane-") as folder:
+        launchers = Launchers(Path(folder))
+        pools = {}
+        for stage, package in PACKAGES.items():
+            merged = config.Pool(**{**FAST, "isolation": "thread", **settings})  # type: ignore[arg-type]
+            pool = Pool(
+                stage,
+                merged,
+                package,
+                launchers.for_pool(str(stage), merged),
+                crops=CROPS if stage is Stage.DETECTOR else (),
+            )
+            pools[stage] = RealPool(pool, [])
+        for made in pools.values():
+            await made.pool.start()
+        try:
+            for made in pools.values():
+                assert await made.pool.wait_ready(20.0)
+            yield pools
+        finally:
+            pids = {pid for made in pools.values() for pid in made.pids() if pid}
+            await asyncio.gather(*(made.pool.stop(1.0) for made in pools.values()))
+            await launchers.close()
+            assert not [pid for pid in pids if alive(pid)]
+
+
+def thread_names(pid: int) -> list[str]:
+    tasks = Path(f"/proc/{pid}/task")
+    return [(task / "comm").read_text(encoding="ascii").strip() for task in tasks.iterdir()]
+
+
+async def all_answer(pools: dict[Stage, RealPool]) -> None:
+    answers = await asyncio.gather(*(made.infer() for made in pools.values()))
+    assert [type(a) for a in answers] == [DetectAnswer, EmbedAnswer, LivenessAnswer]
+
+
+async def test_a_group_shares_one_process_and_serves_every_stage() -> None:
+    async with group() as pools:
+        pids = {pid for made in pools.values() for pid in made.pids()}
+        assert len(pids) == 1
+        await all_answer(pools)
+        names = {name for pid in pids for name in thread_names(pid)}
+        assert {"fl-detector#0", "fl-recognizer#0", "fl-liveness#0"} <= names
+
+
+async def test_the_fate_of_a_group_is_shared_and_it_comes_back_whole() -> None:
+    async with group() as pools:
+        (old,) = {pid for made in pools.values() for pid in made.pids()}
+        os.kill(old, signal.SIGKILL)
+        await auntil(lambda: all(m.pool.info().losses == 1 for m in pools.values()))
+        await auntil(lambda: all(m.pool.state is PoolState.SERVING for m in pools.values()))
+        (new,) = {pid for made in pools.values() for pid in made.pids()}
+        assert new != old
+        await all_answer(pools)
+
+
+async def test_a_member_of_a_group_is_restarted_alone() -> None:
+    async with group() as pools:
+        pids = {pid for made in pools.values() for pid in made.pids()}
+        await pools[Stage.LIVENESS].pool.restart_worker("liveness#0")
+        await pools[Stage.RECOGNIZER].pool.reload(PACKAGES[Stage.RECOGNIZER])
+        await all_answer(pools)
+        assert {pid for made in pools.values() for pid in made.pids()} == pids
+        assert [made.pool.info().losses for made in pools.values()] == [0, 0, 0]
+
+
+async def test_a_group_can_have_several_workers_of_a_stage() -> None:
+    async with group(workers=2) as pools:
+        for made in pools.values():
+            await auntil(lambda p=made.pool: p.state is PoolState.SERVING)
+        await all_answer(pools)
+        assert len({pid for made in pools.values() for pid in made.pids()}) == 1
+
+
+# -- external -----------------------------------------------------------------------------
+
+
+def attach(path: Path, *prefix: str, timeout_s: float = 10.0) -> subprocess.Popen[bytes]:
+    """Start a worker as a systemd unit or a container would."""
+    command = [sys.executable, "-m", "facelane_server.worker", "--attach", str(path)]
+    return subprocess.Popen(
+        [*prefix, *command, "--attach-timeout", str(timeout_s)], stdin=subprocess.DEVNULL
+    )
+
+
+UNSHARE = (
+    "unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"
+)  # fmt: skip
+
+
+def may_unshare() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*UNSHARE, "true"], check=False, timeout=10).returncode == 0
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait(10)
+
+
+async def test_a_worker_attaches_serves_and_leaves_when_the_server_stops(tmp_path: Path) -> None:
+    path = tmp_path / "liveness.sock"
+    worker = attach(path)  # before the server listens
+    try:
+        async with real_pool(isolation="external", socket=str(path)) as p:
+            assert path.stat().st_mode & 0o777 == 0o600
+            assert p.pids() == [worker.pid]
+            assert await p.infer() == LivenessAnswer(1.0)
+        assert await asyncio.to_thread(worker.wait, 10) == exit_codes.OK
+        assert not path.exists()
+    finally:
+        end([worker])
+
+
+async def test_without_a_worker_the_pool_says_so_at_once_and_counts_no_loss(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "liveness.sock"
+    async with real_pool(
+        isolation="external", socket=str(path), wait=False, load_timeout_s=1.0
+    ) as p:
+        started = time.monotonic()
+        with pytest.raises(FacelaneError) as refused:
+            await p.infer(age_s=10.0)
+        assert refused.value.reason is Reason.POOL_UNAVAILABLE
+        assert time.monotonic() - started < 1.0
+        await auntil(path.exists)
+        await asyncio.wait([asyncio.get_running_loop().create_future()], timeout=1.2)
+        assert p.pool.info().losses == 0, "to wait for somebody else is no failure"
+        worker = attach(path)
+        try:
+            assert await p.pool.wait_ready(20.0)
+            assert await p.infer() == LivenessAnswer(1.0)
+        finally:
+            end([worker])
+
+
+async def test_another_worker_takes_the_place_of_one_that_was_killed(tmp_path: Path) -> None:
+    path = tmp_path / "liveness.sock"
+    workers = [attach(path) for _ in range(2)]  # one waits in the listener's queue
+    try:
+        async with real_pool(isolation="external", socket=str(path), batch_max=1) as p:
+            tasks = [p.submit() for _ in range(5)]
+            (first,) = p.pids()
+            os.kill(first, signal.SIGKILL)
+            await auntil(lambda: p.pool.state is PoolState.SERVING and p.pids() != [first])
+            tasks.append(p.submit())
+            await asyncio.wait([task.future for task in tasks], timeout=20)
+            answered = [t for t in tasks if t.future.exception() is None]
+            assert tasks[-1] in answered
+            assert all(task.future.done() for task in tasks)
+    finally:
+        end(workers)
+
+
+async def test_a_hung_external_worker_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "liveness.sock"
+    workers = [attach(path) for _ in range(2)]
+    try:
+        async with real_pool(
+            isolation="external", socket=str(path), job_timeout_ms=300, ping_interval_s=0.1
+        ) as p:
+            (first,) = p.pids()
+            os.kill(first, signal.SIGSTOP)
+            await auntil(lambda: not alive(first))
+            await auntil(lambda: p.pool.state is PoolState.SERVING)
+            assert await p.infer() == LivenessAnswer(1.0)
+    finally:
+        end(workers)
+
+
+async def test_a_worker_in_namespaces_of_its_own_attaches(tmp_path: Path) -> None:
+    """As in a container that shares nothing but the socket's folder: other mounts, process
+    ids and no network."""
+    if not may_unshare():
+        pytest.skip("unshare is not permitted here")
+    path = tmp_path / "detector.sock"
+    worker = attach(path, *UNSHARE, "--mount-proc")
+    try:
+        async with real_pool(Stage.DETECTOR, isolation="external", socket=str(path)) as p:
+            answer = await p.infer()
+            assert isinstance(answer, DetectAnswer)
+            (pid,) = p.pids()
+            assert pid not in (0, worker.pid), "its pid in our namespace"
+            for name in ("pid", "net", "mnt", "ipc"):
+                assert os.readlink(f"/proc/{pid}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+            os.kill(pid, signal.SIGSTOP)
+            os.kill(pid, signal.SIGCONT)
+            assert isinstance(await p.infer(), DetectAnswer)
+        assert await asyncio.to_thread(worker.wait, 10) == exit_codes.OK
+    finally:
+        end([worker])
+
+
+async def test_a_worker_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "liveness.sock"
+    launcher = ExternalLauncher(path, uids=[os.getuid() + 1])
+    launching = asyncio.create_task(launcher.launch("liveness#0"))
+    await auntil(path.exists)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.connect(str(path))
+        stranger.settimeout(5.0)
+        assert await asyncio.to_thread(stranger.recv, 10) == b"", "hung up on"
+    assert not launching.done()
+    launching.cancel()
+    await asyncio.wait([launching])
+    await launcher.close()
+
+
+def test_attaching_to_nothing_ends_with_its_own_exit_code(tmp_path: Path) -> None:
+    worker = attach(tmp_path / "nosuch.sock", timeout_s=0.3)
+    assert worker.wait(10) == exit_codes.CANNOT_ATTACH
+
+
+def test_a_wrong_command_line_ends_with_its_own_exit_code() -> None:
+    command = [sys.executable, "-m", "facelane_server.worker"]
+    run = subprocess.run([*command, "--nosuch"], check=False, capture_output=True, timeout=20)
+    assert run.returncode == exit_codes.USAGE
+
+
+# -- mps ------------------------------------------------------------------------------------
+
+
+def test_the_environment_of_an_mps_client() -> None:
+    made = mps_environment(
+        pipe_directory=Path("/run/facelane/mps"),
+        devices=("cuda:0", "cuda:2"),
+        sm_share=70,
+        memory_mib=2048,
+    )
+    assert made == {
+        "CUDA_MPS_PIPE_DIRECTORY": "/run/facelane/mps",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "70",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=2048M,2=2048M",
+    }
+
+
+# -- the parent's death -----------------------------------------------------------------------
+
+PARENT = """
+import asyncio, sys
+from tests.real_pool import real_pool
+from facelane_server.domain import Stage
+
+async def main():
+    options = {"fail.hang_on_job": "2"} if sys.argv[1] == "hung" else {}
+    async with real_pool(Stage.DETECTOR, workers=2, job_timeout_ms=60000, options=options) as p:
+        while p.pool.state != "SERVING":
+            await asyncio.sleep(0.01)
+        if options:
+            p.submit(), p.submit()
+        print(*p.pids(), flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "hung"])
+def test_no_worker_outlives_a_server_that_was_killed(state: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    before = set(os.listdir("/dev/shm"))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, state],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    try:
+        assert parent.stdout is not None
+        line = b""
+        while not line.strip().replace(b" ", b"").isdigit():
+            line = parent.stdout.readline()
+            assert line, "the parent ended early"
+        pids = [int(word) for word in line.split()]
+        assert len(pids) == 2
+        assert all(alive(pid) for pid in pids)
+        parent.kill()
+        parent.wait(10)
+        until(lambda: not any(alive(pid) for pid in pids), timeout=5.0)
+    finally:
+        parent.kill()
+        parent.wait(10)
+        assert parent.stdout is not None
+        parent.stdout.close()
+    assert set(os.listdir("/dev/shm")) == before
