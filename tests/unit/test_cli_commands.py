@@ -323,7 +323,7 @@ def test_the_server_s_state(server: fake.ScriptedServer) -> None:
     assert "version 1.2.3" in info
     assert "recognizer" in info
     assert lines(run(server, "server", "info", "-f", "jsonl").stdout)[0]["version"] == "1.2.3"
-    pools = run(server, "server", "pools", env={"COLUMNS": "200"}).stdout
+    pools = run(server, "server", "pools").stdout
     assert "DEGRADED" in pools
     assert "detector#0" in pools
     assert "123 MiB" in pools

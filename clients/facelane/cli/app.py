@@ -22,7 +22,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from typer.core import TyperGroup
 
 import facelane
@@ -517,9 +516,7 @@ def subjects_list(
 ) -> None:
     """All subjects of a gallery."""
     console, _ = output.consoles()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("subject", "name", "templates", "updated", "labels"):
-        table.add_column(title, justify="right" if title == "templates" else "left")
+    table = output.table_of(*_SUBJECT_TITLES, right=("templates",))
     count = 0
     with ctx.obj.client() as client:
         for subject in client.list_subjects(gallery=gallery):
@@ -530,6 +527,9 @@ def subjects_list(
                 table.add_row(*_subject_cells(subject))
     if output_format is Format.table:
         console.print(table if count else f"no subjects in gallery {gallery}")
+
+
+_SUBJECT_TITLES = ("subject", "name", "templates", "updated", "labels")
 
 
 def _subject_cells(subject: types.Subject) -> tuple[str, ...]:
@@ -557,11 +557,8 @@ def subjects_show(
         for template in templates:
             output.json_line("template", template)
         return
-    names = ("subject", "name", "templates", "updated", "labels")
-    console.print(output.key_values(list(zip(names, _subject_cells(found), strict=True))))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("template", "model", "OOD", "created"):
-        table.add_column(title)
+    console.print(output.key_values(list(zip(_SUBJECT_TITLES, _subject_cells(found), strict=True))))
+    table = output.table_of("template", "model", "OOD", "created", right=("OOD",))
     for template in templates:
         table.add_row(
             template.template_id,
@@ -649,32 +646,29 @@ def server_pools(ctx: typer.Context, output_format: FormatOption = Format.table)
         for pool in pools:
             output.json_line("pool", pool)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in (
-        "pool",
-        "state",
-        "model",
-        "queued",
-        "done",
-        "failed",
-        "device",
-        "pid",
-        "restarts",
-    ):
-        table.add_column(title, overflow="fold")
-    table.add_column("memory", justify="right")
+    table = output.table_of(
+        "pool", "state", "queued", "done", "failed", "model", right=("queued", "done", "failed")
+    )
+    workers = output.table_of(
+        "worker", "state", "device", "pid", "restarts", "memory", "last loss",
+        right=("pid", "restarts", "memory"),
+    )  # fmt: skip
     for pool in pools:
-        table.add_row(
-            pool.pool, pool.state.value, pool.model_id, str(pool.queued), str(pool.completed),
-            str(pool.failed),
-        )  # fmt: skip
+        counts = (str(pool.queued), str(pool.completed), str(pool.failed))
+        table.add_row(pool.pool, pool.state.value, *counts, pool.model_id)
         for worker in pool.workers:
-            table.add_row(
-                f"  {worker.worker_id}", worker.state.value, worker.last_loss, "", "", "",
-                worker.device, str(worker.pid), str(worker.restarts),
+            workers.add_row(
+                worker.worker_id,
+                worker.state.value,
+                worker.device,
+                str(worker.pid),
+                str(worker.restarts),
                 f"{worker.memory_bytes >> 20} MiB",
-            )  # fmt: skip
+                worker.last_loss,
+            )
     console.print(table)
+    console.print()
+    console.print(workers)
 
 
 @server_app.command("health")

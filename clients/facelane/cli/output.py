@@ -27,6 +27,7 @@ _COLOURS: Final = {
 }
 _OTHER_COLOUR: Final = (230, 160, 60)
 _SPOOF_COLOUR: Final = (60, 60, 230)
+_PIPE_WIDTH: Final = 1000
 _DECISION_STYLE: Final = {
     types.Decision.MATCH: "bold green",
     types.Decision.AMBIGUOUS: "yellow",
@@ -36,7 +37,11 @@ _DECISION_STYLE: Final = {
 
 def consoles() -> tuple[Console, Console]:
     """Results go to the first (stdout), everything else to the second (stderr)."""
-    return Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+    out = Console(soft_wrap=True, highlight=False)
+    if not out.is_terminal:
+        # Nothing is folded for a pipe or a file: its reader looks for whole lines.
+        out = Console(soft_wrap=True, highlight=False, width=_PIPE_WIDTH)
+    return out, Console(stderr=True, highlight=False)
 
 
 def plain(value: object) -> Any:
@@ -80,6 +85,14 @@ def outcome_line(outcome: types.Outcome, name: str = "") -> None:
     json_line("outcome", None, **body, **{kind: outcome.body})
 
 
+def table_of(*titles: str, right: Sequence[str] = ()) -> Table:
+    """A plain table; on a narrow terminal long cells are folded, never cut."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    return table
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """A figure for a table; absent is a dash, never a zero."""
     return "-" if value is None else f"{value:.{digits}f}"
@@ -87,12 +100,8 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def faces_table(rows: Iterable[tuple[str, types.Face]], *, names: bool = False) -> Table:
     """One row a face."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    if names:
-        table.add_column("picture", overflow="fold")
-    for title in ("decision", "subject", "similarity", "OOD", "liveness", "score", "box"):
-        right = title in ("similarity", "OOD", "score")
-        table.add_column(title, justify="right" if right else "left", no_wrap=title != "subject")
+    titles = ("decision", "subject", "similarity", "OOD", "liveness", "score", "box")
+    table = table_of(*(["picture"] if names else []), *titles, right=("similarity", "OOD", "score"))
     for name, face in rows:
         identity, live, box = face.identity, face.liveness, face.box
         style = _DECISION_STYLE.get(identity.decision, "")
@@ -147,11 +156,8 @@ class TrackBook:
 
     def table(self) -> Table:
         """One row a track, with its last word on who it is."""
-        table = Table(box=None, pad_edge=False, header_style="bold")
         titles = ("track", "seen", "frames", "decision", "subject", "similarity", "OOD", "liveness")
-        for title in titles:
-            right = title in ("track", "frames", "similarity", "OOD")
-            table.add_column(title, justify="right" if right else "left", no_wrap=True)
+        table = table_of(*titles, right=("track", "frames", "similarity", "OOD"))
         for track_id, row in sorted(self._rows.items()):
             face = row.face
             table.add_row(
