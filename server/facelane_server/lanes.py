@@ -369,7 +369,7 @@ class Lane:
                 self, track.track_id, track.identity, track.liveness, track.ood_score
             )
         self._ended.clear()
-        self._tracks = tracking.Tracks()
+        self._tracks = tracking.Tracks(created=self._tracks.created)
 
     # -- the writer's side -------------------------------------------------------------
 

@@ -121,7 +121,11 @@ class Timings:
             self.spans[stage] = (queue, service)
 
     def freeze(self) -> tuple[StageTiming, ...]:
-        return tuple(StageTiming(s, max(q, 0), max(v, 0)) for s, (q, v) in self.spans.items())
+        return tuple(
+            StageTiming(stage, max(span[0], 0), max(span[1], 0))
+            for stage in Stage
+            if (span := self.spans.get(stage)) is not None
+        )
 
 
 @dataclass(frozen=True, slots=True)
