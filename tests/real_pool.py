@@ -15,6 +15,7 @@ from facelane_server import config
 from facelane_server.domain import Encoding, Picture, Stage
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
+from facelane_server.pools.slots import SubjectResolver
 from facelane_server.pools.tasks import (
     DetectRequest,
     EmbedRequest,
@@ -84,7 +85,11 @@ class RealPool:
 
 @asynccontextmanager
 async def real_pool(
-    stage: Stage = Stage.LIVENESS, *, wait: bool = True, **settings: Any
+    stage: Stage = Stage.LIVENESS,
+    *,
+    wait: bool = True,
+    resolve: SubjectResolver | None = None,
+    **settings: Any,
 ) -> AsyncIterator[RealPool]:
     """A running pool; on leaving, it is stopped, and every process of it must be gone."""
     events: list[tuple[float, PoolEvent]] = []
@@ -97,6 +102,7 @@ async def real_pool(
             PACKAGES[stage],
             launchers.for_pool(str(stage), merged),
             crops=CROPS if stage is Stage.DETECTOR else (),
+            resolve=resolve,
             on_change=lambda event: events.append((time.monotonic(), event)),
         )
         await pool.start()
