@@ -103,9 +103,15 @@ class HealthLog:
         return next((at - since for at, s in self.samples if at >= since and s is serving), None)
 
     def claimed(self, begin: float, end: float) -> float:
-        """The share of answers between two moments that said "serving"."""
-        inside = [serving for at, serving in self.samples if begin <= at <= end]
-        return sum(inside) / len(inside) if inside else float("nan")
+        """The share of the time between two moments for which it said "serving"; an answer
+        speaks for the time since the one before it, so a late answer weighs more."""
+        told = total = 0.0
+        for (before, _), (at, serving) in itertools.pairwise(self.samples):
+            span = min(at, end) - max(before, begin)
+            if span > 0:
+                total += span
+                told += span * serving
+        return told / total if total else float("nan")
 
 
 @dataclass(frozen=True, slots=True)

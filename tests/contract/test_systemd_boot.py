@@ -327,3 +327,38 @@ def test_an_external_worker_attaches_dies_and_comes_back(machine: Machine) -> No
         until(serving, 60, "serving after a restart of the server")
     finally:
         machine.run("systemctl", "stop", worker, SERVER, check=False)
+
+
+def test_the_bridge_streams_and_its_results_reach_the_journal(server: Machine) -> None:
+    import cv2
+    import numpy as np
+
+    bridge = "facelane-bridge@front-door.service"
+    picture = np.random.default_rng(1).integers(0, 255, (240, 320, 3), dtype=np.uint8)
+    ok, data = cv2.imencode(".jpg", picture)
+    assert ok
+    frames = server.root / "srv/frames"
+    frames.mkdir(parents=True, exist_ok=True)
+    (frames / "0.jpg").write_bytes(data.tobytes())
+    server.write(
+        "/etc/facelane/bridge-front-door.toml",
+        '[[camera]]\nname = "front-door"\nsource = "/srv/frames"\nkind = "folder"\nloop = true\n',
+    )
+    try:
+        server.start(bridge)
+        server.wait_active(bridge)
+        main = server.show(bridge, "MainPID")
+        assert server.run("ps", "-o", "user:32=", "-p", main).strip() == "facelane-bridge"
+        until(lambda: '"front-door"' in server.journal(bridge), 30, "results in the journal")
+        # It must not be able to read the gallery.
+        denied = server.run(
+            *("setpriv", "--reuid=facelane-bridge", "--clear-groups"),
+            *("ls", "/var/lib/facelane/gallery.db"),
+            check=False,
+        )
+        assert denied == ""
+        # A bridge without its server goes on trying.
+        server.run("systemctl", "restart", SERVER)
+        assert server.show(bridge, "ActiveState") == "active"
+    finally:
+        server.run("systemctl", "stop", bridge, check=False)
