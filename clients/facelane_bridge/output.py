@@ -434,11 +434,13 @@ class Table:
                 self._live.update(self._render(), refresh=True)
         elif isinstance(line, StateLine):
             change = f"{line.camera}: {line.previous} → {line.state} {line.reason} {line.message}"
-            self._console.print(change.rstrip(), markup=False, highlight=False)
+            self._console.print(change.rstrip(), markup=False, highlight=False, soft_wrap=True)
         elif now - self._printed_at >= PLAIN_INTERVAL:
             self._printed_at = now
             for name, view in self._cameras.items():
-                self._console.print(plain_line(name, view, now), markup=False, highlight=False)
+                self._console.print(
+                    plain_line(name, view, now), markup=False, highlight=False, soft_wrap=True
+                )
 
     def _render(self) -> RenderableType:
         from rich.table import Table as RichTable
@@ -473,6 +475,7 @@ class Table:
                 f"{totals.drops} drops + {totals.errors} errors, {totals.faces} faces",
                 markup=False,
                 highlight=False,
+                soft_wrap=True,
             )
 
 

@@ -1,0 +1,500 @@
+"""``make demo``: faces recognised from a synthetic camera, on this machine, in a minute.
+
+Starts a real ``facelane-server`` in a folder of its own, enrols two public-domain people,
+renders a clip that has what real cameras have (motion, blur, darkness, occlusion, a photo
+held into the picture), streams it through the bridge, shows what is recognised, judges it
+against the clip's script, and ends with one JSON line. Exit code 0 only when every frame
+has its outcome, both people were named in the clear and nobody was named in the blur or
+the dark. The server is stopped whatever happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+import facelane
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_CANNOT = 2
+SERVING_TIMEOUT = 180.0
+STOP_TIMEOUT = 20.0
+STAGES = ("detector", "recognizer", "liveness")
+# What is imported where no starter model is shipped: recipe and files of each stage.
+PUBLIC_MODELS = {
+    "detector": ("yunet", ("yunet_n.pth",)),
+    "recognizer": ("mobilefacenet-onnx", ("mbf_512_fp32.onnx",)),
+    "liveness": (
+        "minifasnet",
+        ("2.7_80x80_MiniFASNetV2.pth", "4_0_0_80x80_MiniFASNetV1SE.pth"),
+    ),
+}
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message says why and what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; gives the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m facelane_bridge.demo", description="Faces from a synthetic camera."
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the demo's folder")
+    parser.add_argument("--folder", type=Path, help="use this folder (it is kept)")
+    arguments = parser.parse_args(argv)
+    try:
+        from rich.console import Console
+
+        from facelane_bridge import demo_clip
+    except ImportError as error:
+        print(f"the demo needs {error.name}: pip install 'facelane[demo]'", file=sys.stderr)
+        return EXIT_CANNOT
+    console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, _interrupt)
+    with contextlib.ExitStack() as stack:
+        folder = _folder(arguments.folder, keep=arguments.keep, stack=stack)
+        try:
+            return asyncio.run(_Demo(console, folder).run())
+        except (DemoError, demo_clip.MissingPhotoError) as error:
+            console.print(f"demo: {error}", markup=False, soft_wrap=True)
+            return EXIT_CANNOT
+        except facelane.FacelaneError as error:
+            console.print(f"demo: {error}", markup=False, soft_wrap=True)
+            return EXIT_FAILED
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            if arguments.keep or arguments.folder:
+                console.print(f"kept: {folder}", markup=False)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _folder(given: Path | None, *, keep: bool, stack: contextlib.ExitStack) -> Path:
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        return given.absolute()
+    # Short, for Unix sockets: their addresses end at 107 characters.
+    path = Path(tempfile.mkdtemp(prefix="facelane-demo-"))
+    if not keep:
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+class _Demo:
+    def __init__(self, console: Any, folder: Path) -> None:
+        self._console = console
+        self._folder = folder
+
+    async def run(self) -> int:
+        from facelane_bridge import demo_clip
+
+        begun = time.monotonic()
+        demo_clip.photos()  # before anything is started
+        models = self._models()
+        with _Server(self._folder, models) as server:
+            # The clip is rendered while the models load.
+            clip = await self._with_server(server)
+            self._say(f"ready after {time.monotonic() - begun:.1f} s: server, gallery and camera")
+            verdict, report = await self._stream(server, clip)
+            code = server.stop()
+        problems = verdict.problems(report)
+        if code != 0:
+            problems.append(f"the server ended with code {code}: see {server.log.name}")
+        verdict.tell(self._console)
+        self._say(
+            "The people of the clip are photos cut out and moved: where the liveness model "
+            "doubts them, it is right."
+        )
+        for problem in problems:
+            self._say(f"FAILED: {problem}")
+        print(json.dumps(verdict.line(report)), flush=True)
+        return EXIT_FAILED if problems else EXIT_OK
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    # --- models and server ---
+
+    def _models(self) -> dict[str, str]:
+        """Package folder of each stage: the starter models, else imported public ones."""
+        listed = json.loads(_server_command("models", "list", "--json"))
+        shipped = {
+            package["task"]: package["folder"]
+            for package in listed["packages"]
+            if Path(package["folder"]).parent.name == "starter" and not package["random_weights"]
+        }
+        missing = [stage for stage in STAGES if stage not in shipped]
+        if not missing:
+            self._say("models: the starter models that facelane ships")
+            return {stage: shipped[stage] for stage in STAGES}
+        shared = _public_models()
+        if shared is None:
+            raise DemoError(
+                f"no starter model is shipped for {', '.join(missing)}, and there is no folder "
+                "with public models: name one in FACELANE_SHARED (its models/ holds "
+                + ", ".join(file for stage in missing for file in PUBLIC_MODELS[stage][1])
+                + ")"
+            )
+        self._say(
+            f"models: no starter model is shipped yet for {', '.join(missing)}; importing the "
+            f"public models from {shared}"
+        )
+        packages = self._folder / "models"
+
+        def fetch(stage: str) -> None:
+            recipe, files = PUBLIC_MODELS[stage]
+            _server_command(
+                "models", "import", "--recipe", recipe, "--name", f"public-{stage}",
+                "--into", str(packages), "--replace", *(str(shared / file) for file in files),
+            )  # fmt: skip
+
+        with ThreadPoolExecutor(len(STAGES)) as pool:
+            list(pool.map(fetch, missing))
+        return {stage: shipped.get(stage, str(packages / f"public-{stage}")) for stage in STAGES}
+
+    async def _with_server(self, server: _Server) -> Path:
+        """The rendered clip, with the server SERVING and both people enrolled."""
+        from facelane_bridge import demo_clip
+
+        with self._status("loading the models, rendering the camera"):
+            rendering = asyncio.create_task(asyncio.to_thread(demo_clip.render, self._folder))
+            async with facelane.aio.Client(server.target) as client:
+                serving = asyncio.create_task(client.wait_until_serving(SERVING_TIMEOUT))
+                ended = asyncio.create_task(asyncio.to_thread(server.wait_for_end))
+                try:
+                    await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
+                    if not serving.done():
+                        raise DemoError(f"the server ended at its start:\n{server.tail()}")
+                    try:
+                        serving.result()
+                    except facelane.FacelaneError as error:
+                        raise DemoError(f"{error.message}\n{server.tail()}") from None
+                finally:
+                    serving.cancel()
+                    server.stop_waiting()
+                    await asyncio.gather(serving, ended, return_exceptions=True)
+                for subject, photo in demo_clip.photos().items():
+                    # Photos are enrolled, not people: there is nothing live about them.
+                    await client.enroll(
+                        subject, facelane.Picture.from_file(photo.path), skip_liveness=True
+                    )
+            return await rendering
+
+    @contextlib.contextmanager
+    def _status(self, text: str) -> Iterator[None]:
+        if self._console.is_terminal:
+            with self._console.status(text):
+                yield
+        else:
+            self._say(text + " ...")
+            yield
+
+    # --- the stream ---
+
+    async def _stream(self, server: _Server, clip: Path) -> tuple[Verdict, Any]:
+        from facelane_bridge import config
+        from facelane_bridge.bridge import Bridge
+
+        _quiet_logs()
+        settings = config.single(
+            str(clip),
+            server={"target": server.target},
+            options={"name": "demo-camera", "pace": "realtime"},
+        )
+        output = _Show(self._console)
+        bridge = Bridge(settings, output)
+        report = await bridge.run()
+        return output.verdict, report
+
+
+def _quiet_logs() -> None:
+    import logging
+
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+
+
+def _server_command(*arguments: str) -> str:
+    """Output of a ``facelane-server`` command. Raises ``DemoError``."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "facelane_server", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"`facelane-server {' '.join(arguments[:2])}` does not answer") from None
+    if done.returncode != 0:
+        raise DemoError(
+            f"`facelane-server {' '.join(arguments[:2])}` failed: {done.stderr.strip()[-2000:]}"
+        )
+    return done.stdout
+
+
+def _public_models() -> Path | None:
+    """The folder with public weights: ``$FACELANE_SHARED/models``, or beside the repository."""
+    given = os.environ.get("FACELANE_SHARED")
+    candidates = [Path(given)] if given else []
+    candidates.append(Path(__file__).resolve().parents[3] / "shared")
+    return next((c / "models" for c in candidates if (c / "models").is_dir()), None)
+
+
+class _Server:
+    """``facelane-server run`` in the demo's folder. Leaving the context stops it."""
+
+    def __init__(self, folder: Path, models: dict[str, str]) -> None:
+        self.target = f"unix:{folder}/grpc.sock"
+        self.log = folder / "server.log"
+        for name in ("state", "run"):
+            (folder / name).mkdir(mode=0o700, exist_ok=True)
+        config = [
+            f"state_dir = {json.dumps(str(folder / 'state'))}",
+            f"runtime_dir = {json.dumps(str(folder / 'run'))}",
+            "[server]",
+            f"listen = {json.dumps(self.target)}",
+            "[metrics]",
+            'listen = ""',
+        ]
+        for stage, model in models.items():
+            config += [f"[pools.{stage}]", f"model = {json.dumps(model)}"]
+        self._config = folder / "server.toml"
+        self._config.write_text("\n".join(config) + "\n")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._forget = threading.Event()
+
+    def __enter__(self) -> Self:
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "facelane_server", "run", "--config", str(self._config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for the demo, which stops the server in order.
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop_waiting()
+        self.stop()
+
+    def wait_for_end(self) -> None:
+        """Until the process has ended or ``stop_waiting`` is called. Blocks."""
+        process = self._process
+        assert process is not None
+        while process.poll() is None and not self._forget.wait(0.1):
+            pass
+
+    def stop_waiting(self) -> None:
+        self._forget.set()
+
+    def stop(self) -> int:
+        """SIGTERM, then SIGKILL when it does not end in time. The exit code."""
+        process = self._process
+        assert process is not None
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(STOP_TIMEOUT)
+        return process.returncode
+
+    def tail(self, lines: int = 15) -> str:
+        """The end of the server's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+# --- the verdict ---
+
+
+@dataclass(slots=True)
+class StretchCount:
+    """What was recognised in one stretch of the clip."""
+
+    results: int = 0
+    faces: int = 0
+    named: Counter[str] = field(default_factory=Counter)
+    """Frames in which a subject was named."""
+    decisions: Counter[str] = field(default_factory=Counter)
+    liveness: Counter[str] = field(default_factory=Counter)
+
+
+class Verdict:
+    """Holds the results against the clip's script."""
+
+    NAMED_SHARE = 0.5
+    """Of the results of a clear stretch, so many must name who is in view."""
+
+    def __init__(self) -> None:
+        from facelane_bridge.demo_clip import SCRIPT
+
+        self._script = SCRIPT
+        self.counts = [StretchCount() for _ in SCRIPT]
+
+    def take(self, offset: float, faces: Sequence[Any]) -> int:
+        """Count one result (``output.FaceLine`` each); gives the number of its stretch."""
+        from facelane_bridge.demo_clip import stretch_at
+
+        # Media times are rounded by the container: a millisecond decides nothing.
+        number = self._script.index(stretch_at(offset + 0.002))
+        count = self.counts[number]
+        count.results += 1
+        count.faces += len(faces)
+        count.named.update({face.subject_id for face in faces if face.decision == "MATCH"})
+        count.decisions.update(face.decision for face in faces)
+        count.liveness.update(face.liveness for face in faces)
+        return number
+
+    def problems(self, report: Any) -> list[str]:
+        """What is not as it has to be, in sentences; empty = all is well."""
+        from facelane_bridge.demo_clip import StretchKind
+
+        summary = report.summary
+        found = []
+        if summary.frames == 0:
+            found.append("the camera gave no frame")
+        if summary.frames != summary.results + summary.drops + summary.errors:
+            found.append("frames without an outcome")
+        if summary.errors:
+            found.append(f"{summary.errors} frames ended in errors")
+        if report.failed:
+            reasons = {camera.reason for camera in summary.cameras.values()}
+            found.append(f"the camera failed: {', '.join(sorted(reasons))}")
+        for stretch, count in zip(self._script, self.counts, strict=True):
+            where = f"the {stretch.kind.value} stretch at {stretch.start:g} s"
+            strangers = sorted(count.named.keys() - set(stretch.subjects))
+            found += [f"{subject} was named in {where}, where she is not" for subject in strangers]
+            if stretch.kind in (StretchKind.BLURRED, StretchKind.DARK) and count.named:
+                found.append(f"somebody was named in {where}")
+            if stretch.kind is StretchKind.CLEAR:
+                if count.results == 0:
+                    found.append(f"no result came from {where}: is the machine overloaded?")
+                found += [
+                    f"{subject} was named in {count.named[subject]} of the {count.results} "
+                    f"results of {where}"
+                    for subject in stretch.subjects
+                    if count.named[subject] < self.NAMED_SHARE * count.results
+                ]
+        return found
+
+    def line(self, report: Any) -> dict[str, Any]:
+        """The demo's last line."""
+        summary = report.summary
+        named: Counter[str] = Counter()
+        rejected = 0
+        for count in self.counts:
+            named.update(count.named)
+            rejected += count.decisions["REJECTED_OOD"]
+        latency = next(iter(summary.cameras.values()))
+        return {
+            "frames": summary.frames,
+            "results": summary.results,
+            "drops": summary.drops,
+            "errors": summary.errors,
+            "faces": summary.faces,
+            "subjects": dict(sorted(named.items())),
+            "rejected_ood": rejected,
+            "p50_ms": latency.p50_ms,
+            "p99_ms": latency.p99_ms,
+        }
+
+    def tell(self, console: Any) -> None:
+        """A table of the stretches."""
+        from rich.table import Table
+
+        table = Table(title="what the camera saw, and what was recognised", title_justify="left")
+        for column in ("from", "stretch", "in view", "results", "faces", "named", "live"):
+            table.add_column(column, overflow="fold")
+        for stretch, count in zip(self._script, self.counts, strict=True):
+            decisions = [f"{subject} {frames}x" for subject, frames in sorted(count.named.items())]
+            decisions += [
+                f"{decision.lower().replace('_', ' ')} {faces}x"
+                for decision, faces in sorted(count.decisions.items())
+                if decision != "MATCH"
+            ]
+            liveness = [f"{verdict.lower()} {n}x" for verdict, n in sorted(count.liveness.items())]
+            table.add_row(
+                f"{stretch.start:g} s",
+                stretch.kind.value,
+                "\n".join(stretch.subjects),
+                str(count.results),
+                str(count.faces),
+                "\n".join(decisions),
+                "\n".join(liveness),
+            )
+        console.print(table)
+
+
+class _Show:
+    """The bridge's live table, with the stretches announced, and the verdict fed."""
+
+    def __init__(self, console: Any) -> None:
+        from facelane_bridge.output import Table
+
+        self._console = console
+        self._table = Table(console)
+        self._stretch = -1
+        self.verdict = Verdict()
+
+    async def __aenter__(self) -> Self:
+        await self._table.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._table.__aexit__(kind, error, trace)
+
+    async def emit(self, line: Any) -> None:
+        from facelane_bridge.demo_clip import SCRIPT
+        from facelane_bridge.output import ResultLine
+
+        if isinstance(line, ResultLine):
+            number = self.verdict.take(line.offset_s, line.faces)
+            if number != self._stretch:
+                self._stretch = number
+                stretch = SCRIPT[number]
+                who = " and ".join(stretch.subjects) or "nobody"
+                self._console.print(
+                    f"-- {stretch.start:4.1f} s  {stretch.kind.value}: {who} in view", markup=False
+                )
+        await self._table.emit(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
