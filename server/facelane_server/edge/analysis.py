@@ -167,7 +167,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                     {t for t in tasks if not t.done()} | {writer},
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                if reader in done and reader.exception() is not None:
+                # A cancelled task has no exception to ask for: asking raises.
+                if reader in done and not reader.cancelled() and reader.exception() is not None:
                     reader.result()  # raises
                 if stopper in done and not reader.done():
                     reader.cancel()
