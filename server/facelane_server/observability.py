@@ -40,6 +40,8 @@ from facelane_server.domain import (
     Reason,
     Stage,
 )
+from facelane_server.monitor import DeviceReading
+from facelane_server.pools.pool import PoolInfo, PoolState
 
 log = structlog.get_logger(__name__)
 
@@ -190,32 +192,6 @@ _LATENCY_BUCKETS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerReading:
-    """``memory_bytes`` on the device, the CUDA context counted in; 0 on a CPU."""
-
-    worker_id: str
-    state: str
-    restarts: int
-    memory_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PoolReading:
-    """Counters are since the start of the server. ``serving``: it can infer now."""
-
-    pool: str
-    state: str
-    serving: bool
-    queued: int
-    in_flight: int
-    completed: int
-    failed: int
-    retried: int
-    losses: int
-    workers: tuple[WorkerReading, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class GalleryReading:
     """``templates``: of the serving model. ``version``: of the newest snapshot."""
 
@@ -224,27 +200,11 @@ class GalleryReading:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceGauges:
-    """One GPU. ``None`` = the device does not tell."""
-
-    device: str
-    name: str
-    memory_used_bytes: int
-    memory_total_bytes: int
-    utilization: float | None = None
-    memory_utilization: float | None = None
-    power_watts: float | None = None
-    temperature_celsius: float | None = None
-    ecc_errors: int | None = None
-    throttle_reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Sources:
     """Where values come from that are read at the time of a scrape, not counted here."""
 
-    pools: Callable[[], Iterable[PoolReading]] = tuple
-    devices: Callable[[], Iterable[DeviceGauges]] = tuple
+    pools: Callable[[], Iterable[PoolInfo]] = tuple
+    devices: Callable[[], Iterable[DeviceReading]] = tuple
     gallery: Callable[[], GalleryReading | None] = lambda: None
     streams: Callable[[], int] = lambda: 0
     watchers: Callable[[], int] = lambda: 0
@@ -393,6 +353,8 @@ class _SourceCollector(Collector):
         yield from _device_metrics(tuple(sources.devices()))
 
 
+_SERVING: Final = (PoolState.SERVING, PoolState.DEGRADED)
+
 Rows = Iterable[tuple[Sequence[str], float]]
 
 
@@ -410,19 +372,19 @@ def _counter(name: str, text: str, labels: Sequence[str], rows: Rows) -> Metric:
     return family
 
 
-def _pool_metrics(pools: tuple[PoolReading, ...]) -> Iterator[Metric]:
+def _pool_metrics(pools: tuple[PoolInfo, ...]) -> Iterator[Metric]:
     one = ["pool"]
     yield _gauge(
         "facelane_pool_serving",
         "1 while the pool can infer.",
         one,
-        (([p.pool], float(p.serving)) for p in pools),
+        (([p.pool], float(p.state in _SERVING)) for p in pools),
     )
     yield _gauge(
         "facelane_pool_state",
         "1 for the state that the pool is in.",
         ["pool", "state"],
-        (([p.pool, p.state], 1.0) for p in pools),
+        (([p.pool, p.state.value], 1.0) for p in pools),
     )
     yield _gauge(
         "facelane_pool_queued",
@@ -436,7 +398,7 @@ def _pool_metrics(pools: tuple[PoolReading, ...]) -> Iterator[Metric]:
         one,
         (([p.pool], p.in_flight) for p in pools),
     )
-    totals: tuple[tuple[str, str, Callable[[PoolReading], int]], ...] = (
+    totals: tuple[tuple[str, str, Callable[[PoolInfo], int]], ...] = (
         ("completed", "Tasks answered.", lambda p: p.completed),
         ("failed", "Tasks failed.", lambda p: p.failed),
         ("retried", "Tasks tried again after their worker was lost.", lambda p: p.retried),
@@ -456,25 +418,25 @@ def _pool_metrics(pools: tuple[PoolReading, ...]) -> Iterator[Metric]:
         "facelane_worker_memory_bytes",
         "Device memory of a worker, its CUDA context counted in.",
         two,
-        (([pool, w.worker_id], w.memory_bytes) for pool, w in workers),
+        (([pool, w.worker_id], w.memory_mib * limits.MIB) for pool, w in workers),
     )
     yield _gauge(
         "facelane_worker_state",
         "1 for the state that the worker is in.",
         [*two, "state"],
-        (([pool, w.worker_id, w.state], 1.0) for pool, w in workers),
+        (([pool, w.worker_id, w.life.value], 1.0) for pool, w in workers),
     )
 
 
-def _device_metrics(devices: tuple[DeviceGauges, ...]) -> Iterator[Metric]:
-    def rows(read: Callable[[DeviceGauges], float | None]) -> Rows:
+def _device_metrics(devices: tuple[DeviceReading, ...]) -> Iterator[Metric]:
+    def rows(read: Callable[[DeviceReading], float | None]) -> Rows:
         for device in devices:
             value = read(device)
             if value is not None:
                 yield [device.device, device.name], value
 
     labels = ["device", "name"]
-    readings: tuple[tuple[str, str, Callable[[DeviceGauges], float | None]], ...] = (
+    readings: tuple[tuple[str, str, Callable[[DeviceReading], float | None]], ...] = (
         ("memory_used_bytes", "Memory in use.", lambda d: d.memory_used_bytes),
         ("memory_total_bytes", "Memory.", lambda d: d.memory_total_bytes),
         ("utilization_ratio", "Share of time a kernel ran.", lambda d: d.utilization),

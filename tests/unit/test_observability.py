@@ -35,18 +35,18 @@ from facelane_server.domain import (
     Stage,
     StageTiming,
 )
+from facelane_server.monitor import DeviceReading
 from facelane_server.observability import (
     WITHHELD,
-    DeviceGauges,
     GalleryReading,
     Metrics,
     MetricsServer,
-    PoolReading,
     Sources,
-    WorkerReading,
     configure_logging,
     withhold,
 )
+from facelane_server.pools.pool import PoolInfo, PoolState, WorkerInfo
+from facelane_server.pools.restart import Life
 
 JSON = config.Log(format="json")
 CONSOLE = config.Log(format="console")
@@ -280,9 +280,17 @@ def test_outcomes_are_counted_with_their_stages() -> None:
 
 
 def test_values_that_are_read_at_the_scrape() -> None:
-    workers = (WorkerReading("detector#0", "READY", 2, 600 << 20), WorkerReading("d#1", "LOST", 1))
-    pool = PoolReading("detector", "DEGRADED", True, 4, 2, 100, 3, 1, 2, workers)
-    device = DeviceGauges("0", "card", 900, 1000, 0.5, None, 250.0, 60.0, None, ("power cap",))
+    workers = (
+        WorkerInfo("detector#0", 7, Life.READY, "cuda:0", 2, "", 600, 5.0, False),
+        WorkerInfo("detector#1", 0, Life.QUARANTINED, "cuda:0", 5, "CRASHED", 0, 0.0, False),
+    )
+    state = PoolState.DEGRADED
+    pool = PoolInfo(
+        "detector", Stage.DETECTOR, state, "m@1", "process", 4, 2, 100, 3, 1, 2, workers
+    )
+    device = DeviceReading(
+        "0", "card", "GPU-1", 900, 1000, 0.5, None, 250.0, 60.0, None, ("power cap",)
+    )
     streams = [0]
     metrics = Metrics(
         Sources(
