@@ -35,14 +35,14 @@ from facelane_server.edge.operations import AdminService, EventService, ServerSe
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.monitor import DeviceReading, Monitor
+from facelane_server.monitor import DeviceReading, Monitor
 from facelane_server.notify import Notifier
 from facelane_server.observability import (
     GalleryReading,
     Metrics,
     MetricsServer,
-    PoolReading,
     Sources,
-    WorkerReading,
     configure_logging,
 )
 from facelane_server.pipeline import Pipeline
@@ -165,11 +165,19 @@ class App:
         self.notifier = Notifier.from_environment()
         self.metrics = Metrics(
             Sources(
-                pools=self._pool_readings,
+                pools=lambda: [pool.info() for pool in self.pools.values()],
+                devices=lambda: self.monitor.readings,
+                devices=lambda: self.monitor.readings,
                 gallery=self._gallery_reading,
                 streams=lambda: len(self.lanes),
                 watchers=lambda: self.events.watchers,
             )
+        )
+        self.monitor = Monitor(
+            settings.monitor, workers=self._workers, on_memory=self._device_memory
+        )
+        self.monitor = Monitor(
+            settings.monitor, workers=self._worker_pids, on_memory=self._memory_warned
         )
         self._gallery: Gallery | None = None
         self._changed = asyncio.Event()
@@ -190,35 +198,35 @@ class App:
             self._grace_s = min(grace_s, self._grace_s)
         self._stop.set()
 
-    def _pool_readings(self) -> list[PoolReading]:
-        readings = []
-        for pool in self.pools.values():
-            info = pool.info()
-            workers = tuple(
-                WorkerReading(w.worker_id, w.life.name, w.restarts, w.memory_mib * limits.MIB)
-                for w in info.workers
-            )
-            readings.append(
-                PoolReading(
-                    info.pool,
-                    info.state.value,
-                    pool.available,
-                    info.queued,
-                    info.in_flight,
-                    info.completed,
-                    info.failed,
-                    info.retried,
-                    info.losses,
-                    workers,
-                )
-            )
-        return readings
+    def _workers(self) -> dict[int, str]:
+        """pid → worker id."""
+        return {
+            worker.pid: worker.worker_id
+            for pool in self.pools.values()
+            for worker in pool.info().workers
+            if worker.pid
+        }
+
+    def _device_memory(self, reading: DeviceReading, warned: bool, message: str) -> None:
+        log.warning("device memory", device=reading.device, warned=warned, use=message)
+        self.events.publish(EventKind.DEVICE_MEMORY, message=message)
 
     def _gallery_reading(self) -> GalleryReading | None:
         gallery = self._gallery
         return None if gallery is None else GalleryReading(gallery.templates, gallery.version)
 
+    def _worker_pids(self) -> dict[int, str]:
+        return {
+            worker.pid: worker.worker_id
+            for pool in self.pools.values()
+            for worker in pool.info().workers
+            if worker.pid
+        }
+
     # -- what happens ----------------------------------------------------------------------
+
+    def _memory_warned(self, _device: DeviceReading, _warned: bool, message: str) -> None:
+        self.events.publish(EventKind.DEVICE_MEMORY, message=message)
 
     def _pool_changed(self, event: PoolEvent) -> None:
         self._changed.set()
@@ -274,6 +282,10 @@ class App:
             scraped = await MetricsServer.start(self.settings.metrics, self.metrics.exposition)
             if scraped is not None:
                 stack.push_async_callback(scraped.close)
+            self.monitor.start()
+            stack.callback(self.monitor.close)
+            self.monitor.start()
+            stack.callback(self.monitor.close)
             lag = asyncio.create_task(self.metrics.watch_loop(), name="loop-lag")
             stack.push_async_callback(_cancel, lag)
             keeper = asyncio.create_task(self.notifier.keep_alive(self._alive), name="watchdog")
