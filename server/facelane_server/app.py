@@ -36,7 +36,6 @@ from facelane_server.events import EventFeed, EventKind
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.monitor import DeviceReading, Monitor
-from facelane_server.monitor import DeviceReading, Monitor
 from facelane_server.notify import Notifier
 from facelane_server.observability import (
     GalleryReading,
@@ -167,7 +166,6 @@ class App:
             Sources(
                 pools=lambda: [pool.info() for pool in self.pools.values()],
                 devices=lambda: self.monitor.readings,
-                devices=lambda: self.monitor.readings,
                 gallery=self._gallery_reading,
                 streams=lambda: len(self.lanes),
                 watchers=lambda: self.events.watchers,
@@ -175,9 +173,6 @@ class App:
         )
         self.monitor = Monitor(
             settings.monitor, workers=self._workers, on_memory=self._device_memory
-        )
-        self.monitor = Monitor(
-            settings.monitor, workers=self._worker_pids, on_memory=self._memory_warned
         )
         self._gallery: Gallery | None = None
         self._changed = asyncio.Event()
@@ -215,18 +210,7 @@ class App:
         gallery = self._gallery
         return None if gallery is None else GalleryReading(gallery.templates, gallery.version)
 
-    def _worker_pids(self) -> dict[int, str]:
-        return {
-            worker.pid: worker.worker_id
-            for pool in self.pools.values()
-            for worker in pool.info().workers
-            if worker.pid
-        }
-
     # -- what happens ----------------------------------------------------------------------
-
-    def _memory_warned(self, _device: DeviceReading, _warned: bool, message: str) -> None:
-        self.events.publish(EventKind.DEVICE_MEMORY, message=message)
 
     def _pool_changed(self, event: PoolEvent) -> None:
         self._changed.set()
@@ -282,8 +266,6 @@ class App:
             scraped = await MetricsServer.start(self.settings.metrics, self.metrics.exposition)
             if scraped is not None:
                 stack.push_async_callback(scraped.close)
-            self.monitor.start()
-            stack.callback(self.monitor.close)
             self.monitor.start()
             stack.callback(self.monitor.close)
             lag = asyncio.create_task(self.metrics.watch_loop(), name="loop-lag")
