@@ -444,6 +444,7 @@ class Table:
 
     def _render(self) -> RenderableType:
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         table = RichTable(expand=True)
         for column in ("camera", "state", "t", "fps", "p50 ms", "results", "drops", "errors"):
@@ -456,15 +457,15 @@ class Table:
                 view.state, "yellow"
             )
             table.add_row(
-                name,
-                f"[{colour}]{view.state}[/] {view.note}",
+                Text(name),
+                Text(view.state, style=colour).append(f" {view.note}", style="default"),
                 f"{view.offset:.1f}",
                 f"{view.rate(now):.1f}",
                 "-" if latency is None else f"{latency:.0f}",
                 str(view.results),
                 str(view.drops),
                 str(view.errors),
-                view.describe_faces(),
+                Text(view.describe_faces()),
             )
         return table
 
