@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import grpc
 import numpy as np
 import pytest
 from tests.fakes import scripted_server as fake
+from tests.waiting import until
 from typer.testing import CliRunner
 
 import facelane
@@ -394,3 +396,51 @@ def test_a_bare_import_stays_light() -> None:
     heavy = ("torch", "numpy", "cv2", "av", "typer", "rich", "facelane_server")
     code = f"import facelane, sys; print([m for m in {heavy} if m in sys.modules])"
     assert command("-c", code).stdout == "[]\n"
+
+
+def long_clip(path: Path) -> Path:
+    """20 s of 64x48 at 10 frames/s."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(200):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="bgr24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(("live", "code"), [(True, 0), (False, 130)])
+def test_an_interrupt_ends_a_camera_well_and_a_file_early(
+    server: fake.ScriptedServer, tmp_path: Path, live: bool, code: int
+) -> None:
+    released = threading.Event()
+    if not live:
+        server.scripts.append(fake.silent(released))
+    clip = long_clip(tmp_path / "clip.mp4")
+    words = [sys.executable, "-m", "facelane.cli", "--target", server.target, "analyze"]
+    words += [str(clip), "-f", "jsonl", *(["--realtime"] if live else [])]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        wanted = 3 if live else 1
+        until(lambda: any(len(s) >= wanted for s in server.streams), 30, "the stream")
+        done.send_signal(signal.SIGINT)
+        out, err = done.communicate(timeout=30)
+    released.set()
+    assert done.returncode == code, err
+    assert "Traceback" not in err
+    if live:
+        summary = json.loads(out.splitlines()[-1])
+        assert summary["type"] == "summary"
+        assert 0 < summary["received"] < 200
+
+
+def test_a_reader_that_goes_away_is_no_error(server: fake.ScriptedServer, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "facelane.cli", "--target", server.target, "analyze"]
+    words += [str(long_clip(tmp_path / "clip.mp4")), "-f", "jsonl", "--realtime"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        assert done.stderr is not None
+        assert json.loads(done.stdout.readline())["frame_id"] == 1
+        done.stdout.close()
+        assert done.wait(30) == 0
+        assert done.stderr.read() == ""

@@ -319,3 +319,23 @@ def test_tls_with_client_certificates(tmp_path: Path, monkeypatch: pytest.Monkey
             pytest.raises(facelane.UnavailableError),
         ):
             stranger.health()
+
+
+def test_details_that_disagree_with_the_status_are_set_aside() -> None:
+    class Odd(grpc.RpcError):
+        """A proxy that rewrote the code and left the details."""
+
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.UNAVAILABLE
+
+        def details(self) -> str:
+            return "gateway"
+
+        def trailing_metadata(self) -> list[tuple[str, bytes]]:
+            status = fake.status(grpc.StatusCode.NOT_FOUND, "SUBJECT_NOT_FOUND", "gateway")
+            return [("grpc-status-details-bin", status.SerializeToString())]
+
+    error = errors.from_rpc(Odd())
+    assert isinstance(error, facelane.UnavailableError)
+    assert error.reason == "UNREACHABLE"
+    assert "gateway" in error.message
