@@ -49,7 +49,9 @@ async def embed(p: RealPool, marker: bytes, gallery: str = "", **options: Any) -
     return answer
 
 
-async def snapshot(p: RealPool, version: int, markers: dict[str, list[bytes]]) -> int:
+async def snapshot(
+    p: RealPool, version: int, markers: dict[str, list[bytes]], model_id: str = ""
+) -> int:
     """Publish the vectors of the chips of ``markers``, by gallery, in the order of SUBJECTS."""
     rows: list[np.ndarray] = []
     galleries = []
@@ -63,7 +65,8 @@ async def snapshot(p: RealPool, version: int, markers: dict[str, list[bytes]]) -
     matrix = np.stack(rows) if rows else np.empty((0, DIM), np.float16)
     os.write(fd, matrix.tobytes() + array("i", range(len(rows))).tobytes())
     try:
-        await p.pool.publish_gallery(GallerySnapshot(version, len(rows), DIM, tuple(galleries)), fd)
+        message = GallerySnapshot(version, len(rows), DIM, tuple(galleries), model_id)
+        await p.pool.publish_gallery(message, fd)
     finally:
         os.close(fd)
     return version
@@ -97,6 +100,15 @@ async def test_publish_returns_when_every_worker_searches_the_new_gallery() -> N
         tasks = [embed(p, b"ada", "staff") for _ in range(20)]
         for answer in await asyncio.gather(*tasks):
             assert [c.subject_id for c in answer.candidates] == ["grace"]
+
+
+async def test_templates_of_another_model_are_not_compared() -> None:
+    async with real_pool(Stage.RECOGNIZER, resolve=resolve) as p:
+        await snapshot(p, 1, FIRST, model_id="another@1#0000")
+        assert (await embed(p, b"ada", "staff")).candidates == ()
+        await snapshot(p, 2, {"staff": [b"grace"]}, model_id=p.pool.model_id)
+        [found] = (await embed(p, b"grace", "staff")).candidates
+        assert found.subject_id == "grace"
 
 
 async def test_a_new_worker_serves_only_with_the_newest_gallery() -> None:

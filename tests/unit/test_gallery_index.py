@@ -75,6 +75,7 @@ class Recogniser:
 
     def __init__(self) -> None:
         self.versions: list[int] = []
+        self.models: list[str] = []
         self.content: dict[SubjectKey, list[bytes]] = {}
         self.gate = asyncio.Event()
         self.gate.set()
@@ -89,6 +90,7 @@ class Recogniser:
             raise FacelaneError(Reason.POOL_UNAVAILABLE, "no worker", retryable=True)
         assert decode_to_worker(encode(message)) == message
         self.versions.append(message.version)
+        self.models.append(message.model_id)
         self.content = read(message, fd)
 
     def named(self, index: GalleryIndex) -> dict[SubjectKey, set[bytes]]:
@@ -397,8 +399,10 @@ async def test_another_model_sees_only_its_own_templates(
 ) -> None:
     await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
     old = recogniser.versions[-1]
+    assert recogniser.models[-1] == "m@1"
     assert await gallery.serve("n@2", 2 * DIM, recogniser.publish)
     assert recogniser.content == {}
+    assert recogniser.models[-1] == "n@2"
     assert gallery.resolve(old, 0) is None
     [kept] = await gallery.list_templates("g", "a")
     # A template of the other model is deleted without touching the index.

@@ -96,6 +96,7 @@ class Gallery:
         def load() -> int:
             self._model_id = model_id
             return index.rebase(
+                model_id,
                 dim,
                 (
                     AddTemplate(row.gallery_id, row.subject_id, row.template_id, row.vector)

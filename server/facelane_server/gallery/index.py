@@ -108,8 +108,10 @@ class Snapshot:
         keys: tuple[SubjectKey, ...],
         counts: I64,
         fd: int,
+        model_id: str = "",
     ) -> None:
         self.version = version
+        self.model_id = model_id
         self.dim = dim
         self.matrix = matrix
         """[rows, dim] float16, read-only."""
@@ -148,7 +150,7 @@ class Snapshot:
             end = bisect.bisect_right(self.keys, gallery, lo=first, key=lambda key: key[0])
             galleries.append((gallery, int(self.starts[first]), int(self.starts[end])))
             first = end
-        return GallerySnapshot(self.version, self.rows, self.dim, tuple(galleries))
+        return GallerySnapshot(self.version, self.rows, self.dim, tuple(galleries), self.model_id)
 
     def close(self) -> None:
         """Gives the descriptor back. The matrix stays mapped for as long as it is referred to."""
@@ -156,16 +158,17 @@ class Snapshot:
             self._closer()
 
 
-def empty(dim: int, version: int = 0) -> Snapshot:
+def empty(dim: int, model_id: str = "") -> Snapshot:
     """A gallery without templates and without a memory file: what the first is built from."""
     return Snapshot(
-        version,
+        0,
         dim,
         np.empty((0, dim), np.float16),
         np.empty(0, "S32"),
         (),
         np.empty(0, np.int64),
         fd=-1,
+        model_id=model_id,
     )
 
 
@@ -223,7 +226,7 @@ def build(last: Snapshot, changes: dict[SubjectKey, _Pending], version: int) -> 
     # 4. The file.
     block = np.stack(vectors) if vectors else np.empty((0, last.dim), np.float16)
     fd, matrix = _write(last.matrix, order, block, counts)
-    return Snapshot(version, last.dim, matrix, template_ids, keys, counts, fd)
+    return Snapshot(version, last.dim, matrix, template_ids, keys, counts, fd, last.model_id)
 
 
 def _merge(
@@ -353,11 +356,11 @@ class GalleryIndex:
         self._wake()
         return revision
 
-    def rebase(self, dim: int, templates: Iterable[AddTemplate]) -> int:
+    def rebase(self, model_id: str, dim: int, templates: Iterable[AddTemplate]) -> int:
         """Forgets all and takes ``templates`` of another model in; like ``apply``."""
         templates = list(templates)  # read before the lock: the event loop takes it too
         with self._lock:
-            self._rebased = empty(dim)
+            self._rebased = empty(dim, model_id)
             self._changes, self._counts, self._live, self._templates = {}, {}, {}, 0
             for template in templates:
                 self._take(template)

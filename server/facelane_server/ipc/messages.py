@@ -173,13 +173,16 @@ class GallerySnapshot(Message, frozen=True):
     """With one descriptor: ``rows`` x ``dim`` float16 unit vectors, C order, then ``rows``
     int32 subject indices; rows are sorted by gallery, then by subject.
 
-    ``galleries``: (gallery id, first row, one past the last row).
+    ``galleries``: (gallery id, first row, one past the last row). ``model_id``: whose
+    templates these are; a worker of another model holds them as an empty gallery, so that
+    nothing is compared across models while a reload swaps them. Empty = any model.
     """
 
     version: int
     rows: int
     dim: int
     galleries: tuple[tuple[str, int, int], ...]
+    model_id: str = ""
 
 
 ToWorker = Load | Infer | Cancel | Ping | Drain | GallerySnapshot

@@ -208,6 +208,7 @@ class Loop:
         self._model = model
         self._batch_max = min(load.batch_max, model.batch_max)
         self._gallery.device = device
+        self._gallery.model_id = model_id
         self._memory = _memory_meter(device)
         self._send(
             Ready(
@@ -253,6 +254,9 @@ class Loop:
         while (received := self._channel.receive(timeout_s)) is not None:
             message, descriptors = received
             timeout_s = 0.0
+            if len(descriptors) != isinstance(message, GallerySnapshot):
+                close_all(descriptors)
+                raise ProtocolError(f"{type(message).__name__} with {len(descriptors)} descriptors")
             if isinstance(message, Infer):
                 self._jobs.append(message)
             elif isinstance(message, Ping):
@@ -261,14 +265,10 @@ class Loop:
                 self._cancel(message.job_id)
             elif isinstance(message, Drain):
                 self._draining = True
-            elif isinstance(message, GallerySnapshot) and len(descriptors) == 1:
-                self._gallery.offer(message, descriptors.pop())
+            elif isinstance(message, GallerySnapshot):
+                self._gallery.offer(message, descriptors[0])
             else:
-                close_all(descriptors)
                 raise ProtocolError(f"unexpected {type(message).__name__}")
-            if descriptors:
-                close_all(descriptors)
-                raise ProtocolError(f"{type(message).__name__} with descriptors")
             if len(self._jobs) > limits.JOBS_PER_WORKER:
                 raise ProtocolError("too many jobs at once")
         if self._stopping():
@@ -654,6 +654,7 @@ class _GalleryLoader:
     def __init__(self, channel: WorkerChannel) -> None:
         self.current: Searcher | None = None
         self.device = "cpu"
+        self.model_id = ""
         self._channel = channel
         self._lock = threading.Lock()
         self._waiting: tuple[GallerySnapshot, int] | None = None
@@ -677,6 +678,9 @@ class _GalleryLoader:
                     return
                 snapshot, fd = self._waiting
                 self._waiting = None
+            if snapshot.model_id not in ("", self.model_id):
+                # Of the model before or after this one: nothing may be compared with it.
+                snapshot = GallerySnapshot(snapshot.version, 0, snapshot.dim, ())
             try:
                 searcher = Searcher(snapshot, fd, self.device)
                 if self.current is None or searcher.version > self.current.version:
