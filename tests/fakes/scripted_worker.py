@@ -19,6 +19,7 @@ from facelane_server.ipc.arena import Arena
 from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, socket_pair
 from facelane_server.ipc.messages import (
     PROTOCOL,
+    Cancel,
     Drain,
     Drained,
     GalleryLoaded,
@@ -101,6 +102,7 @@ class ScriptedWorker:
         self.channel: WorkerChannel | None = WorkerChannel(theirs)
         self.load: Load | None = None
         self.jobs: list[Infer] = []
+        self.cancelled: list[int] = []
         self.snapshots: list[int] = []
         self.draining = False
         self.obeys_sigkill = True
@@ -142,6 +144,8 @@ class ScriptedWorker:
             )
         elif isinstance(message, Infer):
             self.jobs.append(message)
+        elif isinstance(message, Cancel):
+            self.cancelled.append(message.job_id)
         elif isinstance(message, GallerySnapshot):
             os.close(descriptors[0])
             self.snapshots.append(message.version)

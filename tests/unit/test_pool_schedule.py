@@ -15,7 +15,7 @@ from tests.fakes.scripted_worker import ManualClock, ScriptedLauncher, ScriptedW
 
 from facelane_server import config, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.ipc.messages import InferDone, LivenessDone
+from facelane_server.ipc.messages import InferDone, InferFailed, LivenessDone, Ready, Warming
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import LivenessAnswer, LivenessRequest, Task
@@ -313,6 +313,27 @@ async def test_withdraw_says_whether_it_was_in_time() -> None:
         assert not queued.future.done()
 
 
+async def test_a_staged_job_that_nobody_waits_for_is_cancelled() -> None:
+    async with bench(batch_max=1) as b:
+        await b.ready()
+        worker = b.workers[0]
+        running, staged, waiting = b.submit(), b.submit(), b.submit()
+        await b.turn()
+        staged.future.cancel()
+        assert not b.pool.withdraw(staged)
+        await b.turn()
+        (job,) = (j for j in worker.jobs if j.job_id in worker.cancelled)
+        worker.jobs.remove(job)
+        worker.say(InferFailed(job.job_id, "CANCELLED", ""))
+        await b.turn()
+        assert [len(j.items) for j in worker.jobs] == [1, 1], "its place was free at once"
+        for _ in range(2):
+            await b.answer(worker)
+        assert running.future.done()
+        assert waiting.future.done()
+        assert b.pool.info().losses == 0
+
+
 async def test_a_caller_that_gave_up_costs_no_inference() -> None:
     async with bench(batch_max=1) as b:
         await b.ready()
@@ -517,8 +538,6 @@ async def test_a_pool_serves_only_after_a_real_inference() -> None:
         await b.start()
         worker = b.workers[0]
         await worker.hello()
-        from facelane_server.ipc.messages import Ready, Warming
-
         worker.say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1))
         await b.turn()
         assert len(worker.jobs) == 1
@@ -594,8 +613,6 @@ async def test_a_model_that_alone_exceeds_its_budget_costs_the_restart_budget() 
         await b.start()
         worker = b.workers[0]
         await worker.hello()
-        from facelane_server.ipc.messages import Ready, Warming
-
         worker.say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1, 500))
         await b.turn()
         assert b.pool.info().workers[0].life is Life.QUARANTINED

@@ -71,6 +71,31 @@ def test_it_finds_what_the_plainest_search_finds(
         search._CHUNK_ROWS = previous  # type: ignore[misc]
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 10), st.integers(1, 9))
+def test_the_search_on_a_device_finds_the_same(
+    subjects_of: list[int], top_k: int, chunk: int
+) -> None:
+    """The code for CUDA, run by torch on the CPU: half precision finds, single decides."""
+    pytest.importorskip("torch")
+    message, fd, matrix, subjects = snapshot({"other": [2], "people": subjects_of})
+    (_, first, last) = message.galleries[1]
+    segment = search._segment(first, last, subjects)
+    rng = np.random.default_rng(1)
+    batch = rng.standard_normal((3, 16)).astype(np.float32)
+    batch /= np.linalg.norm(batch, axis=1, keepdims=True)
+    previous, search._CHUNK_ROWS = search._CHUNK_ROWS, chunk  # type: ignore[misc]
+    try:
+        found = search._TorchRows(matrix, "cpu").best_of_subjects(batch, segment, top_k)
+    finally:
+        search._CHUNK_ROWS = previous  # type: ignore[misc]
+        os.close(fd)
+    for probe, hits in zip(batch, found, strict=True):
+        expected = plain(probe, matrix[first:last], subjects[first:last], top_k)
+        assert [s for s, _ in hits] == [s for s, _ in expected]
+        assert [c for _, c in hits] == pytest.approx([c for _, c in expected], abs=1e-5)
+
+
 def test_an_unknown_or_empty_gallery_has_no_candidates() -> None:
     message, fd, matrix, _ = snapshot({"people": [1, 2], "nobody": []})
     searcher = Searcher(message, fd, "cpu")

@@ -542,7 +542,7 @@ class Pool:
         ready.done(job, used)
         if job.started_ns:
             member.service_ns += 0.125 * (now - job.started_ns - member.service_ns)
-        if ready.jobs:
+        if ready.jobs and not ready.jobs[0].started_ns:
             ready.jobs[0].started_ns = now
         self._dispatch()
         if self._over_budget(ready):

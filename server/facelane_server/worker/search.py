@@ -96,51 +96,64 @@ class _NumpyRows:
 
 
 class _TorchRows:
+    """The matrix on a device. One transfer to it and one back for a batch of probes."""
+
     def __init__(self, matrix: npt.NDArray[np.float16], device: str) -> None:
         import torch
 
         self._torch: Any = torch
-        self._device = device
+        self._device = torch.device(device)
         with torch.inference_mode():
-            self._matrix = torch.from_numpy(np.array(matrix)).to(device)
-            torch.cuda.synchronize(device)
-        self._ids: dict[int, Any] = {}
+            # A copy: a tensor must not live on the mapping, which is read-only.
+            self._matrix = torch.from_numpy(np.array(matrix)).to(self._device)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        self._layouts: dict[int, tuple[Any, Any, Any, int]] = {}
 
     def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
         torch = self._torch
         with torch.inference_mode():
             exact = torch.from_numpy(probes).to(self._device)
-            coarse = exact.half()
+            ids, starts, lengths, longest = self._layout(segment)
             count = len(segment.starts)
             best = torch.full((len(probes), count), -2.0, device=self._device)
-            ids = self._subject_ids(segment)
-            for first in range(0, segment.last - segment.first, _CHUNK_ROWS):
-                last = min(first + _CHUNK_ROWS, segment.last - segment.first)
-                rows = self._matrix[segment.first + first : segment.first + last]
-                scores = (coarse @ rows.T).float()
-                best.scatter_reduce_(1, ids[first:last].expand(len(probes), -1), scores, "amax")
-            _, shortlist = torch.topk(best, min(keep + _RESCORED, count), dim=1)
-            chosen = shortlist.cpu().numpy()
-            hits: list[Hits] = []
-            bounds = np.append(segment.starts, segment.last - segment.first)
-            for probe in range(len(probes)):
-                exact_best: list[tuple[int, float]] = []
-                for subject in chosen[probe]:
-                    lo = segment.first + int(bounds[subject])
-                    hi = segment.first + int(bounds[subject + 1])
-                    score = (self._matrix[lo:hi].float() @ exact[probe]).max()
-                    exact_best.append((int(segment.subjects[subject]), float(score)))
-                exact_best.sort(key=lambda hit: -hit[1])
-                hits.append(tuple(exact_best[:keep]))
-            return hits
+            coarse = exact.half()
+            for first in range(segment.first, segment.last, _CHUNK_ROWS):
+                last = min(first + _CHUNK_ROWS, segment.last)
+                scores = (coarse @ self._matrix[first:last].T).float()
+                own = ids[first - segment.first : last - segment.first]
+                best.scatter_reduce_(1, own.expand(len(probes), -1), scores, "amax")
+            _, chosen = torch.topk(best, min(keep + _RESCORED, count), dim=1)
+            # Every template of the chosen subjects, scored again: [N, chosen, longest].
+            offset = torch.arange(longest, device=self._device)
+            rows = starts[chosen][..., None] + torch.minimum(offset, lengths[chosen][..., None] - 1)
+            again = torch.einsum("nsld,nd->nsl", self._matrix[rows].float(), exact).amax(2)
+            values, order = torch.topk(again, min(keep, again.shape[1]), dim=1)
+            subjects = torch.gather(chosen, 1, order)
+            packed = torch.cat([values.double(), subjects.double()], 1).cpu().numpy()
+        half = packed.shape[1] // 2
+        return [
+            tuple(
+                (int(segment.subjects[int(subject)]), float(value))
+                for value, subject in zip(row[:half], row[half:], strict=True)
+            )
+            for row in packed
+        ]
 
-    def _subject_ids(self, segment: _Segment) -> Any:
-        ids = self._ids.get(segment.first)
-        if ids is None:
+    def _layout(self, segment: _Segment) -> tuple[Any, Any, Any, int]:
+        """(subject number of each row, first row and number of rows of each subject, the
+        largest such number), on the device."""
+        layout = self._layouts.get(segment.first)
+        if layout is None:
             lengths = np.diff(np.append(segment.starts, segment.last - segment.first))
             numbers = np.repeat(np.arange(len(segment.starts), dtype=np.int64), lengths)
-            ids = self._ids[segment.first] = self._torch.from_numpy(numbers).to(self._device)
-        return ids
+            on_device = [
+                self._torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self._device)
+                for a in (numbers, segment.starts + segment.first, lengths)
+            ]
+            layout = (*on_device, int(lengths.max()))
+            self._layouts[segment.first] = layout
+        return layout
 
 
 def _read(

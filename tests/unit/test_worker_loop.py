@@ -1,0 +1,393 @@
+"""The inference loop in a thread of the test, with a model that the test steers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.real_pool import PACKAGES
+from tests.waiting import until
+
+from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.ipc import messages
+from facelane_server.ipc.arena import Arena
+from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, socket_pair
+from facelane_server.ipc.messages import (
+    Cancel,
+    DetectItem,
+    Drain,
+    Drained,
+    EmbedItem,
+    Fatal,
+    FromWorker,
+    GallerySnapshot,
+    Hello,
+    Infer,
+    InferDone,
+    InferFailed,
+    Item,
+    LivenessDone,
+    LivenessItem,
+    Load,
+    Ping,
+    Pong,
+    Ready,
+    ToWorker,
+    Warming,
+)
+from facelane_server.worker import exit_codes, loop
+from facelane_server.worker.failpoints import InjectedOutOfMemoryError
+from facelane_server.worker.loop import Loop
+from facelane_server.worker.models import api
+
+SIZE = 16
+SLOT = 1 << 20
+
+
+class SteeredModel(api.LivenessModel):
+    """Computes on a "device": ``finish`` waits for the test's permission."""
+
+    crops = (api.ContextCrop(2.7, SIZE),)
+    batch_max = 4
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.permits = threading.Semaphore(0)
+        self.fail: dict[str, Exception] = {}
+        self.warming = True
+
+    def warm_up(self) -> None:
+        pass
+
+    def begin(self, crops: Sequence[api.U8]) -> api.Pending[api.F32]:
+        if self.warming:
+            return api.Ready(np.zeros(1, np.float32))
+        name = f"job{int(crops[0][0, 0, 0, 0])}"
+        self.calls.append(f"begin {name}")
+        if (error := self.fail.get(f"begin {name}")) is not None:
+            raise error
+        return _Steered(self, name, crops[0][:, 0, 0, 0].astype(np.float32))
+
+
+class _Steered(api.Pending[api.F32]):
+    def __init__(self, model: SteeredModel, name: str, value: api.F32) -> None:
+        self.model, self.name, self.value = model, name, value
+
+    def finish(self) -> api.F32:
+        assert self.model.permits.acquire(timeout=10)
+        self.model.calls.append(f"finish {self.name}")
+        if (error := self.model.fail.get(f"finish {self.name}")) is not None:
+            raise error
+        return self.value
+
+
+class Server:
+    """The server's end of the channel, blocking, and the loop in its thread."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket_pair()
+        self.sock = ours
+        self.sock.settimeout(10)
+        self.model = SteeredModel()
+        self.stopping = threading.Event()
+        self.request = Arena.create("request", 2, SLOT)
+        self.response = Arena.create("response", 2, SLOT)
+        self.code: int | None = None
+        self.wake, self._wake_writer = os.pipe()
+        self.loop = Loop(WorkerChannel(theirs, wake_fd=self.wake), self.stopping.is_set)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self.code = self.loop.run()
+
+    def send(self, message: ToWorker, fds: Sequence[int] = ()) -> None:
+        import socket
+
+        packet = messages.encode(message)
+        if fds:
+            socket.send_fds(self.sock, [packet], list(fds))
+        else:
+            self.sock.send(packet)
+
+    def receive(self) -> FromWorker:
+        packet = self.sock.recv(1 << 18)
+        if not packet:
+            raise ChannelClosed("end of file")
+        return messages.decode_from_worker(packet)
+
+    def load(self, **changes: object) -> None:
+        assert isinstance(self.receive(), Hello)
+        package = PACKAGES[Stage.LIVENESS]
+        fields: dict[str, object] = {
+            "worker_id": "liveness#0",
+            "stage": "liveness",
+            "package": str(package.folder),
+            "device": "cpu",
+            "batch_max": 4,
+            "slots": 2,
+            "request_slot_bytes": SLOT,
+            "response_slot_bytes": SLOT,
+            **changes,
+        }
+        fds = [self.request.fileno(), self.response.fileno()]
+        self.send(Load(**fields), fds)  # type: ignore[arg-type]
+
+    def become_ready(self, **changes: object) -> Ready:
+        self.load(**changes)
+        assert isinstance(self.receive(), Warming)
+        ready = self.receive()
+        assert isinstance(ready, Ready), ready
+        self.model.warming = False
+        return ready
+
+    def infer(self, job_id: int, slot: int, items: list[Item] | None = None) -> None:
+        self.request.slot(slot % 2)[:] = bytes([job_id]) * SLOT
+        self.send(Infer(job_id, slot, items if items is not None else [LivenessItem((0,))]))
+
+    def stop(self) -> None:
+        self.stopping.set()
+        os.write(self._wake_writer, b"x")
+
+    def close(self) -> None:
+        self.model.permits.release(100)
+        self.sock.close()
+        self.stop()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        self.loop._channel.close()
+        for fd in (self.wake, self._wake_writer):
+            os.close(fd)
+        self.request.close()
+        self.response.close()
+
+    def exit_code(self) -> int:
+        self.thread.join(10)
+        assert self.code is not None
+        return self.code
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    comm = Path("/proc/self/comm").read_text(encoding="ascii")
+    made = Server()
+    monkeypatch.setattr(loop, "load_model", lambda load: (made.model, "steered", "cpu"))
+    yield made
+    made.close()
+    assert Path("/proc/self/comm").read_text(encoding="ascii") == comm
+
+
+def test_the_next_job_is_begun_while_the_first_is_on_the_device(server: Server) -> None:
+    server.become_ready()
+    server.infer(1, 0)
+    until(lambda: server.model.calls == ["begin job1"])
+    server.infer(2, 1)
+    server.model.permits.release()
+    first = server.receive()
+    assert isinstance(first, InferDone)
+    assert (first.job_id, first.items) == (1, [LivenessDone(1.0)])
+    server.model.permits.release()
+    second = server.receive()
+    assert isinstance(second, InferDone)
+    assert (second.job_id, second.items) == (2, [LivenessDone(2.0)])
+    # Whether job 2 was begun before job 1 was waited for depends on when it arrived; two
+    # jobs that are both there are always begun before the first is finished:
+    server.model.calls.clear()
+    server.infer(3, 0)
+    until(lambda: server.model.calls == ["begin job3"])
+    server.infer(4, 1)
+    server.infer(5, 0)
+    server.model.permits.release(3)
+    assert [server.receive().job_id for _ in range(3)] == [3, 4, 5]  # type: ignore[union-attr]
+    assert server.model.calls.index("begin job5") < server.model.calls.index("finish job4")
+
+
+def test_a_failure_does_not_overtake_the_answer_before_it(server: Server) -> None:
+    server.become_ready()
+    server.model.fail["begin job3"] = ValueError("broken")
+    server.infer(1, 0)
+    until(lambda: server.model.calls == ["begin job1"])
+    server.infer(2, 1)
+    server.infer(3, 0)
+    server.model.permits.release(3)
+    answers = [server.receive() for _ in range(3)]
+    assert [answer.job_id for answer in answers] == [1, 2, 3]  # type: ignore[union-attr]
+    failed = answers[2]
+    assert isinstance(failed, InferFailed)
+    assert (failed.reason, failed.retryable) == ("INTERNAL", False)
+    assert "broken" not in failed.message, "an exception's text may hold data"
+
+
+def test_a_model_may_refuse_a_job_with_its_own_reason(server: Server) -> None:
+    server.become_ready()
+    server.model.fail["finish job1"] = FacelaneError(Reason.PICTURE_TOO_LARGE, "too large")
+    server.infer(1, 0)
+    server.model.permits.release()
+    assert server.receive() == InferFailed(1, "PICTURE_TOO_LARGE", "too large")
+
+
+def test_errors_in_a_row_end_the_worker_and_a_success_between_them_does_not(
+    server: Server,
+) -> None:
+    server.become_ready()
+    for job in (1, 2, 4, 5, 6):
+        server.model.fail[f"finish job{job}"] = ValueError("broken")
+    server.model.permits.release(10)
+    for job in range(1, 7):
+        server.infer(job, 0)
+        expected = InferDone if job == 3 else InferFailed
+        assert isinstance(server.receive(), expected)
+    fatal = server.receive()
+    assert isinstance(fatal, Fatal)
+    assert fatal.reason == "INTERNAL"
+    assert server.exit_code() == exit_codes.INTERNAL
+
+
+def test_memory_that_runs_out_three_times_ends_the_worker(server: Server) -> None:
+    server.become_ready()
+    server.model.permits.release(10)
+    for job in (1, 2, 3):
+        server.model.fail[f"finish job{job}"] = InjectedOutOfMemoryError("full")
+        server.infer(job, 0)
+        failed = server.receive()
+        assert isinstance(failed, InferFailed)
+        assert (failed.reason, failed.retryable) == ("OUT_OF_MEMORY", True)
+    assert isinstance(server.receive(), Fatal)
+    assert server.exit_code() == exit_codes.OUT_OF_MEMORY
+
+
+def test_ping_is_answered_between_jobs_and_by_the_loop_alone(server: Server) -> None:
+    server.become_ready()
+    server.send(Ping(7))
+    pong = server.receive()
+    assert isinstance(pong, Pong)
+    assert pong.sequence == 7
+    assert pong.memory_mib > 0
+    server.infer(1, 0)
+    until(lambda: server.model.calls == ["begin job1"])
+    server.send(Ping(8))
+    server.model.permits.release()
+    assert isinstance(server.receive(), InferDone), "the device first: that is what a ping shows"
+    assert isinstance(server.receive(), Pong)
+
+
+def test_cancel_skips_a_job_that_was_not_begun(server: Server) -> None:
+    server.become_ready()
+    server.infer(1, 0)
+    until(lambda: server.model.calls == ["begin job1"])
+    server.infer(2, 1)
+    server.infer(3, 0)
+    server.send(Cancel(3))
+    server.send(Cancel(99))
+    server.model.permits.release(2)
+    answers = {server.receive().job_id: None for _ in range(3)}  # type: ignore[union-attr]
+    assert set(answers) == {1, 2, 3}
+    assert "begin job3" not in server.model.calls
+
+
+def test_drain_answers_what_was_sent_and_then_leaves(server: Server) -> None:
+    server.become_ready()
+    server.infer(1, 0)
+    server.infer(2, 1)
+    server.send(Drain())
+    server.model.permits.release(2)
+    assert [type(server.receive()) for _ in range(3)] == [InferDone, InferDone, Drained]
+    assert server.exit_code() == exit_codes.OK
+    assert server.loop.drained
+
+
+def test_sigterm_drains_too(server: Server) -> None:
+    server.become_ready()
+    server.stop()
+    assert server.receive() == Drained()
+    assert server.exit_code() == exit_codes.OK
+
+
+def test_the_servers_end_is_the_workers_end(server: Server) -> None:
+    server.become_ready()
+    server.sock.close()
+    assert server.exit_code() == exit_codes.OK
+
+
+def test_a_drain_before_load_is_obeyed(server: Server) -> None:
+    assert isinstance(server.receive(), Hello)
+    server.send(Drain())
+    assert server.receive() == Drained()
+    assert server.exit_code() == exit_codes.OK
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda s: s.infer(1, 2),
+        lambda s: s.infer(1, -1),
+        lambda s: s.infer(1, 0, []),
+        lambda s: s.infer(1, 0, [LivenessItem((0,))] * 5),
+        lambda s: s.infer(1, 0, [LivenessItem((SLOT - 1,))]),
+        lambda s: s.infer(1, 0, [LivenessItem((-1,))]),
+        lambda s: s.infer(1, 0, [LivenessItem((0, 0))]),
+        lambda s: s.infer(1, 0, [EmbedItem(0)]),
+        lambda s: s.infer(1, 0, [DetectItem(0, 1, "jpeg")]),
+        lambda s: s.send(Ping(1), [0]),
+        lambda s: s.send(GallerySnapshot(1, 0, 1, ())),
+        lambda s: s.sock.send(b"garbage"),
+        lambda s: [s.infer(n, 0) for n in range(1, 6)],
+    ],
+)
+def test_a_server_that_breaks_the_protocol_is_left(
+    server: Server, send: Callable[[Server], object]
+) -> None:
+    server.become_ready()
+    send(server)
+    fatal = server.receive()
+    assert isinstance(fatal, Fatal), fatal
+    assert fatal.reason == "PROTOCOL"
+    server.model.permits.release(10)
+    assert server.exit_code() == exit_codes.PROTOCOL
+
+
+@pytest.mark.parametrize("changes", [{"slots": 3}, {"request_slot_bytes": 4096}])
+def test_arenas_that_are_not_what_load_says_are_refused(
+    server: Server, changes: dict[str, object]
+) -> None:
+    server.load(**changes)
+    fatal = server.receive()
+    assert isinstance(fatal, Fatal)
+    assert fatal.reason == "PROTOCOL"
+    assert server.exit_code() == exit_codes.PROTOCOL
+
+
+def test_load_without_arenas_is_refused(server: Server) -> None:
+    assert isinstance(server.receive(), Hello)
+    server.send(Ping(1))
+    assert isinstance(server.receive(), Fatal)
+    assert server.exit_code() == exit_codes.PROTOCOL
+
+
+def test_a_model_that_cannot_be_loaded_says_why_without_the_details(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(load: Load) -> None:
+        raise ValueError("the details")
+
+    monkeypatch.setattr(loop, "load_model", broken)
+    server.load()
+    fatal = server.receive()
+    assert isinstance(fatal, Fatal)
+    assert fatal.reason == "LOAD_FAILED"
+    assert "ValueError" in fatal.message
+    assert "details" not in fatal.message
+    assert server.exit_code() == exit_codes.LOAD_FAILED
+    assert "the details" in capsys.readouterr().err
+
+
+def test_the_real_loader_reads_a_package() -> None:
+    package = PACKAGES[Stage.RECOGNIZER]
+    load = Load("r#0", "recognizer", str(package.folder), "auto", 4, 2, SLOT, SLOT)
+    model, model_id, device = loop.load_model(load)
+    assert isinstance(model, api.Recognizer)
+    assert (model_id, device, model.embedding_dim) == (package.model_id, "cpu", 512)
