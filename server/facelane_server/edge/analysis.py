@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import grpc
 import structlog
@@ -17,7 +17,7 @@ from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 
 from facelane_server import limits, tracking
 from facelane_server.config import Config
-from facelane_server.domain import Encoding, FacelaneError, Outcome, Picture, Reason
+from facelane_server.domain import FacelaneError, Outcome, Picture, Reason
 from facelane_server.edge import convert, errors
 from facelane_server.lanes import (
     Lane,
@@ -33,8 +33,6 @@ from facelane_server.pipeline import Origin, Pipeline, Plan, Reading
 log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-_NO_PICTURE: Final = Picture(Encoding.JPEG, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,12 +234,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                 return
             kind = message.WhichOneof("message")
             if kind == "frame":
-                fault = None
-                try:
-                    body = convert.picture(message.frame.picture, self._config)
-                except FacelaneError as error:
-                    body, fault = _NO_PICTURE, error
-                lane.offer(convert.frame(message.frame, body), fault)
+                lane.offer(*convert.frame(message.frame, self._config))
             elif kind == "config":
                 raise FacelaneError(
                     Reason.CONFIG_REPEATED,

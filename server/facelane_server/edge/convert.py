@@ -59,6 +59,7 @@ _NAME = re.compile(r"[A-Za-z0-9._@:-]{1,128}")
 _SOURCE = re.compile(r"[A-Za-z0-9._-]{0,64}")
 DEFAULT_GALLERY: Final = "default"
 DEFAULT_WEIGHT: Final = 10
+_NO_PICTURE: Final = Picture(Encoding.JPEG, b"")
 
 
 def invalid(message: str, **metadata: str) -> FacelaneError:
@@ -159,6 +160,14 @@ def duration_ns(message: duration_pb2.Duration, field: str) -> int:
     return message.seconds * 1_000_000_000 + message.nanos
 
 
+def timestamp_ns(message: timestamp_pb2.Timestamp, field: str) -> int:
+    """Nanoseconds since the epoch; years 1 to 9999, as protobuf has it."""
+    in_calendar = -62_135_596_800 <= message.seconds <= 253_402_300_799
+    if not in_calendar or not 0 <= message.nanos <= 999_999_999:
+        raise invalid(f"{field} is not a valid timestamp", field=field)
+    return message.seconds * 1_000_000_000 + message.nanos
+
+
 def _duration(ns: int) -> duration_pb2.Duration:
     seconds, nanos = divmod(ns, 1_000_000_000)
     return duration_pb2.Duration(seconds=seconds, nanos=nanos)
@@ -173,17 +182,24 @@ def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
     return result
 
 
-def frame(message: analysis_pb.Frame, body: Picture) -> Frame:
-    capture = None
-    if message.HasField("capture_time"):
-        capture = message.capture_time.seconds * 1_000_000_000 + message.capture_time.nanos
-    offset = message.stream_offset
-    return Frame(
-        frame_id=message.frame_id,
-        picture=body,
-        stream_offset_ns=offset.seconds * 1_000_000_000 + offset.nanos,
-        capture_time_ns=capture,
-    )
+def frame(message: analysis_pb.Frame, config: Config) -> tuple[Frame, FacelaneError | None]:
+    """A frame, and what is wrong with it if anything is.
+
+    A fault is no exception here: the frame still has its place in the stream, where the
+    fault is told. What is at fault is left out of the frame.
+    """
+    body, offset_ns, capture_ns, fault = _NO_PICTURE, 0, None, None
+    try:
+        if message.HasField("capture_time"):
+            capture_ns = timestamp_ns(message.capture_time, "capture_time")
+        offset_ns = duration_ns(message.stream_offset, "stream_offset")
+        if offset_ns < 0:
+            offset_ns = 0
+            raise invalid("stream_offset must not be negative", field="stream_offset")
+        body = picture(message.picture, config)
+    except FacelaneError as error:
+        fault = error
+    return Frame(message.frame_id, body, offset_ns, capture_ns), fault
 
 
 def identity(value: Identity, *, candidates: bool = True) -> pb.Identity:
