@@ -335,7 +335,6 @@ def test_a_drain_before_load_is_obeyed(server: Server) -> None:
         lambda s: s.send(Ping(1), [0]),
         lambda s: s.send(GallerySnapshot(1, 0, 1, ())),
         lambda s: s.sock.send(b"garbage"),
-        lambda s: [s.infer(n, 0) for n in range(1, 6)],
     ],
 )
 def test_a_server_that_breaks_the_protocol_is_left(
@@ -347,6 +346,18 @@ def test_a_server_that_breaks_the_protocol_is_left(
     assert isinstance(fatal, Fatal), fatal
     assert fatal.reason == "PROTOCOL"
     server.model.permits.release(10)
+    assert server.exit_code() == exit_codes.PROTOCOL
+
+
+def test_more_jobs_at_once_than_there_are_slots_break_the_protocol(server: Server) -> None:
+    server.become_ready()
+    server.infer(1, 0)
+    until(lambda: server.model.calls == ["begin job1"])
+    for job in range(2, 6):
+        server.infer(job, 1)
+    server.model.permits.release(10)
+    assert isinstance(server.receive(), InferDone)
+    assert isinstance(server.receive(), Fatal)
     assert server.exit_code() == exit_codes.PROTOCOL
 
 
