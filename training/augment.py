@@ -87,16 +87,26 @@ def training_batch(pictures: Tensor) -> Tensor:
 
 
 def clean_batch(pictures: Tensor) -> Tensor:
-    """Harmless variety that must count as clean: jitter of alignment, light and sharpness."""
+    """Harmless variety that must count as clean: jitter of alignment, light, colour, film and
+    sharpness, mild compression; the aliasing of large faces that were made small."""
     x = geometry(pictures, strength=0.35)
     n = len(x)
-    x = x.clamp(1e-4, 1) ** column(torch.exp(rand(n, -0.2, 0.2, x)))
+    x = x.clamp(1e-4, 1) ** column(torch.exp(rand(n, -0.3, 0.3, x)))
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = ((x - mean) * column(torch.exp(rand(n, -0.15, 0.15, x))) + mean).clamp(0, 1)
-    rows = _some(n, 0.4, x)
-    x[rows] = imaging.sharpen(x[rows], rand(len(rows), 0.1, 0.9, x))
+    x = (x - mean) * column(torch.exp(rand(n, -0.25, 0.25, x))) + mean
+    x = (x * (1 + 0.05 * torch.randn(n, 3, 1, 1, device=x.device))).clamp(0, 1)
     rows = _some(n, 0.15, x)
-    x[rows] = imaging.gaussian_blur(x[rows], random.uniform(0.3, 0.6))
+    x[rows] = imaging.expose(x[rows], rand(len(rows), 0.6, 1.35, x))
+    rows = _some(n, 0.08, x)
+    x[rows] = x[rows].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    rows = _some(n, 0.15, x)
+    x[rows] = imaging.gaussian_blur(x[rows], random.uniform(0.3, 0.8))
+    rows = _some(n, 0.45, x)
+    x[rows] = imaging.sharpen(x[rows], rand(len(rows), 0.1, 1.8, x))
+    rows = _some(n, 0.2, x)
+    x[rows] = imaging.noise(x[rows], rand(len(rows), 0.0, 0.025, x))
+    rows = _some(n, 0.25, x)
+    x[rows] = imaging.jpeg(x[rows], rand(len(rows), 45, 97, x))
     return x
 
 
@@ -112,20 +122,20 @@ def damage(clean: Tensor, backgrounds: Tensor) -> Tensor:
     parts = iter(order.tensor_split(20))
     for _ in range(2):
         rows = next(parts)
-        x[rows] = imaging.gaussian_blur(x[rows], random.uniform(0.8, 3.0))
+        x[rows] = imaging.gaussian_blur(x[rows], random.uniform(1.1, 3.0))
         rows = next(parts)
         x[rows] = imaging.gaussian_blur(x[rows], random.uniform(2.5, 6.0))
         rows = next(parts)
         up = random.choice(("bilinear", "bicubic", "nearest"))
         x[rows] = imaging.low_resolution(x[rows], random.randint(7, 36), up=up)
         rows = next(parts)
-        x[rows] = imaging.noise(x[rows], rand(len(rows), 0.03, 0.14, x))
+        x[rows] = imaging.noise(x[rows], rand(len(rows), 0.05, 0.14, x))
         rows = next(parts)
-        x[rows] = imaging.expose(x[rows], rand(len(rows), 1.5, 4.0, x), rand(len(rows), 0.5, 1, x))
+        x[rows] = imaging.expose(x[rows], rand(len(rows), 1.7, 4.0, x), rand(len(rows), 0.5, 1, x))
     rows = next(parts)
     x[rows] = imaging.noise(x[rows], rand(len(rows), 0.1, 0.4, x))
     rows = next(parts)
-    x[rows] = imaging.expose(x[rows], rand(len(rows), 0.02, 0.5, x), rand(len(rows), 1, 3, x))
+    x[rows] = imaging.expose(x[rows], rand(len(rows), 0.02, 0.35, x), rand(len(rows), 1, 3, x))
     for low, high in ((0.25, 0.6), (0.4, 0.9)):
         rows = next(parts)
         hole = imaging.rectangle_mask(len(rows), size, low, high, x)

@@ -186,8 +186,9 @@ def _read(root: ET.Element, blob: bytes) -> tuple[list[_Layer], dict[str, np.nda
         if layer.type == "Const":
             start, size = int(attributes["offset"]), int(attributes["size"])
             shape = [int(part) for part in attributes["shape"].split(",") if part.strip()]
-            raw = np.frombuffer(blob, types[attributes["element_type"]], offset=start,
-                                count=size // np.dtype(types[attributes["element_type"]]).itemsize)  # fmt: skip
+            kind = types[attributes["element_type"]]
+            count = size // np.dtype(kind).itemsize
+            raw = np.frombuffer(blob, kind, offset=start, count=count)
             constants[layer.id] = raw.reshape(shape)
     for layer in found.values():
         if layer.type == "Convert" and layer.inputs[0] in constants:

@@ -1,0 +1,173 @@
+"""The model cards: what each starter model is, how good it was measured to be, where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Report = Mapping[str, Any]
+
+_DATA = """## Data and teachers
+Trained on research data: 6,290 aligned crops of 299 people (a CelebA subset) and one half of
+LFW, of which 15 % of the identities (by a hash of the name) were kept out of every training
+and are what the figures below were measured on. Both sets are for non-commercial research.
+The weights are therefore **for evaluation and development, not for sale or for decisions
+about people**. Teacher: {teacher}.
+"""
+
+_REPLACE = """## Replace it
+Import a model that you have the rights to, with `facelane-server models import`, and name it
+in the configuration under `[[pools]]`. {more}
+"""
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def detector(report: Report, score: float) -> str:
+    """The detector's card. ``score``: the threshold that is shipped."""
+    rows = report["detector"]["by_score"]
+    table = [
+        "| score | recall | precision | landmark error / width | textures with a face, of 200 |",
+        "|---|---|---|---|---|",
+    ]
+    for at, row in rows.items():
+        mark = " (shipped)" if abs(float(at) - score) < 1e-9 else ""
+        table.append(
+            f"| {at}{mark} | {row['recall']:.3f} | {row['precision']:.3f} "
+            f"| {row['landmark_error_of_width']:.3f} | {row['textures_with_faces']} |"
+        )
+    return "\n".join(
+        (
+            "# facelane-detector",
+            "",
+            "A face detector with five landmarks: the YuNet network with smaller widths, 65,000",
+            "parameters, any picture size. It serves video and photos of people who face the",
+            "camera, from about 16 pixels of face width in the network's input.",
+            "",
+            "## Measured",
+            f"Against YuNet's own detections, {rows['0.6']['faces']} faces of 24 pixels and more",
+            "in photos of identities kept out, IoU 0.5:",
+            "",
+            *table,
+            "",
+            "## Where it fails",
+            "Faces under 16 pixels; profiles beyond about 60 degrees; faces turned upside down;",
+            "heavy occlusion. Whatever YuNet misses it was taught to miss. Regular patterns can",
+            "look like a face to it: keep the threshold, and keep the OOD check behind it.",
+            "",
+            _DATA.format(teacher="YuNet (Apache-2.0), by its dense answers"),
+            _REPLACE.format(more="YuNet itself is a good first choice."),
+        )
+    )
+
+
+def recognizer(report: Report, match: float, far: float, ood: Mapping[str, float]) -> str:
+    """The recogniser's card, the OOD score included."""
+    got = report["recognizer"]
+    lines = ["| | accuracy | TAR@FAR 1e-2 | 1e-3 | 1e-4 | 1e-5 |", "|---|---|---|---|---|---|"]
+    for name, key in (("this model", "verification"), ("its teacher", "teacher_verification")):
+        if key in got:
+            v = got[key]
+            cells = [v["accuracy"], *(v[f"tar_at_far_1e-{k}"] for k in (2, 3, 4, 5))]
+            lines.append(f"| {name} | " + " | ".join(f"{c:.4f}" for c in cells) + " |")
+    v = got["verification"]
+    scores = list(got["ood_mean"])
+    table = ["| damage | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    rows = {
+        **got["ood_auroc"],
+        "**mean**": got["ood_mean"],
+        "**mean of kinds in no training** (motion_blur, jpeg_blocks, colour_cast)": got[
+            "ood_mean_held_out_kinds"
+        ],
+    }
+    for kind, row in rows.items():
+        table.append(f"| {kind} | " + " | ".join(f"{row[s]:.3f}" for s in scores) + " |")
+    return "\n".join(
+        (
+            "# facelane-recognizer",
+            "",
+            "A face recogniser with an out-of-distribution (OOD) score: a MobileFaceNet of 1.2",
+            "million parameters, 512 outputs, and a small head that reads three of its maps and",
+            "says how far the face can be trusted. Input: a 112x112 crop aligned to the ArcFace",
+            "template. Embeddings are compared by cosine.",
+            "",
+            "## Measured: verification",
+            f"{v['pictures']} pictures of {v['identities']} identities never trained on;",
+            f"{v['genuine_pairs']} genuine pairs (at most 20 of an identity),",
+            f"{v['impostor_pairs']:,} impostor pairs; accuracy over ten folds.",
+            "",
+            *lines,
+            "",
+            f"`match` = {match} is the threshold that {far:.0e} of the impostor pairs reach. One",
+            "false match in ten thousand comparisons is one in ten for a gallery of a thousand",
+            "people: raise it for large galleries.",
+            "",
+            "## Measured: OOD score",
+            "AUROC of clean faces against damaged ones. *consistency* is the score that is",
+            "shipped: a head trained to predict the cosine between the embeddings of a damaged",
+            "face and of the clean one. *rts*: Random Temperature Scaling (arXiv 2212.01015)",
+            "trained jointly with the last stage. *norm*: the length of the embedding.",
+            "",
+            *table,
+            "",
+            "Calibrated on the kept-out identities' clean faces:",
+            f"{_percent(ood['clean_refused_in_sample'])} of them fall under 0.4; with a mapping",
+            f"fitted on one half of the identities, {_percent(ood['clean_refused'])} of the other",
+            "half do.",
+            "",
+            "The consistency head was trained on most of these kinds of damage, the norm was not:",
+            "the fair comparison is the last row. It tells a spoilt picture from a clean one; it",
+            "says nothing about whether the person is in the gallery.",
+            "",
+            "## Where it fails",
+            "People unlike the training data, which is mostly adult public figures of the early",
+            "2000s, more men than women, with few children and few dark-skinned faces: expect more",
+            "false matches there, and measure before use. Profiles, sunglasses, masks and small",
+            "faces (under 40 pixels) lower the similarity. Relatives may match.",
+            "",
+            _DATA.format(teacher="face-reidentification-retail-0095 (Apache-2.0)"),
+            _REPLACE.format(more="Embeddings of different models are not comparable: enrol again."),
+        )
+    )
+
+
+def liveness(report: Report, live: float, spoof: float) -> str:
+    """The liveness model's card."""
+    got = report["liveness"]
+    rows = [
+        "| attack (simulated) | rejected at 0.5 | the pair | in training |",
+        "|---|---|---|---|",
+    ]
+    for name, row in got["attacks"].items():
+        rows.append(
+            f"| {name} | {row['rejected_at']['0.5']:.3f} | {row['pair_rejected']:.3f} "
+            f"| {'no' if row['held_out'] else 'yes'} |"
+        )
+    return "\n".join(
+        (
+            "# facelane-liveness",
+            "",
+            "Passive liveness from one picture: a small network over an 80x80 crop of the face",
+            f"and its surroundings. LIVE from {live}, SPOOF under {spoof}, UNDECIDED between.",
+            "",
+            "## Measured",
+            f"{got['crops']} crops of identities kept out: agreement with the pair of teachers",
+            f"{got['agreement']['0.5']:.3f} (they call {got['pair_live_share']:.3f} of them live),",
+            f"correlation {got['correlation']:.2f}. Attacks, none of them real:",
+            "",
+            *rows,
+            "",
+            "## Where it fails",
+            "**It has never seen a real attack.** What it knows of attacks was drawn by a program:",
+            "prints, screens, sheets held up. Treat its verdict as a hint among others, never as",
+            "the only gate. Masks and well-made replays on good screens pass. Strong compression,",
+            "night pictures and faces that fill the frame are often UNDECIDED or wrongly SPOOF.",
+            "",
+            _DATA.format(teacher="the MiniFASNet pair of Silent-Face-Anti-Spoofing (Apache-2.0)"),
+            _REPLACE.format(
+                more="Whoever needs presentation attack detection needs a certified one."
+            ),
+        )
+    )
