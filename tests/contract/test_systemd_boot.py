@@ -349,7 +349,7 @@ def test_the_bridge_streams_and_its_results_reach_the_journal(server: Machine) -
         server.wait_active(bridge)
         main = server.show(bridge, "MainPID")
         assert server.run("ps", "-o", "user:32=", "-p", main).strip() == "facelane-bridge"
-        until(lambda: '"front-door"' in server.journal(bridge), 30, "results in the journal")
+        until(lambda: '"type":"result"' in server.journal(bridge), 30, "results in the journal")
         # It must not be able to read the gallery.
         denied = server.run(
             *("setpriv", "--reuid=facelane-bridge", "--clear-groups"),

@@ -1,0 +1,73 @@
+"""Simulated cameras in a process of their own: ``python -m bench.cameras JOB.json``.
+
+A client process is one core of Python; many cameras need several of them, or the client
+would be measured instead of the server. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import facelane
+from bench import load
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """``start_at``: ``time.monotonic`` seconds at which all client processes begin."""
+
+    target: str
+    frames: str
+    streams: int
+    rate_hz: float
+    seconds: float
+    start_at: float
+    max_frame_age: float
+
+
+async def run(job: Job) -> dict[str, Any]:
+    """What the cameras of this process saw."""
+    frames = [path.read_bytes() for path in sorted(Path(job.frames).glob("*.jpg"))]
+    await asyncio.sleep(max(0.0, job.start_at - time.monotonic()))
+    cpu = time.process_time()
+    measured = await load.paced(
+        job.target,
+        frames,
+        streams=job.streams,
+        rate_hz=job.rate_hz,
+        seconds=job.seconds,
+        max_frame_age=job.max_frame_age,
+    )
+    elapsed = measured.end - measured.begin
+    # The first second is the opening of the streams, when every track is new.
+    warm = [a for a in measured.answers if a.at >= measured.begin + 1.0]
+    results = [a for a in warm if a.kind == "result"]
+    stages: dict[str, list[float]] = {}
+    for answer in results:
+        for stage, seconds in answer.stages.items():
+            stages.setdefault(stage, []).append(round(seconds, 6))
+    return {
+        "sent": measured.sent,
+        "held_back": measured.held_back,
+        "lost": measured.lost,
+        "drops": sum(a.kind == "drop" for a in warm),
+        "errors": sum(a.kind == "error" for a in warm),
+        "degraded": sum(bool(a.missing) for a in results),
+        "faces": sum(a.faces for a in results),
+        "answers": len(warm),
+        "ages": [round(a.age, 6) for a in results],
+        "latencies": [round(a.latency, 6) for a in results],
+        "stages": stages,
+        "cpu_share": (time.process_time() - cpu) / elapsed,
+        "sdk": facelane.__version__,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(run(Job(**json.loads(Path(sys.argv[1]).read_text()))))))

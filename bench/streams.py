@@ -1,0 +1,296 @@
+"""How many cameras one card takes: simulated 25 fps JPEG cameras with 0 to 4 faces a frame
+through the whole service, more and more of them, until the 99th percentile of the frames'
+age exceeds 100 ms or a thousandth of them is dropped.
+
+Parts: `streams:720p`, `streams:1080p`. Says which stage was the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from bench import material
+from bench.cameras import Job
+from bench.report import Report, Row
+from bench.service import Service
+from bench.settings import Settings
+from bench.stats import percentile
+
+FPS: Final = 25.0
+MAX_AGE_MS: Final = 100.0
+MAX_DROPS: Final = 0.001
+MAX_STREAMS: Final = 512
+STREAMS_A_CLIENT: Final = 24
+FACES: Final = (0, 1, 2, 1, 4, 0, 3, 1)
+SIZES: Final = {"720p": (1280, 720), "1080p": (1920, 1080)}
+FRAME_AGE_S: Final = 1.0
+_SAMPLE_S: Final = 0.25
+
+
+@dataclass(slots=True)
+class Trial:
+    """One number of cameras. Ages and latencies in seconds, shares of one core or card."""
+
+    streams: int
+    sent: int = 0
+    answers: int = 0
+    drops: int = 0
+    errors: int = 0
+    lost: int = 0
+    held_back: int = 0
+    degraded: int = 0
+    faces: int = 0
+    ages: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    stages: dict[str, list[float]] = field(default_factory=dict)
+    front_cpu: float = math.nan
+    client_cpu: float = math.nan
+    workers_cpu: dict[str, float] = field(default_factory=dict)
+    gpu: float = math.nan
+    gpu_memory_mib: float = math.nan
+
+    @property
+    def age_p99_ms(self) -> float:
+        return percentile(self.ages, 99) * 1e3
+
+    @property
+    def drop_share(self) -> float:
+        """Frames of which nothing came: dropped, held back at the camera, or failed."""
+        bad = self.drops + self.errors + self.lost + self.held_back
+        return bad / max(1, self.answers + self.held_back + self.lost)
+
+    @property
+    def good(self) -> bool:
+        return bool(self.ages) and self.age_p99_ms <= MAX_AGE_MS and self.drop_share < MAX_DROPS
+
+    def limit(self) -> str:
+        """What would have to be faster for more cameras, by what was busiest."""
+        if self.client_cpu > 0.9:
+            return "the load client"
+        candidates = {"front process": self.front_cpu, "GPU": self.gpu}
+        candidates |= {f"{stage} workers' CPU": v for stage, v in self.workers_cpu.items()}
+        known = {name: value for name, value in candidates.items() if not math.isnan(value)}
+        name = max(known, key=lambda key: known[key], default="unknown")
+        slowest = max(self.stages, key=lambda s: percentile(self.stages[s], 99), default="")
+        return f"{name} at {known.get(name, 0) * 100:.0f} %; slowest stage: {slowest}"
+
+
+async def run(settings: Settings) -> Report:
+    report = Report("streams", smoke=settings.smoke)
+    models = material.real_models(settings.cache)
+    for size, (width, height) in SIZES.items():
+        if not settings.wants(size) or (settings.smoke and size == "1080p"):
+            continue
+        frames = (
+            material.frames_from(settings.frames)
+            if settings.frames
+            else material.make_frames(settings.sized(64, 8), width, height, FACES)
+        )
+        with tempfile.TemporaryDirectory(prefix="facelane-bench-") as scratch:
+            folder = Path(scratch) / "frames"
+            folder.mkdir()
+            for index, data in enumerate(frames):
+                (folder / f"{index:06d}.jpg").write_bytes(data)
+            await _size(settings, report, models, size, folder)
+        kb = sum(map(len, frames)) / len(frames) / 1e3
+        report.note(f"{size}: {len(frames)} frames of {kb:.0f} kB on average, faces {FACES}")
+    report.note(f"models: {models.origin} ({models.name})")
+    return report
+
+
+def _pools(settings: Settings, models: material.Models) -> str:
+    """Decoding is the processor's work: detector workers until cores are short."""
+    cores = len(os.sched_getaffinity(0))
+    detectors = max(1, min(8, cores - 6))
+    device = f'devices = ["{settings.device}"]\nbatch_max = 16\n'
+    return models.pools_toml(
+        device,
+        detector=f"workers = {detectors}",
+        recognizer="stream_priority = -1" if settings.device != "cpu" else "",
+    )
+
+
+async def _size(
+    settings: Settings, report: Report, models: material.Models, size: str, frames: Path
+) -> None:
+    seconds = settings.lasting(12.0, 3.0)
+    rate = FPS if settings.device != "cpu" else 2.0
+    tables = "[limits]\nmax_streams = 1024\n"
+    async with Service(_pools(settings, models), tables=tables) as service:
+        await trial(service, frames, 1, rate, 3.0)  # warm-up
+
+        async def attempt(streams: int) -> Trial:
+            found = await trial(service, frames, streams, rate, seconds)
+            report.add(_row(found, size, rate, models.name))
+            return found
+
+        best: Trial | None = None
+        worst: Trial | None = None
+        streams = settings.sized(8, 1)
+        top = settings.sized(MAX_STREAMS, 2)
+        while streams <= top:
+            found = await attempt(streams)
+            if not found.good:
+                worst = found
+                break
+            best = found
+            streams *= 2
+        # Between the last that was good and the first that was not, to 5 % or one camera.
+        while best and worst and worst.streams - best.streams > max(1, best.streams // 20):
+            found = await attempt((best.streams + worst.streams) // 2)
+            best, worst = (found, worst) if found.good else (best, found)
+    if best is None:
+        report.note(f"{size}: not even {worst.streams if worst else 0} cameras keep the bounds")
+    else:
+        report.note(
+            f"{size}: {best.streams} cameras at {rate:g} fps = {best.streams * rate:.0f} frames/s, "
+            f"p99 age {best.age_p99_ms:.0f} ms, dropped {best.drop_share:.4%}; "
+            f"the limit: {(worst or best).limit()}"
+        )
+
+
+async def trial(service: Service, frames: Path, streams: int, rate: float, seconds: float) -> Trial:
+    """``streams`` cameras for some seconds, from as many client processes as they need."""
+    clients = math.ceil(streams / STREAMS_A_CLIENT)
+    shares = [streams // clients + (i < streams % clients) for i in range(clients)]
+    start_at = time.monotonic() + 2.0
+    found = Trial(streams)
+    with tempfile.TemporaryDirectory(prefix="facelane-bench-") as scratch:
+        processes = []
+        try:
+            for index, share in enumerate(shares):
+                job = Job(
+                    target=service.target,
+                    frames=str(frames),
+                    streams=share,
+                    rate_hz=rate,
+                    seconds=seconds,
+                    # Clients are not in step either.
+                    start_at=start_at + index / clients / rate,
+                    max_frame_age=FRAME_AGE_S,
+                )
+                path = Path(scratch) / f"{index}.json"
+                path.write_text(json.dumps(asdict(job)))
+                processes.append(
+                    await asyncio.create_subprocess_exec(
+                        *(sys.executable, "-m", "bench.cameras", str(path)),
+                        stdout=asyncio.subprocess.PIPE,
+                        limit=2**28,
+                    )
+                )
+            watcher = asyncio.create_task(_watch(service, start_at, seconds))
+            outputs = await asyncio.wait_for(
+                asyncio.gather(*(p.communicate() for p in processes)), seconds + 120
+            )
+        finally:
+            for process in processes:
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
+    for name, value in (await watcher).items():
+        setattr(found, name, value)
+    parts = [json.loads(output) for output, _ in outputs]
+    for part in parts:
+        for name in (
+            "sent",
+            "answers",
+            "drops",
+            "errors",
+            "lost",
+            "held_back",
+            "degraded",
+            "faces",
+        ):
+            setattr(found, name, getattr(found, name) + part[name])
+        found.ages += part["ages"]
+        found.latencies += part["latencies"]
+        for stage, times in part["stages"].items():
+            found.stages.setdefault(stage, []).extend(times)
+    found.client_cpu = max(part["cpu_share"] for part in parts)
+    return found
+
+
+async def _watch(service: Service, begin: float, seconds: float) -> dict[str, Any]:
+    """Shares of processor and card in the middle of a trial."""
+    await asyncio.sleep(max(0.0, begin + 1.0 - time.monotonic()))
+    front, workers = service.front(), service.workers()
+
+    def used() -> list[float]:
+        return [sum(p.cpu_times()[:2]) for p in (front, *workers)]
+
+    first, at = used(), time.monotonic()
+    gpu: list[float] = []
+    memory = math.nan
+    while time.monotonic() < begin + seconds:
+        share, memory = _gpu()
+        gpu.append(share)
+        await asyncio.sleep(_SAMPLE_S)
+    elapsed = time.monotonic() - at
+    spent = [(b - a) / elapsed for a, b in zip(first, used(), strict=True)]
+    by_stage: dict[str, float] = {}
+    for process, share in itertools.islice(zip((front, *workers), spent, strict=True), 1, None):
+        # Workers carry their id in their name (detector#0).
+        stage = process.name().split("#")[0].split()[-1]
+        by_stage[stage] = max(by_stage.get(stage, 0.0), share)
+    known = [share for share in gpu if not math.isnan(share)]
+    return {
+        "front_cpu": spent[0],
+        "workers_cpu": by_stage,
+        "gpu": sum(known) / len(known) if known else math.nan,
+        "gpu_memory_mib": memory,
+    }
+
+
+def _gpu() -> tuple[float, float]:
+    """(share of time in which a kernel ran, MiB in use) of the first card; nan without."""
+    try:
+        import pynvml
+    except ImportError:
+        return math.nan, math.nan
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        share = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+        return share, int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 2**20
+    except pynvml.NVMLError:
+        return math.nan, math.nan
+
+
+def _row(found: Trial, size: str, rate: float, model: str) -> Row:
+    stages = {
+        f"{stage}_p99_ms": percentile(times, 99) * 1e3
+        for stage, times in sorted(found.stages.items())
+    }
+    return Row(
+        deployment=f"{found.streams} cameras",
+        scenario=size,
+        model=model,
+        rate_hz=rate,
+        p50_ms=percentile(found.latencies, 50) * 1e3,
+        p99_ms=percentile(found.latencies, 99) * 1e3,
+        throughput_per_s=len(found.ages) / max(1e-9, found.answers) * found.streams * rate,
+        memory_mib=found.gpu_memory_mib,
+        extra={
+            "age_p99_ms": found.age_p99_ms,
+            "not_answered": found.drop_share,
+            "degraded": found.degraded,
+            "kept": found.good,
+            "gpu": found.gpu,
+            "front_cpu": found.front_cpu,
+            "client_cpu": found.client_cpu,
+            **{f"{stage}_cpu": share for stage, share in sorted(found.workers_cpu.items())},
+            **stages,
+        },
+    )
