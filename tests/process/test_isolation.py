@@ -11,12 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.real_pool import CROPS, FAST, PACKAGES, RealPool, alive, real_pool
+from tests.real_pool import CATALOG, CROPS, FAST, PACKAGES, RealPool, alive, real_pool
 from tests.waiting import auntil, until
 
 from facelane_server import config
@@ -25,17 +25,20 @@ from facelane_server.pools.host import ExternalLauncher, Launchers, mps_environm
 from facelane_server.pools.pool import Pool, PoolState
 from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer
 from facelane_server.worker import exit_codes
+from facelane_server.worker.models.package import Package
 
 # -- thread -------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def group(**settings: object) -> AsyncIterator[dict[Stage, RealPool]]:
+async def group(
+    packages: Mapping[Stage, Package] = PACKAGES, **settings: object
+) -> AsyncIterator[dict[Stage, RealPool]]:
     """The three pools as threads of one process."""
     with tempfile.TemporaryDirectory(prefix="facelane-") as folder:
         launchers = Launchers(Path(folder))
         pools = {}
-        for stage, package in PACKAGES.items():
+        for stage, package in packages.items():
             merged = config.Pool(**{**FAST, "isolation": "thread", **settings})  # type: ignore[arg-type]
             pool = Pool(
                 stage,
@@ -49,7 +52,7 @@ async def group(**settings: object) -> AsyncIterator[dict[Stage, RealPool]]:
             await made.pool.start()
         try:
             for made in pools.values():
-                assert await made.pool.wait_ready(20.0)
+                assert await made.pool.wait_ready(50.0)
             yield pools
         finally:
             pids = {pid for made in pools.values() for pid in made.pids() if pid}
@@ -104,6 +107,23 @@ async def test_a_group_can_have_several_workers_of_a_stage() -> None:
             await auntil(lambda p=made.pool: p.state is PoolState.SERVING)
         await all_answer(pools)
         assert len({pid for made in pools.values() for pid in made.pids()}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+async def test_the_shipped_models_serve_in_every_isolation(isolation: str) -> None:
+    packages = {stage: CATALOG.resolve(f"facelane-{stage}") for stage in PACKAGES}
+    async with group(packages, isolation=isolation, load_timeout_s=50.0) as pools:
+        detected = await pools[Stage.DETECTOR].infer()
+        embedded = await pools[Stage.RECOGNIZER].infer()
+        lively = await pools[Stage.LIVENESS].infer()
+        assert detected == DetectAnswer(64, 64, ()), "nobody is in a black picture"
+        assert len(embedded.vector) == packages[Stage.RECOGNIZER].embedding_dim * 4
+        assert 0.0 <= embedded.ood_score < 0.4, "and nobody can be told by one"
+        assert 0.0 <= lively.score <= 1.0
+        assert len({pid for made in pools.values() for pid in made.pids()}) == (
+            1 if isolation == "thread" else 3
+        )
 
 
 # -- external -----------------------------------------------------------------------------

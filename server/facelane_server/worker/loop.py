@@ -86,6 +86,10 @@ _RESIDENT_EVERY_S: Final = 0.1
 _DEVICE_EVERY_S: Final = 1.0
 """NVML takes about a millisecond."""
 
+_STARTING = threading.Lock()
+"""The threads of a group load and warm up one after the other: neither torch's import nor
+its search for the fastest algorithms bears company."""
+
 Finish = Callable[[], list[ItemDone]]
 
 
@@ -184,25 +188,18 @@ class Loop:
             response = Arena(descriptors[1], load.slots, load.response_slot_bytes, writable=True)
         except (OSError, ValueError) as error:
             raise ProtocolError(f"response arena: {error}") from None
-        try:
-            self._fail = failpoints.from_options(load.options)
-            if self._fail is not None:
-                self._fail.loading()
-            model, model_id, device = load_model(load)
-        except FacelaneError as error:
-            raise _Quit(exit_codes.LOAD_FAILED, Fatal("LOAD_FAILED", error.message)) from error
-        except Exception as error:
-            raise self._not_loaded("LOAD_FAILED", error) from error
-        loaded = time.monotonic()
-        self._send(Warming((loaded - began) * 1000))
-        try:
-            if self._fail is not None:
-                self._fail.warming()
-            model.warm_up()
-            work = _work_for(model, load, request, response, self._gallery)
-            latency_ms = work.rehearse()
-        except Exception as error:
-            raise self._not_loaded("WARM_UP_FAILED", error) from error
+        with _STARTING:
+            model, model_id, device = self._load(load)
+            loaded = time.monotonic()
+            self._send(Warming((loaded - began) * 1000))
+            try:
+                if self._fail is not None:
+                    self._fail.warming()
+                model.warm_up()
+                work = _work_for(model, load, request, response, self._gallery)
+                latency_ms = work.rehearse()
+            except Exception as error:
+                raise self._not_loaded("WARM_UP_FAILED", error) from error
         self._work = work
         self._request = request
         self._model = model
@@ -221,6 +218,17 @@ class Loop:
                 embedding_dim=getattr(model, "embedding_dim", 0),
             )
         )
+
+    def _load(self, load: Load) -> tuple[api.Model, str, str]:
+        try:
+            self._fail = failpoints.from_options(load.options)
+            if self._fail is not None:
+                self._fail.loading()
+            return load_model(load)
+        except FacelaneError as error:
+            raise _Quit(exit_codes.LOAD_FAILED, Fatal("LOAD_FAILED", error.message)) from error
+        except Exception as error:
+            raise self._not_loaded("LOAD_FAILED", error) from error
 
     def _not_loaded(self, reason: str, error: Exception) -> _Quit:
         kind = classify(error)
