@@ -121,7 +121,7 @@ def test_an_annotated_picture_differs_where_the_face_is(
     server: fake.ScriptedServer, photo: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.png"
-    run(server, "analyze", photo, "--output", out)
+    run(server, "analyze", photo, "--out", out)
     drawn = cv2.imread(str(out))
     assert drawn is not None
     assert drawn.shape == (480, 640, 3)

@@ -1,6 +1,6 @@
 """What the documentation shows runs: docstrings of the client and snippets of the pages.
 
-Examples see a server that plays its part by script, and a picture ``people.jpg``.
+Examples see a server that plays its part by script, and pictures of the names they use.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ JPEG = b"\xff\xd8\xff\xe0" + b"x" * 60
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake.ScriptedServer]:
-    (tmp_path / "people.jpg").write_bytes(JPEG)
-    (tmp_path / "grace.jpg").write_bytes(JPEG)
+    for name in ("people", "grace", "hopper", "door"):
+        (tmp_path / f"{name}.jpg").write_bytes(JPEG)
     monkeypatch.chdir(tmp_path)
     with fake.ScriptedServer() as made:
         monkeypatch.setenv("FACELANE_TARGET", made.target)
@@ -107,7 +107,7 @@ def snippets(page: str) -> Iterator[str]:
 
 PAGES = [
     (page, number, code)
-    for page in ("README.md", "docs/client.md")
+    for page in ("README.md", "docs/sdk.md")
     if (ROOT / page).exists()
     for number, code in enumerate(snippets(page), 1)
 ]
@@ -117,16 +117,17 @@ PAGES = [
     ("page", "number", "code"), PAGES, ids=[f"{page}#{number}" for page, number, _ in PAGES]
 )
 async def test_pages(page: str, number: int, code: str, server: fake.ScriptedServer) -> None:
-    """A snippet stands alone but for ``client`` and ``pictures``, where it does not make them."""
+    """A snippet stands alone but for ``client`` and its pictures, where it makes none."""
     code = code.replace('"127.0.0.1:50151"', repr(server.target))
-    picture = facelane.Picture.encoded(JPEG)
+    pictures = [facelane.Picture.encoded(JPEG)] * 3
+    given = {"facelane": facelane, "pictures": pictures, "jpeg_frames": pictures}
     if "await" in code or "async " in code:
-        await run_async(code, {"facelane": facelane, "pictures": [picture] * 3})
+        await run_async(code, given)
         return
 
     def run() -> None:
         with facelane.Client(server.target) as made:
-            names = {"facelane": facelane, "client": made, "pictures": [picture] * 3}
+            names = {**given, "client": made}
             exec(compile(code, f"{page}#{number}", "exec"), names)
             if names["client"] is not made:
                 names["client"].close()  # type: ignore[attr-defined]
@@ -137,4 +138,4 @@ async def test_pages(page: str, number: int, code: str, server: fake.ScriptedSer
 def test_there_is_something_to_run() -> None:
     assert len(BLOCKING) >= 4
     assert len(ASYNC) >= 2
-    assert any(page == "docs/client.md" for page, _, _ in PAGES)
+    assert any(page == "docs/sdk.md" for page, _, _ in PAGES)

@@ -175,7 +175,7 @@ def analyze(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Annotated copy: .mp4, .jpg, .png; a folder for a folder."
+            "--out", "-o", help="Annotated copy: .mp4, .jpg, .png; a folder for a folder."
         ),
     ] = None,
     overload: Annotated[

@@ -37,11 +37,15 @@ _DECISION_STYLE: Final = {
 
 def consoles() -> tuple[Console, Console]:
     """Results go to the first (stdout), everything else to the second (stderr)."""
-    out = Console(soft_wrap=True, highlight=False)
-    if not out.is_terminal:
+    return _console(stderr=False), _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, soft_wrap=True, highlight=False)
+    if not console.is_terminal:
         # Nothing is folded for a pipe or a file: its reader looks for whole lines.
-        out = Console(soft_wrap=True, highlight=False, width=_PIPE_WIDTH)
-    return out, Console(stderr=True, highlight=False)
+        console.width = _PIPE_WIDTH
+    return console
 
 
 def plain(value: object) -> Any:
@@ -212,7 +216,7 @@ def draw(pixels: Any, result: types.FrameResult) -> Any:
         lines = [face.identity.subject_id or face.identity.decision.value.lower()]
         lines.append(f"ood {number(face.ood_score)} {face.liveness.verdict.value.lower()}")
         for index, words in enumerate(lines):
-            _label(canvas, words, (left, bottom + (index + 1) * 14 * unit), colour, unit)
+            _label(canvas, words, (left, bottom + (index + 1) * 15 * unit - unit), colour, unit)
     return canvas
 
 
@@ -222,8 +226,12 @@ def _label(canvas: Any, words: str, at: tuple[int, int], colour: Any, unit: int)
     # OpenCV's fonts know ASCII alone.
     shown = words.encode("ascii", "replace").decode()
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.42 * unit
-    cv2.putText(canvas, shown, at, font, scale, (0, 0, 0), unit * 2, cv2.LINE_AA)
-    cv2.putText(canvas, shown, at, font, scale, colour, unit, cv2.LINE_AA)
+    (width, height), _ = cv2.getTextSize(shown, font, scale, unit)
+    left, baseline = at
+    # Words on a plate can be read on any picture.
+    corner = (left + width + 2 * unit, baseline + 4 * unit)
+    cv2.rectangle(canvas, (left, baseline - height - 2 * unit), corner, colour, -1)
+    cv2.putText(canvas, shown, (left + unit, baseline), font, scale, (0, 0, 0), unit, cv2.LINE_AA)
 
 
 def write_picture(path: Path, pixels: Any) -> None:
