@@ -175,6 +175,8 @@ class _Member:
         self.worker_id = worker_id
         self.device = device
         self.package = package
+        self.codec: Codec | None = None
+        """For the package that the present process has loaded."""
         self.launcher = launcher
         self.life = restart.Worker()
         self.link: Link | None = None
@@ -500,7 +502,8 @@ class Pool:
         assert ready is not None
         self._jobs += 1
         slot, view = ready.request_slot()
-        items, used = self._codec.write([task.request for task in tasks], view)
+        assert member.codec is not None
+        items, used = member.codec.write([task.request for task in tasks], view)
         now = self._clock.now_ns()
         for task in tasks:
             task.dispatched_ns = now
@@ -552,6 +555,7 @@ class Pool:
         """Resolve a job's tasks; bytes used in the response slot, None when the worker was
         lost over its answer."""
         assert member.ready is not None
+        assert member.codec is not None
         view = member.ready.response(job)
         used = 0
         try:
@@ -559,7 +563,7 @@ class Pool:
                 raise ProtocolError("another number of answers than of items")
             answers = []
             for task, item in zip(job.tasks, message.items, strict=True):
-                answer, end = self._codec.read(task.request, item, view)
+                answer, end = member.codec.read(task.request, item, view)
                 used = max(used, end)
                 answers.append(answer)
         except ProtocolError as error:
@@ -822,6 +826,7 @@ class Pool:
             ready.on_drained = lambda _: self._left(member)
             ready.on_lost = lambda _, error: self._lost(member, error)
             self._codec_check(member)
+            member.codec = self._codec_for(member.package)
             if self._over_budget(ready):
                 raise WorkerLostError("OVER_BUDGET", "the model alone exceeds memory_mib")
             await self._send_canary(member)
