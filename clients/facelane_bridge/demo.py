@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"the demo needs {error.name}: pip install 'facelane[demo]'", file=sys.stderr)
         return EXIT_CANNOT
-    console = Console(highlight=False)
+    # Logs and pipes have no width of their own; the table needs this much.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     signal.signal(signal.SIGTERM, _interrupt)
     with contextlib.ExitStack() as stack:
         folder = _folder(arguments.folder, keep=arguments.keep, stack=stack)
@@ -124,8 +125,8 @@ class _Demo:
             problems.append(f"the server ended with code {code}: see {server.log.name}")
         verdict.tell(self._console)
         self._say(
-            "The people of the clip are photos cut out and moved: where the liveness model "
-            "doubts them, it is right."
+            "(The people of the clip are photos, cut out and moved: a liveness model that "
+            "doubts them has a point.)"
         )
         for problem in problems:
             self._say(f"FAILED: {problem}")
@@ -178,8 +179,13 @@ class _Demo:
         """The rendered clip, with the server SERVING and both people enrolled."""
         from facelane_bridge import demo_clip
 
-        with self._status("loading the models, rendering the camera"):
-            rendering = asyncio.create_task(asyncio.to_thread(demo_clip.render, self._folder))
+        cancelled = threading.Event()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._status("loading the models, rendering the camera"))
+            stack.callback(cancelled.set)  # a thread cannot be interrupted otherwise
+            rendering = asyncio.create_task(
+                asyncio.to_thread(demo_clip.render, self._folder, cancelled)
+            )
             async with facelane.aio.Client(server.target) as client:
                 serving = asyncio.create_task(client.wait_until_serving(SERVING_TIMEOUT))
                 ended = asyncio.create_task(asyncio.to_thread(server.wait_for_end))
@@ -196,9 +202,13 @@ class _Demo:
                     server.stop_waiting()
                     await asyncio.gather(serving, ended, return_exceptions=True)
                 for subject, photo in demo_clip.photos().items():
-                    # Photos are enrolled, not people: there is nothing live about them.
+                    # Photos are enrolled, not people: there is nothing live about them. They
+                    # are portraits: the largest face is the one that is meant.
                     await client.enroll(
-                        subject, facelane.Picture.from_file(photo.path), skip_liveness=True
+                        subject,
+                        facelane.Picture.from_file(photo.path),
+                        skip_liveness=True,
+                        allow_multiple_faces=True,
                     )
             return await rendering
 

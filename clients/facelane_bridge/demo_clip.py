@@ -12,6 +12,7 @@ import enum
 import importlib.util
 import json
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,7 +182,7 @@ class Camera:
             case StretchKind.BLURRED:
                 self._paste(scene, HOPPER, 160 + 20 * moment, 278, face_width=100)
                 self._paste(scene, COLLINS, 480 - 20 * moment, 230, face_width=100)
-                scene = cv2.GaussianBlur(scene, (0, 0), 9.0).astype(np.float32)
+                scene = cv2.GaussianBlur(scene, (0, 0), 6.5).astype(np.float32)
             case StretchKind.DARK:
                 self._paste(scene, COLLINS, 330 + 30 * moment, 220, face_width=110)
                 scene *= 0.05
@@ -330,14 +331,19 @@ def _board(height: int, width: int) -> Floats:
     return board
 
 
-def render(folder: Path) -> Path:
-    """Write ``camera.mp4`` and ``camera.json`` (the script) into ``folder``; the clip's path."""
+def render(folder: Path, cancelled: threading.Event | None = None) -> Path:
+    """Write ``camera.mp4`` and ``camera.json`` (the script) into ``folder``; the clip's path.
+
+    Takes some seconds; ends early, with a clip that is cut short, when ``cancelled`` is set.
+    """
     clip = folder / "camera.mp4"
     with av.open(str(clip), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.options = {"crf": "18", "preset": "veryfast"}
         for image in Camera().frames():
+            if cancelled is not None and cancelled.is_set():
+                break
             frame = av.VideoFrame.from_ndarray(image, format="bgr24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
