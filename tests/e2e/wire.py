@@ -154,9 +154,11 @@ class RawStream:
 
 
 @contextlib.contextmanager
-def channel(target: str) -> Iterator[grpc.Channel]:
-    """A channel without limits of its own on messages, and with a connection of its own."""
+def channel(target: str, *, buffer: int = 0) -> Iterator[grpc.Channel]:
+    """A channel without limits of its own on messages, and with a connection of its own.
+    ``buffer``: bytes that it takes in unread, where they matter."""
     options = [
+        *([("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", buffer)] if buffer else []),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),
         ("grpc.use_local_subchannel_pool", 1),
@@ -193,12 +195,13 @@ nms = 0.3
     return path
 
 
-def pools(detector: str | Path = "null-detector", **lines: str) -> str:
-    """The three pools with null models; ``lines`` add TOML to a pool's section."""
+def pools(seer: str | Path = "null-detector", **lines: str) -> str:
+    """The three pools with null models, ``seer`` the detector; ``lines`` add TOML to the
+    section of the pool that they are named after, or to ``every``."""
     return "\n".join(
         f'[pools.{stage}]\nmodel = "{model}"\n{lines.get(stage, lines.get("every", ""))}'
         for stage, model in (
-            ("detector", detector),
+            ("detector", seer),
             ("recognizer", "null-recognizer"),
             ("liveness", "null-liveness"),
         )

@@ -1,0 +1,249 @@
+"""Clients that do not read, vanish, or come in crowds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from tests.e2e import wire
+from tests.e2e.conftest import Start
+from tests.running_server import RunningServer
+from tests.waiting import until
+
+import facelane
+from facelane.v1 import analysis_service_pb2 as pb
+from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
+
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def open_streams(server: RunningServer) -> int:
+    with server.client() as client:
+        return client.server_info().open_streams
+
+
+def descriptors(server: RunningServer) -> int:
+    return psutil.Process(server.process.pid).num_fds()
+
+
+def test_a_client_that_never_reads_loses_its_stream_and_nobody_else(
+    start: Start, tmp_path: Path
+) -> None:
+    # 32 faces a frame fill the connection's buffers soon.
+    detector = wire.null_detector(tmp_path, 32)
+    server = start(wire.pools(detector), "[limits]\nslow_reader_s = 0.5\nwindow = 16")
+    with (
+        wire.channel(server.target, buffer=65_536) as channel,
+        server.client() as neighbour,
+        wire.RawStream(channel) as stream,
+    ):
+        stream.open(options=pb.AnalysisOptions(skip_recognition=True, skip_liveness=True))
+        before = psutil.Process(server.process.pid).memory_info().rss
+        stream.write(*(wire.frame(number) for number in range(1, 2_000)))
+        # Flow control holds the rest of the frames: the server keeps a window of them.
+        until(lambda: open_streams(server) == 0, 40, "the stream to be ended")
+        assert len(neighbour.analyze_image(wire.picture()).faces) == 32
+        grown = psutil.Process(server.process.pid).memory_info().rss - before
+        assert grown < 64 << 20
+        assert stream.failure() == (EXHAUSTED, "SLOW_READER")
+
+
+def test_a_slow_reader_that_does_read_keeps_its_stream(start: Start, tmp_path: Path) -> None:
+    """Flow control, not the deadline, is what slows a stream down."""
+    detector = wire.null_detector(tmp_path, 32)
+    server = start(wire.pools(detector), "[limits]\nslow_reader_s = 2\nwindow = 4")
+    with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
+        stream.open(options=pb.AnalysisOptions(skip_recognition=True, skip_liveness=True))
+        stream.write(*(wire.frame(number) for number in range(1, 201)))
+        seen = []
+        pause = threading.Event()
+        for _ in range(200):
+            seen.append(stream.outcome().frame_id)
+            if len(seen) % 50 == 0:
+                pause.wait(0.3)
+        assert seen == list(range(1, 201))
+        assert stream.rest()[-1].summary.results == 200
+
+
+VANISHING = """
+import os, sys
+import facelane
+from tests.e2e import wire
+client = facelane.Client(sys.argv[1])
+streams = [client.analyze_stream(overload="lossless") for _ in range(4)]
+for stream in streams:
+    stream.__enter__()
+    for _ in range(20):
+        stream.send(wire.picture())
+print("under way", flush=True)
+while True:
+    for stream in streams:
+        stream.recv()
+        stream.send(wire.picture())
+"""
+
+
+def test_a_client_that_is_killed_leaves_nothing_behind(server: RunningServer) -> None:
+    assert open_streams(server) == 0
+    root = Path(__file__).resolve().parent.parent.parent
+
+    def come_and_go() -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-c", VANISHING, server.target],
+            stdout=subprocess.PIPE,
+            cwd=root,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "under way\n"
+            until(lambda: open_streams(server) == 4, 10)
+            os.kill(process.pid, signal.SIGKILL)
+        finally:
+            process.kill()
+            process.wait(10)
+            process.stdout.close()
+        until(lambda: open_streams(server) == 0, 10, "the lanes to be gone")
+
+    come_and_go()
+    before = descriptors(server)
+    for _ in range(3):
+        come_and_go()
+    until(lambda: descriptors(server) <= before, 10, "no descriptor to be left")
+    # What the dead client had under way holds no place in the pools either.
+    with server.client() as client:
+        until(lambda: not any(p.queued + p.in_flight for p in client.pools()), 10)
+
+
+def test_a_client_that_cancels_is_counted_once(start: Start) -> None:
+    server = start()
+    with server.client() as client:
+        for _ in range(5):
+            with client.analyze_stream(overload="lossless") as stream:
+                for _ in range(30):
+                    stream.send(wire.picture())
+                # Left without half-closing.
+        until(lambda: client.server_info().open_streams == 0, 10)
+        assert len(client.analyze_image(wire.picture()).faces) == 1
+    assert "Traceback" not in server.text()
+    assert '"error"' not in server.text(), server.text()
+
+
+def test_500_streams_at_once(start: Start) -> None:
+    server = start(extra="[limits]\nmax_streams = 100")
+    taken: list[wire.RawStream] = []
+    with wire.channel(server.target) as channel:
+        before = descriptors(server)
+        streams = [wire.RawStream(channel) for _ in range(500)]
+        try:
+            for stream in streams:
+                stream.write(wire.config(), wire.frame(1))
+            fates: Counter[str] = Counter()
+            for stream in streams:
+                try:
+                    fates[stream.read().WhichOneof("message") or ""] += 1
+                    taken.append(stream)
+                except grpc.RpcError as error:
+                    fates[wire.refusal(error)[1]] += 1
+            assert fates == {"opened": 100, "STREAM_LIMIT": 400}
+            for stream in taken:
+                assert stream.outcome().WhichOneof("outcome") == "result"
+                assert stream.rest()[-1].summary.results == 1
+        finally:
+            for stream in streams:
+                stream.close()
+        with server.client() as client:
+            until(lambda: client.server_info().open_streams == 0, 10)
+            with client.analyze_stream() as again:
+                again.send(wire.picture())
+                again.close_send()
+                assert [o.result is not None for o in again] == [True]
+        until(lambda: descriptors(server) <= before + 5, 10)
+
+
+def test_500_connections_at_once(start: Start) -> None:
+    """As many connections, each with its own stream: the limit holds, the rest is refused."""
+    server = start(extra="[limits]\nmax_streams = 64")
+    channels = [grpc.insecure_channel(server.target, [("n", k)]) for k in range(500)]
+    try:
+        calls = [
+            pb_grpc.AnalysisServiceStub(made).AnalyzeStream(
+                iter([wire.config(), wire.frame(1)]), timeout=wire.CALL_S
+            )
+            for made in channels
+        ]
+        ends: Counter[str] = Counter()
+        for call in calls:
+            try:
+                ends[list(call)[-1].WhichOneof("message") or ""] += 1
+            except grpc.RpcError as error:
+                ends[wire.refusal(error)[1]] += 1
+        assert set(ends) <= {"summary", "STREAM_LIMIT"}
+        assert ends["summary"] >= 64
+        assert ends.total() == 500
+    finally:
+        for made in channels:
+            made.close()
+    with server.client() as client:
+        until(lambda: client.server_info().open_streams == 0, 10)
+        assert len(client.analyze_image(wire.picture()).faces) == 1
+
+
+def test_a_stream_that_says_nothing_gives_its_place_back(start: Start) -> None:
+    server = start(extra="[limits]\nmax_streams = 1\nfirst_message_s = 0.4")
+    with wire.channel(server.target) as channel, wire.RawStream(channel) as silent:
+        assert silent.failure() == (grpc.StatusCode.INVALID_ARGUMENT, "CONFIG_MISSING")
+        with wire.RawStream(channel) as taken, wire.RawStream(channel) as refused:
+            taken.open()
+            refused.write(wire.config())
+            assert refused.failure() == (EXHAUSTED, "STREAM_LIMIT")
+
+
+def test_single_calls_are_bounded(start: Start) -> None:
+    """More pictures than the server works on at a time are refused, not queued for ever."""
+    server = start(wire.pools(detector="options = { 'fail.slow_ms' = '200' }"))
+    with wire.channel(server.target) as channel:
+        stub = pb_grpc.AnalysisServiceStub(channel)
+        request = pb.AnalyzeImageRequest(picture=wire.pb_picture())
+        calls = [stub.AnalyzeImage.future(request, timeout=wire.CALL_S) for _ in range(200)]
+        codes = Counter(call.code() for call in calls)
+    assert codes[EXHAUSTED] >= 200 - 128
+    assert codes[grpc.StatusCode.OK] >= 8
+    assert set(codes) <= {EXHAUSTED, grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED}
+    with server.client() as client:
+        assert len(client.analyze_image(wire.picture()).faces) == 1
+
+
+@pytest.mark.parametrize("overload", ["lossless", "latest_wins"])
+def test_a_flood_gets_an_outcome_for_every_frame(
+    server: RunningServer, overload: facelane.Overload
+) -> None:
+    with server.client() as client, client.analyze_stream(overload=overload) as stream:
+        seen: list[int] = []
+
+        def read() -> None:
+            seen.extend(outcome.frame_id for outcome in stream)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        for number in range(600):
+            stream.send(wire.picture(number % 3))
+        stream.close_send()
+        reader.join(30)
+        assert not reader.is_alive()
+        summary = stream.summary
+    assert seen == list(range(1, 601))
+    assert summary.received == 600 == summary.results + summary.drops + summary.errors
+    assert summary.errors == 0
+    if overload == "lossless":
+        assert summary.drops == 0
+    else:
+        assert set(summary.drops_by_reason) <= {"SUPERSEDED", "TOO_OLD"}
