@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import grpc
+import msgspec
 import structlog
 from facelane.v1 import (
     admin_service_pb2_grpc,
@@ -50,7 +52,7 @@ from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
 from facelane_server.watch import LaneWatch
 from facelane_server.worker.models.api import CropSpec
 from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.package import Package
+from facelane_server.worker.models.package import Package, read_package
 
 log = structlog.get_logger(__name__)
 
@@ -175,6 +177,7 @@ class App:
             settings.monitor, workers=self._workers, on_memory=self._device_memory
         )
         self._gallery: Gallery | None = None
+        self._pipeline: Pipeline | None = None
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
         self._grace_s = settings.server.drain_grace_s
@@ -259,6 +262,7 @@ class App:
                 thresholds=self.models.thresholds,
                 max_pixels=self.settings.limits.max_pixels,
             )
+            self._pipeline = pipeline
             follower = asyncio.create_task(self._publish_health(), name="health")
             stack.push_async_callback(_cancel, follower)
             self._changed.set()
@@ -351,7 +355,7 @@ class App:
                 self.pools,
                 self.lanes,
                 started_ns=self.started_ns,
-                thresholds=self.models.thresholds,
+                thresholds=lambda: pipeline.thresholds,
             ),
             server,
         )
@@ -394,13 +398,15 @@ class App:
         log.info("draining", streams=len(self.lanes), grace_s=self._grace_s)
         self.lanes.drain(grace_ns)
         self._changed.set()
-        deadline = time.monotonic() + self._grace_s
         self.events.close()
-        # Streams that have settled end at once; the others have until the deadline.
-        self.lanes.stop()
-        while len(self.lanes) and time.monotonic() < deadline:
-            self.notifier.extend_timeout(self._grace_s)
-            await asyncio.sleep(0.02)
+        # Told to go, clients send what they have begun and close their side. Whoever has not
+        # done so by the last quarter of the grace is ended.
+        begun = time.monotonic()
+        for share in (0.75, 1.0):
+            while len(self.lanes) and time.monotonic() < begun + share * self._grace_s:
+                self.notifier.extend_timeout(self._grace_s)
+                await asyncio.sleep(0.02)
+            self.lanes.stop()
 
     async def reload_model(self, pool_name: str, model: str) -> tuple[str, str]:
         """See ``AdminService.ReloadModel``. Raises ``FacelaneError``."""
@@ -411,25 +417,39 @@ class App:
                 f"there is no such pool; there are {', '.join(p.name for p in self.pools.values())}",
             )
         old = pool.package
-        catalog = Catalog([Path(f).expanduser() for f in self.settings.models.path])
-        package = catalog.resolve(model) if model else Package(old.folder, old.manifest)
-        if not model:
-            from facelane_server.worker.models.package import read_package
-
-            package = read_package(old.folder)
+        package = await asyncio.to_thread(self._read_package, model, old)
+        packages = {**{p.stage: p.package for p in self.pools.values()}, pool.stage: package}
+        try:
+            thresholds = _thresholds(packages, self.settings.identity)
+        except config.ConfigError as error:
+            raise FacelaneError(Reason.MODEL_INVALID, str(error)) from None
         await pool.reload(package)
+        # A model's scores mean something by its own thresholds alone.
+        assert self._pipeline is not None
+        self._pipeline.thresholds = thresholds
         if pool.stage is Stage.RECOGNIZER and package.model_id != old.model_id:
             assert self._gallery is not None
             await self._gallery.serve(package.model_id, package.embedding_dim, pool.publish_gallery)
         log.info("model reloaded", pool=pool.name, model=package.model_id)
         return old.model_id, package.model_id
 
+    def _read_package(self, model: str, present: Package) -> Package:
+        if not model:
+            return read_package(present.folder)
+        return Catalog([Path(f).expanduser() for f in self.settings.models.path]).resolve(model)
+
     def reload_config(self) -> None:
         """SIGHUP: keys at once; what needs a restart is named and left as it is."""
         self.notifier.reloading()
         try:
             fresh = config.load(self.path)
-            self.authenticator.reload(fresh)
+            # Whether clients need keys is decided by where the server listens now, not by
+            # where it would listen after a restart.
+            inforce = msgspec.structs.replace(
+                fresh, server=self.settings.server, tls=self.settings.tls
+            )
+            config.check(inforce, source=str(self.path))
+            self.authenticator.reload(inforce)
         except config.ConfigError as error:
             log.error("config not reloaded", problem=str(error))
         else:
@@ -461,8 +481,12 @@ def bind(server: grpc.aio.Server, settings: config.Config) -> None:
     listen = settings.server.listen
     if listen.startswith("unix:"):
         path = Path(listen.removeprefix("unix:").removeprefix("//"))
-        # A socket that a killed server left behind.
         if path.is_socket():
+            if _answers(path):
+                raise config.ConfigError(
+                    f"server.listen: another server answers on {listen}; end it, or listen elsewhere"
+                )
+            # What a killed server left behind.
             path.unlink()
     try:
         if settings.tls.cert_file:
@@ -473,6 +497,17 @@ def bind(server: grpc.aio.Server, settings: config.Config) -> None:
         raise config.ConfigError(f"server.listen: cannot listen on {listen}: {error}") from None
     if port == 0 and not listen.startswith("unix:"):
         raise config.ConfigError(f"server.listen: cannot listen on {listen}; is it in use?")
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody accepts connections on a Unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def _credentials(tls: config.Tls) -> grpc.ServerCredentials:
