@@ -88,6 +88,28 @@ def check(config: ConfigOption = None) -> None:
     typer.echo(f"listens on {loaded.server.listen}")
 
 
+@app.command()
+def doctor(
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    infer: Annotated[
+        bool, typer.Option(help="Start a worker of every stage and run a real inference.")
+    ] = True,
+) -> None:
+    """Look at the machine, the config, the models, and run a real inference through real
+    workers. Exit status 69 when the server could not serve."""
+    import json
+
+    from facelane_server import doctor as examination
+    from facelane_server.observability import configure_logging
+
+    configure_logging(configuration.Log(level="error"))
+    report = asyncio.run(examination.examine(config, infer=infer))
+    typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.as_text())
+    if report.status is examination.Status.FAIL:
+        raise typer.Exit(EX_UNAVAILABLE)
+
+
 @keys_app.command("new")
 def keys_new(
     name: Annotated[str, typer.Argument(help="Whose key it is; appears in logs.")],

@@ -155,6 +155,21 @@ class Nvml:
     def driver_version(self) -> str:
         return _text(self._library.nvmlSystemGetDriverVersion())
 
+    def compute_modes(self) -> tuple[str, ...]:
+        """Of each device: default, exclusive (one process), prohibited, or unknown."""
+        nvml = self._library
+        names = {
+            nvml.NVML_COMPUTEMODE_DEFAULT: "default",
+            nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: "exclusive",
+            nvml.NVML_COMPUTEMODE_PROHIBITED: "prohibited",
+        }
+        modes = []
+        for index in range(min(nvml.nvmlDeviceGetCount(), MAX_DEVICES)):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            mode = self._optional(lambda handle=handle: nvml.nvmlDeviceGetComputeMode(handle))  # type: ignore[misc]
+            modes.append("unknown" if mode is None else names.get(mode, "unknown"))
+        return tuple(modes)
+
     def read(self) -> tuple[DeviceReading, ...]:
         """All devices; a few milliseconds each."""
         count = min(self._library.nvmlDeviceGetCount(), MAX_DEVICES)

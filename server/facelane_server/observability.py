@@ -416,7 +416,7 @@ def _pool_metrics(pools: tuple[PoolInfo, ...]) -> Iterator[Metric]:
     )
     yield _gauge(
         "facelane_worker_memory_bytes",
-        "Device memory of a worker, its CUDA context counted in.",
+        "Memory of a worker: on its GPU, the CUDA context counted in; on a CPU, its own.",
         two,
         (([pool, w.worker_id], w.memory_mib * limits.MIB) for pool, w in workers),
     )

@@ -45,6 +45,7 @@ class Card:
     name: str | bytes = "Card"
     unsupported: frozenset[str] = frozenset()
     reasons: int = 0
+    mode: int = 0
     processes: list[tuple[int, int | None]] = field(default_factory=list)
     mps: list[tuple[int, int | None]] = field(default_factory=list)
     samples: list[tuple[int, int, int]] = field(default_factory=list)
@@ -62,6 +63,9 @@ class Library:
     NVML_TEMPERATURE_GPU = 0
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 1
     NVML_VOLATILE_ECC = 0
+    NVML_COMPUTEMODE_DEFAULT = 0
+    NVML_COMPUTEMODE_PROHIBITED = 2
+    NVML_COMPUTEMODE_EXCLUSIVE_PROCESS = 3
 
     def __init__(self, *cards: Card) -> None:
         self.cards = cards
@@ -109,6 +113,7 @@ class Library:
             "nvmlDeviceGetComputeRunningProcesses": lambda c: _processes(c.processes),
             "nvmlDeviceGetMPSComputeRunningProcesses": lambda c: _processes(c.mps),
             "nvmlDeviceGetProcessUtilization": self._utilization,
+            "nvmlDeviceGetComputeMode": lambda c: c.mode,
         }
         if name not in answers:
             raise AttributeError(name)
@@ -186,6 +191,13 @@ def test_what_a_device_does_not_tell_is_none() -> None:
     assert reading == DeviceReading("0", "Card", "GPU-0", 10 * GIB, 80 * GIB)
     assert reading.memory_share == 0.125
     assert DeviceReading("0", "", "", 0, 0).memory_share == 0.0
+
+
+def test_compute_modes() -> None:
+    silent = Card(unsupported=frozenset({"nvmlDeviceGetComputeMode"}))
+    library = Library(Card(), Card(mode=3), Card(mode=2), Card(mode=9), silent)
+    modes = ("default", "exclusive", "prohibited", "unknown", "unknown")
+    assert Nvml(library).compute_modes() == modes
 
 
 # -- the warning --------------------------------------------------------------------------------

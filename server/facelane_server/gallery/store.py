@@ -782,6 +782,12 @@ class Store:
                     np.frombuffer(row.vector, np.float16),
                 )
 
+    def check(self) -> str:
+        """Empty when the file is sound, else what is wrong; reads all of it."""
+        with self._transaction() as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+        return "" if found == "ok" else str(found)
+
     def counts(self) -> tuple[int, int]:
         """(subjects, templates) of all galleries."""
         with self._transaction() as connection:

@@ -1,0 +1,297 @@
+"""The doctor's findings, each against a machine or a config that has the fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from facelane_server import config, doctor
+from facelane_server.doctor import Check, Report, Status
+from facelane_server.gallery.store import Store
+from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
+
+NULL = """
+[pools.detector]
+model = "null-detector"
+[pools.recognizer]
+model = "null-recognizer"
+[pools.liveness]
+model = "null-liveness"
+"""
+ON_CUDA = config.parse('[pools.detector]\ndevices = ["cuda:0"]\nworkers = 2')
+GIB = 2**30
+
+
+def no_nvml() -> Nvml:
+    raise NvmlMissingError("NVML Shared Library Not Found")
+
+
+def test_a_config_that_cannot_be_used_is_a_finding_and_the_rest_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[server]\nlissten = 'x'\n")
+    settings, check = doctor.check_config(path)
+    assert settings == config.Config()
+    assert check.status is Status.FAIL
+    assert "listen" in check.detail
+    assert doctor.check_config(None)[1].status is Status.OK
+
+
+# -- devices ------------------------------------------------------------------------------------
+
+
+def test_no_driver_matters_only_where_cuda_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Nvml, "load", no_nvml)
+    [check] = doctor.check_driver(config.Config())
+    assert check.status is Status.SKIP
+    [check] = doctor.check_driver(ON_CUDA)
+    assert check.status is Status.FAIL
+    assert 'devices = ["cpu"]' in check.advice
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode", "workers", "status", "advice"),
+    [
+        ({}, "default", 3, Status.OK, ""),
+        ({}, "prohibited", 0, Status.FAIL, "DEFAULT"),
+        ({}, "exclusive", 2, Status.FAIL, "mps"),
+        ({}, "exclusive", 1, Status.OK, ""),
+        ({"ecc_errors": 3}, "default", 1, Status.WARN, "3 uncorrected"),
+        ({"throttle_reasons": ("power cap",)}, "default", 1, Status.WARN, "power cap"),
+        ({"memory_used_bytes": 79 * GIB}, "default", 1, Status.WARN, "memory"),
+    ],
+)
+def test_devices(
+    changes: dict[str, Any], mode: str, workers: int, status: Status, advice: str
+) -> None:
+    facts = {"memory_used_bytes": GIB, "memory_total_bytes": 80 * GIB, **changes}
+    check = doctor._device_check(DeviceReading("0", "Card", "u", **facts), mode, workers)
+    assert check.status is status
+    assert advice in check.advice
+
+
+def saying(text: str, code: int = 0) -> tuple[str, ...]:
+    program = f"import sys; sys.stdout.write({text!r}); sys.exit({code})"
+    return (sys.executable, "-c", program)
+
+
+def torch_of(**changes: object) -> str:
+    facts = {
+        "version": "2.13.0",
+        "cuda": "13.0",
+        "available": True,
+        "devices": ["H200"],
+        "architectures": ["sm_80", "sm_90"],
+        "capabilities": ["sm_90"],
+    }
+    return json.dumps({**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says", "code", "status"),
+    [
+        (config.Config(), torch_of(), 0, Status.OK),
+        (ON_CUDA, torch_of(), 0, Status.OK),
+        (config.Config(), torch_of(cuda=None, available=False), 0, Status.OK),
+        (ON_CUDA, torch_of(cuda=None, available=False), 0, Status.FAIL),
+        (ON_CUDA, torch_of(available=False), 0, Status.FAIL),
+        (ON_CUDA, torch_of(capabilities=["sm_120"]), 0, Status.FAIL),
+        (config.Config(), "", 1, Status.FAIL),
+        (config.Config(), "no json", 0, Status.FAIL),
+    ],
+)
+async def test_torch_is_asked_in_a_process_of_its_own(
+    settings: config.Config, says: str, code: int, status: Status
+) -> None:
+    check = await doctor.check_torch(settings, saying(says, code))
+    assert check.status is status
+    assert bool(check.advice) == (status is Status.FAIL)
+
+
+async def test_a_torch_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TORCH_TIMEOUT_S", 0.1)
+    sleeping = (sys.executable, "-c", "import time; time.sleep(60)")
+    check = await doctor.check_torch(config.Config(), sleeping)
+    assert check.status is Status.FAIL
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ("sm_90", ["sm_80", "sm_90"], True),
+        ("sm_89", ["sm_80", "sm_86"], True),
+        ("sm_80", ["sm_86"], False),
+        ("sm_120", ["sm_90"], False),
+        ("sm_120", ["sm_90", "compute_90"], True),
+        ("sm_90", ["sm_90a", "weird"], False),
+    ],
+)
+def test_which_code_runs_where(capability: str, architectures: list[str], runs: bool) -> None:
+    assert doctor._runs_on(capability, architectures) is runs
+
+
+def test_mps_is_needed_only_where_it_is_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    settings = config.parse('[pools.detector]\nisolation = "mps"\ndevices = ["cuda:0"]')
+    assert doctor.check_mps(config.Config()).status is Status.SKIP
+    assert doctor.check_mps(settings).status is Status.FAIL
+    control = tmp_path / "nvidia-cuda-mps-control"
+    control.write_text("#!/bin/sh\n")
+    control.chmod(0o755)
+    assert doctor.check_mps(settings).status is Status.OK
+
+
+# -- the machine --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path) -> Callable[..., Check]:
+    root = tmp_path / "cgroup"
+    own = root / "system.slice" / "facelane.service"
+    own.mkdir(parents=True)
+    membership = tmp_path / "membership"
+    membership.write_text("0::/system.slice/facelane.service\n")
+
+    def examine(above: dict[str, str] | None = None, **files: str) -> Check:
+        for name, text in files.items():
+            (own / name.replace("_", ".", 1)).write_text(text)
+        for name, text in (above or {}).items():
+            (own.parent / name).write_text(text)
+        return doctor.check_cgroup(root, membership)
+
+    return examine
+
+
+def test_no_limits(cgroup: Callable[..., Check]) -> None:
+    check = cgroup(memory_max="max\n", cpu_max="max 100000\n", pids_max="max\n")
+    assert check.status is Status.OK
+    assert check.facts["memory_bytes"] is None
+
+
+def test_the_tightest_limit_on_the_way_up_counts(cgroup: Callable[..., Check]) -> None:
+    check = cgroup({"memory.max": str(8 * GIB)}, memory_max=str(16 * GIB), cpu_max="150000 100000")
+    assert check.facts["memory_bytes"] == 8 * GIB
+    assert check.facts["cpus"] == 1.5
+    assert check.status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        ({"memory_max": str(GIB)}, "2048 MiB"),
+        ({"pids_max": "64"}, "TasksMax"),
+        ({"memory_events": "oom 3\noom_kill 2\n"}, "MemoryMax"),
+    ],
+)
+def test_limits_that_are_too_tight(
+    cgroup: Callable[..., Check], files: dict[str, str], advice: str
+) -> None:
+    check = cgroup(**files)
+    assert check.status is Status.WARN
+    assert advice in check.advice
+
+
+def test_without_cgroups(tmp_path: Path) -> None:
+    check = doctor.check_cgroup(tmp_path, tmp_path / "missing")
+    assert check.status is Status.SKIP
+
+
+def test_ulimits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_NOFILE: (256, 4096), resource.RLIMIT_CORE: (-1, -1)}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    files, core = doctor.check_ulimits()
+    assert (files.status, core.status) == (Status.WARN, Status.WARN)
+    assert "embeddings" in core.advice
+    limits.update({resource.RLIMIT_NOFILE: (-1, -1), resource.RLIMIT_CORE: (0, 0)})
+    assert [c.status for c in doctor.check_ulimits()] == [Status.OK, Status.OK]
+
+
+# -- the installation -----------------------------------------------------------------------------
+
+
+def test_listen(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = config.parse(f'[server]\nlisten = "127.0.0.1:{port}"')
+        assert doctor.check_listen(settings).status is Status.WARN
+    assert doctor.check_listen(settings).status is Status.OK
+    unix = config.parse(f'[server]\nlisten = "unix:{tmp_path}/server.sock"')
+    assert doctor.check_listen(unix).status is Status.OK
+    nowhere = config.parse('[server]\nlisten = "unix:/no/such/folder/server.sock"')
+    assert doctor.check_listen(nowhere).status is Status.FAIL
+
+
+def gallery_settings(path: Path) -> config.Config:
+    return config.parse(f'[gallery]\npath = "{path}"')
+
+
+def test_the_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "gallery.db"
+    settings = gallery_settings(path)
+    assert doctor.check_gallery(settings).status is Status.OK
+    assert not path.exists(), "looking must not make it"
+    store = Store(path)
+    store.create_subject("g", "a", "", {})
+    running = doctor.check_gallery(settings)
+    assert (running.status, running.detail) == (Status.SKIP, "in use by a server that runs")
+    store.close()
+    check = doctor.check_gallery(settings)
+    assert (check.status, check.facts) == (Status.OK, {"subjects": 1, "templates": 0})
+    monkeypatch.setattr(doctor, "MIN_DISK_MIB", 10**12)
+    full = doctor.check_gallery(settings)
+    assert (full.status, full.advice) == (
+        Status.WARN,
+        "free some space: enrolments will fail",
+    )
+    path.write_bytes(b"nonsense" * 1000)
+    broken = doctor.check_gallery(settings)
+    assert broken.status is Status.FAIL
+    assert "damaged" in broken.detail
+
+
+def test_damage_inside_of_the_gallery_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.db"
+    store = Store(path)
+    for n in range(400):
+        store.create_subject("g", f"subject-{n:04d}", "x" * 100, {})
+    store.close()
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(os.urandom(8192))
+    assert doctor.check_gallery(gallery_settings(path)).status is Status.FAIL
+
+
+def test_models(tmp_path: Path) -> None:
+    models, checks = doctor.check_models(config.parse(NULL))
+    assert models is not None
+    assert [c.status for c in checks] == [Status.OK] * 3
+    models, [check] = doctor.check_models(config.parse('[pools.detector]\nmodel = "no-such"'))
+    assert models is None
+    assert check.status is Status.FAIL
+    assert "models list" in check.advice
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+
+def test_the_worst_finding_decides() -> None:
+    ok, skip = Check("a", Status.OK, ""), Check("b", Status.SKIP, "")
+    warn, fail = Check("c", Status.WARN, "", "do"), Check("d", Status.FAIL, "", "do")
+    assert Report((skip,)).status is Status.OK
+    assert Report((ok, warn, skip)).status is Status.WARN
+    assert Report((warn, fail, ok)).status is Status.FAIL
+    text = Report((ok, fail)).as_text()
+    assert "-> do" in text
+    assert "cannot serve" in text
+    assert json.loads(json.dumps(Report((warn,)).as_json()))["checks"][0]["advice"] == "do"
