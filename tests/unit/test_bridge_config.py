@@ -159,3 +159,44 @@ def test_only_what_can_wait_waits(source: str, options: dict[str, str], lossless
 def test_a_file_cannot_stall() -> None:
     assert config.single("a.mp4", server={}).cameras[0].policy.stall_after == float("inf")
     assert config.single("rtsp://h/x", server={}).cameras[0].policy.stall_after == 5.0
+
+
+# --- the documentation ---
+
+DOCS = Path(__file__).parents[2] / "docs" / "bridge.md"
+
+
+def test_the_documented_example_is_valid() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    example = text.split("```toml\n")[1].split("```")[0]
+    settings = config.parse(example)
+    assert [camera.name for camera in settings.cameras] == ["front-door", "yard"]
+    assert settings.cameras[0].max_side == 1280
+
+
+@pytest.mark.parametrize("section", [config.ServerSettings, config.CameraSettings])
+def test_every_key_is_documented(section: type) -> None:
+    rows = [line.split("|")[1] for line in DOCS.read_text().splitlines() if line.startswith("|")]
+    missing = [
+        key for key in section.__struct_fields__ if not any(f"`{key}`" in row for row in rows)
+    ]
+    assert missing == []
+
+
+def test_every_line_is_documented() -> None:
+    import json
+    from typing import get_args
+
+    import msgspec
+
+    from facelane_bridge import output
+
+    text = DOCS.read_text(encoding="utf-8")
+    for kind in get_args(output.Line):
+        assert f"**`{kind.__struct_config__.tag}`**" in text
+    example = json.loads(text.split("```json\n")[1].split("```")[0])
+    line = msgspec.convert(example, output.ResultLine)
+    assert set(example) == set(msgspec.to_builtins(line)), "no field is left out"
+    assert set(example["faces"][0]) == set(msgspec.to_builtins(line.faces[0]))
+    for field in output.CameraTotals.__struct_fields__:
+        assert f"`{field}`" in text
