@@ -8,11 +8,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import psutil
-from tests.waiting import until
 
 import facelane
+from tests.waiting import until
 
 NULL_POOLS = """
 [pools.detector]
@@ -105,7 +106,7 @@ class RunningServer:
         self._log_file.close()
         return self.process.returncode
 
-    def __enter__(self) -> RunningServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -17,6 +17,9 @@ from typing import Any, Final, Self
 import grpc
 import msgspec
 import structlog
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
 from facelane.v1 import (
     admin_service_pb2_grpc,
     analysis_service_pb2_grpc,
@@ -24,14 +27,11 @@ from facelane.v1 import (
     gallery_service_pb2_grpc,
     server_service_pb2_grpc,
 )
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from facelane_server import __version__, config, limits, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import health
 from facelane_server.edge.analysis import AnalysisService, LaneRegistry
-from facelane_server.edge.auth import AuthInterceptor, Authenticator
+from facelane_server.edge.auth import Authenticator, AuthInterceptor
 from facelane_server.edge.gallery import GalleryService
 from facelane_server.edge.operations import AdminService, EventService, ServerService
 from facelane_server.events import EventFeed, EventKind
@@ -414,7 +414,7 @@ class App:
         if pool is None:
             raise FacelaneError(
                 Reason.POOL_NOT_FOUND,
-                f"there is no such pool; there are {', '.join(p.name for p in self.pools.values())}",
+                f"there is no such pool; there are {', '.join(self.pools)}",
             )
         old = pool.package
         package = await asyncio.to_thread(self._read_package, model, old)
@@ -484,7 +484,8 @@ def bind(server: grpc.aio.Server, settings: config.Config) -> None:
         if path.is_socket():
             if _answers(path):
                 raise config.ConfigError(
-                    f"server.listen: another server answers on {listen}; end it, or listen elsewhere"
+                    f"server.listen: another server answers on {listen}; end it, or listen "
+                    "elsewhere"
                 )
             # What a killed server left behind.
             path.unlink()

@@ -105,7 +105,9 @@ class Pool(Section, frozen=True):
     """``cpu``, ``cuda:0``, ...; ``auto`` = cuda:0 where there is one, else cpu. Workers are
     spread over them in turn."""
     isolation: Isolation = "process"
-    """``process``: own process, own CUDA context. ``mps``: the same under NVIDIA MPS, with ``sm_share``. ``thread``: threads of one process, own streams. ``external``: started by somebody else, attaches to ``socket``."""
+    """``process``: own process, own CUDA context. ``mps``: the same under NVIDIA MPS, with
+    ``sm_share``. ``thread``: threads of one process, own streams. ``external``: started by
+    somebody else, attaches to ``socket``."""
     group: str = "shared"
     """``thread`` pools of one group are threads of one worker process."""
     socket: str = ""
@@ -344,12 +346,12 @@ def check(config: Config, *, source: str) -> None:
                 "keys: set auth.keys_file (create one with `facelane-server keys new`), or "
                 "switch authentication off knowingly with auth.mode = 'none'"
             )
-        if config.auth.mode != "none" and not config.tls.cert_file:
-            if not config.auth.allow_plaintext:
-                fail(
-                    f"keys would cross the network unencrypted to `{listen}`: set tls.cert_file "
-                    "and tls.key_file, or accept it knowingly with auth.allow_plaintext = true"
-                )
+        encrypted = bool(config.tls.cert_file) or config.auth.allow_plaintext
+        if config.auth.mode != "none" and not encrypted:
+            fail(
+                f"keys would cross the network unencrypted to `{listen}`: set tls.cert_file "
+                "and tls.key_file, or accept it knowingly with auth.allow_plaintext = true"
+            )
     if config.monitor.memory_warning_clear > config.monitor.memory_warning:
         fail("monitor.memory_warning_clear must not exceed monitor.memory_warning")
     live, spoof = config.identity.live_threshold, config.identity.spoof_threshold

@@ -46,13 +46,15 @@ from facelane_server.domain import (
 from facelane_server.pipeline import Evidence, Origin, Pipeline, Plan, Timings, error_of
 from facelane_server.pools.tasks import DetectAnswer, DetectedFace, Task
 
+_DEFAULT_PLAN: Final = Plan()
+
 
 @dataclass(frozen=True, slots=True)
 class LaneOptions:
     """A stream's config, checked. ``weight``: share of the pools under load."""
 
     source_id: str = ""
-    plan: Plan = Plan()
+    plan: Plan = _DEFAULT_PLAN
     overload: Overload = Overload.LATEST_WINS
     max_frame_age_ns: int = 1_000_000_000
     weight: int = 10

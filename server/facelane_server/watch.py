@@ -31,6 +31,7 @@ class LaneWatch:
         )
 
     def outcome(self, lane: Lane, outcome: Outcome) -> None:
+        del lane  # metrics are not kept a stream: their number would grow without a bound
         self._metrics.outcome(outcome)
 
     def track_decided(

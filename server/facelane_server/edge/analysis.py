@@ -12,9 +12,9 @@ from typing import Any
 
 import grpc
 import structlog
+
 from facelane.v1 import analysis_service_pb2 as pb
 from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
-
 from facelane_server import limits, tracking
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Outcome, Picture, Reason

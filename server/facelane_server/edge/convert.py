@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-from facelane.v1 import analysis_service_pb2 as analysis_pb
-from facelane.v1 import face_pb2 as pb
 from google.protobuf import duration_pb2, timestamp_pb2
 
+from facelane.v1 import analysis_service_pb2 as analysis_pb
+from facelane.v1 import face_pb2 as pb
 from facelane_server import limits
 from facelane_server.config import Config
 from facelane_server.domain import (

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import grpc
 import structlog
+
 from facelane.v1 import face_pb2
 from facelane.v1 import gallery_service_pb2 as pb
 from facelane.v1 import gallery_service_pb2_grpc as pb_grpc
-
 from facelane_server import limits
 from facelane_server.config import Config
 from facelane_server.domain import Decision, Face, FacelaneError, Identity, Picture, Reason, Stage

@@ -19,6 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+
 from facelane.v1 import (
     admin_service_pb2,
     analysis_service_pb2,
@@ -26,9 +29,6 @@ from facelane.v1 import (
     gallery_service_pb2,
     server_service_pb2,
 )
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
-
 from facelane_server.domain import Stage
 
 SERVICES: Final = tuple(

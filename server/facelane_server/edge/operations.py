@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import grpc
 import structlog
+
 from facelane.v1 import admin_service_pb2 as admin_pb
 from facelane.v1 import admin_service_pb2_grpc as admin_grpc
 from facelane.v1 import event_service_pb2 as event_pb
 from facelane.v1 import event_service_pb2_grpc as event_grpc
 from facelane.v1 import server_service_pb2 as pb
 from facelane.v1 import server_service_pb2_grpc as pb_grpc
-
 from facelane_server import __version__, limits
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Reason, Stage
@@ -51,7 +51,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
         lanes: LaneRegistry,
         *,
         started_ns: int,
-        thresholds: Thresholds,
+        thresholds: Callable[[], Thresholds],
     ) -> None:
         self._config = config
         self._pools = pools
@@ -82,14 +82,15 @@ class ServerService(pb_grpc.ServerServiceServicer):
 
     def _model(self, stage: Stage, pool: Pool) -> pb.ModelInfo:
         manifest = pool.package.manifest
+        thresholds = self._thresholds()
         chosen: dict[Stage, dict[str, float | None]] = {
             Stage.DETECTOR: {"score": manifest.thresholds.score, "nms": manifest.thresholds.nms},
             Stage.RECOGNIZER: {
-                "match": self._thresholds.match,
-                "margin": self._thresholds.margin,
-                "ood": self._thresholds.ood,
+                "match": thresholds.match,
+                "margin": thresholds.margin,
+                "ood": thresholds.ood,
             },
-            Stage.LIVENESS: {"live": self._thresholds.live, "spoof": self._thresholds.spoof},
+            Stage.LIVENESS: {"live": thresholds.live, "spoof": thresholds.spoof},
         }
         in_force = chosen[stage]
         return pb.ModelInfo(
