@@ -279,6 +279,22 @@ def test_outcomes_are_counted_with_their_stages() -> None:
     assert SECRET_TEXT not in metrics.exposition().decode()
 
 
+def test_a_histogram_counts_each_value_in_every_bucket_above_it() -> None:
+    metrics = Metrics()
+    for age_ms in (0.2, 0.5, 4, 4, 120, 60_000):
+        body = FrameResult(9, 9, ())
+        metrics.outcome(Outcome(1, 0, None, body, age_ns=int(age_ms * 1e6)))
+    got = values(metrics)
+
+    def upto(bound: str) -> float:
+        return got["facelane_frame_age_seconds_bucket", (("le", bound),)]
+
+    counts = [upto(b) for b in ("0.0005", "0.003", "0.005", "0.1", "0.15", "10.0", "+Inf")]
+    assert counts == [2, 2, 4, 4, 5, 5, 6]
+    assert got["facelane_frame_age_seconds_count", ()] == 6
+    assert got["facelane_frame_age_seconds_sum", ()] == pytest.approx(60.1287)
+
+
 def test_values_that_are_read_at_the_scrape() -> None:
     workers = (
         WorkerInfo("detector#0", 7, Life.READY, "cuda:0", 2, "", 600, 5.0, False),
