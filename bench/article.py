@@ -148,5 +148,5 @@ async def run(settings: Settings) -> Report:
             row.overhead_p50 = ratio(row.p50_ms or 0, rows["facelane"].p50_ms or 0)
             row.overhead_p99 = ratio(row.p99_ms or 0, rows["facelane"].p99_ms or 0)
     report.note("overhead_*: times facelane's in the same scenario")
-    report.note(f"models: {models.origin} ({models.name})")
+    report.note(models.listed)
     return report

@@ -31,9 +31,8 @@ class Job:
     max_frame_age: float
 
 
-async def run(job: Job) -> dict[str, Any]:
+async def run(job: Job, frames: list[bytes]) -> dict[str, Any]:
     """What the cameras of this process saw."""
-    frames = [path.read_bytes() for path in sorted(Path(job.frames).glob("*.jpg"))]
     await asyncio.sleep(max(0.0, job.start_at - time.monotonic()))
     cpu = time.process_time()
     measured = await load.paced(
@@ -69,5 +68,11 @@ async def run(job: Job) -> dict[str, Any]:
     }
 
 
+def main(path: Path) -> None:
+    job = Job(**json.loads(path.read_text()))
+    frames = [file.read_bytes() for file in sorted(Path(job.frames).glob("*.jpg"))]
+    print(json.dumps(asyncio.run(run(job, frames))))
+
+
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(run(Job(**json.loads(Path(sys.argv[1]).read_text()))))))
+    main(Path(sys.argv[1]))

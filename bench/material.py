@@ -78,7 +78,12 @@ class Models:
 
     @property
     def name(self) -> str:
-        return " + ".join(package.name for package in self.packages.values())
+        """For tables; ``listed`` says what it means."""
+        return self.origin if self.origin == "null" else f"{self.origin} models"
+
+    @property
+    def listed(self) -> str:
+        return f"{self.name}: {', '.join(p.model_id for p in self.packages.values())}"
 
 
 def null_models() -> Models:
@@ -156,7 +161,7 @@ def _texture(width: int, height: int, seed: int) -> Array:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(60, 190, (height // 60 + 2, width // 60 + 2, 3), dtype=np.uint8)
     grown = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    grain = rng.normal(0, 6, (height, width, 1))
+    grain = rng.normal(0, 3, (height, width, 1))
     return np.clip(grown + grain, 0, 255).astype(np.uint8)
 
 
@@ -203,10 +208,10 @@ def make_frames(
             y = (k // columns + 0.5 + 0.06 * math.cos(index / 5 + k)) * cell_h
             _paste(canvas, name, (x, y), face_px)
         noise = np.random.default_rng(rng.getrandbits(32)).integers(
-            -3, 4, canvas.shape, dtype=np.int16
+            -1, 2, canvas.shape, dtype=np.int16
         )
         noisy = np.clip(canvas.astype(np.int16) + noise, 0, 255).astype(np.uint8)
-        ok, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 88])
+        ok, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 85])
         assert ok
         found.append(data.tobytes())
     return found

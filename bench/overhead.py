@@ -113,7 +113,7 @@ async def _real(settings: Settings, report: Report) -> None:
     # A loop with one thread is what the service's one-threaded workers compare with.
     added = (report.rows[-1].p50_ms or 0.0) - (base.p50_ms or 0.0)
     report.aim("added p50 at one stream, ms:", added, ADDED_P50_MS, at_most=True)
-    report.note(f"models: {models.origin} ({models.name})")
+    report.note(models.listed)
 
 
 async def _null(settings: Settings, report: Report) -> None:

@@ -60,7 +60,7 @@ async def run(settings: Settings) -> Report:
         )
         for spares in (0, 1):
             await _service(settings, report, models, spares, load_s)
-        report.note(f"models: {models.origin} ({models.name})")
+        report.note(models.listed)
     if settings.wants("peers"):
         await _peers(settings, report)
     return report

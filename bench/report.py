@@ -21,6 +21,8 @@ from rich.table import Table
 
 SCHEMA: Final = 1
 RESULTS: Final = Path(__file__).resolve().parent / "results"
+WIDEST: Final = 13
+"""Columns that still fit across a terminal."""
 _PACKAGES: Final = (
     "facelane",
     "grpcio",
@@ -143,15 +145,52 @@ class Report:
             if any(row.get(name) not in (None, "", []) for row in rows)
             and not any(isinstance(row.get(name), list | dict) for row in rows)
         ]
-        table = Table(title=f"{self.bench}{' (smoke run: figures mean nothing)' * self.smoke}")
-        for name in shown:
-            text = name in ("deployment", "scenario", "model")
-            table.add_column(name, justify="left" if text else "right")
-        for row in rows:
-            table.add_row(*(_cell(row.get(name)) for name in shown))
-        console.print(table)
+        # What is the same in every row is said once.
+        same = {
+            name: rows[0][name]
+            for name in shown
+            if len(rows) > 1 and all(row.get(name) == rows[0].get(name) for row in rows)
+        }
+        shown = [name for name in shown if name not in same]
+        title = f"{self.bench}{' (smoke run: figures mean nothing)' * self.smoke}"
+        if len(shown) <= WIDEST:
+            console.print(_across(title, shown, rows))
+        else:
+            # A table for every scenario, figures downwards.
+            kinds: dict[str, list[dict[str, Any]]] = {}
+            for row in rows:
+                kinds.setdefault(row["scenario"], []).append(row)
+            for group in kinds.values():
+                used = [n for n in shown if any(row.get(n) not in (None, "") for row in group)]
+                console.print(_downwards(title, used, group))
+        if same:
+            said = ", ".join(f"{name} {_cell(value)}" for name, value in same.items())
+            console.print(f"  in all rows: {said}", markup=False)
         for line in self.notes:
             console.print(f"  {line}", style="yellow" if "MISSED" in line else "", markup=False)
+
+
+def _across(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
+    """A line for every row."""
+    table = Table(title=title)
+    for name in columns:
+        text = name in ("deployment", "scenario", "model")
+        table.add_column(name, justify="left" if text else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns))
+    return table
+
+
+def _downwards(title: str, figures: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A column for every row, for rows of many figures."""
+    table = Table(title=title)
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["deployment"], justify="right")
+    for name in figures:
+        if name != "deployment":
+            table.add_row(name, *(_cell(row.get(name)) for row in rows))
+    return table
 
 
 def _all_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -138,8 +138,10 @@ class Service:
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes."""
-        return self.front().children(recursive=True)
+        found: list[psutil.Process] = self.front().children(recursive=True)
+        return found
 
     def rss_mib(self) -> float:
         """Resident memory of the server and its workers; shared pages count in each."""
-        return sum(p.memory_info().rss for p in (self.front(), *self.workers())) / 2**20
+        total: int = sum(p.memory_info().rss for p in (self.front(), *self.workers()))
+        return total / 2**20

@@ -26,6 +26,7 @@ from bench.report import Report, Row
 from bench.service import Service
 from bench.settings import Settings
 from bench.stats import percentile
+from facelane_server.domain import Stage
 
 FPS: Final = 25.0
 MAX_AGE_MS: Final = 100.0
@@ -105,7 +106,7 @@ async def run(settings: Settings) -> Report:
             await _size(settings, report, models, size, folder)
         kb = sum(map(len, frames)) / len(frames) / 1e3
         report.note(f"{size}: {len(frames)} frames of {kb:.0f} kB on average, faces {FACES}")
-    report.note(f"models: {models.origin} ({models.name})")
+    report.note(models.listed)
     return report
 
 
@@ -241,8 +242,9 @@ async def _watch(service: Service, begin: float, seconds: float) -> dict[str, An
     spent = [(b - a) / elapsed for a, b in zip(first, used(), strict=True)]
     by_stage: dict[str, float] = {}
     for process, share in itertools.islice(zip((front, *workers), spent, strict=True), 1, None):
-        # Workers carry their id in their name (detector#0).
-        stage = process.name().split("#")[0].split()[-1]
+        # A worker's stage is in its process title.
+        name = process.name()
+        stage = next((str(s) for s in Stage if str(s)[:8] in name), name)
         by_stage[stage] = max(by_stage.get(stage, 0.0), share)
     known = [share for share in gpu if not math.isnan(share)]
     return {
