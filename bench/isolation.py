@@ -5,53 +5,50 @@ MPS; under MPS with a share of the multiprocessors each. Scenarios: the pair (RT
 recogniser IR-SE-64 with random weights, and a detector), the trio (liveness too), and a
 noisy neighbour (a paced recogniser beside a detector saturated with batches of 32).
 
-The worker processes are driven directly through the pools, without client or server, on
-pictures that need no decoding: what is measured is the device, the worker's loop and the
-hop to it. `--device cpu --smoke` runs the same code without MPS.
+Every model has a tenant: a process that owns its pool and asks it for work, so that what
+is measured is the device, the worker's loop and the hop to it, and no tenant waits for
+another's Python. `--device cpu --smoke` runs the same code without MPS. A part is a
+deployment: `isolation:processes`. What fails or finds no more time is noted, and the rest
+is still measured.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import json
 import math
 import os
-import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
-
-import structlog
 
 from bench import drawing, material
 from bench.report import Report, Row
 from bench.settings import Settings
-from bench.stats import Summary, median, ratio
-from facelane_server import config
-from facelane_server.domain import Encoding, FacelaneError, Picture, Stage
-from facelane_server.pools.host import Launchers
-from facelane_server.pools.pool import Pool
-from facelane_server.pools.tasks import (
-    DetectRequest,
-    EmbedRequest,
-    LivenessRequest,
-    Request,
-    Task,
-)
-from facelane_server.worker.models.api import AlignedCrop
+from bench.stats import median, ratio
+from bench.tenant import Command, Job
+from facelane_server.domain import FacelaneError, Stage
+from facelane_server.ipc.channel import socket_pair
+from facelane_server.pools.mps import MpsDaemon
 from facelane_server.worker.models.catalog import Catalog
 from facelane_server.worker.models.package import Package
 
 PACE_HZ: Final = 60.0
 NOISY_BATCH: Final = 32
-BATCH: Final = {Stage.DETECTOR: NOISY_BATCH, Stage.RECOGNIZER: 8, Stage.LIVENESS: 8}
-SHARES: Final = {Stage.RECOGNIZER: 70, Stage.DETECTOR: 30, Stage.LIVENESS: 30}
-START_S: Final = 300.0
+BATCH: Final = {Stage.DETECTOR: NOISY_BATCH, Stage.RECOGNIZER: 1, Stage.LIVENESS: 1}
+SHARES: Final = {Stage.RECOGNIZER: 100, Stage.DETECTOR: 40, Stage.LIVENESS: 40}
+"""Percent of the multiprocessors: the one that must not wait may use all of them."""
+START_S: Final = 90.0
+BUDGET_S: Final = 195.0
+"""After this time no further deployment is begun."""
+SHORTEST_S: Final = 40.0
+"""What a deployment takes at least."""
 ALONE, THREADS, PROCESSES, MPS, MPS_SHARES = (
     "alone",
     "threads",
@@ -61,248 +58,298 @@ ALONE, THREADS, PROCESSES, MPS, MPS_SHARES = (
 )
 ARTICLE: Final = {"alone": 15.2, "processes": 16.8, "threads": 18.3, "containers": 17.1}
 """The article's own table, on its card: milliseconds a recognition."""
+PAIR, TRIO, NOISY = "pair", "trio", "noisy neighbour"
+PACED, SATURATED = "paced", "saturated"
+_LEAD_S: Final = 0.4
+"""From a command to the common start of all tenants."""
 _MARGIN_S: Final = 0.5
-"""Left out at the beginning of every measurement."""
+"""The neighbour is noisy so long before and after the paced measurement."""
 
 
-# -- one deployment ------------------------------------------------------------------------
+class NotMeasuredError(Exception):
+    """A deployment did not come to be, or broke; the message says how."""
 
 
-@dataclass(slots=True)
-class Rig:
-    """Pools that run, and what is asked of them."""
+# -- tenants -------------------------------------------------------------------------------
 
-    pools: dict[Stage, Pool]
-    requests: dict[Stage, Request]
-    errors: dict[str, int] = field(default_factory=dict)
 
-    async def _one(self, stage: Stage, lane: int) -> float:
-        """One task; seconds from submission to answer, nan for a failure (counted)."""
-        loop = asyncio.get_running_loop()
-        now = time.monotonic_ns()
-        task: Task[Any] = Task(
-            request=self.requests[stage],
-            lane=lane,
-            weight=1,
-            deadline_ns=now + 30_000_000_000,
-            future=loop.create_future(),
-        )
-        self.pools[stage].submit(task)
+class Tenant:
+    """A ``bench.tenant`` process. Owned by ``deployed``."""
+
+    def __init__(self, stage: Stage, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.stage = stage
+        self.process = process
+        self.log = log
+
+    async def answer(self, timeout_s: float) -> dict[str, Any]:
+        """Its next line. Raises NotMeasuredError."""
+        assert self.process.stdout is not None
         try:
-            await task.future
-        except FacelaneError as error:
-            self.errors[error.reason.value] = self.errors.get(error.reason.value, 0) + 1
-            return math.nan
-        return (time.monotonic_ns() - now) / 1e9
+            line = await asyncio.wait_for(self.process.stdout.readline(), timeout_s)
+        except TimeoutError:
+            raise NotMeasuredError(f"the {self.stage} tenant is silent; {self._words()}") from None
+        found: dict[str, Any] = json.loads(line) if line else {"error": "it ended"}
+        if "error" in found:
+            raise NotMeasuredError(
+                f"the {self.stage} tenant failed: {found['error']}; {self._words()}"
+            )
+        return found
 
-    async def closed(self, stage: Stage, in_flight: int, seconds: float) -> Summary:
-        """As fast as it goes, with ``in_flight`` tasks at one time."""
-        begin = time.monotonic()
-        times: list[float] = []
+    async def ask(self, command: Command) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(asdict(command)).encode() + b"\n")
+        await self.process.stdin.drain()
+        return await self.answer(command.start_at - time.monotonic() + command.seconds + 30.0)
 
-        async def worker(lane: int) -> None:
-            while time.monotonic() < begin + _MARGIN_S + seconds:
-                taken = await self._one(stage, lane)
-                if time.monotonic() >= begin + _MARGIN_S and not math.isnan(taken):
-                    times.append(taken)
+    async def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), 20.0)
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
 
-        await asyncio.gather(*(worker(lane) for lane in range(in_flight)))
-        return Summary.of(times, time.monotonic() - begin - _MARGIN_S)
+    def _words(self) -> str:
+        return self.log.read_text(errors="replace")[-1500:]
 
-    async def paced(self, stage: Stage, rate_hz: float, seconds: float) -> Summary:
-        """One task at each tick, whether the one before is back or not."""
-        count = max(2, round(rate_hz * seconds))
-        skip = max(1, round(rate_hz * _MARGIN_S))
-        begin = time.monotonic()
-        running: set[asyncio.Task[float]] = set()
-        times: list[float] = []
-        for index in range(count + skip):
-            await asyncio.sleep(max(0.0, begin + index / rate_hz - time.monotonic()))
-            one = asyncio.create_task(self._one(stage, index % 8))
-            running.add(one)
-            one.add_done_callback(running.discard)
-            if index >= skip:
-                one.add_done_callback(lambda done: times.append(done.result()))
-        await asyncio.gather(*running)
-        good = [taken for taken in times if not math.isnan(taken)]
-        return Summary.of(good, count / rate_hz)
 
-    def memory_mib(self, stage: Stage) -> float | None:
-        """Of the stage's workers on their device; None on a CPU."""
-        found = sum(worker.memory_mib for worker in self.pools[stage].info().workers)
-        return float(found) if found else None
+async def started(stage: Stage, job: Job, scratch: Path, descriptors: Sequence[int] = ()) -> Tenant:
+    """A tenant process, not yet ready (its first answer says so)."""
+    path, log = scratch / f"{stage}.json", scratch / f"{stage}.log"
+    path.write_text(json.dumps(asdict(job)))
+    with log.open("wb") as words:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "bench.tenant", str(path)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=words,
+            pass_fds=tuple(descriptors),
+        )
+    return Tenant(stage, process, log)
 
 
 @contextlib.asynccontextmanager
 async def deployed(
     deployment: str,
     packages: Mapping[Stage, Package],
-    requests: Mapping[Stage, Request],
+    stages: Sequence[Stage],
     device: str,
-) -> AsyncIterator[Rig]:
-    """A deployment of some models, started and warm; ended on leaving."""
+) -> AsyncIterator[dict[Stage, Tenant]]:
+    """Tenants of some stages, warm; ended on leaving. Raises NotMeasuredError."""
     isolation = {THREADS: "thread", MPS: "mps", MPS_SHARES: "mps"}.get(deployment, "process")
-    with tempfile.TemporaryDirectory(prefix="facelane-bench-") as scratch:
-        pipes = Path(scratch) / "mps"
-        async with contextlib.AsyncExitStack() as stack:
-            if isolation == "mps":
-                stack.enter_context(mps_daemon(pipes))
-            launchers = Launchers(Path(scratch), mps_pipe_directory=pipes)
-            stack.push_async_callback(launchers.close)
-            rig = Rig({}, dict(requests))
-            crops = tuple(
-                crop
-                for stage in (Stage.RECOGNIZER, Stage.LIVENESS)
-                if stage in packages
-                for crop in packages[stage].crops
+    async with contextlib.AsyncExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="facelane-bench-")))
+        pipes = ""
+        if isolation == "mps":
+            try:
+                daemon = await MpsDaemon.start(scratch / "mps")
+            except FacelaneError as error:
+                raise NotMeasuredError(error.message) from None
+            stack.push_async_callback(daemon.close)
+            pipes = str(daemon.pipe_directory)
+        channels: dict[Stage, int] = {}
+        pid = 0
+        if isolation == "thread":
+            group, channels = _thread_group(stages, scratch)
+            stack.push_async_callback(_ended, group)
+            for channel in channels.values():
+                stack.callback(_close, channel)
+            pid = group.pid
+        tenants: dict[Stage, Tenant] = {}
+        for stage in stages:
+            settings = {
+                "devices": [device],
+                "isolation": isolation,
+                "batch_max": BATCH[stage],
+                "sm_share": SHARES[stage] if deployment == MPS_SHARES else 100,
+                "load_timeout_s": START_S,
+                "job_timeout_ms": 20_000,
+                "canary_interval_s": 3_600.0,
+                "stream_priority": -5 if stage is Stage.RECOGNIZER else 0,
+            }
+            job = Job(
+                stage=stage,
+                package=str(packages[stage].folder),
+                settings=settings,
+                start_s=START_S,
+                crops_of=[
+                    str(packages[s].folder)
+                    for s in (Stage.RECOGNIZER, Stage.LIVENESS)
+                    if stage is Stage.DETECTOR
+                ],
+                mps_pipe_directory=pipes,
+                channel=channels.get(stage, -1),
+                pid=pid,
             )
-            for stage, package in packages.items():
-                chosen = config.Pool(
-                    model=str(package.folder),
-                    devices=(device,),
-                    isolation=isolation,  # type: ignore[arg-type]
-                    batch_max=BATCH[stage],
-                    sm_share=SHARES[stage] if deployment == MPS_SHARES else 100,
-                    load_timeout_s=START_S,
-                    job_timeout_ms=60_000,
-                    stream_priority=-1 if stage is Stage.RECOGNIZER and device != "cpu" else 0,
-                )
-                rig.pools[stage] = Pool(
-                    stage,
-                    chosen,
-                    package,
-                    launchers.for_pool(stage, chosen),
-                    crops=crops if stage is Stage.DETECTOR else (),
-                )
-            for pool in rig.pools.values():
-                await pool.start()
-                stack.push_async_callback(pool.stop, 5.0)
-            for pool in rig.pools.values():
-                if not await pool.wait_ready(START_S):
-                    losses = [w.last_loss for w in pool.info().workers]
-                    raise RuntimeError(f"{deployment}: pool {pool.name} did not start: {losses}")
-            yield rig
+            held = [channels[stage]] if stage in channels else []
+            tenants[stage] = await started(stage, job, scratch, held)
+            stack.push_async_callback(tenants[stage].close)
+        await asyncio.gather(*(tenant.answer(START_S + 30.0) for tenant in tenants.values()))
+        yield tenants
 
 
-@contextlib.contextmanager
-def mps_daemon(pipes: Path) -> Any:
-    """NVIDIA's control daemon in a folder of its own."""
-    pipes.mkdir(mode=0o700)
-    logs = pipes.parent / "mps-log"
-    logs.mkdir()
-    environ = {
-        **os.environ,
-        "CUDA_MPS_PIPE_DIRECTORY": str(pipes),
-        "CUDA_MPS_LOG_DIRECTORY": str(logs),
-    }
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], env=environ, check=True, timeout=30)
+def _thread_group(
+    stages: Sequence[Stage], scratch: Path
+) -> tuple[subprocess.Popen[bytes], dict[Stage, int]]:
+    """One worker process with a thread a stage; the channels' other ends, as descriptors."""
+    pairs = {stage: socket_pair() for stage in stages}
+    theirs = [worker.fileno() for _, worker in pairs.values()]
     try:
-        yield
+        with (scratch / "group.log").open("wb") as words:
+            group = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "facelane_server.worker"),
+                    *(f"--channel={fd}" for fd in theirs),
+                ],
+                pass_fds=theirs,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=words,
+            )
     finally:
-        subprocess.run(
-            ["nvidia-cuda-mps-control"],
-            input=b"quit\n",
-            env=environ,
-            check=False,
-            timeout=60,
-        )
+        for _, worker in pairs.values():
+            worker.close()
+    return group, {stage: server.detach() for stage, (server, _) in pairs.items()}
 
 
-def requests_for(packages: Mapping[Stage, Package]) -> dict[Stage, Request]:
-    """One request a stage, the same every time: a raw picture with a face, a chip, crops."""
-    import cv2
-    import numpy as np
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    try:
+        await asyncio.to_thread(process.wait, 10.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        await asyncio.to_thread(process.wait, 10.0)
 
-    [data] = material.make_frames(1, 640, 640, [1])
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    assert picture is not None
-    found: dict[Stage, Request] = {}
-    for stage, package in packages.items():
-        sizes = [crop.size for crop in package.crops]
-        crops = tuple(
-            cv2.resize(picture[140:500, 140:500], (size, size)).tobytes() for size in sizes
-        )
-        if stage is Stage.DETECTOR:
-            raw = Picture(Encoding.BGR24, picture.tobytes(), 640, 640, 640 * 3)
-            found[stage] = DetectRequest(raw, max_faces=4, max_pixels=16_000_000)
-        elif stage is Stage.RECOGNIZER:
-            assert isinstance(package.crops[0], AlignedCrop)
-            found[stage] = EmbedRequest(crops[0])
-        else:
-            found[stage] = LivenessRequest(crops)
-    return found
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 # -- the benchmark -------------------------------------------------------------------------
 
 
+Answer = dict[str, Any]
+
+
 @dataclass(slots=True)
 class Found:
-    """Summaries of rounds by (deployment, scenario, stage)."""
+    """Answers of tenants by (deployment, scenario, stage)."""
 
-    summaries: dict[tuple[str, str, Stage], list[Summary]] = field(default_factory=dict)
-    memory: dict[tuple[str, Stage], float | None] = field(default_factory=dict)
+    answers: dict[tuple[str, str, Stage], list[Answer]] = field(default_factory=dict)
 
-    def add(self, deployment: str, scenario: str, stage: Stage, summary: Summary) -> None:
-        self.summaries.setdefault((deployment, scenario, stage), []).append(summary)
+    def add(self, deployment: str, scenario: str, stage: Stage, answer: Answer) -> None:
+        self.answers.setdefault((deployment, scenario, stage), []).append(answer)
 
     def value(self, deployment: str, scenario: str, stage: Stage, name: str) -> float:
         """The median over the rounds; nan where it was not measured."""
-        rounds = self.summaries.get((deployment, scenario, stage), [])
-        return median([getattr(summary, name) for summary in rounds])
+        return median(
+            [answer[name] for answer in self.answers.get((deployment, scenario, stage), [])]
+        )
 
 
-PACED, SATURATED = "paced", "saturated"
-PAIR, TRIO, NOISY = "pair", "trio", "noisy neighbour"
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How long, how often."""
+
+    rate_hz: float
+    seconds: float
+
+    def paced(self, start_at: float) -> Command:
+        return Command(start_at, self.seconds, self.rate_hz)
+
+    def saturated(self, start_at: float, in_flight: int = 1) -> Command:
+        return Command(start_at, self.seconds / 2, 0.0, in_flight)
 
 
 async def run(settings: Settings) -> Report:
-    # The table is the output; what a worker has to complain of still appears.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     report = Report("isolation", smoke=settings.smoke)
     on_card = settings.device.startswith("cuda")
     packages = _packages(settings)
-    requests = requests_for(packages)
-    rate = PACE_HZ if on_card else settings.lasting(2.0, 2.0)
-    seconds = settings.lasting(10.0, 1.5)
-    rounds = settings.sized(3, 1)
-    deployments = [THREADS, PROCESSES]
+    load = Load(PACE_HZ if on_card else 2.0, settings.lasting(7.0, 1.5))
+    deployments = [PROCESSES, MPS_SHARES, MPS, THREADS] if on_card else [PROCESSES, THREADS]
     if not on_card:
         report.note("mps: not run, it needs a CUDA device")
-    elif shutil.which("nvidia-cuda-mps-control") is None:
-        report.note("mps: not run, nvidia-cuda-mps-control is not installed")
-    else:
-        deployments += [MPS, MPS_SHARES]
-
     found = Found()
-    for number in range(rounds):
-        for stage in packages:
-            async with deployed(ALONE, {stage: packages[stage]}, requests, settings.device) as rig:
-                await _alone(rig, stage, rate, seconds, found)
-        # Another order each round: a warm card is a slower card.
-        for deployment in (
-            deployments[number % len(deployments) :] + deployments[: number % len(deployments)]
-        ):
-            try:
-                async with deployed(deployment, packages, requests, settings.device) as rig:
-                    await _together(rig, deployment, rate, seconds, found)
-                    if rig.errors:
-                        report.note(f"{deployment}: failed tasks {rig.errors}")
-            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-                report.note(f"{deployment}: round {number + 1} not measured: {error}")
-
-    _rows(report, found, packages, rate)
+    begin = time.monotonic()
+    for deployment in deployments:
+        if not settings.wants(deployment.replace(" ", "-")):
+            continue
+        left = BUDGET_S - (time.monotonic() - begin)
+        if left < SHORTEST_S:
+            report.note(f"{deployment}: not measured, {left:.0f} s were left")
+            continue
+        try:
+            async with asyncio.timeout(left + SHORTEST_S):
+                if deployment == PROCESSES:
+                    await _processes(packages, load, settings.device, found)
+                else:
+                    async with deployed(deployment, packages, list(packages), settings.device) as t:
+                        await _together(t, deployment, load, found)
+        except Exception as error:  # one deployment's failure must not lose the others
+            report.note(f"{deployment}: {type(error).__name__}: {error}")
+    _rows(report, found, packages, load.rate_hz)
     if on_card:
         _aims(report, found)
     path = settings.docs / ("isolation-smoke.svg" if settings.smoke else "isolation.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_draw(found, [ALONE, *deployments], rate))
+    path.write_text(_draw(found, [ALONE, *deployments], load.rate_hz))
     report.note(f"drawn: {path}")
     report.note(
         "the article's table, its own card, ms a recognition: "
         + ", ".join(f"{name} {ms}" for name, ms in ARTICLE.items())
     )
     return report
+
+
+async def _processes(
+    packages: Mapping[Stage, Package], load: Load, device: str, found: Found
+) -> None:
+    """Each alone, then all together: a tenant that is asked nothing leaves the card to the
+    others, so the recogniser is alone on it first, and later beside idle ones."""
+    recognizer = Stage.RECOGNIZER
+    others = [stage for stage in packages if stage is not recognizer]
+    async with deployed(PROCESSES, packages, [recognizer], device) as tenants:
+        await _alone(tenants[recognizer], load, found)
+        async with deployed(PROCESSES, packages, others, device) as more:
+            for tenant in more.values():
+                await _alone(tenant, load, found)
+            await _together({**tenants, **more}, PROCESSES, load, found)
+
+
+async def _alone(tenant: Tenant, load: Load, found: Found) -> None:
+    stage = tenant.stage
+    await tenant.ask(Command(time.monotonic() + _LEAD_S, 0.5, 0.0, 1))  # clocks rise
+    saturated = await tenant.ask(load.saturated(time.monotonic() + _LEAD_S))
+    found.add(ALONE, SATURATED, stage, saturated)
+    if stage is Stage.DETECTOR:
+        command = load.saturated(time.monotonic() + _LEAD_S, 2 * NOISY_BATCH)
+        found.add(ALONE, NOISY, stage, await tenant.ask(command))
+    paced = await tenant.ask(load.paced(time.monotonic() + _LEAD_S))
+    found.add(ALONE, PACED, stage, paced)
+    if stage is Stage.RECOGNIZER:
+        found.add(ALONE, NOISY, stage, paced)
+
+
+async def _together(
+    tenants: Mapping[Stage, Tenant], deployment: str, load: Load, found: Found
+) -> None:
+    async def all_of(scenario: str, commands: Mapping[Stage, Command]) -> None:
+        answers = await asyncio.gather(*(tenants[s].ask(c) for s, c in commands.items()))
+        for stage, answer in zip(commands, answers, strict=True):
+            found.add(deployment, scenario, stage, answer)
+
+    # First what has an aim.
+    at = time.monotonic() + _LEAD_S
+    await all_of(f"{TRIO}, {PACED}", {stage: load.paced(at) for stage in tenants})
+    at = time.monotonic() + _LEAD_S
+    noise = Command(at, load.seconds + 2 * _MARGIN_S, 0.0, 2 * NOISY_BATCH)
+    await all_of(NOISY, {Stage.DETECTOR: noise, Stage.RECOGNIZER: load.paced(at + _MARGIN_S)})
+    pair = [Stage.RECOGNIZER, Stage.DETECTOR]
+    at = time.monotonic() + _LEAD_S
+    await all_of(f"{PAIR}, {PACED}", {stage: load.paced(at) for stage in pair})
+    at = time.monotonic() + _LEAD_S
+    await all_of(f"{TRIO}, {SATURATED}", {stage: load.saturated(at) for stage in tenants})
 
 
 def _packages(settings: Settings) -> dict[Stage, Package]:
@@ -314,41 +361,6 @@ def _packages(settings: Settings) -> dict[Stage, Package]:
     }
 
 
-async def _alone(rig: Rig, stage: Stage, rate: float, seconds: float, found: Found) -> None:
-    found.memory[ALONE, stage] = rig.memory_mib(stage)
-    found.add(ALONE, PACED, stage, await rig.paced(stage, rate, seconds))
-    found.add(ALONE, SATURATED, stage, await rig.closed(stage, 1, seconds / 2))
-    if stage is Stage.DETECTOR:
-        found.add(ALONE, NOISY, stage, await rig.closed(stage, 2 * NOISY_BATCH, seconds / 2))
-    if stage is Stage.RECOGNIZER:
-        found.add(ALONE, NOISY, stage, found.summaries[ALONE, PACED, stage][-1])
-
-
-async def _together(rig: Rig, deployment: str, rate: float, seconds: float, found: Found) -> None:
-    for stage in rig.pools:
-        found.memory[deployment, stage] = rig.memory_mib(stage)
-
-    async def all_of(scenario: str, stages: Sequence[Stage], ask: Callable[[Stage], Any]) -> None:
-        summaries = await asyncio.gather(*(ask(stage) for stage in stages))
-        for stage, summary in zip(stages, summaries, strict=True):
-            found.add(deployment, scenario, stage, summary)
-
-    pair = [Stage.RECOGNIZER, Stage.DETECTOR]
-    trio = [*pair, Stage.LIVENESS]
-    await all_of(f"{PAIR}, {PACED}", pair, lambda s: rig.paced(s, rate, seconds))
-    await all_of(f"{PAIR}, {SATURATED}", pair, lambda s: rig.closed(s, 1, seconds / 2))
-    await all_of(f"{TRIO}, {PACED}", trio, lambda s: rig.paced(s, rate, seconds))
-    await all_of(f"{TRIO}, {SATURATED}", trio, lambda s: rig.closed(s, 1, seconds / 2))
-
-    # The neighbour is noisy for a while before and after the paced measurement.
-    noise = asyncio.create_task(
-        rig.closed(Stage.DETECTOR, 2 * NOISY_BATCH, seconds + 2 * _MARGIN_S)
-    )
-    await asyncio.sleep(_MARGIN_S)
-    found.add(deployment, NOISY, Stage.RECOGNIZER, await rig.paced(Stage.RECOGNIZER, rate, seconds))
-    found.add(deployment, NOISY, Stage.DETECTOR, await noise)
-
-
 def _base_of(scenario: str) -> str:
     """Which measurement alone a scenario is compared with."""
     if scenario == NOISY:
@@ -357,7 +369,7 @@ def _base_of(scenario: str) -> str:
 
 
 def _rows(report: Report, found: Found, packages: Mapping[Stage, Package], rate: float) -> None:
-    for deployment, scenario, stage in found.summaries:
+    for deployment, scenario, stage in found.answers:
         value = {
             name: found.value(deployment, scenario, stage, name)
             for name in ("p50_ms", "p99_ms", "throughput_per_s")
@@ -372,10 +384,16 @@ def _rows(report: Report, found: Found, packages: Mapping[Stage, Package], rate:
                 model=packages[stage].name,
                 batch=NOISY_BATCH if noisy else 1,
                 rate_hz=rate if is_paced else None,
-                memory_mib=found.memory.get((deployment, stage)),
+                memory_mib=found.value(deployment, scenario, stage, "worker_memory_mib"),
                 overhead_p50=ratio(value["p50_ms"], found.value(ALONE, base, stage, "p50_ms")),
                 overhead_p99=ratio(value["p99_ms"], found.value(ALONE, base, stage, "p99_ms")),
-                extra={"rounds": len(found.summaries[deployment, scenario, stage])},
+                extra={
+                    "max_ms": found.value(deployment, scenario, stage, "max_ms"),
+                    "failed": sum(
+                        sum(answer["failed"].values())
+                        for answer in found.answers[deployment, scenario, stage]
+                    ),
+                },
                 **value,
             )
         )
@@ -390,14 +408,16 @@ def _aims(report: Report, found: Found) -> None:
         "recogniser alone, p99 ms:", found.value(ALONE, SATURATED, rec, "p99_ms"), 3.5, at_most=True
     )
     trio = f"{TRIO}, {PACED}"
-    modes = [m for m in (PROCESSES, MPS, MPS_SHARES) if (m, trio, rec) in found.summaries]
+    modes = [m for m in (PROCESSES, MPS, MPS_SHARES) if (m, trio, rec) in found.answers]
+    if not modes:
+        return
     for name, bound in (("p50_ms", 1.10), ("p99_ms", 1.25)):
         base = found.value(ALONE, PACED, rec, name)
         best = min((ratio(found.value(m, trio, rec, name), base), m) for m in modes)
         report.aim(
             f"trio beside, {name} against alone, best ({best[1]}):", best[0], bound, at_most=True
         )
-    if (MPS_SHARES, NOISY, rec) in found.summaries:
+    if (MPS_SHARES, NOISY, rec) in found.answers:
         report.aim(
             "noisy neighbour, recogniser's p99 against alone, mps with shares:",
             ratio(
