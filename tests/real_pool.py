@@ -48,11 +48,13 @@ class RealPool:
         self.pool = pool
         self.events = events
 
-    def request(self, *, marker: bytes = b"") -> Request:
+    def request(self, *, marker: bytes = b"", side: int = 64, max_faces: int = 4) -> Request:
+        """``side``, ``max_faces``: of a picture, for detectors."""
         stage = self.pool.stage
         if stage is Stage.DETECTOR:
-            data = (marker + bytes(64 * 64 * 3))[: 64 * 64 * 3]
-            return DetectRequest(Picture(Encoding.BGR24, data, 64, 64, 192), 4, 1_000_000)
+            data = (marker + bytes(side * side * 3))[: side * side * 3]
+            picture = Picture(Encoding.BGR24, data, side, side, side * 3)
+            return DetectRequest(picture, max_faces, 10_000_000)
         crops = tuple(
             (marker + bytes(spec.size * spec.size * 3))[: spec.size * spec.size * 3]
             for spec in PACKAGES[stage].crops
@@ -61,9 +63,9 @@ class RealPool:
             return EmbedRequest(crops[0], want_vector=True)
         return LivenessRequest(crops)
 
-    def submit(self, lane: int = 1, *, age_s: float = 20.0, marker: bytes = b"") -> Task[Any]:
+    def submit(self, lane: int = 1, *, age_s: float = 20.0, **request: Any) -> Task[Any]:
         task: Task[Any] = Task(
-            self.request(marker=marker),
+            self.request(**request),
             lane,
             1,
             time.monotonic_ns() + int(age_s * 1e9),

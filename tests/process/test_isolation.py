@@ -321,7 +321,7 @@ def test_no_worker_outlives_a_server_that_was_killed(state: str) -> None:
         [sys.executable, "-c", PARENT, state],
         cwd=root,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
     )
     try:
         assert parent.stdout is not None

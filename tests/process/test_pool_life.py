@@ -12,7 +12,9 @@ import pytest
 from tests.real_pool import PACKAGES, alive, open_descriptors, real_pool
 from tests.waiting import auntil
 
+from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.limits import MIB
 from facelane_server.pools.pool import PoolChange, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer, Task
@@ -33,6 +35,12 @@ def reasons(results: list[object]) -> set[Reason]:
 
 def proc(pid: int, name: str) -> bytes:
     return Path(f"/proc/{pid}/{name}").read_bytes()
+
+
+def resident_shared_mib() -> int:
+    """Shared memory that this process maps and that is backed by pages."""
+    (line,) = [row for row in proc(os.getpid(), "status").splitlines() if b"RssShmem" in row]
+    return int(line.split()[1]) // 1024
 
 
 # -- the good days ----------------------------------------------------------------------
@@ -108,6 +116,22 @@ async def test_no_descriptor_and_no_shared_memory_is_left_behind() -> None:
             await auntil(lambda p=p: p.pool.info().workers[0].restarts == 1)
             await auntil(lambda p=p: p.pool.state is PoolState.SERVING)
     assert (open_descriptors(), set(os.listdir("/dev/shm"))) == before
+
+
+async def test_a_large_picture_and_a_large_answer_do_not_stay_resident() -> None:
+    side = 3000
+    async with real_pool(Stage.DETECTOR, batch_max=8, options={"faces": "60"}) as p:
+        await p.infer()
+        before = resident_shared_mib()
+        for _ in range(3):
+            large = p.submit(max_faces=60, side=side)
+            many = [p.submit(max_faces=60) for _ in range(8)]
+            results = await outcomes([large, *many])
+            assert [len(answer.faces) for answer in results] == [60] * 9
+        assert side * side * 3 > 24 * MIB
+        # Two slots of two arenas keep a little; the rest is given back.
+        kept = 4 * limits.SLOT_KEEP_BYTES // MIB
+        assert resident_shared_mib() - before <= kept
 
 
 # -- violence ---------------------------------------------------------------------------

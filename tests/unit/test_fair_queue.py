@@ -76,7 +76,7 @@ def test_silence_earns_no_credit() -> None:
     assert abs(served[1] - served[2]) <= 1
 
 
-def test_a_replaced_frame_keeps_the_turn_of_its_lane() -> None:
+def test_a_frame_that_is_replaced_costs_its_lane_nothing() -> None:
     """LATEST_WINS withdraws and submits for every frame: that must not cost the lane."""
     queue = FairQueue()
     waiting = task(1, deadline=10_000)
@@ -95,6 +95,16 @@ def test_a_replaced_frame_keeps_the_turn_of_its_lane() -> None:
             waiting = task(1, deadline=20_000)
             queue.put(waiting)
     assert abs(served[1] - 10) <= 1
+
+
+def test_the_task_behind_a_withdrawn_one_moves_up() -> None:
+    queue = FairQueue()
+    first, second = task(1, deadline=10), task(1, deadline=20)
+    other = task(2, deadline=30)
+    for item in (first, second, other):
+        queue.put(item)
+    queue.withdraw(first)
+    assert take(queue, 1) == [second]
 
 
 def test_what_came_back_goes_first_and_the_suspect_alone() -> None:

@@ -7,8 +7,7 @@ weights of the lanes that wait, and never lags behind the start tag taken: so a 
 ever new lanes, each with one task, cannot starve those that were there before. A lane that
 was silent gets its turn at once but no credit for its silence, and a lane that floods waits
 for its share.
-A task that is withdrawn before it is taken costs its lane nothing, and the task that
-replaces it at once (the newest frame in place of the one that waits) inherits its turn.
+A task that is withdrawn before it is taken costs its lane nothing.
 
 Pure: no clock, no loop. All operations are O(log n) but the removal of a task out of the
 middle of its lane, which is short (a lane holds at most its window).
@@ -53,8 +52,6 @@ class FairQueue:
         """Tasks that come back from a lost worker; True = to be taken alone."""
         self._queued: set[AnyTask] = set()
         self._deadlines: list[tuple[int, int, AnyTask]] = []
-        self._inherited: dict[int, float] = {}
-        """Start tags of lanes whose only task was withdrawn since the last take."""
         self._virtual = 0.0
         self._weight = 0
         """Sum over the lanes that wait."""
@@ -76,9 +73,7 @@ class FairQueue:
         lane.waiting.append(task)
         self._register(task)
         if len(lane.waiting) == 1:
-            inherited = self._inherited.pop(task.lane, None)
-            fresh = max(self._virtual, lane.finish)
-            self._new_head(task.lane, lane, fresh if inherited is None else inherited)
+            self._new_head(task.lane, lane, max(self._virtual, lane.finish))
 
     def put_back(self, task: AnyTask, *, alone: bool) -> None:
         """Queue a task that was taken before in front of all others; ``alone`` = it must not
@@ -99,8 +94,6 @@ class FairQueue:
         was_head = lane.waiting[0] is task
         lane.waiting.remove(task)
         if was_head:
-            if not lane.waiting:
-                self._inherited[task.lane] = lane.start
             self._new_head(task.lane, lane, lane.start)
         return True
 
@@ -108,7 +101,6 @@ class FairQueue:
         """The next batch of at most ``most`` tasks. ``accept`` is asked for each in turn and
         ends the batch with False (it does not fit); the first one is always taken."""
         batch: list[AnyTask] = []
-        self._inherited.clear()
         while self._front and len(batch) < most:
             task, alone = self._front[0]
             if batch and (alone or not accept(task)):
