@@ -15,13 +15,14 @@ import asyncio
 import bisect
 import contextlib
 import itertools
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self, TextIO
+from typing import Any, Final, Self, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -125,6 +126,49 @@ def _is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
     return False
 
 
+class LogSink:
+    """Where log lines go; outlives the disk or the reader behind it.
+
+    What cannot be written is lost and counted: a full disk under the log must cost lines,
+    never frames. The first line that can be written again says how many were lost. Lines
+    go to the descriptor itself where there is one, because a buffered stream that failed
+    once keeps its buffer and fails again at exit.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._descriptor = -1
+        with contextlib.suppress(OSError, ValueError):
+            self._descriptor = stream.fileno()
+        self.lost = 0
+
+    def write(self, text: str) -> int:
+        try:
+            if self.lost:
+                lines, self.lost = self.lost, 0
+                try:
+                    self._put(json.dumps({"event": "log lines were lost", "lines": lines}) + "\n")
+                except (OSError, ValueError):
+                    self.lost = lines
+                    raise
+            self._put(text)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self.lost += text.count("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def _put(self, text: str) -> None:
+        if self._descriptor < 0:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        data = text.encode("utf-8", "backslashreplace")
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+
 def configure_logging(
     section: config.Log,
     *,
@@ -158,13 +202,14 @@ def configure_logging(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         *traceback,
     ]
+    sink = LogSink(stream)
     structlog.configure(
         processors=[*shared, _withhold_all, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", sink)),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(cast("TextIO", sink))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

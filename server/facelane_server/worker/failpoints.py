@@ -22,6 +22,8 @@ each process; the warm-up is no job, the canary is one.
 ``fail.error_on_job``     job N raises an error that nobody foresaw
 ``fail.leak_mib``         every job leaks so many MiB of host memory
 ``fail.poison``           an item that contains ``POISON`` kills the process (SIGSEGV)
+``fail.from_file``        a file of further ``name = "value"`` lines (TOML), read when a
+                          process starts; absent or empty = none (faults that change)
 ``fail.only_file``        the faults above count only while this file is absent; the
                           first process to commit one creates it (faults that heal)
 ========================= ==========================================================
@@ -33,6 +35,7 @@ import os
 import signal
 import sys
 import time
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -45,7 +48,7 @@ NAMES: Final = frozenset({
     "load", "hang_load", "slow_load_ms", "crash_load", "crash_warm_up", "hang_on_job",
     "crash_on_job", "exit_on_job", "slow_ms", "oom_on_job", "oom_once_on_job",
     "sticky_on_job", "garbage_on_job", "truncated_on_job", "error_on_job", "leak_mib",
-    "poison", "only_file",
+    "poison", "only_file", "from_file",
 })  # fmt: skip
 
 
@@ -136,6 +139,11 @@ class Failpoints:
 def from_options(options: Mapping[str, str]) -> Failpoints | None:
     """The faults that ``options`` name, or None. Raises ValueError for an unknown one."""
     values = {key.removeprefix(PREFIX): v for key, v in options.items() if key.startswith(PREFIX)}
+    if "from_file" in values:
+        # The file wins, so that it can also re-aim what the options name.
+        path = Path(values.pop("from_file"))
+        listed = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        values |= {name: str(value) for name, value in listed.items()}
     if not values:
         return None
     unknown = sorted(set(values) - NAMES)
