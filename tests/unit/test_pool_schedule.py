@@ -751,6 +751,24 @@ async def test_a_worker_that_leaves_by_itself_loses_nothing() -> None:
         assert all(task.future.result() == LivenessAnswer(1.0) for task in tasks)
 
 
+async def test_a_worker_that_leaves_before_it_joined_never_joins() -> None:
+    async with bench() as b:
+        await b.start()
+        worker = b.workers[0]
+        await worker.hello()
+        worker.say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1))
+        await b.turn()
+        # In one packet burst: the canary's answer, and the farewell of a SIGTERM.
+        worker.answer()
+        worker.leave()
+        await b.turn()
+        assert not b.pool.available
+        assert b.pool.info().workers[0].life is Life.BACKOFF
+        await b.clock.advance(200)
+        await b.workers[1].become_ready()
+        assert b.pool.state is PoolState.SERVING
+
+
 def test_a_clock_is_not_needed_to_ask_a_pool_what_it_is() -> None:
     make: Callable[[], Pool] = lambda: Pool(  # noqa: E731
         Stage.LIVENESS, config.Pool(), PACKAGE, ScriptedLauncher()

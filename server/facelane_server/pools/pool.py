@@ -902,6 +902,9 @@ class Pool:
 
     def _left(self, member: _Member) -> None:
         """Drained: by our wish, or by its own (SIGTERM from outside)."""
+        if member.life.life in restart.STARTING:
+            self._lost(member, WorkerLostError("EXITED", "it left before it was ready"))
+            return
         if member.life.life is Life.READY:
             log.info("worker leaves", pool=self.name, worker=member.worker_id)
             self._happen(member, Event(Happening.RESTART, "LEFT"))
