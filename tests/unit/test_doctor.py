@@ -15,6 +15,7 @@ import pytest
 
 from facelane_server import config, doctor
 from facelane_server.doctor import Check, Report, Status
+from facelane_server.domain import Stage
 from facelane_server.gallery.store import Store
 from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
 
@@ -295,3 +296,30 @@ def test_the_worst_finding_decides() -> None:
     assert "-> do" in text
     assert "cannot serve" in text
     assert json.loads(json.dumps(Report((warn,)).as_json()))["checks"][0]["advice"] == "do"
+
+
+async def test_an_examination_goes_through_all_checks(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    without = NULL[: NULL.index("[pools.liveness]")]
+    path.write_text(f'state_dir = "{tmp_path}"\n[pools]\nliveness = false\n{without}')
+    heard: list[Check] = []
+    report = await doctor.examine(path, infer=False, on_check=heard.append)
+    assert tuple(heard) == report.checks
+    names = [check.name for check in report.checks]
+    assert names[:2] == ["system", "config"]
+    assert {"torch", "cgroup", "listen", "gallery", "model detector"} <= set(names)
+    assert "model liveness" not in names
+    assert not any(name.startswith("inference") for name in names)
+
+
+async def test_one_stage_is_asked_through_a_worker() -> None:
+    settings = config.parse(NULL)
+    models, _ = doctor.check_models(settings)
+    assert models is not None
+    check = await doctor.check_inference(settings, models, Stage.RECOGNIZER)
+    assert check.status is Status.OK, check
+    assert check.facts["answer_ms"] > 0
+    text = NULL.replace('"null-detector"', '"null-detector"\nisolation = "external"')
+    outside = config.parse(text)
+    check = await doctor.check_inference(outside, models, Stage.DETECTOR)
+    assert check.status is Status.SKIP
