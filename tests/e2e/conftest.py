@@ -33,10 +33,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def begin(
-            pools: str = "", extra: str = "", listen: str = "", *, wait: bool = True
+            pools: str = "",
+            extra: str = "",
+            listen: str = "",
+            *,
+            edit: Callable[[str], str] = str,
+            wait: bool = True,
         ) -> RunningServer:
             folder = tmp_path_factory.mktemp("own")
-            made = RunningServer(folder, toml(folder, pools or wire.pools(), extra, listen))
+            text = toml(folder, pools or wire.pools(), extra, listen)
+            made = RunningServer(folder, edit(text))
             stack.push(made)
             if wait:
                 made.wait_serving()

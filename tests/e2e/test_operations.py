@@ -1,0 +1,519 @@
+"""What operators do to a server that works: kill, restart, reload, drain, watch."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tests.e2e import wire
+from tests.e2e.conftest import Start
+from tests.running_server import RunningServer
+from tests.waiting import until
+
+import facelane
+
+HEALTH = {0: "UNKNOWN", 1: "SERVING", 2: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
+QUICK = "backoff_initial_s = 0.3\nbackoff_max_s = 0.4"
+"""Long enough for a loss to be seen, short enough for a test."""
+
+
+class Load:
+    """A lossless stream that is kept busy by a thread of its own until ``finish``."""
+
+    def __init__(self, client: facelane.Client, **options: Any) -> None:
+        self.outcomes: list[facelane.Outcome] = []
+        self.updates: list[facelane.StreamUpdate] = []
+        self.failure: Exception | None = None
+        options.setdefault("overload", "lossless")
+        self.stream = client.analyze_stream(on_update=self.updates.append, **options)
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=t) for t in (self._send, self._read)]
+
+    def _send(self) -> None:
+        number = 0
+        # Some 200 frames a second: a load, and room on two cores for who is tested.
+        while not self._stop.wait(0.005):
+            try:
+                self.stream.send(wire.picture(number % 4), timeout=0.5)
+                number += 1
+            except facelane.DeadlineExceededError:
+                continue
+            except facelane.FacelaneError:
+                return
+        self.stream.close_send()
+
+    def _read(self) -> None:
+        try:
+            self.outcomes.extend(self.stream)
+        except facelane.FacelaneError as error:
+            self.failure = error
+
+    def results(self) -> int:
+        return sum(outcome.result is not None for outcome in self.outcomes)
+
+    def more(self, count: int = 20) -> None:
+        """Waits for so many more outcomes."""
+        wanted = len(self.outcomes) + count
+        until(lambda: len(self.outcomes) >= wanted or self.failure, 20, "more outcomes")
+
+    def finish(self) -> facelane.StreamSummary:
+        """Half-closes, reads the rest, and gives the count."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        return self.stream.summary
+
+    def __enter__(self) -> Self:
+        self.stream.__enter__()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self.stream.close()
+        for thread in self._threads:
+            thread.join(30)
+
+
+def pool(client: facelane.Client, name: str) -> facelane.PoolInfo:
+    return next(p for p in client.pools() if p.pool == name)
+
+
+def kill_worker(client: facelane.Client, name: str) -> int:
+    pid = pool(client, name).workers[0].pid
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+@contextmanager
+def watched_health(target: str, service: str) -> Iterator[queue.SimpleQueue[str]]:
+    """The statuses that a watcher is told, as they come."""
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with wire.channel(target) as channel:
+        call = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=service), timeout=60
+        )
+
+        def read() -> None:
+            try:
+                for response in call:
+                    told.put(HEALTH[response.status])
+            except grpc.RpcError:
+                pass
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            yield told
+        finally:
+            call.cancel()
+            reader.join(10)
+
+
+# -- health ---------------------------------------------------------------------------------
+
+
+def test_health_follows_the_pools(start: Start) -> None:
+    server = start(wire.pools(every=QUICK))
+    names = ("", "facelane.v1.AnalysisService", "facelane.pool.detector")
+    with (
+        server.client() as client,
+        watched_health(server.target, names[0]) as whole,
+        watched_health(server.target, names[1]) as service,
+        watched_health(server.target, names[2]) as detector,
+        watched_health(server.target, "facelane.pool.liveness") as other,
+        watched_health(server.target, "facelane.process") as process,
+    ):
+        queues = (whole, service, detector)
+        assert [q.get(timeout=10) for q in (*queues, other, process)] == ["SERVING"] * 5
+        kill_worker(client, "detector")
+        assert [q.get(timeout=10) for q in queues] == ["NOT_SERVING"] * 3
+        assert [q.get(timeout=10) for q in queues] == ["SERVING"] * 3
+        assert other.empty(), "another pool was not touched"
+        assert process.empty()
+        assert client.health("facelane.no.such.service") == "SERVICE_UNKNOWN"
+
+
+def test_a_lost_second_stage_degrades_in_band_and_is_told(start: Start) -> None:
+    server = start(wire.pools(every=QUICK))
+    with server.client() as client, Load(client, disable_tracking=True) as load:
+        load.more(20)
+        kill_worker(client, "liveness")
+        until(lambda: client.health() == "NOT_SERVING", 5)
+        assert client.health("facelane.v1.AnalysisService") == "SERVING"
+        until(lambda: client.health() == "SERVING", 10)
+        load.more(40)
+        summary = load.finish()
+    assert summary.received == summary.results, summary
+    missing = [o for o in load.outcomes if o.result and o.result.missing_stages]
+    assert missing
+    for outcome in missing:
+        assert outcome.result is not None
+        assert outcome.result.missing_stages == ("liveness",)
+        for face in outcome.result.faces:
+            assert (face.liveness.verdict, face.liveness.score) == ("UNDECIDED", None)
+    kinds = [u.kind for u in load.updates if u.stage == "liveness"]
+    assert kinds == ["STAGE_LOST", "STAGE_RESTORED"]
+
+
+# -- workers and models -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["detector", "recognizer", "liveness"])
+def test_a_worker_is_restarted_under_load_and_no_frame_is_lost(start: Start, name: str) -> None:
+    server = start()
+    with server.client() as client, Load(client) as load:
+        load.more()
+        before = pool(client, name).workers[0].pid
+        answer = client.restart_worker(f"{name}#0", timeout=20)
+        assert answer.old_pid == before
+        assert answer.new_pid not in (0, before)
+        load.more()
+        summary = load.finish()
+    assert summary.results == summary.received > 40
+    assert not psutil.pid_exists(before)
+
+
+def test_no_such_worker_pool_or_model(server: RunningServer) -> None:
+    with server.client() as client:
+        for name in ("detector#9", "nobody#0", "", "detector"):
+            with pytest.raises(facelane.NotFoundError) as missing:
+                client.restart_worker(name)
+            assert missing.value.reason == "WORKER_NOT_FOUND"
+        with pytest.raises(facelane.NotFoundError) as missing:
+            client.reload_model("nobody")
+        assert missing.value.reason == "POOL_NOT_FOUND"
+        for model in ("no-such-package", "/no/such/folder", "null-recognizer"):
+            with pytest.raises(facelane.ArgumentError) as refused:
+                client.reload_model("detector", model)
+            assert refused.value.reason == "MODEL_INVALID"
+        assert len(client.analyze_image(wire.picture()).faces) == 1
+
+
+def test_a_model_is_reloaded_under_load_and_no_frame_is_lost(start: Start, tmp_path: Path) -> None:
+    server = start()
+    two = wire.null_detector(tmp_path, 2)
+    with server.client() as client, Load(client, disable_tracking=True) as load:
+        load.more()
+        answer = client.reload_model("detector", str(two), timeout=30)
+        assert answer.old_model_id.startswith("null-detector@1.0.0#")
+        assert answer.new_model_id.startswith("null-detector-2@1.0.0#")
+        load.more(60)
+        summary = load.finish()
+        models = {m.task: m.name for m in client.server_info().models}
+    assert models["detector"] == "null-detector-2"
+    assert summary.results == summary.received
+    counts = [len(o.result.faces) for o in load.outcomes if o.result]
+    assert counts[0] == 1
+    assert counts[-1] == 2
+    assert counts == sorted(counts), "the swap happens once"
+
+
+def test_a_reloaded_model_is_judged_by_its_own_thresholds(start: Start, tmp_path: Path) -> None:
+    manifest = Path("server/facelane_server/worker/models/builtin/null-recognizer/model.toml")
+    text = (Path(__file__).parents[2] / manifest).read_text()
+    strict = tmp_path / "strict"
+    strict.mkdir()
+    (strict / "model.toml").write_text(
+        text.replace('"1.0.0"', '"2.0.0"').replace("match = 0.5", "match = 1.0")
+    )
+    server = start()
+    with server.client() as client:
+        client.enroll("ada", wire.picture())
+        assert client.verify("ada", wire.picture()).threshold == pytest.approx(0.5)
+        client.reload_model("recognizer", str(strict))
+        recognizer = next(m for m in client.server_info().models if m.task == "recognizer")
+        assert recognizer.version == "2.0.0"
+        assert recognizer.thresholds["match"] == 1.0
+        # Templates of another model are never compared: enrolled again, by the new one.
+        (face,) = client.identify(wire.picture())
+        assert face.identity.decision == "UNKNOWN"
+        client.enroll("ada", wire.picture())
+        assert client.verify("ada", wire.picture()).threshold == 1.0
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_old_one(start: Start, tmp_path: Path) -> None:
+    server = start()
+    broken = wire.null_detector(tmp_path, 3)
+    (broken / "model.toml").write_text("schema = 1\nname = ")
+    with server.client() as client, Load(client) as load:
+        load.more()
+        with pytest.raises(facelane.ArgumentError) as refused:
+            client.reload_model("detector", str(broken))
+        assert refused.value.reason == "MODEL_INVALID"
+        load.more()
+        summary = load.finish()
+        assert client.health() == "SERVING"
+    assert summary.results == summary.received
+
+
+# -- the end ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGINT", "Drain"])
+def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str) -> None:
+    server = start()
+    with server.client() as client:
+        with Load(client) as lossless, Load(client, overload="latest_wins") as camera:
+            lossless.more()
+            camera.more()
+            if by == "Drain":
+                client.drain(grace=5)
+            else:
+                server.process.send_signal(signal.Signals[by])
+            for load in (lossless, camera):
+                until(lambda load=load: load.stream.ended, 15, "the stream to end")
+            summaries = [lossless.finish(), camera.finish()]
+        assert server.process.wait(15) == 0
+    for load, summary in zip((lossless, camera), summaries, strict=True):
+        assert summary.received == summary.results + summary.drops + summary.errors
+        ids = [outcome.frame_id for outcome in load.outcomes]
+        assert ids == sorted(set(ids))
+        assert [u.kind for u in load.updates if u.kind == "DRAINING"] == ["DRAINING"]
+        # The server's own word, before the end, and not a connection that broke.
+        assert load.failure is not None
+        assert load.failure.reason == "DRAINING"  # type: ignore[attr-defined]
+        assert load.failure.retryable  # type: ignore[attr-defined]
+    log = server.text()
+    assert "Traceback" not in log
+    assert '"event": "ended"' in log
+    assert not Path(server.target.removeprefix("unix:")).exists()
+
+
+@pytest.mark.parametrize("window", [64, 2])
+def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
+    # Frames that take a while keep the drain going; with the small window the server is not
+    # even reading when it is told to end.
+    server = start(
+        wire.pools(detector="options = { 'fail.slow_ms' = '300' }\nbatch_max = 1"),
+        f"[limits]\nwindow = {window}",
+    )
+    with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
+        stream.open()
+        stream.write(*(wire.frame(number) for number in range(1, 6)))
+        stream.outcome()
+        with server.client() as client:
+            assert len(client.analyze_image(wire.picture()).faces) == 1
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: client.server_info().draining, 5)
+            assert client.health() == "NOT_SERVING"
+            assert client.health("facelane.process") == "SERVING"
+            with pytest.raises(facelane.UnavailableError) as refused:
+                client.analyze_image(wire.picture())
+            assert refused.value.reason == "DRAINING"
+            with pytest.raises(facelane.UnavailableError) as refused, client.analyze_stream():
+                pass
+            assert refused.value.reason == "DRAINING"
+            assert refused.value.retryable
+        told = []
+        try:
+            told.extend(stream.call)
+        except grpc.RpcError as error:
+            ended = wire.refusal(error)
+            # (extend keeps what came before the error)
+        assert ended == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        summary = told[-1].summary
+        outcomes = [m.outcome.frame_id for m in told if m.WhichOneof("message") == "outcome"]
+        assert summary.received == 1 + len(outcomes)
+        assert summary.received == summary.results + summary.drops + summary.errors
+        assert outcomes == list(range(2, summary.received + 1))
+        # What the server had not read when it was told to end, it does not answer.
+        assert summary.received == 5 if window == 64 else summary.received >= 3
+    assert server.process.wait(10) == 0
+
+
+def test_a_killed_server_leaves_no_process(start: Start) -> None:
+    server = start()
+    workers = server.children()
+    assert len(workers) == 3
+    with server.client() as client, Load(client) as load:
+        load.more()
+        server.process.kill()
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+        load.finish()
+        assert load.failure is not None
+    # Its socket lies there; the next server takes it over.
+    server.process.wait(10)
+    path = Path(server.target.removeprefix("unix:"))
+    assert path.is_socket()
+    again = RunningServer(server.folder, server.config.read_text())
+    with again:
+        again.wait_serving()
+
+
+def test_a_second_server_does_not_take_the_socket_of_the_first(server: RunningServer) -> None:
+    folder = server.folder / "second"
+    folder.mkdir()
+    second = RunningServer(
+        folder,
+        server.config.read_text().replace("/state", "/second/state").replace("/run", "/second/run"),
+    )
+    assert second.process.wait(20) == 78
+    second.stop()
+    assert "another server answers" in second.text()
+    with server.client() as client:
+        assert client.health() == "SERVING"
+
+
+# -- reading ----------------------------------------------------------------------------------
+
+
+def test_metrics_over_http(start: Start) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = start(edit=lambda text: text.replace('listen = ""', f'listen = "127.0.0.1:{port}"'))
+    with server.client() as client:
+        for outcome in client.analyze([wire.picture()] * 10):
+            assert outcome.result is not None
+        client.enroll("grace-of-the-metrics", wire.picture())
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        assert response.headers["content-type"].startswith("text/plain")
+        text = response.read().decode()
+    samples = dict(
+        line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#")
+    )
+    assert any(float(v) == 10 for k, v in samples.items() if "outcome" in k), text
+    assert any(float(v) == 1 for k, v in samples.items() if "templates" in k), text
+    for stage in ("detector", "recognizer", "liveness"):
+        assert f'pool="{stage}"' in text
+    assert "grace-of-the-metrics" not in text
+
+
+def test_reflection_lists_the_services(server: RunningServer) -> None:
+    with wire.channel(server.target) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        (answer,) = stub.ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
+        )
+    names = {service.name for service in answer.list_services_response.service}
+    assert names >= {
+        "facelane.v1.AnalysisService", "facelane.v1.GalleryService",
+        "facelane.v1.EventService", "facelane.v1.ServerService",
+        "facelane.v1.AdminService", "grpc.health.v1.Health",
+    }  # fmt: skip
+
+
+def test_the_server_says_what_it_is(server: RunningServer) -> None:
+    with server.client() as client:
+        info = client.server_info()
+        pools = client.pools()
+    assert {m.name for m in info.models} == {"null-detector", "null-recognizer", "null-liveness"}
+    assert info.limits.window == 64
+    assert info.limits.max_message_bytes == 33 << 20
+    assert not info.draining
+    for told in pools:
+        assert told.state == "SERVING"
+        assert told.isolation == "process"
+        (worker,) = told.workers
+        assert worker.worker_id == f"{told.pool}#0"
+        assert worker.state == "READY"
+        assert psutil.Process(worker.pid).ppid() == server.process.pid
+
+
+# -- events -----------------------------------------------------------------------------------
+
+
+def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
+    server = start()
+    with server.client() as client:
+        client.enroll("ada-of-the-events", wire.picture(1))
+        told: queue.SimpleQueue[facelane.Event] = queue.SimpleQueue()
+        with client.watch_events() as events:
+            reader = threading.Thread(target=lambda: [told.put(event) for event in events])
+            reader.start()
+            try:
+                # Watching begins when the server has the call: the first event proves it.
+                with client.analyze_stream(source_id="warm-up"):
+                    until(lambda: not told.empty() or _touch(client), 10)
+                frames = [facelane.Frame(wire.picture(1), stream_offset=k * 0.1) for k in range(12)]
+                list(client.analyze(frames, source_id="door-1"))
+                seen = []
+                while (
+                    not seen or seen[-1].kind != "STREAM_CLOSED" or seen[-1].source_id != "door-1"
+                ):
+                    seen.append(told.get(timeout=10))
+            finally:
+                events.close()
+                reader.join(10)
+        door = [event for event in seen if event.source_id == "door-1"]
+        kinds = [event.kind for event in door]
+        assert kinds == ["STREAM_OPENED", "SUBJECT_SEEN", "STREAM_CLOSED"]
+        named = door[1]
+        assert named.identity.subject_id == "ada-of-the-events"
+        assert named.liveness.verdict == "LIVE"
+        assert named.track_id
+        assert named.stream_id == door[0].stream_id
+        assert [e.sequence for e in seen] == sorted(e.sequence for e in seen)
+        # Resumed after the opening: the rest again, the same.
+        with client.watch_events(resume_token=door[0].resume_token) as again:
+            assert [next(again).sequence for _ in range(2)] == [e.sequence for e in door[1:]]
+        with client.watch_events(
+            resume_token=door[0].resume_token, kinds=["SUBJECT_SEEN"]
+        ) as again:
+            assert next(again).identity == named.identity
+        with (
+            client.watch_events(resume_token="nonsense") as wrong,
+            pytest.raises(facelane.ArgumentError) as invalid,
+        ):
+            next(wrong)
+        assert invalid.value.reason == "RESUME_TOKEN_INVALID"
+        token = seen[-1].resume_token
+    server.stop()
+    successor = RunningServer(server.folder, server.config.read_text())
+    with successor:
+        successor.wait_serving()
+        with successor.client() as client:
+            with (
+                client.watch_events(resume_token=token) as lost,
+                pytest.raises(facelane.HistoryLostError),
+            ):
+                next(lost)
+            # The gallery, though, is what lasts.
+            assert client.get_subject("ada-of-the-events").template_count == 1
+
+
+def _touch(client: facelane.Client) -> bool:
+    """Makes an event, until the watcher has seen one."""
+    with client.analyze_stream(source_id="warm-up"):
+        return False
+
+
+def test_events_tell_of_a_lost_pool(start: Start) -> None:
+    server = start(wire.pools(every=QUICK))
+    told: queue.SimpleQueue[facelane.Event] = queue.SimpleQueue()
+    with server.client() as client, client.watch_events(kinds=["POOL_CHANGED"]) as events:
+        reader = threading.Thread(target=lambda: [told.put(event) for event in events])
+        reader.start()
+
+        def provoked() -> bool:
+            until(lambda: client.health() == "SERVING", 10)
+            kill_worker(client, "recognizer")
+            until(lambda: client.health() == "SERVING", 10)
+            return not told.empty()
+
+        try:
+            # Watching begins when the server has the call: again, until it has.
+            until(provoked, 20)
+            event = told.get(timeout=10)
+        finally:
+            events.close()
+            reader.join(10)
+    assert event.pool == "recognizer"
+    assert "SERVING" in event.message
