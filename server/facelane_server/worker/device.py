@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import os
 import threading
-from typing import Final
+from typing import Any, Final
 
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.worker.journal import log_event
@@ -21,6 +21,7 @@ from facelane_server.worker.models.api import DeviceOptions
 MIB: Final = 1024 * 1024
 CONTEXT_MIB_UNMEASURED: Final = 640
 """What a CUDA context with cuDNN is taken to cost where NVML cannot tell."""
+METER_EVERY_S: Final = 0.5
 
 
 class Fault(enum.Enum):
@@ -149,6 +150,29 @@ def memory_mib(device: str) -> int:
     return CONTEXT_MIB_UNMEASURED + torch.cuda.memory_reserved(index) // MIB
 
 
+class Meter:
+    """``memory_mib`` of this process, measured now and then by a thread of its own: NVML can
+    take milliseconds, and nothing of that may fall into an inference. The thread ends with
+    the process."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._mib = memory_mib(device)
+        threading.Thread(target=self._measure_on, name="memory", daemon=True).start()
+
+    def read(self) -> int:
+        """MiB, at most ``METER_EVERY_S`` old."""
+        return self._mib
+
+    def _measure_on(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(METER_EVERY_S):
+            try:
+                self._mib = memory_mib(self._device)
+            except RuntimeError:  # the context is lost; the inference loop finds out
+                return
+
+
 def device_name(device: str) -> str:
     """For people: ``NVIDIA H100 80GB HBM3``, or ``cpu``."""
     if not is_cuda(device):
@@ -210,25 +234,38 @@ class _Budgets:
 _budgets = _Budgets()
 
 
+_nvml_lock = threading.Lock()
+_nvml_handles: dict[int, Any] = {}
+
+
 def _nvml_process_mib(index: int) -> int | None:
     """Memory of this process on a device by NVML; None where NVML cannot tell (no
     driver library, or a container whose process ids the driver does not know)."""
     try:
         import pynvml
-        import torch
 
-        pynvml.nvmlInit()
-        try:
-            uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            # Clients of an MPS server are listed apart.
-            processes = [*processes, *pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)]
-        finally:
-            pynvml.nvmlShutdown()
+        handle = _nvml_handle(index)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        # Clients of an MPS server are listed apart.
+        processes = [*processes, *pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)]
     except Exception:  # NVML is a luxury here, and raises types of its own
         return None
     for process in processes:
         if process.pid == os.getpid() and process.usedGpuMemory:
             return int(process.usedGpuMemory // MIB)
     return None
+
+
+def _nvml_handle(index: int) -> Any:
+    """NVML is opened once for the life of the process: opening it takes long."""
+    with _nvml_lock:
+        if index not in _nvml_handles:
+            import pynvml
+            import torch
+
+            if not _nvml_handles:
+                pynvml.nvmlInit()
+            # By UUID: torch's numbers obey CUDA_VISIBLE_DEVICES, NVML's do not.
+            uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+            _nvml_handles[index] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return _nvml_handles[index]

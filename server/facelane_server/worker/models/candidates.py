@@ -24,9 +24,9 @@ _HEADS: Final = {"cls": 1, "obj": 1, "bbox": 4, "kps": 10}
 def select(candidates: F32, *, score: float, iou: float, limit: int) -> F32:
     """The faces among ``candidates`` [K, 15]: score at least ``score``, best first, none
     overlapping a better one by more than ``iou``, at most ``limit``. Returns [n, 15]."""
-    sound = (candidates[:, 0] >= score) & np.isfinite(candidates).all(1)
-    sound &= (candidates[:, 3] > 0) & (candidates[:, 4] > 0)
-    rows = candidates[sound]
+    rows = candidates[candidates[:, 0] >= score]  # few are
+    sound = np.isfinite(rows).all(1) & (rows[:, 3] > 0) & (rows[:, 4] > 0)
+    rows = rows[sound]
     rows = rows[np.argsort(-rows[:, 0], kind="stable")]
     kept: list[int] = []
     low = rows[:, 1:3]

@@ -72,6 +72,8 @@ class NetworkDetector(Detector):
         self._max_side = max_side
         self._score = score
         self._nms = nms
+        self._used: dict[int, tuple[int, int]] = {}
+        """Height and width of what lies in each of the runner's kept canvases, by address."""
 
     def warm_up(self) -> None:
         self._runner.warm_up()
@@ -92,10 +94,19 @@ class NetworkDetector(Detector):
         for shape, indices in shapes.items():
             (canvases,) = self._runner.stage(len(indices), [shape])
             for canvas, i in zip(canvases, indices, strict=True):
-                _place(pictures[i], fits[i], canvas)
+                _place(pictures[i], fits[i], canvas, self._dirt(canvas, fits[i]))
             launched.append((indices, self._runner.launch()))
         pending = _PendingDetections(self, list(pictures), list(max_faces), fits, launched)
         return pending if self._runner.fixed_side else Ready(pending.finish())
+
+    def _dirt(self, canvas: U8, place: _Fit) -> tuple[int, int]:
+        """How far down and to the right the canvas may not be black."""
+        if not self._runner.keeps_content:
+            return canvas.shape[0], canvas.shape[1]
+        address = int(canvas.__array_interface__["data"][0])
+        before = self._used.get(address, (0, 0))
+        self._used[address] = place.height, place.width
+        return before
 
     def faces(self, candidates: F32, picture: U8, place: _Fit, limit: int) -> Detections:
         """The faces of one picture from its candidates."""
@@ -136,7 +147,7 @@ class _PendingDetections(Pending[list[Detections]]):
         return [found[i] for i in range(len(self._pictures))]
 
 
-def _place(picture: U8, place: _Fit, canvas: U8) -> None:
+def _place(picture: U8, place: _Fit, canvas: U8, dirty: tuple[int, int]) -> None:
     inside = canvas[: place.height, : place.width]
     if picture.shape[:2] == (place.height, place.width):
         inside[...] = picture
@@ -149,5 +160,5 @@ def _place(picture: U8, place: _Fit, canvas: U8) -> None:
             dst=inside,
             interpolation=cv2.INTER_AREA if halved else cv2.INTER_LINEAR,
         )
-    canvas[place.height :] = 0
-    canvas[: place.height, place.width :] = 0
+    canvas[place.height : dirty[0], : dirty[1]] = 0
+    canvas[: place.height, place.width : dirty[1]] = 0

@@ -34,9 +34,12 @@ class Runner(ABC):
     """Used by one thread: ``stage``, fill the arrays, ``launch``; and so on.
 
     ``fixed_side``: every picture must be staged at this height and width (0 = any).
+    ``keeps_content``: staged arrays are the same few buffers again and again, zero at
+    first, which keep what was written to them.
     """
 
     fixed_side: int = 0
+    keeps_content: bool = False
 
     @abstractmethod
     def stage(self, count: int, shapes: Sequence[tuple[int, int]]) -> tuple[U8, ...]:
