@@ -7,6 +7,7 @@ is not usable · 78 the configuration is not usable (systemd: do not restart).
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -52,6 +53,8 @@ def _load(path: Path | None) -> configuration.Config:
 @app.command()
 def run(config: ConfigOption = None) -> None:
     """Run the server in the foreground until SIGTERM or SIGINT; SIGHUP reloads the config."""
+    # The watchdog ends a hung server with SIGABRT: its stacks belong into the journal.
+    faulthandler.enable()
     loaded = _load(config)
     from facelane_server.app import serve
 

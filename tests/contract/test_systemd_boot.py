@@ -97,7 +97,7 @@ class Machine:
         return self.run("systemctl", "show", "-P", prop, unit).strip()
 
     def journal(self, unit: str) -> str:
-        return self.run("journalctl", "-u", unit, "-n", "60", "--no-pager", "-o", "cat")
+        return self.run("journalctl", "-u", unit, "-n", "200", "--no-pager", "-o", "cat")
 
     def start(self, unit: str) -> None:
         try:
@@ -241,7 +241,9 @@ def test_a_hung_server_is_ended_by_the_watchdog(server: Machine) -> None:
     server.run("kill", "-STOP", server.show(SERVER, "MainPID"))
     until(lambda: int(server.show(SERVER, "NRestarts")) > restarts, 30, "a restart")
     server.wait_active(SERVER)
-    assert "Watchdog timeout" in server.journal(SERVER)
+    journal = server.journal(SERVER)
+    assert "Watchdog timeout" in journal
+    assert "Fatal Python error: Aborted" in journal, "the stacks of the hung server"
 
 
 def test_a_killed_worker_is_the_servers_own_business(server: Machine) -> None:

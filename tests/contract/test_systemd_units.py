@@ -14,6 +14,13 @@ import pytest
 
 from facelane_bridge import config as bridge_config
 from facelane_server import config as server_config
+from facelane_server.domain import Stage
+from facelane_server.edge import health
+from facelane_server.monitor import DeviceReading
+from facelane_server.observability import Metrics, Sources
+from facelane_server.pools.pool import PoolInfo, PoolState, WorkerInfo
+from facelane_server.pools.restart import Life
+from facelane_server.worker import exit_codes
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -316,6 +323,68 @@ class TestOtherSupervisors:
         assert files
         for path in files:
             tomllib.loads(path.read_text())
+
+
+class TestOperationsPage:
+    """docs/operations.md names things that exist."""
+
+    page = (ROOT / "docs/operations.md").read_text()
+
+    def test_metrics(self) -> None:
+        worker = WorkerInfo("detector#0", 7, Life.READY, "cuda:0", 2, "", 600, 5.0, False)
+        pool = PoolInfo(
+            "detector",
+            Stage.DETECTOR,
+            PoolState.SERVING,
+            "m",
+            "process",
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            (worker,),
+        )
+        device = DeviceReading("0", "card", "GPU-1", 1, 2)
+        metrics = Metrics(Sources(pools=lambda: [pool], devices=lambda: [device]))
+        exposed = set(re.findall(r"(?m)^# TYPE (\w+)", metrics.exposition().decode()))
+        named = set(re.findall(r"\bfacelane_\w+", self.page)) - {"facelane_server"}
+        assert len(named) >= 8
+        assert named <= exposed
+
+    def test_units_examples_and_repository_files(self) -> None:
+        for name in (*UNITS, *(p.name for p in (DEPLOY / "systemd/examples").iterdir())):
+            stem = name.replace("@.service", "@").removesuffix(".toml")
+            assert stem in self.page.replace("bridge-NAME", "bridge-front-door"), name
+        for path in re.findall(r"`((?:tests|deploy)/[\w/.]+)`", self.page):
+            assert (ROOT / path).exists(), path
+
+    def test_health_names(self) -> None:
+        names = {"", "facelane.process", "facelane.v1.AnalysisService"}
+        known = set(health.derive(dict.fromkeys(Stage, True), draining=False))
+        assert names <= known
+        assert "facelane.pool.detector" in known
+        for name in filter(None, names):
+            assert name in self.page
+
+    def test_exit_codes(self) -> None:
+        for code, name in exit_codes.NAMES.items():
+            assert re.search(rf"\b{code}\b", self.page), name
+        from facelane_server import cli
+
+        assert f"| {cli.EX_UNAVAILABLE} |" in self.page
+        assert f"| {cli.EX_CONFIG} |" in self.page
+        unit = settings(SYSTEM / "facelane-server.service")
+        assert str(cli.EX_CONFIG) in unit["RestartPreventExitStatus"][0].split()
+        assert str(cli.EX_UNAVAILABLE) not in unit["RestartPreventExitStatus"][0].split()
+
+    def test_limits_that_it_states(self) -> None:
+        unit = settings(SYSTEM / "facelane-server.service")
+        assert f"WatchdogSec={unit['WatchdogSec'][0]}" in self.page
+        assert unit["StartLimitBurst"] == ["20"]
+        assert unit["StartLimitIntervalSec"] == ["600"]
+        assert "20 failed starts in 10 minutes" in self.page
 
 
 def services_of(text: str) -> dict[str, str]:
