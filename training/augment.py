@@ -81,17 +81,31 @@ def photometry(pictures: Tensor) -> Tensor:
     return x
 
 
-def training_batch(pictures: Tensor) -> Tensor:
-    """uint8 [N, 3, 112, 112] -> float 0..1: what teacher and student both see."""
-    return photometry(mix(geometry(pictures)))
+def training_batch(pictures: Tensor, progress: float = 0.0) -> Tensor:
+    """uint8 [N, 3, 112, 112] -> float 0..1: what teacher and student both see.
+
+    ``progress`` 0..1 through the training: more and more pictures are only as mildly
+    disturbed as ``clean_batch`` does, and fewer are mixed, because pictures of one clean
+    face are what is served most.
+    """
+    # In eighths: every other number of rows would make the convolutions tune themselves anew.
+    progress = int(progress * 8) / 8
+    x = mix(geometry(pictures), 0.6 - 0.15 * progress)
+    mild = int(len(x) * (0.2 + 0.35 * progress))
+    # Mixed and pure pictures lie in random order, so that any cut holds both.
+    return torch.cat((vary(x[:mild]), photometry(x[mild:])))
 
 
 def clean_batch(pictures: Tensor) -> Tensor:
     """Harmless variety that must count as clean: jitter of alignment, light, colour, film and
     sharpness, mild compression; the aliasing of large faces that were made small."""
-    x = geometry(pictures, strength=0.35)
-    n = len(x)
-    x = x.clamp(1e-4, 1) ** column(torch.exp(rand(n, -0.3, 0.3, x)))
+    return vary(geometry(pictures, strength=0.35))
+
+
+def vary(pictures: Tensor) -> Tensor:
+    """Light, colour, film, sharpness and mild compression as good pictures differ in them."""
+    n = len(pictures)
+    x = pictures.clamp(1e-4, 1) ** column(torch.exp(rand(n, -0.3, 0.3, pictures)))
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * column(torch.exp(rand(n, -0.25, 0.25, x))) + mean
     x = (x * (1 + 0.05 * torch.randn(n, 3, 1, 1, device=x.device))).clamp(0, 1)

@@ -4,6 +4,7 @@ Every training picture is a new scene: photos pasted at many scales and angles o
 textures or each other. YuNet looks at the scene as composed and its answer at every
 anchor is the target; the student looks at the same scene at night, blurred, noisy or
 compressed. Where no photo lies (textures), the target is "no face", whatever YuNet says.
+Scenes in which the student sees faces that YuNet does not are kept and shown again.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ class Options:
     side: int = 320
     batch: int = 48
     rate: float = 4e-3
+    resume_rate: float = 2.5e-3
+    """Peak of a run that goes on from a finished one."""
+    hard: int = 12
+    """Scenes of a batch that come from the bank of hard ones."""
     save_every_s: float = 30.0
     limit: int = 0
+    resume: Path | None = None
 
 
 def load_yunet(path: Path) -> YuNet:
@@ -81,6 +87,7 @@ class Scenes:
     """Composes scenes from photos uint8 [N, 3, 250, 250] that lie on the device."""
 
     def __init__(self, photos: Tensor) -> None:
+        self.photos = photos
         self._levels = [photos]
         for _ in range(2):
             smaller = F.avg_pool2d(self._levels[-1].float(), 2)
@@ -89,12 +96,12 @@ class Scenes:
     def compose(self, n: int, side: int) -> tuple[Tensor, Tensor]:
         """Scenes [n, 3, side, side] in 0..1 and the mask [n, 1, side, side] of their photos.
 
-        The first eighth holds textures alone.
+        The first sixth holds textures alone.
         """
         photos = self._levels[0]
         canvas = imaging.textures(n, side, photos)
         cover = torch.zeros(n, 1, side, side, device=photos.device)
-        bare = column((torch.arange(n, device=photos.device) < n // 8).float())
+        bare = column((torch.arange(n, device=photos.device) < n // 6).float())
         # Large photos first, small ones over them; each layer has its own octave of scales.
         plans = random.choice(
             (
@@ -126,6 +133,44 @@ class Scenes:
             canvas = canvas * (1 - mask) + drawn * mask
             cover = torch.maximum(cover, mask)
         return canvas.clamp(0, 1), cover
+
+
+class HardScenes:
+    """The scenes with the worst false finds of late, and their masks; on the device."""
+
+    def __init__(self, size: int, side: int, like: Tensor) -> None:
+        self._scenes = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=like.device)
+        self._cover = torch.zeros(size, 1, side, side, dtype=torch.uint8, device=like.device)
+        self._error = torch.zeros(size, device=like.device)
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """``n`` scenes [n, 3, side, side] in 0..1, mirrored by chance, and their masks.
+
+        Drawn ones count as forgiven by half, so that what was learnt makes room.
+        """
+        rows = torch.randperm(len(self._error), device=self._error.device)[:n]
+        self._error[rows] *= 0.5
+        scenes, cover = self._scenes[rows].float() / 255, self._cover[rows].float() / 255
+        flip = column((torch.rand(n, device=rows.device) < 0.5).float())
+        return (
+            scenes * (1 - flip) + scenes.flip(3) * flip,
+            cover * (1 - flip) + cover.flip(3) * flip,
+        )
+
+    def offer(self, scenes: Tensor, cover: Tensor, error: Tensor, n: int) -> None:
+        """Put the ``n`` worst of a batch in the place of the ``n`` least bad kept ones."""
+        worst, best = error.topk(n).indices, (-self._error).topk(n).indices
+        better = error[worst] > self._error[best]
+        rows, picks = best[better], worst[better]
+        self._scenes[rows] = (scenes[picks] * 255).round().to(torch.uint8)
+        self._cover[rows] = (cover[picks] * 255).round().to(torch.uint8)
+        self._error[rows] = error[picks]
+
+
+def false_find(student: DenseHeads, target: Tensor) -> Tensor:
+    """[N]: the highest probability that the student gives where the target has no face."""
+    p = student.cls.detach().float().sigmoid() * student.obj.detach().float().sigmoid()
+    return (p * (target < 0.1)).amax(1)
 
 
 def disturb(scenes: Tensor) -> Tensor:
@@ -160,9 +205,8 @@ def anchor_cover(cover: Tensor) -> Tensor:
     return torch.cat([F.avg_pool2d(cover, stride).flatten(1) for stride in STRIDES], 1)
 
 
-def distillation_loss(student: DenseHeads, teacher: DenseHeads, photo: Tensor) -> Tensor:
-    """``student`` in logits, ``teacher`` in probabilities, ``photo`` [N, A] 0..1."""
-    target = (teacher.cls * teacher.obj).float() * (photo > 0.5)
+def distillation_loss(student: DenseHeads, teacher: DenseHeads, target: Tensor) -> Tensor:
+    """``student`` in logits, ``teacher`` in probabilities, ``target`` [N, A] its scores."""
     log_p = F.logsigmoid(student.cls.float()) + F.logsigmoid(student.obj.float())
     log_p = log_p.clamp(max=-1e-5)
     p = log_p.exp()
@@ -201,28 +245,40 @@ def train(
     scenes = Scenes(torch.from_numpy(photos.pictures).permute(0, 3, 1, 2).contiguous().to(device))
     teacher = load_yunet(data / "models" / "yunet_n.pth").to(device)
     network = YuNet(WIDTHS).to(device, memory_format=torch.channels_last)
-    for heads in (network.bbox_head.multi_level_cls, network.bbox_head.multi_level_obj):
-        for head in heads:
-            torch.nn.init.constant_(head.conv2.bias, -2.5)
+    rate = options.rate
+    if options.resume is not None:
+        parts = torch.load(options.resume, map_location=device, weights_only=True)
+        network.load_state_dict(parts["state"], strict=False)
+        rate = options.resume_rate
+    else:
+        for heads in (network.bbox_head.multi_level_cls, network.bbox_head.multi_level_obj):
+            for head in heads:
+                torch.nn.init.constant_(head.conv2.bias, -2.5)
     average = Average(network, 0.998)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        decay_groups(network, 1e-3), lr=options.rate, betas=(0.9, 0.98), fused=fused
+        decay_groups(network, 1e-3), lr=rate, betas=(0.9, 0.98), fused=fused
     )
+    bank = HardScenes(16 * options.batch, options.side, scenes.photos)
     log: list[dict[str, float]] = []
     step, saved, begun = 0, time.time(), time.time()
     while not clock.over:
-        set_rate(optimizer, cosine_rate(clock.progress, options.rate))
+        set_rate(optimizer, cosine_rate(clock.progress, rate))
         with torch.no_grad():
-            canvas, cover = scenes.compose(options.batch, options.side)
+            hard = min(options.hard, options.batch // 4) if step >= 32 else 0
+            canvas, cover = scenes.compose(options.batch - hard, options.side)
+            if hard:
+                again, under = bank.draw(hard)
+                canvas, cover = torch.cat((canvas, again)), torch.cat((cover, under))
             with torch.autocast(device.type, torch.bfloat16, enabled=False):
                 target = teacher((canvas * 255).contiguous(memory_format=torch.channels_last))
             seen = (disturb(canvas) * 255).contiguous(memory_format=torch.channels_last)
-            photo = anchor_cover(cover)
+            score = (target.cls * target.obj).float() * (anchor_cover(cover) > 0.5)
         network.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=fused):
             answer = network.logits(seen)
-        loss = distillation_loss(answer, target, photo)
+        loss = distillation_loss(answer, target, score)
+        bank.offer(canvas, cover, false_find(answer, score), options.batch // 6)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)

@@ -20,6 +20,7 @@ from training.recognizer import teacher_input
 from training.teacher import load_teacher
 
 Report = dict[str, Any]
+LIVE_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 
 
 def verification(embeddings: Tensor, identity: np.ndarray) -> Report:
@@ -219,7 +220,7 @@ def detector_report(network: YuNet, data: Path, device: torch.device, limit: int
     on_texture = detect_all(network, texture, 0.05)
     worst = [float(rows[:, 14].max()) if len(rows) else 0.0 for rows in on_texture]
     report: Report = {"texture_top_score": max(worst), "by_score": {}}
-    for score in (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7):
+    for score in (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8):
         found = [rows[rows[:, 14] >= score] for rows in low]
         row = agreement(found, truth)
         row["textures_with_faces"] = sum(value >= score for value in worst)
@@ -256,9 +257,10 @@ def liveness_report(
         "crops": len(mine),
         "pair_live_share": float((theirs > 0.5).float().mean()),
         "correlation": float(np.corrcoef(mine.numpy(), theirs.numpy())[0, 1]),
+        # The pair calls most crops live, so that agreement alone says little.
+        "auroc_of_the_pairs_verdict": metrics.auroc(mine[theirs > 0.5], mine[theirs <= 0.5]),
         "agreement": {
-            f"{t:g}": float(((mine > t) == (theirs > 0.5)).float().mean())
-            for t in (0.2, 0.3, 0.4, 0.5, 0.6)
+            f"{t:g}": float(((mine > t) == (theirs > 0.5)).float().mean()) for t in LIVE_THRESHOLDS
         },
         "attacks": {},
     }
@@ -269,15 +271,14 @@ def liveness_report(
     kinds = {
         "print": liveness.print_attack(scene, box),
         "replay": liveness.replay_attack(scene, box),
+        "held_up": liveness.held_up_attack(scene, box),
         **liveness.held_out_attacks(scene, box),
     }
     for name, attack in kinds.items():
         mine, theirs = both(attack, box)
         report["attacks"][name] = {
-            "rejected_at": {
-                f"{t:g}": float((mine < t).float().mean()) for t in (0.2, 0.3, 0.4, 0.5)
-            },
+            "rejected_at": {f"{t:g}": float((mine < t).float().mean()) for t in LIVE_THRESHOLDS},
             "pair_rejected": float((theirs < 0.5).float().mean()),
-            "held_out": name not in ("print", "replay"),
+            "held_out": name not in ("print", "replay", "held_up"),
         }
     return report

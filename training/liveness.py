@@ -2,7 +2,7 @@
 
 A scene is a photo placed with mirrored surroundings, so that the wide and the narrow crop
 differ. Untouched scenes are labelled by the pair on the same pixels; scenes turned into an
-attack (print or replay) are labelled "attack", whatever the pair says.
+attack (print, replay, a sheet or screen held up) are labelled "attack", whatever the pair says.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ SIDE = 256
 class Options:
     batch: int = 192
     rate: float = 3e-3
+    resume_rate: float = 2e-3
+    """Peak of a run that goes on from a finished one."""
     save_every_s: float = 30.0
     limit: int = 0
+    resume: Path | None = None
 
 
 def load_pair(folder: Path) -> MiniFASNetPair:
@@ -252,6 +255,43 @@ def replay_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     return x
 
 
+def held_up_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
+    """A sheet or a screen held up before another scene: its straight edges are seen.
+
+    The sheet is a polygon of three to six sides (never round: cut-outs are kept for the test),
+    trimmed closely or not, with or without a margin, and casts a soft shadow.
+    """
+    n = len(scenes)
+    paper = torch.arange(n, device=scenes.device) % 2 == 0
+    surface = imaging.gaussian_blur(scenes, random.uniform(0.3, 1.0))
+    low, high = column(rand(n, 0.02, 0.28, scenes)), column(rand(n, 0.6, 0.97, scenes))
+    surface = low + surface * (high - low)
+    tint = 1 + 0.06 * torch.randn(n, 3, 1, 1, device=scenes.device)
+    surface = surface * tint * (1 + 0.1 * imaging.smooth_field(n, 1, 3, SIDE, scenes))
+    y, x = _mesh(scenes)
+    centre = boxes[:, :2] + boxes[:, 2:] / 2
+    dx = (x - column(centre[:, 0])) / column(boxes[:, 2])
+    dy = (y - column(centre[:, 1])) / column(boxes[:, 3])
+    sides = random.randint(3, 6)
+    turn = rand(n, 0, 2 * math.pi, scenes)
+    outside = torch.full_like(dx, -10.0)
+    for side in range(sides):
+        angle = column(turn + 2 * math.pi * side / sides + 0.35 * (torch.rand_like(turn) - 0.5))
+        # In box widths: the polygon's sides keep 0.55 to 1.2 of them from the face's middle.
+        reach = column(rand(n, 0.55, 1.2, scenes))
+        outside = torch.maximum(outside, torch.cos(angle) * dx + torch.sin(angle) * dy - reach)
+    outside = outside * column(boxes[:, 2])
+    sheet = torch.sigmoid(-1.5 * outside)
+    margin = column(rand(n, 0, 7, scenes) * (torch.rand(n, device=scenes.device) < 0.6))
+    rim = (torch.sigmoid(1.5 * (margin - outside)) - sheet).clamp(min=0)
+    rim_tone = torch.where(
+        column(paper), column(rand(n, 0.7, 1, scenes)), column(rand(n, 0, 0.2, scenes))
+    )
+    shadow = 1 - column(rand(n, 0, 0.4, scenes)) * torch.sigmoid((6 - outside) / 3)
+    behind = scenes.roll(1, 0) * shadow
+    return (surface * sheet + rim * rim_tone + behind * (1 - sheet - rim).clamp(min=0)).clamp(0, 1)
+
+
 def held_out_attacks(scenes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
     """Attacks that no training saw: newsprint (square dots, one ink), a cut-out held before
     another scene, a projector (scan lines, washed out), and a copy of a copy on paper."""
@@ -320,26 +360,30 @@ def train(
     scenes = Scenes(pictures, faces[good][:, :4].to(device))
     pair = load_pair(data / "models").to(device)
     network = LivenessNet().to(device, memory_format=torch.channels_last)
+    rate = options.rate
+    if options.resume is not None:
+        parts = torch.load(options.resume, map_location=device, weights_only=True)
+        network.load_state_dict(parts["state"], strict=False)
+        rate = options.resume_rate
     average = Average(network, 0.998)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        decay_groups(network, 0.02), lr=options.rate, betas=(0.9, 0.98), fused=fused
+        decay_groups(network, 0.02), lr=rate, betas=(0.9, 0.98), fused=fused
     )
-    attacks = max(2, options.batch * 2 // 5)
+    third = max(1, options.batch * 2 // 15)
+    attacks = 3 * third
     log: list[dict[str, float]] = []
     step, saved, begun = 0, time.time(), time.time()
     while not clock.over:
-        set_rate(optimizer, cosine_rate(clock.progress, options.rate))
+        set_rate(optimizer, cosine_rate(clock.progress, rate))
         with torch.no_grad():
             scene, boxes = scenes.compose(options.batch)
-            half = attacks // 2
-            scene = torch.cat(
-                (
-                    print_attack(scene[:half], boxes[:half]),
-                    replay_attack(scene[half:attacks], boxes[half:attacks]),
-                    scene[attacks:],
-                )
-            )
+            kinds = (print_attack, replay_attack, held_up_attack)
+            spoofs = [
+                kind(scene[k * third : (k + 1) * third], boxes[k * third : (k + 1) * third])
+                for k, kind in enumerate(kinds)
+            ]
+            scene = torch.cat((*spoofs, scene[attacks:]))
             # The last eighth stays as it is: pictures as they come are what is served most.
             scene[: -(options.batch // 8)] = camera(scene[: -(options.batch // 8)])
             live = pair_scores(pair, scene[attacks:], boxes[attacks:])

@@ -23,7 +23,8 @@ from training.data import CELEBA, LFW, U8, is_held_out, sha256
 from training.teacher import TEACHER_STEM
 
 PHOTO_QUALITY = 75
-CELEBA_QUALITY = 85
+CELEBA_QUALITY = 84
+LFW_QUALITY = 86
 LABEL_SCORE = 0.5
 """Faces that YuNet scores below this are left out of the labels."""
 
@@ -71,9 +72,10 @@ def pack_crops(data: Path, out: Path) -> None:
     with np.load(data / "lfw_train.npz") as archive:
         rows = zip(_slices(archive), archive["identity"].tolist(), archive["names"], strict=True)
         for encoded, who, name in rows:
-            parts.append(encoded)
+            kept_out = is_held_out(str(name).split("/")[0])
+            parts.append(encoded if kept_out else _webp(encoded, LFW_QUALITY))
             identity.append(base + who)
-            held.append(is_held_out(str(name).split("/")[0]))
+            held.append(kept_out)
             source.append(LFW)
     blob, offsets = _join(parts)
     np.savez(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from training.data import load_crops
 from training.teacher import TEACHER_SIZE, load_teacher
 
 TEACHER_DIM = 256
+STAGES = ((64, 4, 128, 128), (128, 9, 256, 256), (128, 4, 512, 256))
+"""As the first, shallower edition (4, 6 and 2 blocks), which a run may start from."""
+GENUINE_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Options:
     limit: int = 0
     resume: Path | None = None
     resume_rate: float = 1.6e-3
+    """Peak of a run that goes on from a finished one."""
 
 
 class Student(nn.Module):
@@ -46,13 +51,33 @@ class Student(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = MobileFaceNet()
+        self.trunk = MobileFaceNet(stages=STAGES)
         self.map = nn.Linear(512, TEACHER_DIM, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         embedding, _ = self.trunk(x)
         out: Tensor = self.map(embedding)
         return out
+
+
+@torch.no_grad()
+def load_grown(student: Student, state: dict[str, Tensor]) -> None:
+    """Load the state of this network or of a shallower one.
+
+    Residual blocks that the state lacks begin as identities (the scale of their last norm
+    is zero), so that the deeper network starts with the answers of the shallower.
+    """
+    missing, unexpected = student.load_state_dict(state, strict=False)
+    # Counts of batches mean nothing here, and half-precision checkpoints leave them out.
+    blocks = [_BLOCK.match(n) for n in missing if not n.endswith("num_batches_tracked")]
+    if unexpected or not all(blocks):
+        raise ValueError("the checkpoint is of another network; train from the start")
+    for name in {found.group(0) for found in blocks if found}:
+        block = student.get_submodule(name)
+        nn.init.zeros_(block.project.norm.weight)  # type: ignore[union-attr, arg-type]
+
+
+_BLOCK = re.compile(r"trunk\.stages\.\d+\.\d+")
 
 
 def student_input(pictures: Tensor) -> Tensor:
@@ -68,11 +93,36 @@ def teacher_input(pictures: Tensor) -> Tensor:
 
 
 def loss_of(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and its direction part (1 - mean cosine)."""
+    """The loss, and its direction part (1 - mean cosine).
+
+    Row i and row i + N/2 show the same person; their cosines count once more.
+    """
     mine, theirs = F.normalize(student.float()), F.normalize(teacher.float())
     direction = 1 - (mine * theirs).sum(1).mean()
-    relation = F.mse_loss(mine @ mine.T, theirs @ theirs.T)
-    return direction + 20 * relation, direction
+    gap = (mine @ mine.T - theirs @ theirs.T).square()
+    genuine = gap.diagonal(len(mine) // 2).mean()
+    return direction + 20 * gap.mean() + GENUINE_WEIGHT * genuine, direction
+
+
+class Pairs:
+    """Draws pictures, and for each another one of the same person (itself, if the only one)."""
+
+    def __init__(self, identity: Tensor) -> None:
+        self._order = identity.argsort()
+        _, group, counts = torch.unique(identity, return_inverse=True, return_counts=True)
+        first = counts.cumsum(0) - counts
+        place = torch.empty_like(self._order)
+        place[self._order] = torch.arange(len(identity), device=identity.device)
+        self._first, self._count = first[group], counts[group]
+        self._own = place - self._first
+
+    def draw(self, n: int) -> Tensor:
+        """[n] picture numbers, n even; the second half are the partners of the first."""
+        picks = torch.randint(len(self._order), (n // 2,), device=self._order.device)
+        count = self._count[picks]
+        step = (torch.rand(n // 2, device=picks.device) * (count - 1)).long() + 1
+        partner = self._first[picks] + (self._own[picks] + step) % count
+        return torch.cat((picks, self._order[partner]))
 
 
 @torch.no_grad()
@@ -90,7 +140,7 @@ def lift(student: Student) -> MobileFaceNet:
     whole = columns @ student.map.weight.detach().double().cpu()
     weights["head.linear.weight"] = (whole @ weights["head.linear.weight"].double()).float()
     weights["head.linear.bias"] = (whole @ weights["head.linear.bias"].double()).float()
-    shipped = MobileFaceNet(norm=False)
+    shipped = MobileFaceNet(stages=STAGES, norm=False)
     shipped.load_state_dict(weights)
     return shipped.eval()
 
@@ -111,21 +161,24 @@ def train(
     rate = options.rate
     if options.resume is not None:
         parts = torch.load(options.resume, map_location=device, weights_only=True)
-        student.load_state_dict(parts["state"])
+        load_grown(student, parts["state"])
         rate = options.resume_rate
     average = Average(student, options.average)
     optimizer = torch.optim.AdamW(
         decay_groups(student, 0.02), lr=rate, betas=(0.9, 0.98), fused=cuda
     )
 
-    def draw() -> Tensor:
-        return training_batch(
-            pictures[torch.randint(len(pictures), (options.batch,), device=device)]
-        )
+    pairs = Pairs(torch.from_numpy(crops.identity).to(device))
+
+    def draw(progress: float = 0.0) -> Tensor:
+        return training_batch(pictures[pairs.draw(options.batch)], progress)
 
     def teach(x: Tensor) -> Tensor:
-        answer: Tensor = teacher(teacher_input(x).half() if cuda else teacher_input(x))
-        return answer
+        # The mean of a picture and its mirror image: as accurate as one of them, and without
+        # what makes them differ, which says nothing about the person.
+        large = teacher_input(x).half() if cuda else teacher_input(x)
+        both: Tensor = F.normalize(teacher(torch.cat((large, large.flip(3)))).float())
+        return both[: len(x)] + both[len(x) :]
 
     def learn(x: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
@@ -157,8 +210,8 @@ def train(
     while not clock.over:
         set_rate(optimizer, cosine_rate(clock.progress, rate))
         with torch.no_grad():
-            batch = draw()
-            target = teach_fast(batch).float()
+            batch = draw(clock.progress)
+            target = teach_fast(batch)
         student.train()
         optimizer.zero_grad(set_to_none=True)
         loss, direction = loss_of(learn_fast(batch), target)

@@ -34,6 +34,10 @@ from training.clock import Clock, half_state, save
 STAGES = ("detector", "liveness", "recognizer")
 ENDS = {"detector": 0.32, "liveness": 0.28, "recognizer": 0.775, "consistency": 0.86, "rts": 0.92}
 """When each training ends, as a share of the budget."""
+RESUMED_ENDS = {
+    "detector": 0.44, "liveness": 0.36, "recognizer": 0.80, "consistency": 0.86, "rts": 0.91,
+}  # fmt: skip
+"""The same for a run that goes on from a finished one, of about five minutes."""
 SMOKE_LIMIT = 64
 
 
@@ -50,12 +54,22 @@ def _write(path: Path, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def _ends(arguments: argparse.Namespace) -> dict[str, float]:
+    return RESUMED_ENDS if arguments.resume else ENDS
+
+
+def _resumed(arguments: argparse.Namespace, stage: str) -> Path | None:
+    return arguments.resume / f"{stage}.pt" if arguments.resume else None
+
+
 def run_detector(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
-    options = detector.Options()
+    options = detector.Options(resume=_resumed(arguments, "detector"))
     if arguments.smoke:
         options = replace(options, side=96, batch=4, limit=SMOKE_LIMIT)
-    clock = Clock(time.time(), start + arguments.budget_s * ENDS["detector"] - time.time())
+    clock = Clock(
+        time.time(), start + arguments.budget_s * _ends(arguments)["detector"] - time.time()
+    )
     network = detector.train(arguments.data, arguments.out, clock, device, options)
     network = network.float().eval()
     report = evaluate.detector_report(network, arguments.data, device, options.limit)
@@ -64,10 +78,12 @@ def run_detector(arguments: argparse.Namespace, start: float) -> None:
 
 def run_liveness(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
-    options = liveness.Options()
+    options = liveness.Options(resume=_resumed(arguments, "liveness"))
     if arguments.smoke:
         options = replace(options, batch=10, limit=SMOKE_LIMIT)
-    clock = Clock(time.time(), start + arguments.budget_s * ENDS["liveness"] - time.time())
+    clock = Clock(
+        time.time(), start + arguments.budget_s * _ends(arguments)["liveness"] - time.time()
+    )
     network = liveness.train(arguments.data, arguments.out, clock, device, options)
     report = evaluate.liveness_report(network, arguments.data, device, options.limit)
     _write(arguments.out / "liveness.json", report)
@@ -76,10 +92,10 @@ def run_liveness(arguments: argparse.Namespace, start: float) -> None:
 def run_recognizer(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
     limit = SMOKE_LIMIT if arguments.smoke else 0
-    options = recognizer.Options(limit=limit, resume=arguments.resume)
+    options = recognizer.Options(limit=limit, resume=_resumed(arguments, "recognizer"))
     if arguments.smoke:
         options = replace(options, batch=8)
-    ends = {name: start + share * arguments.budget_s for name, share in ENDS.items()}
+    ends = {name: start + share * arguments.budget_s for name, share in _ends(arguments).items()}
     # Read beside the compiler, which leaves most of the host idle.
     reader = ThreadPoolExecutor(1)
     materials = [
@@ -95,7 +111,7 @@ def run_recognizer(arguments: argparse.Namespace, start: float) -> None:
     settings = ood.Options(limit=limit, batch=20 if arguments.smoke else 256)
     clock = Clock(time.time(), ends["consistency"] - time.time())
     head = ood.train_consistency(shipped, material, arguments.out, clock, settings)
-    whole = recognizer.MobileFaceNet(norm=False, ood_head="trust")
+    whole = recognizer.MobileFaceNet(stages=recognizer.STAGES, norm=False, ood_head="trust")
     whole.load_state_dict({**state, **{f"ood_head.{k}": v for k, v in half_state(head).items()}})
     whole.eval()
     save(arguments.out / "recognizer-shipped.pt", state=half_state(whole))
@@ -179,7 +195,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget-s", type=float, default=560.0)
     parser.add_argument("--only", nargs="*", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--resume", type=Path, help="a recognizer.pt to go on from")
+    parser.add_argument("--resume", type=Path, help="a finished run to go on from")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the recipe")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
@@ -206,7 +222,7 @@ def main() -> int:
             command += ["--smoke"] if arguments.smoke else []
             command += ["--resume", str(arguments.resume)] if arguments.resume else []
             children[stage] = stack.enter_context(subprocess.Popen(command, env=environment))
-        last = start + arguments.budget_s + (60 if arguments.smoke else 10)
+        last = start + arguments.budget_s + (180 if arguments.smoke else 10)
         for stage, child in children.items():
             try:
                 code = child.wait(max(1.0, last - time.time()))

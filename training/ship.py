@@ -29,6 +29,7 @@ from training.data import load_crops
 from training.detector import NMS_IOU, WIDTHS
 from training.liveness import NARROW
 from training.ood import score_all
+from training.recognizer import STAGES
 
 VERSION = "1.0.0"
 LICENSE = "evaluation and research only, see CARD.md"
@@ -62,7 +63,7 @@ def calibrate_ood(state: Mapping[str, Tensor], data: Path) -> dict[str, float]:
     fitted on the other half of the identities; ``clean_refused_in_sample``: with the mapping
     that is shipped.
     """
-    network = MobileFaceNet(norm=False, ood_head="trust")
+    network = MobileFaceNet(stages=STAGES, norm=False, ood_head="trust")
     network.load_state_dict(dict(state))
     crops = load_crops(data, held_out=True)
     pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2)
@@ -144,7 +145,7 @@ def ship_recognizer(
         "task": "recognizer",
         "architecture": "mobilefacenet",
         "description": "starter recogniser: MobileFaceNet with a trust head, distilled",
-        "options": {"norm": False, "ood_head": "trust"},
+        "options": {"stages": [list(r) for r in STAGES], "norm": False, "ood_head": "trust"},
         "input": {
             "width": 112,
             "height": 112,
