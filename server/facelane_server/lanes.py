@@ -29,6 +29,7 @@ from typing import Final, Protocol
 
 from facelane_server import tracking
 from facelane_server.domain import (
+    Decision,
     DropReason,
     Face,
     FacelaneError,
@@ -38,6 +39,7 @@ from facelane_server.domain import (
     FrameResult,
     Identity,
     Liveness,
+    LivenessVerdict,
     Outcome,
     Overload,
     Reason,
@@ -115,6 +117,16 @@ class LaneObserver(Protocol):
     ) -> None:
         """A track was named for the first time, or by another name."""
 
+    def track_suspected(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        """A track was judged an attack, told once a track."""
+
     def track_ended(
         self,
         lane: Lane,
@@ -132,6 +144,16 @@ class SilentObserver:
         """Nothing."""
 
     def track_decided(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        """Nothing."""
+
+    def track_suspected(
         self,
         lane: Lane,
         track_id: int,
@@ -243,6 +265,7 @@ class Lane:
         self._recognizing: Counter[int] = Counter()
         self._judging: Counter[int] = Counter()
         self._named: dict[int, str] = {}
+        self._suspected: set[int] = set()
         self._ended: dict[int, tracking.Track] = {}
         self._unavailable = set(pipeline.unavailable(options.plan))
 
@@ -580,9 +603,11 @@ class Lane:
         missing = set(entry.missing)
         faces = []
         for look in entry.looks:
+            unanswered = set(entry.missing)
             if look.evidence is not None:
-                missing.update(look.evidence.missing)
-            faces.append(self._face(entry, look))
+                unanswered.update(look.evidence.missing)
+            missing |= unanswered
+            faces.append(self._face(entry, look, unanswered))
         return FrameResult(
             width=entry.answer.width,
             height=entry.answer.height,
@@ -591,7 +616,7 @@ class Lane:
             missing_stages=tuple(s for s in Stage if s in missing),
         )
 
-    def _face(self, entry: _Entry, look: _Look) -> Face:
+    def _face(self, entry: _Entry, look: _Look, missing: set[Stage]) -> Face:
         evidence = look.evidence
         now = entry.frame.stream_offset_ns
         track = self._tracks.get(look.track_id) or self._ended.get(look.track_id)
@@ -622,9 +647,20 @@ class Lane:
             identity = tracking.identity_at(track, now, self._params)
             liveness = track.liveness
             ood_score = tracking.ood_score_at(track, now, self._params)
+            # What the track remembers stands only while the stage could contradict it: while
+            # its pool is gone, a photo held before a known face would inherit both verdicts.
+            if Stage.RECOGNIZER in missing and not (evidence and evidence.recognized):
+                identity, ood_score = Identity(Decision.NOT_EVALUATED), None
+            if Stage.LIVENESS in missing and liveness.verdict is LivenessVerdict.LIVE:
+                if evidence is None or evidence.live_score is None:
+                    liveness = Liveness(LivenessVerdict.UNDECIDED)
             if identity.subject_id and self._named.get(look.track_id) != identity.subject_id:
                 self._named[look.track_id] = identity.subject_id
                 self._observer.track_decided(self, look.track_id, identity, liveness, ood_score)
+            spoof = liveness.verdict is LivenessVerdict.SPOOF
+            if spoof and look.track_id not in self._suspected:
+                self._suspected.add(look.track_id)
+                self._observer.track_suspected(self, look.track_id, identity, liveness, ood_score)
         return Face(
             track_id=look.track_id,
             box=look.face.box,
@@ -644,6 +680,7 @@ class Lane:
         for track_id in [t for t in self._ended if t not in referred]:
             track = self._ended.pop(track_id)
             self._named.pop(track_id, None)
+            self._suspected.discard(track_id)
             self._push(TrackEnded(track_id))
             self._observer.track_ended(
                 self, track_id, track.identity, track.liveness, track.ood_score

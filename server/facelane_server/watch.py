@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from facelane_server.domain import Decision, Identity, Liveness, LivenessVerdict, Outcome
+from facelane_server.domain import Decision, Identity, Liveness, Outcome
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.lanes import Lane
 from facelane_server.observability import Metrics
@@ -44,6 +44,16 @@ class LaneWatch:
     ) -> None:
         self._publish(EventKind.SUBJECT_SEEN, lane, track_id, identity, liveness, ood_score)
 
+    def track_suspected(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        self._publish(EventKind.SPOOF_SUSPECTED, lane, track_id, identity, liveness, ood_score)
+
     def track_ended(
         self,
         lane: Lane,
@@ -53,13 +63,8 @@ class LaneWatch:
         ood_score: float | None,
     ) -> None:
         self._metrics.tracks_ended.inc()
-        if liveness.verdict is LivenessVerdict.SPOOF:
-            kind = EventKind.SPOOF_SUSPECTED
-        elif identity.decision in (Decision.UNKNOWN, Decision.AMBIGUOUS):
-            kind = EventKind.UNKNOWN_SEEN
-        else:
-            return
-        self._publish(kind, lane, track_id, identity, liveness, ood_score)
+        if identity.decision in (Decision.UNKNOWN, Decision.AMBIGUOUS):
+            self._publish(EventKind.UNKNOWN_SEEN, lane, track_id, identity, liveness, ood_score)
 
     def _publish(
         self,

@@ -116,7 +116,7 @@ class AnalysisOptions(_message.Message):
     gallery_id: _builtins.str
     """The gallery to search; empty = "default"."""
     max_faces: _builtins.int
-    """At most this many faces a picture, largest first; 0 = the server's limit."""
+    """At most this many faces a picture, best score first; 0 = the server's limit."""
     max_candidates: _builtins.int
     """Candidates to list for each face, 0-10."""
     min_face_size: _builtins.int
@@ -208,7 +208,9 @@ class Frame(_message.Message):
     def picture(self) -> _face_pb2.Picture: ...
     @_builtins.property
     def stream_offset(self) -> _duration_pb2.Duration:
-        """Media time since the start of the stream; drives the tracker. Must not decrease."""
+        """Media time since the start of the stream; drives the tracker. Must not decrease.
+        Unset: the time of receipt is taken.
+        """
 
     @_builtins.property
     def capture_time(self) -> _timestamp_pb2.Timestamp:

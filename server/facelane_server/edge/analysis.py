@@ -225,6 +225,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         return lane
 
     async def _read(self, context: Context, lane: Lane) -> None:
+        opened_ns = time.monotonic_ns()
         while True:
             if not lane.can_accept:
                 await lane.wait_can_accept()
@@ -234,7 +235,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                 return
             kind = message.WhichOneof("message")
             if kind == "frame":
-                lane.offer(*convert.frame(message.frame, self._config))
+                elapsed_ns = time.monotonic_ns() - opened_ns
+                lane.offer(*convert.frame(message.frame, self._config, elapsed_ns=elapsed_ns))
             elif kind == "config":
                 raise FacelaneError(
                     Reason.CONFIG_REPEATED,

@@ -182,17 +182,22 @@ def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
     return result
 
 
-def frame(message: analysis_pb.Frame, config: Config) -> tuple[Frame, FacelaneError | None]:
+def frame(
+    message: analysis_pb.Frame, config: Config, *, elapsed_ns: int = 0
+) -> tuple[Frame, FacelaneError | None]:
     """A frame, and what is wrong with it if anything is.
 
     A fault is no exception here: the frame still has its place in the stream, where the
-    fault is told. What is at fault is left out of the frame.
+    fault is told. What is at fault is left out of the frame. ``elapsed_ns``: time since the
+    stream was opened, the media time of a frame whose client gives none.
     """
     body, offset_ns, capture_ns, fault = _NO_PICTURE, 0, None, None
     try:
         if message.HasField("capture_time"):
             capture_ns = timestamp_ns(message.capture_time, "capture_time")
-        offset_ns = duration_ns(message.stream_offset, "stream_offset")
+        offset_ns = elapsed_ns
+        if message.HasField("stream_offset"):
+            offset_ns = duration_ns(message.stream_offset, "stream_offset")
         if offset_ns < 0:
             offset_ns = 0
             raise invalid("stream_offset must not be negative", field="stream_offset")
