@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -213,7 +214,8 @@ class _OutputReader:
         if fields is None:
             self._log.warning("worker output", text=text)
         else:
-            self._log.warning("worker message", **fields)
+            level = _LEVELS.get(fields.pop("worker_level", ""), logging.INFO)
+            self._log.log(level, "worker message", **fields)
 
     def _report_suppressed(self) -> None:
         if self._suppressed:
@@ -238,6 +240,7 @@ def _fields_of(text: str) -> dict[str, Any] | None:
     }
 
 
+_LEVELS: Final = {"error": logging.ERROR, "warning": logging.WARNING}
 _TAKEN: Final = frozenset({"event", "message", "level", "worker", "worker_pid", "timestamp"})
 
 

@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(sockets: list[socket.socket], stopping: threading.Event, wake: int) -> int:
     from facelane_server.ipc.channel import WorkerChannel
-    from facelane_server.worker.loop import Loop, log_exception
+    from facelane_server.worker.journal import log_exception
+    from facelane_server.worker.loop import Loop
 
     def run(sock: socket.socket, *, again: bool) -> int:
         """``again``: when drained, wait for the next model on the same channel."""

@@ -22,19 +22,17 @@ error the worker at once, because its context is lost.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import numpy as np
 
@@ -73,6 +71,7 @@ from facelane_server.ipc.messages import (
 )
 from facelane_server.worker import exit_codes, failpoints
 from facelane_server.worker.failpoints import Failpoints
+from facelane_server.worker.journal import log_event, log_exception
 from facelane_server.worker.models import api
 from facelane_server.worker.models.api import U8, AlignedCrop, ContextCrop, CropSpec
 from facelane_server.worker.search import Hits, Searcher, SnapshotError
@@ -83,8 +82,6 @@ _OOM_WINDOW_S: Final = 60.0
 _ERROR_LIMIT: Final = 3
 """Jobs in a row that end in an unforeseen error; then the process is not to be trusted."""
 _RESIDENT_EVERY_S: Final = 0.1
-_DEVICE_EVERY_S: Final = 1.0
-"""NVML takes about a millisecond."""
 
 _STARTING = threading.Lock()
 """The threads of a group load and warm up one after the other: neither torch's import nor
@@ -203,6 +200,8 @@ class Loop:
         self._work = work
         self._request = request
         self._model = model
+        if self._fail is not None:
+            self._fail.device = device
         self._batch_max = min(load.batch_max, model.batch_max)
         self._gallery.device = device
         self._gallery.model_id = model_id
@@ -340,7 +339,7 @@ class Loop:
             # Every call on this context fails from now on, cleaning up included.
             with contextlib.suppress(ChannelClosed):
                 self._send(Fatal("DEVICE_POISONED", _brief(error)))
-            log_event("device poisoned", error=type(error).__name__)
+            log_event("device poisoned", level="error", error=type(error).__name__)
             os._exit(exit_codes.DEVICE_POISONED)
         if kind == "memory":
             release_device_memory()
@@ -792,15 +791,16 @@ def _nothing() -> int:
 def _memory_meter(device: str) -> Callable[[], int]:
     """MiB that this process holds: on the device for CUDA, resident on a CPU. Measured
     now and then, because every answer carries it."""
-    cuda = device.startswith("cuda")
-    measure = _device_memory_mib(device) if cuda else _resident_mib
-    every_s = _DEVICE_EVERY_S if cuda else _RESIDENT_EVERY_S
+    if device.startswith("cuda"):
+        from facelane_server.worker.device import Meter
+
+        return Meter(device).read
     state = [0.0, 0]
 
     def read() -> int:
         now = time.monotonic()
         if now >= state[0]:
-            state[0], state[1] = now + every_s, measure()
+            state[0], state[1] = now + _RESIDENT_EVERY_S, _resident_mib()
         return int(state[1])
 
     return read
@@ -819,12 +819,6 @@ def _device_name(device: str) -> str:
     return f"{device} {device_name(device)}"
 
 
-def _device_memory_mib(name: str) -> Callable[[], int]:
-    from facelane_server.worker import device
-
-    return lambda: device.memory_mib(name)
-
-
 # -- words for the log -------------------------------------------------------------------
 
 
@@ -833,19 +827,6 @@ def _brief(error: BaseException) -> str:
     if isinstance(error, FacelaneError):
         return error.message
     return f"{type(error).__name__}; the worker's log has the traceback"
-
-
-def log_event(event: str, **fields: Any) -> None:
-    """One JSON line on stderr, which the server reads and logs with the worker's name."""
-    with contextlib.suppress(OSError):
-        sys.stderr.write(json.dumps({"event": event, **fields}) + "\n")
-        sys.stderr.flush()
-
-
-def log_exception(event: str, error: BaseException) -> None:
-    """An error with its traceback, as one line."""
-    lines = traceback.format_exception(type(error), error, error.__traceback__)
-    log_event(event, error=type(error).__name__, traceback="".join(lines)[-6000:])
 
 
 def name_thread(name: str) -> None:
