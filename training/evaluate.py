@@ -14,7 +14,7 @@ from facelane_server.worker.models.architectures.liveness_net import LivenessNet
 from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
 from facelane_server.worker.models.architectures.yunet import YuNet
 from training import corruptions, detector, imaging, liveness, metrics
-from training.data import LFW, load_photos
+from training.data import LFW, load_photos, rightly_labelled
 from training.ood import Material, Rts, score_all
 from training.recognizer import teacher_input
 from training.teacher import load_teacher
@@ -66,6 +66,12 @@ def recognizer(
     identity = held_out.identity.cpu().numpy()
     clean = score_all(network, rts, held_out.pictures)
     report: Report = {"verification": verification(clean["embedding"], identity)}
+    right = rightly_labelled(data)
+    if len(right) == len(identity) and not right.all():
+        # Beside the figure of all pictures, never instead of it.
+        report["verification_of_right_labels"] = verification(
+            clean["embedding"][right], identity[right]
+        )
     if with_teacher:
         vectors = teacher_embeddings(data, held_out.pictures)
         report["teacher_verification"] = verification(vectors, identity)

@@ -139,7 +139,7 @@ def summary(report: dict[str, Any]) -> str:
     if got:
         lines += ["## Recogniser, identities never seen", ""]
         lines += ["| | accuracy | TAR@1e-2 | TAR@1e-3 | TAR@1e-4 |", "|---|---|---|---|---|"]
-        for name in ("verification", "teacher_verification"):
+        for name in ("verification", "verification_of_right_labels", "teacher_verification"):
             if name in got:
                 v = got[name]
                 cells = [v["accuracy"], *(v[f"tar_at_far_1e-{k}"] for k in (2, 3, 4))]
