@@ -482,3 +482,21 @@ def test_jpegs_without_huffman_tables_are_not_passed_on() -> None:
 )
 def test_no_size_where_there_is_none(data: bytes) -> None:
     assert jpeg_size(data) is None
+
+
+@pytest.mark.parametrize("matrix", ["ITU709", "ITU601"])
+def test_colours_survive_whatever_matrix_the_video_has(matrix: str) -> None:
+    from av.video.reformatter import Colorspace
+
+    # Flat patches of strong colours, where a wrong matrix shows as a shift of 10 and more.
+    image = np.zeros((64, 128, 3), np.uint8)
+    for index, colour in enumerate([(40, 60, 200), (60, 180, 60), (200, 80, 40), (90, 120, 180)]):
+        image[:, index * 32 : index * 32 + 32] = colour
+    frame = av.VideoFrame.from_ndarray(image, format="bgr24").reformat(
+        format="yuv420p", dst_colorspace=Colorspace[matrix]
+    )
+    frame.colorspace = 1 if matrix == "ITU709" else 5  # as the stream's header would say
+    decoded = cv2.imdecode(np.frombuffer(JpegEncoder(95, 0).encode(frame), np.uint8), 1)
+    for index in range(4):
+        middle = (slice(16, 48), slice(index * 32 + 8, index * 32 + 24))
+        assert np.abs(decoded[middle].mean((0, 1)) - image[middle].mean((0, 1))).max() < 7
