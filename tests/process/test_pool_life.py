@@ -19,6 +19,7 @@ from facelane_server.pools.pool import PoolChange, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer, Task
 from facelane_server.worker.failpoints import POISON
+from facelane_server.worker.models.package import read_package
 
 
 async def outcomes(tasks: list[Task], timeout: float = 25.0) -> list[object]:  # type: ignore[type-arg]
@@ -361,6 +362,29 @@ async def test_reload_under_load_loses_nothing() -> None:
         info = p.pool.info()
         assert (info.losses, info.retried, info.state) == (0, 0, PoolState.SERVING)
         assert len(info.workers) == 2
+
+
+async def test_answers_are_read_by_the_model_that_gave_them(tmp_path: Path) -> None:
+    """A reload to a model of another embedding size, while the old one has jobs in flight."""
+    old = PACKAGES[Stage.RECOGNIZER]
+    manifest = (old.folder / "model.toml").read_text(encoding="utf-8")
+    shorter = tmp_path / "shorter"
+    shorter.mkdir()
+    (shorter / "model.toml").write_text(
+        manifest.replace("embedding_dim = 512", "embedding_dim = 128"), encoding="utf-8"
+    )
+    async with real_pool(Stage.RECOGNIZER, batch_max=2, options={"fail.slow_ms": "5"}) as p:
+        reloading = asyncio.create_task(p.pool.reload(read_package(shorter)))
+        tasks = []
+        while not reloading.done():
+            tasks += [p.submit() for _ in range(6)]
+            await asyncio.wait([task.future for task in tasks[-6:-2]])
+        await reloading
+        tasks += [p.submit() for _ in range(6)]
+        sizes = [len(answer.vector) for answer in await outcomes(tasks)]  # type: ignore[attr-defined]
+        assert set(sizes) == {512 * 4, 128 * 4}
+        assert sizes[-6:] == [128 * 4] * 6
+        assert p.pool.info().losses == 0
 
 
 async def test_reload_of_a_broken_package_keeps_the_old_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,14 @@ from tests.fakes.scripted_worker import ManualClock, ScriptedLauncher, ScriptedW
 
 from facelane_server import config, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.ipc.messages import InferDone, InferFailed, LivenessDone, Ready, Warming
+from facelane_server.ipc.messages import (
+    GallerySnapshot,
+    InferDone,
+    InferFailed,
+    LivenessDone,
+    Ready,
+    Warming,
+)
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import LivenessAnswer, LivenessRequest, Task
@@ -608,6 +616,51 @@ async def test_a_worker_over_its_budget_is_drained_and_replaced() -> None:
         assert (info.state, info.losses) == (PoolState.SERVING, 0)
 
 
+async def test_out_of_memory_at_the_budget_replaces_the_worker_and_loses_nothing() -> None:
+    """The staged job meets the same full memory: both go to the worker that takes over."""
+    async with bench(memory_mib=100, spares=1, batch_max=1) as b:
+        await b.ready()
+        first, second = b.workers
+        tasks = [b.submit(age_ms=60_000) for _ in range(2)]
+        await b.turn()
+        assert len(first.jobs) == 2
+        first.fail("OUT_OF_MEMORY", retryable=True)
+        await b.turn()
+        assert first.draining
+        first.fail("OUT_OF_MEMORY", retryable=True)
+        await b.turn()
+        for _ in tasks:
+            await b.answer(second)
+        assert all(task.future.result() == LivenessAnswer(1.0) for task in tasks)
+        assert b.pool.info().losses == 0
+
+
+async def test_out_of_memory_without_a_budget_is_retried_where_it_happened() -> None:
+    async with bench(batch_max=1) as b:
+        await b.ready()
+        task = b.submit(age_ms=60_000)
+        await b.turn()
+        b.workers[0].fail("OUT_OF_MEMORY", retryable=True)
+        await b.turn()
+        assert not b.workers[0].draining
+        await b.answer(b.workers[0])
+        assert task.future.result() == LivenessAnswer(1.0)
+
+
+async def test_a_thread_group_over_its_budget_ends_as_a_process() -> None:
+    """``budget_mib`` is the group's; draining one thread would give no memory back."""
+    async with bench(memory_mib=100, isolation="thread", budget_mib=250) as b:
+        await b.ready()
+        for memory in (200, 251):
+            task = b.submit(age_ms=60_000)
+            await b.turn()
+            b.workers[0].answer(memory_mib=memory)
+            await b.turn()
+            assert task.future.result() == LivenessAnswer(1.0)
+        info = b.pool.info()
+        assert (info.losses, info.workers[0].last_loss) == (1, "OVER_BUDGET")
+
+
 async def test_a_model_that_alone_exceeds_its_budget_costs_the_restart_budget() -> None:
     async with bench(memory_mib=100, restart_limit=1) as b:
         await b.start()
@@ -617,6 +670,45 @@ async def test_a_model_that_alone_exceeds_its_budget_costs_the_restart_budget() 
         await b.turn()
         assert b.pool.info().workers[0].life is Life.QUARANTINED
         assert b.pool.info().workers[0].last_loss == "OVER_BUDGET"
+
+
+async def test_a_worker_that_does_not_load_the_gallery_is_replaced() -> None:
+    """It would go on naming people by a gallery that is no more."""
+    async with bench(workers=2, ping_interval_s=1.0, canary_interval_s=1000.0) as b:
+        await b.ready()
+        fd = os.memfd_create("snapshot")
+        publishing = asyncio.create_task(b.pool.publish_gallery(GallerySnapshot(1, 0, 512, ()), fd))
+        await b.turn()
+        prompt, stale = b.workers
+        prompt.load_gallery()
+        for _ in range(29):
+            await b.clock.advance(1000)
+            await b.turn()
+        assert not publishing.done()
+        for _ in range(3):
+            await b.clock.advance(1000)
+            await b.turn()
+        await asyncio.wait_for(publishing, 5)
+        os.close(fd)
+        lost = [e for e in b.events if e.change is PoolChange.WORKER_LOST]
+        assert [(e.worker_id, e.reason) for e in lost] == [(stale.worker_id, "GALLERY_STALE")]
+
+
+async def test_gallery_versions_do_not_go_back_and_may_be_asked_for_again() -> None:
+    async with bench() as b:
+        await b.ready()
+        fd = os.memfd_create("snapshot")
+        for version in (2, 2):
+            publishing = asyncio.create_task(
+                b.pool.publish_gallery(GallerySnapshot(version, 0, 512, ()), fd)
+            )
+            await b.turn()
+            b.workers[0].load_gallery()
+            await asyncio.wait_for(publishing, 5)
+        assert b.workers[0].snapshots == [2], "it was sent once"
+        with pytest.raises(ValueError, match="go back"):
+            await b.pool.publish_gallery(GallerySnapshot(1, 0, 512, ()), fd)
+        os.close(fd)
 
 
 async def test_restart_worker_drains_it_and_nothing_is_lost() -> None:
