@@ -208,6 +208,7 @@ def _row(
         model=model,
         rate_hz=RATE_HZ,
         extra={
+            "recovered": found.first_good_s is not None,
             "first_good_s": found.first_good_s,
             "gap_s": found.gap_s,
             "not_serving_after_s": not_serving,

@@ -139,19 +139,7 @@ class Report:
 
     def print(self, console: Console) -> None:
         rows = [row.as_json() for row in self.rows]
-        shown = [
-            name
-            for name in _all_columns(rows)
-            if any(row.get(name) not in (None, "", []) for row in rows)
-            and not any(isinstance(row.get(name), list | dict) for row in rows)
-        ]
-        # What is the same in every row is said once.
-        same = {
-            name: rows[0][name]
-            for name in shown
-            if len(rows) > 1 and all(row.get(name) == rows[0].get(name) for row in rows)
-        }
-        shown = [name for name in shown if name not in same]
+        shown, same = shown_columns(rows)
         title = f"{self.bench}{' (smoke run: figures mean nothing)' * self.smoke}"
         if len(shown) <= WIDEST:
             console.print(_across(title, shown, rows))
@@ -164,7 +152,7 @@ class Report:
                 used = [n for n in shown if any(row.get(n) not in (None, "") for row in group)]
                 console.print(_downwards(title, used, group))
         if same:
-            said = ", ".join(f"{name} {_cell(value)}" for name, value in same.items())
+            said = ", ".join(f"{name} {cell(value)}" for name, value in same.items())
             console.print(f"  in all rows: {said}", markup=False)
         for line in self.notes:
             console.print(f"  {line}", style="yellow" if "MISSED" in line else "", markup=False)
@@ -177,7 +165,7 @@ def _across(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]
         text = name in ("deployment", "scenario", "model")
         table.add_column(name, justify="left" if text else "right")
     for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in columns))
+        table.add_row(*(cell(row.get(name)) for name in columns))
     return table
 
 
@@ -189,8 +177,26 @@ def _downwards(title: str, figures: Sequence[str], rows: Sequence[Mapping[str, A
         table.add_column(row["deployment"], justify="right")
     for name in figures:
         if name != "deployment":
-            table.add_row(name, *(_cell(row.get(name)) for row in rows))
+            table.add_row(name, *(cell(row.get(name)) for row in rows))
     return table
+
+
+def shown_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """The columns of a table that say something, and those with one value in all rows."""
+    shown = [
+        name
+        for name in _all_columns(rows)
+        if any(row.get(name) not in (None, "", []) for row in rows)
+        and not any(isinstance(row.get(name), list | dict) for row in rows)
+    ]
+    same = {
+        name: rows[0][name]
+        for name in shown
+        if len(rows) > 1
+        and name != "deployment"
+        and all(row.get(name) == rows[0].get(name) for row in rows)
+    }
+    return [name for name in shown if name not in same], same
 
 
 def _all_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -200,9 +206,12 @@ def _all_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(found)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A figure for a table."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return str(value)
