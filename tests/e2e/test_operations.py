@@ -7,6 +7,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +25,15 @@ from tests.running_server import RunningServer
 from tests.waiting import until
 
 import facelane
+from facelane.v1 import analysis_service_pb2 as pb
 
 HEALTH = {0: "UNKNOWN", 1: "SERVING", 2: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
 QUICK = "backoff_initial_s = 0.3\nbackoff_max_s = 0.4"
 """Long enough for a loss to be seen, short enough for a test."""
+
+
+def short_grace(text: str) -> str:
+    return text.replace("[server]", "[server]\ndrain_grace_s = 2.0")
 
 
 class Load:
@@ -267,13 +273,13 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(start: Start, tmp_path
 
 @pytest.mark.parametrize("by", ["SIGTERM", "SIGINT", "Drain"])
 def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str) -> None:
-    server = start()
+    server = start(edit=short_grace)
     with server.client() as client:
         with Load(client) as lossless, Load(client, overload="latest_wins") as camera:
             lossless.more()
             camera.more()
             if by == "Drain":
-                client.drain(grace=5)
+                client.drain(grace=1.5)
             else:
                 server.process.send_signal(signal.Signals[by])
             for load in (lossless, camera):
@@ -295,13 +301,32 @@ def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str
     assert not Path(server.target.removeprefix("unix:")).exists()
 
 
+def test_a_client_that_goes_when_told_is_not_kept_waiting(start: Start) -> None:
+    server = start()
+    with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
+        stream.open()
+        stream.write(wire.frame(1))
+        stream.outcome()
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert stream.read().update.kind == pb.STREAM_UPDATE_KIND_DRAINING
+        stream.write(wire.frame(2))
+        *_, outcome, last = stream.rest()
+        assert outcome.outcome.drop.reason == pb.DROP_REASON_DRAINING
+        assert last.summary.received == 2
+        assert stream.call.code() is grpc.StatusCode.OK
+    assert server.process.wait(10) == 0
+    assert time.monotonic() - begun < 5, "less than the grace of 10 s"
+
+
 @pytest.mark.parametrize("window", [64, 2])
 def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
     # Frames that take a while keep the drain going; with the small window the server is not
     # even reading when it is told to end.
     server = start(
-        wire.pools(detector="options = { 'fail.slow_ms' = '300' }\nbatch_max = 1"),
+        wire.pools(detector="options = { 'fail.slow_ms' = '200' }\nbatch_max = 1"),
         f"[limits]\nwindow = {window}",
+        edit=short_grace,
     )
     with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
         stream.open()
@@ -329,11 +354,10 @@ def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
         assert ended == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         summary = told[-1].summary
         outcomes = [m.outcome.frame_id for m in told if m.WhichOneof("message") == "outcome"]
-        assert summary.received == 1 + len(outcomes)
-        assert summary.received == summary.results + summary.drops + summary.errors
-        assert outcomes == list(range(2, summary.received + 1))
-        # What the server had not read when it was told to end, it does not answer.
-        assert summary.received == 5 if window == 64 else summary.received >= 3
+        assert outcomes == [2, 3, 4, 5]
+        assert summary.received == 5 == summary.results + summary.drops
+        assert set(summary.drops_by_reason) <= {"DRAINING"}
+        assert (summary.drops == 0) == (window == 64)
     assert server.process.wait(10) == 0
 
 
