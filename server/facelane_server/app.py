@@ -27,7 +27,7 @@ from facelane.v1 import (
     gallery_service_pb2_grpc,
     server_service_pb2_grpc,
 )
-from facelane_server import __version__, config, limits, tracking
+from facelane_server import __version__, config, limits, plan, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import health
 from facelane_server.edge.analysis import AnalysisService, LaneRegistry
@@ -48,6 +48,7 @@ from facelane_server.observability import (
 )
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.host import Launchers
+from facelane_server.pools.mps import MpsDaemon
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
 from facelane_server.watch import LaneWatch
 from facelane_server.worker.models.api import CropSpec
@@ -284,7 +285,15 @@ class App:
         return self.pools[Stage.DETECTOR].available
 
     async def _start_pools(self, stack: contextlib.AsyncExitStack, runtime: Path) -> None:
-        launchers = Launchers(runtime)
+        planned = await plan.check(self.settings, self.models.packages)
+        for line in planned.lines():
+            log.info("memory plan", line=line)
+        pipes = None
+        if any(pool.isolation == "mps" for pool in self.settings.stages.values()):
+            daemon = await MpsDaemon.start(runtime / "mps")
+            stack.push_async_callback(daemon.close)
+            pipes = daemon.pipe_directory
+        launchers = Launchers(runtime, mps_pipe_directory=pipes)
         stack.push_async_callback(launchers.close)
         tracking.prepare()
         for name, settings in self.settings.stages.items():
@@ -298,6 +307,7 @@ class App:
                 max_pixels=self.settings.limits.max_pixels,
                 resolve=self._resolve_subject if stage is Stage.RECOGNIZER else None,
                 on_change=self._pool_changed,
+                budget_mib=plan.process_budget_mib(self.settings, name),
             )
             self.pools[stage] = pool
         for pool in self.pools.values():
@@ -398,7 +408,6 @@ class App:
         log.info("draining", streams=len(self.lanes), grace_s=self._grace_s)
         self.lanes.drain(grace_ns)
         self._changed.set()
-        self.events.close()
         # Told to go, clients send what they have begun and close their side. Whoever has not
         # done so by the last quarter of the grace is ended.
         begun = time.monotonic()
@@ -407,6 +416,8 @@ class App:
                 self.notifier.extend_timeout(self._grace_s)
                 await asyncio.sleep(0.02)
             self.lanes.stop()
+        # Last, so that watchers are told of the streams that ended.
+        self.events.close()
 
     async def reload_model(self, pool_name: str, model: str) -> tuple[str, str]:
         """See ``AdminService.ReloadModel``. Raises ``FacelaneError``."""

@@ -113,6 +113,33 @@ def doctor(
         raise typer.Exit(EX_UNAVAILABLE)
 
 
+@app.command()
+def plan(
+    config: ConfigOption = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Start one worker a pool and measure its memory.")
+    ] = False,
+) -> None:
+    """Say what the workers take of each card, and refuse what does not fit (exit code 78)."""
+    loaded = _load(config)
+    from facelane_server import plan as planning
+    from facelane_server.app import ServedModels
+
+    try:
+        models = ServedModels.resolve(loaded)
+        measured = (
+            asyncio.run(planning.measure(loaded, models.packages, models.crops)) if measure else {}
+        )
+    except FacelaneError as error:
+        typer.echo(f"facelane-server: {error.message}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    made = planning.make_plan(loaded, models.packages, planning.read_devices(), measured)
+    for line in made.lines():
+        typer.echo(line)
+    if made.problems:
+        raise typer.Exit(EX_CONFIG)
+
+
 @keys_app.command("new")
 def keys_new(
     name: Annotated[str, typer.Argument(help="Whose key it is; appears in logs.")],

@@ -36,7 +36,7 @@ CROPS = tuple(b"\0" * (spec.size * spec.size * 3) for spec in PACKAGE.crops)
 class Bench:
     """A pool, its scripted workers and its clock."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, budget_mib: int | None = None, **options: Any) -> None:
         self.clock = ManualClock()
         self.launcher = ScriptedLauncher()
         self.events: list[PoolEvent] = []
@@ -48,6 +48,7 @@ class Bench:
             on_change=self.events.append,
             clock=self.clock,
             rng=random.Random(1),
+            budget_mib=budget_mib,
         )
 
     @property

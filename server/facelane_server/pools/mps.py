@@ -80,14 +80,7 @@ class MpsDaemon:
                 f"{CONTROL} did not start ({_last_words(logs) or words or f'exit code {code}'})"
             )
         # After the daemon, so that it does not hold the pipe open.
-        guard = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARD, control],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
+        guard = _guard(control, environment)
         log.info("MPS daemon started", pipe_directory=str(pipes))
         return cls(pipes, guard)
 
@@ -105,6 +98,17 @@ class MpsDaemon:
             guard.kill()
             await asyncio.to_thread(guard.wait)
             log.warning("MPS daemon did not quit in time", timeout_s=QUIT_S)
+
+
+def _guard(control: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD, control],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(environment),
+        start_new_session=True,
+    )
 
 
 def _find_control(environ: Mapping[str, str]) -> str:

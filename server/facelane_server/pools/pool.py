@@ -67,7 +67,9 @@ _OVERLAP_NS: Final = 5 * _MS
 beside them, and a staged frame can no longer be replaced by a newer one."""
 _CANARY_SIDE: Final = 64
 _GALLERY_TIMEOUT_S: Final = 30.0
-_NOT_TO_BLAME: Final = frozenset({"STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE"})
+_NOT_TO_BLAME: Final = frozenset(
+    {"STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE", "OVER_BUDGET"}
+)
 """Losses that the tasks in flight have nothing to do with."""
 
 
@@ -201,7 +203,9 @@ class Pool:
     ``crops``: what a detector is to cut out for the models behind it, in this order;
     for the other stages leave it empty, their package says what they take.
     ``resolve``: subjects of gallery snapshots, for recognisers. ``on_change`` is called
-    on the loop, must not block, and may ask the pool for its state.
+    on the loop, must not block, and may ask the pool for its state. ``budget_mib``: of a
+    worker's process, where it is another than ``settings.memory_mib`` (thread groups add
+    theirs up); 0 = none.
 
     ``start`` first, ``stop`` last. All calls from the loop's thread.
     """
@@ -219,11 +223,13 @@ class Pool:
         on_change: Callable[[PoolEvent], None] | None = None,
         clock: Clock | None = None,
         rng: random.Random | None = None,
+        budget_mib: int | None = None,
     ) -> None:
         self.stage = stage
         self.name = str(stage)
         self.package = package
         self._settings = settings
+        self._budget_mib = settings.memory_mib if budget_mib is None else budget_mib
         self._launcher = launcher
         self._crops = crops
         self._max_pixels = max_pixels
@@ -547,9 +553,10 @@ class Pool:
             member.service_ns += 0.125 * (now - job.started_ns - member.service_ns)
         if ready.jobs and not ready.jobs[0].started_ns:
             ready.jobs[0].started_ns = now
-        self._dispatch()
-        if self._over_budget(ready):
+        # Before the next dispatch: what is retried shall not meet the same full memory.
+        if self._over_budget(ready) or self._at_its_cap(message):
             self._recycle(member, "OVER_BUDGET")
+        self._dispatch()
 
     def _read_answers(self, member: _Member, job: Job, message: InferDone, now: int) -> int | None:
         """Resolve a job's tasks; bytes used in the response slot, None when the worker was
@@ -659,7 +666,17 @@ class Pool:
         )
 
     def _over_budget(self, ready: ReadyWorker) -> bool:
-        return 0 < self._settings.memory_mib < ready.memory_mib
+        budget = self._budget_mib
+        return 0 < budget < ready.memory_mib
+
+    def _at_its_cap(self, message: InferDone | InferFailed) -> bool:
+        """Out of memory inside a budget: the model fitted when it warmed up, so something grew
+        since, and a process of its own has its cap just there."""
+        return (
+            self._budget_mib > 0
+            and isinstance(message, InferFailed)
+            and message.reason == Reason.OUT_OF_MEMORY
+        )
 
     def _send_canary(self, member: _Member) -> asyncio.Future[Any]:
         """One built-in item through the worker; a failure loses the worker."""
@@ -687,13 +704,17 @@ class Pool:
     def _recycle(self, member: _Member, reason: str) -> None:
         if member.life.life is not Life.READY:
             return
+        if self._settings.isolation == "thread":
+            # Memory belongs to the process: only its end gives it back.
+            self._lost(member, WorkerLostError(reason, "the group's process grew too large"))
+            return
         log.warning(
             "worker recycled",
             pool=self.name,
             worker=member.worker_id,
             reason=reason,
             memory_mib=member.ready.memory_mib if member.ready else 0,
-            budget_mib=self._settings.memory_mib,
+            budget_mib=self._budget_mib,
         )
         self._tell(PoolChange.WORKER_RESTARTING, member, reason)
         self._happen(member, Event(Happening.RESTART, reason))

@@ -20,7 +20,7 @@ each process; the warm-up is no job, the canary is one.
 ``fail.garbage_on_job``   job N is answered with bytes that are no message
 ``fail.truncated_on_job`` job N is answered with half of its packet
 ``fail.error_on_job``     job N raises an error that nobody foresaw
-``fail.leak_mib``         every job leaks so many MiB of host memory
+``fail.leak_mib``         every job leaks so many MiB, of the device's memory on CUDA
 ``fail.poison``           an item that contains ``POISON`` kills the process (SIGSEGV)
 ``fail.from_file``        a file of further ``name = "value"`` lines (TOML), read when a
                           process starts; absent or empty = none (faults that change)
@@ -70,7 +70,8 @@ class Failpoints:
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values = dict(values)
         self._job = 0
-        self._leaked: list[bytearray] = []
+        self._leaked: list[object] = []
+        self.device = "cpu"
         self._marker = Path(values["only_file"]) if "only_file" in values else None
 
     def loading(self) -> None:
@@ -95,9 +96,7 @@ class Failpoints:
         if "slow_ms" in self._values:
             time.sleep(float(self._values["slow_ms"]) / 1000)
         if "leak_mib" in self._values:
-            block = bytearray(int(float(self._values["leak_mib"]) * (1 << 20)))
-            block[::4096] = b"\1" * len(block[::4096])
-            self._leaked.append(block)
+            self._leaked.append(self._allocate(int(float(self._values["leak_mib"]) * (1 << 20))))
         if "poison" in self._values and any(POISON in bytes(item) for item in payloads):
             _crash()
         if self._at("hang_on_job"):
@@ -114,6 +113,15 @@ class Failpoints:
             raise InjectedStickyError("failpoint: sticky device error")
         if self._at("error_on_job"):
             raise InjectedError("failpoint fail.error_on_job")
+
+    def _allocate(self, size: int) -> object:
+        if self.device.startswith("cuda"):
+            import torch
+
+            return torch.zeros(size, dtype=torch.uint8, device=self.device)
+        block = bytearray(size)
+        block[::4096] = b"\1" * len(block[::4096])
+        return block
 
     def answer(self, packet: bytes) -> bytes:
         """What to send instead of ``packet``, the answer to the present job."""
