@@ -129,5 +129,15 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def named_shared_memory(pid: int | str = "self") -> list[str]:
+    """What a process maps or holds open of /dev/shm; anonymous memfds are not there."""
+    maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+    folder = Path(f"/proc/{pid}/fd")
+    held = [
+        os.readlink(folder / name) for name in os.listdir(folder) if os.path.lexists(folder / name)
+    ]
+    return [line for line in (*maps.splitlines(), *held) if "/dev/shm/" in line]
+
+
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))

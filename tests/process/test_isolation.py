@@ -16,7 +16,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.real_pool import CATALOG, CROPS, FAST, PACKAGES, RealPool, alive, real_pool
+from tests.real_pool import (
+    CATALOG,
+    CROPS,
+    FAST,
+    PACKAGES,
+    RealPool,
+    alive,
+    named_shared_memory,
+    real_pool,
+)
 from tests.waiting import auntil, until
 
 from facelane_server import config
@@ -316,7 +325,6 @@ asyncio.run(main())
 @pytest.mark.parametrize("state", ["idle", "hung"])
 def test_no_worker_outlives_a_server_that_was_killed(state: str) -> None:
     root = Path(__file__).resolve().parents[2]
-    before = set(os.listdir("/dev/shm"))
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, state],
         cwd=root,
@@ -332,6 +340,7 @@ def test_no_worker_outlives_a_server_that_was_killed(state: str) -> None:
         pids = [int(word) for word in line.split()]
         assert len(pids) == 2
         assert all(alive(pid) for pid in pids)
+        assert [named_shared_memory(pid) for pid in (*pids, parent.pid)] == [[], [], []]
         parent.kill()
         parent.wait(10)
         until(lambda: not any(alive(pid) for pid in pids), timeout=5.0)
@@ -340,4 +349,3 @@ def test_no_worker_outlives_a_server_that_was_killed(state: str) -> None:
         parent.wait(10)
         assert parent.stdout is not None
         parent.stdout.close()
-    assert set(os.listdir("/dev/shm")) == before
