@@ -201,6 +201,32 @@ class TestServer:
             server.process.send_signal(signal.SIGCONT)
         listener.wait_for("WATCHDOG")
 
+    def test_a_server_that_cannot_infer_starves_the_watchdog(
+        self, tmp_path: Path, listener: NotifySocket
+    ) -> None:
+        """It answers calls, it reads frames, its process is well: and it is of no use."""
+        faults = tmp_path / "faults.toml"
+        pools = NULL_POOLS.replace(
+            "[pools.detector]",
+            "[pools.detector]\nbackoff_max_s = 0.2\nrestart_limit = 1000\n"
+            f'options = {{ "fail.from_file" = "{faults}" }}',
+        )
+        env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "900000"}
+        with RunningServer(tmp_path, toml(tmp_path, pools), env=env) as running:
+            listener.wait_for("WATCHDOG")
+            server_side = next(p for p in running.children() if "detector" in p.name())
+            faults.write_text('crash_load = "1"\n')
+            server_side.kill()
+            with running.client() as client:
+                until(lambda: client.health() == "NOT_SERVING", 10, "NOT_SERVING")
+                assert client.health("facelane.process") == "SERVING"
+                listener.forget()
+                time.sleep(1.0)  # the watchdog's whole interval, which is what is tested
+                assert listener.count("WATCHDOG") == 0
+                faults.write_text("")
+                until(lambda: client.health() == "SERVING", 20, "SERVING again")
+            listener.wait_for("WATCHDOG")
+
     def test_reload_is_told_from_begin_to_end(
         self, server: RunningServer, listener: NotifySocket
     ) -> None:
