@@ -128,7 +128,7 @@ async def _size(
     seconds = settings.lasting(12.0, 3.0)
     rate = FPS if settings.device != "cpu" else 2.0
     tables = "[limits]\nmax_streams = 1024\n"
-    async with Service(_pools(settings, models), tables=tables) as service:
+    async with Service(_pools(settings, models), tables=tables, start_s=400.0) as service:
         await trial(service, frames, 1, rate, 3.0)  # warm-up
 
         async def attempt(streams: int) -> Trial:

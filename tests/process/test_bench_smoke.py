@@ -1,0 +1,60 @@
+"""The benchmarks run, in tiny sizes, and leave a result behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "bench", *arguments, "--smoke"),
+            *("--out", str(folder), "--cache", str(folder / "cache")),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_the_service_alone(tmp_path: Path) -> None:
+    done = bench(tmp_path, "overhead:null")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = tmp_path.glob("overhead-*.json")
+    document = json.loads(path.read_text())
+    assert document["smoke"] is True
+    assert "overhead:null" in document["command"]
+    rows = {row["deployment"]: row for row in document["rows"]}
+    many = rows["facelane, 8 streams"]
+    assert many["frames"] == 400
+    assert many["lost"] == 0
+    assert many["throughput_per_s"] > 0
+    assert "smoke run" in done.stdout
+
+
+def test_an_unknown_name_is_told(tmp_path: Path) -> None:
+    done = bench(tmp_path, "overhaed")
+    assert done.returncode == 2
+    assert "overhead" in done.stderr
+
+
+def test_what_cannot_run_is_told_and_leaves_no_result(tmp_path: Path) -> None:
+    empty = tmp_path / "frames"
+    empty.mkdir()
+    done = bench(tmp_path, "streams", "--device", "cpu", "--frames", str(empty))
+    assert done.returncode == 1
+    assert "holds no JPEG files" in done.stdout
+    assert not list(tmp_path.glob("*.json"))
