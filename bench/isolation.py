@@ -135,8 +135,10 @@ async def deployed(
     packages: Mapping[Stage, Package],
     stages: Sequence[Stage],
     device: str,
+    special: Mapping[Stage, Mapping[str, Any]] | None = None,
 ) -> AsyncIterator[dict[Stage, Tenant]]:
-    """Tenants of some stages, warm; ended on leaving. Raises NotMeasuredError."""
+    """Tenants of some stages, warm; ended on leaving. ``special``: settings of a stage's pool
+    beyond those of the deployment. Raises NotMeasuredError."""
     isolation = {THREADS: "thread", MPS: "mps", MPS_SHARES: "mps"}.get(deployment, "process")
     async with contextlib.AsyncExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="facelane-bench-")))
@@ -168,6 +170,7 @@ async def deployed(
                 "canary_interval_s": 3_600.0,
                 "stream_priority": -5 if stage is Stage.RECOGNIZER else 0,
             }
+            settings |= (special or {}).get(stage, {})
             job = Job(
                 stage=stage,
                 package=str(packages[stage].folder),
@@ -265,7 +268,7 @@ class Load:
 async def run(settings: Settings) -> Report:
     report = Report("isolation", smoke=settings.smoke)
     on_card = settings.device.startswith("cuda")
-    packages = _packages(settings)
+    packages = packages_for(settings)
     load = Load(PACE_HZ if on_card else 2.0, settings.lasting(7.0, 1.5))
     deployments = [PROCESSES, MPS_SHARES, MPS, THREADS] if on_card else [PROCESSES, THREADS]
     if not on_card:
@@ -352,7 +355,7 @@ async def _together(
     await all_of(f"{TRIO}, {SATURATED}", {stage: load.saturated(at) for stage in tenants})
 
 
-def _packages(settings: Settings) -> dict[Stage, Package]:
+def packages_for(settings: Settings) -> dict[Stage, Package]:
     real = material.real_models(settings.cache).packages
     return {
         Stage.DETECTOR: real[Stage.DETECTOR],
