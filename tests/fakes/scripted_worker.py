@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import os
 import signal
 import socket
 from collections.abc import Callable
 from itertools import count
 
 from facelane_server.ipc.arena import Arena
-from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, socket_pair
+from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, close_all, socket_pair
 from facelane_server.ipc.messages import (
     PROTOCOL,
     Cancel,
@@ -147,7 +146,7 @@ class ScriptedWorker:
         elif isinstance(message, Cancel):
             self.cancelled.append(message.job_id)
         elif isinstance(message, GallerySnapshot):
-            os.close(descriptors[0])
+            close_all(descriptors)
             self.snapshots.append(message.version)
         elif isinstance(message, Ping):
             if self.answers_pings:

@@ -120,6 +120,28 @@ async def test_a_new_worker_serves_only_with_the_newest_gallery() -> None:
         assert {a.candidates[0].subject_id for a in answers} == {"grace"}
 
 
+async def test_thousands_of_galleries_reach_the_workers() -> None:
+    """Their table is many times larger than a packet."""
+    galleries = 20_000
+    SUBJECTS[4] = [(f"gallery-{n:064d}", "ada") for n in range(galleries)]
+    async with real_pool(Stage.RECOGNIZER, resolve=resolve) as p:
+        vector = (await embed(p, b"ada", want_vector=True)).vector
+        row = np.frombuffer(vector, np.float32).astype(np.float16)
+        fd = os.memfd_create("snapshot")
+        with os.fdopen(fd, "wb", closefd=False) as stream:
+            stream.write(np.tile(row, (galleries, 1)).tobytes())
+            stream.write(np.arange(galleries, dtype=np.int32).tobytes())
+        ranges = tuple((name, n, n + 1) for n, (name, _) in enumerate(SUBJECTS[4]))
+        await p.pool.publish_gallery(GallerySnapshot(4, galleries, DIM, ranges), fd)
+        os.close(fd)
+        for name in (SUBJECTS[4][0][0], SUBJECTS[4][-1][0]):
+            (found,) = (await embed(p, b"ada", name)).candidates
+            assert found.similarity > 0.999
+        os.kill(p.pids()[0], signal.SIGKILL)
+        await auntil(lambda: p.pool.info().losses == 1)
+        assert len((await embed(p, b"ada", SUBJECTS[4][7][0])).candidates) == 1
+
+
 async def test_publishing_while_workers_die_ends() -> None:
     async with real_pool(Stage.RECOGNIZER, workers=2, resolve=resolve) as p:
         await snapshot(p, 1, FIRST)

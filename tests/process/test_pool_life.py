@@ -86,6 +86,23 @@ async def test_a_broken_picture_fails_alone_in_its_batch() -> None:
         assert p.pool.info().losses == 0
 
 
+async def test_a_request_that_no_message_can_carry_fails_alone() -> None:
+    async with real_pool(Stage.RECOGNIZER, batch_max=8) as p:
+        tasks = [p.submit() for _ in range(4)]
+        for task in tasks[:2]:
+            p.pool.withdraw(task)
+        too_long, no_text = tasks[:2]
+        object.__setattr__(too_long.request, "gallery_id", "x" * 300_000)
+        object.__setattr__(no_text.request, "gallery_id", "\ud800")
+        for task in tasks[:2]:
+            p.pool.submit(task)
+        results = await outcomes(tasks)
+        assert [isinstance(r, EmbedAnswer) for r in results] == [False, False, True, True]
+        assert reasons(results) == {Reason.INTERNAL}
+        assert p.pool.info().losses == 0
+        await p.infer()
+
+
 async def test_the_worker_is_told_apart_and_knows_its_manners() -> None:
     async with real_pool() as p:
         pid = p.pids()[0]

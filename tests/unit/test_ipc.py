@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.waiting import auntil
 
 from facelane_server import limits
-from facelane_server.ipc import messages
+from facelane_server.ipc import gallery_table, messages
 from facelane_server.ipc.arena import Arena, aligned
 from facelane_server.ipc.channel import (
     ChannelClosed,
@@ -289,3 +289,25 @@ def test_an_arena_that_is_not_what_it_should_be_is_refused(slots: int, slot_byte
 def test_alignment(offset: int) -> None:
     assert aligned(offset) % 64 == 0
     assert 0 <= aligned(offset) - offset < 64
+
+
+# -- the table of galleries -------------------------------------------------------------------
+
+TABLE = GallerySnapshot(7, 5, 16, (("staff", 0, 3), ("guests", 3, 5)), "model")
+
+
+def test_a_table_of_galleries_travels_beside_its_message() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    message, fd = gallery_table.detach(TABLE)
+    assert message.galleries == ()
+    assert gallery_table.attach(message, fd) == TABLE
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("size", [0, -1, 1, 5, 10**4, 10**12])
+def test_a_table_that_is_not_what_its_message_says_is_refused(size: int) -> None:
+    message, fd = gallery_table.detach(TABLE)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError, match="table of galleries"):
+        gallery_table.attach(msgspec.structs.replace(message, table_bytes=size), fd)
+    assert len(os.listdir("/proc/self/fd")) == before - 1

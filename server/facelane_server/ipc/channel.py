@@ -91,7 +91,6 @@ class _Receiver:
             raise ChannelClosed("end of file")
         return self._view[:size], descriptors
 
-
     def _packet(self) -> tuple[int, list[tuple[int, int, bytes]], int, object]:
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:

@@ -10,7 +10,7 @@ in the slots of two memfd arenas, and messages hold offsets into the job's slot.
       |  <- Hello ------------------------------|   first message, protocol version
       |  -- Load (+ fds: request, response) --> |   arenas by SCM_RIGHTS
       |  <- Ready ------------------------------|   model loaded, warmed, measured
-      |  -- GallerySnapshot (+ fd: matrix) ---> |   recognisers only; newest wins
+      |  -- GallerySnapshot (+ fds) ----------> |   recognisers only; newest wins
       |  <- GalleryLoaded ----------------------|
       |  -- Infer(job, slot) -----------------> |   at most JOBS_PER_WORKER in flight
       |  <- InferDone | InferFailed ------------|   in the order of Infer
@@ -170,10 +170,12 @@ class Drain(Message, frozen=True):
 
 
 class GallerySnapshot(Message, frozen=True):
-    """With one descriptor: ``rows`` x ``dim`` float16 unit vectors, C order, then ``rows``
-    int32 subject indices; rows are sorted by gallery, then by subject.
+    """With two descriptors. The first: ``rows`` x ``dim`` float16 unit vectors, C order, then
+    ``rows`` int32 subject indices; rows are sorted by gallery, then by subject. The second:
+    the table of galleries (``gallery_table``), ``table_bytes`` long.
 
-    ``galleries``: (gallery id, first row, one past the last row). ``model_id``: whose
+    ``galleries``: (gallery id, first row, one past the last row); empty in transit.
+    ``model_id``: whose
     templates these are; a worker of another model holds them as an empty gallery, so that
     nothing is compared across models while a reload swaps them. Empty = any model.
     """
@@ -183,6 +185,7 @@ class GallerySnapshot(Message, frozen=True):
     dim: int
     galleries: tuple[tuple[str, int, int], ...]
     model_id: str = ""
+    table_bytes: int = 0
 
 
 ToWorker = Load | Infer | Cancel | Ping | Drain | GallerySnapshot

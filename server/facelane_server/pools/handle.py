@@ -214,12 +214,13 @@ class ReadyWorker:
         with contextlib.suppress(ChannelError):  # end of file tells
             self._channel.send(Ping(self._pings))
 
-    def publish(self, snapshot: GallerySnapshot, fd: int, now_ns: int) -> None:
-        """Raises ChannelClosed."""
+    def publish(self, snapshot: GallerySnapshot, descriptors: list[int], now_ns: int) -> None:
+        """``snapshot`` without its table, which is in the second descriptor (see
+        ``gallery_table``). Raises ChannelClosed."""
         if self.gallery_sent_ns == 0 or self.gallery_version == self._gallery_sent:
             self.gallery_sent_ns = now_ns
         self._gallery_sent = snapshot.version
-        self._channel.send(snapshot, [fd])
+        self._channel.send(snapshot, descriptors)
 
     def receive_last(self) -> None:
         """``send`` failed: hear the worker's last words, if it left any."""

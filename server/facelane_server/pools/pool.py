@@ -34,7 +34,8 @@ import structlog
 
 from facelane_server import config, limits
 from facelane_server.domain import Encoding, FacelaneError, Picture, Reason, Stage
-from facelane_server.ipc.channel import ChannelError, ProtocolError
+from facelane_server.ipc import gallery_table
+from facelane_server.ipc.channel import ChannelError, ProtocolError, close_all
 from facelane_server.ipc.messages import (
     CropSpecMessage,
     GallerySnapshot,
@@ -260,7 +261,7 @@ class Pool:
         self._numbers = 0
         self._jobs = 0
         self._state = PoolState.STOPPED
-        self._snapshot: tuple[GallerySnapshot, int] | None = None
+        self._snapshot: tuple[GallerySnapshot, list[int]] | None = None
         self._gallery_waiters: set[asyncio.Future[None]] = set()
         self._dispatch_due = False
         self._deadline_timer: Timer | None = None
@@ -509,15 +510,18 @@ class Pool:
         self._jobs += 1
         slot, view = ready.request_slot()
         assert member.codec is not None
-        items, used = member.codec.write([task.request for task in tasks], view)
         now = self._clock.now_ns()
         for task in tasks:
             task.dispatched_ns = now
-        job = Job(self._jobs, slot, tasks, request_used=used, canary=canary)
+        job = Job(self._jobs, slot, tasks, canary=canary)
         if not ready.jobs:
             job.started_ns = now
         try:
+            items, job.request_used = member.codec.write([task.request for task in tasks], view)
             ready.send(job, items)
+        except (ValueError, OverflowError):
+            self._cannot_be_sent(tasks)
+            return
         except ChannelError as error:
             for task in reversed(tasks):
                 if canary:
@@ -532,6 +536,16 @@ class Pool:
             return
         if len(ready.jobs) == 1:
             self._watch(member)
+
+    def _cannot_be_sent(self, tasks: list[AnyTask]) -> None:
+        """A request that no message can carry: its own failure, and nobody else's."""
+        for task in reversed(tasks):
+            if len(tasks) > 1:
+                self._retry(task, alone=True)
+            else:
+                log.error("request cannot be sent to a worker", pool=self.name)
+                error = FacelaneError(Reason.INTERNAL, "the request cannot be sent to a worker")
+                self._fail(task, error)
 
     # -- answers ----------------------------------------------------------------------
 
@@ -1040,7 +1054,7 @@ class Pool:
             if not waiter.done():
                 waiter.cancel()
         if self._snapshot is not None:
-            os.close(self._snapshot[1])
+            close_all(self._snapshot[1])
             self._snapshot = None
 
     def _new_member(self, package: Package) -> _Member:
@@ -1187,9 +1201,10 @@ class Pool:
             raise ValueError("gallery versions must not go back")
         members = [m for m in self._everyone() if m.joined and m.ready is not None]
         if snapshot.version > current:
+            message, table_fd = gallery_table.detach(snapshot)
             if self._snapshot is not None:
-                os.close(self._snapshot[1])
-            self._snapshot = (snapshot, os.dup(fd))
+                close_all(self._snapshot[1])
+            self._snapshot = (message, [os.dup(fd), table_fd])
             for member in members:
                 self._send_gallery(member)
         await self._gallery_loaded(members, snapshot.version)

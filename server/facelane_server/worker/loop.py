@@ -38,7 +38,7 @@ import numpy as np
 
 from facelane_server import limits
 from facelane_server.domain import Encoding, FacelaneError, Reason
-from facelane_server.ipc import messages
+from facelane_server.ipc import gallery_table, messages
 from facelane_server.ipc.arena import Arena, aligned
 from facelane_server.ipc.channel import ChannelClosed, ProtocolError, WorkerChannel, close_all
 from facelane_server.ipc.messages import (
@@ -261,7 +261,7 @@ class Loop:
         while (received := self._channel.receive(timeout_s)) is not None:
             message, descriptors = received
             timeout_s = 0.0
-            if len(descriptors) != isinstance(message, GallerySnapshot):
+            if len(descriptors) != (2 if isinstance(message, GallerySnapshot) else 0):
                 close_all(descriptors)
                 raise ProtocolError(f"{type(message).__name__} with {len(descriptors)} descriptors")
             if isinstance(message, Infer):
@@ -273,7 +273,7 @@ class Loop:
             elif isinstance(message, Drain):
                 self._draining = True
             elif isinstance(message, GallerySnapshot):
-                self._gallery.offer(message, descriptors[0])
+                self._gallery.offer(message, descriptors)
             else:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
             if len(self._jobs) > limits.JOBS_PER_WORKER:
@@ -664,15 +664,15 @@ class _GalleryLoader:
         self.model_id = ""
         self._channel = channel
         self._lock = threading.Lock()
-        self._waiting: tuple[GallerySnapshot, int] | None = None
+        self._waiting: tuple[GallerySnapshot, list[int]] | None = None
         self._thread: threading.Thread | None = None
 
-    def offer(self, snapshot: GallerySnapshot, fd: int) -> None:
-        """Takes ``fd`` over."""
+    def offer(self, snapshot: GallerySnapshot, descriptors: list[int]) -> None:
+        """Takes the descriptors (matrix, table) over."""
         with self._lock:
             if self._waiting is not None:
-                os.close(self._waiting[1])
-            self._waiting = (snapshot, fd)
+                close_all(self._waiting[1])
+            self._waiting = (snapshot, descriptors)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._build, name="gallery", daemon=True)
                 self._thread.start()
@@ -683,11 +683,17 @@ class _GalleryLoader:
                 if self._waiting is None:
                     self._thread = None
                     return
-                snapshot, fd = self._waiting
+                snapshot, (fd, table_fd) = self._waiting
                 self._waiting = None
             if snapshot.model_id not in ("", self.model_id):
                 # Of the model before or after this one: nothing may be compared with it.
+                os.close(table_fd)
                 snapshot = GallerySnapshot(snapshot.version, 0, snapshot.dim, ())
+            else:
+                try:
+                    snapshot = gallery_table.attach(snapshot, table_fd)
+                except ValueError as error:
+                    self._give_up(SnapshotError(str(error)))
             try:
                 searcher = Searcher(snapshot, fd, self.device)
                 if self.current is None or searcher.version > self.current.version:
