@@ -297,8 +297,17 @@ def test_the_environment_of_an_mps_client() -> None:
     assert made == {
         "CUDA_MPS_PIPE_DIRECTORY": "/run/facelane/mps",
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "70",
+        "CUDA_MPS_CLIENT_PRIORITY": "1",
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=2048M,2=2048M",
     }
+
+
+def test_a_raised_priority_holds_between_mps_clients() -> None:
+    made = mps_environment(
+        pipe_directory=Path("/x"), devices=("auto",), sm_share=100, memory_mib=0, stream_priority=-1
+    )
+    assert made["CUDA_MPS_CLIENT_PRIORITY"] == "0"
+    assert "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT" not in made
 
 
 # -- the parent's death -----------------------------------------------------------------------

@@ -278,13 +278,23 @@ class ProcessLauncher:
 
 
 def mps_environment(
-    *, pipe_directory: Path, devices: Sequence[str], sm_share: int, memory_mib: int
+    *,
+    pipe_directory: Path,
+    devices: Sequence[str],
+    sm_share: int,
+    memory_mib: int,
+    stream_priority: int = 0,
 ) -> dict[str, str]:
     """What makes a worker a client of the MPS daemon behind ``pipe_directory``, with its
-    share of the multiprocessors (percent) and its device memory limit (0 = none)."""
+    share of the multiprocessors (percent) and its device memory limit (0 = none).
+
+    Stream priorities order the work of one process; between clients MPS knows two levels, so
+    that pools with a raised ``stream_priority`` go before those without.
+    """
     environment = {
         "CUDA_MPS_PIPE_DIRECTORY": str(pipe_directory),
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(sm_share),
+        "CUDA_MPS_CLIENT_PRIORITY": "0" if stream_priority < 0 else "1",
     }
     if memory_mib:
         indices = sorted({device.partition(":")[2] or "0" for device in devices})
@@ -493,6 +503,7 @@ class Launchers:
                 devices=settings.devices,
                 sm_share=settings.sm_share,
                 memory_mib=settings.memory_mib,
+                stream_priority=settings.stream_priority,
             )
             launcher = ProcessLauncher(threads=settings.threads, environment=environment)
         else:
