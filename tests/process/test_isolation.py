@@ -219,6 +219,23 @@ async def test_another_worker_takes_the_place_of_one_that_was_killed(tmp_path: P
         end(workers)
 
 
+async def test_an_external_pool_reloads_with_the_worker_that_waits(tmp_path: Path) -> None:
+    path = tmp_path / "liveness.sock"
+    workers = [attach(path) for _ in range(2)]
+    try:
+        async with real_pool(isolation="external", socket=str(path)) as p:
+            tasks = [p.submit() for _ in range(20)]
+            (first,) = p.pids()
+            await p.pool.reload(PACKAGES[Stage.LIVENESS], 20.0)
+            tasks += [p.submit() for _ in range(20)]
+            await asyncio.wait([task.future for task in tasks], timeout=20)
+            assert {task.future.result() for task in tasks} == {LivenessAnswer(1.0)}
+            assert p.pids() != [first]
+            assert p.pool.info().losses == 0
+    finally:
+        end(workers)
+
+
 async def test_a_hung_external_worker_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "liveness.sock"
     workers = [attach(path) for _ in range(2)]

@@ -65,7 +65,9 @@ def test_back_off_doubles_and_ends_in_quarantine_with_one_try_after_it() -> None
     waits = []
     now = 0.0
     for _ in range(3):
-        worker, _ = run(worker, (Event(Happening.LOSS, "EXITED"), now), (Event(Happening.GONE), now))
+        worker, _ = run(
+            worker, (Event(Happening.LOSS, "EXITED"), now), (Event(Happening.GONE), now)
+        )
         assert worker.wake_at is not None
         waits.append(worker.wake_at - now)
         now = worker.wake_at
