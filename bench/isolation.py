@@ -45,9 +45,9 @@ BATCH: Final = {Stage.DETECTOR: NOISY_BATCH, Stage.RECOGNIZER: 1, Stage.LIVENESS
 SHARES: Final = {Stage.RECOGNIZER: 100, Stage.DETECTOR: 40, Stage.LIVENESS: 40}
 """Percent of the multiprocessors: the one that must not wait may use all of them."""
 START_S: Final = 90.0
-BUDGET_S: Final = 195.0
+BUDGET_S: Final = 235.0
 """After this time no further deployment is begun."""
-SHORTEST_S: Final = 40.0
+SHORTEST_S: Final = 30.0
 """What a deployment takes at least."""
 ALONE, THREADS, PROCESSES, MPS, MPS_SHARES = (
     "alone",

@@ -9,7 +9,8 @@ whatever cause, the guard reads end of file and tells the daemon to quit.
 
 What MPS costs: an illegal access by one worker takes every worker of the card with it,
 because they share one context on it. Each of them then ends as poisoned and is
-started again; the daemon brings a new server for them once the last has left.
+started again; the daemon brings a new server for them once the last has left. A worker
+that is killed in the middle of its work (a hang) may do the same to its neighbours.
 """
 
 from __future__ import annotations
