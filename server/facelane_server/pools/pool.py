@@ -67,6 +67,8 @@ _OVERLAP_NS: Final = 5 * _MS
 """A CPU worker whose jobs are longer gains nothing from a staged one: the hop is short
 beside them, and a staged frame can no longer be replaced by a newer one."""
 _CANARY_SIDE: Final = 64
+_ATTACH_S: Final = 2.0
+"""What systemd or a container's runtime needs to start an external worker again."""
 _GALLERY_TIMEOUT_S: Final = 30.0
 _NOT_TO_BLAME: Final = frozenset(
     {"STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE", "OVER_BUDGET"}
@@ -185,6 +187,7 @@ class _Member:
         self.link: Link | None = None
         self.ready: ReadyWorker | None = None
         self.joined = False
+        self.spawned_ns = 0
         self.ready_since_ns = 0
         self.service_ns = 0.0
         """Running mean of a job's time."""
@@ -392,10 +395,19 @@ class Pool:
                 if life.wake_at is not None and life.wake_at * _S < deadline_ns:
                     return True
             elif life.life is not Life.EXITED:
-                if member.link is None and self._settings.isolation == "external":
-                    continue  # nobody has attached
+                if self._is_forsaken(member):
+                    continue
                 return True
         return False
+
+    def _is_forsaken(self, member: _Member) -> bool:
+        """An external worker that should have attached by now, and did not."""
+        waited = self._clock.now_ns() - member.spawned_ns
+        return (
+            self._settings.isolation == "external"
+            and member.link is None
+            and waited >= _ATTACH_S * _S
+        )
 
     def _refuse_hopeless(self) -> None:
         """After a loss: what cannot be served in time is told so now."""
@@ -830,6 +842,7 @@ class Pool:
     def _perform(self, member: _Member, actions: tuple[Action, ...], event: Event) -> None:
         for action in actions:
             if action is Action.SPAWN:
+                member.spawned_ns = self._clock.now_ns()
                 member.bring_up = asyncio.get_running_loop().create_task(
                     self._bring_up(member), name=f"bring up {member.worker_id}"
                 )
