@@ -1,0 +1,264 @@
+"""Who may call what, over TCP, with keys and TLS."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.e2e import wire
+from tests.e2e.conftest import Start
+from tests.running_server import RunningServer
+from tests.waiting import until
+
+import facelane
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def new_key(file: Path, name: str, *scopes: str) -> str:
+    """A key made by the command that operators use."""
+    command = [sys.executable, "-m", "facelane_server", "keys", "new", name, "--file", str(file)]
+    for scope in scopes:
+        command += ["--scope", scope]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert file.stat().st_mode & 0o777 == 0o600
+    secret = made.stdout.strip()
+    assert secret.startswith("flk_")
+    assert secret not in file.read_text()
+    return secret
+
+
+def wait_process(target: str, token: str, tls: facelane.Tls | None = None) -> None:
+    def answers() -> bool:
+        with facelane.Client(target, token=token, tls=tls, timeout=2) as client:
+            try:
+                return client.health() == "SERVING"
+            except facelane.UnavailableError:
+                return False
+
+    until(answers, 60, "the server to serve")
+
+
+def with_keys(server_text: str, file: Path) -> str:
+    return f'{server_text}\n[auth]\nmode = "keys"\nkeys_file = "{file}"\n'
+
+
+def test_scopes_over_tcp(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    keys = {name: new_key(file, name, name) for name in ("analyze", "gallery", "admin")}
+    target = f"127.0.0.1:{free_port()}"
+    server = start(listen=target, edit=lambda text: with_keys(text, file), wait=False)
+    wait_process(target, keys["analyze"])
+
+    calls: dict[str, Callable[[facelane.Client], object]] = {
+        "analyze": lambda c: c.analyze_image(wire.picture()),
+        "gallery": lambda c: list(c.list_subjects()),
+        "admin": lambda c: c.reload_model("detector"),
+        "any": lambda c: c.server_info(),
+    }
+    allowed = {
+        "analyze": {"analyze", "any"},
+        "gallery": {"gallery", "any"},
+        "admin": {"analyze", "gallery", "admin", "any"},
+    }
+    for name, key in keys.items():
+        with facelane.Client(target, token=key) as client:
+            for scope, call in calls.items():
+                if scope in allowed[name]:
+                    call(client)
+                else:
+                    with pytest.raises(facelane.PermissionDeniedError) as denied:
+                        call(client)
+                    assert denied.value.metadata["scope"] == scope
+    with facelane.Client(target, token=keys["gallery"]) as client:
+        # Streams are refused as streams are: before a frame is read.
+        with pytest.raises(facelane.PermissionDeniedError), client.analyze_stream():
+            pass
+        with client.watch_events() as events, pytest.raises(facelane.PermissionDeniedError):
+            next(events)
+    for token in ("", "flk_wrong", keys["admin"][:-1], keys["admin"] + "x"):
+        with facelane.Client(target, token=token) as client:
+            for call in calls.values():
+                with pytest.raises(facelane.AuthenticationError) as unknown:
+                    call(client)
+                assert unknown.value.reason == "UNAUTHENTICATED"
+    # Health without a key is refused too, off the SDK.
+    with wire.channel(target) as channel, pytest.raises(grpc.RpcError) as refused:
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    log = server.text()
+    assert "call refused" in log
+    assert not any(key in log for key in keys.values())
+
+
+def test_keys_are_reloaded_by_sighup_and_a_broken_file_changes_nothing(
+    start: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.toml"
+    first = new_key(file, "first", "analyze")
+    target = f"127.0.0.1:{free_port()}"
+    server = start(listen=target, edit=lambda text: with_keys(text, file), wait=False)
+    wait_process(target, first)
+
+    def hup(says: str) -> None:
+        before = server.text().count(says)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.text().count(says) > before, 10, says)
+
+    def admitted(key: str) -> bool:
+        with facelane.Client(target, token=key) as client:
+            try:
+                client.server_info()
+            except facelane.AuthenticationError:
+                return False
+            return True
+
+    file.unlink()
+    second = new_key(file, "second", "analyze")
+    assert not admitted(second)
+    hup("config reloaded")
+    assert admitted(second)
+    assert not admitted(first)
+    file.write_text("[[keys]]\nname = ")
+    hup("config not reloaded")
+    assert admitted(second)
+    # A config that would need no keys somewhere else does not take them off here.
+    text = server.config.read_text()
+    server.config.write_text(
+        text.replace('mode = "keys"', 'mode = "auto"')
+        .replace(f'keys_file = "{file}"', "")
+        .replace(target, "0.0.0.0:1")
+    )
+    hup("config not reloaded")
+    assert admitted(second)
+    assert not admitted(first)
+    server.config.write_text("[server]\nlisten_on = 3\n")
+    hup("config not reloaded")
+    assert "did you mean `listen`?" in server.text()
+    assert admitted(second)
+
+
+def test_a_public_address_wants_keys_and_tls(start: Start, tmp_path: Path) -> None:
+    server = start(listen="0.0.0.0:0", wait=False)
+    assert server.process.wait(30) == 78
+    assert "set auth.keys_file" in server.text()
+    file = tmp_path / "keys.toml"
+    new_key(file, "k")
+    server = start(listen="0.0.0.0:0", edit=lambda text: with_keys(text, file), wait=False)
+    assert server.process.wait(30) == 78
+    assert "unencrypted" in server.text()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, and certificates of it for a server and a client."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl command here")
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(
+            ["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=60
+        )
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for authority in ("ca", "stranger"):
+        openssl("req", "-x509", *curve, "-keyout", f"{authority}.key", "-out", f"{authority}.pem",
+                "-days", "2", "-subj", f"/CN={authority}")  # fmt: skip
+    (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for name in ("server", "client"):
+        openssl(
+            "req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}"
+        )
+        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "san")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", "-days", "2", *signing)
+    return folder
+
+
+def tls_text(text: str, folder: Path, *, mutual: bool) -> str:
+    lines = f'[tls]\ncert_file = "{folder}/server.pem"\nkey_file = "{folder}/server.key"\n'
+    if mutual:
+        lines += f'client_ca_file = "{folder}/ca.pem"\n'
+    return f"{text}\n{lines}"
+
+
+def test_keys_over_tls(start: Start, certificates: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    key = new_key(file, "camera", "analyze")
+    port = free_port()
+    server = start(
+        listen=f"0.0.0.0:{port}",
+        edit=lambda text: with_keys(tls_text(text, certificates, mutual=False), file),
+        wait=False,
+    )
+    target = f"localhost:{port}"
+    tls = facelane.Tls(ca_file=certificates / "ca.pem")
+    wait_process(target, key, tls)
+    with facelane.Client(target, token=key, tls=tls) as client:
+        outcomes = list(client.analyze([wire.picture()] * 5))
+        assert all(outcome.result is not None for outcome in outcomes)
+    with facelane.Client(target, token="flk_wrong", tls=tls) as client:
+        with pytest.raises(facelane.AuthenticationError):
+            client.server_info()
+    # Whoever cannot check the certificate, or speaks plain text, gets nowhere.
+    wrong = facelane.Tls(ca_file=certificates / "stranger.pem")
+    nowhere = (facelane.UnavailableError, facelane.DeadlineExceededError)
+    with (
+        facelane.Client(target, token=key, tls=wrong, timeout=3) as client,
+        pytest.raises(nowhere),
+    ):
+        client.server_info()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", facelane.InsecureTokenWarning)
+        with facelane.Client(target, token=key, timeout=3) as client, pytest.raises(nowhere):
+            client.server_info()
+    assert key not in server.text()
+
+
+def test_mutual_tls(start: Start, certificates: Path) -> None:
+    port = free_port()
+    start(
+        listen=f"127.0.0.1:{port}",
+        edit=lambda text: tls_text(text, certificates, mutual=True),
+        wait=False,
+    )
+    ca = certificates / "ca.pem"
+    own = facelane.Tls(
+        ca_file=ca, cert_file=certificates / "client.pem", key_file=certificates / "client.key"
+    )
+    wait_process(f"localhost:{port}", "", own)
+    with (
+        facelane.Client(f"localhost:{port}", tls=facelane.Tls(ca_file=ca), timeout=3) as client,
+        pytest.raises((facelane.UnavailableError, facelane.DeadlineExceededError)),
+    ):
+        client.server_info()
+
+
+def test_certificates_that_cannot_be_read(start: Start, tmp_path: Path) -> None:
+    server = start(edit=lambda text: tls_text(text, tmp_path, mutual=False), wait=False)
+    assert server.process.wait(30) == 78
+    assert "tls:" in server.text()
+    assert "Traceback" not in server.text()
+
+
+def test_a_taken_port_is_told(start: Start) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server: RunningServer = start(listen=f"127.0.0.1:{taken.getsockname()[1]}", wait=False)
+        assert server.process.wait(30) == 78
+    assert "cannot listen" in server.text()
+    assert "Traceback" not in server.text()

@@ -1,0 +1,115 @@
+"""Whom the gallery refuses, at the wire."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.e2e import wire
+from tests.e2e.conftest import Start
+
+import facelane
+
+
+def test_no_face(start: Start, tmp_path: Path) -> None:
+    server = start(wire.pools(wire.null_detector(tmp_path, 0)))
+    with server.client() as client:
+        for call in (
+            lambda: client.enroll("nobody", wire.picture()),
+            lambda: client.enroll("nobody", wire.picture(), allow_multiple_faces=True),
+        ):
+            with pytest.raises(facelane.EnrollmentRefusedError) as refused:
+                call()
+            assert refused.value.reason == "NO_FACE"
+        client.create_subject("somebody")
+        with pytest.raises(facelane.RefusedError) as refused:
+            client.verify("somebody", wire.picture())
+        assert refused.value.reason == "NO_FACE"
+        assert client.identify(wire.picture()) == []
+        assert client.analyze_image(wire.picture()).faces == ()
+        assert [s.subject_id for s in client.list_subjects()] == ["somebody"]
+
+
+def test_two_faces(start: Start, tmp_path: Path) -> None:
+    server = start(wire.pools(wire.null_detector(tmp_path, 2)))
+    with server.client() as client:
+        with pytest.raises(facelane.EnrollmentRefusedError) as refused:
+            client.enroll("who", wire.picture())
+        assert refused.value.reason == "MULTIPLE_FACES"
+        assert refused.value.metadata["faces"] == "2"
+        assert list(client.list_subjects()) == []
+        client.enroll("who", wire.picture(), allow_multiple_faces=True)
+        faces = client.identify(wire.picture())
+        assert [f.identity.subject_id for f in faces].count("who") == 1
+        with pytest.raises(facelane.RefusedError) as refused:
+            client.verify("who", wire.picture())
+        assert refused.value.reason == "MULTIPLE_FACES"
+
+
+def test_faces_that_nobody_should_be_enrolled_with(start: Start) -> None:
+    server = start(
+        extra="[identity]\nood_threshold = 1.0\nlive_threshold = 1.0\nspoof_threshold = 1.0"
+    )
+    with server.client() as client:
+        # The null models trust every face fully: at thresholds of one they still pass.
+        assert client.enroll("sure", wire.picture()).face.liveness.verdict == "LIVE"
+
+
+def test_the_gallery_is_full(start: Start) -> None:
+    server = start(extra="[gallery]\nmax_templates = 2")
+    with server.client() as client:
+        client.enroll("a", wire.picture(1))
+        client.enroll("b", wire.picture(2))
+        with pytest.raises(facelane.OverloadedError) as full:
+            client.enroll("c", wire.picture(3))
+        assert full.value.reason == "GALLERY_FULL"
+        client.delete_subject("a")
+        client.enroll("c", wire.picture(3))
+
+
+def test_without_a_recogniser_there_is_no_gallery(start: Start) -> None:
+    server = start(edit=lambda text: _without(text, "recognizer"))
+    with server.client() as client:
+        assert client.health("facelane.v1.GalleryService") == "NOT_SERVING"
+        assert client.health() == "SERVING"
+        result = client.analyze_image(wire.picture())
+        assert result.missing_stages == ("recognizer",)
+        assert result.faces[0].identity.decision == "NOT_EVALUATED"
+        for call in (
+            lambda: client.enroll("a", wire.picture()),
+            lambda: client.identify(wire.picture()),
+        ):
+            with pytest.raises(facelane.UnavailableError) as refused:
+                call()
+            assert refused.value.reason == "POOL_UNAVAILABLE"
+        outcomes = list(client.analyze([wire.picture()] * 3))
+        assert all(o.result and o.result.missing_stages == ("recognizer",) for o in outcomes)
+
+
+def test_without_liveness_nobody_is_called_live(start: Start) -> None:
+    server = start(edit=lambda text: _without(text, "liveness"))
+    with server.client() as client:
+        assert client.enroll("a", wire.picture()).face.liveness.verdict == "UNDECIDED"
+        (face,) = client.identify(wire.picture())
+        assert (face.identity.subject_id, face.liveness.verdict) == ("a", "UNDECIDED")
+
+
+def test_templates_outlive_the_server(start: Start) -> None:
+    server = start()
+    with server.client() as client:
+        client.enroll("lasting", wire.picture())
+    server.process.kill()
+    server.process.wait(10)
+    again = type(server)(server.folder, server.config.read_text())
+    with again:
+        again.wait_serving()
+        with again.client() as client:
+            assert client.identify(wire.picture())[0].identity.subject_id == "lasting"
+
+
+def _without(text: str, stage: str) -> str:
+    """The config with a stage switched off."""
+    head, _, rest = text.partition(f"[pools.{stage}]")
+    _, _, tail = rest.partition("\n[")
+    kept = f"{head}\n[{tail}" if tail else head
+    return kept.replace("[pools.detector]", f"[pools]\n{stage} = false\n[pools.detector]")

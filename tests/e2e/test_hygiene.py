@@ -1,0 +1,201 @@
+"""What must not be there: names in logs, torch in the front, files in /dev/shm, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from tests.e2e import wire
+from tests.e2e.conftest import Start
+from tests.running_server import RunningServer, toml
+from tests.waiting import until
+
+import facelane
+
+SECRETS = ("zaphod-the-subject", "Zaphod B.", "president-of-the-label", "betelgeuse-key")
+
+
+def test_no_personal_data_in_logs_and_errors(start: Start) -> None:
+    server = start(edit=lambda text: f'{text}\n[log]\nlevel = "debug"\n')
+    subject, display, label, key = SECRETS
+    with server.client() as client:
+        client.enroll(subject, wire.picture(), display_name=display, request_id=subject)
+        client.update_subject(subject, display_name=display, labels={key: label})
+        assert client.identify(wire.picture())[0].identity.subject_id == subject
+        assert client.verify(subject, wire.picture()).verified
+        list(client.analyze([wire.picture()] * 10, source_id="door"))
+        told = []
+        for call in (
+            lambda: client.create_subject(subject),
+            lambda: client.verify(subject, facelane.Picture.encoded(b"\xff\xd8\xff" + b"x" * 50)),
+            lambda: client.delete_subject(subject + "-2"),
+            lambda: client.enroll(subject, wire.picture(5), request_id=subject),
+            lambda: client.update_subject(subject, etag="wrong", labels={key: label}),
+            lambda: client.create_subject("a", labels={key: label * 200}),
+        ):
+            with pytest.raises(facelane.FacelaneError) as refused:
+                call()
+            told.append(f"{refused.value.message} {refused.value.metadata}")
+        client.delete_subject(subject)
+    server.stop()
+    for text in (server.text(), *told):
+        for secret in SECRETS:
+            assert secret not in text
+
+
+def test_logs_are_json_lines_with_constant_messages(start: Start) -> None:
+    server = start()
+    until(lambda: '"event": "serving"' in server.text(), 10)
+    with server.client() as client:
+        client.restart_worker("liveness#0")
+        client.analyze_image(wire.picture())
+    server.stop()
+    lines = [json.loads(line) for line in server.text().splitlines()]
+    assert all({"event", "level", "timestamp"} <= line.keys() for line in lines)
+    assert not [line for line in lines if line["level"] in ("error", "critical")]
+    messages = {line["event"] for line in lines}
+    assert {"listening", "serving", "worker ready", "draining", "ended"} <= messages
+    assert not any(character.isdigit() for message in messages for character in message)
+
+
+def test_the_front_has_no_torch_and_shares_nothing_by_name(server: RunningServer) -> None:
+    with server.client() as client:
+        before = set(os.listdir("/dev/shm"))
+        list(client.analyze([wire.picture()] * 20))
+        assert set(os.listdir("/dev/shm")) <= before
+    for process in (psutil.Process(server.process.pid), *server.children()):
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        assert "libtorch" not in maps, process
+        assert "/dev/shm" not in maps, process
+        assert "libcuda" not in maps, process
+
+
+def test_the_front_does_not_grow(server: RunningServer) -> None:
+    """Twice 3,000 frames; after the first it has what it needs."""
+    process = psutil.Process(server.process.pid)
+    with server.client() as client:
+
+        def frames() -> int:
+            outcomes = client.analyze((wire.picture() for _ in range(3_000)), skip_liveness=True)
+            return sum(outcome.result is not None for outcome in outcomes)
+
+        assert frames() == 3_000
+        before, descriptors = process.memory_info().rss, process.num_fds()
+        assert frames() == 3_000
+    assert process.memory_info().rss - before < 3 << 20
+    assert process.num_fds() <= descriptors + 2
+
+
+def test_state_is_private(start: Start) -> None:
+    server = start()
+    state = server.folder / "state"
+    assert state.stat().st_mode & 0o077 == 0
+    database = state / "gallery.db"
+    until(database.exists, 5)
+    assert database.stat().st_mode & 0o077 == 0
+
+
+def test_without_folders_of_its_own_the_server_uses_the_standard_ones(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    text = "\n".join(line for line in toml(tmp_path).splitlines() if "_dir" not in line)
+    environment = {"XDG_STATE_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
+    server = RunningServer(tmp_path, text, env=environment)
+    with server:
+        server.wait_serving()
+        assert (tmp_path / "home" / "facelane" / "gallery.db").exists()
+        assert len(os.listdir(tmp_path / "tmp")) == 1
+    assert os.listdir(tmp_path / "tmp") == [], "the private folder goes with the server"
+
+
+def server_command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "facelane_server", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        input=stdin,
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_typo_in_the_config_is_named_with_the_nearest_key(command: str, tmp_path: Path) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text("[limits]\nmax_stream = 3\n")
+    done = server_command(command, "--config", str(path))
+    assert done.returncode == 78
+    assert "unknown key `max_stream` in [limits]; did you mean `max_streams`?" in done.stderr
+    assert str(path) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_configs_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "server.toml"
+    for text, says in (
+        ("[pools.detector]\nmodel = 'null-detektor'", "did you mean null-detector?"),
+        ("[pools.detector]\nmodel = 'null-liveness'", "is a liveness, not a detector"),
+        ("[pools.detector]\nmodel = '/no/such/folder'", "model.toml cannot be read"),
+        ("[limits", "not valid TOML"),
+        ("state_dir = '/dev/null/x'\n[metrics]\nlisten = ''", "/dev/null/x"),
+    ):
+        path.write_text(text)
+        done = server_command("run", "--config", str(path))
+        assert done.returncode == 78, (text, done)
+        assert says in done.stderr, (text, done.stderr)
+        assert "Traceback" not in done.stderr
+    done = server_command("run", "--config", str(tmp_path / "absent.toml"))
+    assert done.returncode == 78
+
+
+def test_a_model_with_a_wrong_hash_is_refused(start: Start, tmp_path: Path) -> None:
+    """Its weights are not what the manifest says: nothing is ever inferred with them."""
+    package = tmp_path / "forged"
+    package.mkdir()
+    (package / "weights.safetensors").write_bytes(b"not what was signed")
+    (package / "model.toml").write_text(
+        'schema = 1\nname = "forged"\nversion = "1.0.0"\ntask = "recognizer"\n'
+        'runtime = "torch"\narchitecture = "mobilefacenet"\nlicense = "MIT"\n'
+        'description = "x"\n'
+        f'[[weights]]\nfile = "weights.safetensors"\nsha256 = "{"0" * 64}"\n'
+        '[input]\nwidth = 112\nheight = 112\n[[input.crops]]\nkind = "aligned"\nsize = 112\n'
+        "[output]\nembedding_dim = 512\n[thresholds]\nmatch = 0.3\nmargin = 0.05\nood = 0.4\n"
+        '[ood]\nsource = "none"\n'
+    )
+    done = server_command("models", "verify", str(package))
+    assert done.returncode == 1, done
+    told = " ".join((done.stdout + done.stderr).split())
+    assert "weights.safetensors" in told
+    server = start(edit=lambda text: text.replace('"null-recognizer"', f'"{package}"'), wait=False)
+    until(lambda: "weights.safetensors has SHA-256" in server.text(), 40, "the refusal in the log")
+    with server.client() as client:
+        assert client.health() == "NOT_SERVING"
+        assert client.health("facelane.pool.recognizer") == "NOT_SERVING"
+        # The other stages go on, and what is missing is told.
+        server.wait_serving(service="facelane.v1.AnalysisService")
+        assert client.analyze_image(wire.picture()).missing_stages == ("recognizer",)
+
+
+def test_what_would_run(tmp_path: Path) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text(toml(tmp_path))
+    done = server_command("check", "--config", str(path))
+    assert done.returncode == 0, done
+    for name in ("null-detector@1.0.0", "null-recognizer@1.0.0", "null-liveness@1.0.0"):
+        assert name in done.stdout
+    assert server_command("version").stdout.strip()
+    assert server_command("keys", "new", "x", "--scope", "root").returncode == 2
+
+
+def test_nothing_is_left_in_the_temporary_folder(start: Start) -> None:
+    before = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("facelane-")}
+    server = start()
+    server.stop()
+    after = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("facelane-")}
+    assert after <= before
+    assert os.listdir(server.folder / "run") == []
