@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from facelane_server.worker.models import measures
 from facelane_server.worker.models.architectures.liveness_net import LivenessNet
 from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
 from facelane_server.worker.models.architectures.yunet import YuNet
-from training import corruptions, detector, imaging, liveness, metrics
+from training import corruptions, detector, imaging, liveness
 from training.data import LFW, load_photos, rightly_labelled
 from training.ood import Material, Rts, score_all
 from training.recognizer import teacher_input
@@ -25,7 +26,7 @@ LIVE_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 
 def verification(embeddings: Tensor, identity: np.ndarray) -> Report:
     """Verification figures of normalised embeddings [N, D]."""
-    genuine, impostor = metrics.pairs(identity, seed=7)
+    genuine, impostor = measures.pairs(identity, seed=7)
     vectors = embeddings.double().numpy()
     cosine = vectors @ vectors.T
     same, other = cosine[genuine[:, 0], genuine[:, 1]], cosine[impostor[:, 0], impostor[:, 1]]
@@ -34,11 +35,11 @@ def verification(embeddings: Tensor, identity: np.ndarray) -> Report:
         "pictures": len(identity),
         "genuine_pairs": len(same),
         "impostor_pairs": len(other),
-        "accuracy": metrics.accuracy_10_fold(same, other, seed=8),
-        "best_threshold": metrics.best_threshold(same, other),
+        "accuracy": measures.accuracy_10_fold(same, other, seed=8),
+        "best_threshold": measures.best_threshold(same, other),
     }
     for name, far in (("1e-2", 1e-2), ("1e-3", 1e-3), ("1e-4", 1e-4), ("1e-5", 1e-5)):
-        threshold = metrics.threshold_at_far(other, far)
+        threshold = measures.threshold_at_far(other, far)
         out[f"tar_at_far_{name}"] = float((same >= threshold).mean())
         out[f"threshold_at_far_{name}"] = threshold
     return out
@@ -70,7 +71,7 @@ def recognizer(
     if len(right) == len(identity) and not right.all():
         # Beside the figure of all pictures, never instead of it.
         report["verification_of_right_labels"] = verification(
-            clean["embedding"][right], identity[right]
+            clean["embedding"][torch.from_numpy(right)], identity[right]
         )
     if with_teacher:
         vectors = teacher_embeddings(data, held_out.pictures)
@@ -86,7 +87,7 @@ def recognizer(
     damaged["texture"] = score_all(network, rts, pattern)
     scores = [s for s in ("consistency", "rts", "norm") if s in clean]
     table: dict[str, dict[str, float]] = {
-        kind: {s: metrics.auroc(clean[s], rows[s]) for s in scores}
+        kind: {s: measures.auroc(clean[s], rows[s]) for s in scores}
         for kind, rows in damaged.items()
     }
     tested = [k for k in table if k not in corruptions.HELD_OUT]
@@ -140,7 +141,7 @@ def reject(
     """
     rng = np.random.default_rng(10)
     kinds = [k for k in damaged if k not in ("background", "texture")]
-    genuine, impostor = metrics.pairs(identity, seed=7)
+    genuine, impostor = measures.pairs(identity, seed=7)
     impostor = rng.permutation(impostor)[: len(genuine)]
     both = np.concatenate((genuine, impostor))
     same = np.arange(len(both)) < len(genuine)
@@ -166,7 +167,7 @@ def reject(
                 for k, row in zip(kind, both[:, 1], strict=True)
             ]
         )
-        curve = metrics.reject_curve(np.minimum(first, second), similarity, same, shares)
+        curve = measures.reject_curve(np.minimum(first, second), similarity, same, shares)
         out[score] = curve.tolist()
     return out
 
@@ -264,7 +265,7 @@ def liveness_report(
         "pair_live_share": float((theirs > 0.5).float().mean()),
         "correlation": float(np.corrcoef(mine.numpy(), theirs.numpy())[0, 1]),
         # The pair calls most crops live, so that agreement alone says little.
-        "auroc_of_the_pairs_verdict": metrics.auroc(mine[theirs > 0.5], mine[theirs <= 0.5]),
+        "auroc_of_the_pairs_verdict": measures.auroc(mine[theirs > 0.5], mine[theirs <= 0.5]),
         "agreement": {
             f"{t:g}": float(((mine > t) == (theirs > 0.5)).float().mean()) for t in LIVE_THRESHOLDS
         },

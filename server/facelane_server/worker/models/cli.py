@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from facelane_server import config
-from facelane_server.domain import FacelaneError
+from facelane_server.domain import FacelaneError, Stage
 from facelane_server.worker.models.api import DeviceOptions
 from facelane_server.worker.models.catalog import Broken, Catalog
 from facelane_server.worker.models.package import Package
@@ -163,6 +163,57 @@ def verify(
             console.print(f"[red]broken:[/red] {item.error.message}", highlight=False)
     if broken or not all(result.passed for result in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Name, name@version, or path of a package.")],
+    data: Annotated[
+        Path,
+        typer.Option("--data", help="Folder of pictures; what it must hold depends on the task."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for report and plots.")] = Path(
+        "evaluation"
+    ),
+    detector: Annotated[
+        str, typer.Option(help="The detector that finds the faces for the other tasks.")
+    ] = "facelane-detector",
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    plots: Annotated[bool, typer.Option(help="Draw PNG and SVG (needs matplotlib).")] = True,
+    config_file: ConfigOption = None,
+    directory: DirectoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a package on pictures of your own: error rates, thresholds, plots.
+
+    Recogniser: subject/picture.jpg, or pairs.csv (first,second,same). Liveness: live/ and
+    spoof/. Detector: boxes.json ({"path": [[x, y, width, height], ...]}).
+    """
+    from facelane_server.worker.models.evaluate import evaluate as evaluate_package
+
+    catalog = _catalog(config_file, directory)
+    package = _resolve(catalog, model)
+    finder = None if package.task is Stage.DETECTOR else _resolve(catalog, detector)
+    try:
+        with Console(stderr=True).status(f"evaluating {package.name}"):
+            report = evaluate_package(
+                package,
+                data,
+                out,
+                detector=finder,
+                options=DeviceOptions(device=device),
+                plots=plots,
+            )
+    except FacelaneError as error:
+        raise _failed(error.message) from error
+    if as_json:
+        _print_json(report)
+        return
+    table = Table("figure", "value", title=package.model_id)
+    for key, value in _flat({k: v for k, v in report.items() if k != "model_id"}, ""):
+        table.add_row(key, value)
+    Console().print(table)
+    typer.echo(f"written to {out}")
 
 
 @app.command("import")

@@ -1,4 +1,4 @@
-"""Measures of verification, of separation, and of agreement. Everything is numpy, float64."""
+"""Measures of verification, of separation and of detection. Everything is numpy, float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
 def pairs(identity: I64, seed: int, cap: int = 20) -> tuple[I64, I64]:
     """Genuine pairs [G, 2] (at most ``cap`` of each identity) and all impostor pairs [I, 2]."""
     rng = np.random.default_rng(seed)
-    genuine: list[I64] = []
+    genuine: list[I64] = [np.zeros((0, 2), np.int64)]
     for who in np.unique(identity):
         rows = np.flatnonzero(identity == who)
         a, b = np.triu_indices(len(rows), 1)
@@ -34,10 +34,13 @@ def pairs(identity: I64, seed: int, cap: int = 20) -> tuple[I64, I64]:
 def accuracy_10_fold(genuine: F64, impostor: F64, seed: int) -> float:
     """Mean accuracy over ten folds, each at the threshold that is best on the other nine.
 
-    As many impostor pairs as genuine ones are drawn.
+    As many impostor pairs as genuine ones are drawn (or the reverse); NaN with fewer than
+    ten of either.
     """
     rng = np.random.default_rng(seed)
     count = min(len(genuine), len(impostor))
+    if count < 10:
+        return float("nan")
     same, other = rng.permutation(genuine)[:count], rng.permutation(impostor)[:count]
     fold = np.arange(count) % 10
     hits: list[float] = []
@@ -64,6 +67,27 @@ def threshold_at_far(impostor: F64, far: float) -> float:
     return float(np.nextafter(ordered[min(allowed, len(ordered) - 1)], np.inf))
 
 
+def error_curve(genuine: F64, impostor: F64, points: int = 400) -> tuple[F64, F64, F64]:
+    """(threshold, false accept rate, false reject rate), FAR falling, at most ``points``.
+
+    The thresholds are spread evenly over the logarithm of the FAR, where its tail matters.
+    """
+    far = np.geomspace(1.0, 1.0 / max(2, len(impostor)), points)
+    thresholds = np.unique([threshold_at_far(impostor, f) for f in far])
+    accepted = 1 - np.searchsorted(np.sort(impostor), thresholds, "left") / len(impostor)
+    rejected = np.searchsorted(np.sort(genuine), thresholds, "left") / len(genuine)
+    return thresholds, accepted, rejected
+
+
+def equal_error(genuine: F64, impostor: F64) -> tuple[float, float]:
+    """(threshold, rate) where as many impostors pass as genuine ones fail."""
+    values = np.sort(np.concatenate((genuine, impostor)))
+    rejected = np.searchsorted(np.sort(genuine), values, "left") / len(genuine)
+    accepted = 1 - np.searchsorted(np.sort(impostor), values, "left") / len(impostor)
+    at = int(np.argmin(np.abs(rejected - accepted)))
+    return float(values[at]), float((rejected[at] + accepted[at]) / 2)
+
+
 def reject_curve(score: F64, similarity: F64, genuine: npt.NDArray[np.bool_], shares: F64) -> F64:
     """Verification error among the pairs that remain after rejecting the worst shares.
 
@@ -79,3 +103,26 @@ def reject_curve(score: F64, similarity: F64, genuine: npt.NDArray[np.bool_], sh
         parts = [wrong[kept][side].mean() for side in (same, ~same) if side.any()]
         out.append(float(np.mean(parts)))
     return np.array(out)
+
+
+def match_boxes(found: npt.ArrayLike, truth: npt.ArrayLike, iou: float = 0.5) -> I64:
+    """[F]: for each found box, best first, the true box (x, y, w, h) that it takes, or -1.
+
+    Each true box is taken once, by the first found one whose IoU reaches ``iou``.
+    """
+    boxes = np.asarray(found, np.float64).reshape(-1, 4)
+    others = np.asarray(truth, np.float64).reshape(-1, 4)
+    out = np.full(len(boxes), -1, np.int64)
+    free = np.ones(len(others), bool)
+    for i, box in enumerate(boxes):
+        if not free.any():
+            break
+        corner = np.maximum(box[:2], others[:, :2])
+        far = np.minimum(box[:2] + box[2:], others[:, :2] + others[:, 2:])
+        overlap = (far - corner).clip(0).prod(1)
+        area = box[2] * box[3] + others[:, 2] * others[:, 3] - overlap
+        ratio = np.where(free, overlap / np.maximum(area, 1e-9), -1.0)
+        best = int(np.argmax(ratio))
+        if ratio[best] >= iou:
+            out[i], free[best] = best, False
+    return out
