@@ -18,7 +18,7 @@ from bench.report import RESULTS, Report, command_line
 from bench.settings import Settings
 
 CPU: Final = ("overhead", "article", "front", "recovery")
-GPU: Final = ("isolation", "leak", "streams")
+GPU: Final = ("isolation", "leak", "streams", "decode")
 ABOUT: Final = {
     "overhead": "the service against the same models in one loop; null models for its own cost",
     "article": "threads with polled queues, processes with pickled frames, and facelane",
@@ -27,6 +27,7 @@ ABOUT: Final = {
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
     "leak": "a model that leaks device memory is replaced beside two that behave",
     "streams": "how many cameras one card takes",
+    "decode": "JPEG decoding and face crops: on the host or on the card",
 }
 
 

@@ -1,0 +1,149 @@
+"""What of a detector's work around the network would gain from the card: JPEG decoding by
+nvJPEG against OpenCV's, and cutting faces out on the device against doing it on the host.
+
+nvJPEG is reached through torchvision where that is installed. The device's crops need the
+picture on the device, so its upload counts with them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from bench import material
+from bench.report import Report, Row
+from bench.settings import Settings
+from bench.stats import percentile
+
+SIZES: Final = {"720p": (1280, 720), "1080p": (1920, 1080)}
+BATCHES: Final = (1, 8, 16)
+
+
+async def run(settings: Settings) -> Report:
+    report = Report("decode", smoke=settings.smoke)
+    rounds = settings.sized(40, 3)
+    for size, (width, height) in SIZES.items():
+        frames = material.make_frames(16 if not settings.smoke else 2, width, height, [1])
+        _host(report, size, frames, rounds)
+        if settings.device.startswith("cuda"):
+            try:
+                _device(report, size, frames, rounds, settings.device)
+            except Exception as error:  # without torchvision, say; the crops are still compared
+                report.note(f"nvJPEG, {size}: {type(error).__name__}: {error}")
+        _crops(report, size, frames[0], rounds, settings.device)
+    return report
+
+
+def _timed(call: Callable[[], Any], rounds: int) -> list[float]:
+    for _ in range(3):
+        call()
+    found = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+def _row(report: Report, name: str, scenario: str, batch: int, seconds: list[float]) -> Row:
+    """Times are of one item."""
+    each = [s / batch for s in seconds]
+    return report.add(
+        Row(
+            deployment=name,
+            scenario=scenario,
+            batch=batch,
+            p50_ms=percentile(each, 50) * 1e3,
+            p99_ms=percentile(each, 99) * 1e3,
+            throughput_per_s=len(each) * batch / sum(seconds),
+        )
+    )
+
+
+def _host(report: Report, size: str, frames: list[bytes], rounds: int) -> None:
+    from facelane_server.domain import Encoding
+    from facelane_server.worker.pictures import decode, silence_opencv
+
+    silence_opencv()
+    views = [memoryview(data) for data in frames]
+    one = _timed(lambda: decode(views[0], Encoding.JPEG), rounds)
+    _row(report, "OpenCV, one thread", f"JPEG {size}", 1, one)
+    with ThreadPoolExecutor(4) as pool:
+
+        def batch() -> None:
+            list(pool.map(lambda view: decode(view, Encoding.JPEG), views[:8]))
+
+        _row(
+            report,
+            "OpenCV, four threads",
+            f"JPEG {size}",
+            len(views[:8]),
+            _timed(batch, max(3, rounds // 4)),
+        )
+
+
+def _device(report: Report, size: str, frames: list[bytes], rounds: int, device: str) -> None:
+    import cv2
+    import numpy as np
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    data = [torch.from_numpy(np.frombuffer(frame, np.uint8).copy()) for frame in frames]
+    stream = torch.cuda.Stream(device)
+    for count in BATCHES:
+
+        def batch(count: int = count) -> Any:
+            with torch.cuda.stream(stream):
+                found = decode_jpeg(data[:count], mode=ImageReadMode.RGB, device=device)
+            stream.synchronize()
+            return found
+
+        _row(report, "nvJPEG", f"JPEG {size}", count, _timed(batch, rounds))
+    found = batch(1)[0].permute(1, 2, 0).flip(2).cpu().numpy().astype(np.int16)
+    there = cv2.imdecode(np.frombuffer(frames[0], np.uint8), cv2.IMREAD_COLOR)
+    assert there is not None
+    apart = np.abs(found - there.astype(np.int16))
+    report.note(
+        f"nvJPEG and OpenCV, {size}: grey levels apart at most {apart.max()}, "
+        f"on average {apart.mean():.3f}"
+    )
+
+
+def _crops(report: Report, size: str, data: bytes, rounds: int, device: str) -> None:
+    """One picture with two faces: a chip and a context crop each."""
+    import numpy as np
+    import torch
+
+    from facelane_server.domain import Encoding
+    from facelane_server.worker.models import crops, device_crops
+    from facelane_server.worker.models.api import AlignedCrop, ContextCrop
+    from facelane_server.worker.pictures import decode
+
+    picture = decode(memoryview(data), Encoding.JPEG)
+    boxes = np.array([[500, 200, 180, 220], [100, 100, 90, 110]], np.float32)
+    points = np.array([[40, 80], [130, 80], [85, 130], [50, 170], [120, 170]], np.float32)
+    corners = np.array([[500, 200], [100, 100]], np.float32)
+    landmarks = np.stack([points + corners[0], points / 2 + corners[1]])
+    specs = (AlignedCrop(112), ContextCrop(2.7, 80))
+    host = _timed(lambda: crops.cut(picture, boxes, landmarks, specs), rounds)
+    _row(report, "crops on the host", f"two faces of {size}", 1, host)
+    if not device.startswith("cuda"):
+        return
+    staged = torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)
+
+    def cut() -> None:
+        staged.numpy()[...] = picture
+        there = staged.to(device, non_blocking=True)
+        for crop in device_crops.cut(there, boxes, landmarks, specs):
+            crop.cpu()
+
+    with torch.inference_mode():
+        _row(
+            report,
+            "upload, crops on the device",
+            f"two faces of {size}",
+            1,
+            _timed(cut, rounds),
+        )
