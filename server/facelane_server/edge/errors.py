@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final, NoReturn
 
 import grpc
+import structlog
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from facelane_server.domain import FacelaneError, Reason
+
+log = structlog.get_logger(__name__)
 
 DOMAIN: Final = "facelane"
 
@@ -65,6 +69,9 @@ CODES: Final[dict[Reason, int]] = {
     Reason.HISTORY_LOST: code_pb2.OUT_OF_RANGE,
 }
 
+ABORT_S: Final = 3.0
+"""How long a peer may take to read why its call ended."""
+
 assert set(CODES) == set(Reason), "every reason has a status code"
 
 
@@ -83,9 +90,20 @@ def status(
 async def abort(
     context: grpc.aio.ServicerContext[object, object], error: FacelaneError
 ) -> NoReturn:
-    """Ends the call with the error's status."""
+    """Ends the call with the error's status.
+
+    The status travels behind what is still to be written. A peer that does not read that
+    either is cut off after ``ABORT_S``: otherwise it would hold its call, and the next one
+    too, for as long as it stays connected.
+    """
     rich = rpc_status.to_status(
         status(error.reason, error.message, error.metadata, retryable=error.retryable)
     )
-    await context.abort(rich.code, rich.details, rich.trailing_metadata)
+    try:
+        async with asyncio.timeout(ABORT_S):
+            await context.abort(rich.code, rich.details, rich.trailing_metadata)
+    except (TimeoutError, grpc.aio.InternalError) as end:
+        # Not read, or the peer is gone: nobody is there to be told. gRPC resets the call.
+        log.info("peer not told", reason=error.reason.value, cause=type(end).__name__)
+        raise asyncio.CancelledError from None
     raise AssertionError("abort raises")

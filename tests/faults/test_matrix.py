@@ -1,0 +1,40 @@
+"""Every fault under every traffic: the invariants hold.
+
+By default each fault meets all kinds of traffic at once, with two seeds; with
+FACELANE_FAULT_SEEDS=N (``make faults``) each kind alone as well, with N seeds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from tests.faults import cells
+from tests.faults.faults import FAULTS
+
+SEEDS = int(os.environ.get("FACELANE_FAULT_SEEDS", "0"))
+LOADS = ("mixed",) if not SEEDS else tuple(cells.TRAFFIC)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cells.Site]:
+    with cells.site(tmp_path_factory.mktemp("faults")) as made:
+        yield made
+        grown = psutil.Process(made.server.process.pid).memory_info().rss - made.memory
+        assert grown < cells.MEMORY_GROWTH
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", range(SEEDS or 2))
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_invariants_hold(site: cells.Site, fault: str, load: str, seed: int) -> None:
+    position = len(site.server.text())
+    broken = await cells.run(site, FAULTS[fault], load, seed)
+    written = site.server.text()[position:]
+    # The errors that a worker was told to raise are in the log with their tracebacks.
+    if any("Traceback" in line and "failpoint" not in line for line in written.splitlines()):
+        broken.append("an error that nobody foresaw is in the log")
+    assert not broken, "\n".join([*broken, "", written[-6000:]])
