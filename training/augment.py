@@ -110,7 +110,10 @@ def vary(pictures: Tensor) -> Tensor:
     x = (x - mean) * column(torch.exp(rand(n, -0.25, 0.25, x))) + mean
     x = (x * (1 + 0.05 * torch.randn(n, 3, 1, 1, device=x.device))).clamp(0, 1)
     rows = _some(n, 0.2, x)
-    x[rows] = imaging.expose(x[rows], rand(len(rows), 0.55, 1.5, x))
+    x[rows] = imaging.expose(x[rows], rand(len(rows), 0.55, 1.6, x))
+    rows = _some(n, 0.15, x)
+    # High key: a bright room behind and around the face.
+    x[rows] = 1 - (1 - x[rows]) * column(rand(len(rows), 0.5, 1.0, x))
     rows = _some(n, 0.08, x)
     x[rows] = x[rows].mean(1, keepdim=True).expand(-1, 3, -1, -1)
     rows = _some(n, 0.15, x)
@@ -133,7 +136,7 @@ def damage(clean: Tensor, backgrounds: Tensor) -> Tensor:
     x = clean.clone()
     n, size = len(x), x.shape[-1]
     order = torch.randperm(n, device=x.device)
-    parts = iter(order.tensor_split(20))
+    parts = iter(order.tensor_split(19))
     for _ in range(2):
         rows = next(parts)
         x[rows] = imaging.gaussian_blur(x[rows], random.uniform(1.1, 3.0))
@@ -144,8 +147,8 @@ def damage(clean: Tensor, backgrounds: Tensor) -> Tensor:
         x[rows] = imaging.low_resolution(x[rows], random.randint(7, 36), up=up)
         rows = next(parts)
         x[rows] = imaging.noise(x[rows], rand(len(rows), 0.05, 0.14, x))
-        rows = next(parts)
-        x[rows] = imaging.expose(x[rows], rand(len(rows), 1.7, 4.0, x), rand(len(rows), 0.5, 1, x))
+    rows = next(parts)
+    x[rows] = imaging.expose(x[rows], rand(len(rows), 2.0, 4.5, x), rand(len(rows), 0.5, 1, x))
     rows = next(parts)
     x[rows] = imaging.noise(x[rows], rand(len(rows), 0.1, 0.4, x))
     rows = next(parts)

@@ -1,0 +1,202 @@
+"""The starter models as they are shipped: whole, small, and of some use.
+
+Two photos in the public domain come with other packages, so that this needs no network and
+nothing beside the repository; what needs more pictures is marked ``shared``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from facelane_server.worker.models.api import (
+    F32,
+    U8,
+    Detector,
+    DeviceOptions,
+    LivenessModel,
+    Recognizer,
+)
+from facelane_server.worker.models.catalog import Catalog
+from facelane_server.worker.models.load import load, network_with_weights
+from facelane_server.worker.models.verify import verify
+
+NAMES = ("facelane-detector", "facelane-recognizer", "facelane-liveness")
+MAX_BYTES = 8_000_000
+
+
+@dataclass(frozen=True)
+class Face:
+    box: F32
+    score: float
+    vector: F32
+    ood: float
+    liveness: float
+
+
+class Starter:
+    """The three models, one after the other, as a lane runs them."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        detector, recognizer, liveness = (Catalog().resolve(name) for name in NAMES)
+        self.recognizer_thresholds = recognizer.thresholds
+        self.liveness_thresholds = liveness.thresholds
+        options = DeviceOptions()
+        crops = recognizer.crops + liveness.crops
+        found = load(detector, options, batch_max=1, crops=crops)
+        known = load(recognizer, options, batch_max=16)
+        alive = load(liveness, options, batch_max=16)
+        assert isinstance(found, Detector)
+        assert isinstance(known, Recognizer)
+        assert isinstance(alive, LivenessModel)
+        self._detector, self._recognizer, self._liveness = found, known, alive
+
+    def faces(self, picture: U8) -> list[Face]:
+        """All faces, best score first."""
+        (found,) = self._detector.begin([picture], [16]).finish()
+        if not len(found.boxes):
+            return []
+        chips, context = found.crops
+        known = self._recognizer.begin(chips).finish()
+        alive = self._liveness.begin([context]).finish()
+        return [
+            Face(
+                found.boxes[i],
+                float(found.scores[i]),
+                known.vectors[i],
+                float(known.ood[i]),
+                float(alive[i]),
+            )
+            for i in range(len(found.boxes))
+        ]
+
+    def trusted(self, picture: U8) -> list[Face]:
+        """The faces whose OOD score passes."""
+        threshold = self.recognizer_thresholds.ood
+        assert threshold is not None
+        return [face for face in self.faces(picture) if face.ood >= threshold]
+
+
+@pytest.fixture(scope="module")
+def starter() -> Starter:
+    return Starter()
+
+
+def read(path: Path) -> U8:
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    assert picture is not None, path
+    return np.asarray(picture, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def hopper() -> U8:
+    matplotlib = pytest.importorskip("matplotlib")
+    return read(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
+
+
+@pytest.fixture(scope="module")
+def collins() -> U8:
+    skimage = pytest.importorskip("skimage")
+    return read(Path(skimage.__file__).parent / "data" / "astronaut.png")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_package_is_sound(name: str) -> None:
+    found = verify(Catalog().resolve(name))
+    assert found.passed, [check for check in found.checks if not check.passed]
+    assert not found.random_weights
+
+
+def test_packages_are_small() -> None:
+    packages = [Catalog().resolve(name) for name in NAMES]
+    sizes = [p.weights_path(w).stat().st_size for p in packages for w in p.manifest.weights]
+    assert sum(sizes) <= MAX_BYTES
+
+
+def test_networks_are_as_small_as_their_cards_say() -> None:
+    limits = dict(zip(NAMES, (200_000, 2_000_000, 500_000), strict=True))
+    for name, limit in limits.items():
+        network = network_with_weights(Catalog().resolve(name))
+        assert sum(p.numel() for p in network.parameters()) <= limit
+
+
+def test_cards_say_what_the_weights_may_be_used_for() -> None:
+    for name in NAMES:
+        package = Catalog().resolve(name)
+        card = (package.folder / package.manifest.card).read_text()
+        assert "non-commercial research" in card
+        assert "## Where it fails" in card
+
+
+def test_one_person_in_each_portrait(starter: Starter, hopper: U8, collins: U8) -> None:
+    for picture in (hopper, collins):
+        faces = starter.trusted(picture)
+        assert len(faces) == 1
+        assert faces[0].score >= 0.85
+
+
+def test_two_people_differ_and_each_stays_the_same(
+    starter: Starter, hopper: U8, collins: U8
+) -> None:
+    match = starter.recognizer_thresholds.match
+    assert match is not None
+    vectors: dict[str, list[F32]] = {}
+    for name, picture in (("hopper", hopper), ("collins", collins)):
+        variants = [
+            picture,
+            np.ascontiguousarray(picture[:, ::-1]),
+            cv2.resize(picture, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA),
+            cv2.convertScaleAbs(picture, alpha=0.75, beta=10),
+        ]
+        vectors[name] = [starter.trusted(np.asarray(v, np.uint8))[0].vector for v in variants]
+    for same in vectors.values():
+        assert min(float(a @ b) for a in same for b in same) >= match
+    across = [float(a @ b) for a in vectors["hopper"] for b in vectors["collins"]]
+    assert max(across) < match - 0.1
+
+
+@pytest.mark.parametrize("damage", ["blur", "tiny", "noise", "upside_down", "half"])
+def test_ood_score_falls_under_its_threshold(starter: Starter, collins: U8, damage: str) -> None:
+    face = starter.trusted(collins)[0]
+    threshold = starter.recognizer_thresholds.ood
+    assert threshold is not None
+    package = Catalog().resolve("facelane-recognizer")
+    model = load(package, DeviceOptions(), batch_max=1)
+    assert isinstance(model, Recognizer)
+    x, y, w, h = (round(float(v)) for v in face.box)
+    side = max(w, h) + 24
+    left, top = x + w // 2 - side // 2, y + h // 2 - side // 2
+    chip = cv2.resize(collins[top : top + side, left : left + side], (112, 112))
+    rng = np.random.default_rng(1)
+    spoilt = {
+        "blur": lambda: cv2.GaussianBlur(chip, (0, 0), 4.0),
+        "tiny": lambda: cv2.resize(
+            cv2.resize(chip, (10, 10), interpolation=cv2.INTER_AREA), (112, 112)
+        ),
+        "noise": lambda: (chip + rng.normal(0, 64, chip.shape)).clip(0, 255).astype(np.uint8),
+        "upside_down": lambda: np.ascontiguousarray(chip[::-1]),
+        "half": lambda: np.concatenate((chip[:60], np.zeros_like(chip[60:]))),
+    }[damage]()
+    good = float(model.begin(np.asarray(chip, np.uint8)[None]).finish().ood[0])
+    bad = float(model.begin(np.asarray(spoilt, np.uint8)[None]).finish().ood[0])
+    assert bad < threshold
+    assert bad < good
+
+
+@pytest.mark.shared
+def test_live_picture_passes_and_spoofs_do_not(starter: Starter, shared: Path) -> None:
+    live = starter.liveness_thresholds.live
+    assert live is not None
+    score = {
+        name: starter.faces(read(shared / "media" / f"liveness_{name}.jpg"))[0].liveness
+        for name in ("T1", "F1", "F2")
+    }
+    assert score["T1"] >= live
+    assert score["F1"] < live
+    assert score["F2"] < live
