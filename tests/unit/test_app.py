@@ -1,0 +1,158 @@
+"""The composition root, as far as it can be seen without processes."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from pathlib import Path
+
+import pytest
+
+from facelane_server import app, config
+from facelane_server.config import ConfigError
+from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.edge import health
+from facelane_server.edge.analysis import LaneRegistry
+
+NULL = {stage.value: f"null-{stage.value}" for stage in Stage}
+
+
+def settings(**extra: str) -> config.Config:
+    lines = [f'[pools.{stage}]\nmodel = "{model}"' for stage, model in NULL.items()]
+    return config.parse("\n".join([*lines, *extra.values()]))
+
+
+# -- health -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draining", [False, True])
+@pytest.mark.parametrize("able", list(itertools.product([False, True], repeat=3)))
+def test_health_is_what_the_pools_can_do(able: tuple[bool, ...], draining: bool) -> None:
+    detector, recognizer, liveness = able
+    told = health.derive(dict(zip(Stage, able, strict=True)), draining=draining)
+    assert told[health.PROCESS], "the process answers"
+    alive = not draining
+    assert told[""] == (alive and all(able))
+    assert told["facelane.v1.AnalysisService"] == (alive and detector)
+    assert told["facelane.v1.GalleryService"] == (alive and detector and recognizer)
+    assert told["facelane.pool.liveness"] == (alive and liveness)
+    for service in health.SERVICES:
+        assert service in told
+
+
+def test_health_of_a_server_with_fewer_stages() -> None:
+    told = health.derive({Stage.DETECTOR: True}, draining=False)
+    assert told[""]
+    assert not told["facelane.v1.GalleryService"]
+    assert "facelane.pool.liveness" not in told
+    assert not health.derive({}, draining=False)[""]
+
+
+async def test_only_changes_of_health_are_published() -> None:
+    made = health.Health()
+    able = dict.fromkeys(Stage, True)
+    assert set(await made.publish(able, draining=False)) >= {"", "facelane.pool.detector"}
+    assert made.serving
+    assert await made.publish(able, draining=False) == []
+    able[Stage.LIVENESS] = False
+    assert set(await made.publish(able, draining=False)) == {"", "facelane.pool.liveness"}
+    assert not made.serving
+
+
+# -- models -----------------------------------------------------------------------------------
+
+
+def test_models_and_what_follows_from_them() -> None:
+    models = app.ServedModels.resolve(settings())
+    assert [p.name for p in models.packages.values()] == list(NULL.values())
+    assert len(models.crops) == 2
+    assert models.positions == {Stage.RECOGNIZER: (0,), Stage.LIVENESS: (1,)}
+    assert models.thresholds.match == 0.5
+    changed = app.ServedModels.resolve(
+        settings(identity="[identity]\nmatch_threshold = 0.7\nood_threshold = 0.1")
+    )
+    assert (changed.thresholds.match, changed.thresholds.ood) == (0.7, 0.1)
+    assert changed.thresholds.live == models.thresholds.live
+
+
+def test_without_a_stage_its_thresholds_name_nobody() -> None:
+    chosen = config.parse(
+        '[pools]\nrecognizer = false\nliveness = false\n[pools.detector]\nmodel = "null-detector"'
+    )
+    models = app.ServedModels.resolve(chosen)
+    assert models.crops == ()
+    assert (models.thresholds.match, models.thresholds.live) == (1.0, 1.0)
+
+
+def test_thresholds_that_contradict_a_package() -> None:
+    with pytest.raises(ConfigError, match="identity: "):
+        app.ServedModels.resolve(settings(identity="[identity]\nspoof_threshold = 1.0"))
+
+
+def test_a_model_of_another_task() -> None:
+    wrong = config.parse('[pools.detector]\nmodel = "null-liveness"')
+    with pytest.raises(FacelaneError) as refused:
+        app.ServedModels.resolve(wrong)
+    assert refused.value.reason is Reason.MODEL_INVALID
+    assert "null-liveness is a liveness, not a detector" in refused.value.message
+
+
+# -- folders and sockets ----------------------------------------------------------------------
+
+
+def test_where_state_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    assert app.state_dir(config.Config()) == tmp_path / "xdg" / "facelane"
+    monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}/systemd:/other")
+    made = app.state_dir(config.Config())
+    assert made == tmp_path / "systemd"
+    assert made.stat().st_mode & 0o777 == 0o700
+    chosen = config.parse(f'state_dir = "{tmp_path}/chosen"')
+    assert app.state_dir(chosen) == tmp_path / "chosen"
+    with pytest.raises(ConfigError, match="cannot be made"):
+        app.state_dir(config.parse('state_dir = "/dev/null/x"'))
+
+
+def test_where_sockets_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    with app.runtime_dir(config.Config()) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "run"))
+    with app.runtime_dir(config.Config()) as folder:
+        assert folder == tmp_path / "run"
+    assert folder.exists(), "systemd's folder is systemd's"
+
+
+def test_a_socket_that_answers_is_somebodys(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    assert not app._answers(path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert not app._answers(path), "bound, and nobody listens"
+        listener.listen()
+        assert app._answers(path)
+    assert not app._answers(path), "left behind"
+
+
+# -- places -----------------------------------------------------------------------------------
+
+
+def test_places_are_bounded_and_given_back() -> None:
+    lanes = LaneRegistry(2)
+    with lanes.place(), lanes.place():
+        with pytest.raises(FacelaneError) as full, lanes.place():
+            pass
+        assert full.value.reason is Reason.STREAM_LIMIT
+        assert full.value.retryable
+        assert full.value.metadata == {"max_streams": "2"}
+    with pytest.raises(ZeroDivisionError), lanes.place():
+        raise ZeroDivisionError
+    with lanes.place(), lanes.place():
+        pass
+    lanes.stop()
+    with pytest.raises(FacelaneError) as over, lanes.place():
+        pass
+    assert over.value.reason is Reason.DRAINING
+    assert len({lanes.next_id() for _ in range(100)}) == 100

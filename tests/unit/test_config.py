@@ -1,0 +1,175 @@
+"""What the configuration refuses, and the words in which it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from facelane_server import config
+from facelane_server.config import ConfigError
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        config.parse(text, source="s.toml")
+    message = str(refused.value)
+    assert message.startswith("s.toml: ")
+    return message.removeprefix("s.toml: ")
+
+
+def test_nothing_is_a_working_config() -> None:
+    made = config.parse("")
+    assert made == config.Config() == config.load(None)
+    assert list(made.stages) == ["detector", "recognizer", "liveness"]
+    assert config.is_local(made.server.listen)
+
+
+def test_a_stage_can_be_left_out() -> None:
+    made = config.parse("[pools]\nliveness = false\nrecognizer = false")
+    assert list(made.stages) == ["detector"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "[limits]\nmax_stream = 1",
+            "unknown key `max_stream` in [limits]; did you mean `max_streams`?",
+        ),
+        ("[limit]\nwindow = 1", "unknown key `limit` in the top level; did you mean `limits`?"),
+        (
+            "[pools.detector]\ndevice = ['cpu']",
+            "unknown key `device` in [pools.detector]; did you mean `devices`?",
+        ),
+        (
+            "[pools.liveness]\nworker = 1",
+            "unknown key `worker` in [pools.liveness]; did you mean `workers`?",
+        ),
+        ("[pools.recogniser]", "unknown key `recogniser` in [pools]; did you mean `recognizer`?"),
+        (
+            "[models]\nzzzzzz = 1",
+            "unknown key `zzzzzz` in [models]; known keys: path",
+        ),
+        ("[limits]\nwindow = 0", "Expected `int` >= 1 - at `limits.window`"),
+        ("[limits]\nwindow = 257", "Expected `int` <= 256 - at `limits.window`"),
+        ("[limits]\nwindow = 'x'", "Expected `int`, got `str` - at `limits.window`"),
+        ("[log]\nlevel = 'loud'", "Invalid enum value 'loud' - at `log.level`"),
+        (
+            "[identity]\nmatch_threshold = 1.5",
+            "Expected `float` <= 1.0 - at `identity.match_threshold`",
+        ),
+        (
+            "[server]\nlisten = 'localhost'",
+            "server.listen: `localhost` is neither host:port nor unix:/path",
+        ),
+        ("[server]\nlisten = ':1'", "server.listen: `:1` is neither host:port nor unix:/path"),
+        (
+            "[server]\nlisten = 'a:99999'",
+            "server.listen: `a:99999` is neither host:port nor unix:/path",
+        ),
+        ("[tls]\ncert_file = 'a'", "tls: cert_file and key_file go together"),
+        ("[tls]\nclient_ca_file = 'a'", "tls.client_ca_file needs cert_file and key_file"),
+        (
+            "[auth]\nmode = 'keys'",
+            "auth.keys_file is missing; create one with `facelane-server keys new`",
+        ),
+        (
+            "[server]\nlisten = '0.0.0.0:1'",
+            (
+                "server.listen `0.0.0.0:1` is reachable from other machines, so clients need keys: "
+                "set auth.keys_file (create one with `facelane-server keys new`), or switch "
+                "authentication off knowingly with auth.mode = 'none'"
+            ),
+        ),
+        (
+            "[server]\nlisten = '[::]:1'\n[auth]\nkeys_file = 'k'",
+            (
+                "keys would cross the network unencrypted to `[::]:1`: set tls.cert_file and "
+                "tls.key_file, or accept it knowingly with auth.allow_plaintext = true"
+            ),
+        ),
+        (
+            "[monitor]\nmemory_warning = 0.5",
+            "monitor.memory_warning_clear must not exceed monitor.memory_warning",
+        ),
+        (
+            "[identity]\nlive_threshold = 0.2\nspoof_threshold = 0.3",
+            "identity.spoof_threshold must not exceed identity.live_threshold",
+        ),
+        ("[pools.detector]\ndevices = []", "pools.detector.devices is empty"),
+        (
+            "[pools.liveness]\ndevices = ['gpu0']",
+            "pools.liveness.devices: `gpu0` is none of auto, cpu, cuda:N",
+        ),
+        (
+            "[pools.detector]\nisolation = 'thread'\nspares = 1",
+            "pools.detector: spares need isolation = 'process', 'mps' or 'external'",
+        ),
+        (
+            "[pools.detector]\nisolation = 'mps'\ndevices = ['cpu']",
+            "pools.detector: isolation = 'mps' needs CUDA devices",
+        ),
+        (
+            "[pools.detector]\nbackoff_initial_s = 20",
+            "pools.detector.backoff_initial_s must not exceed backoff_max_s",
+        ),
+    ],
+)
+def test_refusals_in_full(text: str, says: str) -> None:
+    assert refusal(text) == says
+
+
+def test_not_toml() -> None:
+    assert refusal("[a").startswith("not valid TOML: ")
+    assert refusal("a = 1\na = 2").startswith("not valid TOML: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["pools = 3", "pools.detector = false", "server = []", "models.path = 'x'"]
+)
+def test_values_of_another_kind_name_their_place(text: str) -> None:
+    assert text.split(maxsplit=1)[0].split(" ", maxsplit=1)[0] in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("listen", "local"),
+    [
+        ("unix:/run/x.sock", True),
+        ("127.0.0.1:1", True),
+        ("127.8.9.1:1", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("192.168.1.4:1", False),
+        ("example.com:1", False),
+        ("localhost.example.com:1", False),
+    ],
+)
+def test_what_is_local(listen: str, local: bool) -> None:
+    assert config.is_local(listen) is local
+
+
+def test_a_public_server_with_keys_and_tls() -> None:
+    head = "[server]\nlisten = '0.0.0.0:1'\n[auth]\nkeys_file = 'k'\n"
+    config.parse(head + "[tls]\ncert_file = 'c'\nkey_file = 'k'")
+    config.parse(head + "allow_plaintext = true")
+    config.parse("[server]\nlisten = '0.0.0.0:1'\n[auth]\nmode = 'none'")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path / "absent.toml")
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(binary)
+    good = tmp_path / "good.toml"
+    good.write_text("[limits]\nwindow = 3")
+    assert config.load(good).limits.window == 3
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        config.Config().limits.window = 3  # type: ignore[misc]

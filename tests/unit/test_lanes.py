@@ -1,0 +1,745 @@
+"""Lanes over scripted pools: every frame one outcome, in order, within the bounds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from tests.fakes.scripted_pool import LIVE, LOST, ScriptedPool, ScriptedPools, embedding, faces
+
+from facelane_server import tracking
+from facelane_server.domain import (
+    Decision,
+    DropReason,
+    Encoding,
+    FacelaneError,
+    Frame,
+    FrameDrop,
+    FrameError,
+    FrameResult,
+    Identity,
+    Liveness,
+    LivenessVerdict,
+    Outcome,
+    Overload,
+    Picture,
+    Reason,
+    Stage,
+)
+from facelane_server.lanes import (
+    Lane,
+    LaneDraining,
+    LaneOptions,
+    SilentObserver,
+    StageChanged,
+    TrackEnded,
+)
+from facelane_server.pipeline import Plan
+
+SECOND = 1_000_000_000
+
+
+class Recorder(SilentObserver):
+    """What an observer is told."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self.decided: list[tuple[int, str]] = []
+        self.ended: list[tuple[int, Decision]] = []
+
+    def outcome(self, lane: Lane, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def track_decided(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        self.decided.append((track_id, identity.subject_id))
+
+    def track_ended(
+        self,
+        lane: Lane,
+        track_id: int,
+        identity: Identity,
+        liveness: Liveness,
+        ood_score: float | None,
+    ) -> None:
+        self.ended.append((track_id, identity.decision))
+
+
+class Stream:
+    """A lane with its pools, and both of its sides."""
+
+    def __init__(
+        self,
+        pools: ScriptedPools | None = None,
+        *,
+        window: int = 8,
+        window_bytes: int = 1_000,
+        **options: Any,
+    ) -> None:
+        self.pools = pools or ScriptedPools()
+        self.seen = Recorder()
+        self.now = 0
+        options.setdefault("overload", Overload.LOSSLESS)
+        self.lane = Lane(
+            1,
+            "stream",
+            LaneOptions(**options),
+            self.pools.pipeline,
+            window=window,
+            window_bytes=window_bytes,
+            tracking_params=tracking.Params(),
+            observer=self.seen,
+            clock=lambda: self.now,
+        )
+        self.next_id = 1
+
+    def offer(self, count: int = 1, *, size: int = 10, step_ns: int = SECOND // 25) -> None:
+        for _ in range(count):
+            self.lane.offer(frame(self.next_id, size, self.next_id * step_ns))
+            self.next_id += 1
+
+    async def bodies(self) -> list[Any]:
+        return [item.body for item in await self.take() if isinstance(item, Outcome)]
+
+    async def take(self) -> list[Any]:
+        """What lies ready for the writer, written."""
+        await turns()
+        if self.lane.settled or not self.lane._outbox:
+            return []
+        items = await self.lane.take()
+        for item in items:
+            if isinstance(item, Outcome):
+                self.lane.written()
+        return items
+
+
+def frame(frame_id: int, size: int = 10, offset_ns: int = 0) -> Frame:
+    return Frame(frame_id, Picture(Encoding.JPEG, bytes(size)), offset_ns, 77)
+
+
+async def turns() -> None:
+    """Lets every callback that is due run."""
+    for _ in range(6):
+        await asyncio.sleep(0)
+
+
+# -- one frame's way ---------------------------------------------------------------------------
+
+
+async def test_a_frame_goes_through_all_stages() -> None:
+    s = Stream()
+    s.offer()
+    s.pools.detector.answer(faces(2))
+    await turns()
+    assert (len(s.pools.recognizer.waiting), len(s.pools.liveness.waiting)) == (2, 2)
+    assert await s.bodies() == []
+    s.now = 5 * SECOND
+    s.pools.answer_second("ada")
+    (outcome,) = await s.take()
+    assert (outcome.frame_id, outcome.stream_offset_ns, outcome.capture_time_ns) == (
+        1,
+        SECOND // 25,
+        77,
+    )
+    assert outcome.age_ns == 5 * SECOND
+    result = outcome.body
+    assert (result.width, result.height, result.missing_stages) == (640, 480, ())
+    assert [f.identity.subject_id for f in result.faces] == ["ada", "ada"]
+    assert [f.liveness.verdict for f in result.faces] == [LivenessVerdict.LIVE] * 2
+    assert [f.track_id for f in result.faces] == [1, 2]
+    assert [f.recognized_now for f in result.faces] == [True, True]
+    assert {t.stage for t in result.timings} == set(Stage)
+    totals = s.lane.totals
+    assert (totals.received, totals.results, totals.faces, totals.tracks) == (1, 1, 2, 2)
+    assert s.seen.decided == [(1, "ada"), (2, "ada")]
+
+
+async def test_answers_in_any_order_leave_in_order() -> None:
+    s = Stream()
+    s.offer(4)
+    for _ in range(4):
+        s.pools.detector.begin()
+    for at in (3, 1, 0):
+        s.pools.detector.answer(faces(0), at)
+        await turns()
+    told = await s.take()
+    # 4th, 2nd and 1st are answered: the first two may leave.
+    assert [o.frame_id for o in told] == [1, 2]
+    s.pools.detector.answer(LOST)
+    assert [type(b) for b in await s.bodies()] == [FrameError, FrameResult]
+
+
+async def test_the_tracker_sees_frames_in_their_order_whatever_is_answered_first() -> None:
+    def moving(x: float) -> Any:
+        answer = faces(1)
+        (face,) = answer.faces
+        moved = type(face)(type(face.box)(x, 0, 50, 50), face.score, face.landmarks, face.crops)
+        return type(answer)(answer.width, answer.height, (moved,))
+
+    s = Stream()
+    s.offer(6)
+    for _ in range(6):
+        s.pools.detector.begin()
+    # Backwards in time the face would jump from 200 to 0 and be another.
+    order = [5, 4, 3, 2, 1, 0]
+    for at in order:
+        s.pools.detector.answer(moving(40.0 * at), at)
+        await turns()
+        s.pools.answer_second("ada")
+    await turns()
+    s.pools.answer_second("ada")
+    bodies = await s.bodies()
+    assert [b.faces[0].track_id for b in bodies] == [1] * 6
+    assert [b.faces[0].box.x for b in bodies] == [0, 40, 80, 120, 160, 200]
+
+
+async def test_a_face_is_recognised_once_a_track_and_never_twice_at_a_time() -> None:
+    s = Stream()
+    s.offer(3)
+    for _ in range(3):
+        s.pools.detector.answer(faces(1))
+    await turns()
+    assert len(s.pools.recognizer.tasks) == 1, "one is under way for the track"
+    s.pools.answer_second("ada")
+    bodies = await s.bodies()
+    assert [b.faces[0].recognized_now for b in bodies] == [True, False, False]
+    assert [b.faces[0].identity.subject_id for b in bodies] == ["ada"] * 3
+    assert s.seen.decided == [(1, "ada")], "told once"
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    await turns()
+    assert s.pools.recognizer.tasks == []
+
+
+async def test_without_tracking_every_face_is_asked_about() -> None:
+    s = Stream(tracking=False)
+    s.offer(3)
+    for _ in range(3):
+        s.pools.detector.answer(faces(1))
+    await turns()
+    assert len(s.pools.recognizer.tasks) == 3
+    s.pools.answer_second("ada")
+    bodies = await s.bodies()
+    assert [b.faces[0].track_id for b in bodies] == [0] * 3
+    assert s.lane.totals.tracks == 0
+    assert s.seen.decided == []
+
+
+async def test_small_faces_are_left_out() -> None:
+    s = Stream(plan=Plan(min_face_size=51))
+    s.offer()
+    s.pools.detector.answer(faces(3))
+    (body,) = await s.bodies()
+    assert body.faces == ()
+    assert s.pools.recognizer.tasks == []
+
+
+async def test_stages_that_nobody_asked_for_do_not_run_and_are_not_missing() -> None:
+    s = Stream(plan=Plan(recognize=False, liveness=False))
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    (body,) = await s.bodies()
+    assert body.missing_stages == ()
+    assert body.faces[0].identity.decision is Decision.NOT_EVALUATED
+    assert body.faces[0].liveness.verdict is LivenessVerdict.UNDECIDED
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+async def test_a_lost_second_stage_is_missing_and_proves_nothing() -> None:
+    s = Stream()
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    await turns()
+    s.pools.recognizer.answer(LOST)
+    s.pools.liveness.answer(FacelaneError(Reason.DEADLINE_EXCEEDED, "late"))
+    (body,) = await s.bodies()
+    assert body.missing_stages == (Stage.RECOGNIZER, Stage.LIVENESS)
+    (face,) = body.faces
+    assert (face.identity, face.liveness.verdict) == (
+        Identity(Decision.NOT_EVALUATED),
+        LivenessVerdict.UNDECIDED,
+    )
+    assert not face.recognized_now
+    # The next frame asks again: nothing was learnt.
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    await turns()
+    assert len(s.pools.recognizer.tasks) == len(s.pools.liveness.tasks) == 1
+
+
+async def test_an_unavailable_stage_is_skipped_told_and_told_again_when_it_is_back() -> None:
+    s = Stream()
+    s.pools.liveness.available = False
+    s.lane.stages_changed()
+    s.lane.stages_changed()
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    await turns()
+    s.pools.recognizer.answer(embedding("ada"))
+    update, outcome = await s.take()
+    assert update == StageChanged(Stage.LIVENESS, available=False)
+    assert outcome.body.missing_stages == (Stage.LIVENESS,)
+    s.pools.liveness.available = True
+    s.lane.stages_changed()
+    assert await s.take() == [StageChanged(Stage.LIVENESS, available=True)]
+
+
+async def test_a_stage_that_the_stream_does_not_want_is_not_told() -> None:
+    s = Stream(plan=Plan(liveness=False))
+    s.pools.liveness.available = False
+    s.lane.stages_changed()
+    assert await s.take() == []
+
+
+async def test_a_pool_that_is_gone_between_two_looks_settles_at_once() -> None:
+    """A stage that becomes unavailable while a frame's faces are being handed out."""
+    s = Stream()
+
+    class Leaving(ScriptedPool):
+        looks = 0
+
+        @property  # type: ignore[override]
+        def available(self) -> bool:
+            self.looks += 1
+            return self.looks <= 3
+
+        @available.setter
+        def available(self, value: bool) -> None:
+            pass
+
+    leaving = Leaving()
+    s.pools.pipeline.pools[Stage.RECOGNIZER] = leaving
+    s.offer()
+    s.pools.detector.answer(faces(3))
+    await turns()
+    while leaving.tasks:
+        leaving.answer(embedding("ada"))
+    s.pools.answer_second()
+    (body,) = await s.bodies()
+    assert len(body.faces) == 3
+    assert body.missing_stages == (Stage.RECOGNIZER,)
+
+
+async def test_errors_of_the_detector_are_the_frames() -> None:
+    s = Stream()
+    s.offer(2)
+    corrupt = FacelaneError(Reason.PICTURE_CORRUPT, "damaged; send it whole", metadata={"a": "b"})
+    s.pools.detector.answer(corrupt)
+    s.pools.detector.begin()
+    s.pools.detector.begun.pop().future.set_exception(ValueError("a bug"))
+    first, second = await s.bodies()
+    assert first == FrameError(Reason.PICTURE_CORRUPT, "damaged; send it whole", False, {"a": "b"})
+    assert second.reason is Reason.INTERNAL
+    assert "a bug" not in second.message
+
+
+async def test_a_frame_that_waited_too_long_is_dropped_and_one_that_was_begun_is_an_error() -> None:
+    s = Stream()
+    s.offer(2)
+    s.pools.detector.begin()
+    s.pools.detector.answer(FacelaneError(Reason.DEADLINE_EXCEEDED, "late", retryable=True))
+    s.pools.detector.expire()
+    first, second = await s.bodies()
+    assert (first.reason, first.retryable) == (Reason.DEADLINE_EXCEEDED, True)
+    assert second == FrameDrop(DropReason.TOO_OLD)
+    assert s.lane.totals.drops_by_reason == {DropReason.TOO_OLD: 1}
+
+
+async def test_the_deadline_of_a_frame_is_its_age_limit() -> None:
+    s = Stream(max_frame_age_ns=123, weight=7)
+    s.now = 1_000
+    s.offer()
+    (task,) = s.pools.detector.waiting
+    assert (task.deadline_ns, task.weight, task.lane) == (1_123, 7, 1)
+
+
+async def test_a_fault_of_the_picture_is_told_in_its_turn() -> None:
+    s = Stream()
+    s.offer()
+    s.lane.offer(frame(2, offset_ns=SECOND), FacelaneError(Reason.PICTURE_EMPTY, "empty"))
+    assert await s.bodies() == []
+    s.pools.detector.answer(faces(0))
+    assert [type(b) for b in await s.bodies()] == [FrameResult, FrameError]
+
+
+async def test_media_time_that_goes_back_is_the_frames_fault_and_ids_that_do_are_the_streams() -> (
+    None
+):
+    s = Stream()
+    s.lane.offer(frame(1, offset_ns=SECOND))
+    s.lane.offer(frame(2, offset_ns=SECOND - 1))
+    s.lane.offer(frame(3, offset_ns=SECOND))
+    s.pools.detector.answer(faces(0))
+    s.pools.detector.answer(faces(0))
+    bodies = await s.bodies()
+    assert [type(b) for b in bodies] == [FrameResult, FrameError, FrameResult]
+    assert bodies[1].reason is Reason.ARGUMENT_INVALID
+    for wrong in (3, 2, 0):
+        with pytest.raises(FacelaneError) as refused:
+            s.lane.offer(frame(wrong, offset_ns=SECOND))
+        assert refused.value.reason is Reason.FRAME_ID_NOT_INCREASING
+    assert s.lane.totals.received == 3
+
+
+# -- bounds --------------------------------------------------------------------------------------
+
+
+async def test_the_window_counts_frames_until_they_are_written() -> None:
+    s = Stream(window=2)
+    s.offer(2)
+    assert not s.lane.can_accept
+    s.pools.detector.answer(faces(0))
+    s.pools.detector.answer(faces(0))
+    await turns()
+    assert not s.lane.can_accept, "answered, not written"
+    items = await s.lane.take()
+    assert len(items) == 2
+    s.lane.written()
+    assert s.lane.can_accept
+    assert s.lane.backlog == 1
+
+
+async def test_the_window_in_bytes_always_lets_one_frame_in() -> None:
+    s = Stream(window=8, window_bytes=100)
+    s.offer(size=1_000)
+    assert not s.lane.can_accept
+    s.pools.detector.answer(faces(0))
+    await turns()
+    assert s.lane.can_accept, "its bytes are let go as soon as it is detected"
+    s.offer(2, size=49)
+    assert s.lane.can_accept
+    s.offer(size=3)
+    assert not s.lane.can_accept
+
+
+async def test_a_reader_that_waits_is_woken_by_the_writer_and_by_the_end() -> None:
+    s = Stream(window=1)
+    s.offer()
+    waiting = asyncio.create_task(s.lane.wait_can_accept())
+    await turns()
+    assert not waiting.done()
+    s.pools.detector.answer(faces(0))
+    await turns()
+    assert not waiting.done()
+    await s.take()
+    await asyncio.wait_for(waiting, 1)
+    s.offer()
+    waiting = asyncio.create_task(s.lane.wait_can_accept())
+    await turns()
+    s.lane.abort()
+    await asyncio.wait_for(waiting, 1)
+
+
+async def test_the_newest_frame_replaces_the_one_that_waits() -> None:
+    s = Stream(overload=Overload.LATEST_WINS)
+    s.offer()
+    s.pools.detector.begin()
+    s.offer(3)
+    assert len(s.pools.detector.waiting) == 1, "one waits, whatever comes"
+    assert await s.bodies() == [], "not before the first"
+    s.pools.detector.answer(faces(0))
+    bodies = await s.bodies()
+    assert [type(b) for b in bodies] == [FrameResult, FrameDrop, FrameDrop]
+    assert {b.reason for b in bodies[1:]} == {DropReason.SUPERSEDED}
+    s.pools.detector.answer(faces(0))
+    assert [type(b) for b in await s.bodies()] == [FrameResult]
+    assert s.lane.can_accept
+
+
+async def test_lossless_supersedes_nothing() -> None:
+    s = Stream()
+    s.offer(5)
+    assert len(s.pools.detector.waiting) == 5
+
+
+# -- the end -------------------------------------------------------------------------------------
+
+
+async def test_an_aborted_lane_withdraws_and_counts_the_rest() -> None:
+    s = Stream()
+    s.offer(5)
+    s.pools.detector.begin()
+    s.pools.detector.begin()
+    s.pools.detector.answer(faces(1), 1)
+    await turns()
+    s.lane.abort()
+    s.lane.abort()
+    assert s.pools.detector.withdrawn == 3
+    totals = s.lane.totals
+    assert totals.drops_by_reason == {DropReason.STREAM_CLOSED: 5}
+    assert (totals.received, totals.drops, totals.results) == (5, 5, 0)
+    assert s.lane.backlog == 0
+    # What was under way may still come: nobody minds.
+    s.pools.detector.answer(LOST)
+    s.pools.answer_second()
+    await turns()
+    assert await s.lane.take() == []
+    assert s.lane.totals == totals
+    assert len(s.seen.outcomes) == 5
+
+
+async def test_abort_while_a_face_is_being_judged() -> None:
+    s = Stream()
+    s.offer()
+    s.pools.detector.answer(faces(2))
+    await turns()
+    s.lane.abort()
+    s.pools.answer_second("ada")
+    await turns()
+    assert s.lane.totals.drops == 1
+    assert s.seen.decided == []
+
+
+async def test_a_writer_that_waits_ends_with_the_input() -> None:
+    s = Stream()
+    writer = asyncio.create_task(s.lane.take())
+    await turns()
+    assert not writer.done()
+    s.lane.close_input()
+    assert await asyncio.wait_for(writer, 1) == []
+    assert s.lane.settled
+
+
+async def test_draining_is_told_once_and_new_frames_are_dropped_in_order() -> None:
+    s = Stream()
+    s.offer()
+    s.lane.drain(7)
+    s.lane.drain(8)
+    s.offer(2)
+    assert await s.take() == [LaneDraining(7)]
+    s.pools.detector.answer(faces(0))
+    bodies = await s.bodies()
+    assert [type(b) for b in bodies] == [FrameResult, FrameDrop, FrameDrop]
+    assert bodies[1].reason is DropReason.DRAINING
+    s.lane.close_input()
+    assert s.lane.settled
+
+
+async def test_tracks_end_after_their_gap_and_with_the_stream() -> None:
+    s = Stream()
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    await turns()
+    s.pools.answer_second("ada")
+    await s.take()
+    s.offer(step_ns=5 * SECOND)
+    s.pools.detector.answer(faces(0))
+    items = await s.take()
+    assert TrackEnded(1) in items
+    assert s.seen.ended == [(1, Decision.MATCH)]
+    s.offer(step_ns=6 * SECOND)
+    s.pools.detector.answer(faces(1))
+    await turns()
+    s.pools.answer_second()
+    await s.take()
+    s.lane.finish()
+    s.lane.finish()
+    assert [track for track, _ in s.seen.ended] == [1, 2]
+
+
+async def test_a_track_that_ends_while_it_is_being_recognised_still_gets_its_name() -> None:
+    s = Stream()
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    await turns()
+    s.offer(step_ns=10 * SECOND)
+    s.pools.detector.answer(faces(0))
+    await turns()
+    assert await s.take() == [], "the first frame is not complete"
+    s.pools.answer_second("ada")
+    first, ended, second = await s.take()
+    assert first.body.faces[0].identity.subject_id == "ada"
+    assert second.body.faces == ()
+    assert ended == TrackEnded(1)
+    assert s.seen.ended == [(1, Decision.MATCH)]
+
+
+# -- anything, in any order ----------------------------------------------------------------------
+
+WINDOW, WINDOW_BYTES = 5, 60
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Frames, answers, losses, slow writers, draining and the end, as hypothesis likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.stream: Stream
+        self.offered: list[int] = []
+        self.told: list[Outcome] = []
+        self.unwritten = 0
+        self.aborted = False
+
+    def run(self, act: Callable[[], Any]) -> Any:
+        """Acts on the loop, and lets what follows from it happen."""
+
+        async def go() -> Any:
+            value = act()
+            if isinstance(value, Awaitable):
+                value = await value
+            await turns()
+            return value
+
+        return self.loop.run_until_complete(go())
+
+    @initialize(overload=st.sampled_from(Overload), tracking=st.booleans())
+    def begin(self, overload: Overload, tracking: bool) -> None:
+        self.stream = self.run(
+            lambda: Stream(
+                window=WINDOW, window_bytes=WINDOW_BYTES, overload=overload, tracking=tracking
+            )
+        )
+        self.lane = self.stream.lane
+        self.pools = self.stream.pools
+
+    @precondition(lambda self: self.lane.can_accept and not self.aborted)
+    @rule(
+        gap=st.integers(1, 3),
+        size=st.integers(1, 80),
+        late_ns=st.sampled_from([0, 0, 0, SECOND // 25, 3 * SECOND]),
+        fault=st.sampled_from([None, None, None, Reason.PICTURE_EMPTY]),
+    )
+    def offer(self, gap: int, size: int, late_ns: int, fault: Reason | None) -> None:
+        stream = self.stream
+        stream.next_id += gap
+        stream.now += 1 + late_ns
+        error = FacelaneError(fault, "at fault") if fault else None
+        self.run(lambda: self.lane.offer(frame(stream.next_id, size, stream.now), error))
+        self.offered.append(stream.next_id)
+
+    def _pick(self, data: st.DataObject, tasks: list[Any]) -> int:
+        return data.draw(st.integers(0, len(tasks) - 1))
+
+    @precondition(lambda self: self.pools.detector.waiting)
+    @rule(data=st.data(), begin=st.booleans())
+    def a_detector_takes_or_lets_expire(self, data: st.DataObject, begin: bool) -> None:
+        pool = self.pools.detector
+        at = self._pick(data, pool.waiting)
+        self.run(lambda: pool.begin(at) if begin else pool.expire(at))
+
+    @precondition(lambda self: self.pools.detector.begun)
+    @rule(data=st.data(), count=st.integers(-1, 3))
+    def a_detector_answers(self, data: st.DataObject, count: int) -> None:
+        pool = self.pools.detector
+        at = self._pick(data, pool.begun)
+        self.run(lambda: pool.answer(LOST if count < 0 else faces(count), at))
+
+    @precondition(lambda self: self.pools.recognizer.tasks or self.pools.liveness.tasks)
+    @rule(data=st.data(), well=st.sampled_from([True, True, False]))
+    def a_second_stage_answers(self, data: st.DataObject, well: bool) -> None:
+        busy = [p for p in (self.pools.recognizer, self.pools.liveness) if p.tasks]
+        pool = data.draw(st.sampled_from(busy))
+        while pool.waiting:
+            pool.begin()
+        good = embedding("ada") if pool is self.pools.recognizer else LIVE
+        at = self._pick(data, pool.begun)
+        self.run(lambda: pool.answer(good if well else LOST, at))
+
+    @rule(stage=st.sampled_from([Stage.RECOGNIZER, Stage.LIVENESS]), available=st.booleans())
+    def a_stage_comes_or_goes(self, stage: Stage, available: bool) -> None:
+        self.pools.by_stage[stage].available = available
+        self.run(self.lane.stages_changed)
+
+    @precondition(lambda self: self.lane._outbox)
+    @rule()
+    def the_writer_takes(self) -> None:
+        for item in self.run(self.lane.take):
+            if isinstance(item, Outcome):
+                self.told.append(item)
+                self.unwritten += 1
+
+    @precondition(lambda self: self.unwritten)
+    @rule()
+    def the_writer_writes_one(self) -> None:
+        self.run(self.lane.written)
+        self.unwritten -= 1
+
+    @rule()
+    def the_server_drains(self) -> None:
+        self.run(lambda: self.lane.drain(1))
+
+    @precondition(lambda self: len(self.offered) > 4)
+    @rule()
+    def the_client_vanishes(self) -> None:
+        self.run(self.lane.abort)
+        self.aborted = True
+
+    @invariant()
+    def outcomes_are_in_order_and_once(self) -> None:
+        ids = [o.frame_id for o in self.told]
+        assert ids == sorted(set(ids))
+        if not self.aborted:
+            assert ids == self.offered[: len(ids)]
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        if not hasattr(self, "lane"):
+            return
+        tasks = self.pools.detector.tasks
+        sizes = [len(task.request.picture.data) for task in tasks]
+        if not self.aborted:
+            assert self.lane.backlog <= WINDOW
+            assert len(tasks) <= WINDOW
+            # The last frame was let in below the bound.
+            assert sum(sizes) - max(sizes, default=0) < WINDOW_BYTES
+        assert len(self.pools.recognizer.tasks) <= 3 * WINDOW
+        totals = self.lane.totals
+        assert totals.received == len(self.offered)
+        emitted = totals.results + totals.drops + totals.errors
+        assert emitted == len(self.stream.seen.outcomes) <= totals.received
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "lane"):
+                self._finish()
+        finally:
+            self.loop.close()
+
+    def _finish(self) -> None:
+        """Everything is answered in the end, so everything is told."""
+        self.run(self.lane.close_input)
+        for _ in range(20):
+            while self.pools.detector.tasks:
+                self.run(lambda: self.pools.detector.answer(faces(1)))
+            self.run(lambda: self.pools.answer_second("ada"))
+        while self.lane._outbox:
+            self.the_writer_takes()
+        self.outcomes_are_in_order_and_once()
+        totals = self.lane.totals
+        assert totals.received == totals.results + totals.drops + totals.errors
+        assert len(self.stream.seen.outcomes) == len(self.offered)
+        assert [o.frame_id for o in self.stream.seen.outcomes] == self.offered
+        self.lane.finish()
+        if not self.aborted:
+            assert [o.frame_id for o in self.told] == self.offered
+            assert self.lane.settled
+            assert self.lane._held == 0
+
+
+AnyOrder.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestAnyOrder = AnyOrder.TestCase
