@@ -1,0 +1,182 @@
+"""Health tells the truth, and in time: measured from the loss to the watcher's ear."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.e2e import wire
+from tests.faults import cells, traffic
+from tests.running_server import RunningServer, toml
+from tests.waiting import auntil, until
+
+TOLD_WITHIN_S = 0.1
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cells.Site]:
+    with cells.site(tmp_path_factory.mktemp("truth")) as made:
+        yield made
+
+
+@asynccontextmanager
+async def watched(server: RunningServer, stage: str) -> AsyncIterator[cells.Cell]:
+    """A cell whose health is followed."""
+    async with cells.connection(server) as channel:
+        cell = cells.Cell(server, channel, stage, random.Random(1))
+        watchers = [asyncio.create_task(cell.watch(service)) for service in cells.SERVICES]
+        try:
+            await auntil(lambda: all(cell.health.told.get(s) for s in cells.SERVICES), 10.0)
+            yield cell
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+
+
+TOUCHED = {
+    "detector": {
+        "",
+        "facelane.v1.AnalysisService",
+        "facelane.v1.GalleryService",
+        "facelane.pool.detector",
+    },
+    "recognizer": {"", "facelane.v1.GalleryService", "facelane.pool.recognizer"},
+    "liveness": {"", "facelane.pool.liveness"},
+}
+
+
+@pytest.mark.parametrize("stage", cells.STAGES)
+async def test_a_killed_worker_is_told_within_100_ms(
+    site: cells.Site, stage: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Every service that needs the pool, and no other, says NOT_SERVING; the median of five
+    kills counts, because a busy machine may delay one of them."""
+    took: list[float] = []
+    site.server.wait_serving()  # whatever was done to it before
+    async with watched(site.server, stage) as cell:
+        for _ in range(5):
+            # From now on: what a former kill had to say is over.
+            await auntil(cell.whole, 20.0, "recovery")
+            pid = await cell.pid()
+            killed = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            last = 0.0
+            for service in TOUCHED[stage]:
+                dip = functools.partial(cell.health.first_dip_after, service, killed)
+                last = max(last, await auntil(dip, 5.0, service) or 0.0)
+            took.append(last - killed)
+        for service in set(cells.SERVICES) - TOUCHED[stage]:
+            assert not cell.health.dips(service), service
+    record_property("told_ms", [round(1000 * t, 1) for t in took])
+    print(f"{stage}: told after {[f'{1000 * t:.1f}' for t in took]} ms")
+    assert statistics.median(took) < TOLD_WITHIN_S
+
+
+async def test_serving_means_that_it_infers(site: cells.Site) -> None:
+    """Whoever hears SERVING and asks at once gets a whole answer."""
+    site.server.wait_serving()
+    pool = "facelane.pool.recognizer"
+    async with watched(site.server, "recognizer") as cell:
+        for _ in range(3):
+            killed = time.monotonic()
+            await cell.kill(signal.SIGKILL)
+            back = functools.partial(served_again_after, cell.health, pool, killed)
+            await auntil(back, 20.0, "SERVING again")
+            assert await cell.picture() == (set(), "")
+
+
+def served_again_after(log: cells.HealthLog, service: str, when: float) -> bool:
+    """NOT_SERVING was told since, and SERVING after it."""
+    dip = log.first_dip_after(service, when)
+    return dip is not None and any(
+        status == cells.SERVING and at > dip for at, status in log.told[service]
+    )
+
+
+def one_pool(folder: Path, options: str, extra: str = "") -> str:
+    return toml(folder, wire.pools(recognizer=f"options = {options}\n{extra}"))
+
+
+async def test_a_worker_that_loads_and_cannot_infer_never_serves(tmp_path: Path) -> None:
+    """Loaded, warmed up, and the first real inference hangs: SERVING is never told."""
+    config = one_pool(tmp_path, '{ "fail.hang_on_job" = "1" }', "load_timeout_s = 1.0")
+    with RunningServer(tmp_path, config) as server:
+        server.wait_serving(service="facelane.v1.AnalysisService")
+        async with watched(server, "recognizer") as cell:
+            until(lambda: "START_TIMEOUT" in server.text(), 20.0, "the hang to be seen")
+            told = cell.health.told
+            assert {s for _, s in told["facelane.pool.recognizer"]} == {cells.NOT_SERVING}
+            assert {s for _, s in told[""]} == {cells.NOT_SERVING}
+            # The rest serves meanwhile, and says what is missing.
+            assert await cell.picture() == ({"recognizer"}, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ('{ "fail.hang_on_job" = "2" }', "HUNG"),
+        ('{ "fail.error_on_job" = "2" }', "CANARY_FAILED"),
+        ('{ "fail.sticky_on_job" = "2" }', "DEVICE_POISONED"),
+    ],
+)
+async def test_an_idle_pool_is_found_out_by_its_canary(
+    tmp_path: Path, options: str, reason: str
+) -> None:
+    """Nobody sends anything; the model breaks; health says so."""
+    quick = "canary_interval_s = 0.2\nping_interval_s = 0.1\njob_timeout_ms = 400"
+    with RunningServer(tmp_path, one_pool(tmp_path, options, quick)) as server:
+        # The first worker may be found out before anybody has asked: the log has it all.
+        until(lambda: f'"reason": "{reason}"' in server.text(), 20.0, reason)
+        text = server.text()
+        ready = text.index('"event": "worker ready"', text.index('"pool": "recognizer"'))
+        assert ready < text.index(f'"reason": "{reason}"')
+        async with watched(server, "recognizer") as cell:
+            await auntil(lambda: cell.health.dips("facelane.pool.recognizer"), 10.0, "a dip")
+
+
+async def test_a_missing_stage_is_named_and_says_nothing(site: cells.Site) -> None:
+    """A known, live face before the camera while its pools come and go."""
+    site.server.wait_serving()
+    async with watched(site.server, "recognizer") as cell:
+        stop = asyncio.Event()
+        flow = [
+            asyncio.create_task(
+                traffic.stream(
+                    cell.channel, traffic.lossless(pace_s=0.02, tracking=t), stop, 1, f"{t}"
+                )
+            )
+            for t in (True, False)
+        ]
+        missing = 0
+        try:
+            for stage in ("recognizer", "liveness"):
+                cell.stage = stage
+                cell.arm(slow_load_ms=600)
+                pool = f"facelane.pool.{stage}"
+                dips = cell.health.dips(pool)
+                await cell.kill(signal.SIGKILL)
+                await auntil(
+                    functools.partial(lambda p, n: cell.health.dips(p) > n, pool, dips), 10.0
+                )
+                found, refused = await cell.picture()
+                missing += found == {stage}
+                assert not refused
+                cell.arm()
+                await auntil(cell.whole, 20.0, "recovery")
+        finally:
+            stop.set()
+        for books in await asyncio.gather(*flow):
+            assert not books.broken, books
+            assert not books.errors, books
+            assert set(books.missing) == {"recognizer", "liveness"}
+        assert missing == 2
