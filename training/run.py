@@ -38,7 +38,7 @@ RESUMED_ENDS = {
     "detector": 0.44, "liveness": 0.36, "recognizer": 0.80, "consistency": 0.86, "rts": 0.91,
 }  # fmt: skip
 """The same for a run that goes on from a finished one, of about five minutes."""
-SMOKE_LIMIT = 64
+SMOKE_LIMIT = 32
 
 
 def _device() -> torch.device:
