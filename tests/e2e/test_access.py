@@ -210,9 +210,11 @@ def test_keys_over_tls(start: Start, certificates: Path, tmp_path: Path) -> None
     with facelane.Client(target, token=key, tls=tls) as client:
         outcomes = list(client.analyze([wire.picture()] * 5))
         assert all(outcome.result is not None for outcome in outcomes)
-    with facelane.Client(target, token="flk_wrong", tls=tls) as client:
-        with pytest.raises(facelane.AuthenticationError):
-            client.server_info()
+    with (
+        facelane.Client(target, token="flk_wrong", tls=tls) as client,
+        pytest.raises(facelane.AuthenticationError),
+    ):
+        client.server_info()
     # Whoever cannot check the certificate, or speaks plain text, gets nowhere.
     wrong = facelane.Tls(ca_file=certificates / "stranger.pem")
     nowhere = (facelane.UnavailableError, facelane.DeadlineExceededError)
