@@ -25,6 +25,7 @@ from tests.waiting import auntil
 
 STREAMS = 8
 FRAMES_A_STREAM = 2_000
+STREAM_S = 300.0
 
 
 async def soak(site: cells.Site, frames: int, seed: int) -> dict[str, object]:
@@ -60,8 +61,10 @@ async def soak(site: cells.Site, frames: int, seed: int) -> dict[str, object]:
                 limit=rng.randrange(1, FRAMES_A_STREAM),
             )
             async with cells.connection(site.server) as channel:
-                books = traffic.stream(channel, pattern, stop, rng.randrange(10**9), f"#{number}")
-                close(await asyncio.wait_for(books, 300.0))
+                books = await traffic.stream(
+                    channel, pattern, stop, rng.randrange(10**9), f"#{number}", STREAM_S
+                )
+            close(books)
             if total["sent"] >= frames:
                 stop.set()
 

@@ -96,12 +96,17 @@ def lossless(**fields: Any) -> Pattern:
 
 
 async def stream(
-    channel: grpc.aio.Channel, pattern: Pattern, stop: asyncio.Event, seed: int, name: str
+    channel: grpc.aio.Channel,
+    pattern: Pattern,
+    stop: asyncio.Event,
+    seed: int,
+    name: str,
+    timeout_s: float = CALL_S,
 ) -> Books:
     """One stream from its config to its summary."""
     books = Books(name)
     rng = random.Random(seed)
-    call = pb_grpc.AnalysisServiceStub(channel).AnalyzeStream(timeout=CALL_S)  # type: ignore[arg-type]
+    call = pb_grpc.AnalysisServiceStub(channel).AnalyzeStream(timeout=timeout_s)  # type: ignore[arg-type]
     stamps: dict[int, tuple[int, int]] = {}
     await call.write(
         pb.AnalyzeStreamRequest(

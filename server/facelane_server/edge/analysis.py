@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -115,6 +115,40 @@ class LaneRegistry:
         self.draining = True
         for stream in list(self._streams.values()):
             stream.stop.set()
+
+
+class _Patience:
+    """Cancels its task, with ``LOST``, when what has begun does not end within so many seconds.
+
+    A timer, not ``wait_for``, which would cost a task for every outcome. It runs in quarters:
+    when this process stood still (a paused machine), the clock leaps ahead with every timer
+    due at once, and a peer that read all the while must not pay for it.
+    """
+
+    LOST: Final = "slow reader"
+    QUARTERS: Final = 4
+
+    def __init__(self, task: asyncio.Task[Any], seconds: float) -> None:
+        self._task = task
+        self._quarter_s = seconds / self.QUARTERS
+        self._loop = asyncio.get_running_loop()
+        self._left = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        self._left = self.QUARTERS
+        self._timer = self._loop.call_later(self._quarter_s, self._pass)
+
+    def _pass(self) -> None:
+        self._left -= 1
+        if self._left:
+            self._timer = self._loop.call_later(self._quarter_s, self._pass)
+        else:
+            self._task.cancel(self.LOST)
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class AnalysisService(pb_grpc.AnalysisServiceServicer):
@@ -248,10 +282,9 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                 )
 
     async def _write(self, context: Context, lane: Lane) -> None:
-        patience = self._config.limits.slow_reader_s
-        loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
+        patience = _Patience(task, self._config.limits.slow_reader_s)
         while items := await lane.take():
             for item in items:
                 message = (
@@ -259,21 +292,20 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                     if isinstance(item, Outcome)
                     else _update(item)
                 )
-                # A timer, not wait_for: that would cost a task for every outcome.
-                timer = loop.call_later(patience, task.cancel, "slow reader")
+                patience.begin()
                 try:
                     await context.write(message)
                 except asyncio.CancelledError as error:
-                    if error.args != ("slow reader",):
+                    if error.args != (_Patience.LOST,):
                         raise
                     task.uncancel()
                     raise FacelaneError(
                         Reason.SLOW_READER,
-                        f"no outcome could be written for {patience:g} s; read the outcomes "
-                        "while sending frames",
+                        f"no outcome could be written for {self._config.limits.slow_reader_s:g} s; "
+                        "read the outcomes while sending frames",
                     ) from None
                 finally:
-                    timer.cancel()
+                    patience.end()
                 if isinstance(item, Outcome):
                     lane.written()
 

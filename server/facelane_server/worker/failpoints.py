@@ -14,9 +14,10 @@ each process; the warm-up is no job, the canary is one.
 ``fail.crash_on_job``     job N kills the process (SIGSEGV)
 ``fail.exit_on_job``      job N ends the process with exit code 0
 ``fail.slow_ms``          every job takes so much longer
-``fail.oom_on_job``       job N (and every later one) runs out of device memory
+``fail.oom_on_job``       job N (and every later one) runs out of device memory; on CUDA
+                          by an allocation beyond it
 ``fail.oom_once_on_job``  job N alone runs out of device memory
-``fail.sticky_on_job``    job N meets a sticky CUDA error
+``fail.sticky_on_job``    job N meets a sticky CUDA error; on CUDA by an illegal access
 ``fail.garbage_on_job``   job N is answered with bytes that are no message
 ``fail.truncated_on_job`` job N is answered with half of its packet
 ``fail.error_on_job``     job N raises an error that nobody foresaw
@@ -38,7 +39,7 @@ import time
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 PREFIX: Final = "fail."
 POISON: Final = b"facelane-poison-marker"
@@ -108,9 +109,9 @@ class Failpoints:
         if self._at("oom_once_on_job") or (
             "oom_on_job" in self._values and self._job >= int(self._values["oom_on_job"])
         ):
-            raise InjectedOutOfMemoryError("failpoint: out of memory")
+            self._run_out_of_memory()
         if self._at("sticky_on_job"):
-            raise InjectedStickyError("failpoint: sticky device error")
+            self._poison_context()
         if self._at("error_on_job"):
             raise InjectedError("failpoint fail.error_on_job")
 
@@ -122,6 +123,33 @@ class Failpoints:
         block = bytearray(size)
         block[::4096] = b"\1" * len(block[::4096])
         return block
+
+    def _run_out_of_memory(self) -> NoReturn:
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.empty(1 << 46, dtype=torch.uint8, device=self.device)
+        raise InjectedOutOfMemoryError("failpoint: out of memory")
+
+    def _poison_context(self) -> NoReturn:
+        if self.device.startswith("cuda"):
+            import torch
+
+            # A sparse matrix whose column lies far behind the matrix that it is multiplied
+            # with: the kernel follows it to an address that nobody owns.
+            column = torch.tensor([1 << 30], device=self.device)
+            sparse = torch.sparse_csr_tensor(
+                torch.tensor([0, 1], device=self.device),
+                column,
+                torch.ones(1, device=self.device),
+                size=(1, 4),
+                check_invariants=False,
+            )
+            _ = sparse @ torch.ones(4, 64, device=self.device)
+            torch.cuda.synchronize(self.device)
+            # Not on this version: an index that a kernel itself refuses.
+            torch.zeros(4, device=self.device)[column].cpu()
+        raise InjectedStickyError("failpoint: sticky device error")
 
     def answer(self, packet: bytes) -> bytes:
         """What to send instead of ``packet``, the answer to the present job."""
