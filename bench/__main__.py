@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import importlib
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -54,6 +55,8 @@ def main() -> int:
         help="imported models, environments of the peers",
     )
     args = parser.parse_args()
+    # As an exception, so that servers and workers are ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen: dict[str, list[str]] = {}
     for item in args.names or CPU:
         name, _, part = item.partition(":")

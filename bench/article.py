@@ -80,7 +80,8 @@ async def run(settings: Settings) -> Report:
     seconds = settings.lasting(10.0, 1.0)
     saturated: dict[str, list[Summary]] = {name: [] for name in (*BASELINES, "facelane")}
     memory: dict[str, float] = {}
-    for _ in range(rounds):
+    for number in range(rounds):
+        settings.say(f"round {number + 1} of {rounds}: saturated")
         for name in BASELINES:
             timed = _baseline(name, models, frames, count=count)
             saturated[name].append(Summary.of(timed.seconds, timed.elapsed_s))
@@ -101,7 +102,8 @@ async def run(settings: Settings) -> Report:
     pace = max(1.0, PACE_OF_SLOWEST * slowest)
 
     paced: dict[str, list[Summary]] = {name: [] for name in saturated}
-    for _ in range(rounds):
+    for number in range(rounds):
+        settings.say(f"round {number + 1} of {rounds}: {pace:.1f} frames a second")
         for name in BASELINES:
             timed = _baseline(name, models, frames, rate_hz=pace, seconds=seconds)
             paced[name].append(Summary.of(timed.seconds, timed.elapsed_s))

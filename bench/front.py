@@ -100,6 +100,7 @@ async def run(settings: Settings) -> Report:
             sent += measured.sent
             lost += measured.lost + measured.drops + measured.errors
             samples.append(front.memory_info().rss / 2**20)
+            settings.say(f"{sent} of {total} frames, {samples[-1]:.1f} MiB")
         elapsed = time.monotonic() - begin
         loaded = _libraries(front.pid)
         descriptors = front.num_fds()

@@ -49,9 +49,11 @@ async def _real(settings: Settings, report: Report) -> None:
     full: list[load.Measured] = []
     alone: list[load.Measured] = []
     rss = 0.0
-    for _ in range(rounds):
+    for number in range(rounds):
         for threads in thread_choices:
+            settings.say(f"round {number + 1} of {rounds}: one loop, threads: {threads}")
             loop[threads].append(inprocess.measure(models, frames, count=count, threads=threads))
+        settings.say(f"round {number + 1} of {rounds}: facelane")
         async with Service(models.pools_toml()) as service:
             await load.saturate(
                 service.target, frames, streams=1, total=_WARM, disable_tracking=True
@@ -120,6 +122,7 @@ async def _null(settings: Settings, report: Report) -> None:
     models = material.null_models()
     frames = material.frames_of_size(settings.sized(16, 4), NULL_BYTES)
     total = settings.sized(16_000, 400)
+    settings.say("null models")
     async with Service(models.pools_toml()) as service:
         await load.saturate(service.target, frames, streams=NULL_STREAMS, total=total // 8)
         measured = await load.saturate(service.target, frames, streams=NULL_STREAMS, total=total)

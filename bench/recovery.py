@@ -233,6 +233,7 @@ async def _service(
     before = settings.lasting(BEFORE_S, 2.0)
     after = settings.lasting(AFTER_S, 8.0)
     pools = models.pools_toml(recognizer=f"spares = {spares}")
+    settings.say(f"the whole service, spares: {spares}")
     async with Service(pools) as service:
         await load.saturate(service.target, frames, streams=1, total=16, disable_tracking=True)
         full = await load.saturate(
@@ -374,6 +375,7 @@ async def _peers(settings: Settings, report: Report) -> None:
             for stage in null.packages
             if stage is not Stage.RECOGNIZER
         )
+        settings.say(f"the recogniser alone, spares: {spares}")
         pools += f'[pools.recognizer]\nmodel = "{package}"\nspares = {spares}\n'
         async with Service(pools) as service:
             frames = material.frames_of_size(4, 20_000)
@@ -399,6 +401,7 @@ async def _peers(settings: Settings, report: Report) -> None:
     for kind in peers.KINDS:
         if settings.only and kind.name not in settings.only and "peers" not in settings.only:
             continue
+        settings.say(f"{kind.title} (its first run installs it)")
         try:
             python = await asyncio.to_thread(peers.environment, kind, settings.cache)
             row = await _peer(settings, kind, python, model, before)

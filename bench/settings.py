@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -22,6 +24,7 @@ class Settings:
     docs: Path
     frames: Path | None = None
     only: tuple[str, ...] = ()
+    began: float = field(default_factory=time.monotonic)
 
     def sized(self, full: int, smoke: int) -> int:
         """A count for a real run and for a smoke run."""
@@ -33,3 +36,8 @@ class Settings:
 
     def wants(self, part: str) -> bool:
         return not self.only or part in self.only
+
+    def say(self, text: str) -> None:
+        """A line on stderr for whoever waits: what is going on, and since when."""
+        elapsed = int(time.monotonic() - self.began)
+        print(f"  {elapsed // 60}:{elapsed % 60:02d} {text}", file=sys.stderr, flush=True)

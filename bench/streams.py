@@ -158,6 +158,10 @@ async def _part(
         async def attempt(streams: int) -> Trial:
             found = await trial(service, frames, streams, rate, seconds)
             report.add(_row(found, size, rate, models.name))
+            settings.say(
+                f"{size}: {streams} cameras, p99 age {found.age_p99_ms:.0f} ms, "
+                f"without a result {found.drop_share:.2%}"
+            )
             return found
 
         best: Trial | None = None

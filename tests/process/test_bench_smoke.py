@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,3 +60,31 @@ def test_what_cannot_run_is_told_and_leaves_no_result(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "holds no JPEG files" in done.stdout
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_an_interrupted_run_leaves_no_server_behind(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "bench", "front", "--smoke"),
+            *("--out", str(tmp_path), "--cache", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        me = psutil.Process(process.pid)
+
+        def family() -> list[psutil.Process]:
+            """The server and its workers, once there are some."""
+            found = me.children(recursive=True)
+            return found if len(found) >= 2 else []
+
+        descendants = until(family, 60, "a server with workers")
+        process.terminate()
+        assert process.wait(60) == 143
+        _, alive = psutil.wait_procs(descendants, timeout=10)
+        assert not alive
+    finally:
+        process.kill()
+        process.wait(10)
