@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from facelane_server.worker.models import reference
 from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
 from facelane_server.worker.models.importer import to_toml
 from facelane_server.worker.models.package import MANIFEST, Package, read_package
@@ -88,7 +89,7 @@ def calibrate_ood(state: Mapping[str, Tensor], data: Path) -> dict[str, float]:
 def write_package(
     folder: Path, state: Mapping[str, Tensor], manifest: Mapping[str, Any], card: str
 ) -> Package:
-    """One package; reading it back checks it."""
+    """One package with its reference answers; reading it back checks it."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "weights.safetensors"
     save_file({name: value.contiguous() for name, value in state.items()}, weights)
@@ -105,7 +106,9 @@ def write_package(
     }
     (folder / MANIFEST).write_text(to_toml(whole), encoding="utf-8")
     (folder / "CARD.md").write_text(card, encoding="utf-8")
-    return read_package(folder)
+    package = read_package(folder)
+    reference.record(package)
+    return package
 
 
 def _state(path: Path) -> dict[str, Tensor]:

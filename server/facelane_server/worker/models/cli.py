@@ -111,12 +111,21 @@ def verify(
         list[str] | None, typer.Argument(help="Packages; without any, all along the search path.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="First write the model's answers of today to check.json."),
+    ] = False,
     config_file: ConfigOption = None,
     directory: DirectoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check hashes, keys and shapes, and run one inference. Exit status 1 if any fails."""
+    """Check hashes, keys and shapes, run inferences, compare them with the recorded answers
+    (check.json, where a package has one). Exit status 1 if any check fails."""
+    from facelane_server.worker.models import reference
     from facelane_server.worker.models.verify import verify as verify_package
+
+    if record and not model:
+        raise _failed("name the packages whose answers are to be recorded")
 
     catalog = _catalog(config_file, directory)
     packages = [_resolve(catalog, reference) for reference in model or []]
@@ -127,6 +136,11 @@ def verify(
     results = []
     for package in packages:
         with console.status(f"verifying {package.name}"):
+            if record:
+                try:
+                    reference.record(package, DeviceOptions(device=device))
+                except FacelaneError as error:
+                    raise _failed(error.message) from error
             results.append(verify_package(package, DeviceOptions(device=device)))
     if as_json:
         _print_json(

@@ -244,6 +244,11 @@ class Package:
         """``name@version#digest``: embeddings are comparable only within one model id."""
         return f"{self.name}@{self.manifest.version}#{self.weights_digest[:8]}"
 
+    def with_score(self, score: float) -> Package:
+        """The same detector with another score threshold: measuring looks below the served one."""
+        thresholds = msgspec.structs.replace(self.thresholds, score=score)
+        return Package(self.folder, msgspec.structs.replace(self.manifest, thresholds=thresholds))
+
     def read_weights(self, part: WeightsFile) -> bytes:
         """The bytes of a weights file, its hash checked.
 

@@ -1,4 +1,4 @@
-"""Is a package fit for service: hashes, keys, shapes, and one real inference."""
+"""Is a package fit for service: hashes, keys, shapes, real inferences, recorded answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from facelane_server.domain import FacelaneError
+from facelane_server.worker.models import reference
 from facelane_server.worker.models.api import (
     U8,
     Detector,
@@ -52,6 +53,8 @@ class Verification:
 def verify(package: Package, options: DeviceOptions | None = None) -> Verification:
     """Load the package, run it on synthetic pictures and judge what comes out.
 
+    Where the package has a ``check.json`` (see ``reference``), its model must give the
+    answers recorded there.
     Never raises for a bad package: the failed check says what is wrong.
     """
     options = options or DeviceOptions()
@@ -88,6 +91,8 @@ def verify(package: Package, options: DeviceOptions | None = None) -> Verificati
     if sound and attempt("load", load_it):
         attempt("inference", run_it)
         models[0].close()
+        if (package.folder / reference.CHECK).exists():
+            attempt("reference", lambda: _reference(package, options))
     return Verification(
         model_id=package.model_id,
         task=package.task.value,
@@ -109,6 +114,17 @@ def _weights(package: Package) -> str:
     if package.random_weights:
         return "random: timings only, results mean nothing"
     return f"{len(package.manifest.weights)} files, {size / 1e6:.2f} MB, SHA-256 as declared"
+
+
+def _reference(package: Package, options: DeviceOptions) -> str:
+    recorded = reference.read(package)
+    assert recorded is not None
+    model = reference.load_for_check(package, options, batch_max=1)
+    try:
+        model.warm_up()
+        return reference.compare(recorded, reference.answer(model))
+    finally:
+        model.close()
 
 
 def _sample(model: Model, count: int) -> list[U8]:
