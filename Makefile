@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint protos bench wheel install-systemd clean
+.PHONY: help setup demo test lint faults soak protos bench wheel install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -31,6 +31,17 @@ lint: setup ## ruff, mypy --strict, the import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+SEEDS ?= 3
+FRAMES ?= 100000
+
+faults: setup ## every fault under every traffic alone, SEEDS=3 seeds each (about ten minutes)
+	@FACELANE_FAULT_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
+soak: setup ## FRAMES=100000 frames under random faults, an outcome for each
+	@for pools in plain spares pairs threads; do \
+		$(BIN)/python -m tests.faults.soak --frames $$(($(FRAMES) / 4)) --pools $$pools || exit; \
+	done
 
 protos: ## regenerate clients/facelane/v1 (and lint with buf when it is installed)
 	@protos/generate.sh

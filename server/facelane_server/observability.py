@@ -14,10 +14,13 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import errno
 import itertools
 import json
 import logging
 import os
+import select
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -126,31 +129,35 @@ def _is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
     return False
 
 
+LOG_STALL_MS: Final = 100
+
+
 class LogSink:
     """Where log lines go; outlives the disk or the reader behind it.
 
     What cannot be written is lost and counted: a full disk under the log must cost lines,
     never frames. The first line that can be written again says how many were lost. Lines
     go to the descriptor itself where there is one, because a buffered stream that failed
-    once keeps its buffer and fails again at exit.
+    once keeps its buffer and fails again at exit. A pipe that nobody reads is waited for
+    once, for ``LOG_STALL_MS``: the event loop must not stand still behind a log.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._descriptor = -1
+        self._poll: select.poll | None = None
         with contextlib.suppress(OSError, ValueError):
             self._descriptor = stream.fileno()
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                self._poll = select.poll()
+                self._poll.register(self._descriptor, select.POLLOUT)
         self.lost = 0
 
     def write(self, text: str) -> int:
         try:
             if self.lost:
-                lines, self.lost = self.lost, 0
-                try:
-                    self._put(json.dumps({"event": "log lines were lost", "lines": lines}) + "\n")
-                except (OSError, ValueError):
-                    self.lost = lines
-                    raise
+                self._put(json.dumps({"event": "log lines were lost", "lines": self.lost}) + "\n")
+                self.lost = 0
             self._put(text)
         except (OSError, ValueError):  # ValueError: the stream is closed
             self.lost += text.count("\n")
@@ -166,7 +173,10 @@ class LogSink:
             return
         data = text.encode("utf-8", "backslashreplace")
         while data:
-            data = data[os.write(self._descriptor, data) :]
+            # A pipe that can be written to takes this much without blocking.
+            if self._poll is not None and not self._poll.poll(0 if self.lost else LOG_STALL_MS):
+                raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
+            data = data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
 
 
 def configure_logging(

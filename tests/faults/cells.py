@@ -48,7 +48,16 @@ MEMORY_GROWTH = 120 << 20
 """Bytes that the front process may grow by over all cells together."""
 
 
-def configuration(folder: Path) -> str:
+POOLS = {
+    "plain": "",
+    "spares": "spares = 1",
+    "pairs": "workers = 2",
+    "threads": 'isolation = "thread"',
+}
+"""Ways to host the pools."""
+
+
+def configuration(folder: Path, pools: str = "plain") -> str:
     """Budgets wide enough that no cell ends in quarantine, times short enough to wait for."""
     return toml(
         folder,
@@ -63,6 +72,7 @@ backoff_max_s = 0.2
 restart_limit = 1000
 restart_window_s = 3.0
 memory_mib = 400
+{POOLS[pools]}
 options = {{ "fail.from_file" = "{folder}/{stage}.toml" }}
 """
                 for stage in STAGES
@@ -89,9 +99,9 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(folder: Path) -> Iterator[Site]:
+def site(folder: Path, pools: str = "plain") -> Iterator[Site]:
     """A server whose workers commit what ``Cell.arm`` writes down for them."""
-    with RunningServer(folder, configuration(folder)) as server:
+    with RunningServer(folder, configuration(folder, pools)) as server:
         server.wait_serving()
         made = Site(server, Footprint.of(server), 0)
         # What is made at first use (threads, descriptors of the gallery) is no leak.
@@ -167,11 +177,13 @@ class Cell:
         await self.restart()
 
     async def restart(self) -> None:
-        """By AdminService; a worker that is lost meanwhile, or not there, will do as well."""
-        with contextlib.suppress(grpc.RpcError):
-            await self._admin.RestartWorker(
-                admin_pb.RestartWorkerRequest(worker_id=await self.worker_id()), timeout=10.0
-            )
+        """All workers of the pool, by AdminService; one that is lost meanwhile, or not there,
+        will do as well."""
+        for worker in (await self.pool()).workers:
+            with contextlib.suppress(grpc.RpcError):
+                await self._admin.RestartWorker(
+                    admin_pb.RestartWorkerRequest(worker_id=worker.worker_id), timeout=10.0
+                )
 
     async def pools(self) -> list[server_pb.PoolInfo]:
         return list(

@@ -113,12 +113,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--frames", type=int, default=100_000, help="at least so many")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pools", choices=cells.POOLS, default="plain", help="how hosted")
     chosen = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="facelane-soak-") as folder,
-        cells.site(Path(folder)) as site,
+        cells.site(Path(folder), chosen.pools) as site,
     ):
         account = asyncio.run(soak(site, chosen.frames, chosen.seed))
+    account["pools"] = chosen.pools
     print(json.dumps(account, indent=2))
     return 1 if account["broken"] or account["without_outcome"] else 0
 
