@@ -488,13 +488,13 @@ class App:
 
 
 def bind(server: grpc.aio.Server, settings: config.Config) -> None:
-    """Opens the port. Raises ``ConfigError`` when it cannot be had."""
+    """Opens the port. Raises ``ConfigError``; ``AddressError`` when it cannot be had now."""
     listen = settings.server.listen
     if listen.startswith("unix:"):
         path = Path(listen.removeprefix("unix:").removeprefix("//"))
         if path.is_socket():
             if _answers(path):
-                raise config.ConfigError(
+                raise config.AddressError(
                     f"server.listen: another server answers on {listen}; end it, or listen "
                     "elsewhere"
                 )
@@ -506,9 +506,9 @@ def bind(server: grpc.aio.Server, settings: config.Config) -> None:
         else:
             port = server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise config.ConfigError(f"server.listen: cannot listen on {listen}: {error}") from None
+        raise config.AddressError(f"server.listen: cannot listen on {listen}: {error}") from None
     if port == 0 and not listen.startswith("unix:"):
-        raise config.ConfigError(f"server.listen: cannot listen on {listen}; is it in use?")
+        raise config.AddressError(f"server.listen: cannot listen on {listen}; is it in use?")
 
 
 def _answers(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """``facelane-server``: run the service, and look after it.
 
-Exit codes: 0 ended as asked · 1 failed while running · 2 usage · 69 a model or a device
-is not usable · 78 the configuration is not usable (systemd: do not restart).
+Exit codes: 0 ended as asked · 1 failed while running · 2 usage · 69 a model, a device
+or an address is not usable now · 78 the configuration is not usable (systemd: do not restart).
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ def run(config: ConfigOption = None) -> None:
 
     try:
         code = asyncio.run(serve(loaded, config))
+    except configuration.AddressError as error:
+        typer.echo(f"facelane-server: {error}", err=True)
+        raise typer.Exit(EX_UNAVAILABLE) from None
     except configuration.ConfigError as error:
         typer.echo(f"facelane-server: {error}", err=True)
         raise typer.Exit(EX_CONFIG) from None

@@ -31,6 +31,10 @@ class ConfigError(Exception):
     """The configuration cannot be used; the message says where and what to write instead."""
 
 
+class AddressError(ConfigError):
+    """An address cannot be listened on now. It may be free later, so trying again helps."""
+
+
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
 

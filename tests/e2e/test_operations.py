@@ -388,7 +388,7 @@ def test_a_second_server_does_not_take_the_socket_of_the_first(server: RunningSe
         folder,
         server.config.read_text().replace("/state", "/second/state").replace("/run", "/second/run"),
     )
-    assert second.process.wait(20) == 78
+    assert second.process.wait(20) == 69
     second.stop()
     assert "another server answers" in second.text()
     with server.client() as client:

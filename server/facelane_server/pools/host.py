@@ -102,6 +102,11 @@ async def _within(future: asyncio.Future[int | None], seconds: float) -> bool:
     return bool(done)
 
 
+_NO_MPS: Final = {"CUDA_MPS_PIPE_DIRECTORY": "/nonexistent"}
+"""Without it a worker would silently join whatever MPS daemon runs on the machine, and with
+it share the fate of its clients; pools with ``isolation = "mps"`` name their daemon."""
+
+
 class Process:
     """One child process: spawned, watched by pidfd, its stderr read, reaped."""
 
@@ -122,7 +127,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**os.environ, **environment},
+                env={**os.environ, **_NO_MPS, **environment},
                 start_new_session=True,  # a Ctrl-C in the terminal is the server's to handle
             )
         except BaseException:
