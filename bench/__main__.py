@@ -75,6 +75,7 @@ def main() -> int:
             docs=args.docs or args.out,
             frames=args.frames,
             only=tuple(parts),
+            keep=lambda report: report.write(args.out, command_line()),
         )
         console.print(f"[bold]{name}[/]: {ABOUT[name]}")
         try:
@@ -87,6 +88,7 @@ def main() -> int:
             traceback.print_exc()
             failed.append(name)
             continue
+        report.complete = True
         report.print(console)
         console.print(f"  stored: {report.write(args.out, command_line())}\n", markup=False)
     if failed:

@@ -97,6 +97,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     smoke: bool = False
+    complete: bool = False
+    """Nothing more comes; otherwise it was kept on the way."""
 
     def add(self, row: Row) -> Row:
         self.rows.append(row)
@@ -124,6 +126,7 @@ class Report:
             "versions": versions(),
             "command": shlex.join(command),
             "smoke": self.smoke,
+            "complete": self.complete,
             "rows": [row.as_json() for row in self.rows],
             "notes": self.notes,
         }

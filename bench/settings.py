@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.report import Report
+
+
+def _not_kept(report: Report) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +24,8 @@ class Settings:
     ``device``: ``cpu`` or ``cuda:N``, for the benchmarks that take one. ``cache``: where
     imported models and the peers' environments are kept between runs. ``frames``: a
     folder of JPEG files instead of rendered frames, or None. ``docs``: where drawings go.
-    ``only``: parts of a benchmark by name, empty = all.
+    ``only``: parts of a benchmark by name, empty = all. ``keep``: stores a report as far as
+    it has come, so that a run that is ended early leaves what it had measured.
     """
 
     smoke: bool
@@ -24,6 +34,7 @@ class Settings:
     docs: Path
     frames: Path | None = None
     only: tuple[str, ...] = ()
+    keep: Callable[[Report], object] = _not_kept
     began: float = field(default_factory=time.monotonic)
 
     def sized(self, full: int, smoke: int) -> int:

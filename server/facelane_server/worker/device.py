@@ -119,8 +119,6 @@ def open_device(options: DeviceOptions) -> None:
             "devices); choose another, or cpu",
         )
     torch.cuda.set_device(index)
-    # Shapes are fixed, so the search for the fastest algorithm is done once, in warm-up.
-    torch.backends.cudnn.benchmark = True
     # Full precision means full precision: it is the reference that half is checked against.
     torch.backends.cudnn.allow_tf32 = False
     torch.zeros(1, device=f"cuda:{index}")

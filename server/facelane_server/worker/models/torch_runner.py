@@ -10,12 +10,18 @@ ones that hop would cost more than it hides.
 Graphs run in half precision and channels-last. Warm-up compares each with eager full
 precision on the same device; one that disagrees is refused, and the model runs eagerly
 in full precision, with a warning.
+
+cuDNN's search for the fastest algorithm of every convolution takes a second or more a
+batch size, most of a worker's start. It is done for the two that matter: one picture,
+which somebody waits for, and the full batch, which decides the throughput. The others,
+and what is run only to compare with, take what cuDNN's heuristics say.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -246,15 +252,16 @@ class CudaRunner(Runner):
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others then fit into its memory.
         for count in reversed(batch_buckets(self._batch_max)):
-            for _ in range(_CAPTURE_ROUNDS):
-                self._eager(count)
-            self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Other threads of this process may use the device meanwhile.
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                output = self._eager(count)
+            with _algorithm_search(count in (1, self._batch_max)):
+                for _ in range(_CAPTURE_ROUNDS):
+                    self._eager(count)
+                self._stream.synchronize()
+                # Other threads of this process may use the device meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    output = self._eager(count)
             self._graphs[count] = (graph, output)
             graph.replay()
             if not self._agrees(reference[:count], output, "CUDA graph"):
@@ -278,3 +285,14 @@ class CudaRunner(Runner):
     def _back_to_exact(self, exact: dict[str, Tensor]) -> None:
         self._served.float()
         self._served.load_state_dict(exact)
+
+
+@contextlib.contextmanager
+def _algorithm_search(wanted: bool) -> Iterator[None]:
+    """Whether cuDNN tries its algorithms out; for the process, so under ``_warm_up_lock``."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
