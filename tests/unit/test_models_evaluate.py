@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -11,10 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.worker.models import measures
+from facelane_server.worker.models import damage, measures
+from facelane_server.worker.models.api import Detections
 from facelane_server.worker.models.catalog import Catalog
 from facelane_server.worker.models.cli import app
-from facelane_server.worker.models.evaluate import evaluate
+from facelane_server.worker.models.evaluate import Settings, evaluate
+from facelane_server.worker.models.evaluate import _at_apcer as at_apcer
+from facelane_server.worker.models.evaluate import _Finds as Finds
+from facelane_server.worker.models.evaluate import _suggested_mapping as suggested_mapping
 
 GENUINE = np.array([0.9, 0.8, 0.7, 0.4])
 IMPOSTOR = np.array([0.5, 0.3, 0.2, 0.1, 0.0])
@@ -89,7 +94,17 @@ def test_recognizer_report_and_plots(tmp_path: Path) -> None:
     assert report["at_package_threshold"]["false_accept_rate"] == 0.0
     assert sum(report["left_out"].values()) == 2
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-    for plot in ("roc", "det", "ood-reject"):
+    assert report["ood"]["damaged_faces"] == 4
+    assert set(report["ood"]["damage"]) == set(damage.KINDS)
+    # Four clean portraits against what is left of them: the shipped score tells them apart.
+    assert report["ood"]["damage_auroc_mean"] >= 0.95
+    with (tmp_path / "out" / "left_out.csv").open(newline="") as stream:
+        listed = {row["picture"]: row["reason"] for row in csv.DictReader(stream)}
+    assert listed == {"nobody/a.png": "NO_FACE", "nobody/b.jpg": "PICTURE_CORRUPT"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "hopper" not in text + json.dumps(report)
+    assert "![roc](roc.svg)" in text
+    for plot in ("roc", "det", "ood-reject", "ood-damage"):
         assert (tmp_path / "out" / f"{plot}.png").stat().st_size > 1000
         assert "<svg" in (tmp_path / "out" / f"{plot}.svg").read_text()
 
@@ -106,7 +121,7 @@ def test_listed_pairs_alone_count(tmp_path: Path) -> None:
         tmp_path,
         tmp_path / "out",
         detector=catalog.resolve("facelane-detector"),
-        plots=False,
+        settings=Settings(plots=False),
     )
     assert (report["genuine_pairs"], report["impostor_pairs"]) == (1, 1)
 
@@ -161,7 +176,172 @@ def test_a_folder_without_what_the_task_needs_is_refused(
             tmp_path,
             tmp_path / "out",
             detector=catalog.resolve("facelane-detector"),
-            plots=False,
+            settings=Settings(plots=False),
         )
     assert raised.value.reason is Reason.ARGUMENT_INVALID
     assert not (tmp_path / "out").exists()
+
+
+def test_measures_of_many_pairs_stay_within_bounds() -> None:
+    identity = np.repeat(np.arange(300), 4)
+    genuine, impostor = measures.pairs(identity, seed=1, max_impostor=5_000)
+    assert len(genuine) == 300 * 6
+    assert 4_500 < len(impostor) <= 5_000
+    assert (identity[impostor[:, 0]] != identity[impostor[:, 1]]).all()
+    assert len(np.unique(impostor, axis=0)) == len(impostor)
+    vectors = np.random.default_rng(1).normal(size=(1200, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = (vectors @ vectors.T)[impostor[:, 0], impostor[:, 1]]
+    np.testing.assert_allclose(measures.similarities(vectors, impostor), expected, atol=1e-6)
+
+
+def test_intervals() -> None:
+    # Wilson's interval of 8 in 10 and of 0 in 10, as published.
+    assert measures.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=2e-4)
+    assert measures.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=2e-4)
+    assert measures.wilson(0, 0) == (0.0, 1.0)
+    # Thirty people with ten pairs each, that hit or fail together: thirty facts, not 300.
+    who = np.repeat(np.arange(30), 10)
+    together = measures.share_interval(who % 2 == 0, np.stack((who, who), 1), seed=1)
+    alone = measures.wilson(150, 300)
+    assert together[1] - together[0] > 2 * (alone[1] - alone[0])
+    assert together[0] < 0.5 < together[1]
+    # No hit at all is no proof of zero.
+    assert measures.share_interval(np.zeros(300, bool), np.stack((who, who), 1), seed=1)[1] > 0.01
+
+
+def test_average_precision() -> None:
+    right = np.array([True, False, True, False])
+    score = np.array([0.9, 0.8, 0.7, 0.6])
+    assert measures.average_precision(score, right, 2) == pytest.approx((1 + 2 / 3) / 2)
+    assert measures.average_precision(score, right, 4) == pytest.approx((1 + 2 / 3) / 4)
+    assert measures.average_precision(np.zeros(0), np.zeros(0, bool), 4) == 0.0
+
+
+@pytest.mark.parametrize("kind", damage.KINDS)
+def test_damage_is_repeatable_and_changes_the_chip(kind: str) -> None:
+    chip = np.random.default_rng(3).integers(0, 256, (112, 112, 3), np.uint8)
+    before = chip.copy()
+    first = damage.KINDS[kind](chip, np.random.default_rng(1))
+    again = damage.KINDS[kind](chip, np.random.default_rng(1))
+    assert first.shape == chip.shape
+    assert first.dtype == np.uint8
+    assert (first == again).all()
+    assert (chip == before).all()
+    assert (first != chip).mean() > 0.1
+
+
+def test_a_folder_of_aligned_chips_needs_no_detector(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    for who in range(6):
+        base = rng.normal(128, 60, (14, 14, 3))
+        for number in range(4):
+            noisy = (base + rng.normal(0, 8, base.shape)).clip(0, 255).astype(np.uint8)
+            side = 112 if number else 160
+            chip = cv2.resize(noisy, (side, side), interpolation=cv2.INTER_NEAREST)
+            write(tmp_path / "chips" / str(who) / f"{number}.png", chip)
+    write(tmp_path / "chips" / "0" / "wide.png", np.zeros((112, 120, 3), np.uint8))
+    report = evaluate(
+        Catalog().resolve("facelane-recognizer"),
+        tmp_path / "chips",
+        tmp_path / "out",
+        settings=Settings(aligned=True, plots=False, damaged=8, fars=(0.05, 1e-4)),
+    )
+    assert report["pictures"] == 24
+    assert report["left_out"] == {"NOT_SQUARE": 1}
+    assert report["genuine_pairs"] == 36
+    assert report["impostor_pairs"] == 240
+    assert list(report["at_false_accept_rate"]) == ["0.05", "0.0001"]
+    # 240 pairs say nothing about one in ten thousand.
+    assert report["at_false_accept_rate"]["0.0001"]["threshold"] is None
+    low, high = report["at_false_accept_rate"]["0.05"]["interval"]
+    assert low <= report["at_false_accept_rate"]["0.05"]["true_accept_rate"] <= high
+    # These are no faces, and the score says so.
+    assert report["ood"]["under_threshold"] == 1.0
+
+
+def test_the_suggested_mapping_is_the_one_in_force_where_that_fits(tmp_path: Path) -> None:
+    """Scores made by a known logistic mapping give that mapping back."""
+    package = Catalog().resolve("facelane-recognizer")
+    ood = package.manifest.ood
+    assert ood is not None
+    raw = np.random.default_rng(1).normal(5.0, 0.7, 4000)
+    suggested = suggested_mapping(package, 1 / (1 + np.exp(-(raw - ood.center) / ood.scale)))
+    mapped = 1 / (1 + np.exp(-(raw - suggested["ood.center"]) / suggested["ood.scale"]))
+    assert np.median(mapped) == pytest.approx(0.9, abs=1e-3)
+    assert np.quantile(mapped, 0.02) == pytest.approx(0.4, abs=1e-3)
+    assert "ood.center" not in suggested_mapping(package, np.ones(50))
+
+
+def test_a_detector_is_measured_against_another(tmp_path: Path) -> None:
+    for name, picture in portraits().items():
+        write(tmp_path / "data" / f"{name}.png", picture)
+    write(tmp_path / "data" / "blank.png", np.full((96, 96, 3), 128, np.uint8))
+    catalog = Catalog()
+    detector = catalog.resolve("facelane-detector")
+    report = evaluate(
+        detector,
+        tmp_path / "data",
+        tmp_path / "out",
+        reference=detector,
+        settings=Settings(plots=False),
+    )
+    assert report["truth"] == f"the finds of {detector.model_id}"
+    assert (report["recall"], report["precision"]) == (1.0, 1.0)
+    assert report["landmark_error_of_width"] == 0.0
+    assert report["pictures_without_faces"] == 1
+    # Below the served threshold it looks as well, where there are false finds.
+    assert report["at_score"]["0.3"]["precision"] <= 1.0
+    with pytest.raises(FacelaneError, match="is no detector"):
+        evaluate(
+            detector,
+            tmp_path / "data",
+            tmp_path / "out",
+            reference=catalog.resolve("facelane-liveness"),
+            settings=Settings(plots=False),
+        )
+
+
+def test_finds_of_small_faces_count_neither_way() -> None:
+    truth = np.array([[0, 0, 100, 100], [200, 0, 10, 10], [300, 0, 50, 50]], np.float64)
+    found = Detections(
+        boxes=np.array(
+            [[0, 0, 100, 100], [200, 0, 10, 10], [400, 0, 12, 12], [500, 0, 60, 60]], np.float32
+        ),
+        scores=np.array([0.9, 0.8, 0.7, 0.6], np.float32),
+        landmarks=np.zeros((4, 5, 2), np.float32),
+        crops=(),
+    )
+    finds = Finds()
+    finds.add(found, truth, None, 24.0)
+    assert finds.right == [True, False]
+    assert finds.side == [100.0, 50.0]
+    assert finds.found_at == pytest.approx([0.9, -1.0])
+
+
+def test_thresholds_hold_for_the_worst_kind_of_attack() -> None:
+    live = np.linspace(0.5, 1.0, 101)
+    attacks = {"spoof/print": np.linspace(0, 0.4, 100), "spoof/replay": np.linspace(0, 0.8, 100)}
+    found, suggested = at_apcer(live, attacks, (0.1, 0.001))
+    threshold = found["0.1"]["threshold"]
+    assert all((scores >= threshold).mean() <= 0.1 for scores in attacks.values())
+    assert threshold > 0.7
+    assert found["0.1"]["bpcer"] == pytest.approx((live < threshold).mean())
+    assert found["0.001"]["threshold"] is None
+    assert suggested["thresholds.live"] == pytest.approx(threshold, abs=1e-3)
+
+
+@pytest.mark.parametrize("fars", ["0", "1.5", "nought"])
+def test_nonsense_rates_are_refused(tmp_path: Path, fars: str) -> None:
+    arguments = ["evaluate", "facelane-liveness", "--data", str(tmp_path), "--far", fars]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "such as 1e-" in result.output
+
+
+def test_plots_without_matplotlib_say_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(FacelaneError, match=r"facelane\[evaluate\]"):
+        evaluate(Catalog().resolve("facelane-detector"), tmp_path, tmp_path / "out")

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from facelane_server import config
@@ -192,6 +194,21 @@ def evaluate(
     detector: Annotated[
         str, typer.Option(help="The detector that finds the faces for the other tasks.")
     ] = "facelane-detector",
+    reference: Annotated[
+        str, typer.Option(help="For a detector without boxes.json: the one to agree with.")
+    ] = "",
+    far: Annotated[
+        str, typer.Option(help="False accept rates to find thresholds for, such as 1e-2,1e-3.")
+    ] = "",
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="The pictures are aligned crops: detect nothing.")
+    ] = False,
+    damaged: Annotated[
+        int, typer.Option(min=0, help="Faces to try the OOD score on with damage; 0: none.")
+    ] = 200,
+    min_face: Annotated[
+        float, typer.Option(min=0, help="Smaller faces do not count for a detector; pixels.")
+    ] = 24.0,
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     plots: Annotated[bool, typer.Option(help="Draw PNG and SVG (needs matplotlib).")] = True,
     config_file: ConfigOption = None,
@@ -201,33 +218,45 @@ def evaluate(
     """Measure a package on pictures of your own: error rates, thresholds, plots.
 
     Recogniser: subject/picture.jpg, or pairs.csv (first,second,same). Liveness: live/ and
-    spoof/. Detector: boxes.json ({"path": [[x, y, width, height], ...]}).
+    spoof/. Detector: boxes.json ({"path": [[x, y, width, height], ...]}), or --reference.
     """
+    from facelane_server.worker.models.evaluate import Settings
     from facelane_server.worker.models.evaluate import evaluate as evaluate_package
+    from facelane_server.worker.models.report import markdown
 
     catalog = _catalog(config_file, directory)
     package = _resolve(catalog, model)
     finder = None if package.task is Stage.DETECTOR else _resolve(catalog, detector)
+    judge = _resolve(catalog, reference) if reference else None
     try:
-        with Console(stderr=True).status(f"evaluating {package.name}"):
+        fars = tuple(float(part) for part in far.split(",") if part.strip())
+    except ValueError as error:
+        raise _failed("--far takes numbers with commas between them, such as 1e-2,1e-3") from error
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"evaluating {package.name}", total=None)
             report = evaluate_package(
                 package,
                 data,
                 out,
                 detector=finder,
+                reference=judge,
                 options=DeviceOptions(device=device),
-                plots=plots,
+                settings=Settings(
+                    fars=fars, aligned=aligned, damaged=damaged, min_face=min_face, plots=plots
+                ),
+                progress=lambda what, done, total: bar.update(
+                    task, description=f"{what} {package.name}", completed=done, total=total
+                ),
             )
     except FacelaneError as error:
         raise _failed(error.message) from error
     if as_json:
         _print_json(report)
         return
-    table = Table("figure", "value", title=package.model_id)
-    for key, value in _flat({k: v for k, v in report.items() if k != "model_id"}, ""):
-        table.add_row(key, value)
-    Console().print(table)
-    typer.echo(f"written to {out}")
+    Console().print(Markdown(markdown(report)))
+    typer.echo(f"written to {out}: report.md, report.json, left_out.csv" + ", plots" * plots)
 
 
 @app.command("import")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
+
+MAX_IMPOSTOR_PAIRS: Final = 2_000_000
+"""Enough to see a false accept rate of 1e-5 by twenty pairs."""
+_ROWS_OF_ONE: Final = 1_000
+_CHUNK: Final = 16_384
+_BOOTSTRAP_WORK: Final = 50_000_000
 
 
 def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
@@ -17,18 +25,85 @@ def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
     return float((below + upto).mean() / 2 / len(n))
 
 
-def pairs(identity: I64, seed: int, cap: int = 20) -> tuple[I64, I64]:
-    """Genuine pairs [G, 2] (at most ``cap`` of each identity) and all impostor pairs [I, 2]."""
+def pairs(
+    identity: I64, seed: int, cap: int = 20, max_impostor: int = MAX_IMPOSTOR_PAIRS
+) -> tuple[I64, I64]:
+    """Genuine pairs [G, 2] (at most ``cap`` of each identity) and impostor pairs [I, 2].
+
+    The impostor pairs are all there are, or a random choice of about ``max_impostor`` where
+    there are more; memory grows with the choice, not with all.
+    """
     rng = np.random.default_rng(seed)
     genuine: list[I64] = [np.zeros((0, 2), np.int64)]
     for who in np.unique(identity):
         rows = np.flatnonzero(identity == who)
+        if len(rows) > _ROWS_OF_ONE:
+            rows = rng.permutation(rows)[:_ROWS_OF_ONE]
         a, b = np.triu_indices(len(rows), 1)
         both = np.stack((rows[a], rows[b]), 1)
         genuine.append(rng.permutation(both)[:cap])
-    a, b = np.triu_indices(len(identity), 1)
+    count = len(identity)
+    if count * (count - 1) // 2 <= max_impostor:
+        a, b = np.triu_indices(count, 1)
+    else:
+        drawn = rng.integers(0, count, (max_impostor, 2))
+        code = np.unique(drawn.min(1) * count + drawn.max(1))
+        a, b = code // count, code % count
     different = identity[a] != identity[b]
     return np.concatenate(genuine), np.stack((a[different], b[different]), 1)
+
+
+def similarities(vectors: npt.NDArray[np.float32], rows: I64) -> F64:
+    """Cosines of the pairs ``rows`` [P, 2] of unit ``vectors`` [N, D], in bounded memory."""
+    out = np.empty(len(rows), np.float64)
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        np.einsum(
+            "nd,nd->n", vectors[part[:, 0]], vectors[part[:, 1]], out=out[start : start + _CHUNK]
+        )
+    return out
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score; (0, 1) of nothing."""
+    if count == 0:
+        return 0.0, 1.0
+    share, z2 = hits / count, 1.96**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 * np.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def share_interval(hit: npt.NDArray[np.bool_], subjects: I64, seed: int) -> tuple[float, float]:
+    """95 % interval of the share of pairs with ``hit`` [P], pairs of one person being alike.
+
+    ``subjects`` [P, 2]: who is in each pair. People are drawn with replacement, a pair
+    weighing by how often both of its people came; the answer is never narrower than
+    Wilson's for as many independent pairs.
+    """
+    low, high = wilson(int(hit.sum()), len(hit))
+    if not len(hit):
+        return low, high
+    rng = np.random.default_rng(seed)
+    everyone, members = np.unique(subjects, return_inverse=True)
+    # Pairs between the same two people weigh alike: keep one row for each two people.
+    members = members.reshape(-1, 2)
+    code, row = np.unique(members[:, 0] * len(everyone) + members[:, 1], return_inverse=True)
+    first, second = code // len(everyone), code % len(everyone)
+    total = np.bincount(row, minlength=len(code)).astype(np.float64)
+    hits = np.bincount(row, weights=hit, minlength=len(code))
+    rates: list[float] = []
+    rounds = int(np.clip(_BOOTSTRAP_WORK // len(code), 50, 1000))
+    for _ in range(rounds):
+        drawn = rng.integers(0, len(everyone), len(everyone))
+        weight = np.bincount(drawn, minlength=len(everyone)).astype(np.float64)
+        both = np.where(first == second, weight[first], weight[first] * weight[second])
+        seen = float(both @ total)
+        if seen:
+            rates.append(float(both @ hits) / seen)
+    if rates:
+        low, high = min(low, *np.quantile(rates, [0.025])), max(high, *np.quantile(rates, [0.975]))
+    return float(low), float(high)
 
 
 def accuracy_10_fold(genuine: F64, impostor: F64, seed: int) -> float:
@@ -103,6 +178,16 @@ def reject_curve(score: F64, similarity: F64, genuine: npt.NDArray[np.bool_], sh
         parts = [wrong[kept][side].mean() for side in (same, ~same) if side.any()]
         out.append(float(np.mean(parts)))
     return np.array(out)
+
+
+def average_precision(score: F64, right: npt.NDArray[np.bool_], truths: int) -> float:
+    """Area under precision over recall, of finds with ``score`` [F] of which ``right`` [F]
+    are right, among ``truths`` true ones; precision is made to fall with recall."""
+    order = np.argsort(-score, kind="stable")
+    hits = np.cumsum(right[order], dtype=np.float64)
+    precision = hits / np.arange(1, len(hits) + 1)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    return float((best * right[order]).sum() / max(1, truths))
 
 
 def match_boxes(found: npt.ArrayLike, truth: npt.ArrayLike, iou: float = 0.5) -> I64:
