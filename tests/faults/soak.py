@@ -68,13 +68,24 @@ async def soak(site: cells.Site, frames: int, seed: int) -> dict[str, object]:
             if total["sent"] >= frames:
                 stop.set()
 
+    async def pictures(cell: cells.Cell) -> None:
+        while not cell.stop.is_set():
+            await cell.picture()
+            await asyncio.sleep(0.05)
+
     async def trouble() -> None:
         while not stop.is_set():
             fault = FAULTS[rng.choice(sorted(FAULTS))]
             stage = rng.choice(fault.stages) if fault.stages else ""
             async with cells.connection(site.server) as channel:
                 cell = cells.Cell(site.server, channel, stage, rng)
-                await fault.act(cell)
+                # A fault may wait for work, and the last stream may end before it got any.
+                work = asyncio.create_task(pictures(cell))
+                try:
+                    await fault.act(cell)
+                finally:
+                    cell.stop.set()
+                    await work
                 await auntil(cell.whole, cells.RECOVERY_S, f"recovery from {fault.name}")
                 for books in cell.extra:
                     close(books)
