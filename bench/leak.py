@@ -2,14 +2,20 @@
 
 The liveness worker leaks 10 MiB a call, reaches its budget and is replaced by its spare,
 while the recogniser and the detector go on at 60 Hz. Compared with the same load without
-a leak: the neighbours' latency, and what was lost.
+a leak: the neighbours' latency, and what was lost. Each is a process; `leak:mps`: under
+MPS, with shares.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import tempfile
 import time
-from typing import Final
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, Final
 
 from bench import isolation
 from bench.isolation import Tenant, deployed
@@ -18,51 +24,59 @@ from bench.settings import Settings
 from bench.stats import ratio
 from bench.tenant import Command
 from facelane_server.domain import Stage
+from facelane_server.pools.mps import MpsDaemon
 
 LEAK_MIB: Final = 10
 LEAK_HZ: Final = 10.0
 BUDGET_MIB: Final = 1_400
 SLOWER: Final = 1.2
+MPS_PART: Final = "mps"
 
 
 async def run(settings: Settings) -> Report:
     report = Report("leak", smoke=settings.smoke)
     on_card = settings.device.startswith("cuda")
+    mps = on_card and settings.only == (MPS_PART,)
     packages = isolation.packages_for(settings)
     rate = isolation.PACE_HZ if on_card else 1.0
-    seconds = settings.lasting(14.0, 6.0)
-    budget = BUDGET_MIB if on_card else 600
-    for name, extra in (
-        ("no leak", {}),
-        (
-            f"leaks {LEAK_MIB} MiB a call",
-            {"memory_mib": budget, "spares": 1, "options": {"fail.leak_mib": str(LEAK_MIB)}},
-        ),
-    ):
-        special = {Stage.LIVENESS: extra}
-        async with deployed(
-            isolation.PROCESSES, packages, list(packages), settings.device, special
-        ) as tenants:
-            answers = await _all(tenants, rate, seconds)
-        for stage, answer in answers.items():
-            report.add(
-                Row(
-                    deployment=name,
-                    scenario="neighbour" if stage is not Stage.LIVENESS else "leaking model",
-                    model=packages[stage].name,
-                    batch=1,
-                    rate_hz=LEAK_HZ if stage is Stage.LIVENESS else rate,
-                    p50_ms=answer["p50_ms"],
-                    p99_ms=answer["p99_ms"],
-                    throughput_per_s=answer["throughput_per_s"],
-                    memory_mib=answer["worker_memory_mib"],
-                    extra={
-                        "max_ms": answer["max_ms"],
-                        "lost": sum(answer["failed"].values()),
-                        "replaced": answer["restarts"],
-                    },
-                )
+    leak = {
+        "memory_mib": BUDGET_MIB if on_card else 600,
+        "spares": 1,
+        "options": {"fail.leak_mib": str(LEAK_MIB)},
+    }
+    async with contextlib.AsyncExitStack() as stack:
+        if mps:
+            await _one_daemon(stack)
+
+        def tenants(stages: list[Stage], **extra: Any) -> Awaitable[dict[Stage, Tenant]]:
+            deployment = isolation.MPS_SHARES if mps else isolation.PROCESSES
+            special = {Stage.LIVENESS: extra}
+            return stack.enter_async_context(
+                deployed(deployment, packages, stages, settings.device, special)
             )
+
+        # All at once; none is left behind when one of them fails.
+        found = await asyncio.gather(
+            tenants([Stage.RECOGNIZER, Stage.DETECTOR]),
+            tenants([Stage.LIVENESS]),
+            tenants([Stage.LIVENESS], **leak),
+            return_exceptions=True,
+        )
+        neighbours, *others = [_raised(tenants) for tenants in found]
+        for tenant in neighbours.values():
+            await tenant.ask(Command(time.monotonic() + 0.3, 0.5))  # clocks rise
+        for name, other, seconds in (
+            ("no leak", others[0], settings.lasting(10.0, 2.0)),
+            (f"leaks {LEAK_MIB} MiB a call", others[1], settings.lasting(14.0, 6.0)),
+        ):
+            settings.say(name)
+            answers = await _all({**neighbours, **other}, rate, seconds)
+            for stage, answer in answers.items():
+                report.add(_row(name, stage, packages[stage].name, rate, answer))
+                settings.say(f"{stage}: p99 {answer['p99_ms']:.2f} ms")
+            settings.keep(report)
+    if mps:
+        report.note("all of them under MPS, with shares of the card")
     calm, leaking = report.rows[:3], report.rows[3:]
     for before, after in zip(calm, leaking, strict=True):
         after.overhead_p50 = ratio(after.p50_ms or 0.0, before.p50_ms or 0.0)
@@ -80,12 +94,44 @@ async def run(settings: Settings) -> Report:
     return report
 
 
+def _raised(found: dict[Stage, Tenant] | BaseException) -> dict[Stage, Tenant]:
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+async def _one_daemon(stack: contextlib.AsyncExitStack) -> None:
+    """One MPS daemon for all tenants, found by them through the environment."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="facelane-bench-"))
+    daemon = await MpsDaemon.start(Path(folder))
+    stack.push_async_callback(daemon.close)
+    os.environ["CUDA_MPS_PIPE_DIRECTORY"] = str(daemon.pipe_directory)
+    stack.callback(os.environ.pop, "CUDA_MPS_PIPE_DIRECTORY")
+
+
+def _row(name: str, stage: Stage, model: str, rate: float, answer: isolation.Answer) -> Row:
+    leaking = stage is Stage.LIVENESS
+    return Row(
+        deployment=name,
+        scenario="leaking model" if leaking else "neighbour",
+        model=model,
+        batch=1,
+        rate_hz=LEAK_HZ if leaking else rate,
+        p50_ms=answer["p50_ms"],
+        p99_ms=answer["p99_ms"],
+        throughput_per_s=answer["throughput_per_s"],
+        memory_mib=answer["worker_memory_mib"],
+        extra={
+            "max_ms": answer["max_ms"],
+            "lost": sum(answer["failed"].values()),
+            "replaced": answer["restarts"],
+        },
+    )
+
+
 async def _all(
     tenants: dict[Stage, Tenant], rate: float, seconds: float
 ) -> dict[Stage, isolation.Answer]:
-    for stage, tenant in tenants.items():  # clocks rise; the leak does not begin yet
-        if stage is not Stage.LIVENESS:
-            await tenant.ask(Command(time.monotonic() + 0.3, 0.5))
     at = time.monotonic() + 0.5
     commands = {
         stage: Command(at, seconds, LEAK_HZ if stage is Stage.LIVENESS else rate)

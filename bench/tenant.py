@@ -30,6 +30,7 @@ from facelane_server import config
 from facelane_server.domain import Encoding, Picture, Stage
 from facelane_server.pools.host import Launchers, Link
 from facelane_server.pools.pool import Pool
+from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import (
     DetectRequest,
     EmbedRequest,
@@ -226,7 +227,7 @@ async def serve(job: Job) -> None:
         )
         await pool.start()
         try:
-            if not await pool.wait_ready(job.start_s):
+            if not (await pool.wait_ready(job.start_s) and await _all_ready(pool, job.start_s)):
                 reasons = [w.last_loss or w.life.value for w in pool.info().workers]
                 raise RuntimeError(f"the {stage} worker is not ready: {', '.join(reasons)}")
             _say({"ready": True, "pids": [w.pid for w in pool.info().workers]})
@@ -238,6 +239,16 @@ async def serve(job: Job) -> None:
         finally:
             await pool.stop(1.0)
             await launchers.close()
+
+
+async def _all_ready(pool: Pool, timeout_s: float) -> bool:
+    """The spares too: their start is no part of what is measured."""
+    deadline = time.monotonic() + timeout_s
+    while any(worker.life is not Life.READY for worker in pool.info().workers):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True
 
 
 def _say(answer: dict[str, Any]) -> None:
