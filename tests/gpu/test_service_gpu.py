@@ -65,7 +65,7 @@ def models_on(device: str) -> Iterator[dict[Stage, Any]]:
             models[stage] = load(
                 package(stage),
                 DeviceOptions(device=device),
-                batch_max=2,
+                batch_max=1 if stage is Stage.DETECTOR else 4,
                 crops=all_crops() if stage is Stage.DETECTOR else (),
             )
             models[stage].warm_up()
