@@ -47,6 +47,7 @@ NOISY_THROUGHPUT: Final = 0.55
 SHARES: Final = {Stage.RECOGNIZER: 100, Stage.DETECTOR: 40, Stage.LIVENESS: 40}
 """Percent of the multiprocessors: the one that must not wait may use all of them."""
 START_S: Final = 90.0
+PROBE_S: Final = 20.0
 BUDGET_S: Final = 225.0
 """For all deployments together; what is not measured then is told as such."""
 SHORTEST_S: Final = 20.0
@@ -152,6 +153,7 @@ async def deployed(
                 raise NotMeasuredError(error.message) from None
             stack.push_async_callback(daemon.close)
             pipes = str(daemon.pipe_directory)
+            await _probe_mps(pipes)
         channels: dict[Stage, int] = {}
         pid = 0
         if isolation == "thread":
@@ -192,6 +194,46 @@ async def deployed(
             stack.push_async_callback(tenants[stage].close)
         await asyncio.gather(*(tenant.answer(START_S + 30.0) for tenant in tenants.values()))
         yield tenants
+
+
+_PROBE: Final = """
+import ctypes, sys
+try:
+    cuda = ctypes.CDLL("libcuda.so.1")
+except OSError:
+    sys.exit(0)  # it is found in other ways, or the workers will say so
+device, context = ctypes.c_int(), ctypes.c_void_p()
+code = (
+    cuda.cuInit(0)
+    or cuda.cuDeviceGet(ctypes.byref(device), 0)
+    or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+)
+print(code)
+"""
+
+
+async def _probe_mps(pipes: str) -> None:
+    """See that the daemon takes clients, before workers wait for it in vain. Raises
+    NotMeasuredError."""
+
+    def probe() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            env={**os.environ, "CUDA_MPS_PIPE_DIRECTORY": pipes},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=PROBE_S,
+            check=False,
+        )
+        return done.stdout.strip()
+
+    try:
+        code = await asyncio.to_thread(probe)
+    except subprocess.TimeoutExpired:
+        raise NotMeasuredError(f"MPS let no client in within {PROBE_S:g} s") from None
+    if code not in ("", "0"):
+        raise NotMeasuredError(f"MPS let no client in: CUDA error {code}")
 
 
 def _thread_group(

@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -245,6 +246,7 @@ def machine() -> dict[str, Any]:
     return found
 
 
+@cache
 def _cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -254,6 +256,7 @@ def _cpu_name() -> str:
     return found[1].strip() if found else platform.processor()
 
 
+@cache  # NVML takes its time, and a report is kept many times
 def _gpus() -> list[dict[str, Any]]:
     try:
         import pynvml

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -85,6 +87,37 @@ def test_an_interrupted_run_leaves_no_server_behind(tmp_path: Path) -> None:
         assert process.wait(60) == 143
         _, alive = psutil.wait_procs(descendants, timeout=10)
         assert not alive
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def test_what_was_measured_before_the_end_is_kept(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "bench", "isolation", "--smoke", "--device", "cpu"),
+            *("--out", str(tmp_path), "--cache", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+
+        def rows() -> list[Any]:
+            for path in tmp_path.glob("isolation-*.json"):
+                with contextlib.suppress(ValueError):  # it is being written
+                    found: list[Any] = json.loads(path.read_text())["rows"]
+                    return found
+            return []
+
+        assert until(rows, 50, "a first measurement")
+        process.terminate()
+        assert process.wait(60) == 143
+        [path] = tmp_path.glob("isolation-*.json")
+        document = json.loads(path.read_text())
+        assert document["rows"]
+        assert not document["complete"]
     finally:
         process.kill()
         process.wait(10)

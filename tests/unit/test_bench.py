@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 from bench import drawing, page
+from bench import isolation as iso
 from bench.load import Answer, Measured
 from bench.recovery import Good, HealthLog, outage
 from bench.report import COLUMNS, RESULTS, Report, Row, shown_columns
 from bench.stats import Summary, percentile, ratio
 from hypothesis import given
 from hypothesis import strategies as st
+
+from facelane_server.domain import Stage
 
 floats = st.floats(-1e6, 1e6)
 
@@ -160,6 +163,31 @@ class TestPage:
             assert path.name.startswith(f"{document['bench']}-{document['machine']['name']}-")
             for row in document["rows"]:
                 assert set(COLUMNS) <= set(row), path.name
+
+
+class TestIsolation:
+    @staticmethod
+    def found(p99_ms: float, throughput_per_s: float) -> iso.Found:
+        """Beside a neighbour under MPS with shares; alone it is 2 ms and 100 a second."""
+        found = iso.Found()
+        for deployment, p99, throughput in (
+            (iso.ALONE, 2.0, 100.0),
+            (iso.MPS_SHARES, p99_ms, throughput_per_s),
+        ):
+            found.add(deployment, iso.NOISY, Stage.RECOGNIZER, {"p99_ms": p99})
+            found.add(deployment, iso.NOISY, Stage.DETECTOR, {"throughput_per_s": throughput})
+        return found
+
+    def test_ratios_are_to_what_each_has_alone(self) -> None:
+        assert iso.noisy_ratios(self.found(3.0, 60.0), iso.MPS_SHARES) == (1.5, 0.6)
+
+    def test_another_share_is_tried_only_where_it_can_help(self) -> None:
+        now = iso.SHARES[Stage.DETECTOR]
+        assert iso.another_share(self.found(3.0, 60.0)) == 0  # both bounds are kept
+        assert 0 < iso.another_share(self.found(4.0, 60.0)) < now
+        assert now < iso.another_share(self.found(3.0, 50.0)) < 100
+        assert iso.another_share(self.found(4.0, 50.0)) == 0  # neither direction mends both
+        assert iso.another_share(iso.Found()) == 0
 
 
 class TestDrawing:
