@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -56,6 +57,9 @@ def test_measures_of_verification() -> None:
     _, accepted, rejected = measures.error_curve(GENUINE, IMPOSTOR)
     assert np.all(np.diff(accepted) <= 0)
     assert np.all(np.diff(rejected) >= 0)
+    # From where everybody passes to where hardly anybody does.
+    assert (accepted[0], rejected[0]) == (1.0, 0.0)
+    assert (accepted[-1], rejected[-1]) == (0.0, 0.75)
 
 
 def test_pairs_are_capped_and_right() -> None:
@@ -345,3 +349,68 @@ def test_plots_without_matplotlib_say_what_is_missing(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(FacelaneError, match=r"facelane\[evaluate\]"):
         evaluate(Catalog().resolve("facelane-detector"), tmp_path, tmp_path / "out")
+
+
+def test_an_onnx_recognizer_is_brought_as_the_manual_says(tmp_path: Path) -> None:
+    """Import, switch the norm on, take what the report suggests, record the answers."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    rng = np.random.default_rng(7)
+    pooled = 3 * 7 * 7
+    weights = rng.normal(size=(pooled, 32)).astype(np.float32)
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node(
+                "AveragePool", ["x"], ["p"], kernel_shape=[16, 16], strides=[16, 16]
+            ),
+            onnx.helper.make_node("Flatten", ["p"], ["f"]),
+            onnx.helper.make_node("MatMul", ["f", "w"], ["y"]),
+        ],
+        "blocks",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 112, 112])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 32])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    opset = [onnx.helper.make_opsetid("", 13)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "b.onnx")
+    for who in range(8):
+        base = rng.normal(128, rng.uniform(30, 70), (7, 7, 3))
+        for number in range(6):
+            noisy = (base + rng.normal(0, 12, base.shape)).clip(0, 255).astype(np.uint8)
+            chip = cv2.resize(noisy, (112, 112), interpolation=cv2.INTER_NEAREST)
+            write(tmp_path / "data" / str(who) / f"{number}.png", chip)
+    models = tmp_path / "models"
+    runner = CliRunner()
+
+    def run(*arguments: str) -> str:
+        result = runner.invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def measured() -> dict[str, Any]:
+        place = ["-d", str(models), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "o")]
+        text = run("evaluate", "mine", *place, "--aligned", "--no-plots", "--json")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    run(
+        "import", str(tmp_path / "b.onnx"), "--recipe", "onnx-recognizer", "--name", "mine",
+        "--into", str(models),
+    )  # fmt: skip
+    manifest = models / "mine" / "model.toml"
+    text = manifest.read_text().replace("embedding_dim = 512", "embedding_dim = 32")
+    manifest.write_text(text)
+    assert "trusted" in measured()["ood"]["source"]
+    plain = '[ood]\nsource = "none"'
+    assert plain in text
+    wide = '[ood]\nsource = "norm"\ncenter = {}\nscale = {}'
+    manifest.write_text(text.replace(plain, wide.format(0.0, 100.0)))
+    suggested = measured()["ood"]["suggested"]
+    fitted = wide.format(suggested["ood.center"], suggested["ood.scale"])
+    manifest.write_text(text.replace(plain, fitted))
+    calibrated = measured()["ood"]
+    assert calibrated["quantiles"]["0.5"] == pytest.approx(0.9, abs=0.02)
+    assert calibrated["quantiles"]["0.02"] == pytest.approx(0.4, abs=0.02)
+    assert calibrated["under_threshold"] <= 0.05
+    checks = json.loads(run("verify", "mine", "-d", str(models), "--record", "--json"))
+    assert checks["results"][0]["checks"][-1]["name"] == "reference"

@@ -143,12 +143,15 @@ def threshold_at_far(impostor: F64, far: float) -> float:
 
 
 def error_curve(genuine: F64, impostor: F64, points: int = 400) -> tuple[F64, F64, F64]:
-    """(threshold, false accept rate, false reject rate), FAR falling, at most ``points``.
+    """(threshold, false accept rate, false reject rate), FAR falling.
 
-    The thresholds are spread evenly over the logarithm of the FAR, where its tail matters.
+    ``points`` thresholds are spread evenly over the logarithm of the FAR, where its tail
+    matters, and as many over the genuine scores, where the impostors have ended.
     """
     far = np.geomspace(1.0, 1.0 / max(2, len(impostor)), points)
-    thresholds = np.unique([threshold_at_far(impostor, f) for f in far])
+    ends = np.quantile(genuine, np.linspace(0, 1, points))
+    lowest = min(float(genuine.min()), float(impostor.min()))
+    thresholds = np.unique([lowest, *(threshold_at_far(impostor, f) for f in far), *ends])
     accepted = 1 - np.searchsorted(np.sort(impostor), thresholds, "left") / len(impostor)
     rejected = np.searchsorted(np.sort(genuine), thresholds, "left") / len(genuine)
     return thresholds, accepted, rejected
