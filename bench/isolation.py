@@ -582,6 +582,8 @@ def _rows(report: Report, found: Found, packages: Mapping[Stage, Package], rate:
 
 def _aims(report: Report, found: Found) -> None:
     rec = Stage.RECOGNIZER
+    if (ALONE, PACED, rec) not in found.answers:
+        return  # nothing to compare with, or not yet
     report.aim(
         "recogniser alone, p50 ms:", found.value(ALONE, SATURATED, rec, "p50_ms"), 2.6, at_most=True
     )
