@@ -209,7 +209,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             lane.finish()
             totals = lane.totals
             assert totals.received == totals.results + totals.drops + totals.errors
-            await context.write(_summary(totals))
+            await self._say(context, _summary(totals))
             if stream.stop.is_set():
                 raise FacelaneError(
                     Reason.DRAINING, "the server is shutting down; reconnect", retryable=True
@@ -217,10 +217,12 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # Before anything is awaited: a client that vanishes now cancels this very task,
+            # and a lane that stayed behind would hold its place for ever.
             lane.abort()
             lane.finish()
             self._lanes.remove(lane)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _open(self, context: Context) -> Lane:
         try:
@@ -255,7 +257,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             models=self._models(),
             server_version=self._version,
         )
-        await context.write(pb.AnalyzeStreamResponse(opened=opened))
+        await self._say(context, pb.AnalyzeStreamResponse(opened=opened))
         return lane
 
     async def _read(self, context: Context, lane: Lane) -> None:
@@ -299,15 +301,26 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                     if error.args != (_Patience.LOST,):
                         raise
                     task.uncancel()
-                    raise FacelaneError(
-                        Reason.SLOW_READER,
-                        f"no outcome could be written for {self._config.limits.slow_reader_s:g} s; "
-                        "read the outcomes while sending frames",
-                    ) from None
+                    raise self._unread() from None
                 finally:
                     patience.end()
                 if isinstance(item, Outcome):
                     lane.written()
+
+    async def _say(self, context: Context, message: pb.AnalyzeStreamResponse) -> None:
+        """Writes what is said once a stream. Raises ``FacelaneError(SLOW_READER)``."""
+        try:
+            async with asyncio.timeout(self._config.limits.slow_reader_s):
+                await context.write(message)
+        except TimeoutError:
+            raise self._unread() from None
+
+    def _unread(self) -> FacelaneError:
+        return FacelaneError(
+            Reason.SLOW_READER,
+            f"nothing could be written for {self._config.limits.slow_reader_s:g} s; read the "
+            "outcomes while sending frames",
+        )
 
     # -- single pictures -------------------------------------------------------------------
 
