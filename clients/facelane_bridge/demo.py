@@ -5,7 +5,8 @@ renders a clip that has what real cameras have (motion, blur, darkness, occlusio
 held into the picture), streams it through the bridge, shows what is recognised, judges it
 against the clip's script, and ends with one JSON line. Exit code 0 only when every frame
 has its outcome, both people were named in the clear and nobody was named in the blur or
-the dark. The server is stopped whatever happens.
+the dark; 130 when it is interrupted. The server is stopped whatever happens, also when
+the demo is killed.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import facelane
+from facelane_bridge.tether import tethered
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_CANNOT = 2
+EXIT_INTERRUPTED = 130
 SERVING_TIMEOUT = 180.0
 STOP_TIMEOUT = 20.0
+COMMAND_TIMEOUT = 120.0
 STAGES = ("detector", "recognizer", "liveness")
 # What is imported where no starter model is shipped: recipe and files of each stage.
 PUBLIC_MODELS = {
@@ -54,42 +56,79 @@ class DemoError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; gives the exit code."""
+    """Run the demo; gives the exit code. Takes SIGINT, SIGTERM and SIGHUP over for good."""
     parser = argparse.ArgumentParser(
         prog="python -m facelane_bridge.demo", description="Faces from a synthetic camera."
     )
     parser.add_argument("--keep", action="store_true", help="keep the demo's folder")
     parser.add_argument("--folder", type=Path, help="use this folder (it is kept)")
     arguments = parser.parse_args(argv)
+    interruption = _Interruption()
     try:
         from rich.console import Console
 
+        import facelane
         from facelane_bridge import demo_clip
     except ImportError as error:
         print(f"the demo needs {error.name}: pip install 'facelane[demo]'", file=sys.stderr)
         return EXIT_CANNOT
     # Logs and pipes have no width of their own; the table needs this much.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    signal.signal(signal.SIGTERM, _interrupt)
     with contextlib.ExitStack() as stack:
         folder = _folder(arguments.folder, keep=arguments.keep, stack=stack)
         try:
-            return asyncio.run(_Demo(console, folder).run())
+            return asyncio.run(interruption.cancelling(_Demo(console, folder).run()))
+        except asyncio.CancelledError:
+            return EXIT_INTERRUPTED
         except (DemoError, demo_clip.MissingPhotoError) as error:
+            if interruption.happened:  # and failed for it: Ctrl-C goes to the commands too
+                return EXIT_INTERRUPTED
             console.print(f"demo: {error}", markup=False, soft_wrap=True)
             return EXIT_CANNOT
         except facelane.FacelaneError as error:
+            if interruption.happened:
+                return EXIT_INTERRUPTED
             console.print(f"demo: {error}", markup=False, soft_wrap=True)
             return EXIT_FAILED
-        except KeyboardInterrupt:
-            return 130
         finally:
             if arguments.keep or arguments.folder:
                 console.print(f"kept: {folder}", markup=False)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+class _Interruption:
+    """Signals that end the demo, as one cancelled task instead of an exception.
+
+    An exception raised by a signal handler comes up wherever the main thread is at that
+    moment. Where that is grpc.aio's first initialisation, the half-made state it leaves is
+    taken for a whole one by its own clean-up, and the process dies of SIGSEGV with the
+    server running. So the handlers raise nothing, from here to the end of the process;
+    what comes after the first signal is ignored, for the demo is stopping in bounded time.
+    """
+
+    def __init__(self) -> None:
+        self.happened = False
+        self._cancel: Callable[[], object] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and sh with &
+                signal.signal(number, self._note)
+
+    async def cancelling(self, work: Coroutine[Any, Any, int]) -> int:
+        """What ``work`` gives. Raises ``CancelledError`` when it was interrupted."""
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(work)
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        if self.happened:  # while modules were imported
+            task.cancel()
+        try:
+            return await task
+        finally:
+            self._cancel = None
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if not self.happened:
+            self.happened = True
+            if self._cancel is not None:
+                self._cancel()
 
 
 def _folder(given: Path | None, *, keep: bool, stack: contextlib.ExitStack) -> Path:
@@ -113,7 +152,7 @@ class _Demo:
 
         begun = time.monotonic()
         demo_clip.photos()  # before anything is started
-        models = self._models()
+        models = await self._models()
         with _Server(self._folder, models) as server:
             # The clip is rendered while the models load.
             clip = await self._with_server(server)
@@ -138,9 +177,9 @@ class _Demo:
 
     # --- models and server ---
 
-    def _models(self) -> dict[str, str]:
+    async def _models(self) -> dict[str, str]:
         """Package folder of each stage: the starter models, else imported public ones."""
-        listed = json.loads(_server_command("models", "list", "--json"))
+        listed = json.loads(await _server_command("models", "list", "--json"))
         shipped = {
             package["task"]: package["folder"]
             for package in listed["packages"]
@@ -164,19 +203,19 @@ class _Demo:
         )
         packages = self._folder / "models"
 
-        def fetch(stage: str) -> None:
+        async def fetch(stage: str) -> None:
             recipe, files = PUBLIC_MODELS[stage]
-            _server_command(
+            await _server_command(
                 "models", "import", "--recipe", recipe, "--name", f"public-{stage}",
                 "--into", str(packages), "--replace", *(str(shared / file) for file in files),
             )  # fmt: skip
 
-        with ThreadPoolExecutor(len(STAGES)) as pool:
-            list(pool.map(fetch, missing))
+        await asyncio.gather(*map(fetch, missing))
         return {stage: shipped.get(stage, str(packages / f"public-{stage}")) for stage in STAGES}
 
     async def _with_server(self, server: _Server) -> Path:
         """The rendered clip, with the server SERVING and both people enrolled."""
+        import facelane
         from facelane_bridge import demo_clip
 
         cancelled = threading.Event()
@@ -247,23 +286,28 @@ def _quiet_logs() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
 
-def _server_command(*arguments: str) -> str:
+async def _server_command(*arguments: str) -> str:
     """Output of a ``facelane-server`` command. Raises ``DemoError``."""
+    process = await asyncio.create_subprocess_exec(
+        *tethered(sys.executable, "-m", "facelane_server", *arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "facelane_server", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        async with asyncio.timeout(COMMAND_TIMEOUT):
+            out, err = await process.communicate()
+    except TimeoutError:
         raise DemoError(f"`facelane-server {' '.join(arguments[:2])}` does not answer") from None
-    if done.returncode != 0:
-        raise DemoError(
-            f"`facelane-server {' '.join(arguments[:2])}` failed: {done.stderr.strip()[-2000:]}"
-        )
-    return done.stdout
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        said = err.decode(errors="replace").strip()[-2000:]
+        raise DemoError(f"`facelane-server {' '.join(arguments[:2])}` failed: {said}")
+    return out.decode()
 
 
 def _public_models() -> Path | None:
@@ -300,7 +344,9 @@ class _Server:
     def __enter__(self) -> Self:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "facelane_server", "run", "--config", str(self._config)],
+                tethered(
+                    sys.executable, "-m", "facelane_server", "run", "--config", str(self._config)
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

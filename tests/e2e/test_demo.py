@@ -14,9 +14,9 @@ import pytest
 from tests.waiting import until
 
 
-def demo(tmp_path: Path) -> subprocess.Popen[str]:
+def demo(tmp_path: Path, *command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "facelane_bridge.demo"],
+        [sys.executable, *(command or ("-m", "facelane_bridge.demo"))],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -64,3 +64,54 @@ def test_an_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
     assert list(tmp_path.iterdir()) == []
+
+
+# A signal in the middle of grpc.aio's first initialisation: an exception raised there by the
+# signal's handler makes the process crash, with the server running.
+INTERRUPTED_INSIDE_GRPC = """\
+import os, signal, socket, sys
+from facelane_bridge.demo import main
+original = socket.socketpair
+
+def socketpair(*arguments):
+    if "grpc" in sys._getframe(1).f_code.co_filename:
+        socket.socketpair = original
+        print("inside", flush=True)
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    return original(*arguments)
+
+socket.socketpair = socketpair
+sys.exit(main([]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_inside_grpc_is_an_interrupt(tmp_path: Path, number: str) -> None:
+    process = demo(tmp_path, "-c", INTERRUPTED_INSIDE_GRPC, number)
+    try:
+        out, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert "inside" in out.splitlines()
+    assert process.returncode == 130, err
+    assert err == ""
+    assert servers_in(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_killed_demo_takes_its_server_along(tmp_path: Path) -> None:
+    process = demo(tmp_path)
+    try:
+        server = until(lambda: servers_in(tmp_path), 60, "the server starts")[0]
+        until(lambda: server.children(recursive=True), 60, "its workers start")
+        family = [server, *server.children(recursive=True)]
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
