@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Many tests wait for processes: two at a time keep two cores busy. One file is one worker's.
+TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .PHONY: help setup demo test lint faults soak protos bench wheel install-systemd clean
@@ -24,7 +26,7 @@ demo: setup ## faces recognised from a synthetic camera, live on this terminal
 	@$(BIN)/python -m facelane_bridge.demo
 
 test: setup lint ## lint, then all tests with branch coverage
-	@$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy --strict, the import rules
 	@$(BIN)/ruff check .

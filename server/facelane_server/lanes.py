@@ -651,9 +651,10 @@ class Lane:
             # its pool is gone, a photo held before a known face would inherit both verdicts.
             if Stage.RECOGNIZER in missing and not (evidence and evidence.recognized):
                 identity, ood_score = Identity(Decision.NOT_EVALUATED), None
-            if Stage.LIVENESS in missing and liveness.verdict is LivenessVerdict.LIVE:
-                if evidence is None or evidence.live_score is None:
-                    liveness = Liveness(LivenessVerdict.UNDECIDED)
+            judged = evidence is not None and evidence.live_score is not None
+            if Stage.LIVENESS in missing and not judged:
+                if_live = liveness.verdict is LivenessVerdict.LIVE
+                liveness = Liveness(LivenessVerdict.UNDECIDED) if if_live else liveness
             if identity.subject_id and self._named.get(look.track_id) != identity.subject_id:
                 self._named[look.track_id] = identity.subject_id
                 self._observer.track_decided(self, look.track_id, identity, liveness, ood_score)
