@@ -2,7 +2,8 @@
 
 Exit codes: 0 all cameras came to their end or were told to stop; 1 a fault of the bridge;
 2 wrong usage or configuration; 3 a camera failed for good; 4 the server could not be
-reached or refused; 5 whoever read standard output has gone.
+reached or refused; 5 whoever read standard output has gone; 130 interrupted before cameras
+ran, or while they were checked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ EXIT_USAGE = 2
 EXIT_CAMERA_FAILED = 3
 EXIT_SERVER = 4
 EXIT_OUTPUT_CLOSED = 5
+EXIT_INTERRUPTED = 130
 
 DESCRIPTION = """\
 Streams cameras into a facelane server and writes what it sees to standard output, one
@@ -35,6 +38,7 @@ exit codes:
   3  a camera failed for good (wrong credentials, no such file)
   4  the server could not be reached or refused
   5  whoever read standard output has gone
+  130  interrupted before cameras ran, or while they were checked
 """
 
 
@@ -62,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"facelane-bridge: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,7 +197,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="check") as pool:
-        results: list[CheckResult] = list(pool.map(check_camera, settings.cameras))
+        try:
+            results: list[CheckResult] = list(pool.map(check_camera, settings.cameras))
+        except KeyboardInterrupt:
+            # A driver that waits for a camera cannot be told to stop, and every other way
+            # out waits for the pool's threads. They hold sockets, which the kernel closes.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_INTERRUPTED)
     for result in results:
         print(describe_check(result), flush=True)
     code = EXIT_CAMERA_FAILED if any(result.error for result in results) else EXIT_OK
