@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
+_INTERRUPTED = 130
 _EXTRA = frozenset({"typer", "rich", "cv2", "av", "numpy"})
 
 
@@ -21,3 +23,12 @@ def main() -> None:
             f"facelane: {missing} is not installed: run  pip install 'facelane[cli]'\n"
         )
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            # Threads may be inside of gRPC or FFmpeg, where nothing can stop them; to tear the
+            # interpreter down around them ends in a crash now and then.
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+            os._exit(_INTERRUPTED)
+        raise
