@@ -502,10 +502,10 @@ def test_a_shown_name_was_confirmed_lately_and_nobody_else_matched_since(
         if said.decision is not Decision.MATCH:
             assert said.subject_id == ""
             continue
-        own = [t for t, i in answers if i.subject_id == said.subject_id]
+        own = [k for k, (_, i) in enumerate(answers) if i.subject_id == said.subject_id]
         assert own, "a name out of nothing"
-        assert now - own[-1] <= 2 * PARAMS.interval_ns
-        since = [i for t, i in answers[[t for t, _ in answers].index(own[-1]) :]]
+        assert now - answers[own[-1]][0] <= 2 * PARAMS.interval_ns
+        since = [i for _, i in answers[own[-1] :]]
         others = {i.subject_id for i in since if i.decision is Decision.MATCH}
         assert others == {said.subject_id}
 
