@@ -86,10 +86,17 @@ class Models:
         return f"{self.name}: {', '.join(p.model_id for p in self.packages.values())}"
 
 
-def null_models() -> Models:
-    """Models that compute nothing: what is left is the service's own cost."""
+def null_models(*, decoding: bool = True) -> Models:
+    """Models that compute nothing: what is left is the service's own cost.
+
+    Without ``decoding`` the detector does not even look at the pictures, and what is left
+    is transport, scheduling and the processes.
+    """
     catalog = Catalog()
-    return Models({s: catalog.resolve(f"null-{s}") for s in Stage}, "null")
+    packages = {s: catalog.resolve(f"null-{s}") for s in Stage}
+    if not decoding:
+        packages[Stage.DETECTOR] = catalog.resolve("null-detector-blind")
+    return Models(packages, "null")
 
 
 def real_models(cache_folder: Path) -> Models:
