@@ -76,7 +76,7 @@ async def run(settings: Settings) -> Report:
         else material.make_frames(settings.sized(48, 6), 640, 480, [1])
     )
     count = settings.sized(400, 16)
-    rounds = settings.sized(3, 1)
+    rounds = settings.sized(2, 1)
     seconds = settings.lasting(10.0, 1.0)
     saturated: dict[str, list[Summary]] = {name: [] for name in (*BASELINES, "facelane")}
     memory: dict[str, float] = {}
