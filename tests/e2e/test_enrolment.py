@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
+import matplotlib as mpl
 import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
@@ -46,12 +48,36 @@ def test_two_faces(start: Start, tmp_path: Path) -> None:
         assert refused.value.reason == "MULTIPLE_FACES"
 
 
-def test_faces_that_nobody_should_be_enrolled_with(start: Start) -> None:
+SHIPPED = "".join(
+    f'[pools.{stage}]\nmodel = "facelane-{stage}"\n'
+    for stage in ("detector", "recognizer", "liveness")
+)
+
+
+def test_a_blurred_face_is_refused_and_the_sharp_one_is_not(start: Start) -> None:
+    portrait = cv2.imread(str(Path(mpl.get_data_path()) / "sample_data/grace_hopper.jpg"))
+
+    def blurred(sigma: float) -> facelane.Picture:
+        picture = cv2.GaussianBlur(portrait, (0, 0), sigma) if sigma else portrait
+        return facelane.Picture.encoded(cv2.imencode(".png", picture)[1].tobytes())
+
+    server = start(SHIPPED)
+    with server.client() as client:
+        with pytest.raises(facelane.EnrollmentRefusedError) as refused:
+            # Sharp enough to be found, and not to be recognised by.
+            client.enroll("who", blurred(8.0), allow_multiple_faces=True, skip_liveness=True)
+        assert refused.value.reason == "OOD_REJECTED"
+        assert float(refused.value.metadata["ood_score"]) < 0.4
+        assert list(client.list_subjects()) == []
+        client.enroll("who", blurred(0.0), allow_multiple_faces=True, skip_liveness=True)
+
+
+def test_a_score_at_its_threshold_passes(start: Start) -> None:
     server = start(
         extra="[identity]\nood_threshold = 1.0\nlive_threshold = 1.0\nspoof_threshold = 1.0"
     )
     with server.client() as client:
-        # The null models trust every face fully: at thresholds of one they still pass.
+        # The null models trust every face fully.
         assert client.enroll("sure", wire.picture()).face.liveness.verdict == "LIVE"
 
 
