@@ -80,6 +80,18 @@ class ManualClock:
         self._now = end
         await settle()
 
+    def leap(self, milliseconds: float) -> None:
+        """The process stood still: all that is due runs at once, late, and before anything
+        that came meanwhile is read."""
+        self._now += int(milliseconds * 1e6)
+        due = [heapq.heappop(self._timers)[2] for _ in list(self._timers) if self._is_due()]
+        for timer in due:
+            if not timer.cancelled:
+                timer.callback()
+
+    def _is_due(self) -> bool:
+        return bool(self._timers) and self._timers[0][0] <= self._now
+
 
 async def settle(turns: int = 12) -> None:
     """Let the loop run until nothing is left to do that does not wait for the test."""

@@ -440,6 +440,35 @@ async def test_the_second_job_is_timed_from_when_it_is_first() -> None:
         assert b.workers[0].signals != []
 
 
+async def test_an_answer_that_came_while_this_process_stood_still_is_no_hang() -> None:
+    async with bench(job_timeout_ms=100, batch_max=1) as b:
+        await b.ready()
+        task = b.submit(age_ms=90_000)
+        await b.turn()
+        b.workers[0].answer()
+        b.clock.leap(10_000)
+        await b.turn()
+        assert task.future.result() == LivenessAnswer(1.0)
+        assert b.workers[0].signals == []
+        b.submit(age_ms=90_000)
+        await b.turn()
+        b.clock.leap(10_000)
+        await b.clock.advance(26)
+        assert b.workers[0].signals != [], "one that is silent still is"
+
+
+async def test_a_pong_that_came_while_this_process_stood_still_is_no_hang() -> None:
+    async with bench(ping_interval_s=1.0, job_timeout_ms=500, canary_interval_s=1000.0) as b:
+        await b.ready()
+        b.clock.leap(1001)  # a ping is sent
+        b.clock.leap(30_000)
+        await b.turn()
+        assert b.pool.state is PoolState.SERVING
+        b.workers[0].answers_pings = False
+        await b.clock.advance(3000)
+        assert b.pool.info().workers[0].last_loss == "HUNG"
+
+
 async def test_no_pong_means_a_hung_worker() -> None:
     async with bench(ping_interval_s=1.0, job_timeout_ms=500, canary_interval_s=1000.0) as b:
         await b.ready()

@@ -214,6 +214,12 @@ class ReadyWorker:
         with contextlib.suppress(ChannelError):  # end of file tells
             self._channel.send(Ping(self._pings))
 
+    def wait_anew(self, now_ns: int) -> None:
+        """For the pong and the snapshot that are awaited, if any: as if sent now."""
+        if self.ping_sent_ns:
+            self.ping_sent_ns = now_ns
+        self.gallery_sent_ns = now_ns
+
     def publish(self, snapshot: GallerySnapshot, descriptors: list[int], now_ns: int) -> None:
         """``snapshot`` without its table, which is in the second descriptor (see
         ``gallery_table``). Raises ChannelClosed."""

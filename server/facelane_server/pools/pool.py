@@ -252,6 +252,7 @@ class Pool:
             drain_timeout_s=max(2 * settings.job_timeout_ms / 1000, 1.0),
         )
         self._job_timeout_ns = settings.job_timeout_ms * _MS
+        self._last_quarter_ns = self._job_timeout_ns // 4
         self._queue = FairQueue()
         self._codec = self._codec_for(package)
         self._members: list[_Member] = []
@@ -270,6 +271,7 @@ class Pool:
         self._deadline_timer: Timer | None = None
         self._deadline_at = 0
         self._tick_timer: Timer | None = None
+        self._ticked_ns = 0
         self._progress: set[asyncio.Future[None]] = set()
         self._reloading = asyncio.Lock()
         self._completed = 0
@@ -641,32 +643,53 @@ class Pool:
 
     def _watch(self, member: _Member) -> None:
         """See that the first job in flight ends in time. One timer a worker, which finds out
-        when it fires whether there is a newer first job to wait for."""
+        when it fires whether there is a newer first job to wait for. The last quarter of the
+        time is always waited for: if this process itself stood still (a paused machine), the
+        clock leaps, and the answers that came meanwhile are read only after the timers."""
         if member.hang_timer is None:
             job = _jobs_of(member)[0]
             member.hang_timer = self._clock.call_at(
-                job.started_ns + self._job_timeout_ns, lambda: self._hang_check(member)
+                job.started_ns + self._job_timeout_ns - self._last_quarter_ns,
+                lambda: self._hang_check(member),
             )
 
     def _hang_check(self, member: _Member) -> None:
         member.hang_timer = None
         if member.ready is None or not member.ready.jobs:
             return
-        if self._clock.now_ns() - member.ready.jobs[0].started_ns >= self._job_timeout_ns:
+        job, now = member.ready.jobs[0], self._clock.now_ns()
+        if now - job.started_ns < self._job_timeout_ns - self._last_quarter_ns:
+            self._watch(member)
+            return
+        member.hang_timer = self._clock.call_at(
+            max(job.started_ns + self._job_timeout_ns, now + self._last_quarter_ns),
+            lambda: self._hang_verdict(member, job),
+        )
+
+    def _hang_verdict(self, member: _Member, job: Job) -> None:
+        member.hang_timer = None
+        if member.ready is None or not member.ready.jobs:
+            return
+        if member.ready.jobs[0] is job:
             self._lost(member, WorkerLostError("HUNG", "a job exceeded job_timeout_ms"))
         else:
             self._watch(member)
 
     def _tick(self) -> None:
         """Ping idle workers, and have them infer now and then."""
-        self._tick_timer = self._clock.call_at(
-            self._clock.now_ns() + int(self._settings.ping_interval_s * _S), self._tick
-        )
+        interval = int(self._settings.ping_interval_s * _S)
         now = self._clock.now_ns()
+        # If this process stood still (a paused machine), what it waits for may have come, and
+        # is read after this.
+        stood_still = now - self._ticked_ns > 2 * interval
+        self._ticked_ns = now
+        self._tick_timer = self._clock.call_at(now + interval, self._tick)
         for member in [*self._members, *self._warming]:
             ready = member.ready
             if ready is None or not member.joined:
                 continue
+            if stood_still:
+                ready.wait_anew(now)
             if self._is_gallery_late(ready, now):
                 self._lost(member, WorkerLostError("GALLERY_STALE"))
                 continue
@@ -1024,9 +1047,7 @@ class Pool:
         ]
         for member in self._members:
             self._begin_life(member)
-        self._tick_timer = self._clock.call_at(
-            self._clock.now_ns() + int(self._settings.ping_interval_s * _S), self._tick
-        )
+        self._tick()
 
     async def wait_ready(self, timeout: float) -> bool:
         """Until some worker serves; False when none did in time."""
