@@ -39,7 +39,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Benchmarks of facelane. Without names: those for a CPU.",
-        epilog=f"benchmarks:\n{listing}\n\nA NAME may be NAME:PART, for instance overhead:null.",
+        epilog=f"benchmarks:\n{listing}\n\nA NAME may be NAME:PART, for instance overhead:null; "
+        "a part has a result of its own.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
@@ -57,27 +58,30 @@ def main() -> int:
     args = parser.parse_args()
     # As an exception, so that servers and workers are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    chosen: dict[str, list[str]] = {}
+    chosen: list[tuple[str, str]] = []
     for item in args.names or CPU:
         name, _, part = item.partition(":")
         if name not in ABOUT:
             parser.error(f"no benchmark is called {name}; there are: {', '.join(ABOUT)}")
-        chosen.setdefault(name, [])
-        if part:
-            chosen[name].append(part)
+        chosen.append((name, part))
     console = Console(width=None if sys.stdout.isatty() else 160)
     failed = []
-    for name, parts in chosen.items():
+    for name, part in chosen:
+
+        def keep(report: Report, part: str = part) -> Path:
+            report.part = part
+            return report.write(args.out, command_line())
+
         settings = Settings(
             smoke=args.smoke,
             device=args.device or ("cuda:0" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"),
             cache=args.cache,
             docs=args.docs or args.out,
             frames=args.frames,
-            only=tuple(parts),
-            keep=lambda report: report.write(args.out, command_line()),
+            only=(part,) if part else (),
+            keep=keep,
         )
-        console.print(f"[bold]{name}[/]: {ABOUT[name]}")
+        console.print(f"[bold]{name}[/]{f', {part}' * bool(part)}: {ABOUT[name]}")
         try:
             report: Report = asyncio.run(importlib.import_module(f"bench.{name}").run(settings))
         except MissingError as error:
@@ -90,7 +94,7 @@ def main() -> int:
             continue
         report.complete = True
         report.print(console)
-        console.print(f"  stored: {report.write(args.out, command_line())}\n", markup=False)
+        console.print(f"  stored: {keep(report)}\n", markup=False)
     if failed:
         console.print(f"not completed: {', '.join(failed)}", style="red")
     return 1 if failed else 0

@@ -3,13 +3,16 @@
 Deployments: every model alone; threads of one process; a process each; processes under
 MPS; under MPS with a share of the multiprocessors each. Scenarios: the pair (RTS
 recogniser IR-SE-64 with random weights, and a detector), the trio (liveness too), and a
-noisy neighbour (a paced recogniser beside a detector saturated with batches of 32).
+noisy neighbour (a paced recogniser beside a detector saturated with batches of 32). The
+neighbour is measured with several shares of the card, and the one that keeps both its
+bounds best is told as recommended.
 
 Every model has a tenant: a process that owns its pool and asks it for work, so that what
 is measured is the device, the worker's loop and the hop to it, and no tenant waits for
 another's Python. `--device cpu --smoke` runs the same code without MPS. A part is a
-deployment: `isolation:processes`. What fails or finds no more time is noted, and the rest
-is still measured.
+deployment, `isolation:processes`, or `isolation:neighbour`, the shares alone; each begins
+with the measurements alone that it is compared with. What fails or finds no more time is
+noted, and the rest is still measured.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -44,25 +47,31 @@ NOISY_BATCH: Final = 32
 BATCH: Final = {Stage.DETECTOR: NOISY_BATCH, Stage.RECOGNIZER: 1, Stage.LIVENESS: 1}
 NOISY_P99: Final = 1.6
 NOISY_THROUGHPUT: Final = 0.55
-SHARES: Final = {Stage.RECOGNIZER: 100, Stage.DETECTOR: 40, Stage.LIVENESS: 40}
-"""Percent of the multiprocessors: the one that must not wait may use all of them."""
+SHARES: Final = {Stage.RECOGNIZER: 100, Stage.DETECTOR: 64, Stage.LIVENESS: 40}
+"""Percent of the multiprocessors: the one that must not wait may use all of them. Together
+they may exceed 100: a share is a limit, and no reservation."""
+NEIGHBOUR_SHARES: Final = (50, 64, 80)
+"""Of the noisy neighbour. What it computes in a second goes with its share; what it leaves
+free is what keeps the other from waiting."""
 START_S: Final = 90.0
 PROBE_S: Final = 20.0
-BUDGET_S: Final = 225.0
+BUDGET_S: Final = 300.0
 """For all deployments together; what is not measured then is told as such."""
-SHORTEST_S: Final = 20.0
-"""What a deployment takes at least."""
-ALONE, THREADS, PROCESSES, MPS, MPS_SHARES = (
+SHORTEST_S: Final = 45.0
+"""What a deployment takes: with less left it is not begun."""
+ALONE, THREADS, PROCESSES, MPS, MPS_SHARES, NEIGHBOUR = (
     "alone",
     "threads",
     "processes",
     "mps",
     "mps with shares",
+    "neighbour",
 )
 ARTICLE: Final = {"alone": 15.2, "processes": 16.8, "threads": 18.3, "containers": 17.1}
 """The article's own table, on its card: milliseconds a recognition."""
 PAIR, TRIO, NOISY = "pair", "trio", "noisy neighbour"
 PACED, SATURATED = "paced", "saturated"
+_PIPES: Final = "CUDA_MPS_PIPE_DIRECTORY"
 _LEAD_S: Final = 0.4
 """From a command to the common start of all tenants."""
 _MARGIN_S: Final = 0.5
@@ -196,6 +205,35 @@ async def deployed(
         yield tenants
 
 
+async def one_daemon(stack: contextlib.AsyncExitStack) -> None:
+    """One MPS daemon for all tenants that are deployed until ``stack`` ends; they find it
+    through the environment. Raises NotMeasuredError."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="facelane-bench-"))
+    try:
+        daemon = await MpsDaemon.start(Path(folder))
+    except FacelaneError as error:
+        raise NotMeasuredError(error.message) from None
+    stack.push_async_callback(daemon.close)
+    before = os.environ.get(_PIPES)
+    os.environ[_PIPES] = str(daemon.pipe_directory)
+    if before is None:
+        stack.callback(os.environ.pop, _PIPES, None)
+    else:
+        stack.callback(os.environ.__setitem__, _PIPES, before)
+
+
+async def all_or_none(
+    *starting: Awaitable[dict[Stage, Tenant]],
+) -> list[dict[Stage, Tenant]]:
+    """Everything that is starting, once all of it is there or has failed; then the first
+    failure is raised, and nobody is left behind in the middle of a start."""
+    found = await asyncio.gather(*starting, return_exceptions=True)
+    for tenants in found:
+        if isinstance(tenants, BaseException):
+            raise tenants
+    return [tenants for tenants in found if not isinstance(tenants, BaseException)]
+
+
 _PROBE: Final = """
 import ctypes, sys
 try:
@@ -306,8 +344,12 @@ class Load:
     def paced(self, start_at: float, share: float = 1.0) -> Command:
         return Command(start_at, self.seconds * share, self.rate_hz)
 
-    def saturated(self, start_at: float, in_flight: int = 1) -> Command:
-        return Command(start_at, self.seconds * 0.4, 0.0, in_flight)
+    def saturated(self, start_at: float) -> Command:
+        return Command(start_at, self.seconds * 0.4, 0.0, 1)
+
+    def noise(self, start_at: float) -> Command:
+        """A batch computes, the next one waits."""
+        return Command(start_at, self.seconds + 2 * _MARGIN_S, 0.0, 2 * NOISY_BATCH)
 
 
 async def run(settings: Settings) -> Report:
@@ -318,17 +360,29 @@ async def run(settings: Settings) -> Report:
         packages_for(settings),
         Load(PACE_HZ if on_card else 2.0, settings.lasting(8.0, 1.5)),
         report,
-        [PROCESSES, MPS_SHARES, THREADS, MPS] if on_card else [PROCESSES, THREADS],
     )
+    parts = [PROCESSES, MPS_SHARES, NEIGHBOUR, MPS, THREADS] if on_card else [PROCESSES, THREADS]
+    wanted = [part for part in parts if settings.wants(part.replace(" ", "-"))]
     if not on_card:
         bench.notes.append("mps: not run, it needs a CUDA device")
-    for deployment in list(bench.deployments):
-        if settings.wants(deployment.replace(" ", "-")):
-            await bench.attempt(deployment)
-    if on_card and settings.wants(MPS_SHARES.replace(" ", "-")):
-        share = another_share(bench.found)
-        if share:
-            await bench.other_share(share)
+    if not wanted:
+        raise material.MissingError(
+            f"isolation has no such part on {settings.device}; there are: "
+            + ", ".join(part.replace(" ", "-") for part in parts)
+        )
+    if wanted == [NEIGHBOUR]:
+        await bench.attempt(ALONE, bench.pair_alone())
+    else:
+        together = PROCESSES in wanted
+        await bench.attempt(PROCESSES if together else ALONE, bench.processes(together=together))
+    for deployment in wanted:
+        if deployment == NEIGHBOUR:
+            # Measured already: the share of the deployment with shares.
+            done = SHARES[Stage.DETECTOR] if MPS_SHARES in wanted else 0
+            shares = [share for share in NEIGHBOUR_SHARES if share != done]
+            await bench.attempt(NEIGHBOUR, bench.neighbours(shares))
+        elif deployment != PROCESSES:
+            await bench.attempt(deployment, bench.deployment(deployment))
     bench.conclude()
     return report
 
@@ -343,10 +397,8 @@ class _Bench:
         packages: Mapping[Stage, Package],
         load: Load,
         report: Report,
-        deployments: list[str],
     ) -> None:
         self.found = Found()
-        self.deployments = deployments
         self.notes: list[str] = []
         self._settings = settings
         self._packages = packages
@@ -354,31 +406,23 @@ class _Bench:
         self._report = report
         self._until = time.monotonic() + BUDGET_S
 
-    async def attempt(self, deployment: str) -> None:
-        """Measure a deployment. One that fails or finds no time must not lose the others."""
-        await self._bounded(
-            deployment,
-            self._processes() if deployment == PROCESSES else self._deployment(deployment),
-        )
-
-    async def other_share(self, share: int) -> None:
-        """The noisy neighbour again, with another share of the card for the neighbour."""
-        name = f"{MPS}, neighbour {share} %"
-        self.deployments.append(name)
-        await self._bounded(name, self._noisy_again(name, share))
-
-    async def _bounded(self, deployment: str, measuring: Coroutine[Any, Any, None]) -> None:
+    async def attempt(self, what: str, measuring: Coroutine[Any, Any, None]) -> None:
+        """Measure. What fails or finds no time must not lose the others."""
         left = self._until - time.monotonic()
         if left < SHORTEST_S:
             measuring.close()
-            self.notes.append(f"{deployment}: not measured, {max(0.0, left):.0f} s were left")
+            self.notes.append(f"{what}: not measured, {max(0.0, left):.0f} s were left")
             return
-        self._settings.say(f"{deployment}: starting")
+        self._settings.say(f"{what}: starting")
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(left) as limit:
                 await measuring
         except Exception as error:  # its failure must not lose the others
-            self.notes.append(f"{deployment}: {type(error).__name__}: {error}")
+            self.notes.append(
+                f"{what}: not all was measured, the time was up after {left:.0f} s"
+                if limit.expired()
+                else f"{what}: {type(error).__name__}: {error}"
+            )
             self._settings.say(self.notes[-1][:600])
         self.conclude()
 
@@ -393,7 +437,7 @@ class _Bench:
         name = "isolation-smoke.svg" if self._settings.smoke else "isolation.svg"
         path = self._settings.docs / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_draw(found, [ALONE, *self.deployments], rate))
+        path.write_text(_draw(found, rate))
         for text in self.notes:
             report.note(text)
         report.note(f"drawn: {path}")
@@ -405,7 +449,7 @@ class _Bench:
 
     # -- deployments ----------------------------------------------------------------------
 
-    async def _processes(self) -> None:
+    async def processes(self, *, together: bool) -> None:
         """Each alone, then all together: a tenant that is asked nothing leaves the card to the
         others, so the recogniser is alone on it first, and later beside idle ones."""
         recognizer = Stage.RECOGNIZER
@@ -415,17 +459,38 @@ class _Bench:
             async with self._deployed(PROCESSES, others) as more:
                 for tenant in more.values():
                     await self._alone(tenant)
-                await self._together({**tenants, **more}, PROCESSES)
+                if together:
+                    await self._together({**tenants, **more}, PROCESSES)
 
-    async def _deployment(self, deployment: str) -> None:
+    async def pair_alone(self) -> None:
+        """What the noisy neighbour is compared with, and nothing else."""
+        for stage in (Stage.RECOGNIZER, Stage.DETECTOR):
+            async with self._deployed(PROCESSES, [stage]) as tenants:
+                await self._warmed(tenants[stage])
+                await self._alone_for_noise(tenants[stage])
+
+    async def deployment(self, deployment: str) -> None:
         async with self._deployed(deployment, list(self._packages)) as tenants:
             await self._together(tenants, deployment)
 
-    async def _noisy_again(self, name: str, share: int) -> None:
-        special = {Stage.DETECTOR: {"sm_share": share}}
-        stages = [Stage.RECOGNIZER, Stage.DETECTOR]
-        async with self._deployed(MPS_SHARES, stages, special) as tenants:
-            await self._noisy(tenants, name)
+    async def neighbours(self, shares: Sequence[int]) -> None:
+        """The noisy neighbour with each of these shares: one recogniser, and a detector for
+        each, all clients of one daemon. Those that are asked nothing take nothing."""
+        async with contextlib.AsyncExitStack() as stack:
+            await one_daemon(stack)
+
+            def tenants(stage: Stage, share: int) -> Any:
+                special = {stage: {"sm_share": share}}
+                return stack.enter_async_context(self._deployed(MPS_SHARES, [stage], special))
+
+            started = await all_or_none(
+                tenants(Stage.RECOGNIZER, SHARES[Stage.RECOGNIZER]),
+                *(tenants(Stage.DETECTOR, share) for share in shares),
+            )
+            recognizer, *detectors = started
+            for share, detector in zip(shares, detectors, strict=True):
+                await self._warmed(detector[Stage.DETECTOR])
+                await self._noisy({**recognizer, **detector}, neighbour_name(share))
 
     @contextlib.asynccontextmanager
     async def _deployed(
@@ -447,17 +512,26 @@ class _Bench:
 
     async def _alone(self, tenant: Tenant) -> None:
         stage, load = tenant.stage, self._load
-        await tenant.ask(Command(time.monotonic() + _LEAD_S, 0.5, 0.0, 1))  # clocks rise
+        await self._warmed(tenant)
         await self._all_of(ALONE, SATURATED, {tenant: load.saturated(_soon())})
-        main = stage is Stage.RECOGNIZER
-        paced = load.paced(_soon(), 1.0 if main else 0.5)
-        await self._all_of(ALONE, PACED, {tenant: paced})
-        if main:
+        if stage is not Stage.RECOGNIZER:
+            await self._all_of(ALONE, PACED, {tenant: load.paced(_soon(), 0.5)})
+        if stage is not Stage.LIVENESS:
+            await self._alone_for_noise(tenant)
+
+    async def _warmed(self, tenant: Tenant) -> None:
+        """Clocks rise."""
+        await tenant.ask(Command(_soon(), 0.5, 0.0, 1))
+
+    async def _alone_for_noise(self, tenant: Tenant) -> None:
+        """The recogniser paced, the detector saturated, as long as beside each other."""
+        stage, load = tenant.stage, self._load
+        if stage is Stage.RECOGNIZER:
+            await self._all_of(ALONE, PACED, {tenant: load.paced(_soon())})
             for answer in self.found.answers[ALONE, PACED, stage]:
                 self.found.add(ALONE, NOISY, stage, answer)
-        if stage is Stage.DETECTOR:
-            noise = load.saturated(_soon(), 2 * NOISY_BATCH)
-            await self._all_of(ALONE, NOISY, {tenant: noise})
+        else:
+            await self._all_of(ALONE, NOISY, {tenant: load.noise(_soon())})
 
     async def _together(self, tenants: Mapping[Stage, Tenant], deployment: str) -> None:
         load = self._load
@@ -480,9 +554,7 @@ class _Bench:
             deployment,
             NOISY,
             {
-                tenants[Stage.DETECTOR]: Command(
-                    at, load.seconds + 2 * _MARGIN_S, 0.0, 2 * NOISY_BATCH
-                ),
+                tenants[Stage.DETECTOR]: load.noise(at),
                 tenants[Stage.RECOGNIZER]: load.paced(at + _MARGIN_S),
             },
         )
@@ -521,16 +593,21 @@ def noisy_ratios(found: Found, deployment: str) -> tuple[float, float]:
     )
 
 
-def another_share(found: Found) -> int:
-    """The neighbour's share of the card that is worth a try when the one measured keeps one
-    of the two bounds and breaks the other; 0 when none is."""
-    slower, throughput = noisy_ratios(found, MPS_SHARES)
-    share = SHARES[Stage.DETECTOR]
-    if slower > NOISY_P99 and throughput >= NOISY_THROUGHPUT:
-        return share // 2
-    if slower <= NOISY_P99 and throughput < NOISY_THROUGHPUT:
-        return min(90, share * 8 // 5)
-    return 0
+def neighbour_name(share: int) -> str:
+    """The deployment in which the neighbour has this share of the card."""
+    return f"{MPS}, neighbour {share} %"
+
+
+def recommended(found: Found) -> str:
+    """Of the deployments with shares the one whose noisy neighbour keeps both bounds with the
+    most to spare, or breaks them least; empty when none was measured."""
+    spare = {}
+    for deployment, scenario, _ in found.answers:
+        if scenario == NOISY and deployment.startswith((MPS_SHARES, f"{MPS},")):
+            slower, throughput = noisy_ratios(found, deployment)
+            if not math.isnan(slower + throughput):
+                spare[deployment] = min(NOISY_P99 / slower, throughput / NOISY_THROUGHPUT)
+    return max(spare, key=lambda deployment: spare[deployment], default="")
 
 
 def packages_for(settings: Settings) -> dict[Stage, Package]:
@@ -574,53 +651,62 @@ def _rows(report: Report, found: Found, packages: Mapping[Stage, Package], rate:
                         sum(answer["failed"].values())
                         for answer in found.answers[deployment, scenario, stage]
                     ),
+                    "sm_share": share_of(deployment, stage),
                 },
                 **value,
             )
         )
 
 
+def share_of(deployment: str, stage: Stage) -> int | None:
+    """Percent of the multiprocessors; None where nothing limits it."""
+    if deployment == MPS_SHARES:
+        return SHARES[stage]
+    for share in NEIGHBOUR_SHARES:
+        if deployment == neighbour_name(share):
+            return share if stage is Stage.DETECTOR else SHARES[stage]
+    return None
+
+
 def _aims(report: Report, found: Found) -> None:
     rec = Stage.RECOGNIZER
     if (ALONE, PACED, rec) not in found.answers:
         return  # nothing to compare with, or not yet
-    report.aim(
-        "recogniser alone, p50 ms:", found.value(ALONE, SATURATED, rec, "p50_ms"), 2.6, at_most=True
-    )
-    report.aim(
-        "recogniser alone, p99 ms:", found.value(ALONE, SATURATED, rec, "p99_ms"), 3.5, at_most=True
-    )
+    if (ALONE, SATURATED, rec) in found.answers:
+        for name, bound in (("p50", 2.6), ("p99", 3.5)):
+            value = found.value(ALONE, SATURATED, rec, f"{name}_ms")
+            report.aim(f"recogniser alone, {name} ms:", value, bound, at_most=True)
     trio = f"{TRIO}, {PACED}"
     modes = [m for m in (PROCESSES, MPS, MPS_SHARES) if (m, trio, rec) in found.answers]
-    if not modes:
-        return
-    for name, bound in (("p50_ms", 1.10), ("p99_ms", 1.25)):
+    for name, bound in (("p50_ms", 1.10), ("p99_ms", 1.25)) if modes else ():
         base = found.value(ALONE, PACED, rec, name)
         best = min((ratio(found.value(m, trio, rec, name), base), m) for m in modes)
         report.aim(
             f"trio beside, {name} against alone, best ({best[1]}):", best[0], bound, at_most=True
         )
-    shared = [
-        m for m, s, _ in found.answers if s == NOISY and m.startswith((MPS_SHARES, f"{MPS},"))
-    ]
-    for deployment in dict.fromkeys(shared):
-        slower, throughput = noisy_ratios(found, deployment)
-        report.aim(
-            f"noisy neighbour, recogniser's p99 against alone ({deployment}):",
-            slower,
-            NOISY_P99,
-            at_most=True,
-        )
-        report.aim(
-            f"noisy neighbour's own throughput against alone ({deployment}):",
-            throughput,
-            NOISY_THROUGHPUT,
-            at_most=False,
-        )
+    chosen = recommended(found)
+    if not chosen:
+        return
+    slower, throughput = noisy_ratios(found, chosen)
+    share = share_of(chosen, Stage.DETECTOR)
+    report.note(f"recommended share of the card for the noisy neighbour: {share} % ({chosen})")
+    report.aim(
+        f"noisy neighbour, recogniser's p99 against alone ({chosen}):",
+        slower,
+        NOISY_P99,
+        at_most=True,
+    )
+    report.aim(
+        f"noisy neighbour's own throughput against alone ({chosen}):",
+        throughput,
+        NOISY_THROUGHPUT,
+        at_most=False,
+    )
 
 
-def _draw(found: Found, deployments: Sequence[str], rate: float) -> str:
+def _draw(found: Found, rate: float) -> str:
     rec = Stage.RECOGNIZER
+    deployments = dict.fromkeys((ALONE, *(deployment for deployment, _, _ in found.answers)))
     panels = []
     for title, scenario in (
         (f"Pair: recogniser at {rate:g} Hz beside a detector", f"{PAIR}, {PACED}"),

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import tempfile
 import time
 from collections.abc import Awaitable
-from pathlib import Path
 from typing import Any, Final
 
 from bench import isolation
@@ -24,7 +21,6 @@ from bench.settings import Settings
 from bench.stats import ratio
 from bench.tenant import Command
 from facelane_server.domain import Stage
-from facelane_server.pools.mps import MpsDaemon
 
 LEAK_MIB: Final = 10
 LEAK_HZ: Final = 10.0
@@ -46,7 +42,7 @@ async def run(settings: Settings) -> Report:
     }
     async with contextlib.AsyncExitStack() as stack:
         if mps:
-            await _one_daemon(stack)
+            await isolation.one_daemon(stack)
 
         def tenants(stages: list[Stage], **extra: Any) -> Awaitable[dict[Stage, Tenant]]:
             deployment = isolation.MPS_SHARES if mps else isolation.PROCESSES
@@ -55,14 +51,11 @@ async def run(settings: Settings) -> Report:
                 deployed(deployment, packages, stages, settings.device, special)
             )
 
-        # All at once; none is left behind when one of them fails.
-        found = await asyncio.gather(
+        neighbours, *others = await isolation.all_or_none(
             tenants([Stage.RECOGNIZER, Stage.DETECTOR]),
             tenants([Stage.LIVENESS]),
             tenants([Stage.LIVENESS], **leak),
-            return_exceptions=True,
         )
-        neighbours, *others = [_raised(tenants) for tenants in found]
         for tenant in neighbours.values():
             await tenant.ask(Command(time.monotonic() + 0.3, 0.5))  # clocks rise
         for name, other, seconds in (
@@ -92,21 +85,6 @@ async def run(settings: Settings) -> Report:
     replaced = sum(row.extra["replaced"] for row in leaking)
     report.aim("replaced at the budget:", replaced, 1, at_most=False)
     return report
-
-
-def _raised(found: dict[Stage, Tenant] | BaseException) -> dict[Stage, Tenant]:
-    if isinstance(found, BaseException):
-        raise found
-    return found
-
-
-async def _one_daemon(stack: contextlib.AsyncExitStack) -> None:
-    """One MPS daemon for all tenants, found by them through the environment."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="facelane-bench-"))
-    daemon = await MpsDaemon.start(Path(folder))
-    stack.push_async_callback(daemon.close)
-    os.environ["CUDA_MPS_PIPE_DIRECTORY"] = str(daemon.pipe_directory)
-    stack.callback(os.environ.pop, "CUDA_MPS_PIPE_DIRECTORY")
 
 
 def _row(name: str, stage: Stage, model: str, rate: float, answer: isolation.Answer) -> Row:

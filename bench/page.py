@@ -1,7 +1,8 @@
 """Puts stored results into docs/benchmarks.md: ``python -m bench.page [--check]``.
 
-Between ``<!-- results:NAME -->`` and ``<!-- end -->`` stands what the newest stored result of
-each machine says, as Markdown; nothing there is typed by hand.
+Between ``<!-- results:NAME -->`` and ``<!-- end -->`` stands what the newest stored results of
+each machine say, as Markdown; nothing there is typed by hand. A whole run supersedes parts
+that were run before it; of a part that was run later, both are shown.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ _ACROSS: Final = 10
 
 
 def newest(folder: Path, bench: str) -> list[dict[str, Any]]:
-    """The newest document of a benchmark for each machine; smoke runs do not count."""
-    found: dict[str, dict[str, Any]] = {}
+    """For each machine the newest whole run of a benchmark, then the newest of each part that
+    was run later; smoke runs do not count."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob(f"{bench}-*.json")):
         document = json.loads(path.read_text())
         if document["bench"] != bench or document.get("smoke"):
             continue
-        name = document["machine"]["name"]
-        if name not in found or found[name]["date"] <= document["date"]:
-            found[name] = document
-    return [found[name] for name in sorted(found)]
+        key = document["machine"]["name"], document.get("part", "")
+        if key not in found or found[key]["date"] <= document["date"]:
+            found[key] = document
+    return [
+        document
+        for (machine, _), document in sorted(found.items())
+        if document["date"] >= found.get((machine, ""), document)["date"]
+    ]
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:

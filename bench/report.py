@@ -100,6 +100,8 @@ class Report:
     smoke: bool = False
     complete: bool = False
     """Nothing more comes; otherwise it was kept on the way."""
+    part: str = ""
+    """The part of the benchmark that this is; empty = the whole."""
 
     def add(self, row: Row) -> Row:
         self.rows.append(row)
@@ -122,6 +124,7 @@ class Report:
         return {
             "schema": SCHEMA,
             "bench": self.bench,
+            "part": self.part,
             "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "machine": machine(),
             "versions": versions(),
@@ -133,11 +136,12 @@ class Report:
         }
 
     def write(self, folder: Path, command: Sequence[str]) -> Path:
-        """``<bench>-<machine>-<date>.json``; a second run of the day replaces the first."""
+        """``<bench>-<machine>-<date>.json``, of a part ``<bench>-<part>-<machine>-<date>.json``;
+        a second run of the day replaces the first."""
         folder.mkdir(parents=True, exist_ok=True)
         document = self.as_json(command)
-        name = f"{self.bench}-{document['machine']['name']}-{document['date'][:10]}.json"
-        path = folder / name
+        named = [self.bench, self.part, document["machine"]["name"], document["date"][:10]]
+        path = folder / f"{'-'.join(filter(None, named))}.json"
         path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         return path
 

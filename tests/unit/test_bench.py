@@ -117,6 +117,9 @@ class TestReport:
         assert row["p50_ms"] == 1.235
         assert row["p99_ms"] is None, "JSON has no nan"
         assert "MISSED" in document["notes"][1]
+        report.part = "null"
+        part = report.write(tmp_path, [])
+        assert part.name == path.name.replace("overhead-", "overhead-null-"), "never the whole's"
         assert document["versions"]["python"]
 
     def test_extra_figures_do_not_hide_the_common_ones(self) -> None:
@@ -132,9 +135,10 @@ class TestReport:
 
 class TestPage:
     def test_newest_of_each_machine_without_smoke_runs(self, tmp_path: Path) -> None:
-        def store(name: str, machine: str, date: str, smoke: bool = False) -> None:
+        def store(name: str, machine: str, date: str, smoke: bool = False, part: str = "") -> None:
             document = {
                 "bench": "overhead",
+                "part": part,
                 "date": date,
                 "smoke": smoke,
                 "machine": {"name": machine},
@@ -145,10 +149,15 @@ class TestPage:
         store("overhead-a-2.json", "a", "2026-01-02T00:00:00Z")
         store("overhead-a-3.json", "a", "2026-01-03T00:00:00Z", smoke=True)
         store("overhead-b-1.json", "b", "2026-01-01T00:00:00Z")
+        store("overhead-old-a-1.json", "a", "2026-01-01T12:00:00Z", part="old")
+        store("overhead-new-a-1.json", "a", "2026-01-03T00:00:00Z", part="new")
+        store("overhead-new-c-1.json", "c", "2026-01-01T00:00:00Z", part="new")
         found = page.newest(tmp_path, "overhead")
-        assert [(d["machine"]["name"], d["date"][:10]) for d in found] == [
-            ("a", "2026-01-02"),
-            ("b", "2026-01-01"),
+        assert [(d["machine"]["name"], d["part"], d["date"][:10]) for d in found] == [
+            ("a", "", "2026-01-02"),
+            ("a", "new", "2026-01-03"),
+            ("b", "", "2026-01-01"),
+            ("c", "new", "2026-01-01"),
         ]
 
     def test_the_page_is_what_the_stored_results_say(self) -> None:
@@ -160,7 +169,9 @@ class TestPage:
             document = json.loads(path.read_text())
             assert document["schema"] == 1, path.name
             assert not document["smoke"], f"{path.name} is no result"
-            assert path.name.startswith(f"{document['bench']}-{document['machine']['name']}-")
+            part = document.get("part", "")
+            named = "-".join(filter(None, [document["bench"], part, document["machine"]["name"]]))
+            assert path.name == f"{named}-{document['date'][:10]}.json"
             for row in document["rows"]:
                 assert set(COLUMNS) <= set(row), path.name
 
@@ -181,13 +192,26 @@ class TestIsolation:
     def test_ratios_are_to_what_each_has_alone(self) -> None:
         assert iso.noisy_ratios(self.found(3.0, 60.0), iso.MPS_SHARES) == (1.5, 0.6)
 
-    def test_another_share_is_tried_only_where_it_can_help(self) -> None:
-        now = iso.SHARES[Stage.DETECTOR]
-        assert iso.another_share(self.found(3.0, 60.0)) == 0  # both bounds are kept
-        assert 0 < iso.another_share(self.found(4.0, 60.0)) < now
-        assert now < iso.another_share(self.found(3.0, 50.0)) < 100
-        assert iso.another_share(self.found(4.0, 50.0)) == 0  # neither direction mends both
-        assert iso.another_share(iso.Found()) == 0
+    def test_the_share_that_keeps_both_bounds_best_is_recommended(self) -> None:
+        found = self.found(4.0, 64.0)  # the neighbour slows it too much
+        assert iso.recommended(found) == iso.MPS_SHARES
+        for share, p99, throughput in ((50, 2.4, 50.0), (80, 3.1, 80.0)):
+            name = iso.neighbour_name(share)
+            found.add(name, iso.NOISY, Stage.RECOGNIZER, {"p99_ms": p99})
+            found.add(name, iso.NOISY, Stage.DETECTOR, {"throughput_per_s": throughput})
+        assert iso.recommended(found) == iso.neighbour_name(80)
+        assert iso.recommended(iso.Found()) == ""
+
+    def test_without_what_it_is_alone_no_share_is_judged(self) -> None:
+        found = self.found(3.0, 64.0)
+        del found.answers[iso.ALONE, iso.NOISY, Stage.RECOGNIZER]
+        assert iso.recommended(found) == ""
+
+    def test_shares_are_told_of_those_that_are_limited(self) -> None:
+        assert iso.share_of(iso.neighbour_name(80), Stage.DETECTOR) == 80
+        assert iso.share_of(iso.neighbour_name(80), Stage.RECOGNIZER) == 100
+        assert iso.share_of(iso.MPS_SHARES, Stage.LIVENESS) == iso.SHARES[Stage.LIVENESS]
+        assert iso.share_of(iso.MPS, Stage.DETECTOR) is None
 
 
 class TestDrawing:
