@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,17 @@ import pytest
 from bench import material
 from tests.real_pool import alive
 from tests.running_server import RunningServer, toml
+from tests.waiting import until
 
 import facelane
 from facelane_server import config
 from facelane_server.domain import Encoding, Picture, Stage
+from facelane_server.monitor import Nvml
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.mps import CONTROL, MpsDaemon
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.tasks import DetectRequest, EmbedRequest, LivenessRequest, Request, Task
-from facelane_server.worker.models.api import DeviceOptions
+from facelane_server.worker.models.api import Detections, DeviceOptions
 from facelane_server.worker.models.catalog import Catalog
 from facelane_server.worker.models.load import load
 from facelane_server.worker.pictures import decode
@@ -75,14 +76,38 @@ def models_on(device: str) -> Iterator[dict[Stage, Any]]:
             model.close()
 
 
+SCORE_BAND = 0.05
+"""A face whose score is so close above the threshold on one device may be below it on the
+other; from here on it is on both."""
+
+
+def same_faces(a: Detections, b: Detections, threshold: float) -> list[tuple[int, int]]:
+    """Rows of the same face in two detections of one picture, boxes within two pixels. Fails
+    when a face that is not at the threshold has no partner."""
+    pairs = []
+    for i, box in enumerate(a.boxes):
+        apart = np.abs(b.boxes - box).max(1) if len(b.boxes) else np.array([np.inf])
+        j = int(apart.argmin())
+        if apart[j] <= 2.0:
+            pairs.append((i, j))
+    assert len({j for _, j in pairs}) == len(pairs), "two faces became one"
+    for found, known in ((a, {i for i, _ in pairs}), (b, {j for _, j in pairs})):
+        lonely = [float(score) for i, score in enumerate(found.scores) if i not in known]
+        assert all(score < threshold + SCORE_BAND for score in lonely), lonely
+    return pairs
+
+
 def test_cpu_and_gpu_find_the_same(frames: list[bytes]) -> None:
-    """Boxes within 2 pixels, OOD within 0.02, the same people, the same verdicts.
+    """The same faces, boxes within 2 pixels, OOD within 0.02, the same people, the same
+    verdicts. A face at the very threshold of the detector may be found on one side alone:
+    half precision moves its score by a thousandth or so.
 
     A liveness score has two bounds. From the same crops: 0.02, as for OOD. From the
     frame: 0.05, because a box that moves by a fraction of a pixel can move the crop, whose
     edges are whole pixels, by one.
     """
     split = len(package(Stage.RECOGNIZER).crops)
+    score = package(Stage.DETECTOR).manifest.thresholds.score
     thresholds = package(Stage.LIVENESS).manifest.thresholds
 
     def verdicts(scores: Any) -> list[str]:
@@ -97,24 +122,26 @@ def test_cpu_and_gpu_find_the_same(frames: list[bytes]) -> None:
             picture = decode(memoryview(data), Encoding.JPEG)
             [a] = card[Stage.DETECTOR].begin([picture], [4]).finish()
             [b] = host[Stage.DETECTOR].begin([picture], [4]).finish()
-            assert len(a.boxes) == len(b.boxes)
-            faces += len(a.boxes)
-            order = [int(np.abs(b.boxes - box).sum(1).argmin()) for box in a.boxes]
-            assert sorted(order) == list(range(len(b.boxes)))
-            assert np.abs(a.boxes - b.boxes[order]).max() <= 2.0
-            assert np.abs(a.landmarks - b.landmarks[order]).max() <= 2.0
+            pairs = same_faces(a, b, score)
+            faces += len(pairs)
+            if not pairs:
+                continue
+            i, j = (list(rows) for rows in zip(*pairs, strict=True))
+            assert np.abs(a.scores[i] - b.scores[j]).max() <= SCORE_BAND
+            assert np.abs(a.landmarks[i] - b.landmarks[j]).max() <= 2.0
 
-            ae = card[Stage.RECOGNIZER].begin(a.crops[0]).finish()
-            be = host[Stage.RECOGNIZER].begin(b.crops[0]).finish()
-            assert np.abs(ae.ood - be.ood[order]).max() <= 0.02
-            assert ((ae.vectors * be.vectors[order]).sum(1) >= 0.995).all()
+            ae = card[Stage.RECOGNIZER].begin(a.crops[0][i]).finish()
+            be = host[Stage.RECOGNIZER].begin(b.crops[0][j]).finish()
+            assert np.abs(ae.ood - be.ood).max() <= 0.02
+            assert ((ae.vectors * be.vectors).sum(1) >= 0.995).all()
 
-            al = card[Stage.LIVENESS].begin(a.crops[split:]).finish()
-            bl = host[Stage.LIVENESS].begin(b.crops[split:]).finish()
-            same = card[Stage.LIVENESS].begin(b.crops[split:]).finish()
+            context = [crops[j] for crops in b.crops[split:]]
+            al = card[Stage.LIVENESS].begin([crops[i] for crops in a.crops[split:]]).finish()
+            bl = host[Stage.LIVENESS].begin(context).finish()
+            same = card[Stage.LIVENESS].begin(context).finish()
             assert np.abs(same - bl).max() <= 0.02
-            assert np.abs(al - bl[order]).max() <= 0.05
-            assert verdicts(al) == verdicts(bl[order])
+            assert np.abs(al - bl).max() <= 0.05
+            assert verdicts(al) == verdicts(bl)
         assert faces >= 4, "the frames have faces"
 
 
@@ -212,7 +239,7 @@ async def test_every_isolation_serves_the_same_models(isolation: str, frames: li
             *(ask(pools[stage], request(stage, frames[1])) for stage in Stage for _ in range(8))
         )
         faces = answers[list(Stage).index(Stage.DETECTOR) * 8].faces
-        assert len(faces) == 2
+        assert len(faces) >= 2
         embedded = await ask(pools[Stage.RECOGNIZER], EmbedRequest(faces[0].crops[0]))
         assert 0.0 <= embedded.ood_score <= 1.0
         assert all(pool.info().losses == 0 for pool in pools.values())
@@ -263,24 +290,29 @@ def test_the_server_on_the_card_end_to_end(tmp_path: Path, frames: list[bytes]) 
         server.wait_serving(START_S)
         with server.client(timeout=30.0) as client:
             result = client.analyze_image(facelane.Picture.encoded(frames[1]))
-            assert len(result.faces) == 2
+            assert len(result.faces) >= 2
             assert all(face.ood_score is not None for face in result.faces)
         assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
-        # NVML, which the monitor uses, maps the driver's library; a context is another thing.
-        workers = [
+        workers = {
             child.pid
             for child in psutil.Process(server.process.pid).children()
             if "facelane_server.worker" in child.cmdline()
-        ]
+        }
         assert len(workers) >= len(Stage)
-        assert all(holds_a_context(pid) for pid in workers)
-        assert not holds_a_context(server.process.pid)
+        # NVML, which the monitor uses, opens the driver's library and its device nodes; who
+        # has a context is what the driver itself lists.
+        until(lambda: workers <= with_a_context(), 10.0, "every worker known to NVML")
+        assert server.process.pid not in with_a_context()
 
 
-def holds_a_context(pid: int) -> bool:
-    """CUDA's address space on a card belongs to an open descriptor of this device."""
-    targets = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            targets.append(os.readlink(link))
-    return "/dev/nvidia-uvm" in targets
+def with_a_context() -> set[int]:
+    """Processes that hold a CUDA context, by NVML. Skips where the driver counts processes in
+    another namespace than ours, as in some containers: then nothing can be said."""
+    nvml = Nvml.load()
+    try:
+        listed = {process.pid for device in nvml.read() for process in device.processes}
+    finally:
+        nvml.close()
+    if listed and not any(psutil.pid_exists(pid) for pid in listed):
+        pytest.skip("NVML lists processes by ids of another namespace")
+    return listed
