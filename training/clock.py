@@ -31,6 +31,22 @@ class Clock:
         return time.time() - self.start >= self.seconds
 
 
+class CpuClock(Clock):
+    """Runs for ``seconds`` of this process's own CPU time: other work on the machine, or a stop
+    signal for a while, delays the schedule without shortening it."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(time.process_time(), seconds)
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, (time.process_time() - self.start) / max(self.seconds, 1e-9))
+
+    @property
+    def over(self) -> bool:
+        return time.process_time() - self.start >= self.seconds
+
+
 def cosine_rate(progress: float, peak: float, *, warm: float = 0.04, floor: float = 0.002) -> float:
     """Linear warm-up, then a cosine down to ``floor`` of the peak."""
     if progress < warm:

@@ -187,21 +187,30 @@ def textures(n: int, size: int, like: Tensor) -> Tensor:
         torch.rand(n, 1, max(2, size // 6), max(2, size // 6), device=device),
         size=(size, size), mode="nearest",
     )  # fmt: skip
-    families = torch.stack(
-        (
-            0.5 + 0.5 * torch.sin(f * u),
-            (torch.sin(f * u) * torch.sin(f * v) > 0).float(),
-            0.5 + 0.25 * torch.sin(f * u) + 0.25 * torch.sin(2.3 * f * v),
-            torch.sigmoid(6 * field),
-            torch.rand(n, 1, size, size, device=device),
-            fine,
-            torch.sigmoid(20 * torch.sin(f * 0.3 * (u + 0.3 * field))),
-            (0.5 + 0.3 * field + 0.15 * torch.randn(n, 1, size, size, device=device)),
-        ),
-        0,
-    ).clamp(0, 1)
-    pick = (torch.arange(n, device=device) + torch.randint(8, (1,), device=device)) % 8
-    pattern = families[pick, torch.arange(n, device=device)]
+    grain, film = torch.rand(n, 1, size, size, device=device), torch.randn_like(field)
+    first = int(torch.randint(8, (1,), device=device))
+    pattern = torch.empty(n, 1, size, size, device=device)
+    # Every family is drawn on its own rows alone: the other seven eighths would be thrown away.
+    for family in range(8):
+        rows = slice((family - first) % 8, None, 8)
+        wave, cross, blobs = f[rows] * u[rows], f[rows] * v[rows], field[rows]
+        if family == 0:
+            drawn = 0.5 + 0.5 * torch.sin(wave)
+        elif family == 1:
+            drawn = (torch.sin(wave) * torch.sin(cross) > 0).float()
+        elif family == 2:
+            drawn = 0.5 + 0.25 * torch.sin(wave) + 0.25 * torch.sin(2.3 * cross)
+        elif family == 3:
+            drawn = torch.sigmoid(6 * blobs)
+        elif family == 4:
+            drawn = grain[rows]
+        elif family == 5:
+            drawn = fine[rows]
+        elif family == 6:
+            drawn = torch.sigmoid(20 * torch.sin(0.3 * (wave + 0.3 * f[rows] * blobs)))
+        else:
+            drawn = 0.5 + 0.3 * blobs + 0.15 * film[rows]
+        pattern[rows] = drawn.clamp(0, 1)
     dark = torch.rand(n, 3, 1, 1, device=device) * 0.7
     light = torch.rand(n, 3, 1, 1, device=device) * 0.7 + 0.3
     shade = 1 + 0.25 * smooth_field(n, 1, 3, size, like)

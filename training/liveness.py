@@ -38,6 +38,8 @@ class Options:
     save_every_s: float = 30.0
     limit: int = 0
     resume: Path | None = None
+    half: bool = True
+    """Compute in bfloat16."""
 
 
 def load_pair(folder: Path) -> MiniFASNetPair:
@@ -255,16 +257,46 @@ def replay_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     return x
 
 
-def held_up_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
-    """A sheet or a screen held up before another scene: its straight edges are seen.
+def _polygon(n: int, dx: Tensor, dy: Tensor) -> Tensor:
+    """[n, 1, S, S]: how far outside a polygon of three to eight straight sides around the face
+    each pixel lies, in box widths (negative inside)."""
+    sides = random.randint(3, 8)
+    turn = rand(n, 0, 2 * math.pi, dx)
+    outside = torch.full_like(dx, -10.0)
+    for side in range(sides):
+        angle = column(turn + 2 * math.pi * side / sides + 0.35 * (torch.rand_like(turn) - 0.5))
+        # The polygon's sides keep 0.5 to 1.2 box widths from the face's middle.
+        reach = column(rand(n, 0.5, 1.2, dx))
+        outside = torch.maximum(outside, torch.cos(angle) * dx + torch.sin(angle) * dy - reach)
+    return outside
 
-    The sheet is a polygon of three to six sides (never round: cut-outs are kept for the test),
-    trimmed closely or not, with or without a margin, and casts a soft shadow.
+
+def _screen(n: int, dx: Tensor, dy: Tensor) -> Tensor:
+    """The same for an upright or tilted telephone with rounded corners."""
+    tilt = column(rand(n, -0.4, 0.4, dx))
+    u = torch.cos(tilt) * dx + torch.sin(tilt) * dy - column(rand(n, -0.15, 0.15, dx))
+    v = torch.cos(tilt) * dy - torch.sin(tilt) * dx - column(rand(n, -0.15, 0.15, dx))
+    corner = 0.12
+    a = u.abs() - column(rand(n, 0.5, 0.95, dx)) + corner
+    b = v.abs() - column(rand(n, 0.6, 1.2, dx)) + corner
+    beyond = (a.clamp(min=0).square() + b.clamp(min=0).square() + 1e-9).sqrt()
+    return beyond + torch.maximum(a, b).clamp(max=0) - corner
+
+
+def held_up_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
+    """A sheet or a screen held up before another scene: its edges are seen.
+
+    The sheet is a polygon of three to eight sides or a telephone (never round and closely
+    trimmed: cut-outs are kept for the test), its edge straight or torn, with or without a
+    margin, and casts a soft shadow. What it shows may be as clear and as rich in contrast as
+    what is behind, so that the seam is all there is to see.
     """
     n = len(scenes)
     paper = torch.arange(n, device=scenes.device) % 2 == 0
-    surface = imaging.gaussian_blur(scenes, random.uniform(0.3, 1.0))
-    low, high = column(rand(n, 0.02, 0.28, scenes)), column(rand(n, 0.6, 0.97, scenes))
+    surface = scenes.clone()
+    soft = torch.randperm(n, device=scenes.device)[: max(1, n * 3 // 4)]
+    surface[soft] = imaging.gaussian_blur(surface[soft], random.uniform(0.3, 1.3))
+    low, high = column(rand(n, 0.0, 0.3, scenes)), column(rand(n, 0.6, 1.0, scenes))
     surface = low + surface * (high - low)
     tint = 1 + 0.06 * torch.randn(n, 3, 1, 1, device=scenes.device)
     surface = surface * tint * (1 + 0.1 * imaging.smooth_field(n, 1, 3, SIDE, scenes))
@@ -272,17 +304,13 @@ def held_up_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     centre = boxes[:, :2] + boxes[:, 2:] / 2
     dx = (x - column(centre[:, 0])) / column(boxes[:, 2])
     dy = (y - column(centre[:, 1])) / column(boxes[:, 3])
-    sides = random.randint(3, 6)
-    turn = rand(n, 0, 2 * math.pi, scenes)
-    outside = torch.full_like(dx, -10.0)
-    for side in range(sides):
-        angle = column(turn + 2 * math.pi * side / sides + 0.35 * (torch.rand_like(turn) - 0.5))
-        # In box widths: the polygon's sides keep 0.55 to 1.2 of them from the face's middle.
-        reach = column(rand(n, 0.55, 1.2, scenes))
-        outside = torch.maximum(outside, torch.cos(angle) * dx + torch.sin(angle) * dy - reach)
+    screen = column(torch.arange(n, device=scenes.device) % 3 == 0)
+    outside = torch.where(screen, _screen(n, dx, dy), _polygon(n, dx, dy))
+    torn = column(rand(n, 0.01, 0.06, scenes) * (torch.rand(n, device=scenes.device) < 0.35))
+    outside = outside + torn * ~screen * imaging.smooth_field(n, 1, 32, SIDE, scenes)
     outside = outside * column(boxes[:, 2])
     sheet = torch.sigmoid(-1.5 * outside)
-    margin = column(rand(n, 0, 7, scenes) * (torch.rand(n, device=scenes.device) < 0.6))
+    margin = column(rand(n, 0, 12, scenes) * (torch.rand(n, device=scenes.device) < 0.6))
     rim = (torch.sigmoid(1.5 * (margin - outside)) - sheet).clamp(min=0)
     rim_tone = torch.where(
         column(paper), column(rand(n, 0.7, 1, scenes)), column(rand(n, 0, 0.2, scenes))
@@ -290,6 +318,32 @@ def held_up_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     shadow = 1 - column(rand(n, 0, 0.4, scenes)) * torch.sigmoid((6 - outside) / 3)
     behind = scenes.roll(1, 0) * shadow
     return (surface * sheet + rim * rim_tone + behind * (1 - sheet - rim).clamp(min=0)).clamp(0, 1)
+
+
+def bystander(scenes: Tensor, boxes: Tensor) -> Tensor:
+    """Live scenes with something straight-edged beside the face: a poster, a screen, a sheet.
+
+    Without them every straight edge would be a sign of an attack.
+    """
+    n = len(scenes)
+    y, x = _mesh(scenes)
+    centre = boxes[:, :2] + boxes[:, 2:] / 2
+    away = torch.where(torch.rand(n, 2, device=scenes.device) < 0.5, -1.0, 1.0)
+    away = away * (torch.rand(n, 2, device=scenes.device) * 0.4 + 1.1)
+    # On one side of the face, or above or below it; seldom on both.
+    axis = torch.randint(3, (n,), device=scenes.device)
+    away[:, 0] = torch.where(axis == 0, away[:, 0] * 0.3, away[:, 0])
+    away[:, 1] = torch.where(axis == 1, away[:, 1] * 0.3, away[:, 1])
+    size = boxes[:, 2:].mean(1, keepdim=True)
+    place = centre + away * boxes[:, 2:]
+    dx = (x - column(place[:, 0])) / column(size[:, 0])
+    dy = (y - column(place[:, 1])) / column(size[:, 0])
+    # The sides keep at most 0.65 widths from the middle, so that the face stays free.
+    outside = _polygon(n, dx / 0.55, dy / 0.55) * column(size[:, 0])
+    sheet = torch.sigmoid(-1.5 * outside)
+    rim = (torch.sigmoid(1.5 * (column(rand(n, 0, 6, scenes)) - outside)) - sheet).clamp(min=0)
+    tone = torch.rand(n, 3, 1, 1, device=scenes.device)
+    return scenes * (1 - sheet - rim).clamp(min=0) + scenes.roll(1, 0) * sheet + rim * tone
 
 
 def held_out_attacks(scenes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
@@ -383,14 +437,16 @@ def train(
                 kind(scene[k * third : (k + 1) * third], boxes[k * third : (k + 1) * third])
                 for k, kind in enumerate(kinds)
             ]
-            scene = torch.cat((*spoofs, scene[attacks:]))
+            beside = attacks + (options.batch - attacks) // 5
+            poster = bystander(scene[attacks:beside], boxes[attacks:beside])
+            scene = torch.cat((*spoofs, poster, scene[beside:]))
             # The last eighth stays as it is: pictures as they come are what is served most.
             scene[: -(options.batch // 8)] = camera(scene[: -(options.batch // 8)])
             live = pair_scores(pair, scene[attacks:], boxes[attacks:])
             target = torch.cat((torch.zeros(attacks, device=device), live))
             seen = student_input(scene, boxes).contiguous(memory_format=torch.channels_last)
         network.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=fused):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.half):
             logit = network.logits(seen)
         loss = F.binary_cross_entropy_with_logits(logit.float(), target)
         optimizer.zero_grad(set_to_none=True)
