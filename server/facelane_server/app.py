@@ -351,7 +351,10 @@ class App:
                 # A client that vanished without a word is noticed within a minute.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.max_pings_without_data", 0),
+                # The pings of clients that have nothing to say, at least this far apart; by
+                # default a quiet subscription would be cut off after a minute or two.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
                 ("grpc.so_reuseport", 0),
             ],
         )

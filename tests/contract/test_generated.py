@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import descriptor_pb2
+from grpc._cython import cygrpc
 
 from facelane.v1 import (
     admin_service_pb2,
@@ -82,6 +83,18 @@ def test_the_generated_code_has_the_messages_and_fields_of_its_proto(module: obj
     fields = [(f.name, f.number) for m in described.message_type for f in m.field]
     fields += [(v.name, v.number) for e in described.enum_type for v in e.value]
     assert numbers == sorted(fields)
+
+
+def test_grpc_knows_the_options_that_it_is_given() -> None:
+    """gRPC passes over an option that is misspelt without a word."""
+    library = next(Path(cygrpc.__file__).parent.glob("cygrpc*.so")).read_bytes()
+    given = {
+        name
+        for path in sources(CLIENTS, SERVER)
+        for name in re.findall(r'\("(grpc\.[a-z0-9_.]+)", ', path.read_text())
+    }
+    assert {"grpc.keepalive_time_ms", "grpc.service_config"} <= given
+    assert {name for name in given if name.encode() + b"\0" not in library} == set()
 
 
 def test_the_configuration_page_is_current() -> None:

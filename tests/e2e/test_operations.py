@@ -26,6 +26,7 @@ from tests.waiting import until
 
 import facelane
 from facelane.v1 import analysis_service_pb2 as pb
+from facelane.v1 import event_service_pb2, event_service_pb2_grpc
 
 HEALTH = {0: "UNKNOWN", 1: "SERVING", 2: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
 QUICK = "backoff_initial_s = 0.3\nbackoff_max_s = 0.4"
@@ -517,6 +518,27 @@ def _touch(client: facelane.Client) -> bool:
     """Makes an event, until the watcher has seen one."""
     with client.analyze_stream(source_id="warm-up"):
         return False
+
+
+def test_a_quiet_subscription_is_not_taken_for_an_attack(server: RunningServer) -> None:
+    """Clients ping while nothing happens; gRPC's default ends their connection for it."""
+    options = [
+        ("grpc.keepalive_time_ms", 1_100),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    with grpc.insecure_channel(server.target, options=options) as channel:
+        stub = event_service_pb2_grpc.EventServiceStub(channel)
+        # No event is of this kind here: nothing is sent but pings, one above the strikes.
+        call = stub.WatchEvents(
+            event_service_pb2.WatchEventsRequest(
+                kinds=[event_service_pb2.EVENT_KIND_DEVICE_MEMORY]
+            ),
+            timeout=7.0,
+        )
+        with pytest.raises(grpc.RpcError) as ended:
+            next(call)
+    assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED, ended.value.details()
 
 
 def test_events_tell_of_a_lost_pool(start: Start) -> None:
