@@ -63,8 +63,14 @@ class Trial:
     latencies: list[float] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=dict)
     front_cpu: float = math.nan
+    front_loop: float = math.nan
+    """Of the front's busiest thread: its event loop, which is one core's at most."""
     client_cpu: float = math.nan
     workers_cpu: dict[str, float] = field(default_factory=dict)
+    workers_loop: dict[str, float] = field(default_factory=dict)
+    """Of the busiest thread of a stage's workers."""
+    machine_cpu: float = math.nan
+    """Of all cores together."""
     gpu: float = math.nan
     gpu_memory_mib: float = math.nan
 
@@ -83,11 +89,16 @@ class Trial:
         return bool(self.ages) and self.age_p99_ms <= MAX_AGE_MS and self.drop_share < MAX_DROPS
 
     def limit(self) -> str:
-        """What would have to be faster for more cameras, by what was busiest."""
+        """What would have to be faster for more cameras, by what was busiest. Processes count
+        with their busiest thread: no thread has more than a core."""
         if self.client_cpu > 0.9:
             return "the load client"
-        candidates = {"front process": self.front_cpu, "GPU": self.gpu}
-        candidates |= {f"{stage} workers' CPU": v for stage, v in self.workers_cpu.items()}
+        candidates = {
+            "the front's event loop": self.front_loop,
+            "the card": self.gpu,
+            "all cores together": self.machine_cpu,
+        }
+        candidates |= {f"{stage} workers' loop": v for stage, v in self.workers_loop.items()}
         known = {name: value for name, value in candidates.items() if not math.isnan(value)}
         name = max(known, key=lambda key: known[key], default="unknown")
         slowest = max(self.stages, key=lambda s: percentile(self.stages[s], 99), default="")
@@ -270,16 +281,18 @@ async def _watch(service: Service, begin: float, seconds: float) -> dict[str, An
     await asyncio.sleep(max(0.0, begin + 1.0 - time.monotonic()))
     front, workers = service.front(), service.workers()
 
-    def used() -> list[float]:
-        spent = []
+    def used() -> list[dict[int, float]]:
+        """Seconds of each process, by thread."""
+        spent: list[dict[int, float]] = []
         for process in (front, *workers):
             try:
-                spent.append(sum(process.cpu_times()[:2]))
+                spent.append({t.id: t.user_time + t.system_time for t in process.threads()})
             except psutil.Error:  # it ended; the answers tell whether that mattered
-                spent.append(0.0)
+                spent.append({})
         return spent
 
     first, at = used(), time.monotonic()
+    psutil.cpu_percent()  # from here on
     gpu: list[float] = []
     memory = math.nan
     while time.monotonic() < begin + seconds:
@@ -287,20 +300,29 @@ async def _watch(service: Service, begin: float, seconds: float) -> dict[str, An
         gpu.append(share)
         await asyncio.sleep(_SAMPLE_S)
     elapsed = time.monotonic() - at
-    spent = [(b - a) / elapsed for a, b in zip(first, used(), strict=True)]
+    machine_cpu = psutil.cpu_percent() / 100
+    threads = [
+        [(seconds - before.get(thread, 0.0)) / elapsed for thread, seconds in after.items()]
+        for before, after in zip(first, used(), strict=True)
+    ]
     by_stage: dict[str, float] = {}
-    for process, share in itertools.islice(zip((front, *workers), spent, strict=True), 1, None):
+    loops: dict[str, float] = {}
+    for process, shares in itertools.islice(zip((front, *workers), threads, strict=True), 1, None):
         # A worker's stage is in its process title.
         try:
             name = process.name()
         except psutil.Error:
             continue
         stage = next((str(s) for s in Stage if str(s)[:8] in name), name)
-        by_stage[stage] = max(by_stage.get(stage, 0.0), share)
+        by_stage[stage] = max(by_stage.get(stage, 0.0), sum(shares))
+        loops[stage] = max(loops.get(stage, 0.0), *shares, 0.0)
     known = [share for share in gpu if not math.isnan(share)]
     return {
-        "front_cpu": spent[0],
+        "front_cpu": sum(threads[0]),
+        "front_loop": max(threads[0], default=math.nan),
         "workers_cpu": by_stage,
+        "workers_loop": loops,
+        "machine_cpu": machine_cpu,
         "gpu": sum(known) / len(known) if known else math.nan,
         "gpu_memory_mib": memory,
     }
@@ -341,9 +363,12 @@ def _row(found: Trial, size: str, rate: float, model: str) -> Row:
             "degraded": found.degraded,
             "kept": found.good,
             "gpu": found.gpu,
+            "machine_cpu": found.machine_cpu,
             "front_cpu": found.front_cpu,
+            "front_loop": found.front_loop,
             "client_cpu": found.client_cpu,
             **{f"{stage}_cpu": share for stage, share in sorted(found.workers_cpu.items())},
+            **{f"{stage}_loop": share for stage, share in sorted(found.workers_loop.items())},
             **stages,
         },
     )
