@@ -12,15 +12,22 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Mapping,
+)
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import grpc
 import grpc.aio
 
-from facelane import convert, types
+from facelane import calls, convert, types
 from facelane.client import retry_delay
 from facelane.errors import (
     DeadlineExceededError,
@@ -41,11 +48,7 @@ from facelane.stream import (
 )
 from facelane.transport import (
     DEFAULT_TIMEOUT,
-    HEALTH_METHOD,
-    Endpoint,
     Tls,
-    decode_health_response,
-    encode_health_request,
     endpoint,
 )
 from facelane.types import (
@@ -73,49 +76,15 @@ from facelane.types import (
     Verification,
     WorkerRestarted,
 )
-from facelane.v1 import (
-    admin_service_pb2,
-    admin_service_pb2_grpc,
-    analysis_service_pb2,
-    analysis_service_pb2_grpc,
-    event_service_pb2,
-    event_service_pb2_grpc,
-    gallery_service_pb2,
-    gallery_service_pb2_grpc,
-    server_service_pb2,
-    server_service_pb2_grpc,
-)
+from facelane.v1 import analysis_service_pb2, event_service_pb2
 
 log = logging.getLogger("facelane")
+
+T = TypeVar("T")
 
 _Request = analysis_service_pb2.AnalyzeStreamRequest
 _PARK = 5.0
 """Seconds after which a parked task looks again whether it still has a purpose."""
-_PAGE = 500
-
-
-class _Stubs:
-    """The channel and what is called through it. Needs a running loop."""
-
-    def __init__(self, where: Endpoint) -> None:
-        self.channel = (
-            grpc.aio.insecure_channel(where.target, options=where.options)
-            if where.credentials is None
-            else grpc.aio.secure_channel(where.target, where.credentials, options=where.options)
-        )
-        channel: Any = self.channel
-        # The generated stubs are annotated for the blocking channel; with this one their
-        # methods give awaitables.
-        self.analysis: Any = analysis_service_pb2_grpc.AnalysisServiceStub(channel)
-        self.gallery: Any = gallery_service_pb2_grpc.GalleryServiceStub(channel)
-        self.events: Any = event_service_pb2_grpc.EventServiceStub(channel)
-        self.server: Any = server_service_pb2_grpc.ServerServiceStub(channel)
-        self.admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
-        self.health: Any = self.channel.unary_unary(
-            HEALTH_METHOD,
-            request_serializer=encode_health_request,
-            response_deserializer=decode_health_response,
-        )
 
 
 class Client:
@@ -139,7 +108,7 @@ class Client:
     ) -> None:
         self._endpoint = endpoint(target, token, tls)
         self.timeout = timeout
-        self._made: _Stubs | None = None
+        self._made: tuple[grpc.aio.Channel, calls.Stubs] | None = None
         self._closed = False
         self._open: weakref.WeakSet[AnalyzeStream | EventStream] = weakref.WeakSet()
 
@@ -149,12 +118,22 @@ class Client:
         return self._endpoint.target
 
     @property
-    def _stubs(self) -> _Stubs:
+    def _stubs(self) -> calls.Stubs:
+        """Made on first use, because the channel belongs to the loop that runs then."""
+        self._check_open()
         if self._made is None:
-            if self._closed:
-                raise RuntimeError("the client was closed: make another")
-            self._made = _Stubs(self._endpoint)
-        return self._made
+            where = self._endpoint
+            channel = (
+                grpc.aio.insecure_channel(where.target, options=where.options)
+                if where.credentials is None
+                else grpc.aio.secure_channel(where.target, where.credentials, options=where.options)
+            )
+            self._made = channel, calls.Stubs(cast("grpc.Channel", channel))
+        return self._made[1]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise calls.closed()
 
     async def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
@@ -163,7 +142,7 @@ class Client:
             await stream.close()
         made, self._made = self._made, None
         if made is not None:
-            await made.channel.close()
+            await made[0].close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -179,15 +158,16 @@ class Client:
     def __repr__(self) -> str:
         return f"facelane.aio.Client({self.target!r})"
 
-    async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+    async def _do(self, call: calls.Call[T], timeout: float | None) -> T:
         try:
-            return await method(
-                request,
+            answer = await call.method(self._stubs)(
+                call.request,
                 timeout=self.timeout if timeout is None else timeout,
                 metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:
             raise from_rpc(error) from error
+        return call.read(answer)
 
     # Analysis.
 
@@ -199,10 +179,7 @@ class Client:
         **options: Unpack[AnalysisOptions],
     ) -> FrameResult:
         """As ``facelane.Client.analyze_image``."""
-        request = convert.analyze_image_request(picture, **options)
-        return convert.analyze_image_response(
-            await self._call(self._stubs.analysis.AnalyzeImage, request, timeout)
-        )
+        return await self._do(calls.analyze_image(picture, **options), timeout)
 
     def analyze_stream(
         self,
@@ -226,6 +203,7 @@ class Client:
         2 1
         3 1
         """
+        self._check_open()
         stream = AnalyzeStream(
             self._start_stream,
             convert.stream_config(**options),
@@ -243,13 +221,14 @@ class Client:
         return stream
 
     def _start_stream(self) -> Any:
-        return self._stubs.analysis.AnalyzeStream(metadata=self._endpoint.metadata)
+        analysis: Any = self._stubs.analysis
+        return analysis.AnalyzeStream(metadata=self._endpoint.metadata)
 
     async def analyze(
         self,
         frames: Iterable[Picture | Frame] | AsyncIterable[Picture | Frame],
         **options: Unpack[StreamOptions],
-    ) -> AsyncIterator[Outcome]:
+    ) -> AsyncGenerator[Outcome, None]:
         """As ``facelane.Client.analyze``; lossless unless ``overload`` says otherwise.
 
         A plain iterable is drawn from in the event loop: give an asynchronous one where
@@ -280,9 +259,8 @@ class Client:
         timeout: float | None = None,
     ) -> Subject:
         """As ``facelane.Client.create_subject``."""
-        request = convert.create_subject_request(subject_id, gallery, display_name, labels)
-        return convert.subject(
-            (await self._call(self._stubs.gallery.CreateSubject, request, timeout)).subject
+        return await self._do(
+            calls.create_subject(subject_id, gallery, display_name, labels), timeout
         )
 
     async def get_subject(
@@ -293,28 +271,22 @@ class Client:
         timeout: float | None = None,
     ) -> Subject:
         """As ``facelane.Client.get_subject``."""
-        request = gallery_service_pb2.GetSubjectRequest(gallery_id=gallery, subject_id=subject_id)
-        return convert.subject(
-            (await self._call(self._stubs.gallery.GetSubject, request, timeout)).subject
-        )
+        return await self._do(calls.get_subject(subject_id, gallery), timeout)
 
     async def list_subjects(
         self,
         *,
         gallery: str = convert.DEFAULT_GALLERY,
-        page_size: int = _PAGE,
+        page_size: int = calls.DEFAULT_PAGE_SIZE,
         timeout: float | None = None,
     ) -> AsyncIterator[Subject]:
         """As ``facelane.Client.list_subjects``."""
         token = ""
         while True:
-            request = gallery_service_pb2.ListSubjectsRequest(
-                gallery_id=gallery, page_size=page_size, page_token=token
-            )
-            page = await self._call(self._stubs.gallery.ListSubjects, request, timeout)
-            for found in page.subjects:
-                yield convert.subject(found)
-            token = page.next_page_token
+            page = calls.list_subjects(gallery, page_size, token)
+            subjects, token = await self._do(page, timeout)
+            for subject in subjects:
+                yield subject
             if not token:
                 return
 
@@ -329,9 +301,8 @@ class Client:
         timeout: float | None = None,
     ) -> Subject:
         """As ``facelane.Client.update_subject``."""
-        request = convert.update_subject_request(subject_id, gallery, display_name, labels, etag)
-        return convert.subject(
-            (await self._call(self._stubs.gallery.UpdateSubject, request, timeout)).subject
+        return await self._do(
+            calls.update_subject(subject_id, gallery, display_name, labels, etag), timeout
         )
 
     async def delete_subject(
@@ -342,11 +313,7 @@ class Client:
         timeout: float | None = None,
     ) -> int:
         """As ``facelane.Client.delete_subject``."""
-        request = gallery_service_pb2.DeleteSubjectRequest(
-            gallery_id=gallery, subject_id=subject_id
-        )
-        answer = await self._call(self._stubs.gallery.DeleteSubject, request, timeout)
-        return int(answer.templates_deleted)
+        return await self._do(calls.delete_subject(subject_id, gallery), timeout)
 
     async def list_templates(
         self,
@@ -356,11 +323,7 @@ class Client:
         timeout: float | None = None,
     ) -> list[Template]:
         """As ``facelane.Client.list_templates``."""
-        request = gallery_service_pb2.ListTemplatesRequest(
-            gallery_id=gallery, subject_id=subject_id
-        )
-        answer = await self._call(self._stubs.gallery.ListTemplates, request, timeout)
-        return [convert.template(t) for t in answer.templates]
+        return await self._do(calls.list_templates(subject_id, gallery), timeout)
 
     async def delete_template(
         self,
@@ -370,10 +333,7 @@ class Client:
         timeout: float | None = None,
     ) -> None:
         """As ``facelane.Client.delete_template``."""
-        request = gallery_service_pb2.DeleteTemplateRequest(
-            gallery_id=gallery, template_id=template_id
-        )
-        await self._call(self._stubs.gallery.DeleteTemplate, request, timeout)
+        await self._do(calls.delete_template(template_id, gallery), timeout)
 
     async def enroll(
         self,
@@ -389,7 +349,7 @@ class Client:
         timeout: float | None = None,
     ) -> Enrollment:
         """As ``facelane.Client.enroll``."""
-        request = convert.enroll_request(
+        call = calls.enroll(
             subject_id,
             picture,
             gallery=gallery,
@@ -399,9 +359,7 @@ class Client:
             allow_multiple_faces=allow_multiple_faces,
             skip_liveness=skip_liveness,
         )
-        return convert.enrollment(
-            await self._call(self._stubs.gallery.EnrollFace, request, timeout)
-        )
+        return await self._do(call, timeout)
 
     async def verify(
         self,
@@ -412,12 +370,7 @@ class Client:
         timeout: float | None = None,
     ) -> Verification:
         """As ``facelane.Client.verify``."""
-        request = gallery_service_pb2.VerifyFaceRequest(
-            gallery_id=gallery, subject_id=subject_id, picture=convert.picture(picture)
-        )
-        return convert.verification(
-            await self._call(self._stubs.gallery.VerifyFace, request, timeout)
-        )
+        return await self._do(calls.verify(subject_id, picture, gallery), timeout)
 
     async def identify(
         self,
@@ -428,32 +381,24 @@ class Client:
         timeout: float | None = None,
     ) -> list[Face]:
         """As ``facelane.Client.identify``."""
-        request = gallery_service_pb2.IdentifyFaceRequest(
-            gallery_id=gallery, picture=convert.picture(picture), max_candidates=max_candidates
-        )
-        return convert.faces(await self._call(self._stubs.gallery.IdentifyFace, request, timeout))
+        return await self._do(calls.identify(picture, gallery, max_candidates), timeout)
 
     # The server.
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """As ``facelane.Client.server_info``."""
-        request = server_service_pb2.GetServerInfoRequest()
-        return convert.server_info(
-            await self._call(self._stubs.server.GetServerInfo, request, timeout)
-        )
+        return await self._do(calls.server_info(), timeout)
 
     async def pools(self, *, timeout: float | None = None) -> list[PoolInfo]:
         """As ``facelane.Client.pools``."""
-        request = server_service_pb2.ListPoolsRequest()
-        return convert.pools(await self._call(self._stubs.server.ListPools, request, timeout))
+        return await self._do(calls.pools(), timeout)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """As ``facelane.Client.health``."""
         try:
-            status: HealthStatus = await self._call(self._stubs.health, service, timeout)
+            return await self._do(calls.health(service), timeout)
         except NotFoundError:
             return HealthStatus.SERVICE_UNKNOWN
-        return status
 
     async def wait_until_serving(
         self, timeout: float = 60.0, *, service: str = "", poll_interval: float = 0.1
@@ -471,11 +416,7 @@ class Client:
                     return
                 said = status.value
             if deadline - time.monotonic() <= poll_interval:
-                raise DeadlineExceededError(
-                    Reason.DEADLINE_EXCEEDED,
-                    f"the server was not serving within {timeout:.3g} s (last: {said}): look at "
-                    "its log and its pools",
-                )
+                raise calls.never_served(timeout, said)
             await asyncio.sleep(poll_interval)
 
     def watch_events(
@@ -486,6 +427,7 @@ class Client:
         reconnect: Reconnect | None = None,
     ) -> EventStream:
         """As ``facelane.Client.watch_events``."""
+        self._check_open()
         stream = EventStream(
             lambda request: self._stubs.events.WatchEvents(
                 request, metadata=self._endpoint.metadata
@@ -503,21 +445,17 @@ class Client:
         self, worker_id: str, *, timeout: float | None = None
     ) -> WorkerRestarted:
         """As ``facelane.Client.restart_worker``."""
-        request = admin_service_pb2.RestartWorkerRequest(worker_id=worker_id)
-        answer = await self._call(self._stubs.admin.RestartWorker, request, timeout)
-        return WorkerRestarted(answer.old_pid, answer.new_pid)
+        return await self._do(calls.restart_worker(worker_id), timeout)
 
     async def reload_model(
         self, pool: str, model: str = "", *, timeout: float | None = None
     ) -> ModelReloaded:
         """As ``facelane.Client.reload_model``."""
-        request = admin_service_pb2.ReloadModelRequest(pool=pool, model=model)
-        answer = await self._call(self._stubs.admin.ReloadModel, request, timeout)
-        return ModelReloaded(answer.old_model_id, answer.new_model_id)
+        return await self._do(calls.reload_model(pool, model), timeout)
 
     async def drain(self, grace: float = 30.0, *, timeout: float | None = None) -> None:
         """As ``facelane.Client.drain``."""
-        await self._call(self._stubs.admin.Drain, convert.drain_request(grace), timeout)
+        await self._do(calls.drain(grace), timeout)
 
 
 async def _pump(
@@ -619,7 +557,7 @@ class AnalyzeStream:
 
     async def __aenter__(self) -> Self:
         """Opens the stream, as ``facelane.AnalyzeStream`` does on entering."""
-        if self._reader is not None:
+        if self._reader is not None or self.ended:
             raise RuntimeError("a stream is opened once: make another with analyze_stream")
         core = self._core
         now = time.monotonic()
@@ -702,6 +640,7 @@ class AnalyzeStream:
         frame_id: int | None = None,
     ) -> int:
         """As ``facelane.AnalyzeStream.send``; waits while the window is full."""
+        self._check_entered()
         obstacle = self._core.obstacle()
         if obstacle is not None:
             limit = self._timeout if timeout is None else timeout
@@ -720,6 +659,7 @@ class AnalyzeStream:
         frame_id: int | None = None,
     ) -> int | None:
         """As ``facelane.AnalyzeStream.try_send``; never waits."""
+        self._check_entered()
         obstacle = self._core.obstacle()
         if obstacle is not None:
             if obstacle is not Obstacle.UNREAD:
@@ -736,7 +676,7 @@ class AnalyzeStream:
     ) -> int:
         moment = None if capture_time is None else convert.timestamp(capture_time)
         number = self._core.submit(
-            len(picture.data),
+            convert.size(picture),
             lambda identifier, offset: convert.frame(identifier, picture, offset, moment),
             now=time.monotonic(),
             frame_id=frame_id,
@@ -755,6 +695,7 @@ class AnalyzeStream:
 
     async def recv(self, timeout: float | None = None) -> Outcome | None:
         """As ``facelane.AnalyzeStream.recv``."""
+        self._check_entered()
         core = self._core
         outcome = core.take()
         if outcome is None:
@@ -779,6 +720,10 @@ class AnalyzeStream:
         if outcome is None:
             raise StopAsyncIteration
         return outcome
+
+    def _check_entered(self) -> None:
+        if self._reader is None and not self.ended:
+            raise RuntimeError("the stream is not open: use it in `async with ... as stream:`")
 
     # Inside.
 

@@ -17,14 +17,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from facelane import convert, types
+from facelane import calls, convert, types
 from facelane.errors import (
     DeadlineExceededError,
     FacelaneError,
@@ -45,10 +45,7 @@ from facelane.stream import (
 )
 from facelane.transport import (
     DEFAULT_TIMEOUT,
-    HEALTH_METHOD,
     Tls,
-    decode_health_response,
-    encode_health_request,
     endpoint,
 )
 from facelane.types import (
@@ -76,36 +73,17 @@ from facelane.types import (
     Verification,
     WorkerRestarted,
 )
-from facelane.v1 import (
-    admin_service_pb2,
-    admin_service_pb2_grpc,
-    analysis_service_pb2,
-    analysis_service_pb2_grpc,
-    event_service_pb2,
-    event_service_pb2_grpc,
-    gallery_service_pb2,
-    gallery_service_pb2_grpc,
-    server_service_pb2,
-    server_service_pb2_grpc,
-)
+from facelane.v1 import analysis_service_pb2, event_service_pb2
 
 log = logging.getLogger("facelane")
 
 _Request = analysis_service_pb2.AnalyzeStreamRequest
-_Req_contra = TypeVar("_Req_contra", contravariant=True)
-_Resp_co = TypeVar("_Resp_co", covariant=True)
+T = TypeVar("T")
 
 _JOIN_TIMEOUT = 5.0
 """Seconds for a thread of ours to end once its call was cancelled."""
 _PARK = 5.0
 """Seconds after which a parked thread looks again whether it still has a purpose."""
-_PAGE = 500
-
-
-class _Unary(Protocol[_Req_contra, _Resp_co]):
-    def __call__(
-        self, request: _Req_contra, timeout: float | None = ..., metadata: Any = ...
-    ) -> _Resp_co: ...
 
 
 class Client:
@@ -138,16 +116,8 @@ class Client:
             if where.credentials is None
             else grpc.secure_channel(where.target, where.credentials, options=where.options)
         )
-        self._analysis = analysis_service_pb2_grpc.AnalysisServiceStub(self._channel)
-        self._gallery = gallery_service_pb2_grpc.GalleryServiceStub(self._channel)
-        self._events = event_service_pb2_grpc.EventServiceStub(self._channel)
-        self._server = server_service_pb2_grpc.ServerServiceStub(self._channel)
-        self._admin = admin_service_pb2_grpc.AdminServiceStub(self._channel)
-        self._health = self._channel.unary_unary(
-            HEALTH_METHOD,
-            request_serializer=encode_health_request,
-            response_deserializer=decode_health_response,
-        )
+        self._stubs = calls.Stubs(self._channel)
+        self._closed = False
         self._open: weakref.WeakSet[AnalyzeStream | EventStream] = weakref.WeakSet()
 
     @property
@@ -157,6 +127,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
+        self._closed = True
         for stream in list(self._open):
             stream.close()
         self._channel.close()
@@ -175,17 +146,21 @@ class Client:
     def __repr__(self) -> str:
         return f"facelane.Client({self.target!r})"
 
-    def _call(
-        self, method: _Unary[_Req_contra, _Resp_co], request: _Req_contra, timeout: float | None
-    ) -> _Resp_co:
+    def _do(self, call: calls.Call[T], timeout: float | None) -> T:
+        self._check_open()
         try:
-            return method(
-                request,
+            answer = call.method(self._stubs)(
+                call.request,
                 timeout=self.timeout if timeout is None else timeout,
                 metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:
             raise from_rpc(error) from error
+        return call.read(answer)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise calls.closed()
 
     # Analysis.
 
@@ -202,10 +177,7 @@ class Client:
             PictureError: the picture cannot be read, or is beyond the server's limits.
             OverloadedError, UnavailableError: try again later.
         """
-        request = convert.analyze_image_request(picture, **options)
-        return convert.analyze_image_response(
-            self._call(self._analysis.AnalyzeImage, request, timeout)
-        )
+        return self._do(calls.analyze_image(picture, **options), timeout)
 
     def analyze_stream(
         self,
@@ -234,6 +206,7 @@ class Client:
         >>> stream.summary.received
         3
         """
+        self._check_open()
         stream = AnalyzeStream(
             self._start_stream,
             convert.stream_config(**options),
@@ -251,17 +224,18 @@ class Client:
         return stream
 
     def _start_stream(self, requests: Iterator[_Request]) -> Any:
-        return self._analysis.AnalyzeStream(requests, metadata=self._endpoint.metadata)
+        return self._stubs.analysis.AnalyzeStream(requests, metadata=self._endpoint.metadata)
 
     def analyze(
         self, frames: Iterable[Picture | Frame], **options: Unpack[StreamOptions]
-    ) -> Iterator[Outcome]:
+    ) -> Generator[Outcome, None, None]:
         """Streams ``frames`` and yields their outcomes in order.
 
         A thread draws from ``frames`` as fast as outcomes are taken. Unlike
         ``analyze_stream`` it is lossless unless ``overload`` says otherwise: an iterable can
         wait, a camera cannot. An error that ``frames`` raises is raised here, after the
-        outcomes of the frames before it.
+        outcomes of the frames before it; so is that of a frame which cannot be sent: it is
+        larger than the server takes, or its media time goes back.
 
         >>> for outcome in client.analyze(pictures):
         ...     print(outcome.frame_id, outcome.result is not None)
@@ -300,8 +274,7 @@ class Client:
         Raises:
             AlreadyExistsError: the subject exists (SUBJECT_EXISTS).
         """
-        request = convert.create_subject_request(subject_id, gallery, display_name, labels)
-        return convert.subject(self._call(self._gallery.CreateSubject, request, timeout).subject)
+        return self._do(calls.create_subject(subject_id, gallery, display_name, labels), timeout)
 
     def get_subject(
         self,
@@ -315,25 +288,21 @@ class Client:
         Raises:
             NotFoundError: there is none (SUBJECT_NOT_FOUND).
         """
-        request = gallery_service_pb2.GetSubjectRequest(gallery_id=gallery, subject_id=subject_id)
-        return convert.subject(self._call(self._gallery.GetSubject, request, timeout).subject)
+        return self._do(calls.get_subject(subject_id, gallery), timeout)
 
     def list_subjects(
         self,
         *,
         gallery: str = convert.DEFAULT_GALLERY,
-        page_size: int = _PAGE,
+        page_size: int = calls.DEFAULT_PAGE_SIZE,
         timeout: float | None = None,
     ) -> Iterator[Subject]:
         """All subjects, fetched page by page (1-1000 a page) as the iterator advances."""
         token = ""
         while True:
-            request = gallery_service_pb2.ListSubjectsRequest(
-                gallery_id=gallery, page_size=page_size, page_token=token
-            )
-            page = self._call(self._gallery.ListSubjects, request, timeout)
-            yield from map(convert.subject, page.subjects)
-            token = page.next_page_token
+            page = calls.list_subjects(gallery, page_size, token)
+            subjects, token = self._do(page, timeout)
+            yield from subjects
             if not token:
                 return
 
@@ -353,8 +322,9 @@ class Client:
         Raises:
             ConflictError: the subject was changed since (ETAG_MISMATCH).
         """
-        request = convert.update_subject_request(subject_id, gallery, display_name, labels, etag)
-        return convert.subject(self._call(self._gallery.UpdateSubject, request, timeout).subject)
+        return self._do(
+            calls.update_subject(subject_id, gallery, display_name, labels, etag), timeout
+        )
 
     def delete_subject(
         self,
@@ -364,10 +334,7 @@ class Client:
         timeout: float | None = None,
     ) -> int:
         """Deletes a subject and all its templates; gives the number of templates."""
-        request = gallery_service_pb2.DeleteSubjectRequest(
-            gallery_id=gallery, subject_id=subject_id
-        )
-        return self._call(self._gallery.DeleteSubject, request, timeout).templates_deleted
+        return self._do(calls.delete_subject(subject_id, gallery), timeout)
 
     def list_templates(
         self,
@@ -377,11 +344,7 @@ class Client:
         timeout: float | None = None,
     ) -> list[Template]:
         """The enrolled faces of a subject."""
-        request = gallery_service_pb2.ListTemplatesRequest(
-            gallery_id=gallery, subject_id=subject_id
-        )
-        answer = self._call(self._gallery.ListTemplates, request, timeout)
-        return [convert.template(t) for t in answer.templates]
+        return self._do(calls.list_templates(subject_id, gallery), timeout)
 
     def delete_template(
         self,
@@ -391,10 +354,7 @@ class Client:
         timeout: float | None = None,
     ) -> None:
         """Deletes one enrolled face."""
-        request = gallery_service_pb2.DeleteTemplateRequest(
-            gallery_id=gallery, template_id=template_id
-        )
-        self._call(self._gallery.DeleteTemplate, request, timeout)
+        self._do(calls.delete_template(template_id, gallery), timeout)
 
     def enroll(
         self,
@@ -422,7 +382,7 @@ class Client:
         >>> enrollment.subject.template_count
         1
         """
-        request = convert.enroll_request(
+        call = calls.enroll(
             subject_id,
             picture,
             gallery=gallery,
@@ -432,7 +392,7 @@ class Client:
             allow_multiple_faces=allow_multiple_faces,
             skip_liveness=skip_liveness,
         )
-        return convert.enrollment(self._call(self._gallery.EnrollFace, request, timeout))
+        return self._do(call, timeout)
 
     def verify(
         self,
@@ -443,10 +403,7 @@ class Client:
         timeout: float | None = None,
     ) -> Verification:
         """Whether the face of a picture is the subject (1:1)."""
-        request = gallery_service_pb2.VerifyFaceRequest(
-            gallery_id=gallery, subject_id=subject_id, picture=convert.picture(picture)
-        )
-        return convert.verification(self._call(self._gallery.VerifyFace, request, timeout))
+        return self._do(calls.verify(subject_id, picture, gallery), timeout)
 
     def identify(
         self,
@@ -457,22 +414,17 @@ class Client:
         timeout: float | None = None,
     ) -> list[Face]:
         """Who every face of a picture is (1:N), with up to 10 candidates each."""
-        request = gallery_service_pb2.IdentifyFaceRequest(
-            gallery_id=gallery, picture=convert.picture(picture), max_candidates=max_candidates
-        )
-        return convert.faces(self._call(self._gallery.IdentifyFace, request, timeout))
+        return self._do(calls.identify(picture, gallery, max_candidates), timeout)
 
     # The server.
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Version, models and limits."""
-        request = server_service_pb2.GetServerInfoRequest()
-        return convert.server_info(self._call(self._server.GetServerInfo, request, timeout))
+        return self._do(calls.server_info(), timeout)
 
     def pools(self, *, timeout: float | None = None) -> list[PoolInfo]:
         """The pools of workers and how they fare."""
-        request = server_service_pb2.ListPoolsRequest()
-        return convert.pools(self._call(self._server.ListPools, request, timeout))
+        return self._do(calls.pools(), timeout)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """grpc.health.v1 of one service, or of the server in all.
@@ -481,10 +433,9 @@ class Client:
             UnavailableError: nobody answers.
         """
         try:
-            status: HealthStatus = self._call(self._health, service, timeout)
+            return self._do(calls.health(service), timeout)
         except NotFoundError:
             return HealthStatus.SERVICE_UNKNOWN
-        return status
 
     def wait_until_serving(
         self, timeout: float = 60.0, *, service: str = "", poll_interval: float = 0.1
@@ -507,11 +458,7 @@ class Client:
                     return
                 said = status.value
             if deadline - time.monotonic() <= poll_interval:
-                raise DeadlineExceededError(
-                    Reason.DEADLINE_EXCEEDED,
-                    f"the server was not serving within {timeout:.3g} s (last: {said}): look at "
-                    "its log and its pools",
-                )
+                raise calls.never_served(timeout, said)
             pause.wait(poll_interval)
 
     def watch_events(
@@ -529,8 +476,11 @@ class Client:
         Raises (while iterating):
             HistoryLostError: events since the token are gone.
         """
+        self._check_open()
         stream = EventStream(
-            lambda request: self._events.WatchEvents(request, metadata=self._endpoint.metadata),
+            lambda request: self._stubs.events.WatchEvents(
+                request, metadata=self._endpoint.metadata
+            ),
             resume_token,
             kinds,
             reconnect,
@@ -542,21 +492,17 @@ class Client:
 
     def restart_worker(self, worker_id: str, *, timeout: float | None = None) -> WorkerRestarted:
         """Drains one worker (``pool#index``) and starts it again."""
-        request = admin_service_pb2.RestartWorkerRequest(worker_id=worker_id)
-        answer = self._call(self._admin.RestartWorker, request, timeout)
-        return WorkerRestarted(answer.old_pid, answer.new_pid)
+        return self._do(calls.restart_worker(worker_id), timeout)
 
     def reload_model(
         self, pool: str, model: str = "", *, timeout: float | None = None
     ) -> ModelReloaded:
         """Swaps a pool's model without losing a frame; no ``model`` = the present one again."""
-        request = admin_service_pb2.ReloadModelRequest(pool=pool, model=model)
-        answer = self._call(self._admin.ReloadModel, request, timeout)
-        return ModelReloaded(answer.old_model_id, answer.new_model_id)
+        return self._do(calls.reload_model(pool, model), timeout)
 
     def drain(self, grace: float = 30.0, *, timeout: float | None = None) -> None:
         """Ends the server within ``grace`` seconds; open streams are told."""
-        self._call(self._admin.Drain, convert.drain_request(grace), timeout)
+        self._do(calls.drain(grace), timeout)
 
 
 def _pump(
@@ -620,7 +566,7 @@ class AnalyzeStream:
         are waited out up to the client's timeout, then the stream goes on trying by itself
         and ``opened`` is ``None`` until it succeeds.
         """
-        if self._reader is not None:
+        if self._reader is not None or self.ended:
             raise RuntimeError("a stream is opened once: make another with analyze_stream")
         self._reader = threading.Thread(target=self._run, name="facelane-stream", daemon=True)
         now = time.monotonic()
@@ -717,6 +663,7 @@ class AnalyzeStream:
             PictureError: the frame is larger than the server takes. The stream goes on.
             StreamClosedError: after ``close_send`` or the end.
         """
+        self._check_entered()
         limit = self._timeout if timeout is None else timeout
         with self._lock:
             obstacle = self._core.obstacle()
@@ -741,6 +688,7 @@ class AnalyzeStream:
 
         For cameras, which must not wait: the frame is dropped at its source.
         """
+        self._check_entered()
         with self._lock:
             obstacle = self._core.obstacle()
             if obstacle is not None:
@@ -758,7 +706,7 @@ class AnalyzeStream:
     ) -> int:
         moment = None if capture_time is None else convert.timestamp(capture_time)
         number = self._core.submit(
-            len(picture.data),
+            convert.size(picture),
             lambda identifier, offset: convert.frame(identifier, picture, offset, moment),
             now=time.monotonic(),
             frame_id=frame_id,
@@ -786,6 +734,7 @@ class AnalyzeStream:
             DeadlineExceededError: none came within ``timeout`` seconds.
             FacelaneError: the stream failed. All outcomes were delivered before.
         """
+        self._check_entered()
         core = self._core
         with self._lock:
             outcome = core.take()
@@ -811,6 +760,10 @@ class AnalyzeStream:
         if outcome is None:
             raise StopIteration
         return outcome
+
+    def _check_entered(self) -> None:
+        if self._reader is None and not self.ended:
+            raise RuntimeError("the stream is not open: use it in `with ... as stream:`")
 
     # Inside. Everything below runs with the lock held, unless it says otherwise.
 

@@ -1,4 +1,4 @@
-"""Between protobuf and the client's types: the only module that reads or builds messages.
+"""Between protobuf and the client's types, and the messages of streams.
 
 Enum numbers that this client does not know become the member that promises least.
 """
@@ -6,15 +6,13 @@ Enum numbers that this client does not know become the member that promises leas
 from __future__ import annotations
 
 import datetime as dt
-import uuid
 from collections.abc import Iterable, Mapping
 from typing import TypeVar, Unpack
 
-from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
+from google.protobuf import duration_pb2, timestamp_pb2
 
 from facelane import errors, types
 from facelane.v1 import (
-    admin_service_pb2,
     analysis_service_pb2,
     event_service_pb2,
     face_pb2,
@@ -128,8 +126,28 @@ def _moment(value: timestamp_pb2.Timestamp) -> dt.datetime:
 # Requests.
 
 
+def count(name: str, value: int) -> int:
+    """A number that protobuf can hold, or an error that names it."""
+    if not 0 <= value < 1 << 32:
+        raise errors.ArgumentError(
+            errors.Reason.ARGUMENT_INVALID, f"{name} {value}: give 0 or a positive number"
+        )
+    return value
+
+
+def size(value: types.Picture) -> int:
+    """Bytes of a picture. What is no picture is named here, where it came in."""
+    if not isinstance(value, types.Picture):
+        raise TypeError(
+            f"{type(value).__name__} is no facelane.Picture: make one with Picture.encoded, "
+            "Picture.from_file or Picture.raw"
+        )
+    return len(value.data)
+
+
 def picture(value: types.Picture) -> face_pb2.Picture:
     """A picture for the wire."""
+    size(value)
     return face_pb2.Picture(
         encoding=_ENCODING[value.encoding],
         data=value.data,
@@ -149,17 +167,14 @@ def analysis_options(
     min_face_size: int = 0,
 ) -> analysis_service_pb2.AnalysisOptions:
     """``types.AnalysisOptions`` for the wire."""
-    try:
-        return analysis_service_pb2.AnalysisOptions(
-            skip_recognition=skip_recognition,
-            skip_liveness=skip_liveness,
-            gallery_id=gallery,
-            max_faces=max_faces,
-            max_candidates=max_candidates,
-            min_face_size=min_face_size,
-        )
-    except ValueError as error:
-        raise errors.ArgumentError(errors.Reason.ARGUMENT_INVALID, str(error)) from None
+    return analysis_service_pb2.AnalysisOptions(
+        skip_recognition=skip_recognition,
+        skip_liveness=skip_liveness,
+        gallery_id=gallery,
+        max_faces=count("max_faces", max_faces),
+        max_candidates=count("max_candidates", max_candidates),
+        min_face_size=count("min_face_size", min_face_size),
+    )
 
 
 def stream_config(
@@ -180,18 +195,13 @@ def stream_config(
         raise errors.ArgumentError(
             errors.Reason.CONFIG_INVALID, f"overload {overload!r}: give {known}"
         ) from None
-    try:
-        config = analysis_service_pb2.StreamConfig(
-            source_id=source_id,
-            options=analysis_options(**options),
-            overload_policy=_OVERLOAD[policy],
-            weight=weight,
-            disable_tracking=disable_tracking,
-        )
-    except ValueError as error:
-        if isinstance(error, errors.FacelaneError):
-            raise
-        raise errors.ArgumentError(errors.Reason.CONFIG_INVALID, str(error)) from None
+    config = analysis_service_pb2.StreamConfig(
+        source_id=source_id,
+        options=analysis_options(**options),
+        overload_policy=_OVERLOAD[policy],
+        weight=count("weight", weight),
+        disable_tracking=disable_tracking,
+    )
     if max_frame_age is not None:
         config.max_frame_age.CopyFrom(duration(max_frame_age))
     if reinference_interval is not None:
@@ -216,81 +226,6 @@ def frame(
     )
 
 
-def analyze_image_request(
-    value: types.Picture, **options: Unpack[types.AnalysisOptions]
-) -> analysis_service_pb2.AnalyzeImageRequest:
-    """A single picture."""
-    return analysis_service_pb2.AnalyzeImageRequest(
-        picture=picture(value), options=analysis_options(**options)
-    )
-
-
-def create_subject_request(
-    subject_id: str, gallery: str, display_name: str, labels: Mapping[str, str] | None
-) -> gallery_service_pb2.CreateSubjectRequest:
-    """A new subject."""
-    return gallery_service_pb2.CreateSubjectRequest(
-        gallery_id=gallery,
-        subject_id=subject_id,
-        display_name=display_name,
-        labels=dict(labels or {}),
-    )
-
-
-def update_subject_request(
-    subject_id: str,
-    gallery: str,
-    display_name: str | None,
-    labels: Mapping[str, str] | None,
-    etag: str,
-) -> gallery_service_pb2.UpdateSubjectRequest:
-    """A change of those fields that are not ``None``."""
-    paths = []
-    if display_name is not None:
-        paths.append("display_name")
-    if labels is not None:
-        paths.append("labels")
-    if not paths:
-        # An empty mask means "both" on the wire and would erase them.
-        raise errors.ArgumentError(
-            errors.Reason.ARGUMENT_INVALID, "nothing to change: give display_name or labels"
-        )
-    return gallery_service_pb2.UpdateSubjectRequest(
-        subject=face_pb2.Subject(
-            subject_id=subject_id,
-            gallery_id=gallery,
-            display_name=display_name or "",
-            labels=dict(labels or {}),
-            etag=etag,
-        ),
-        update_mask=field_mask_pb2.FieldMask(paths=paths),
-    )
-
-
-def enroll_request(
-    subject_id: str,
-    value: types.Picture,
-    *,
-    gallery: str,
-    create_subject: bool,
-    display_name: str,
-    request_id: str | None,
-    allow_multiple_faces: bool,
-    skip_liveness: bool,
-) -> gallery_service_pb2.EnrollFaceRequest:
-    """An enrolment; without a ``request_id`` a random one makes retries idempotent."""
-    return gallery_service_pb2.EnrollFaceRequest(
-        gallery_id=gallery,
-        subject_id=subject_id,
-        picture=picture(value),
-        request_id=str(uuid.uuid4()) if request_id is None else request_id,
-        create_subject=create_subject,
-        display_name=display_name,
-        allow_multiple_faces=allow_multiple_faces,
-        skip_liveness=skip_liveness,
-    )
-
-
 def watch_events_request(
     resume_token: str, kinds: Iterable[types.EventKind | str]
 ) -> event_service_pb2.WatchEventsRequest:
@@ -303,11 +238,6 @@ def watch_events_request(
             errors.Reason.ARGUMENT_INVALID, f"{error}: give some of {known}"
         ) from None
     return event_service_pb2.WatchEventsRequest(resume_token=resume_token, kinds=numbers)
-
-
-def drain_request(grace: float) -> admin_service_pb2.DrainRequest:
-    """A drain with ``grace`` seconds."""
-    return admin_service_pb2.DrainRequest(grace=duration(grace))
 
 
 # Answers.
@@ -455,11 +385,6 @@ def stream_message(
     return None
 
 
-def analyze_image_response(pb: analysis_service_pb2.AnalyzeImageResponse) -> types.FrameResult:
-    """The analysis of a single picture."""
-    return frame_result(pb.result)
-
-
 def subject(pb: face_pb2.Subject) -> types.Subject:
     """A subject."""
     return types.Subject(
@@ -498,11 +423,6 @@ def verification(pb: gallery_service_pb2.VerifyFaceResponse) -> types.Verificati
         pb.threshold,
         face(pb.face),
     )
-
-
-def faces(pb: gallery_service_pb2.IdentifyFaceResponse) -> list[types.Face]:
-    """1:N."""
-    return [face(f) for f in pb.faces]
 
 
 def server_info(pb: server_service_pb2.GetServerInfoResponse) -> types.ServerInfo:

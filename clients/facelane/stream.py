@@ -232,10 +232,10 @@ class StreamCore(Generic[T]):
                 f"a frame of {size} bytes: the server takes {limit}; compress or scale it down",
             )
         number = self._last_id + 1 if frame_id is None else frame_id
-        if number <= self._last_id:
+        if not self._last_id < number < 1 << 64:
             raise ArgumentError(
                 Reason.FRAME_ID_NOT_INCREASING,
-                f"frame id {number} after {self._last_id}: ids must increase",
+                f"frame id {number} after {self._last_id}: ids must increase, within 64 bits",
             )
         if stream_offset is None:
             offset = max(now - self._epoch, self._last_offset)
@@ -486,7 +486,7 @@ class StreamCore(Generic[T]):
         self._lost += 0 if cancelled else len(self._in_flight)
         while self._in_flight:
             frame = self._in_flight.popleft()
-            body = FrameError(reason, message, not cancelled, metadata)
+            body = FrameError(reason.value, message, not cancelled, metadata)
             self._deliver(Outcome(frame.frame_id, frame.stream_offset, frame.capture_time, body))
 
     def _end(self, error: FacelaneError | None) -> None:

@@ -47,7 +47,8 @@ class Tls:
 
         Raises:
             OSError: a file cannot be read.
-            ArgumentError: a certificate without its key, or the other way round.
+            ArgumentError: a certificate without its key, or the other way round, or a file
+                that is not PEM.
         """
         if (self.cert_file is None) != (self.key_file is None):
             raise ArgumentError(
@@ -61,7 +62,15 @@ class Tls:
 
 
 def _read(path: str | os.PathLike[str] | None) -> bytes | None:
-    return None if path is None else Path(path).read_bytes()
+    if path is None:
+        return None
+    data = Path(path).read_bytes()
+    if b"-----BEGIN " not in data:
+        # gRPC would take it, and then reach nobody.
+        raise ArgumentError(
+            Reason.ARGUMENT_INVALID, f"{os.fspath(path)} is not PEM: it has no -----BEGIN line"
+        )
+    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,7 @@ def endpoint(target: str | None, token: str | None, tls: Tls | None) -> Endpoint
     address = target or os.environ.get("FACELANE_TARGET") or DEFAULT_TARGET
     if tls is None and (ca_file := os.environ.get("FACELANE_TLS_CA")):
         tls = Tls(ca_file=ca_file)
-    secret = _token() if token is None else token
+    secret = _checked(_token() if token is None else token)
     if secret and tls is None and not _is_local(address):
         warnings.warn(
             f"the token travels in clear text to {address}: give tls=Tls(...)",
@@ -98,6 +107,18 @@ def endpoint(target: str | None, token: str | None, tls: Tls | None) -> Endpoint
         options,
         (("authorization", f"Bearer {secret}"),) if secret else (),
     )
+
+
+def _checked(secret: str) -> str:
+    """A token that a header can carry; what gRPC says of others names nothing."""
+    # The line end of the file that it was read from is no part of it.
+    secret = secret.strip()
+    if not all("!" <= character <= "~" for character in secret):
+        raise ArgumentError(
+            Reason.ARGUMENT_INVALID,
+            "the token holds spaces, line ends or characters outside of ASCII: give the key alone",
+        )
+    return secret
 
 
 def _token() -> str:

@@ -70,6 +70,15 @@ def _sniff(data: bytes) -> Encoding:
     )
 
 
+def _encoding(name: Encoding | str) -> Encoding:
+    try:
+        return Encoding(name)
+    except ValueError:
+        raise PictureError(
+            Reason.ENCODING_UNSUPPORTED, f"encoding {name!r}: give one of {', '.join(Encoding)}"
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """One picture to send. Build it with ``encoded``, ``from_file`` or ``raw``.
@@ -95,13 +104,15 @@ class Picture:
             PictureError: no bytes (PICTURE_EMPTY), or not JPEG, PNG or WebP
                 (ENCODING_UNSUPPORTED).
         """
+        chosen = None if encoding is None else _encoding(encoding)
         if not isinstance(data, bytes):
             data = bytes(data)
         if not data:
             raise PictureError(
                 Reason.PICTURE_EMPTY, "the picture has no bytes: check what was read"
             )
-        chosen = _sniff(data) if encoding is None else Encoding(encoding)
+        if chosen is None:
+            chosen = _sniff(data)
         if chosen.is_raw:
             raise PictureError(
                 Reason.ENCODING_MISMATCH, f"{chosen} is raw: use Picture.raw with width and height"
@@ -136,10 +147,10 @@ class Picture:
         ``stride`` in bytes where rows are padded.
 
         Raises:
-            PictureError: the buffer's size does not fit the layout (RAW_LAYOUT_INVALID), or
-                it is empty (PICTURE_EMPTY).
+            PictureError: the buffer's size does not fit the layout (RAW_LAYOUT_INVALID), it
+                is empty (PICTURE_EMPTY), or the encoding is none (ENCODING_UNSUPPORTED).
         """
-        chosen = Encoding(encoding)
+        chosen = _encoding(encoding)
         if not chosen.is_raw:
             raise PictureError(
                 Reason.ENCODING_MISMATCH, f"{chosen} is compressed: use Picture.encoded"
@@ -469,7 +480,7 @@ class AnalysisOptions(TypedDict, total=False):
     gallery: str
     """The gallery to search; "default" unless given."""
     max_faces: int
-    """At most this many faces a picture, largest first; 0 = the server's limit."""
+    """At most this many faces a picture, best score first; 0 = the server's limit."""
     max_candidates: int
     """Candidates to list for each face, 0-10."""
     min_face_size: int

@@ -171,6 +171,22 @@ async def test_closing_the_client_closes_its_streams(server: fake.ScriptedServer
     assert [o.error.reason async for o in stream if o.error] == ["CANCELLED"]
     with pytest.raises(RuntimeError, match="was closed"):
         await client.server_info()
+    for use in (client.analyze_stream, client.watch_events):
+        with pytest.raises(RuntimeError, match="was closed"):
+            use()
+
+
+async def test_a_stream_that_was_not_entered_says_so(client: facelane.aio.Client) -> None:
+    stream = client.analyze_stream()
+    with pytest.raises(RuntimeError, match="async with"):
+        await stream.send(PICTURE)
+    with pytest.raises(RuntimeError, match="async with"):
+        stream.try_send(PICTURE)
+    with pytest.raises(RuntimeError, match="async with"):
+        await anext(stream)
+    await stream.close()
+    with pytest.raises(RuntimeError, match="opened once"):
+        await stream.__aenter__()
 
 
 @pytest.mark.parametrize(

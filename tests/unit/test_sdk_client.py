@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -549,6 +550,7 @@ def test_a_capture_time_needs_a_zone(client: facelane.Client) -> None:
         {"max_frame_age": -1.0},
         {"max_frame_age": math.nan},
         {"max_faces": -1},
+        {"max_candidates": 1 << 32},
         {"weight": -1},
         {"buffer": 0},
     ],
@@ -556,6 +558,64 @@ def test_a_capture_time_needs_a_zone(client: facelane.Client) -> None:
 def test_options_that_make_no_sense(client: facelane.Client, options: dict[str, object]) -> None:
     with pytest.raises(facelane.ArgumentError):
         client.analyze_stream(**options)  # type: ignore[arg-type]
+
+
+def test_a_number_that_makes_no_sense_is_named(client: facelane.Client) -> None:
+    with pytest.raises(facelane.ArgumentError, match="max_candidates -1"):
+        client.identify(PICTURE, max_candidates=-1)
+    with pytest.raises(facelane.ArgumentError, match="page_size -1"):
+        list(client.list_subjects(page_size=-1))
+    with pytest.raises(facelane.ArgumentError, match="max_faces -1"):
+        client.analyze_image(PICTURE, max_faces=-1)
+
+
+def test_what_is_no_picture_says_how_to_make_one(client: facelane.Client) -> None:
+    calls: list[Callable[[Any], object]] = [
+        client.analyze_image,
+        client.identify,
+        lambda data: client.enroll("grace", data),
+        lambda data: list(client.analyze([data])),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"bytes is no facelane\.Picture: .*Picture\.encoded"):
+            call(JPEG)
+
+
+def test_a_stream_that_was_not_entered_says_so(client: facelane.Client) -> None:
+    stream = client.analyze_stream()
+    uses: list[Callable[[], object]] = [
+        lambda: stream.send(PICTURE),
+        lambda: stream.try_send(PICTURE),
+        lambda: next(stream),
+    ]
+    for use in uses:
+        with pytest.raises(RuntimeError, match="with"):
+            use()
+    with stream:
+        assert stream.send(PICTURE) == 1
+    with pytest.raises(RuntimeError, match="opened once"):
+        stream.__enter__()
+    with pytest.raises(facelane.StreamClosedError):
+        stream.send(PICTURE)
+
+
+def test_a_closed_client_says_so(server: fake.ScriptedServer) -> None:
+    client = facelane.Client(server.target)
+    early = client.analyze_stream()
+    client.close()
+    uses: list[Callable[[], object]] = [
+        client.server_info,
+        client.health,
+        client.analyze_stream,
+        client.watch_events,
+        lambda: list(client.analyze([PICTURE])),
+        lambda: list(client.list_subjects()),
+    ]
+    for use in uses:
+        with pytest.raises(RuntimeError, match="was closed"):
+            use()
+    with pytest.raises(RuntimeError, match="opened once"):
+        early.__enter__()
 
 
 # The convenience.
@@ -589,7 +649,7 @@ def test_analyze_can_be_left(client: facelane.Client) -> None:
 
     outcomes = client.analyze(endless())
     assert next(outcomes).frame_id == 1
-    outcomes.close()  # type: ignore[attr-defined]
+    outcomes.close()
     until(lambda: not threads(), 5, "no thread left")
 
 
@@ -838,6 +898,19 @@ def test_a_token_opens_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("FACELANE_TOKEN", "wrong")
         with facelane.Client() as wrong, pytest.raises(facelane.AuthenticationError):
             wrong.server_info()
+
+
+def test_a_token_is_the_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        fake.ScriptedServer(token="s3cret") as server,
+        facelane.Client(server.target, token="s3cret\n") as read_carelessly,
+    ):
+        assert read_carelessly.server_info().version == "1.2.3"
+    monkeypatch.setenv("FACELANE_TOKEN", "two words")
+    for given in ("s3cret\nmore", "schlüssel", None):
+        with pytest.raises(facelane.ArgumentError, match="the key alone") as caught:
+            facelane.Client(token=given)
+        assert "s3cret" not in str(caught.value)
 
 
 def test_a_token_in_clear_text_to_another_machine_is_warned_about() -> None:

@@ -227,7 +227,7 @@ def test_a_frame_beyond_the_limit_is_refused_and_takes_no_id() -> None:
     assert submit(stream, size=100) == 1
 
 
-@pytest.mark.parametrize("number", [0, 5, 4])
+@pytest.mark.parametrize("number", [0, 5, 4, 1 << 64])
 def test_ids_must_increase(number: int) -> None:
     stream = core()
     submit(stream, frame_id=5)

@@ -55,6 +55,15 @@ def test_what_is_no_picture_is_named(data: bytes, reason: str, words: str) -> No
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("name", ["jpg", "JPEG", "yuv420"])
+def test_an_encoding_that_there_is_not(name: str) -> None:
+    with pytest.raises(facelane.PictureError, match="give one of jpeg, png, webp") as caught:
+        facelane.Picture.encoded(b"\xff\xd8\xff\xe0", name)  # type: ignore[arg-type]
+    assert caught.value.reason == "ENCODING_UNSUPPORTED"
+    with pytest.raises(facelane.PictureError, match=r"give one of .*nv12"):
+        facelane.Picture.raw(b"abc", width=1, height=1, encoding=name)  # type: ignore[arg-type]
+
+
 def test_a_picture_s_bytes_stay_out_of_its_repr() -> None:
     assert "xff" not in repr(facelane.Picture.encoded(b"\xff\xd8\xff\xe0"))
 
@@ -280,6 +289,12 @@ def test_a_token_file_holds_one_token(tmp_path: Path) -> None:
 def test_a_certificate_needs_its_key(tmp_path: Path) -> None:
     with pytest.raises(facelane.ArgumentError, match="give both"):
         facelane.Client("127.0.0.1:1", tls=facelane.Tls(cert_file=tmp_path / "c.pem"))
+
+
+def test_a_root_that_is_not_pem_is_named(tmp_path: Path) -> None:
+    (tmp_path / "root.der").write_bytes(b"0\x82\x03\x0c")
+    with pytest.raises(facelane.ArgumentError, match=r"root\.der is not PEM"):
+        facelane.Client("127.0.0.1:1", tls=facelane.Tls(ca_file=tmp_path / "root.der"))
 
 
 def test_tls_with_client_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
