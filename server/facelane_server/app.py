@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -34,6 +37,7 @@ from facelane_server.edge.analysis import AnalysisService, LaneRegistry
 from facelane_server.edge.auth import Authenticator, AuthInterceptor
 from facelane_server.edge.gallery import GalleryService
 from facelane_server.edge.operations import AdminService, EventService, ServerService
+from facelane_server.edge.tls import Certificates, validity
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
@@ -63,6 +67,7 @@ DEFAULT_MODELS: Final = {
     Stage.LIVENESS: "facelane-liveness",
 }
 START_POLL_S: Final = 0.2
+RUN_PREFIX: Final = "facelane-run-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,21 +139,68 @@ def state_dir(settings: config.Config) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise config.ConfigError(f"state_dir {folder} cannot be made: {error.strerror}") from None
+        raise config.ConfigError(
+            f"state_dir {folder} cannot be made: {error.strerror}; make it for this user, or set "
+            "state_dir to a folder that it may write to"
+        ) from None
     return folder
 
 
 @contextlib.contextmanager
-def runtime_dir(settings: config.Config) -> Any:
+def runtime_dir(settings: config.Config) -> Iterator[Path]:
     """Where sockets are made. A fresh private folder is removed at the end."""
     chosen = settings.runtime_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
     if chosen:
         folder = Path(chosen).expanduser()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise config.ConfigError(
+                f"runtime_dir {folder} cannot be made: {error.strerror}; make it for this user, "
+                "or leave runtime_dir empty"
+            ) from None
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="facelane-") as made:
-        yield Path(made)
+    with _private_folder() as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A fresh folder of mode 0700, removed at the end.
+
+    A server that is killed cannot remove its own: the next one does. A lock on the folder,
+    which the kernel gives up together with the process, tells that nobody lives there.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"):
+        if (lock := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    # A server that starts at the same moment may find ours before we hold it, and remove it.
+    while (lock := _lock(folder := Path(tempfile.mkdtemp(prefix=RUN_PREFIX)))) is None:
+        continue
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds a folder of this user; None where it is held, or gone."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = os.open(folder, flags)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.fstat(lock)
+            if held.st_uid != os.geteuid() or not os.path.samestat(held, os.lstat(folder)):
+                return None
+        except OSError:
+            return None
+        stack.pop_all()
+        return lock
 
 
 class App:
@@ -163,6 +215,7 @@ class App:
         self.lanes = LaneRegistry(settings.limits.max_streams)
         self.health = health.Health()
         self.authenticator = Authenticator.of(settings)
+        self.certificates = Certificates.read(settings.tls)
         self.pools: dict[Stage, Pool] = {}
         self.notifier = Notifier.from_environment()
         self.metrics = Metrics(
@@ -381,7 +434,11 @@ class App:
             reflection.enable_server_reflection(
                 (*health.SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
             )
-        bind(server, self.settings)
+        if self.certificates is not None:
+            problem, _ = validity(self.settings.tls)
+            if problem:
+                log.warning("the server's certificate", problem=problem)
+        bind(server, self.settings.server.listen, self.certificates)
         await server.start()
         stack.push_async_callback(server.stop, 1.0)
         log.info("listening", address=self.settings.server.listen, version=__version__)
@@ -452,6 +509,14 @@ class App:
             return read_package(present.folder)
         return Catalog([Path(f).expanduser() for f in self.settings.models.path]).resolve(model)
 
+    def _certificates_changed(self) -> bool:
+        """Whether the files hold others than those in use."""
+        try:
+            return Certificates.read(self.settings.tls) != self.certificates
+        except config.ConfigError as error:
+            log.warning("the next start will fail", problem=str(error))
+            return True
+
     def reload_config(self) -> None:
         """SIGHUP: keys at once; what needs a restart is named and left as it is."""
         self.notifier.reloading()
@@ -485,16 +550,17 @@ class App:
                 )
                 if getattr(fresh, section) != getattr(self.settings, section)
             ]
+            if "tls" not in stale and self._certificates_changed():
+                stale.append("tls")
             configure_logging(fresh.log)
             log.info("config reloaded", applied=["auth", "log"], needs_restart=stale)
         self.notifier.ready(self._status_line())
 
 
-def bind(server: grpc.aio.Server, settings: config.Config) -> None:
-    """Opens the port. Raises ``ConfigError``; ``AddressError`` when it cannot be had now."""
-    listen = settings.server.listen
+def bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None) -> None:
+    """Opens the port. Raises ``AddressError`` when it cannot be had now."""
     if listen.startswith("unix:"):
-        path = Path(listen.removeprefix("unix:").removeprefix("//"))
+        path = _socket_path(listen)
         if path.is_socket():
             if _answers(path):
                 raise config.AddressError(
@@ -504,14 +570,48 @@ def bind(server: grpc.aio.Server, settings: config.Config) -> None:
             # What a killed server left behind.
             path.unlink()
     try:
-        if settings.tls.cert_file:
-            port = server.add_secure_port(listen, _credentials(settings.tls))
+        if certificates is not None:
+            port = server.add_secure_port(listen, certificates.credentials())
         else:
             port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise config.AddressError(f"server.listen: cannot listen on {listen}: {error}") from None
-    if port == 0 and not listen.startswith("unix:"):
-        raise config.AddressError(f"server.listen: cannot listen on {listen}; is it in use?")
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        # gRPC does not say why.
+        why = _unusable(listen)
+        raise config.AddressError(f"server.listen: cannot listen on {listen}: {why}")
+
+
+def _socket_path(listen: str) -> Path:
+    return Path(listen.removeprefix("unix:").removeprefix("//"))
+
+
+def _unusable(listen: str) -> str:
+    """Why an address cannot be listened on, and what to do."""
+    if listen.startswith("unix:"):
+        folder = _socket_path(listen).parent
+        return (
+            f"this user must be able to make a socket in {folder}, in a path of 107 bytes at most"
+        )
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        for family, kind, _protocol, _name, address in found:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen()
+    except socket.gaierror as error:
+        return f"{error.strerror}; write an address of this machine"
+    except PermissionError:
+        return "ports below 1024 are for root; take another"
+    except OSError as error:
+        advice = {
+            errno.EADDRINUSE: "another process has the port; end it, or take another",
+            errno.EADDRNOTAVAIL: "this machine has no such address (now); see `ip address`",
+        }.get(error.errno or 0, "take another")
+        return f"{os.strerror(error.errno) if error.errno else 'unknown'}: {advice}"
+    return "another process had the port a moment ago"
 
 
 def _answers(path: Path) -> bool:
@@ -523,17 +623,6 @@ def _answers(path: Path) -> bool:
         except OSError:
             return False
     return True
-
-
-def _credentials(tls: config.Tls) -> grpc.ServerCredentials:
-    try:
-        pair = (Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes())
-        ca = Path(tls.client_ca_file).read_bytes() if tls.client_ca_file else None
-    except OSError as error:
-        raise config.ConfigError(f"tls: {error.filename}: {error.strerror}") from None
-    return grpc.ssl_server_credentials(
-        [pair], root_certificates=ca, require_client_auth=ca is not None
-    )
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:

@@ -1,7 +1,8 @@
 """``facelane-server``: run the service, and look after it.
 
-Exit codes: 0 ended as asked · 1 failed while running · 2 usage · 69 a model, a device
-or an address is not usable now · 78 the configuration is not usable (systemd: do not restart).
+Exit codes: 0 ended as asked · 1 failed while running · 2 usage · 69 a device, an address or
+the gallery is not usable now · 78 the configuration, a model package or the gallery's file is
+not usable until somebody mends it (systemd: do not restart).
 """
 
 from __future__ import annotations
@@ -39,6 +40,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 keys_app = typer.Typer(help="Keys that clients authenticate with.", no_args_is_help=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 app.add_typer(keys_app, name="keys")
 
 
@@ -68,23 +89,42 @@ def run(config: ConfigOption = None) -> None:
         raise typer.Exit(EX_CONFIG) from None
     except FacelaneError as error:
         typer.echo(f"facelane-server: {error.reason.value}: {error.message}", err=True)
-        raise typer.Exit(
-            EX_CONFIG if error.reason is Reason.MODEL_INVALID else EX_UNAVAILABLE
-        ) from None
+        # Neither a package nor a damaged gallery is mended by another try.
+        final = error.reason is Reason.MODEL_INVALID or (
+            error.reason is Reason.GALLERY_UNAVAILABLE and not error.retryable
+        )
+        raise typer.Exit(EX_CONFIG if final else EX_UNAVAILABLE) from None
     raise typer.Exit(code)
 
 
 @app.command()
 def check(config: ConfigOption = None) -> None:
-    """Read the config and the model packages it names, and say what would run."""
+    """Read the config and the files that it names, and say what would run. Exit status 78 when
+    the server would not start with it."""
     loaded = _load(config)
+    from facelane_server import plan as planning
     from facelane_server.app import ServedModels
+    from facelane_server.edge.auth import Authenticator
+    from facelane_server.edge.tls import Certificates
 
+    lent = loaded.lent_by_systemd
     try:
         models = ServedModels.resolve(loaded)
+        if loaded.auth.keys_file not in lent:
+            Authenticator.of(loaded)
+        if not {loaded.tls.cert_file, loaded.tls.key_file, loaded.tls.client_ca_file} & set(lent):
+            Certificates.read(loaded.tls)
     except FacelaneError as error:
         typer.echo(f"facelane-server: {error.message}", err=True)
         raise typer.Exit(EX_CONFIG) from None
+    except configuration.ConfigError as error:
+        typer.echo(f"facelane-server: {error}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    problems = planning.make_plan(loaded, models.packages, planning.read_devices()).problems
+    for problem in problems:
+        typer.echo(f"facelane-server: {problem}", err=True)
+    if problems:
+        raise typer.Exit(EX_CONFIG)
     for stage, package in models.packages.items():
         pool = loaded.stages[stage.value]
         typer.echo(
@@ -92,6 +132,8 @@ def check(config: ConfigOption = None) -> None:
             f"  {pool.isolation}"
         )
     typer.echo(f"listens on {loaded.server.listen}")
+    if lent:
+        typer.echo(f"not looked at: {', '.join(lent)}: systemd lends them to the running service")
 
 
 @app.command()
@@ -145,30 +187,66 @@ def plan(
 
 @keys_app.command("new")
 def keys_new(
-    name: Annotated[str, typer.Argument(help="Whose key it is; appears in logs.")],
+    name: Annotated[
+        str, typer.Argument(help="Whose key it is; told in the log when it is used to administer.")
+    ],
     scope: Annotated[
         list[str] | None,
         typer.Option(help="analyze, gallery or admin; may be given several times."),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Append the entry to this keys file (mode 0600).")
+        Path | None, typer.Option(help="Append the entry to this keys file (made with mode 0600).")
     ] = None,
 ) -> None:
     """Make a key. The secret is printed once; the file holds its hash."""
-    from facelane_server.edge.auth import new_key
+    from facelane_server.edge.auth import new_key, read_keys
 
     scopes = scope or ["analyze"]
     unknown = [s for s in scopes if s not in ("analyze", "gallery", "admin")]
     if unknown:
         raise typer.BadParameter(f"unknown scope {unknown[0]}: use analyze, gallery or admin")
-    secret, entry = new_key(name, tuple(scopes))  # type: ignore[arg-type]
+    try:
+        secret, entry = new_key(name, tuple(scopes))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     if file is None:
         typer.echo(entry, err=True)
     else:
-        with open(file, "a", encoding="utf-8", opener=_private) as stream:
-            stream.write(("\n" if stream.tell() else "") + entry)
-        typer.echo(f"added to {file}; reload the server (SIGHUP)", err=True)
+        try:
+            # An entry in a file that the server refuses would take the other keys along.
+            present = read_keys(file, may_be_empty=True) if file.exists() else ()
+            with open(file, "a", encoding="utf-8", opener=_private) as stream:
+                stream.write(("\n" if stream.tell() else "") + entry)
+        except configuration.ConfigError as error:
+            typer.echo(f"facelane-server: nothing was added: {error}", err=True)
+            raise typer.Exit(EX_CONFIG) from None
+        except OSError as error:
+            typer.echo(f"facelane-server: {file}: cannot be written: {error.strerror}", err=True)
+            raise typer.Exit(EX_CONFIG) from None
+        same = sum(key.name == name for key in present)
+        if same:
+            typer.echo(f"{name} has {same + 1} keys now; each counts until it is removed", err=True)
+        typer.echo(
+            f"added to {file}; it counts after a reload (SIGHUP) of the server, or after a restart "
+            "where systemd lends it the file",
+            err=True,
+        )
     typer.echo(secret)
+
+
+@keys_app.command("list")
+def keys_list(file: Annotated[Path, typer.Argument(help="The keys file.")]) -> None:
+    """Who has a key, and for what. To take one away, delete its entry and reload the server."""
+    from facelane_server.edge.auth import read_keys
+
+    try:
+        keys = read_keys(file)
+    except configuration.ConfigError as error:
+        typer.echo(f"facelane-server: {error}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    width = max(len(key.name) for key in keys)
+    for key in keys:
+        typer.echo(f"{key.name:<{width}}  {', '.join(key.scopes):<24}  sha256 {key.sha256[:12]}")
 
 
 def _private(path: str, flags: int) -> int:

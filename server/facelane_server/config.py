@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -237,6 +238,22 @@ class Config(Section, frozen=True):
     """Sockets; empty = $RUNTIME_DIRECTORY (systemd), else a fresh private folder."""
 
     @property
+    def lent_by_systemd(self) -> tuple[str, ...]:
+        """Files that systemd lends to the running service (LoadCredential=), as far as this
+        process cannot see them."""
+        named = (
+            self.auth.keys_file,
+            self.tls.cert_file,
+            self.tls.key_file,
+            self.tls.client_ca_file,
+        )
+        return tuple(
+            path
+            for path in named
+            if path.startswith("/run/credentials/") and not os.access(path, os.R_OK)
+        )
+
+    @property
     def stages(self) -> dict[str, Pool]:
         """The pools in pipeline order, by stage name."""
         pools = {"detector": self.pools.detector}
@@ -308,8 +325,10 @@ def load(path: Path | None) -> Config:
         return config
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not valid TOML: it is not UTF-8 text") from None
     return parse(text, source=str(path))
 
 
@@ -326,6 +345,11 @@ def is_local(listen: str) -> bool:
         return False
 
 
+def _is_host_port(listen: str) -> bool:
+    host, _, port = listen.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65_535
+
+
 def check(config: Config, *, source: str) -> None:
     """Relations between values. Raises ``ConfigError``."""
 
@@ -333,10 +357,10 @@ def check(config: Config, *, source: str) -> None:
         raise ConfigError(f"{source}: {message}")
 
     listen = config.server.listen
-    if not listen.startswith("unix:"):
-        host, _, port = listen.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65_535:
-            fail(f"server.listen: `{listen}` is neither host:port nor unix:/path")
+    if not listen.startswith("unix:") and not _is_host_port(listen):
+        fail(f"server.listen: `{listen}` is neither host:port nor unix:/path")
+    if config.metrics.listen and not _is_host_port(config.metrics.listen):
+        fail(f"metrics.listen: `{config.metrics.listen}` is not host:port; empty switches it off")
     if bool(config.tls.cert_file) != bool(config.tls.key_file):
         fail("tls: cert_file and key_file go together")
     if config.tls.client_ca_file and not config.tls.cert_file:

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,8 @@ from typing import Any, Final
 from facelane_server import __version__, config, limits
 from facelane_server.app import ServedModels, state_dir
 from facelane_server.domain import Encoding, FacelaneError, Picture, Stage
+from facelane_server.edge.auth import Authenticator, read_keys
+from facelane_server.edge.tls import Certificates, validity
 from facelane_server.gallery.store import Store
 from facelane_server.monitor import Nvml, NvmlMissingError
 from facelane_server.pools.host import Launchers
@@ -47,6 +50,7 @@ MIN_OPEN_FILES: Final = 1_024
 MIN_MEMORY_MIB: Final = 2_048
 """Front, three workers of the starter models, and the pictures on their way."""
 MIN_DISK_MIB: Final = 256
+MIN_CERTIFICATE_DAYS: Final = 14
 REPORTED_PACKAGES: Final = ("grpcio", "msgspec", "numpy", "opencv-python-headless", "protobuf")
 SIDE: Final = 256
 
@@ -156,7 +160,8 @@ async def examine(
     add(check_mps(settings))
     add(check_cgroup(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
     add(*check_ulimits())
-    add(check_listen(settings))
+    add(check_listen(settings), check_metrics(settings))
+    add(check_keys(settings), check_tls(settings))
     add(await asyncio.to_thread(check_gallery, settings))
     models, found = check_models(settings)
     add(*found)
@@ -451,6 +456,21 @@ def check_listen(settings: config.Config) -> Check:
             return Check("listen", Status.OK, listen)
         advice = f"make {path.parent} and let this user write to it"
         return Check("listen", Status.FAIL, f"{listen}: its folder cannot be written to", advice)
+    return _port_check("listen", "server.listen", listen)
+
+
+def check_metrics(settings: config.Config) -> Check:
+    """Whether the address of the metrics is free. They need no key, wherever they listen."""
+    listen = settings.metrics.listen
+    if not listen:
+        return Check("metrics", Status.SKIP, "switched off")
+    check = _port_check("metrics", "metrics.listen", listen)
+    if check.status is Status.OK and not config.is_local(listen):
+        return Check("metrics", Status.OK, f"{check.detail}; whoever reaches it may read them")
+    return check
+
+
+def _port_check(name: str, key: str, listen: str) -> Check:
     host, _, port = listen.rpartition(":")
     try:
         info = socket.getaddrinfo(
@@ -460,9 +480,57 @@ def check_listen(settings: config.Config) -> Check:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(info[4])
     except OSError as error:
-        advice = "a server that runs already has it; otherwise set server.listen to a free one"
-        return Check("listen", Status.WARN, f"{listen}: {error.strerror}", advice)
-    return Check("listen", Status.OK, f"{listen} is free")
+        advice = f"a server that runs already has it; otherwise set {key} to a free one"
+        return Check(name, Status.WARN, f"{listen}: {error.strerror}", advice)
+    return Check(name, Status.OK, f"{listen} is free")
+
+
+_LENT: Final = "systemd lends it to the running service alone: not looked at"
+
+
+def check_keys(settings: config.Config) -> Check:
+    """Who may call. Without keys, whoever reaches the address."""
+    file = settings.auth.keys_file
+    if file in settings.lent_by_systemd:
+        return Check("keys", Status.SKIP, f"{file}: {_LENT}")
+    try:
+        required = Authenticator.of(settings).required
+    except config.ConfigError as error:
+        return Check("keys", Status.FAIL, str(error), "`facelane-server keys new NAME --file FILE`")
+    if required:
+        return Check("keys", Status.OK, f"{file}: {len(read_keys(Path(file)))} key(s)")
+    if config.is_local(settings.server.listen):
+        return Check("keys", Status.OK, "none needed: reachable from this machine alone")
+    advice = "whoever reaches the address may enrol, delete and drain: set auth.mode and keys_file"
+    return Check("keys", Status.WARN, "switched off", advice)
+
+
+def check_tls(settings: config.Config) -> Check:
+    """The certificate, its key, and its dates."""
+    section = settings.tls
+    if not section.cert_file:
+        if config.is_local(settings.server.listen):
+            return Check("tls", Status.SKIP, "not configured, not needed")
+        advice = "pictures and keys cross the network unencrypted: set tls.cert_file and key_file"
+        return Check("tls", Status.WARN, "not configured", advice)
+    if {section.cert_file, section.key_file, section.client_ca_file} & set(
+        settings.lent_by_systemd
+    ):
+        return Check("tls", Status.SKIP, f"{section.cert_file}: {_LENT}")
+    try:
+        Certificates.read(section)
+    except config.ConfigError as error:
+        return Check("tls", Status.FAIL, str(error))
+    problem, ends = validity(section)
+    if problem:
+        return Check("tls", Status.FAIL, f"the certificate in {section.cert_file} {problem}")
+    detail = section.cert_file + (f": valid until {ends:%Y-%m-%d}" if ends else "")
+    if ends and ends - datetime.now(UTC) < timedelta(days=MIN_CERTIFICATE_DAYS):
+        return Check("tls", Status.WARN, detail, "renew it: clients refuse it afterwards")
+    if Path(section.key_file).stat().st_mode & 0o077:
+        advice = f"chmod 600 {section.key_file}"
+        return Check("tls", Status.WARN, f"{section.key_file} can be read by others", advice)
+    return Check("tls", Status.OK, detail)
 
 
 def check_gallery(settings: config.Config) -> Check:

@@ -562,24 +562,22 @@ class MetricsServer:
 
     @classmethod
     async def start(cls, section: config.Metrics, exposition: Callable[[], bytes]) -> Self | None:
-        """Listens on ``section.listen``; ``None`` when that is empty. Raises ``ConfigError``."""
+        """Listens on ``section.listen``; ``None`` when that is empty. Raises ``AddressError``."""
         if not section.listen:
             return None
         host, _, port = section.listen.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65_535:
-            raise config.ConfigError(
-                f"metrics.listen: `{section.listen}` is not host:port; empty switches it off"
-            )
         made = cls(exposition)
         try:
             made._server = await asyncio.start_server(
                 made._accept, host.strip("[]"), int(port), limit=cls.MAX_HEADER_BYTES
             )
         except OSError as error:
-            raise config.ConfigError(
-                f"metrics.listen: `{section.listen}` cannot be listened on "
-                f"({error.strerror or type(error).__name__}); choose another port, or write "
-                'listen = "" to switch metrics off'
+            # asyncio's own text names the address once more.
+            number = error.errno or 0
+            why = os.strerror(number) if number > 0 else error.strerror
+            raise config.AddressError(
+                f"metrics.listen: cannot listen on {section.listen}: {why or 'unknown'}; choose "
+                'another port, or write listen = "" to switch metrics off'
             ) from None
         return made
 

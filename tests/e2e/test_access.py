@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
@@ -252,8 +253,38 @@ def test_mutual_tls(start: Start, certificates: Path) -> None:
 def test_certificates_that_cannot_be_read(start: Start, tmp_path: Path) -> None:
     server = start(edit=lambda text: tls_text(text, tmp_path, mutual=False), wait=False)
     assert server.process.wait(30) == 78
-    assert "tls:" in server.text()
+    assert "tls.cert_file" in server.text()
     assert "Traceback" not in server.text()
+
+
+def test_a_renewed_certificate_wants_a_restart_and_reload_says_so(
+    start: Start, certificates: Path, tmp_path: Path
+) -> None:
+    for name in ("server.pem", "server.key"):
+        shutil.copy(certificates / name, tmp_path)
+    port = free_port()
+    server = start(
+        listen=f"127.0.0.1:{port}",
+        edit=lambda text: tls_text(text, tmp_path, mutual=False),
+        wait=False,
+    )
+    wait_process(f"localhost:{port}", "", facelane.Tls(ca_file=certificates / "ca.pem"))
+
+    def reloads() -> list[list[str]]:
+        lines = [line for line in server.text().splitlines() if '"config reloaded"' in line]
+        return [json.loads(line)["needs_restart"] for line in lines]
+
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: reloads() == [[]], 10, "the first reload")
+    for name in ("pem", "key"):
+        shutil.copy(certificates / f"client.{name}", tmp_path / f"server.{name}")
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: reloads() == [[], ["tls"]], 10, "the renewed certificate in the log")
+    (tmp_path / "server.pem").write_text("garbage")
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: len(reloads()) == 3, 10, "the third reload")
+    assert reloads()[-1] == ["tls"]
+    assert "holds no certificate" in server.text()
 
 
 def test_a_taken_port_is_told(start: Start) -> None:

@@ -142,12 +142,26 @@ def test_configs_that_cannot_be_used(tmp_path: Path) -> None:
         ("[pools.detector]\nmodel = 'null-liveness'", "is a liveness, not a detector"),
         ("[pools.detector]\nmodel = '/no/such/folder'", "model.toml cannot be read"),
         ("[limits", "not valid TOML"),
-        ("state_dir = '/dev/null/x'\n[metrics]\nlisten = ''", "/dev/null/x"),
+        ("[auth]\nkeys_file = '/no/such/keys.toml'", "/no/such/keys.toml: cannot be read"),
+        ("[tls]\ncert_file = '/no/such'\nkey_file = '/no/key'", "tls.cert_file /no/such"),
+        ("[metrics]\nlisten = '9151'", "is not host:port"),
+    ):
+        path.write_text(text)
+        for command in ("run", "check"):
+            done = server_command(command, "--config", str(path))
+            assert done.returncode == 78, (command, text, done)
+            assert says in done.stderr, (command, text, done.stderr)
+            assert "Traceback" not in done.stderr
+            # Nothing was started for it.
+            assert "worker" not in done.stdout
+    for text in (
+        "state_dir = '/dev/null/x'\n[metrics]\nlisten = ''",
+        f"runtime_dir = '/dev/null/x'\nstate_dir = '{tmp_path}'\n[metrics]\nlisten = ''",
     ):
         path.write_text(text)
         done = server_command("run", "--config", str(path))
         assert done.returncode == 78, (text, done)
-        assert says in done.stderr, (text, done.stderr)
+        assert "/dev/null/x cannot be made" in done.stderr
         assert "Traceback" not in done.stderr
     done = server_command("run", "--config", str(tmp_path / "absent.toml"))
     assert done.returncode == 78
@@ -189,7 +203,69 @@ def test_what_would_run(tmp_path: Path) -> None:
     for name in ("null-detector@1.0.0", "null-recognizer@1.0.0", "null-liveness@1.0.0"):
         assert name in done.stdout
     assert server_command("version").stdout.strip()
-    assert server_command("keys", "new", "x", "--scope", "root").returncode == 2
+    assert server_command("--version").stdout == server_command("version").stdout
+    path.write_text(f'{toml(tmp_path)}\n[auth]\nkeys_file = "/run/credentials/no.service/keys"')
+    done = server_command("check", "--config", str(path))
+    assert done.returncode == 0, done
+    assert "not looked at: /run/credentials/no.service/keys" in done.stdout
+
+
+def test_a_gallery_that_cannot_be_used_is_not_tried_again(tmp_path: Path) -> None:
+    """Nor does a box that reboots after a crash loop reboot for it."""
+    path = tmp_path / "server.toml"
+    path.write_text(toml(tmp_path))
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "gallery.db").write_bytes(b"nonsense" * 1000)
+    done = server_command("run", "--config", str(path))
+    assert done.returncode == 78, done
+    assert "restore a backup" in done.stderr
+
+
+def test_a_gallery_that_another_server_holds_is_tried_again(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "server.toml"
+    held = server.folder / "state" / "gallery.db"
+    path.write_text(f'{toml(tmp_path)}\n[gallery]\npath = "{held}"')
+    done = server_command("run", "--config", str(path))
+    assert done.returncode == 69, done
+    assert "another server uses this gallery" in done.stderr
+
+
+def test_keys_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    new = ("keys", "new", "door", "--file", str(file))
+    made = server_command(*new)
+    assert made.returncode == 0, made
+    assert made.stdout.startswith("flk_")
+    assert file.stat().st_mode & 0o777 == 0o600
+    again = server_command(*new, "--scope", "gallery")
+    assert "door has 2 keys now" in again.stderr
+    listed = server_command("keys", "list", str(file))
+    assert [line.split()[:2] for line in listed.stdout.splitlines()] == [
+        ["door", "analyze"],
+        ["door", "gallery"],
+    ]
+    assert made.stdout.strip() not in file.read_text() + listed.stdout
+    # An entry is never added where it would take the others along.
+    kept = file.read_text()
+    for arguments, code in (
+        (("keys", "new", "front door", "--file", str(file)), 2),
+        (("keys", "new", "x", "--scope", "root", "--file", str(file)), 2),
+        (("keys", "new", "x", "--file", str(tmp_path)), 78),
+        (("keys", "new", "x", "--file", "/no/such/keys.toml"), 78),
+        (("keys", "list", "/no/such/keys.toml"), 78),
+    ):
+        done = server_command(*arguments)
+        assert done.returncode == code, done
+        assert "Traceback" not in done.stderr
+        assert not done.stdout
+    assert file.read_text() == kept
+    file.write_text("name = 1\n")
+    assert server_command("keys", "new", "x", "--file", str(file)).returncode == 78
+    assert file.read_text() == "name = 1\n"
+    file.write_text("# keys of the front door\n")
+    assert server_command("keys", "new", "x", "--file", str(file)).returncode == 0
 
 
 def test_nothing_is_left_in_the_temporary_folder(start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,11 @@ def test_where_state_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert app.state_dir(chosen) == tmp_path / "chosen"
     with pytest.raises(ConfigError, match="cannot be made"):
         app.state_dir(config.parse('state_dir = "/dev/null/x"'))
+    with (
+        pytest.raises(ConfigError, match="runtime_dir /dev/null/x cannot be made"),
+        app.runtime_dir(config.parse('runtime_dir = "/dev/null/x"')),
+    ):
+        pass
 
 
 def test_where_sockets_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +129,67 @@ def test_where_sockets_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with app.runtime_dir(config.Config()) as folder:
         assert folder == tmp_path / "run"
     assert folder.exists(), "systemd's folder is systemd's"
+
+
+def test_what_a_killed_server_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"{app.RUN_PREFIX}left"
+    (left / "mps").mkdir(parents=True)
+    (left / "mps" / "control").touch()
+    somebodys = tmp_path / "facelane-other"
+    somebodys.mkdir()
+    linked = tmp_path / f"{app.RUN_PREFIX}link"
+    linked.symlink_to(somebodys)
+    with app.runtime_dir(config.Config()) as first:
+        assert not left.exists()
+        with app.runtime_dir(config.Config()) as second:
+            assert first.exists(), "its server lives"
+            assert second != first
+        assert not second.exists()
+        assert first.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([somebodys, linked])
+
+
+def test_a_folder_that_was_swept_before_it_was_held_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make, made = tempfile.mkdtemp, []
+
+    def swept_at_once(**options: str) -> str:
+        made.append(make(**options))
+        if len(made) == 1:
+            Path(made[0]).rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept_at_once)
+    with app.runtime_dir(config.Config()) as folder:
+        assert [str(folder)] == made[1:]
+        assert folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("listen", "says"),
+    [
+        ("192.0.2.1:50151", "this machine has no such address"),
+        ("nowhere.invalid:50151", "write an address of this machine"),
+        ("unix:/no/such/folder/s.sock", "make a socket in /no/such/folder"),
+    ],
+)
+def test_why_an_address_cannot_be_listened_on(listen: str, says: str) -> None:
+    assert says in app._unusable(listen)
+
+
+def test_a_taken_port_is_called_so() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = app._unusable(f"127.0.0.1:{taken.getsockname()[1]}")
+    assert "another process has the port" in said
 
 
 def test_a_socket_that_answers_is_somebodys(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from facelane_server import config
 from facelane_server.config import ConfigError
@@ -38,6 +39,25 @@ def test_a_key_file_holds_the_hash_alone(tmp_path: Path) -> None:
     assert made.required
     assert new_key("a", ())[0] != new_key("a", ())[0]
     assert len(secret) > 40
+
+
+@pytest.mark.parametrize("name", ["", "front door", 'a"b', "a\nb", "x" * 65, "größe"])
+def test_a_name_that_the_file_could_not_hold(name: str) -> None:
+    with pytest.raises(ValueError, match="A-Z a-z 0-9"):
+        new_key(name, ("analyze",))
+
+
+def test_who_administers_is_logged(tmp_path: Path) -> None:
+    made, secret = authenticator(tmp_path, "admin")
+    with capture_logs() as logs:
+        made.check("/facelane.v1.AdminService/Drain", {"authorization": f"Bearer {secret}"})
+        made.check(
+            "/facelane.v1.GalleryService/ListSubjects", {"authorization": f"Bearer {secret}"}
+        )
+    [line] = logs
+    assert (line["event"], line["key"]) == ("administered", "k")
+    assert line["method"] == "/facelane.v1.AdminService/Drain"
+    assert secret not in str(logs)
 
 
 def test_what_counts_as_a_key(tmp_path: Path) -> None:

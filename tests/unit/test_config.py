@@ -158,13 +158,34 @@ def test_a_public_server_with_keys_and_tls() -> None:
     config.parse("[server]\nlisten = '0.0.0.0:1'\n[auth]\nmode = 'none'")
 
 
+@pytest.mark.parametrize("wrong", ["9151", "localhost:http", "127.0.0.1:99999", "127.0.0.1"])
+def test_where_metrics_cannot_listen(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"metrics\.listen: .* is not host:port"):
+        config.parse(f'[metrics]\nlisten = "{wrong}"')
+    assert config.parse('[metrics]\nlisten = ""').metrics.listen == ""
+
+
+def test_what_systemd_lends_is_not_missing_elsewhere(tmp_path: Path) -> None:
+    lent = "/run/credentials/no-such.service/keys.toml"
+    text = f"""[auth]
+keys_file = "{lent}"
+[tls]
+cert_file = "{tmp_path}/tls.crt"
+key_file = "{tmp_path}/tls.key"
+"""
+    assert config.parse(text).lent_by_systemd == (lent,)
+    assert config.Config().lent_by_systemd == ()
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load(tmp_path / "absent.toml")
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="not UTF-8"):
         config.load(binary)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        config.load(tmp_path)
     good = tmp_path / "good.toml"
     good.write_text("[limits]\nwindow = 3")
     assert config.load(good).limits.window == 3

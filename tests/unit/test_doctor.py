@@ -16,6 +16,7 @@ import pytest
 from facelane_server import config, doctor
 from facelane_server.doctor import Check, Report, Status
 from facelane_server.domain import Stage
+from facelane_server.edge.auth import new_key
 from facelane_server.gallery.store import Store
 from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
 
@@ -231,6 +232,36 @@ def test_listen(tmp_path: Path) -> None:
     assert doctor.check_listen(unix).status is Status.OK
     nowhere = config.parse('[server]\nlisten = "unix:/no/such/folder/server.sock"')
     assert doctor.check_listen(nowhere).status is Status.FAIL
+
+
+def test_the_address_of_the_metrics() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        check = doctor.check_metrics(config.parse(f'[metrics]\nlisten = "127.0.0.1:{port}"'))
+        assert check.status is Status.WARN
+        assert "metrics.listen" in check.advice
+    assert doctor.check_metrics(config.parse('[metrics]\nlisten = ""')).status is Status.SKIP
+    public = doctor.check_metrics(config.parse(f'[metrics]\nlisten = "0.0.0.0:{port}"'))
+    assert "whoever reaches it may read them" in public.detail
+
+
+def test_keys(tmp_path: Path) -> None:
+    def check(text: str) -> Check:
+        return doctor.check_keys(config.parse(text))
+
+    assert check("").status is Status.OK
+    open_to_all = check('[server]\nlisten = "0.0.0.0:1"\n[auth]\nmode = "none"')
+    assert open_to_all.status is Status.WARN
+    file = tmp_path / "keys.toml"
+    named = f'[auth]\nkeys_file = "{file}"'
+    assert check(named).status is Status.FAIL
+    file.write_text(new_key("door", ("analyze",))[1])
+    assert (check(named).status, check(named).detail) == (Status.OK, f"{file}: 1 key(s)")
+    # It exists inside of the running service alone: here nothing can be said about it.
+    lent = check('[auth]\nkeys_file = "/run/credentials/no.service/keys.toml"')
+    assert lent.status is Status.SKIP
 
 
 def gallery_settings(path: Path) -> config.Config:

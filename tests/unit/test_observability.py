@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.waiting import auntil
 
 from facelane_server import config, limits, observability
-from facelane_server.config import ConfigError
+from facelane_server.config import AddressError
 from facelane_server.domain import (
     Box,
     Decision,
@@ -453,10 +453,8 @@ async def test_close_frees_the_port_and_ends_what_is_open(server: MetricsServer)
     await again.close()
 
 
-async def test_a_taken_port_and_a_wrong_address_are_told(server: MetricsServer) -> None:
-    with pytest.raises(ConfigError, match=r"metrics\.listen.*another port"):
+async def test_a_taken_port_is_told(server: MetricsServer) -> None:
+    # It may be free later: the service manager tries again.
+    with pytest.raises(AddressError, match=r"metrics\.listen.*already in use.*another port"):
         await MetricsServer.start(config.Metrics(listen=f"127.0.0.1:{server.port}"), bytes)
-    for wrong in ("9151", "localhost:http", "127.0.0.1:99999"):
-        with pytest.raises(ConfigError, match=r"metrics\.listen"):
-            await MetricsServer.start(config.Metrics(listen=wrong), bytes)
     assert await MetricsServer.start(config.Metrics(listen=""), bytes) is None

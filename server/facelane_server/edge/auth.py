@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import tomllib
 from collections.abc import Awaitable, Callable
@@ -38,10 +39,13 @@ _SCOPES: Final[dict[str, Scope | None]] = {
 }
 
 
+_NAME: Final = r"^[A-Za-z0-9._-]{1,64}$"
+
+
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One key. ``sha256``: hex digest of the secret."""
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, msgspec.Meta(pattern=_NAME)]
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
     scopes: tuple[Scope, ...]
 
@@ -51,14 +55,17 @@ class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def new_key(name: str, scopes: tuple[Scope, ...]) -> tuple[str, str]:
-    """A fresh secret and the TOML entry that admits it."""
+    """A fresh secret and the TOML entry that admits it. Raises ``ValueError`` for a name that
+    the file cannot hold."""
+    if re.fullmatch(_NAME, name) is None:
+        raise ValueError("a name has 1-64 of the characters A-Z a-z 0-9 . _ -")
     secret = f"flk_{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(secret.encode()).hexdigest()
     listed = ", ".join(f'"{scope}"' for scope in scopes)
     return secret, f'[[keys]]\nname = "{name}"\nsha256 = "{digest}"\nscopes = [{listed}]\n'
 
 
-def read_keys(path: Path) -> tuple[Key, ...]:
+def read_keys(path: Path, *, may_be_empty: bool = False) -> tuple[Key, ...]:
     """The keys of a file. Raises ``ConfigError``."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +74,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         raise ConfigError(f"auth.keys_file {path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"auth.keys_file {path}: {error}") from None
-    if not keys:
+    if not keys and not may_be_empty:
         raise ConfigError(
             f"auth.keys_file {path} holds no keys; add one with `facelane-server keys new`"
         )
@@ -92,7 +99,7 @@ class Authenticator:
         return self._keys is not None
 
     def check(self, method: str, metadata: dict[str, str]) -> None:
-        """Raises ``FacelaneError`` unless the call may go on."""
+        """Raises ``FacelaneError`` unless the call may go on. Who administers is logged."""
         if self._keys is None:
             return
         scheme, _, secret = metadata.get("authorization", "").partition(" ")
@@ -113,9 +120,11 @@ class Authenticator:
         if scope is not None and scope not in granted.scopes and "admin" not in granted.scopes:
             raise FacelaneError(
                 Reason.PERMISSION_DENIED,
-                f"the key lacks the `{scope}` scope",
+                f"the key `{granted.name}` lacks the `{scope}` scope; ask for a key that has it",
                 metadata={"scope": scope},
             )
+        if scope == "admin":
+            log.info("administered", method=method, key=granted.name)
 
 
 def _keys_of(config: Config) -> tuple[Key, ...] | None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -249,7 +250,7 @@ class Store:
 
     Every method is one transaction. Besides the reasons that each names, all raise
     GALLERY_UNAVAILABLE: retryable when the file is busy or the disk is full, final when
-    it is damaged.
+    it is damaged, another program's, or not ours to write.
     """
 
     def __init__(
@@ -291,6 +292,7 @@ class Store:
                     Reason.GALLERY_UNAVAILABLE,
                     f"{self._path}: another server uses this gallery; stop it, or give this "
                     "one another file in gallery.path",
+                    retryable=True,
                 ) from None
             # SQLite gives its -wal and -shm files the mode of the main file.
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -305,6 +307,8 @@ class Store:
                 Reason.GALLERY_UNAVAILABLE,
                 f"{self._path}: the gallery cannot be opened: {error.strerror}; check the folder's "
                 "owner and mode, or set gallery.path",
+                # Space and descriptors come back by themselves, permissions do not.
+                retryable=error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
             ) from None
 
     def _connect(self) -> sa.Engine:
