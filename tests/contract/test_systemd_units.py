@@ -96,6 +96,8 @@ def test_everything_is_installed_and_nothing_left_to_fill_in(installed: Installe
         text = installed.unit(name).read_text()
         assert not re.search(r"@[A-Z_]+@", text), name
         assert installed.unit(name).stat().st_mode & 0o777 == 0o644
+    for page in ("operations", "configuration", "bridge"):
+        assert (installed.destdir / f"usr/share/doc/facelane/{page}.md").is_file()
     etc = installed.destdir / "etc/facelane/server.toml"
     assert etc.read_text() == (DEPLOY / "systemd/examples/server.toml").read_text()
     assert (installed.destdir / "usr/lib/sysusers.d/facelane.conf").exists()
@@ -280,6 +282,11 @@ class TestOtherSupervisors:
         # SIGTERM to the server alone; SIGKILL to what is left of the group.
         assert server["stopasgroup"] == "false"
         assert server["killasgroup"] == "true"
+        # A camera that refuses its password must not be asked again and again.
+        bridge = parser["program:facelane-bridge-front-door"]
+        never_again = settings(SYSTEM / "facelane-bridge@.service")["RestartPreventExitStatus"]
+        assert set(bridge["exitcodes"].split(",")) == {"0", *never_again[0].split()}
+        assert bridge["startretries"] == "0", "an early end is retried whatever its code"
 
     def test_compose_configs_are_accepted(self) -> None:
         folder = DEPLOY / "compose"
