@@ -21,6 +21,7 @@ from facelane_server import limits
 
 Isolation = Literal["process", "mps", "thread", "external"]
 Precision = Literal["auto", "fp32", "fp16"]
+Decode = Literal["auto", "cpu", "cuda"]
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -134,6 +135,10 @@ class Pool(Section, frozen=True):
     """``mps``: percentage of the multiprocessors."""
     max_side: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SIDE)] = 0
     """Detector: longer side of the network's input; 0 = what the package says."""
+    decode: Decode = "cpu"
+    """Detector: who decodes JPEG frames. ``cuda``: the card, by nvJPEG (needs
+    ``facelane[nvjpeg]``); frames then stay there, and what nvJPEG does not take the CPU decodes.
+    ``auto``: the card where it can, else the CPU."""
     job_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 5_000
     """A job that takes longer means that the worker hangs: it is killed."""
     load_timeout_s: Seconds = 120.0

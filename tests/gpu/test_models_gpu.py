@@ -16,18 +16,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench import material
 
-from facelane_server.domain import FacelaneError
+from facelane_server.domain import Encoding, FacelaneError
 from facelane_server.worker import device
 from facelane_server.worker.device import Fault, classify
 from facelane_server.worker.models import serving, torch_runner
-from facelane_server.worker.models.api import DeviceOptions, Recognizer
+from facelane_server.worker.models.api import (
+    AlignedCrop,
+    ContextCrop,
+    Detections,
+    Detector,
+    DeviceOptions,
+    Recognizer,
+)
 from facelane_server.worker.models.catalog import Catalog
+from facelane_server.worker.models.device_pictures import DevicePictures, OnDevice
 from facelane_server.worker.models.importer import to_toml
 from facelane_server.worker.models.load import load, network_with_weights
 from facelane_server.worker.models.package import Package, read_package
 from facelane_server.worker.models.runner import batch_buckets
 from facelane_server.worker.models.verify import synthetic_picture, verify
+from facelane_server.worker.pictures import decode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -324,3 +334,86 @@ def test_starter_models_give_the_same_on_both_devices() -> None:
             model.close()
         assert ((results[0].vectors * results[1].vectors).sum(1) >= 0.999).all()
         assert np.abs(results[0].ood - results[1].ood).max() <= 0.02
+
+
+def detections(data: list[bytes], **options: Any) -> list[Detections]:
+    """What the starter detector finds on the card; pictures decoded where ``options`` say."""
+    crops = (AlignedCrop(112), ContextCrop(2.7, 80))
+    model = load(
+        Catalog().resolve("facelane-detector"),
+        DeviceOptions(device=GPU, **options),
+        batch_max=len(data),
+        crops=crops,
+    )
+    assert isinstance(model, Detector)
+    model.warm_up()
+    views = [memoryview(one) for one in data]
+    pictures: list[Any] = [decode(view, Encoding.JPEG) for view in views]
+    if model.decodes:
+        found = model.decode(views)
+        assert all(picture is not None for picture in found), "a plain JPEG is decoded there"
+        # Two batches under way, one of them mixed: neither disturbs the other.
+        first = model.begin([found[0], *pictures[1:]], [4] * len(data))
+        again = model.begin(model.decode(views), [4] * len(data))
+        mixed, results = first.finish(), again.finish()
+        assert np.abs(mixed[0].boxes - results[0].boxes).max(initial=0.0) <= 0.5
+    else:
+        results = model.begin(pictures, [4] * len(data)).finish()
+    model.close()
+    return results
+
+
+@pytest.fixture
+def frames() -> list[bytes]:
+    try:
+        return material.make_frames(4, 1280, 720, [1, 2, 4, 2])
+    except material.MissingError as error:
+        pytest.skip(str(error))
+
+
+def assert_same_faces(a: Detections, b: Detections) -> None:
+    """Every face that is not at the threshold is in both, its box within two pixels."""
+    threshold = Catalog().resolve("facelane-detector").manifest.thresholds.score
+    assert threshold is not None
+    for one, other in ((a, b), (b, a)):
+        for box, score in zip(one.boxes, one.scores, strict=True):
+            apart = np.abs(other.boxes - box).max(1)
+            assert score < threshold + 0.05 or (len(apart) and apart.min() <= 2.0)
+
+
+def test_suppression_in_the_graph_leaves_the_same_faces(frames: list[bytes]) -> None:
+    """Not to the bit: each load chooses its algorithms anew. That suppression itself changes
+    nothing is a unit test's."""
+    plain, there = detections(frames), detections(frames, suppress=True)
+    for a, b in zip(plain, there, strict=True):
+        assert len(a.boxes) >= 1
+        assert_same_faces(a, b)
+
+
+def test_pictures_decoded_on_the_card_give_the_same_faces(frames: list[bytes]) -> None:
+    """nvJPEG's pixels are not OpenCV's to the last grey level."""
+    pytest.importorskip("torchvision", reason="facelane[nvjpeg] is not installed")
+    for a, b in zip(detections(frames), detections(frames, decode="cuda"), strict=True):
+        assert_same_faces(a, b)
+        if len(a.boxes) == len(b.boxes):
+            order = [int(np.abs(b.boxes - box).sum(1).argmin()) for box in a.boxes]
+            for host, card in zip(a.crops, b.crops, strict=True):
+                assert np.abs(host.astype(int) - card[order].astype(int)).mean() <= 4.0
+
+
+def test_a_broken_picture_does_not_cost_the_card(frames: list[bytes]) -> None:
+    """Data damaged in the middle: nvJPEG refuses or repairs; the next picture is decoded."""
+    pytest.importorskip("torchvision", reason="facelane[nvjpeg] is not installed")
+    pictures = DevicePictures.open(GPU)
+    good = frames[0]
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        broken = bytearray(good)
+        for at in rng.integers(800, len(good) - 2, 40):
+            broken[at] = int(rng.integers(0, 255))
+        pictures.decode([memoryview(bytes(broken)), memoryview(good)])
+        pictures.decode([memoryview(good[: len(good) // 2] + b"\xff\xd9")])
+    [found] = pictures.decode([memoryview(good)])
+    assert isinstance(found, OnDevice)
+    host = decode(memoryview(good), Encoding.JPEG)
+    assert np.abs(found.pixels.cpu().numpy().astype(int) - host.astype(int)).mean() <= 4.0

@@ -196,7 +196,7 @@ class OneFace(Runner):
         self.staged = (np.full((count, *shape, 3), 9, np.uint8),)
         return self.staged
 
-    def launch(self) -> Ticket:
+    def launch(self, placed: object = ()) -> Ticket:
         count = len(self.staged[0])
         self.batches.append(self.staged[0].shape)
         row = np.zeros((count, 1, 15), np.float32)
@@ -301,7 +301,7 @@ def test_a_wrong_declared_dimension_is_found_in_warm_up() -> None:
         def stage(self, count: int, shapes: object) -> tuple[np.ndarray, ...]:
             return (np.zeros((count, 112, 112, 3), np.uint8),)
 
-        def launch(self) -> Ticket:
+        def launch(self, placed: object = ()) -> Ticket:
             return Computed(np.zeros((1, 257), np.float32))
 
         def warm_up(self) -> None:

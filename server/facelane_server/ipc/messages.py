@@ -146,6 +146,7 @@ class Load(Message, frozen=True):
     memory_mib: int = 0
     max_side: int = 0
     max_pixels: int = 0
+    decode: str = "cpu"
     options: dict[str, str] = {}
 
 

@@ -1311,6 +1311,7 @@ class Pool:
             memory_mib=settings.memory_mib,
             max_side=settings.max_side,
             max_pixels=self._max_pixels,
+            decode=settings.decode,
             options=dict(settings.options),
         )
 

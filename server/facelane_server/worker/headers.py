@@ -27,6 +27,7 @@ _NEXT_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SOF: Final = frozenset({0xC0, 0xC1, 0xC2})
 _SOF_UNSUPPORTED: Final = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 _SOS, _EOI, _DQT = 0xDA, 0xD9, 0xDB
+_SOF0, _APP14 = 0xC0, 0xEE
 _STANDALONE: Final = frozenset({0x01, *range(0xD0, 0xD8)})
 _MAX_SEGMENTS: Final = 4096
 
@@ -56,6 +57,31 @@ def picture_size(data: memoryview, encoding: Encoding) -> tuple[int, int]:
         return _webp(data)
     except (struct.error, IndexError):
         _corrupt(encoding, "it ends inside its header")
+
+
+def plain_jpeg(data: memoryview) -> bool:
+    """Whether a JPEG that ``picture_size`` accepts is of the kind that every decoder takes:
+    baseline, three components, no colour transform of Adobe's."""
+    at = 2
+    plain = False
+    try:
+        while True:
+            while data[at] == 0xFF:
+                at += 1
+            marker = data[at]
+            at += 1
+            if marker in _STANDALONE:
+                continue
+            if marker in (_SOS, _EOI):
+                return plain
+            (length,) = struct.unpack_from(">H", data, at)
+            if marker == _APP14 or (marker in _SOF and marker != _SOF0):
+                return False
+            if marker == _SOF0:
+                plain = data[at + 7] == 3
+            at += length
+    except (struct.error, IndexError):
+        return False
 
 
 def sniff(data: memoryview) -> Encoding | None:

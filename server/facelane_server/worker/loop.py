@@ -426,6 +426,8 @@ class _DetectWork(_Work):
         super().__init__(request, response)
         from facelane_server.worker import headers, pictures
 
+        self._check_bounds = headers.check_bounds
+
         self._model = model
         self._max_pixels = load.max_pixels
         self._needs_pixels = bool(getattr(model, "needs_pixels", True))
@@ -468,11 +470,14 @@ class _DetectWork(_Work):
             except FacelaneError as error:
                 return error
 
-        if self._pool is not None and len(items) > 1:
-            read_items = list(self._pool.map(read, items))
+        on_device = self._on_device(view, items) if self._model.decodes else {}
+        others = [item for i, item in enumerate(items) if i not in on_device]
+        if self._pool is not None and len(others) > 1:
+            read_others = iter(list(self._pool.map(read, others)))
         else:
-            read_items = [read(item) for item in items]
-        pictures: list[U8] = []
+            read_others = iter([read(item) for item in others])
+        read_items = [on_device.get(i) or next(read_others) for i in range(len(items))]
+        pictures: list[U8 | api.DevicePicture] = []
         max_faces: list[int] = []
         outcome: list[tuple[int, int] | FacelaneError] = []
         for item, picture in zip(items, read_items, strict=True):
@@ -482,6 +487,8 @@ class _DetectWork(_Work):
             if isinstance(picture, tuple):
                 outcome.append(picture)
                 picture = self._blank
+            elif isinstance(picture, api.DevicePicture):
+                outcome.append((picture.width, picture.height))
             else:
                 outcome.append((picture.shape[1], picture.shape[0]))
             pictures.append(picture)
@@ -504,6 +511,23 @@ class _DetectWork(_Work):
             return done
 
         return finish, isinstance(pending, api.Ready)
+
+    def _on_device(
+        self, view: memoryview, items: Sequence[DetectItem]
+    ) -> dict[int, api.DevicePicture]:
+        """Pictures that the model's device has decoded, by the number of the item. What is
+        wrong with the others is found when they are read."""
+        jpegs: dict[int, memoryview] = {}
+        for i, item in enumerate(items):
+            data = view[item.offset : item.offset + item.length]
+            if item.encoding != Encoding.JPEG.value:
+                continue
+            with contextlib.suppress(FacelaneError):
+                size = self._size(data, Encoding.JPEG)
+                self._check_bounds(*size, item.max_pixels or self._max_pixels)
+                jpegs[i] = data
+        decoded = self._model.decode(list(jpegs.values())) if jpegs else []
+        return {i: p for i, p in zip(jpegs, decoded, strict=True) if p is not None}
 
     def _write(
         self, slot: int, offset: int, size: tuple[int, int], faces: api.Detections
@@ -741,6 +765,8 @@ def load_model(load: Load) -> tuple[api.Model, str, str]:
         threads=load.threads,
         stream_priority=load.stream_priority,
         memory_mib=load.memory_mib if device.startswith("cuda") else 0,
+        decode=load.decode,
+        suppress=load.options.get("nms") == "device",
     )
     model = load_package(
         package,

@@ -104,18 +104,34 @@ class Model(ABC):
         """Free what the model holds outside of Python's own memory."""
 
 
+class DevicePicture(ABC):
+    """A picture that lies decoded on the model's device; ``height`` and ``width`` in pixels."""
+
+    height: int
+    width: int
+
+
 class Detector(Model):
     """Pictures to faces and their crops.
 
     ``needs_pixels`` False: the detector does not look at pictures (a null model), so the
-    worker may pass empty arrays instead of decoding them.
+    worker may pass empty arrays instead of decoding them. ``decodes`` True: it takes JPEG
+    data to its device, and ``begin`` takes what ``decode`` gave.
     """
 
     crops: tuple[CropSpec, ...]
     needs_pixels: bool = True
+    decodes: bool = False
+
+    def decode(self, jpegs: Sequence[memoryview]) -> list[DevicePicture | None]:
+        """JPEG files of checked sizes, decoded on the device; None for those that it leaves
+        to the worker, broken ones among them."""
+        return [None] * len(jpegs)
 
     @abstractmethod
-    def begin(self, pictures: Sequence[U8], max_faces: Sequence[int]) -> Pending[list[Detections]]:
+    def begin(
+        self, pictures: Sequence[U8 | DevicePicture], max_faces: Sequence[int]
+    ) -> Pending[list[Detections]]:
         """``pictures`` may differ in size. ``max_faces[i]`` bounds the faces of picture i."""
 
 
@@ -149,7 +165,9 @@ class DeviceOptions:
     CPU), ``fp32`` or ``fp16``. ``graphs``: capture CUDA graphs for the batch buckets.
     ``threads``: intra-op CPU threads. ``stream_priority``: CUDA stream priority,
     negative = higher. ``memory_mib``: cap of the process's device memory, its CUDA
-    context counted in (0 = none).
+    context counted in (0 = none). ``decode``: who decodes a detector's JPEG frames: ``cpu``,
+    ``cuda``, or ``auto``: the device where it can. ``suppress``: overlapping candidates of a
+    detector go on the device already.
     """
 
     device: str = "cpu"
@@ -158,3 +176,5 @@ class DeviceOptions:
     threads: int = 1
     stream_priority: int = 0
     memory_mib: int = 0
+    decode: str = "cpu"
+    suppress: bool = False

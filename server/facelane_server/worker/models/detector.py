@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ from facelane_server.worker.models.api import (
     CropSpec,
     Detections,
     Detector,
+    DevicePicture,
     Pending,
     Ready,
 )
@@ -53,7 +54,7 @@ class NetworkDetector(Detector):
 
     Pictures are scaled down to ``max_side``, put at the top left of the input and padded
     with black to multiples of 32, or to the runner's fixed square. Each input shape is
-    one batch.
+    one batch. Pictures that the runner decoded on its device are scaled and cropped there.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class NetworkDetector(Detector):
     ) -> None:
         self.crops = crops
         self.batch_max = batch_max
+        self.decodes = runner.pictures is not None
         self._runner = runner
         self._max_side = max_side
         self._score = score
@@ -81,10 +83,17 @@ class NetworkDetector(Detector):
     def close(self) -> None:
         self._runner.close()
 
-    def begin(self, pictures: Sequence[U8], max_faces: Sequence[int]) -> Pending[list[Detections]]:
+    def decode(self, jpegs: Sequence[memoryview]) -> list[DevicePicture | None]:
+        if self._runner.pictures is None:
+            return super().decode(jpegs)
+        return self._runner.pictures.decode(jpegs)
+
+    def begin(
+        self, pictures: Sequence[U8 | DevicePicture], max_faces: Sequence[int]
+    ) -> Pending[list[Detections]]:
         if not 1 <= len(pictures) <= self.batch_max or len(pictures) != len(max_faces):
             raise ValueError("a batch has 1 to batch_max pictures, and a max_faces for each")
-        fits = [fit(p.shape[0], p.shape[1], self._max_side) for p in pictures]
+        fits = [fit(*_size(picture), self._max_side) for picture in pictures]
         shapes: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for i, place in enumerate(fits):
             side = self._runner.fixed_side
@@ -93,9 +102,17 @@ class NetworkDetector(Detector):
         launched: list[tuple[list[int], Ticket]] = []
         for shape, indices in shapes.items():
             (canvases,) = self._runner.stage(len(indices), [shape])
-            for canvas, i in zip(canvases, indices, strict=True):
-                _place(pictures[i], fits[i], canvas, self._dirt(canvas, fits[i]))
-            launched.append((indices, self._runner.launch()))
+            placed = []
+            for row, (canvas, i) in enumerate(zip(canvases, indices, strict=True)):
+                picture = pictures[i]
+                if isinstance(picture, DevicePicture):
+                    assert self._runner.pictures is not None
+                    place = fits[i]
+                    scaled = self._runner.pictures.scaled(picture, place.height, place.width)
+                    placed.append((row, scaled))
+                else:
+                    _place(picture, fits[i], canvas, self._dirt(canvas, fits[i]))
+            launched.append((indices, self._runner.launch(placed)))
         pending = _PendingDetections(self, list(pictures), list(max_faces), fits, launched)
         return pending if self._runner.fixed_side else Ready(pending.finish())
 
@@ -108,8 +125,11 @@ class NetworkDetector(Detector):
         self._used[address] = place.height, place.width
         return before
 
-    def faces(self, candidates: F32, picture: U8, place: _Fit, limit: int) -> Detections:
-        """The faces of one picture from its candidates."""
+    def faces(
+        self, candidates: F32, picture: U8 | DevicePicture, place: _Fit, limit: int
+    ) -> Detections:
+        """The faces of one picture from its candidates; without crops as yet when the picture
+        lies on the device."""
         rows = select(candidates, score=self._score, iou=self._nms, limit=limit)
         scale = np.array(place.scale, np.float32)
         boxes = (rows[:, 1:5].reshape(-1, 2, 2) / scale).reshape(-1, 4)
@@ -118,15 +138,27 @@ class NetworkDetector(Detector):
             boxes=boxes,
             scores=rows[:, 0],
             landmarks=landmarks,
-            crops=cut(picture, boxes, landmarks, self.crops),
+            crops=()
+            if isinstance(picture, DevicePicture)
+            else cut(picture, boxes, landmarks, self.crops),
         )
+
+    def cut_on_device(self, faces: Sequence[tuple[DevicePicture, Detections]]) -> list[Detections]:
+        """The same with the crops of pictures that lie on the device."""
+        pictures = self._runner.pictures
+        if pictures is None or not faces:
+            return []
+        crops = pictures.cut(
+            [(picture, found.boxes, found.landmarks) for picture, found in faces], self.crops
+        )
+        return [replace(found, crops=cut) for (_, found), cut in zip(faces, crops, strict=True)]
 
 
 class _PendingDetections(Pending[list[Detections]]):
     def __init__(
         self,
         detector: NetworkDetector,
-        pictures: list[U8],
+        pictures: list[U8 | DevicePicture],
         max_faces: list[int],
         fits: list[_Fit],
         launched: list[tuple[list[int], Ticket]],
@@ -144,7 +176,22 @@ class _PendingDetections(Pending[list[Detections]]):
                 found[i] = self._detector.faces(
                     row, self._pictures[i], self._fits[i], self._max_faces[i]
                 )
+        there = [
+            (i, picture)
+            for i, picture in enumerate(self._pictures)
+            if isinstance(picture, DevicePicture)
+        ]
+        crops = self._detector.cut_on_device([(picture, found[i]) for i, picture in there])
+        for (i, _), complete in zip(there, crops, strict=True):
+            found[i] = complete
         return [found[i] for i in range(len(self._pictures))]
+
+
+def _size(picture: U8 | DevicePicture) -> tuple[int, int]:
+    """Height and width."""
+    if isinstance(picture, DevicePicture):
+        return picture.height, picture.width
+    return picture.shape[0], picture.shape[1]
 
 
 def _place(picture: U8, place: _Fit, canvas: U8, dirty: tuple[int, int]) -> None:

@@ -38,6 +38,7 @@ from facelane_server.worker.models.package import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from facelane_server.worker.models.device_pictures import DevicePictures
     from facelane_server.worker.models.runner import Runner
 
 
@@ -258,8 +259,14 @@ def _torch_runner(
     manifest = package.manifest
     network = network_with_weights(package)
     served: serving.Served
+    pictures = None
     if manifest.task is Stage.DETECTOR:
-        served = serving.ServedDetector(network, manifest.input)
+        thresholds = manifest.thresholds
+        assert thresholds.score is not None
+        assert thresholds.nms is not None
+        suppress = (thresholds.score, thresholds.nms) if options.suppress else None
+        served = serving.ServedDetector(network, manifest.input, suppress=suppress)
+        pictures = _pictures(options)
     elif manifest.task is Stage.RECOGNIZER:
         assert manifest.ood is not None
         served = serving.ServedRecognizer(network, manifest.input, manifest.ood)
@@ -274,7 +281,27 @@ def _torch_runner(
         batch_max=batch_max,
         options=options,
         fixed_side=fixed_side,
+        pictures=pictures,
     )
+
+
+def _pictures(options: DeviceOptions) -> DevicePictures | None:
+    """Who decodes on the device; None = the host does. Raises FacelaneError(CONFIG_INVALID)
+    where the device was asked for and cannot."""
+    from facelane_server.worker.device import is_cuda
+    from facelane_server.worker.journal import log_event
+
+    if options.decode == "cpu" or not is_cuda(options.device):
+        return None
+    from facelane_server.worker.models.device_pictures import DevicePictures
+
+    try:
+        return DevicePictures.open(options.device)
+    except FacelaneError as error:
+        if options.decode != "auto":
+            raise
+        log_event("JPEG is decoded on the host", cause=error.message)
+        return None
 
 
 def _onnx_runner(package: Package, options: DeviceOptions, max_side: int) -> Runner:

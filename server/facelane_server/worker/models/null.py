@@ -16,6 +16,7 @@ from facelane_server.worker.models.api import (
     CropSpec,
     Detections,
     Detector,
+    DevicePicture,
     Embeddings,
     LivenessModel,
     Pending,
@@ -47,10 +48,13 @@ class NullDetector(Detector):
     def warm_up(self) -> None:
         pass
 
-    def begin(self, pictures: Sequence[U8], max_faces: Sequence[int]) -> Pending[list[Detections]]:
+    def begin(
+        self, pictures: Sequence[U8 | DevicePicture], max_faces: Sequence[int]
+    ) -> Pending[list[Detections]]:
         return Ready([self._detect(p, limit) for p, limit in zip(pictures, max_faces, strict=True)])
 
-    def _detect(self, picture: U8, limit: int) -> Detections:
+    def _detect(self, picture: U8 | DevicePicture, limit: int) -> Detections:
+        assert not isinstance(picture, DevicePicture), "it decodes nothing"
         count = min(self._faces, limit)
         height, width = picture.shape[:2] if self.needs_pixels else (1, 1)
         column = width / max(count, 1)

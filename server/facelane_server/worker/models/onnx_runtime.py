@@ -7,7 +7,7 @@ decode; recognisers and liveness networks are read as their package says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import cv2
 import numpy as np
@@ -18,6 +18,9 @@ from facelane_server.worker.models.api import F32, U8, DeviceOptions
 from facelane_server.worker.models.candidates import decode_yunet
 from facelane_server.worker.models.package import Input, Ood, Package, invalid
 from facelane_server.worker.models.runner import Computed, Runner, Ticket
+
+if TYPE_CHECKING:
+    from facelane_server.worker.models.runner import Placed
 
 _DECODES: Final = {
     "yunet": tuple(f"{head}_{s}" for head in ("cls", "obj", "bbox", "kps") for s in (8, 16, 32))
@@ -42,7 +45,8 @@ class OnnxRunner(Runner):
         self._staged = tuple(np.empty((count, *shape, 3), np.uint8) for shape in shapes)
         return self._staged
 
-    def launch(self) -> Ticket:
+    def launch(self, placed: Placed = ()) -> Ticket:
+        assert not placed, "no pictures on the device here"
         spec = self._package.manifest.input
         feed = {
             name: prepare(pictures, spec)

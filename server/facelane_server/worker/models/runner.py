@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from facelane_server.worker.models.api import F32, U8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from facelane_server.worker.models.device_pictures import DevicePictures
+
+    Placed = Sequence[tuple[int, Tensor]]
 
 
 class Ticket(ABC):
@@ -35,11 +43,13 @@ class Runner(ABC):
 
     ``fixed_side``: every picture must be staged at this height and width (0 = any).
     ``keeps_content``: staged arrays are the same few buffers again and again, zero at
-    first, which keep what was written to them.
+    first, which keep what was written to them. ``pictures``: decodes on the device that
+    the runner runs on; None = it takes host arrays alone.
     """
 
     fixed_side: int = 0
     keeps_content: bool = False
+    pictures: DevicePictures | None = None
 
     @abstractmethod
     def stage(self, count: int, shapes: Sequence[tuple[int, int]]) -> tuple[U8, ...]:
@@ -47,8 +57,10 @@ class Runner(ABC):
         filled before ``launch``; their content is undefined."""
 
     @abstractmethod
-    def launch(self) -> Ticket:
-        """Run what was staged."""
+    def launch(self, placed: Placed = ()) -> Ticket:
+        """Run what was staged. ``placed``: rows of the first input that are on the device
+        already, uint8 [h, w, 3] each, put at the top left of black instead of what was staged
+        for the row."""
 
     @abstractmethod
     def warm_up(self) -> None:

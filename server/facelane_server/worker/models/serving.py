@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from facelane_server.worker.models.architectures.folding import fold
 from facelane_server.worker.models.architectures.yunet import decode
 from facelane_server.worker.models.candidates import TOP
+from facelane_server.worker.models.device_candidates import survivors
 from facelane_server.worker.models.package import Input, Ood
 
 _COMPARED = 64
@@ -63,6 +64,11 @@ class Served(nn.Module):
         self.requires_grad_(requires_grad=False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def conclude(self, output: Tensor) -> Tensor:
+        """What of the output goes to the host. It is captured with the network, but what is
+        compared is the output."""
+        return output
+
     @staticmethod
     @abstractmethod
     def agreement(reference: Tensor, output: Tensor) -> float:
@@ -71,7 +77,20 @@ class Served(nn.Module):
 
 
 class ServedDetector(Served):
-    """Output [n, K, 15]: the best K candidates, unsorted suppression left to the host."""
+    """Output [n, K, 15]: the best K candidates, best first. Suppression is the host's, unless
+    ``suppress`` gives (least score, most overlap): then most of it is done here."""
+
+    def __init__(
+        self, network: nn.Module, spec: Input, *, suppress: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__(network, spec)
+        self._suppress = suppress
+
+    def conclude(self, output: Tensor) -> Tensor:
+        if self._suppress is None:
+            return output
+        score, iou = self._suppress
+        return survivors(output, score=score, iou=iou)
 
     def forward(self, pictures: Tensor) -> Tensor:
         height, width = pictures.shape[1:3]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ from facelane_server.worker.models.api import F32, U8, DeviceOptions
 from facelane_server.worker.models.architectures.folding import plain_affine
 from facelane_server.worker.models.runner import Computed, Runner, Ticket, batch_buckets
 from facelane_server.worker.models.serving import Served, check_pictures
+
+if TYPE_CHECKING:
+    from facelane_server.worker.models.device_pictures import DevicePictures
+    from facelane_server.worker.models.runner import Placed
 
 STAGES: Final = 2
 """Batches under way at a time: one computes, the next is staged."""
@@ -48,7 +52,14 @@ _CAPTURE_ROUNDS: Final = 3
 class CpuRunner(Runner):
     """Runs a batch when it is launched."""
 
-    def __init__(self, served: Served, *, warm_shapes: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        served: Served,
+        *,
+        warm_shapes: Sequence[tuple[int, int]],
+        pictures: DevicePictures | None = None,
+    ) -> None:
+        self.pictures = pictures
         self._served = served.float()
         self._warm_shapes = list(warm_shapes)
         self._staged: tuple[U8, ...] = ()
@@ -57,9 +68,12 @@ class CpuRunner(Runner):
         self._staged = tuple(np.empty((count, *shape, 3), np.uint8) for shape in shapes)
         return self._staged
 
-    def launch(self) -> Ticket:
+    def launch(self, placed: Placed = ()) -> Ticket:
         with torch.inference_mode():
-            output = self._served(*map(torch.from_numpy, self._staged))
+            inputs = [torch.from_numpy(array) for array in self._staged]
+            for row, picture in placed:
+                _put(inputs[0][row], picture)
+            output = self._served.conclude(self._served(*inputs))
         return Computed(output.numpy())
 
     def warm_up(self) -> None:
@@ -132,8 +146,10 @@ class CudaRunner(Runner):
         batch_max: int,
         options: DeviceOptions,
         fixed_side: int = 0,
+        pictures: DevicePictures | None = None,
     ) -> None:
         self.fixed_side = fixed_side
+        self.pictures = pictures
         self.keeps_content = True
         self._options = options
         self._device = torch.device(options.device)
@@ -184,7 +200,7 @@ class CudaRunner(Runner):
             elif self._options.graphs:
                 self._capture(reference, exact)
             del exact
-            output = tuple(reference.shape[1:])
+            output = tuple(self._concluded(1).shape[1:])
             self._stages = [
                 _Stage(self._shapes, self._batch_max, output, self._device) for _ in range(STAGES)
             ]
@@ -204,7 +220,7 @@ class CudaRunner(Runner):
         self._count = count
         return tuple(buffer[:count].numpy() for buffer in stage.inputs)
 
-    def launch(self) -> Ticket:
+    def launch(self, placed: Placed = ()) -> Ticket:
         stage, count = self._stages[self._next], self._count
         self._next = (self._next + 1) % STAGES
         with (
@@ -213,7 +229,8 @@ class CudaRunner(Runner):
             torch.inference_mode(),
         ):
             sources = stage.inputs
-            if stage.landed and count * self._item_bytes >= OVERLAP_BYTES:
+            staged = count if len(placed) < count else 0
+            if staged and stage.landed and count * self._item_bytes >= OVERLAP_BYTES:
                 # The stage is free, so nothing reads ``landed`` any more.
                 with torch.cuda.stream(self._copies):
                     for target, source in zip(stage.landed, stage.inputs, strict=True):
@@ -222,12 +239,19 @@ class CudaRunner(Runner):
                 self._stream.wait_event(stage.copied)
                 sources = stage.landed
             for target, source in zip(self._inputs, sources, strict=True):
-                target[:count].copy_(source[:count], non_blocking=True)
+                target[:staged].copy_(source[:staged], non_blocking=True)
+            if placed:
+                assert self.pictures is not None
+                self._stream.wait_stream(self.pictures.stream)
+                for row, picture in placed:
+                    # It may be dropped before this has run.
+                    picture.record_stream(self._stream)
+                    _put(self._inputs[0][row], picture)
             if self._graphs:
                 graph, output = self._graphs[self._bucket[count]]
                 graph.replay()
             else:
-                output = self._eager(count)
+                output = self._concluded(count)
             stage.output[:count].copy_(output[:count], non_blocking=True)
             stage.done.record(self._stream)
         stage.ticket = _Launched(stage, count)
@@ -243,6 +267,9 @@ class CudaRunner(Runner):
         output: Tensor = self._served(*(buffer[:count] for buffer in self._inputs))
         return output
 
+    def _concluded(self, count: int) -> Tensor:
+        return self._served.conclude(self._eager(count))
+
     def _fill_inputs(self) -> None:
         pictures = check_pictures(self._shapes, self._batch_max)
         for target, source in zip(self._inputs, pictures, strict=True):
@@ -255,16 +282,17 @@ class CudaRunner(Runner):
             graph = torch.cuda.CUDAGraph()
             with _algorithm_search(count in (1, self._batch_max)):
                 for _ in range(_CAPTURE_ROUNDS):
-                    self._eager(count)
+                    self._concluded(count)
                 self._stream.synchronize()
                 # Other threads of this process may use the device meanwhile.
                 with torch.cuda.graph(
                     graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
-                    output = self._eager(count)
+                    raw = self._eager(count)
+                    output = self._served.conclude(raw)
             self._graphs[count] = (graph, output)
             graph.replay()
-            if not self._agrees(reference[:count], output, "CUDA graph"):
+            if not self._agrees(reference[:count], raw, "CUDA graph"):
                 self._graphs.clear()
                 self._back_to_exact(exact)
                 return
@@ -285,6 +313,13 @@ class CudaRunner(Runner):
     def _back_to_exact(self, exact: dict[str, Tensor]) -> None:
         self._served.float()
         self._served.load_state_dict(exact)
+
+
+def _put(canvas: Tensor, picture: Tensor) -> None:
+    """A picture at the top left of a canvas [H, W, 3], the rest black."""
+    height, width = picture.shape[:2]
+    canvas.zero_()
+    canvas[:height, :width].copy_(picture, non_blocking=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,364 @@
+"""What a card does with pictures, done by the same code on a CPU and held to the host's way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.test_worker_loop import SLOT
+
+from facelane_server.domain import Encoding, FacelaneError, Reason, Stage
+from facelane_server.ipc.arena import Arena
+from facelane_server.ipc.messages import DetectDone, DetectItem, Infer, ItemDone, ItemFailed, Load
+from facelane_server.worker import loop
+from facelane_server.worker.headers import picture_size, plain_jpeg
+from facelane_server.worker.models import api
+from facelane_server.worker.models.api import AlignedCrop, ContextCrop, DeviceOptions
+from facelane_server.worker.models.candidates import select
+from facelane_server.worker.models.catalog import Catalog
+from facelane_server.worker.models.detector import NetworkDetector
+from facelane_server.worker.models.device_candidates import SURVIVORS, survivors
+from facelane_server.worker.models.device_pictures import DevicePictures, OnDevice
+from facelane_server.worker.models.load import load, network_with_weights
+from facelane_server.worker.models.serving import ServedDetector
+from facelane_server.worker.models.torch_runner import CpuRunner
+from facelane_server.worker.models.verify import synthetic_picture
+
+CROPS = (AlignedCrop(112), ContextCrop(2.7, 80))
+
+
+def on_cpu(data: list[torch.Tensor]) -> list[torch.Tensor]:
+    """OpenCV's decoder in nvJPEG's place: RGB planes."""
+    pictures = [cv2.imdecode(one.numpy(), cv2.IMREAD_COLOR_RGB) for one in data]
+    return [torch.from_numpy(np.ascontiguousarray(p)).permute(2, 0, 1) for p in pictures]
+
+
+def jpeg(picture: api.U8, *parameters: int) -> bytes:
+    ok, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92, *parameters])
+    assert ok
+    return bytes(data)
+
+
+def faces_in(height: int, width: int, seed: int = 3) -> bytes:
+    """A picture on which the starter detector finds something, or the tests say nothing."""
+    skimage = pytest.importorskip("skimage.data", reason="the demo extra has a photo")
+    photo = np.ascontiguousarray(skimage.astronaut()[:256, 80:400, ::-1])
+    canvas = synthetic_picture(height, width, seed)
+    scale = min(height / 300, width / 380)
+    photo = cv2.resize(photo, None, fx=scale, fy=scale)
+    canvas[10 : 10 + photo.shape[0], 10 : 10 + photo.shape[1]] = photo
+    return jpeg(canvas)
+
+
+# -- suppression ----------------------------------------------------------------------------
+
+
+@st.composite
+def clouds(draw: st.DrawFn) -> np.ndarray:
+    """Candidates as a detector has them: some around each face, more than survive at times."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    faces, around = draw(st.integers(0, 12)), draw(st.integers(1, 40))
+    centres = rng.uniform(0, 600, (faces, 1, 2)) + rng.normal(0, 12, (faces, around, 2))
+    sizes = rng.uniform(20, 120, (faces, 1, 2)) * rng.uniform(0.8, 1.25, (faces, around, 2))
+    rows = np.zeros((faces * around + 8, 15), np.float32)
+    rows[: faces * around, 1:5] = np.concatenate((centres, sizes), 2).reshape(-1, 4)
+    rows[:, 0] = rng.uniform(0, 1, len(rows)).round(draw(st.integers(1, 6)))  # ties, too
+    rows[:, 5:] = rng.normal(0, 50, (len(rows), 10))
+    broken = rng.integers(0, len(rows), 3)
+    rows[broken[0], 1], rows[broken[1], 3], rows[broken[2], 7] = np.nan, -4.0, np.inf
+    return rows[np.argsort(-rows[:, 0], kind="stable")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(clouds(), st.sampled_from([0.0, 0.3, 0.6]), st.sampled_from([0.2, 0.45]))
+def test_suppression_on_the_device_changes_nothing(
+    rows: np.ndarray, score: float, iou: float
+) -> None:
+    """The host finds the same faces in the survivors as in all candidates."""
+    alone = select(rows, score=score, iou=iou, limit=64)
+    left = survivors(torch.from_numpy(rows)[None], score=score, iou=iou)[0].numpy()
+    assert len(left) <= SURVIVORS
+    after = select(left, score=max(score, 1e-6), iou=iou, limit=64)
+    alone = alone[alone[:, 0] > 0]
+    assert np.array_equal(after, alone)
+
+
+def test_few_more_than_the_faces_survive() -> None:
+    rng = np.random.default_rng(5)
+    rows = np.zeros((6 * 1024, 15), np.float32)
+    rows[:, 0] = rng.uniform(0.5, 1, len(rows))
+    rows[:, 1:3] = rng.integers(0, 8, (len(rows), 2)) * 80 + rng.normal(0, 3, (len(rows), 2))
+    rows[:, 3:5] = 60
+    batch = np.stack([part[np.argsort(-part[:, 0])] for part in rows.reshape(6, 1024, 15)])
+    left = survivors(torch.from_numpy(batch), score=0.5, iou=0.3).numpy()
+    for one, some in zip(batch, left, strict=True):
+        faces = select(one, score=0.5, iou=0.3, limit=100)
+        assert np.array_equal(select(some, score=0.5, iou=0.3, limit=100), faces)
+        assert 64 <= len(faces) <= (some[:, 0] > 0).sum() <= len(faces) + 8
+
+
+# -- pictures -------------------------------------------------------------------------------
+
+
+def detectors(**options: Any) -> tuple[NetworkDetector, NetworkDetector]:
+    """The starter detector, its pictures decoded by the host, and on the "device"."""
+    package = Catalog().resolve("facelane-detector")
+    thresholds = package.manifest.thresholds
+    assert thresholds.score is not None
+    assert thresholds.nms is not None
+    found = []
+    for pictures in (None, DevicePictures("cpu", on_cpu)):
+        served = ServedDetector(network_with_weights(package), package.manifest.input, **options)
+        runner = CpuRunner(served, warm_shapes=[(480, 640)], pictures=pictures)
+        found.append(
+            NetworkDetector(
+                runner,
+                crops=CROPS,
+                max_side=320,
+                score=thresholds.score,
+                nms=thresholds.nms,
+                batch_max=4,
+            )
+        )
+    return found[0], found[1]
+
+
+def host(data: bytes) -> api.U8:
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    return np.asarray(picture, np.uint8)
+
+
+@pytest.mark.parametrize("size", [(240, 320), (480, 640), (720, 1280), (600, 500)])
+def test_pictures_on_the_device_give_the_same_faces(size: tuple[int, int]) -> None:
+    data = faces_in(*size)
+    plain, there = detectors()
+    assert not plain.decodes
+    assert there.decodes
+    [expected] = plain.begin([host(data)], [4]).finish()
+    [picture] = there.decode([memoryview(data)])
+    assert isinstance(picture, OnDevice)
+    [found] = there.begin([picture], [4]).finish()
+    assert len(expected.boxes) >= 1, "a face is there"
+    assert found.boxes.shape == expected.boxes.shape
+    assert np.abs(found.boxes - expected.boxes).max() <= 1.0
+    assert np.abs(found.landmarks - expected.landmarks).max() <= 1.0
+    assert np.abs(found.scores - expected.scores).max() <= 0.02
+    for a, b in zip(expected.crops, found.crops, strict=True):
+        assert a.shape == b.shape
+        assert np.abs(a.astype(int) - b.astype(int)).mean() <= 2.0
+
+
+def test_a_batch_may_be_mixed() -> None:
+    plain, there = detectors()
+    files = [faces_in(240, 320, seed) for seed in range(3)]
+    expected = plain.begin([host(data) for data in files], [4, 4, 4]).finish()
+    [middle] = there.decode([memoryview(files[1])])
+    assert middle is not None
+    found = there.begin([host(files[0]), middle, host(files[2])], [4, 4, 4]).finish()
+    for a, b in zip(expected, found, strict=True):
+        assert np.abs(a.boxes - b.boxes).max() <= 1.0
+        assert [crop.shape for crop in a.crops] == [crop.shape for crop in b.crops]
+    assert np.array_equal(expected[0].crops[0], found[0].crops[0]), "cut on the host"
+
+
+def test_suppression_in_the_network_leaves_the_faces() -> None:
+    data = faces_in(480, 640)
+    package = Catalog().resolve("facelane-detector")
+    results = []
+    for suppress in (False, True):
+        model = load(package, DeviceOptions(suppress=suppress), batch_max=2, crops=CROPS)
+        assert isinstance(model, api.Detector)
+        [found] = model.begin([host(data)], [8]).finish()
+        results.append(found)
+        model.close()
+    assert len(results[0].boxes) >= 1
+    assert np.array_equal(results[0].boxes, results[1].boxes)
+    assert np.array_equal(results[0].landmarks, results[1].landmarks)
+
+
+def test_without_faces_there_are_no_crops() -> None:
+    pictures = DevicePictures("cpu", on_cpu)
+    [one, two] = pictures.decode([memoryview(faces_in(240, 320))] * 2)
+    assert one is not None
+    assert two is not None
+    none = np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32)
+    for crops in pictures.cut([(one, *none), (two, *none)], CROPS):
+        assert [crop.shape for crop in crops] == [(0, 112, 112, 3), (0, 80, 80, 3)]
+    assert pictures.cut([(one, *none)], ()) == [()]
+
+
+def marked(data: bytes) -> bytes:
+    """With an Adobe marker after the first."""
+    return data[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01" + data[2:]
+
+
+@pytest.mark.parametrize(
+    ("data", "plain"),
+    [
+        (jpeg(synthetic_picture(64, 96, 1)), True),
+        (jpeg(synthetic_picture(64, 96, 1), cv2.IMWRITE_JPEG_RST_INTERVAL, 2), True),
+        (jpeg(synthetic_picture(64, 96, 1), cv2.IMWRITE_JPEG_PROGRESSIVE, 1), False),
+        (jpeg(synthetic_picture(64, 96, 1)[..., :1]), False),
+        (marked(jpeg(synthetic_picture(64, 96, 1))), False),
+    ],
+    ids=["baseline", "restarts", "progressive", "grey", "adobe"],
+)
+def test_what_the_device_takes(data: bytes, plain: bool) -> None:
+    assert picture_size(memoryview(data), Encoding.JPEG) == (96, 64)
+    assert plain_jpeg(memoryview(data)) is plain
+    [picture] = DevicePictures("cpu", on_cpu).decode([memoryview(data)])
+    assert (picture is not None) is plain
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_no_plain_jpeg_or_are(tail: bytes) -> None:
+    """It raises nothing, whatever it is given."""
+    assert plain_jpeg(memoryview(b"\xff\xd8\xff" + tail)) in (True, False)
+
+
+def test_an_end_of_one_colour_is_left_to_the_host() -> None:
+    picture = synthetic_picture(64, 96, 1)
+    picture[-16:, -16:] = 128
+    files = [jpeg(picture), jpeg(synthetic_picture(64, 96, 2))]
+    found = DevicePictures("cpu", on_cpu).decode([memoryview(data) for data in files])
+    assert found[0] is None
+    assert found[1] is not None
+
+
+def failing(error: Exception) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    def decode(data: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise error
+
+    return decode
+
+
+def test_what_the_device_cannot_decode_is_left_to_the_host(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = memoryview(jpeg(synthetic_picture(64, 96, 1)))
+    pictures = DevicePictures("cpu", failing(RuntimeError("nvjpegDecode failed: 5")))
+    assert pictures.decode([data, data]) == [None, None]
+    assert pictures.decode([data]) == [None]
+    assert capfd.readouterr().err.count("JPEG not decoded on the device") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: an illegal memory access was encountered"), MemoryError()],
+)
+def test_what_costs_the_device_is_told(error: Exception) -> None:
+    pictures = DevicePictures("cpu", failing(error))
+    with pytest.raises(type(error)):
+        pictures.decode([memoryview(jpeg(synthetic_picture(64, 96, 1)))])
+
+
+def test_it_is_tried_out_before_it_serves() -> None:
+    DevicePictures("cpu", on_cpu).try_out()
+    for decode in (
+        failing(RuntimeError("nvjpegDecode failed: 5")),
+        lambda data: [planes.flip(0) for planes in on_cpu(data)],
+        lambda data: [planes[:, 1:] for planes in on_cpu(data)],
+    ):
+        with pytest.raises(FacelaneError) as caught:
+            DevicePictures("cpu", decode).try_out()
+        assert caught.value.reason is Reason.CONFIG_INVALID
+        assert "decode = 'cpu'" in caught.value.message
+
+
+def test_a_cpu_pool_decodes_on_the_cpu() -> None:
+    model = load(Catalog().resolve("facelane-detector"), DeviceOptions(decode="cuda"), batch_max=1)
+    assert isinstance(model, api.Detector)
+    assert not model.decodes
+
+
+# -- in the worker --------------------------------------------------------------------------
+
+
+class Recorder(api.Detector):
+    """Decodes by the code under test; a face says where each picture was decoded."""
+
+    crops = ()
+    batch_max = 8
+    decodes = True
+
+    def __init__(self) -> None:
+        self._pictures = DevicePictures("cpu", on_cpu)
+        self.asked: list[int] = []
+
+    def warm_up(self) -> None:
+        pass
+
+    def decode(self, jpegs: Sequence[memoryview]) -> list[api.DevicePicture | None]:
+        self.asked.append(len(jpegs))
+        return self._pictures.decode(jpegs)
+
+    def begin(
+        self, pictures: Sequence[api.U8 | api.DevicePicture], max_faces: Sequence[int]
+    ) -> api.Pending[list[api.Detections]]:
+        return api.Ready(
+            [
+                api.Detections(
+                    np.zeros((1, 4), np.float32),
+                    np.full(1, isinstance(picture, OnDevice), np.float32),
+                    np.zeros((1, 5, 2), np.float32),
+                    (),
+                )
+                for picture in pictures
+            ]
+        )
+
+
+def detected(
+    files: list[tuple[Encoding, bytes]], threads: int, tmp_path: Path
+) -> tuple[list[ItemDone], list[bool], Recorder]:
+    """Answers of a worker, and where each picture was decoded, in order."""
+    request, response = (Arena.create(name, 2, SLOT) for name in ("request", "response"))
+    items: list[Any] = []
+    offset = 0
+    for encoding, data in files:
+        request.slot(0)[offset : offset + len(data)] = data
+        items.append(DetectItem(offset, len(data), encoding.value, 0, 0, 0, 4, 0))
+        offset += -(-len(data) // 64) * 64
+    model = Recorder()
+    message = Load("w", Stage.DETECTOR, str(tmp_path), "cpu", 8, 2, SLOT, SLOT, threads=threads)
+    work = loop._DetectWork(model, message, request, response)
+    finish, ready = work.begin(Infer(1, 0, items))
+    assert ready
+    done = finish()
+    where = []
+    for answer in done:
+        if isinstance(answer, DetectDone):
+            record = np.frombuffer(response.slot(0), np.float32, 15, answer.offset)
+            where.append(bool(record[4]))
+    return done, where, model
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_worker_decodes_on_the_device_what_it_can(threads: int, tmp_path: Path) -> None:
+    good = jpeg(synthetic_picture(64, 96, 1))
+    _, png = cv2.imencode(".png", synthetic_picture(48, 80, 2))
+    done, where, model = detected(
+        [
+            (Encoding.JPEG, good),
+            (Encoding.PNG, bytes(png)),
+            (Encoding.JPEG, good[: len(good) // 2]),
+            (Encoding.JPEG, jpeg(synthetic_picture(8, 8, 3))),
+            (Encoding.JPEG, jpeg(synthetic_picture(40, 56, 4), cv2.IMWRITE_JPEG_PROGRESSIVE, 1)),
+            (Encoding.JPEG, jpeg(synthetic_picture(72, 88, 5))),
+        ],
+        threads,
+        tmp_path,
+    )
+    assert model.asked == [3], "whole ones of an allowed size"
+    failed = {i: a.reason for i, a in enumerate(done) if isinstance(a, ItemFailed)}
+    assert failed == {2: Reason.PICTURE_CORRUPT, 3: Reason.PICTURE_TOO_SMALL}
+    sizes = [(a.width, a.height) for a in done if isinstance(a, DetectDone)]
+    assert sizes == [(96, 64), (80, 48), (56, 40), (88, 72)]
+    assert where == [True, False, False, True]
