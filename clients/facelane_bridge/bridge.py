@@ -262,10 +262,13 @@ class _Reader:
             self._report(self, error)
         except Exception as error:
             # A fault of ours or of a driver: this camera tries again, the others go on.
-            kind = type(error).__name__
-            self._report(
-                self, SourceError(SourceReason.CONNECT_FAILED, f"the reader broke ({kind})")
-            )
+            self._report(self, _broke(error))
+
+
+def _broke(error: Exception) -> SourceError:
+    """What nobody foresaw; its text may repeat an address, so its kind alone is told."""
+    kind = type(error).__name__
+    return SourceError(SourceReason.CONNECT_FAILED, f"the reader broke ({kind})")
 
 
 class _Ended:
@@ -811,6 +814,10 @@ def check_camera(settings: CameraSettings) -> CheckResult:
         except SourceError as error:
             seconds = time.monotonic() - begun
             result.append(CheckResult(settings.name, None, 0, seconds, error))
+        except Exception as error:
+            result.append(
+                CheckResult(settings.name, None, 0, time.monotonic() - begun, _broke(error))
+            )
         finally:
             source.close()
 

@@ -12,6 +12,7 @@ import enum
 import math
 import re
 import tomllib
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -281,6 +282,18 @@ def _camera(values: Mapping[str, Any], where: str) -> CameraSettings:
             f"{where}: a source of kind {kind.value!r} is an address that begins with "
             f"{allowed[0]}:// or {allowed[1]}://"
         )
+    if allowed is not None:
+        try:
+            parts = urllib.parse.urlsplit(camera.source)
+            _ = parts.port
+        except ValueError:
+            # Python's text repeats the part that it stumbled over: of a password, say.
+            raise ConfigError(
+                f"{where}: source is no usable address; write {scheme}://HOST:PORT/PATH with a "
+                "port below 65536"
+            ) from None
+        if not parts.hostname:
+            raise ConfigError(f"{where}: source names no host; write {scheme}://HOST/PATH")
     if kind in (SourceKind.FILE, SourceKind.FOLDER, SourceKind.DEVICE) and scheme:
         raise ConfigError(
             f"{where}: {scheme}:// addresses are not supported; use rtsp://, rtsps://, http://, "

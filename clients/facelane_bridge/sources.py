@@ -18,6 +18,7 @@ import http.client
 import math
 import os
 import re
+import socket
 import ssl
 import threading
 import time
@@ -195,6 +196,31 @@ def load_credentials(camera: CameraSettings) -> Credentials | None:
             permanent=True,
         )
     return Credentials(user, password)
+
+
+def _trusting(camera: CameraSettings) -> ssl.SSLContext:
+    """What a camera's certificate is checked against."""
+    try:
+        return ssl.create_default_context(cafile=camera.tls_ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        what = error.strerror if not isinstance(error, ssl.SSLError) else "no PEM certificate in it"
+        raise SourceError(
+            SourceReason.TLS_FAILED,
+            f"tls_ca_file {camera.tls_ca_file} cannot be used ({what}); name a PEM file",
+            permanent=True,
+        ) from None
+
+
+_NO_SUCH_HOST = "the camera's name is not known; check its address, and this machine's DNS"
+
+
+def _is_known(url: str) -> bool:
+    """Whether the host of an address can be looked up."""
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def with_userinfo(url: str, credentials: Credentials | None) -> str:
@@ -518,6 +544,7 @@ class _AvSource:
                 if camera.transport is Transport.UDP:
                     options["buffer_size"] = str(2 * 1024 * 1024)
                 if camera.tls_ca_file:
+                    _trusting(camera)
                     options |= {"tls_verify": "1", "ca_file": camera.tls_ca_file}
                 return url, None, options
             case SourceKind.DEVICE:
@@ -593,6 +620,9 @@ class _AvSource:
             case av.error.EOFError():
                 return SourceError(SourceReason.DISCONNECTED, "the camera ended the stream")
             case _:
+                # FFmpeg calls a name that nobody knows an input/output error.
+                if self._kind is SourceKind.RTSP and not _is_known(self._camera.source):
+                    return SourceError(SourceReason.CONNECT_FAILED, _NO_SUCH_HOST)
                 kind = type(error).__name__
                 return SourceError(
                     SourceReason.CONNECT_FAILED,
@@ -796,7 +826,7 @@ class _MjpegSource:
 
     def _request(self) -> http.client.HTTPResponse:
         camera = self._camera
-        context = ssl.create_default_context(cafile=camera.tls_ca_file or None)
+        context = _trusting(camera)
         handlers: list[urllib.request.BaseHandler] = [
             urllib.request.HTTPSHandler(context=context),
             # A camera on the local network is not behind the proxy of the environment.
@@ -860,6 +890,8 @@ class _MjpegSource:
                 )
             case http.client.HTTPException():
                 return SourceError(SourceReason.FORMAT_INVALID, "the camera does not speak HTTP")
+            case socket.gaierror():
+                return SourceError(SourceReason.CONNECT_FAILED, _NO_SUCH_HOST)
             case _:
                 return SourceError(
                     SourceReason.CONNECT_FAILED, "the camera refuses or broke the connection"

@@ -15,7 +15,8 @@ import structlog
 from tests.fakes.cameras import jpeg, write_clip
 from tests.fakes.scripted_server import ScriptedServer, refusing
 
-from facelane_bridge import cli, config
+import facelane
+from facelane_bridge import bridge, cli, config
 from facelane_bridge.bridge import new_client
 from facelane_bridge.config import ConfigError, ServerSettings
 
@@ -116,6 +117,30 @@ def test_check(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == cli.EXIT_USAGE
     assert capsys.readouterr().err.startswith("facelane-bridge: ")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == facelane.__version__
+
+
+def test_a_check_that_breaks_is_told_and_not_called_late(
+    clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Breaking:
+        def open(self) -> None:
+            raise ZeroDivisionError("rtsp://admin:hunter2@cam")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(bridge, "open_source", lambda _: Breaking())
+    assert cli.main(["check", "--source", str(clip), "--cameras-only"]) == cli.EXIT_CAMERA_FAILED
+    said = capsys.readouterr()
+    assert "the reader broke (ZeroDivisionError)" in said.out
+    assert "hunter2" not in said.out + said.err
 
 
 def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

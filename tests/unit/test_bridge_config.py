@@ -76,6 +76,13 @@ def test_a_whole_file() -> None:
         ('[[camera]]\nname = "a"', r"missing required field source"),
         ('[[camera]]\nname = "a"\nsource = "ftp://x/y"', r"ftp:// addresses are not supported"),
         ('[[camera]]\nname = "a"\nsource = "concat:a|b"\nkind = "rtsp"', r"begins with rtsp://"),
+        (
+            '[[camera]]\nname = "a"\nsource = "file:///x.mp4"',
+            r"file:// addresses are not",
+        ),
+        ('[[camera]]\nname = "a"\nsource = "rtsp:///x"', r"names no host"),
+        ('[[camera]]\nname = "a"\nsource = "rtsp://h:99999/x"', r"port below 65536"),
+        ('[[camera]]\nname = "a"\nsource = "http://[::1/x"', r"no usable address"),
         (one("") + one(""), r"two cameras are called 'a'"),
         ('[server]\ntoken_env = "A"\ntoken_file = "b"\n' + one(""), r"exclude each other"),
         ('[server]\ntls_cert = "A"\ntls_ca = "b"\n' + one(""), r"go together"),
@@ -91,10 +98,16 @@ def test_what_is_wrong_is_named_with_the_way_out(text: str, message: str) -> Non
 
 @pytest.mark.parametrize(
     "source",
-    ["rtsp://admin:hunter2@10.0.0.5/x", "http://admin:hunter2@cam/x", "rtsp://hunter2@h"],
+    [
+        "rtsp://admin:hunter2@10.0.0.5/x",
+        "http://admin:hunter2@cam/x",
+        "rtsp://hunter2@h",
+        # Not escaped: for a reader of addresses the password is a port.
+        "rtsp://admin:hunter2/3@cam/x",
+    ],
 )
 def test_credentials_in_an_address_are_refused_and_not_repeated(source: str) -> None:
-    with pytest.raises(ConfigError, match="credentials_env") as caught:
+    with pytest.raises(ConfigError, match=r"credentials_env|no usable address") as caught:
         config.parse(f'[[camera]]\nname = "a"\nsource = "{source}"')
     assert "hunter2" not in str(caught.value)
 

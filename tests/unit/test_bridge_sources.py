@@ -19,6 +19,7 @@ import pytest
 from tests.fakes.cameras import HttpServer, jpeg, picture, send_stream, write_clip
 
 from facelane_bridge import config
+from facelane_bridge.bridge import check_camera
 from facelane_bridge.sources import (
     CapturedFrame,
     JpegEncoder,
@@ -376,6 +377,32 @@ def test_nobody_there() -> None:
         open_source(camera(f"http://127.0.0.1:{web.port}/v")).open()
     assert caught.value.reason is SourceReason.CONNECT_FAILED
     assert not caught.value.permanent
+
+
+@pytest.mark.parametrize("scheme", ["http", "rtsp"])
+def test_a_name_that_nobody_knows_is_told_and_may_be_known_later(scheme: str) -> None:
+    with pytest.raises(SourceError, match="name is not known") as caught:
+        open_source(camera(f"{scheme}://camera.invalid/v")).open()
+    assert caught.value.reason is SourceReason.CONNECT_FAILED
+    assert not caught.value.permanent
+
+
+@pytest.mark.parametrize("scheme", ["https", "rtsps"])
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+def test_an_authority_that_cannot_be_used(
+    tmp_path: Path, scheme: str, content: bytes | None
+) -> None:
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    settings = camera(f"{scheme}://127.0.0.1:1/v", tls_ca_file=str(path))
+    with pytest.raises(SourceError, match=r"tls_ca_file .*ca\.pem") as caught:
+        open_source(settings).open()
+    assert caught.value.reason is SourceReason.TLS_FAILED
+    assert caught.value.permanent
+    checked = check_camera(settings)
+    assert checked.error is not None
+    assert checked.error.reason is SourceReason.TLS_FAILED
 
 
 # --- credentials ---
