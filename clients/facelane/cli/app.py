@@ -27,7 +27,14 @@ from typer.core import TyperGroup
 import facelane
 from facelane import types
 from facelane.cli import output
-from facelane.cli.sources import Item, Source, SourceError, load_picture, open_source
+from facelane.cli.sources import (
+    Item,
+    Source,
+    SourceError,
+    load_picture,
+    open_source,
+    without_credentials,
+)
 from facelane.transport import read_token
 
 OK: Final = 0
@@ -197,6 +204,12 @@ def analyze(
     ] = False,
 ) -> None:
     """Find the faces of a source, and say who they are, how trustworthy, and whether live."""
+    if without_credentials(source) != source:
+        typer.echo(
+            "facelane: the address holds a password, which every user of this machine can read "
+            "while this runs; facelane-bridge takes it from a file",
+            err=True,
+        )
     opened = open_source(source, realtime=realtime, want_pixels=out is not None)
     try:
         sink = _sink(opened, source, out)
