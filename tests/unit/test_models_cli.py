@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from facelane_server.worker.models.catalog import Catalog
 from facelane_server.worker.models.cli import app
 from facelane_server.worker.models.importer import to_toml
 
@@ -35,6 +36,15 @@ def test_list() -> None:
     table = run("list")
     assert table.exit_code == 0
     assert "detector" in table.stdout
+
+
+def test_names_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in (("facelane-recognizer", ["list"]), ("null-liveness", ["verify"])):
+        table = run(*command, *([name] if command == ["verify"] else []))
+        assert table.exit_code == 0, table.output
+        assert max(len(line) for line in table.stdout.splitlines()) <= 80
+        assert Catalog().resolve(name).model_id in table.stdout
 
 
 def test_list_shows_what_is_broken(broken: Path) -> None:

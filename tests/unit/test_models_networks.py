@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from facelane_server.domain import FacelaneError
+from facelane_server.domain import FacelaneError, Reason
 from facelane_server.worker.models.api import (
     AlignedCrop,
     ContextCrop,
@@ -31,6 +31,14 @@ from facelane_server.worker.models.recognizer import NetworkRecognizer
 from facelane_server.worker.models.runner import Computed, Runner, Ticket
 from facelane_server.worker.models.serving import ServedRecognizer
 from facelane_server.worker.models.verify import synthetic_picture, verify
+
+
+def test_a_score_by_a_head_that_is_not_there_is_refused() -> None:
+    network = MobileFaceNet(stem=8, stages=((8, 1, 8, 8), (16, 1, 16, 16), (16, 1, 32, 16)))
+    served = ServedRecognizer(network, Input(112, 112), Ood("head"))
+    with pytest.raises(FacelaneError, match="gives no OOD output") as caught:
+        served(torch.zeros(1, 112, 112, 3, dtype=torch.uint8))
+    assert caught.value.reason is Reason.MODEL_INVALID
 
 
 @pytest.fixture(autouse=True)

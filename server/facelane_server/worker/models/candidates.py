@@ -18,7 +18,8 @@ TOP: Final = 1024
 """Candidates kept a picture before suppression: a face raises some twenty."""
 
 _STRIDES: Final = (8, 16, 32)
-_HEADS: Final = {"cls": 1, "obj": 1, "bbox": 4, "kps": 10}
+HEADS: Final = {"cls": 1, "obj": 1, "bbox": 4, "kps": 10}
+"""YuNet's heads and how many values each has for a cell."""
 
 
 def select(candidates: F32, *, score: float, iou: float, limit: int) -> F32:
@@ -52,7 +53,7 @@ def decode_yunet(outputs: Mapping[str, npt.NDArray[np.float32]], height: int, wi
         count = len(outputs[f"cls_{stride}"])
         heads = {
             name: outputs[f"{name}_{stride}"].reshape(count, -1, size).astype(np.float32)
-            for name, size in _HEADS.items()
+            for name, size in HEADS.items()
         }
         y, x = np.mgrid[: height // stride, : width // stride]
         grid = np.stack((x, y), -1).reshape(-1, 2).astype(np.float32)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import MofNCompleteColumn, Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from facelane_server import config
 from facelane_server.domain import FacelaneError, Stage
@@ -71,7 +71,8 @@ def list_packages(
             }
         )
         return
-    table = Table("model", "task", "runs by", "license", "description")
+    # On a narrow terminal all other columns wrap before a name, which is for copying, does.
+    table = Table(Column("model", no_wrap=True), "task", "runs by", "license", "description")
     for package in packages:
         manifest = package.manifest
         runs_by = manifest.architecture or manifest.runtime
@@ -167,7 +168,7 @@ def verify(
             }
         )
     else:
-        table = Table("model", "check", "result", "detail")
+        table = Table(Column("model", no_wrap=True), "check", "result", "detail")
         for result in results:
             for check in result.checks:
                 mark = "[green]ok[/green]" if check.passed else "[red]failed[/red]"

@@ -60,7 +60,7 @@ def import_model(
             raise _refuse(f"{source} is not a file")
     final = directory / (name or found.name)
     if final.exists() and not replace:
-        raise _refuse(f"{final} exists already; remove it or import with replace")
+        raise _refuse(f"{final} exists already; choose another --name, or --replace it")
     directory.mkdir(parents=True, exist_ok=True)
     # Built beside its final place and renamed: nobody ever reads half a package.
     with tempfile.TemporaryDirectory(prefix=".import-", dir=directory) as scratch:

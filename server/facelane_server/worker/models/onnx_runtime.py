@@ -15,16 +15,14 @@ import numpy as np
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.worker.device import device_index, is_cuda
 from facelane_server.worker.models.api import F32, U8, DeviceOptions
-from facelane_server.worker.models.candidates import decode_yunet
+from facelane_server.worker.models.candidates import HEADS, decode_yunet
 from facelane_server.worker.models.package import Input, Ood, Package, invalid
 from facelane_server.worker.models.runner import Computed, Runner, Ticket
 
 if TYPE_CHECKING:
     from facelane_server.worker.models.runner import Placed
 
-_DECODES: Final = {
-    "yunet": tuple(f"{head}_{s}" for head in ("cls", "obj", "bbox", "kps") for s in (8, 16, 32))
-}
+_DECODES: Final = {"yunet": tuple(f"{head}_{s}" for head in HEADS for s in (8, 16, 32))}
 
 
 class OnnxRunner(Runner):
@@ -40,6 +38,7 @@ class OnnxRunner(Runner):
         self._outputs = [node.name for node in self._session.get_outputs()]
         self._staged: tuple[U8, ...] = ()
         self._check_names()
+        self._one_by_one = self._check_shapes()
 
     def stage(self, count: int, shapes: Sequence[tuple[int, int]]) -> tuple[U8, ...]:
         self._staged = tuple(np.empty((count, *shape, 3), np.uint8) for shape in shapes)
@@ -52,9 +51,17 @@ class OnnxRunner(Runner):
             name: prepare(pictures, spec)
             for name, pictures in zip(self._inputs, self._staged, strict=True)
         }
-        values = self._session.run(None, feed)
-        outputs = dict(zip(self._outputs, values, strict=True))
-        return Computed(self._read(outputs))
+        return Computed(self._read(dict(zip(self._outputs, self._run(feed), strict=True))))
+
+    def _run(self, feed: Mapping[str, F32]) -> list[Any]:
+        if not self._one_by_one:
+            return list(self._session.run(None, feed))
+        count = len(next(iter(feed.values())))
+        rows = [
+            self._session.run(None, {name: batch[i : i + 1] for name, batch in feed.items()})
+            for i in range(count)
+        ]
+        return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
 
     def warm_up(self) -> None:
         for array in self.stage(1, self._warm_shapes):
@@ -65,6 +72,7 @@ class OnnxRunner(Runner):
         manifest = self._package.manifest
         if manifest.task is Stage.DETECTOR:
             height, width = self._staged[0].shape[1:3]
+            self._check_heads(outputs, height, width)
             return decode_yunet(outputs, height, width)
         if manifest.task is Stage.RECOGNIZER:
             assert manifest.ood is not None
@@ -77,6 +85,21 @@ class OnnxRunner(Runner):
             scores /= scores.sum(1, keepdims=True)
         column: F32 = scores[:, manifest.output.live_class, None]
         return column
+
+    def _check_heads(self, outputs: Mapping[str, Any], height: int, width: int) -> None:
+        """A row for each cell of each stride: a file whose outputs are other ones by these
+        names is refused when it is loaded, by the shape that is wrong."""
+        items = len(self._staged[0])
+        for name in _DECODES["yunet"]:
+            head, stride = name.split("_")
+            cells = (height // int(stride)) * (width // int(stride))
+            values = HEADS[head]
+            if outputs[name].size != items * cells * values:
+                raise invalid(
+                    self._package.folder,
+                    f"the ONNX output {name} has shape {list(outputs[name].shape)} for {items} "
+                    f"pictures of {width}x{height}, but [{items}, {cells}, {values}] is decoded",
+                )
 
     def _check_names(self) -> None:
         manifest, folder = self._package.manifest, self._package.folder
@@ -95,6 +118,44 @@ class OnnxRunner(Runner):
         source = manifest.ood.source if manifest.ood else "none"
         if source in ("head", "rts") and not manifest.output.ood:
             raise invalid(folder, f"ood.source is {source}: name the ONNX output in output.ood")
+
+    def _check_shapes(self) -> bool:
+        """Whether the file takes one item at a time. Sizes that are fixed in it must be those
+        that it will be given: ONNX Runtime would say so at the first frame."""
+        folder, spec = self._package.folder, self._package.manifest.input
+        one_by_one = False
+        for node in self._session.get_inputs():
+            # A dimension that is free is a name or nothing.
+            batch, channels, *size = [d if isinstance(d, int) else 0 for d in node.shape]
+            if len(size) != 2 or channels not in (0, 3):
+                raise invalid(
+                    folder,
+                    f"the ONNX input {node.name} has shape {node.shape}, but pictures come as "
+                    "[items, 3, height, width]",
+                )
+            if batch > 1:
+                raise invalid(
+                    folder,
+                    f"the ONNX input {node.name} takes {batch} items and no other number: export "
+                    "it with a free first dimension (dynamic_axes), or with 1",
+                )
+            one_by_one = one_by_one or batch == 1
+            height, width = size
+            if self._package.task is Stage.DETECTOR:
+                if height or width:
+                    raise invalid(
+                        folder,
+                        f"the ONNX input {node.name} takes pictures of {width}x{height} alone, but "
+                        "a detector sees every size: export it with free height and width "
+                        "(dynamic_axes)",
+                    )
+            elif height not in (0, spec.height) or width not in (0, spec.width):
+                raise invalid(
+                    folder,
+                    f"the ONNX input {node.name} takes {width}x{height}, but input.width and "
+                    f"input.height say {spec.width}x{spec.height}: correct [input]",
+                )
+        return one_by_one
 
 
 def prepare(pictures: U8, spec: Input) -> F32:

@@ -31,6 +31,7 @@ Example::
 from __future__ import annotations
 
 import difflib
+import enum
 import hashlib
 import json
 import re
@@ -271,7 +272,8 @@ class Package:
             raise invalid(
                 self.folder,
                 f"weights file {part.file} has SHA-256 {actual}, but {MANIFEST} declares "
-                f"{part.sha256}; the file is damaged or was replaced: import the model again",
+                f"{part.sha256}; the file is damaged or was replaced: import the model again, or "
+                "declare its hash if the change is yours",
             )
         return data
 
@@ -330,10 +332,21 @@ def _refuse_unknown_keys(
             raise invalid(folder, f"{MANIFEST}: unknown key {where}{key}; {hint}")
         nested = _struct_in(fields[key])
         if nested is None:
+            _refuse_unknown_choice(folder, f"{where}{key}", value, fields[key])
             continue
         for row in value if isinstance(value, list) else [value]:
             if isinstance(row, dict):
                 _refuse_unknown_keys(folder, row, nested, f"{where}{key}.")
+
+
+def _refuse_unknown_choice(folder: Path, key: str, value: object, hint: Any) -> None:
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        known = [str(member.value) for member in hint]
+    else:
+        known = list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else []
+    if known and value not in known:
+        choices = ", ".join(choice for choice in known if choice)
+        raise invalid(folder, f"{MANIFEST}: {key} is {value!r}, but may be: {choices}")
 
 
 def _struct_in(hint: Any) -> type[_Table] | None:

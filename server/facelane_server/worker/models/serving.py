@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from facelane_server.domain import FacelaneError, Reason
 from facelane_server.worker.models.architectures.folding import fold
 from facelane_server.worker.models.architectures.yunet import decode
 from facelane_server.worker.models.candidates import TOP
@@ -129,6 +130,12 @@ class ServedRecognizer(Served):
             score = torch.ones_like(norm[:, 0])
         elif self._ood.source == "norm":
             score = self._map(norm[:, 0])
+        elif logit is None:
+            raise FacelaneError(
+                Reason.MODEL_INVALID,
+                f"ood.source is {self._ood.source}, but the network with these options gives no "
+                "OOD output: switch its head on in [options], or take ood.source = norm",
+            )
         else:
             score = self._map(logit.float())
         return torch.cat((embedding / norm.clamp(min=1e-6), score[:, None]), 1)
