@@ -91,9 +91,9 @@ def training_batch(pictures: Tensor, progress: float = 0.0) -> Tensor:
     # In eighths: every other number of rows would make the convolutions tune themselves anew.
     progress = int(progress * 8) / 8
     x = mix(geometry(pictures), 0.6 - 0.15 * progress)
-    mild = int(len(x) * (0.2 + 0.35 * progress))
+    good = int(len(x) * (0.2 + 0.4 * progress))
     # Mixed and pure pictures lie in random order, so that any cut holds both.
-    return torch.cat((vary(x[:mild]), photometry(x[mild:])))
+    return torch.cat((vary(x[:good]), photometry(x[good:])))
 
 
 def clean_batch(pictures: Tensor) -> Tensor:
@@ -124,6 +124,33 @@ def vary(pictures: Tensor) -> Tensor:
     x[rows] = imaging.noise(x[rows], rand(len(rows), 0.0, 0.025, x))
     rows = _some(n, 0.25, x)
     x[rows] = imaging.jpeg(x[rows], rand(len(rows), 45, 97, x))
+    return x
+
+
+def mild(pictures: Tensor) -> Tensor:
+    """What video does to faces that can still be recognised: at most two slight faults each."""
+    x = pictures.clone()
+    n, size = len(x), x.shape[-1]
+    for _ in range(2):
+        order = torch.randperm(n, device=x.device)[: max(1, n * 5 // 8)]
+        parts = iter(order.tensor_split(5))
+        for rows in next(parts).tensor_split(2):
+            if len(rows):
+                x[rows] = imaging.gaussian_blur(x[rows], random.uniform(0.3, 1.5))
+        for rows in next(parts).tensor_split(2):
+            if len(rows):
+                up = random.choice(("bilinear", "bicubic"))
+                x[rows] = imaging.low_resolution(x[rows], random.randint(32, 96), up=up)
+        rows = next(parts)
+        x[rows] = imaging.noise(x[rows], rand(len(rows), 0.0, 0.06, x))
+        rows = next(parts)
+        x[rows] = imaging.jpeg(x[rows], rand(len(rows), 15, 80, x))
+        rows = next(parts)
+        x[rows] = imaging.expose(
+            x[rows], torch.exp(rand(len(rows), -1.2, 0.7, x)), rand(len(rows), 0.8, 1.5, x)
+        )
+    rows = _some(n, 0.2, x)
+    x[rows] = (x[rows] * (1 + 0.35 * imaging.smooth_field(len(rows), 1, 3, size, x))).clamp(0, 1)
     return x
 
 

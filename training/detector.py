@@ -60,6 +60,14 @@ def load_yunet(path: Path) -> YuNet:
     return network.eval()
 
 
+def load_student(path: Path) -> YuNet:
+    """The network of a checkpoint, as it will be shipped (fp16 weights, computed in fp32)."""
+    network = YuNet(WIDTHS)
+    parts = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(parts["state"], strict=False)
+    return network.eval()
+
+
 def iou(box: Tensor, others: Tensor) -> Tensor:
     """IoU of ``box`` [4] with ``others`` [N, 4], as (x, y, w, h)."""
     corner = torch.maximum(box[:2], others[:, :2])

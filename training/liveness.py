@@ -56,6 +56,14 @@ def load_pair(folder: Path) -> MiniFASNetPair:
     return pair.eval()
 
 
+def load_student(path: Path) -> LivenessNet:
+    """The network of a checkpoint, as it will be shipped (fp16 weights, computed in fp32)."""
+    network = LivenessNet()
+    parts = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(parts["state"], strict=False)
+    return network.eval()
+
+
 def context_crop(pictures: Tensor, boxes: Tensor, scale: float, size: int = CROP) -> Tensor:
     """Each picture's box enlarged by ``scale``, shifted inside, shrunk if it does not fit.
 

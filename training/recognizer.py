@@ -12,6 +12,7 @@ import json
 import random
 import re
 import time
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ from training.data import load_crops
 from training.teacher import TEACHER_SIZE, load_teacher
 
 TEACHER_DIM = 256
-STAGES = ((64, 4, 128, 128), (128, 9, 256, 256), (128, 4, 512, 256))
-"""As the first, shallower edition (4, 6 and 2 blocks), which a run may start from."""
+STAGES = ((64, 4, 128, 128), (128, 14, 256, 256), (256, 4, 512, 512))
+"""A run may start from a narrower or shallower network, as the first edition was."""
 GENUINE_WEIGHT = 2.0
 
 
@@ -37,13 +38,15 @@ GENUINE_WEIGHT = 2.0
 class Options:
     batch: int = 512
     rate: float = 2.5e-3
-    average: float = 0.998
+    average: float = 0.999
     compile: bool = True
     save_every_s: float = 30.0
     limit: int = 0
     resume: Path | None = None
-    resume_rate: float = 1.6e-3
-    """Peak of a run that goes on from a finished one."""
+    resume_rate: float = 2e-3
+    """Peak of a run that goes on from a smaller network."""
+    refine_rate: float = 1.2e-3
+    """Peak of a run that goes on from this very network."""
 
 
 class Student(nn.Module):
@@ -61,23 +64,50 @@ class Student(nn.Module):
 
 
 @torch.no_grad()
-def load_grown(student: Student, state: dict[str, Tensor]) -> None:
-    """Load the state of this network or of a shallower one.
+def load_grown(student: Student, state: dict[str, Tensor]) -> bool:
+    """Load the state of this network or of a smaller one; True when it has grown.
 
-    Residual blocks that the state lacks begin as identities (the scale of their last norm
-    is zero), so that the deeper network starts with the answers of the shallower.
+    The larger network starts with the answers of the smaller one: residual blocks that the
+    state lacks begin as identities (the scale of their last norm is zero), and channels that
+    it lacks are read by nothing that it has (their columns are zero). What is new keeps its
+    random start and its gradients.
     """
-    missing, unexpected = student.load_state_dict(state, strict=False)
+    mine = student.state_dict()
+    grown: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name not in mine or any(
+            a > b for a, b in zip(value.shape, mine[name].shape, strict=True)
+        ):
+            raise ValueError("the checkpoint is of another network; train from the start")
+        start = mine[name].clone()
+        old = tuple(slice(0, size) for size in value.shape)
+        if value.ndim > 1:
+            start[old[0]] = 0
+        start[old] = value.to(start)
+        grown[name] = start
+    missing, _ = student.load_state_dict(grown, strict=False)
     # Counts of batches mean nothing here, and half-precision checkpoints leave them out.
-    blocks = [_BLOCK.match(n) for n in missing if not n.endswith("num_batches_tracked")]
-    if unexpected or not all(blocks):
+    lacking = [_BLOCK.match(n) for n in missing if not n.endswith("num_batches_tracked")]
+    if not all(lacking):
         raise ValueError("the checkpoint is of another network; train from the start")
-    for name in {found.group(0) for found in blocks if found}:
+    for name in {found.group(0) for found in lacking if found}:
         block = student.get_submodule(name)
         nn.init.zeros_(block.project.norm.weight)  # type: ignore[union-attr, arg-type]
+    return bool(lacking) or any(mine[n].shape != v.shape for n, v in state.items())
 
 
 _BLOCK = re.compile(r"trunk\.stages\.\d+\.\d+")
+
+
+def stages_of(state: Mapping[str, Tensor]) -> list[list[int]]:
+    """The ``stages`` option of the MobileFaceNet whose state this is."""
+    rows: list[list[int]] = []
+    for stage in range(3):
+        blocks = {int(n.split(".")[2]) for n in state if n.startswith(f"stages.{stage}.")}
+        first = state[f"stages.{stage}.0.project.conv.weight"].shape
+        other = state[f"stages.{stage}.1.project.conv.weight"].shape
+        rows.append([first[0], len(blocks) - 1, first[1], other[1]])
+    return rows
 
 
 def student_input(pictures: Tensor) -> Tensor:
@@ -145,6 +175,27 @@ def lift(student: Student) -> MobileFaceNet:
     return shipped.eval()
 
 
+def _time_parts(
+    draw: Callable[[], Tensor], teach: Callable[[Tensor], Tensor], learn: Callable[[Tensor], None]
+) -> None:
+    """Print what a step's parts cost on the device: where the next second is to be saved."""
+    rows: dict[str, float] = {}
+    batch = draw()
+    parts: dict[str, Callable[[], object]] = {
+        "draw": draw, "teach": lambda: teach(batch), "learn": lambda: learn(batch),
+    }  # fmt: skip
+    for name, part in parts.items():
+        with torch.set_grad_enabled(name == "learn"):
+            for rounds in (3, 10):
+                torch.cuda.synchronize()
+                begun = time.time()
+                for _ in range(rounds):
+                    part()
+                torch.cuda.synchronize()
+                rows[name] = round(1000 * (time.time() - begun) / rounds, 2)
+    print("recognizer", json.dumps({"step_ms": rows}), flush=True)
+
+
 def train(
     data: Path, out: Path, deadline: float, device: torch.device, options: Options, seed: int = 1
 ) -> Student:
@@ -161,8 +212,8 @@ def train(
     rate = options.rate
     if options.resume is not None:
         parts = torch.load(options.resume, map_location=device, weights_only=True)
-        load_grown(student, parts["state"])
-        rate = options.resume_rate
+        grown = load_grown(student, parts["state"])
+        rate = options.resume_rate if grown else options.refine_rate
     average = Average(student, options.average)
     optimizer = torch.optim.AdamW(
         decay_groups(student, 0.02), lr=rate, betas=(0.9, 0.98), fused=cuda
@@ -171,14 +222,15 @@ def train(
     pairs = Pairs(torch.from_numpy(crops.identity).to(device))
 
     def draw(progress: float = 0.0) -> Tensor:
+        if options.resume is not None:
+            # It has seen the wild ones: from here on, more and more faces as they are served.
+            progress = 0.4 + 0.6 * progress
         return training_batch(pictures[pairs.draw(options.batch)], progress)
 
     def teach(x: Tensor) -> Tensor:
-        # The mean of a picture and its mirror image: as accurate as one of them, and without
-        # what makes them differ, which says nothing about the person.
         large = teacher_input(x).half() if cuda else teacher_input(x)
-        both: Tensor = F.normalize(teacher(torch.cat((large, large.flip(3)))).float())
-        return both[: len(x)] + both[len(x) :]
+        answer: Tensor = teacher(large)
+        return answer
 
     def learn(x: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
@@ -202,6 +254,9 @@ def train(
             print("recognizer", json.dumps({"compile_failed": repr(error)[:2000]}), flush=True)
             teach_fast, learn_fast = teach, learn
     compiled_s = time.time() - begun
+    if cuda:
+        _time_parts(draw, teach_fast, lambda x: learn_fast(x).float().sum().backward())
+        optimizer.zero_grad(set_to_none=True)
     print("recognizer", json.dumps({"compile_s": compiled_s}), flush=True)
     log: list[dict[str, float]] = []
     clock = Clock(time.time(), deadline - time.time())

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
 from training import data as packed
 from training import detector, evaluate, liveness, ood, recognizer
 from training.clock import Clock, CpuClock, half_state, save
@@ -38,6 +39,8 @@ RESUMED_ENDS = {
     "detector": 0.44, "liveness": 0.36, "recognizer": 0.80, "consistency": 0.86, "rts": 0.91,
 }  # fmt: skip
 """The same for a run that goes on from a finished one, of about five minutes."""
+ALONE_ENDS = {"recognizer": 0.875, "consistency": 0.92, "rts": 0.945}
+"""The same for a run of the recogniser alone, which then has all of the device."""
 SMOKE_LIMIT = 32
 
 
@@ -55,6 +58,8 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 
 def _ends(arguments: argparse.Namespace) -> dict[str, float]:
+    if arguments.only == ["recognizer"]:
+        return ALONE_ENDS
     return RESUMED_ENDS if arguments.resume else ENDS
 
 
@@ -76,9 +81,19 @@ def run_detector(arguments: argparse.Namespace, start: float) -> None:
     if arguments.smoke:
         options = replace(options, side=96, batch=4, limit=SMOKE_LIMIT)
     clock = _clock(arguments, "detector", start)
-    network = detector.train(arguments.data, arguments.out, clock, device, options)
-    network = network.float().eval()
-    report = evaluate.detector_report(network, arguments.data, device, options.limit)
+    detector.train(arguments.data, arguments.out, clock, device, options)
+    measure_detector(arguments)
+
+
+def measure_detector(arguments: argparse.Namespace) -> None:
+    device = _device()
+    network = detector.load_student(arguments.out / "detector.pt").to(device)
+    report = evaluate.detector_report(
+        network, arguments.data, device, SMOKE_LIMIT if arguments.smoke else 0
+    )
+    if arguments.media:
+        clip = arguments.media / evaluate.CLIP
+        report["clip"] = evaluate.clip_report(network, arguments.data, clip, device)
     _write(arguments.out / "detector.json", report)
 
 
@@ -90,8 +105,15 @@ def run_liveness(arguments: argparse.Namespace, start: float) -> None:
     if arguments.smoke:
         options = replace(options, batch=10, limit=SMOKE_LIMIT)
     clock = _clock(arguments, "liveness", start)
-    network = liveness.train(arguments.data, arguments.out, clock, device, options)
-    report = evaluate.liveness_report(network, arguments.data, device, options.limit)
+    liveness.train(arguments.data, arguments.out, clock, device, options)
+    measure_liveness(arguments)
+
+
+def measure_liveness(arguments: argparse.Namespace) -> None:
+    device = _device()
+    network = liveness.load_student(arguments.out / "liveness.pt").to(device)
+    limit = SMOKE_LIMIT if arguments.smoke else 0
+    report = evaluate.liveness_report(network, arguments.data, device, limit)
     _write(arguments.out / "liveness.json", report)
 
 
@@ -110,17 +132,12 @@ def run_recognizer(arguments: argparse.Namespace, start: float) -> None:
     ]
     student = recognizer.train(arguments.data, arguments.out, ends["recognizer"], device, options)
     shipped = recognizer.lift(student)
-    state = half_state(shipped)
-    save(arguments.out / "recognizer-shipped.pt", state=state)
+    save(arguments.out / "recognizer-shipped.pt", state=half_state(shipped))
     material, held_out = (future.result() for future in materials)
     reader.shutdown()
     settings = ood.Options(limit=limit, batch=20 if arguments.smoke else 256)
     clock = Clock(time.time(), ends["consistency"] - time.time())
-    head = ood.train_consistency(shipped, material, arguments.out, clock, settings)
-    whole = recognizer.MobileFaceNet(stages=recognizer.STAGES, norm=False, ood_head="trust")
-    whole.load_state_dict({**state, **{f"ood_head.{k}": v for k, v in half_state(head).items()}})
-    whole.eval()
-    save(arguments.out / "recognizer-shipped.pt", state=half_state(whole))
+    whole = _with_trust_head(arguments, shipped, material, clock, settings)
     clock = Clock(time.time(), ends["rts"] - time.time())
     rts = ood.train_rts(shipped, material, arguments.out, clock, settings)
     # Measured in fp32 with the fp16 weights, as a CPU will serve them.
@@ -129,10 +146,76 @@ def run_recognizer(arguments: argparse.Namespace, start: float) -> None:
     _write(arguments.out / "recognizer.json", report)
 
 
+def _with_trust_head(
+    arguments: argparse.Namespace,
+    trunk: MobileFaceNet,
+    material: ood.Material,
+    clock: Clock,
+    settings: ood.Options,
+) -> MobileFaceNet:
+    """``trunk`` with a newly trained head, both rounded to fp16 as they are saved."""
+    head = ood.train_consistency(trunk, material, arguments.out, clock, settings)
+    state = half_state(trunk)
+    whole = MobileFaceNet(stages=recognizer.stages_of(state), norm=False, ood_head="trust")
+    whole.load_state_dict({**state, **{f"ood_head.{k}": v for k, v in half_state(head).items()}})
+    save(arguments.out / "recognizer-shipped.pt", state=half_state(whole.eval()))
+    return whole
+
+
+def run_trust(arguments: argparse.Namespace, start: float) -> None:
+    """A new OOD head for a finished recogniser, whose trunk stays as it is."""
+    device = _device()
+    limit = SMOKE_LIMIT if arguments.smoke else 0
+    state = torch.load(
+        arguments.resume / "recognizer-shipped.pt", map_location="cpu", weights_only=True
+    )["state"]
+    body = {k: v.float() for k, v in state.items() if not k.startswith("ood_head.")}
+    trunk = MobileFaceNet(stages=recognizer.stages_of(body), norm=False)
+    trunk.load_state_dict(body)
+    material = ood.Material(arguments.data, device, limit, held_out=False)
+    settings = ood.Options(limit=limit, batch=57)
+    clock = _clock(arguments, "trust", start)
+    _with_trust_head(arguments, trunk.eval(), material, clock, settings)
+    measure_recognizer(arguments)
+
+
+def measure_recognizer(arguments: argparse.Namespace) -> None:
+    """Measure the shipped form. The RTS head, which is not shipped, is measured only where the
+    run has left it; otherwise its figures are those on record for the very same trunk."""
+    device = _device()
+    limit = SMOKE_LIMIT if arguments.smoke else 0
+    parts = torch.load(arguments.out / "recognizer-shipped.pt", weights_only=True)
+    state = {k: v.float() for k, v in parts["state"].items()}
+    network = MobileFaceNet(stages=recognizer.stages_of(state), norm=False, ood_head="trust")
+    network.load_state_dict(state)
+    network = network.eval().to(device, memory_format=torch.channels_last)
+    material, held_out = (
+        ood.Material(arguments.data, device, limit, held_out=side) for side in (False, True)
+    )
+    report = evaluate.recognizer(network, None, arguments.data, material, held_out)
+    recorded = (arguments.resume or arguments.out) / "recognizer.json"
+    if recorded.exists():
+        evaluate.keep_rts(report, json.loads(recorded.read_text()))
+    _write(arguments.out / "recognizer.json", report)
+
+
 def _stage(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    run = {"detector": run_detector, "liveness": run_liveness, "recognizer": run_recognizer}
+    if arguments.measure:
+        measure = {
+            "detector": measure_detector,
+            "liveness": measure_liveness,
+            "recognizer": measure_recognizer,
+        }
+        measure[arguments.stage](arguments)
+        return
+    run = {
+        "detector": run_detector,
+        "liveness": run_liveness,
+        "recognizer": run_recognizer,
+        "trust": run_trust,
+    }
     run[arguments.stage](arguments, arguments.start)
 
 
@@ -204,10 +287,12 @@ def main() -> int:
         "--cpu-s", type=float, default=0.0,
         help="train detector and liveness for that much CPU time each, whatever the clock says",
     )  # fmt: skip
-    parser.add_argument("--only", nargs="*", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--only", nargs="*", choices=[*STAGES, "trust"], default=list(STAGES))
+    parser.add_argument("--measure", action="store_true", help="train nothing, measure --out")
+    parser.add_argument("--media", type=Path, help="folder with the clip to judge detectors by")
     parser.add_argument("--resume", type=Path, help="a finished run to go on from")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the recipe")
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=[*STAGES, "trust"], help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -230,7 +315,9 @@ def main() -> int:
             command += ["--data", str(arguments.data), "--out", str(out)]
             command += ["--budget-s", str(arguments.budget_s), "--start", str(start)]
             command += ["--smoke"] if arguments.smoke else []
-            command += ["--cpu-s", str(arguments.cpu_s)]
+            command += ["--cpu-s", str(arguments.cpu_s), "--only", *arguments.only]
+            command += ["--measure"] if arguments.measure else []
+            command += ["--media", str(arguments.media)] if arguments.media else []
             command += ["--resume", str(arguments.resume)] if arguments.resume else []
             children[stage] = stack.enter_context(subprocess.Popen(command, env=environment))
         last = start + arguments.budget_s + (180 if arguments.smoke else 10)
@@ -253,7 +340,7 @@ def main() -> int:
             "data": recorded,
         }
     }
-    for stage in arguments.only:
+    for stage in STAGES:
         path = out / f"{stage}.json"
         if path.exists():
             report[stage] = json.loads(path.read_text())

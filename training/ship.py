@@ -30,9 +30,10 @@ from training.data import load_crops
 from training.detector import NMS_IOU, WIDTHS
 from training.liveness import NARROW
 from training.ood import score_all
-from training.recognizer import STAGES
+from training.recognizer import stages_of
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
+NAMES = ("detector", "recognizer", "liveness")
 LICENSE = "evaluation and research only, see CARD.md"
 MATCH_FAR = 1e-4
 """Share of impostor pairs that the match threshold lets through."""
@@ -64,7 +65,7 @@ def calibrate_ood(state: Mapping[str, Tensor], data: Path) -> dict[str, float]:
     fitted on the other half of the identities; ``clean_refused_in_sample``: with the mapping
     that is shipped.
     """
-    network = MobileFaceNet(stages=STAGES, norm=False, ood_head="trust")
+    network = MobileFaceNet(stages=stages_of(state), norm=False, ood_head="trust")
     network.load_state_dict(dict(state))
     crops = load_crops(data, held_out=True)
     pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2)
@@ -148,7 +149,7 @@ def ship_recognizer(
         "task": "recognizer",
         "architecture": "mobilefacenet",
         "description": "starter recogniser: MobileFaceNet with a trust head, distilled",
-        "options": {"stages": [list(r) for r in STAGES], "norm": False, "ood_head": "trust"},
+        "options": {"stages": stages_of(state), "norm": False, "ood_head": "trust"},
         "input": {
             "width": 112,
             "height": 112,
@@ -206,16 +207,23 @@ def main() -> None:
     parser.add_argument("--score", type=float, default=0.7, help="the detector's threshold")
     parser.add_argument("--live", type=float, default=0.75)
     parser.add_argument("--spoof", type=float, default=0.5)
+    parser.add_argument("--only", nargs="*", choices=NAMES, default=list(NAMES))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    report = json.loads((arguments.run / "report.json").read_text())
-    detector = ship_detector(arguments.run, arguments.out, report, arguments.score)
-    recognizer, ood = ship_recognizer(arguments.run, arguments.out, report, arguments.data)
-    liveness = ship_liveness(arguments.run, arguments.out, report, arguments.live, arguments.spoof)
-    for package in (detector, recognizer, liveness):
+    run, out = arguments.run, arguments.out
+    report = json.loads((run / "report.json").read_text())
+    packages: list[Package] = []
+    if "detector" in arguments.only:
+        packages.append(ship_detector(run, out, report, arguments.score))
+    if "recognizer" in arguments.only:
+        recognizer, ood = ship_recognizer(run, out, report, arguments.data)
+        packages.append(recognizer)
+        print("ood", json.dumps(ood))
+    if "liveness" in arguments.only:
+        packages.append(ship_liveness(run, out, report, arguments.live, arguments.spoof))
+    for package in packages:
         print(package.model_id, package.thresholds)
-    print("ood", json.dumps(ood))
 
 
 if __name__ == "__main__":
