@@ -34,6 +34,7 @@ from facelane_server.edge.auth import Authenticator, read_keys
 from facelane_server.edge.tls import Certificates, validity
 from facelane_server.gallery.store import Store
 from facelane_server.monitor import Nvml, NvmlMissingError
+from facelane_server.pools import mps
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.tasks import (
@@ -158,6 +159,7 @@ async def examine(
     torch = await check_torch(settings)
     add(torch)
     add(check_mps(settings))
+    add(check_nvjpeg(settings))
     add(check_cgroup(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
     add(*check_ulimits())
     add(check_listen(settings), check_metrics(settings))
@@ -343,13 +345,30 @@ def _runs_on(capability: str, architectures: Sequence[str]) -> bool:
 
 def check_mps(settings: config.Config) -> Check:
     wanted = any(pool.isolation == "mps" for pool in settings.stages.values())
-    found = shutil.which("nvidia-cuda-mps-control")
+    found = mps.control_program(os.environ)
     if found is None:
         if wanted:
             advice = "install CUDA's MPS tools (nvidia-compute-utils), or isolation = 'process'"
-            return Check("mps", Status.FAIL, "nvidia-cuda-mps-control is not in PATH", advice)
+            return Check("mps", Status.FAIL, f"{mps.CONTROL} is not installed", advice)
         return Check("mps", Status.SKIP, "not installed, not configured")
     return Check("mps", Status.OK, found + ("" if wanted else "; not configured"))
+
+
+def check_nvjpeg(settings: config.Config) -> Check:
+    """Whether frames can be decoded where a detector pool says. That nvJPEG works is seen
+    by the pool's own inference."""
+    wanted = settings.pools.detector.decode
+    version = _version_of("torchvision")
+    if wanted == "cpu":
+        found = (
+            f"torchvision {version} is there for decode = 'cuda'" if version else "not installed"
+        )
+        return Check("nvjpeg", Status.SKIP, f"frames are decoded on the CPU; {found}")
+    if version:
+        return Check("nvjpeg", Status.OK, f"torchvision {version}", facts={"version": version})
+    detail = f"the detector's decode is {wanted}, but torchvision is not installed"
+    advice = "pip install 'facelane[nvjpeg]', or decode = 'cpu'"
+    return Check("nvjpeg", Status.FAIL if wanted == "cuda" else Status.WARN, detail, advice)
 
 
 def check_cgroup(root: Path, membership: Path) -> Check:

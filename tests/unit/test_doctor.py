@@ -152,6 +152,27 @@ def test_mps_is_needed_only_where_it_is_configured(
     assert doctor.check_mps(settings).status is Status.OK
 
 
+@pytest.mark.parametrize(
+    ("decode", "version", "status"),
+    [
+        ("cpu", "", Status.SKIP),
+        ("cpu", "0.26.0", Status.SKIP),
+        ("auto", "", Status.WARN),
+        ("cuda", "", Status.FAIL),
+        ("cuda", "0.26.0", Status.OK),
+    ],
+)
+def test_nvjpeg_is_needed_only_where_it_is_configured(
+    decode: str, version: str, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version_of", lambda name: version)
+    settings = config.parse(f'[pools.detector]\ndecode = "{decode}"\ndevices = ["cuda:0"]')
+    check = doctor.check_nvjpeg(settings)
+    assert check.status is status
+    assert bool(check.advice) is (status in (Status.WARN, Status.FAIL))
+    assert version in check.detail
+
+
 # -- the machine --------------------------------------------------------------------------------
 
 

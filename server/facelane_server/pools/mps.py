@@ -112,9 +112,14 @@ def _guard(control: str, environment: Mapping[str, str]) -> subprocess.Popen[byt
     )
 
 
-def _find_control(environ: Mapping[str, str]) -> str:
+def control_program(environ: Mapping[str, str]) -> str | None:
+    """Where NVIDIA's control program is; None where it is not installed."""
     path = os.pathsep.join((environ.get("PATH", os.defpath), *_FOLDERS))
-    found = shutil.which(CONTROL, path=path)
+    return shutil.which(CONTROL, path=path)
+
+
+def _find_control(environ: Mapping[str, str]) -> str:
+    found = control_program(environ)
     if found is None:
         raise _unusable(f"{CONTROL} is not installed (it comes with NVIDIA's driver)")
     return found
