@@ -360,10 +360,8 @@ def check_nvjpeg(settings: config.Config) -> Check:
     wanted = settings.pools.detector.decode
     version = _version_of("torchvision")
     if wanted == "cpu":
-        found = (
-            f"torchvision {version} is there for decode = 'cuda'" if version else "not installed"
-        )
-        return Check("nvjpeg", Status.SKIP, f"frames are decoded on the CPU; {found}")
+        found = f"torchvision {version} is there" if version else "torchvision is not installed"
+        return Check("nvjpeg", Status.SKIP, f"not configured; {found}")
     if version:
         return Check("nvjpeg", Status.OK, f"torchvision {version}", facts={"version": version})
     detail = f"the detector's decode is {wanted}, but torchvision is not installed"
