@@ -67,7 +67,7 @@ if [ -z "$DESTDIR" ]; then
     fi
     if [ ! -x "$VENV/bin/facelane-server" ]; then
         echo "install: $VENV/bin/facelane-server is missing. Next:"
-        echo "  python3 -m venv $VENV && $VENV/bin/pip install 'facelane[server,bridge]'"
+        echo "  python3 -m venv $VENV && $VENV/bin/pip install '$root[server,cli,bridge]'"
     fi
     echo "install: done. Start with: systemctl enable --now facelane-server"
 fi
