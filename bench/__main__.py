@@ -27,7 +27,7 @@ ABOUT: Final = {
     "recovery": "a recogniser worker is killed under load; with peers in their own environments",
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
     "leak": "a model that leaks device memory is replaced beside two that behave",
-    "streams": "how many cameras one card takes",
+    "streams": "how many cameras one card takes; 720p and 1080p, with -mps, -nvjpeg, -nvjpeg-mps",
     "decode": "JPEG decoding and face crops: on the host or on the card",
 }
 

@@ -1,8 +1,10 @@
 """What of a detector's work around the network would gain from the card: JPEG decoding by
-nvJPEG against OpenCV's, and cutting faces out on the device against doing it on the host.
+nvJPEG against OpenCV's, cutting faces out on the device against doing it on the host, and
+the whole detector, from JPEG data to faces and crops, each way.
 
 nvJPEG is reached through torchvision where that is installed. The device's crops need the
-picture on the device, so its upload counts with them.
+picture on the device, so its upload counts with them. `cpu_ms` is what an item costs the
+processors, all threads together: with many cameras that is what is short.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final
 
 from bench import material
@@ -19,6 +22,7 @@ from bench.stats import percentile
 
 SIZES: Final = {"720p": (1280, 720), "1080p": (1920, 1080)}
 BATCHES: Final = (1, 8, 16)
+FACES: Final = (0, 1, 2, 1, 4, 0, 3, 1)
 
 
 async def run(settings: Settings) -> Report:
@@ -33,22 +37,49 @@ async def run(settings: Settings) -> Report:
             except Exception as error:  # without torchvision, say; the crops are still compared
                 report.note(f"nvJPEG, {size}: {type(error).__name__}: {error}")
         _crops(report, size, frames[0], rounds, settings.device)
+        settings.keep(report)
+    for name, options in (
+        {
+            "decoded by OpenCV": {},
+            "decoded by OpenCV, suppression on the card": {"suppress": True},
+            "decoded by nvJPEG": {"decode": "cuda"},
+            "decoded by nvJPEG, suppression on the card": {"decode": "cuda", "suppress": True},
+        }
+        if settings.device.startswith("cuda")
+        else {"decoded by OpenCV": {}, "suppression in the network": {"suppress": True}}
+    ).items():
+        settings.say(f"detector, {name}")
+        try:
+            _detector(report, settings, name, rounds, options)
+        except Exception as error:  # the others are still measured
+            report.note(f"detector, {name}: {type(error).__name__}: {error}")
+        settings.keep(report)
     return report
 
 
-def _timed(call: Callable[[], Any], rounds: int) -> list[float]:
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of each round, and processor seconds of all."""
+
+    rounds: list[float]
+    cpu: float
+
+
+def _timed(call: Callable[[], Any], rounds: int) -> _Times:
     for _ in range(3):
         call()
     found = []
+    cpu = time.process_time()
     for _ in range(rounds):
         begin = time.perf_counter()
         call()
         found.append(time.perf_counter() - begin)
-    return found
+    return _Times(found, time.process_time() - cpu)
 
 
-def _row(report: Report, name: str, scenario: str, batch: int, seconds: list[float]) -> Row:
+def _row(report: Report, name: str, scenario: str, batch: int, times: _Times) -> Row:
     """Times are of one item."""
+    seconds = times.rounds
     each = [s / batch for s in seconds]
     return report.add(
         Row(
@@ -58,6 +89,7 @@ def _row(report: Report, name: str, scenario: str, batch: int, seconds: list[flo
             p50_ms=percentile(each, 50) * 1e3,
             p99_ms=percentile(each, 99) * 1e3,
             throughput_per_s=len(each) * batch / sum(seconds),
+            extra={"cpu_ms": times.cpu / len(each) / batch * 1e3},
         )
     )
 
@@ -147,3 +179,48 @@ def _crops(report: Report, size: str, data: bytes, rounds: int, device: str) -> 
             1,
             _timed(cut, rounds),
         )
+
+
+def _detector(
+    report: Report, settings: Settings, name: str, rounds: int, options: dict[str, Any]
+) -> None:
+    """The starter detector on 720p frames with 0 to 4 faces, as a worker runs it: a batch is
+    begun before the one before it is finished."""
+    from facelane_server.domain import Encoding, Stage
+    from facelane_server.worker.models.api import Detector, DeviceOptions, Pending
+    from facelane_server.worker.models.load import load
+    from facelane_server.worker.pictures import decode
+
+    models = material.real_models(settings.cache)
+    data = material.make_frames(8 if not settings.smoke else 2, *SIZES["720p"], FACES)
+    views = [memoryview(frame) for frame in data]
+    model = load(
+        models.packages[Stage.DETECTOR],
+        DeviceOptions(device=settings.device, **options),
+        batch_max=len(views),
+        crops=models.crops,
+    )
+    assert isinstance(model, Detector)
+    try:
+        model.warm_up()
+
+        def begun(some: list[memoryview]) -> Pending[Any]:
+            pictures: list[Any] = list(model.decode(some))
+            for i, picture in enumerate(pictures):
+                if picture is None:
+                    pictures[i] = decode(some[i], Encoding.JPEG)
+            return model.begin(pictures, [4] * len(some))
+
+        for count in (1, len(views)):
+            under_way: list[Pending[Any]] = []
+
+            def one(count: int = count, under_way: list[Pending[Any]] = under_way) -> None:
+                under_way.append(begun(views[:count]))
+                if len(under_way) > 1:
+                    under_way.pop(0).finish()
+
+            times = _timed(one, rounds)
+            under_way.pop().finish()
+            _row(report, name, "detector, 720p JPEG to faces", count, times)
+    finally:
+        model.close()

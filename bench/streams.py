@@ -2,9 +2,11 @@
 through the whole service, more and more of them, until the 99th percentile of the frames'
 age exceeds 100 ms or a thousandth of them is dropped.
 
-Parts: `streams:720p`, `streams:1080p`, and the same with all workers under MPS:
-`streams:720p-mps`, `streams:1080p-mps`. Says which stage was the limit. A part takes about
-a minute and a half; when its time is up, the largest number that was good so far is told as such.
+Parts: `streams:720p`, `streams:1080p`, which are the whole; and by name alone the same with
+all workers under MPS (`streams:720p-mps`), with the frames decoded by the card
+(`streams:720p-nvjpeg`), and both (`streams:720p-nvjpeg-mps`). Says what was the limit. A part
+takes about a minute and a half; when its time is up, the largest number that was good so far
+is told as such.
 """
 
 from __future__ import annotations
@@ -110,11 +112,19 @@ async def run(settings: Settings) -> Report:
     models = material.real_models(settings.cache)
     on_card = settings.device.startswith("cuda")
     for size, (width, height) in SIZES.items():
-        parts = [
-            (size, "process"),
-            *([(f"{size}-mps", "mps")] if on_card else []),
-        ]
-        parts = [(part, isolation) for part, isolation in parts if settings.wants(part)]
+        named = {
+            size: _Way(),
+            f"{size}-mps": _Way("mps"),
+            f"{size}-nvjpeg": _Way(decode="cuda"),
+            f"{size}-nvjpeg-mps": _Way("mps", "cuda"),
+        }
+        parts = {
+            part: way
+            for part, way in named.items()
+            if part in settings.only or (not settings.only and way == _Way())
+        }
+        if not on_card:
+            parts = {part: way for part, way in parts.items() if way == _Way()}
         if not parts or (settings.smoke and size == "1080p"):
             continue
         frames = (
@@ -127,27 +137,42 @@ async def run(settings: Settings) -> Report:
             folder.mkdir()
             for index, data in enumerate(frames):
                 (folder / f"{index:06d}.jpg").write_bytes(data)
-            for part, isolation in parts:
+            for part, way in parts.items():
                 try:
-                    await _part(settings, report, models, part, isolation, folder)
+                    await _part(settings, report, models, part, way, folder)
                 except Exception as error:  # one part's failure must not lose the others
                     report.note(f"{part}: not measured: {type(error).__name__}: {error}")
         kb = sum(map(len, frames)) / len(frames) / 1e3
         report.note(f"{size}: {len(frames)} frames of {kb:.0f} kB on average, faces {FACES}")
+    if not report.rows and not report.notes:
+        raise material.MissingError(
+            f"streams has no part {', '.join(settings.only)} on {settings.device}; "
+            "python -m bench --help names them"
+        )
     report.note(models.listed)
     return report
 
 
-def _pools(settings: Settings, models: material.Models, isolation: str) -> str:
-    """Decoding is the processor's work, so there are several detector workers: three for every
-    eight cores, and each decodes a batch with two threads. The rest is for the front, the
-    other workers and the cameras."""
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the pools of a part are set up."""
+
+    isolation: str = "process"
+    decode: str = "cpu"
+
+
+def _pools(settings: Settings, models: material.Models, way: _Way) -> str:
+    """Where decoding is the processor's work there are several detector workers: three for
+    every eight cores, and each decodes a batch with two threads. The rest is for the front,
+    the other workers and the cameras. Where the card decodes, two workers feed it."""
     cores = len(os.sched_getaffinity(0))
-    detectors = max(1, min(8, cores * 3 // 8))
-    device = f'devices = ["{settings.device}"]\nbatch_max = 8\nisolation = "{isolation}"\n'
+    detectors = max(1, min(8, cores * 3 // 8)) if way.decode == "cpu" else 2
+    device = f'devices = ["{settings.device}"]\nbatch_max = 8\nisolation = "{way.isolation}"\n'
     return models.pools_toml(
         device,
-        detector=f"workers = {detectors}\nthreads = {2 if cores >= 8 else 1}",
+        detector=(
+            f'workers = {detectors}\nthreads = {2 if cores >= 8 else 1}\ndecode = "{way.decode}"'
+        ),
         recognizer="stream_priority = -1" if settings.device != "cpu" else "",
     )
 
@@ -157,14 +182,14 @@ async def _part(
     report: Report,
     models: material.Models,
     size: str,
-    isolation: str,
+    way: _Way,
     frames: Path,
 ) -> None:
     seconds = settings.lasting(7.0, 3.0)
     until = time.monotonic() + BUDGET_S
     rate = FPS if settings.device != "cpu" else 2.0
     tables = "[limits]\nmax_streams = 1024\n"
-    pools = _pools(settings, models, isolation)
+    pools = _pools(settings, models, way)
     settings.say(f"{size}: starting")
     async with Service(pools, tables=tables, start_s=START_S) as service:
         settings.say(f"{size}: serving")
