@@ -81,7 +81,9 @@ def hosted(
     """A server for each way to host workers that needs no GPU."""
     folder = tmp_path_factory.mktemp(request.param)
     pools = wire.pools(every=f'isolation = "{request.param}"')
-    stages = ("detector", "recognizer", "liveness") if request.param == "external" else ()
+    # Two for each pool: when the model is reloaded one leaves, and the other, which waited
+    # as a spare, takes its place.
+    stages = ("detector", "recognizer", "liveness") * 2 if request.param == "external" else ()
     with RunningServer(folder, toml(folder, pools)) as made:
         workers = [attach(folder / "run" / f"{s}.sock", folder / "worker.log") for s in stages]
         try:

@@ -146,14 +146,17 @@ def test_pools_tell_how_they_are_hosted(
 
 
 def test_a_model_is_reloaded(client: facelane.Client, hosted: RunningServer) -> None:
-    for pool in ("detector", "recognizer", "liveness"):
-        if client.pools()[0].isolation == "external":
-            # Its one worker leaves to load the model anew; nobody starts another here.
-            break
-        answer = client.reload_model(pool)
+    before = {pool.pool: {worker.pid for worker in pool.workers} for pool in client.pools()}
+    for name in before:
+        answer = client.reload_model(name, timeout=30)
         assert answer.old_model_id == answer.new_model_id
         assert len(client.analyze_image(wire.picture()).faces) == 1
     assert client.health() == "SERVING"
+    after = client.pools()
+    if after[0].isolation != "thread":
+        # The threads of one process; everybody else makes way for a fresh one.
+        for pool in after:
+            assert before[pool.pool].isdisjoint({worker.pid for worker in pool.workers})
 
 
 def test_eight_streams_side_by_side(client: facelane.Client) -> None:
