@@ -55,15 +55,17 @@ def _join(parts: Sequence[bytes]) -> tuple[U8, npt.NDArray[np.int64]]:
     return np.frombuffer(b"".join(parts), np.uint8), offsets
 
 
-def pack_crops(data: Path, out: Path) -> None:
-    """Both crop sets into ``out``/crops.npz; identities are renumbered, no names are kept."""
+def pack_crops(data: Path, out: Path, limit: int = 0) -> None:
+    """Both crop sets (the first ``limit`` of each) into ``out``/crops.npz; identities are
+    renumbered, no names are kept."""
     parts: list[bytes] = []
     identity: list[int] = []
     held: list[bool] = []
     source: list[int] = []
     with np.load(data / "celeba299.npz") as archive:
         numbers = {v: i for i, v in enumerate(sorted(set(archive["identity"].tolist())))}
-        for encoded, who in zip(_slices(archive), archive["identity"].tolist(), strict=True):
+        pairs = list(zip(_slices(archive), archive["identity"].tolist(), strict=True))
+        for encoded, who in pairs[: limit or None]:
             parts.append(_webp(encoded, CELEBA_QUALITY))
             identity.append(numbers[who])
             held.append(False)
@@ -71,7 +73,7 @@ def pack_crops(data: Path, out: Path) -> None:
         base = len(numbers)
     with np.load(data / "lfw_train.npz") as archive:
         rows = zip(_slices(archive), archive["identity"].tolist(), archive["names"], strict=True)
-        for encoded, who, name in rows:
+        for encoded, who, name in list(rows)[: limit or None]:
             kept_out = is_held_out(str(name).split("/")[0])
             parts.append(encoded if kept_out else _webp(encoded, LFW_QUALITY))
             identity.append(base + who)
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=0, help="so many of each set, for a trial")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     out: Path = arguments.out
@@ -132,8 +135,8 @@ def main() -> None:
     data, models = arguments.shared / "data", arguments.shared / "models"
     for name in MODELS:
         shutil.copyfile(models / name, out / "models" / name)
-    pack_crops(data, out)
-    pack_photos(data, models, out)
+    pack_crops(data, out, arguments.limit)
+    pack_photos(data, models, out, arguments.limit)
     packed = ["crops.npz", "photos.npz", *(f"models/{name}" for name in MODELS)]
     sources = ["celeba299.npz", "lfw_train.npz", "lfw_train_photos.npz"]
     record = {

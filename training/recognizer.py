@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from facelane_server.worker.models.architectures.folding import fold
 from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
 from training.augment import training_batch
-from training.clock import Average, Clock, cosine_rate, decay_groups, save, set_rate
+from training.clock import Average, Clock, cosine_rate, decay_groups, half_state, save, set_rate
 from training.data import load_crops
 from training.teacher import TEACHER_SIZE, load_teacher
 
@@ -294,10 +294,10 @@ def train(
             if step % 500 == 0 or step <= 100:
                 print("recognizer", json.dumps(row), flush=True)
         if time.time() - saved > options.save_every_s:
-            save(out / "recognizer.pt", state=average.network.state_dict(), step=step)
+            save(out / "recognizer.pt", state=half_state(average.network), step=step)
             saved = time.time()
     save(
-        out / "recognizer.pt", state=average.network.state_dict(), step=step, finished=True,
+        out / "recognizer.pt", state=half_state(average.network), step=step, finished=True,
         compile_s=compiled_s,
     )  # fmt: skip
     return average.network

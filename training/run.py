@@ -352,7 +352,9 @@ def main() -> int:
         traceback.print_exc()
     with tarfile.open(out / "training.tar.gz", "w:gz") as archive:
         for path in sorted(out.iterdir()):
-            if path.is_file() and path.suffix in (".pt", ".json", ".md", ".png"):
+            # What goes back is kept small: the RTS head is measured here and shipped nowhere.
+            kept = path.suffix in (".pt", ".json", ".md", ".png") and path.name != "rts.pt"
+            if path.is_file() and kept:
                 archive.add(path, path.name)
     print(json.dumps({"failed": failed, "seconds": time.time() - start}), flush=True)
     return 1 if failed else 0
