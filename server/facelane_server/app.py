@@ -170,12 +170,19 @@ def _private_folder() -> Iterator[Path]:
     """A fresh folder of mode 0700, removed at the end.
 
     A server that is killed cannot remove its own: the next one does. A lock on the folder,
-    which the kernel gives up together with the process, tells that nobody lives there.
+    which the kernel gives up together with the process, tells that nobody lives there; one on
+    ``mps`` inside of it, that a daemon has still to be told to quit.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"):
-        if (lock := _lock(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
+        with contextlib.ExitStack() as stack:
+            for needed in (left, left / "mps"):
+                if not os.path.lexists(needed):
+                    continue
+                if (lock := _lock(needed)) is None:
+                    break
+                stack.callback(os.close, lock)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
     # A server that starts at the same moment may find ours before we hold it, and remove it.
     while (lock := _lock(folder := Path(tempfile.mkdtemp(prefix=RUN_PREFIX)))) is None:
         continue

@@ -6,6 +6,7 @@ processes, their environment, their pipes and their ends are real.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -58,9 +59,25 @@ async def test_it_is_started_in_a_folder_of_its_own_and_ended(
     assert daemon.pipe_directory.stat().st_mode & 0o777 == 0o700
     pid = daemon_pid(daemon)
     assert alive(pid)
-    await daemon.close()
-    await daemon.close()
+    held = os.open(tmp_path / "mps", os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        await daemon.close()
+        await daemon.close()
+        # Told to quit: now its folder may go.
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(held)
     until(lambda: not alive(pid), 5.0, "the daemon's end")
+
+
+async def test_a_folder_that_the_guard_before_still_holds_can_be_used(
+    tmp_path: Path, environ: dict[str, str]
+) -> None:
+    first = await MpsDaemon.start(tmp_path / "mps", environ=environ)
+    await (await MpsDaemon.start(tmp_path / "mps", environ=environ)).close()
+    await first.close()
 
 
 async def test_one_that_runs_already_is_used_and_left_alone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import tempfile
 from pathlib import Path
@@ -143,11 +144,18 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(
     somebodys.mkdir()
     linked = tmp_path / f"{app.RUN_PREFIX}link"
     linked.symlink_to(somebodys)
+    guarded = tmp_path / f"{app.RUN_PREFIX}guarded"
+    (guarded / "mps").mkdir(parents=True)
+    guard = app._lock(guarded / "mps")
+    assert guard is not None
     with app.runtime_dir(config.Config()) as first:
         assert not left.exists()
+        assert guarded.exists(), "its MPS daemon has not been told to quit"
+        os.close(guard)
         with app.runtime_dir(config.Config()) as second:
             assert first.exists(), "its server lives"
             assert second != first
+            assert not guarded.exists()
         assert not second.exists()
         assert first.exists()
     assert sorted(tmp_path.iterdir()) == sorted([somebodys, linked])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -81,7 +82,7 @@ class MpsDaemon:
                 f"{CONTROL} did not start ({_last_words(logs) or words or f'exit code {code}'})"
             )
         # After the daemon, so that it does not hold the pipe open.
-        guard = _guard(control, environment)
+        guard = _guard(control, directory, environment)
         log.info("MPS daemon started", pipe_directory=str(pipes))
         return cls(pipes, guard)
 
@@ -101,15 +102,27 @@ class MpsDaemon:
             log.warning("MPS daemon did not quit in time", timeout_s=QUIT_S)
 
 
-def _guard(control: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        ["/bin/sh", "-c", _GUARD, control],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=dict(environment),
-        start_new_session=True,
-    )
+def _guard(
+    control: str, directory: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    # A lock on the directory, which the guard alone keeps: until the daemon was told to quit
+    # nobody may take its pipes away, not even a server that tidies up after this one.
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Held by the guard of the server before, in a directory that outlives servers: as good.
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, control],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=dict(environment),
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+    finally:
+        os.close(lock)
 
 
 def control_program(environ: Mapping[str, str]) -> str | None:
