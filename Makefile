@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint faults soak protos bench wheel install-systemd clean
+.PHONY: help setup demo test lint faults soak gpu-test protos bench gpu-bench wheel install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -45,11 +45,20 @@ soak: setup ## FRAMES=100000 frames under random faults, an outcome for each
 		$(BIN)/python -m tests.faults.soak --frames $$(($(FRAMES) / 4)) --pools $$pools || exit; \
 	done
 
+# MPS has one daemon and one server a card: its tests take turns, beside the others.
+gpu-test: setup ## the tests that need an NVIDIA card (about two minutes)
+	@$(BIN)/python -m pytest tests/gpu -k mps $(PYTEST_ARGS) & mps=$$!; \
+	$(BIN)/python -m pytest tests/gpu -n 6 -k "not mps" $(PYTEST_ARGS); rest=$$?; \
+	wait $$mps && exit $$rest
+
 protos: ## regenerate clients/facelane/v1 (and lint with buf when it is installed)
 	@protos/generate.sh
 
 bench: setup ## the benchmarks that run on a CPU; results in bench/results
 	@$(BIN)/python -m bench
+
+gpu-bench: setup ## the benchmarks that need an NVIDIA card (about twelve minutes)
+	@$(BIN)/python -m bench isolation decode streams:720p streams:720p-nvjpeg leak
 
 wheel: setup ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .
