@@ -45,6 +45,7 @@ from facelane.stream import (
     Obstacle,
     Phase,
     StreamCore,
+    as_lost,
 )
 from facelane.transport import (
     DEFAULT_TIMEOUT,
@@ -83,6 +84,7 @@ log = logging.getLogger("facelane")
 T = TypeVar("T")
 
 _Request = analysis_service_pb2.AnalyzeStreamRequest
+_EventResponse = event_service_pb2.WatchEventsResponse
 _PARK = 5.0
 """Seconds after which a parked task looks again whether it still has a purpose."""
 
@@ -435,6 +437,7 @@ class Client:
             resume_token,
             kinds,
             reconnect,
+            self.timeout,
         )
         self._open.add(stream)
         return stream
@@ -850,29 +853,57 @@ class EventStream:
         resume_token: str,
         kinds: Iterable[EventKind | str],
         reconnect: Reconnect | None,
+        timeout: float,
     ) -> None:
         self._start = start
+        self._timeout = timeout
         self._kinds = tuple(kinds)
         # Built once here so that a wrong kind is told at the call, not at the first event.
         convert.watch_events_request(resume_token, self._kinds)
         self.resume_token = resume_token
-        """Goes on after the last event that was delivered."""
+        """Goes on after what has arrived."""
         self._reconnect = reconnect
         self._closed = asyncio.Event()
         self._call: Any = None
+        self._begun = False
+        self._ahead: _EventResponse | None = None
         self._attempts = 0
+
+    async def __aenter__(self) -> Self:
+        """Subscribes: what happens from here on is delivered.
+
+        Raises:
+            FacelaneError: the server refuses, or cannot be reached. With ``reconnect``
+                failures that may pass are waited out up to the client's timeout, then the
+                iteration goes on trying.
+        """
+        self._ahead = await self._receive(time.monotonic() + self._timeout)
+        return self
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
 
     async def __anext__(self) -> Event:
+        while True:
+            response, self._ahead = self._ahead, None
+            if response is None:
+                response = await self._receive(math.inf)
+            if response is None:
+                raise StopAsyncIteration
+            if response.HasField("event"):
+                return convert.event(response)
+
+    async def _receive(self, deadline: float) -> _EventResponse | None:
+        """The next response, over as many connections as it takes; ``None`` once closed, and
+        where no further try is due before ``deadline``."""
         while not self._closed.is_set():
             if self._call is None:
                 self._call = self._start(
                     convert.watch_events_request(self.resume_token, self._kinds)
                 )
+                self._begun = False
             try:
-                pb = await self._call.read()
+                response = await self._call.read()
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
             except asyncio.CancelledError:
@@ -881,35 +912,39 @@ class EventStream:
                     break
                 raise
             else:
-                if pb is not grpc.aio.EOF:
-                    event = convert.event(pb)
-                    self._attempts = 0
-                    self.resume_token = event.resume_token or self.resume_token
-                    return event
+                if response is not grpc.aio.EOF:
+                    return self._progress(response)
                 error = UnavailableError(
                     Reason.DRAINING, "the server ended the subscription: it is going away"
                 )
             self._call = None
             if self._closed.is_set():
                 break
+            if self._begun:
+                error = as_lost(error)
             self._attempts += 1
             delay = retry_delay(self._reconnect, self._attempts, error)
             if delay is None:
                 raise error
+            if time.monotonic() + delay > deadline:
+                break
             try:
                 await asyncio.wait_for(self._closed.wait(), delay)
             except TimeoutError:
                 continue
-        raise StopAsyncIteration
+        return None
+
+    def _progress(self, response: _EventResponse) -> _EventResponse:
+        self._begun = True
+        self._attempts = 0
+        self.resume_token = response.resume_token or self.resume_token
+        return response
 
     async def close(self) -> None:
         """Ends the subscription; iteration ends."""
         self._closed.set()
         if self._call is not None:
             self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(
         self,

@@ -42,6 +42,7 @@ from facelane.stream import (
     Obstacle,
     Phase,
     StreamCore,
+    as_lost,
 )
 from facelane.transport import (
     DEFAULT_TIMEOUT,
@@ -78,6 +79,7 @@ from facelane.v1 import analysis_service_pb2, event_service_pb2
 log = logging.getLogger("facelane")
 
 _Request = analysis_service_pb2.AnalyzeStreamRequest
+_EventResponse = event_service_pb2.WatchEventsResponse
 T = TypeVar("T")
 
 _JOIN_TIMEOUT = 5.0
@@ -470,10 +472,10 @@ class Client:
     ) -> EventStream:
         """Events as they happen, after those since ``resume_token``; all kinds unless given.
 
-        Iterate over it; close it from any thread. With ``reconnect`` it goes on by itself
-        after the last event that was delivered.
+        Use it as a context manager: entering subscribes. Iterate over it; close it from any
+        thread. With ``reconnect`` it goes on by itself where it was.
 
-        Raises (while iterating):
+        Raises (on entering and while iterating):
             HistoryLostError: events since the token are gone.
         """
         self._check_open()
@@ -484,6 +486,7 @@ class Client:
             resume_token,
             kinds,
             reconnect,
+            self.timeout,
         )
         self._open.add(stream)
         return stream
@@ -896,30 +899,58 @@ class EventStream:
         resume_token: str,
         kinds: Iterable[EventKind | str],
         reconnect: Reconnect | None,
+        timeout: float,
     ) -> None:
         self._start = start
+        self._timeout = timeout
         self._kinds = tuple(kinds)
         # Built once here so that a wrong kind is told at the call, not at the first event.
         self._request = convert.watch_events_request(resume_token, self._kinds)
         self.resume_token = resume_token
-        """Goes on after the last event that was delivered."""
+        """Goes on after what has arrived."""
         self._reconnect = reconnect
         self._closed = threading.Event()
         self._call: Any = None
+        self._begun = False
+        self._ahead: _EventResponse | None = None
         self._attempts = 0
+
+    def __enter__(self) -> Self:
+        """Subscribes: what happens from here on is delivered.
+
+        Raises:
+            FacelaneError: the server refuses, or cannot be reached. With ``reconnect``
+                failures that may pass are waited out up to the client's timeout, then the
+                iteration goes on trying.
+        """
+        self._ahead = self._receive(time.monotonic() + self._timeout)
+        return self
 
     def __iter__(self) -> Iterator[Event]:
         return self
 
     def __next__(self) -> Event:
+        while True:
+            response, self._ahead = self._ahead, None
+            if response is None:
+                response = self._receive(math.inf)
+            if response is None:
+                raise StopIteration
+            if response.HasField("event"):
+                return convert.event(response)
+
+    def _receive(self, deadline: float) -> _EventResponse | None:
+        """The next response, over as many connections as it takes; ``None`` once closed, and
+        where no further try is due before ``deadline``."""
         while not self._closed.is_set():
             if self._call is None:
                 request = convert.watch_events_request(self.resume_token, self._kinds)
                 self._call = self._start(request)
+                self._begun = False
                 if self._closed.is_set():
                     self._call.cancel()
             try:
-                event = convert.event(next(self._call))
+                response: _EventResponse = next(self._call)
             except StopIteration:
                 error: FacelaneError = UnavailableError(
                     Reason.DRAINING, "the server ended the subscription: it is going away"
@@ -927,27 +958,32 @@ class EventStream:
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
             else:
-                self._attempts = 0
-                self.resume_token = event.resume_token or self.resume_token
-                return event
+                return self._progress(response)
             self._call = None
             if self._closed.is_set():
                 break
+            if self._begun:
+                error = as_lost(error)
             self._attempts += 1
             delay = retry_delay(self._reconnect, self._attempts, error)
             if delay is None:
                 raise error
+            if time.monotonic() + delay > deadline:
+                break
             self._closed.wait(delay)
-        raise StopIteration
+        return None
+
+    def _progress(self, response: _EventResponse) -> _EventResponse:
+        self._begun = True
+        self._attempts = 0
+        self.resume_token = response.resume_token or self.resume_token
+        return response
 
     def close(self) -> None:
         """Ends the subscription, from any thread; iteration ends."""
         self._closed.set()
         if self._call is not None:
             self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self,

@@ -438,7 +438,7 @@ class StreamCore(Generic[T]):
                 Reason.CONNECTION_LOST, "the server ended the stream without a summary"
             )
         elif error is not None and was_open:
-            error = _as_lost(error)
+            error = as_lost(error)
         self._lose_in_flight(Reason.CONNECTION_LOST, error)
 
         if self._closing and (
@@ -517,13 +517,13 @@ def _violation(what: str) -> ProtocolError:
     )
 
 
-def _as_lost(error: FacelaneError) -> FacelaneError:
-    """gRPC's own words for a connection that died under an open stream, as one error."""
+def as_lost(error: FacelaneError) -> FacelaneError:
+    """gRPC's own words for a connection that died under a stream, as one error."""
     status = error.metadata.get("grpc_status")
     if status not in _BROKEN_STATUSES:
         return error
     return ConnectionLostError(
         Reason.CONNECTION_LOST,
-        f"the connection to the server broke: open the stream again, or give reconnect ({status})",
+        f"the connection to the server broke: open it again, or give reconnect ({status})",
         metadata=error.metadata,
     )

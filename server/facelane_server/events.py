@@ -128,7 +128,11 @@ class EventFeed:
 
     def token(self, event: Event) -> str:
         """Resumes after this event."""
-        packed = _TOKEN.pack(self._epoch, event.sequence)
+        return self.token_after(event.sequence)
+
+    def token_after(self, sequence: int) -> str:
+        """Resumes after the event of this number; 0 = before the first one."""
+        packed = _TOKEN.pack(self._epoch, sequence)
         return base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
     def watch(self, resume_token: str = "", kinds: Collection[EventKind] = ()) -> Watcher:
@@ -198,6 +202,11 @@ class Watcher:
         self._seen = seen
         self._kinds = kinds
         self.wake = asyncio.Event()
+
+    @property
+    def resume_token(self) -> str:
+        """Resumes after what this watcher has read."""
+        return self._feed.token_after(self._seen)
 
     def __enter__(self) -> Self:
         return self

@@ -464,9 +464,6 @@ def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
             reader = threading.Thread(target=lambda: [told.put(event) for event in events])
             reader.start()
             try:
-                # Watching begins when the server has the call: the first event proves it.
-                with client.analyze_stream(source_id="warm-up"):
-                    until(lambda: not told.empty() or _touch(client), 10)
                 frames = [facelane.Frame(wire.picture(1), stream_offset=k * 0.1) for k in range(12)]
                 list(client.analyze(frames, source_id="door-1"))
                 seen = []
@@ -494,10 +491,10 @@ def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
         ) as again:
             assert next(again).identity == named.identity
         with (
-            client.watch_events(resume_token="nonsense") as wrong,
             pytest.raises(facelane.ArgumentError) as invalid,
+            client.watch_events(resume_token="nonsense"),
         ):
-            next(wrong)
+            pass
         assert invalid.value.reason == "RESUME_TOKEN_INVALID"
         token = seen[-1].resume_token
     server.stop()
@@ -506,18 +503,22 @@ def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
         successor.wait_serving()
         with successor.client() as client:
             with (
-                client.watch_events(resume_token=token) as lost,
                 pytest.raises(facelane.HistoryLostError),
+                client.watch_events(resume_token=token),
             ):
-                next(lost)
+                pass
             # The gallery, though, is what lasts.
             assert client.get_subject("ada-of-the-events").template_count == 1
 
 
-def _touch(client: facelane.Client) -> bool:
-    """Makes an event, until the watcher has seen one."""
-    with client.analyze_stream(source_id="warm-up"):
-        return False
+def test_a_watcher_to_whom_nothing_happened_misses_nothing(server: RunningServer) -> None:
+    """Not even what happens while its connection is broken."""
+    with server.client() as client:
+        with client.watch_events(kinds=["STREAM_OPENED"]) as events:
+            token = events.resume_token
+        list(client.analyze([wire.picture()], source_id="meanwhile"))
+        with client.watch_events(token, kinds=["STREAM_OPENED"]) as events:
+            assert next(events).source_id == "meanwhile"
 
 
 def test_a_quiet_subscription_is_not_taken_for_an_attack(server: RunningServer) -> None:
@@ -529,7 +530,7 @@ def test_a_quiet_subscription_is_not_taken_for_an_attack(server: RunningServer) 
     ]
     with grpc.insecure_channel(server.target, options=options) as channel:
         stub = event_service_pb2_grpc.EventServiceStub(channel)
-        # No event is of this kind here: nothing is sent but pings, one above the strikes.
+        # No event is of this kind here: nothing is said but where the watch begins, and pings.
         call = stub.WatchEvents(
             event_service_pb2.WatchEventsRequest(
                 kinds=[event_service_pb2.EVENT_KIND_DEVICE_MEMORY]
@@ -537,7 +538,7 @@ def test_a_quiet_subscription_is_not_taken_for_an_attack(server: RunningServer) 
             timeout=7.0,
         )
         with pytest.raises(grpc.RpcError) as ended:
-            next(call)
+            assert [said.HasField("event") for said in call] == []
     assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED, ended.value.details()
 
 
@@ -548,15 +549,8 @@ def test_events_tell_of_a_lost_pool(start: Start) -> None:
         reader = threading.Thread(target=lambda: [told.put(event) for event in events])
         reader.start()
 
-        def provoked() -> bool:
-            until(lambda: client.health() == "SERVING", 10)
-            kill_worker(client, "recognizer")
-            until(lambda: client.health() == "SERVING", 10)
-            return not told.empty()
-
         try:
-            # Watching begins when the server has the call: again, until it has.
-            until(provoked, 20)
+            kill_worker(client, "recognizer")
             event = told.get(timeout=10)
         finally:
             events.close()

@@ -350,7 +350,8 @@ class _Gallery(gallery_service_pb2_grpc.GalleryServiceServicer):
 
 
 class _Events(event_service_pb2_grpc.EventServiceServicer):
-    """Numbers 1, 2, …: each subscription gets ``burst`` events, then ends."""
+    """Numbers 1, 2, …: each subscription is told where it begins, gets ``event_burst``
+    events, then ends."""
 
     def __init__(self, owner: ScriptedServer) -> None:
         self._owner = owner
@@ -359,8 +360,10 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
         owner = self._owner
         owner.subscriptions.append(request)
         owner.fail_if_told(context)
-        first = int(request.resume_token or 0) + 1
-        for number in range(first, first + owner.event_burst):
+        first = int(request.resume_token or owner.events_before) + 1
+        numbers = range(first, first + owner.event_burst)
+        yield event_service_pb2.WatchEventsResponse(resume_token=str(first - 1))
+        for number in numbers:
             event = event_service_pb2.Event(
                 sequence=number,
                 kind=event_service_pb2.EVENT_KIND_SUBJECT_SEEN,
@@ -371,6 +374,8 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
             )
             event.event_time.GetCurrentTime()
             yield event_service_pb2.WatchEventsResponse(event=event, resume_token=str(number))
+        if owner.after_subscription:
+            owner.failures.append(owner.after_subscription.popleft())
         if owner.events_stay_open:
             ended = threading.Event()
             context.add_callback(ended.set)
@@ -466,6 +471,9 @@ class ScriptedServer:
         self.released.set()
         self.health: dict[str, int] = {"": 1}
         self.event_burst = 3
+        self.events_before = 0
+        self.after_subscription: deque[tuple[grpc.StatusCode, str, str]] = deque()
+        """Moved to ``failures`` one by one, as subscriptions end."""
         self.events_stay_open = False
         # What was asked, for assertions.
         self.streams: list[list[Request]] = []

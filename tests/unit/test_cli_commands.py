@@ -361,6 +361,17 @@ def test_events(server: fake.ScriptedServer) -> None:
     assert found[0]["resume_token"] == "1"
 
 
+def test_events_that_were_lost_are_told_and_the_watch_goes_on(server: fake.ScriptedServer) -> None:
+    # The first subscription ends after three events; the server has forgotten the rest.
+    server.after_subscription.append((grpc.StatusCode.OUT_OF_RANGE, "HISTORY_LOST", "restarted"))
+    result = run(server, "events", "--count", 4)
+    assert len(result.stdout.splitlines()) == 4
+    assert result.stderr == "facelane: restarted\n"
+    assert [s.resume_token for s in server.subscriptions] == ["", "3", ""]
+    server.failures.append((grpc.StatusCode.OUT_OF_RANGE, "HISTORY_LOST", "restarted"))
+    assert "HISTORY_LOST" in run(server, "events", "--resume-token", "3", code=3).stderr
+
+
 def test_version_and_help() -> None:
     assert runner.invoke(app, ["--version"]).stdout.strip() == facelane.__version__
     shown = runner.invoke(app, ["--help"]).stdout

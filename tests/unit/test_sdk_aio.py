@@ -385,6 +385,27 @@ async def test_events(server: fake.ScriptedServer, client: facelane.aio.Client) 
         await anext(client.watch_events("1", reconnect=QUICK))
 
 
+async def test_a_quiet_subscription_resumes_where_it_began(
+    server: fake.ScriptedServer, client: facelane.aio.Client
+) -> None:
+    server.events_before, server.event_burst = 7, 0
+    async with client.watch_events(reconnect=QUICK) as events:
+        assert [s.resume_token for s in server.subscriptions] == [""]
+        assert events.resume_token == "7"
+        server.event_burst = 1
+        assert (await anext(events)).sequence == 8
+    assert {s.resume_token for s in server.subscriptions[1:]} == {"7"}
+
+
+async def test_entering_waits_for_a_server_no_longer_than_its_timeout() -> None:
+    forever = facelane.Reconnect(initial_delay=0.05, max_delay=0.05)
+    async with facelane.aio.Client("127.0.0.1:1", timeout=0.2) as lonely:
+        with pytest.raises(facelane.UnavailableError):
+            await lonely.watch_events().__aenter__()
+        async with asyncio.timeout(5), lonely.watch_events(reconnect=forever):
+            pass
+
+
 async def test_events_can_be_closed_from_another_task(
     server: fake.ScriptedServer, client: facelane.aio.Client
 ) -> None:

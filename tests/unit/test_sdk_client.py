@@ -839,6 +839,53 @@ def test_events_resume_by_themselves(server: fake.ScriptedServer, client: facela
     assert [s.resume_token for s in server.subscriptions] == ["", "3", "6"]
 
 
+def test_a_quiet_subscription_resumes_where_it_began(
+    server: fake.ScriptedServer, client: facelane.Client
+) -> None:
+    server.events_before, server.event_burst = 7, 0
+    with client.watch_events(reconnect=QUICK) as events:
+        # Entering has subscribed, although nothing happened.
+        assert [s.resume_token for s in server.subscriptions] == [""]
+        assert events.resume_token == "7"
+        server.event_burst = 1
+        assert next(events).sequence == 8
+    assert {s.resume_token for s in server.subscriptions[1:]} == {"7"}
+
+
+def test_a_refused_subscription_raises_on_entering(
+    server: fake.ScriptedServer, client: facelane.Client
+) -> None:
+    server.failures.append((grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED", "no"))
+    with pytest.raises(facelane.PermissionDeniedError):
+        client.watch_events(reconnect=QUICK).__enter__()
+
+
+def test_entering_waits_for_a_server_no_longer_than_its_timeout() -> None:
+    with (
+        facelane.Client("127.0.0.1:1", timeout=0.2) as lonely,
+        pytest.raises(facelane.UnavailableError) as caught,
+    ):
+        lonely.watch_events().__enter__()
+    assert caught.value.reason == "UNREACHABLE"
+    forever = facelane.Reconnect(initial_delay=0.05, max_delay=0.05)
+    with facelane.Client("127.0.0.1:1", timeout=0.2) as lonely:
+        began = time.monotonic()
+        with lonely.watch_events(reconnect=forever):
+            assert time.monotonic() - began < 5
+
+
+def test_a_subscription_that_breaks_says_so(
+    server: fake.ScriptedServer, client: facelane.Client
+) -> None:
+    server.events_stay_open = True
+    with client.watch_events() as events:
+        for _ in range(3):
+            next(events)
+        server.stop()
+        with pytest.raises(facelane.ConnectionLostError):
+            next(events)
+
+
 def test_events_end_with_an_error_when_nobody_resumes(
     server: fake.ScriptedServer, client: facelane.Client
 ) -> None:

@@ -744,19 +744,26 @@ def events(
     output_format: FormatOption = Format.table,
 ) -> None:
     """Events as they happen, until interrupted; a broken connection is made again."""
-    with (
-        ctx.obj.client() as client,
-        client.watch_events(
-            resume_token, kind or (), reconnect=facelane.Reconnect(max_attempts=10)
-        ) as stream,
-    ):
-        for number, event in enumerate(stream, 1):
-            if output_format is Format.jsonl:
-                output.json_line("event", event)
-            else:
-                typer.echo(_event_words(event))
-            if number == count:
-                break
+    told = 0
+    reconnect = facelane.Reconnect(max_attempts=10)
+    with ctx.obj.client() as client:
+        while True:
+            try:
+                with client.watch_events(resume_token, kind or (), reconnect=reconnect) as stream:
+                    resume_token = ""
+                    for event in stream:
+                        if output_format is Format.jsonl:
+                            output.json_line("event", event)
+                        else:
+                            typer.echo(_event_words(event))
+                        told += 1
+                        if told == count:
+                            break
+                return
+            except facelane.HistoryLostError as error:
+                if resume_token:
+                    raise  # The one that was given: the caller wants to know.
+                typer.echo(f"facelane: {error.message}", err=True)
 
 
 def _event_words(event: types.Event) -> str:

@@ -148,9 +148,11 @@ class WatchEventsResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
-    """Resumes after this event."""
+    """Resumes after this event, or where the watch began."""
     @_builtins.property
-    def event(self) -> Global___Event: ...
+    def event(self) -> Global___Event:
+        """Unset in a response that says no more than how far the watch has come."""
+
     def __init__(
         self,
         *,

@@ -47,7 +47,8 @@ class EventServiceServicer(object):
     """
 
     def WatchEvents(self, request, context):
-        """Events as they happen, after the history since `resume_token` when one is given.
+        """Events as they happen, after the history since `resume_token` when one is given. The
+        first response has no event: it says that the watch has begun, and where.
         A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

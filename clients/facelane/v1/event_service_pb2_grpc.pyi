@@ -34,7 +34,8 @@ class EventServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EventServiceAsyncStub: ...
     WatchEvents: _grpc.UnaryStreamMultiCallable[_event_service_pb2.WatchEventsRequest, _event_service_pb2.WatchEventsResponse]
-    """Events as they happen, after the history since `resume_token` when one is given.
+    """Events as they happen, after the history since `resume_token` when one is given. The
+    first response has no event: it says that the watch has begun, and where.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
     """
 
@@ -44,7 +45,8 @@ class EventServiceAsyncStub(EventServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchEvents: _aio.UnaryStreamMultiCallable[_event_service_pb2.WatchEventsRequest, _event_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
-    """Events as they happen, after the history since `resume_token` when one is given.
+    """Events as they happen, after the history since `resume_token` when one is given. The
+    first response has no event: it says that the watch has begun, and where.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
     """
 
@@ -57,7 +59,8 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _event_service_pb2.WatchEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_event_service_pb2.WatchEventsResponse], _abc.AsyncIterator[_event_service_pb2.WatchEventsResponse]]:
-        """Events as they happen, after the history since `resume_token` when one is given.
+        """Events as they happen, after the history since `resume_token` when one is given. The
+        first response has no event: it says that the watch has begun, and where.
         A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
         """
 

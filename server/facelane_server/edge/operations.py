@@ -197,6 +197,11 @@ class EventService(event_grpc.EventServiceServicer):
             )
         try:
             with self._feed.watch(request.resume_token, kinds) as watcher:
+                # Whoever has heard this misses nothing, even if nothing happens before its
+                # connection breaks.
+                await context.write(
+                    event_pb.WatchEventsResponse(resume_token=watcher.resume_token)
+                )
                 async for event in watcher:
                     await context.write(
                         event_pb.WatchEventsResponse(
