@@ -122,23 +122,27 @@ def affine_grid(
     scale: Tensor,
     shift: Tensor,
     flip: Tensor | None = None,
-    elastic: float = 0.0,
+    elastic: float | Tensor = 0.0,
+    aspect: Tensor | None = None,
 ) -> Tensor:
     """A sampling grid [n, size, size, 2]. ``shift`` [n, 2] is in fractions of the side,
-    ``scale`` > 1 enlarges the content, ``elastic`` is the warp's deviation in pixels."""
+    ``scale`` > 1 enlarges the content, ``aspect`` [n] > 1 makes it narrower and as much taller,
+    ``elastic`` (a number or [n]) is the warp's deviation in pixels."""
     angle = degrees * (math.pi / 180)
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     mirror = torch.ones_like(cos) if flip is None else 1 - 2 * flip.float()
+    wide = torch.ones_like(cos) if aspect is None else aspect
     theta = torch.stack(
         (
-            torch.stack((cos * mirror, -sin, shift[:, 0] * 2), 1),
-            torch.stack((sin * mirror, cos, shift[:, 1] * 2), 1),
+            torch.stack((cos * mirror * wide, -sin / wide, shift[:, 0] * 2), 1),
+            torch.stack((sin * mirror * wide, cos / wide, shift[:, 1] * 2), 1),
         ),
         1,
     )
     grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
-    if elastic > 0:
-        field = smooth_field(n, 2, 5, size, like) * (elastic * 2 / size)
+    if isinstance(elastic, Tensor) or elastic > 0:
+        amount = column(elastic) if isinstance(elastic, Tensor) else elastic
+        field = smooth_field(n, 2, 5, size, like) * (amount * 2 / size)
         grid = grid + field.permute(0, 2, 3, 1)
     return grid
 

@@ -20,6 +20,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,24 @@ happens to bear (mild noise, over-exposure) is still told from none."""
 
 
 BANK_ROWS = 150_000
+OOD_THRESHOLD = 0.4
+CLEAN_REFUSED = 0.02
+"""Share of clean faces whose OOD score may fall under ``OOD_THRESHOLD``."""
+
+F64 = npt.NDArray[np.float64]
+
+
+def sigmoid(x: F64) -> F64:
+    out: F64 = 1 / (1 + np.exp(-x))
+    return out
+
+
+def fit_ood(values: F64) -> tuple[float, float]:
+    """Centre and scale of the logistic: median -> 0.9, the worst 2 % -> under 0.4."""
+    top, low = np.log(0.9 / 0.1), np.log(OOD_THRESHOLD / (1 - OOD_THRESHOLD))
+    median, worst = float(np.median(values)), float(np.quantile(values, CLEAN_REFUSED))
+    scale = (median - worst) / float(top - low)
+    return median - float(top) * scale, scale
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def run_detector(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
     options = detector.Options(resume=_resumed(arguments, "detector"))
     if device.type == "cpu":
-        options = replace(options, batch=24, hard=6, resume_rate=2e-3)
+        options = replace(options, batch=24, hard=6, resume_rate=2e-3 * arguments.rate)
     if arguments.smoke:
         options = replace(options, side=96, batch=4, limit=SMOKE_LIMIT)
     clock = _clock(arguments, "detector", start)
@@ -101,7 +101,7 @@ def run_liveness(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
     options = liveness.Options(resume=_resumed(arguments, "liveness"))
     if device.type == "cpu":
-        options = replace(options, batch=60, resume_rate=1.2e-3)
+        options = replace(options, batch=60, resume_rate=1.2e-3 * arguments.rate)
     if arguments.smoke:
         options = replace(options, batch=10, limit=SMOKE_LIMIT)
     clock = _clock(arguments, "liveness", start)
@@ -287,6 +287,10 @@ def main() -> int:
         "--cpu-s", type=float, default=0.0,
         help="train detector and liveness for that much CPU time each, whatever the clock says",
     )  # fmt: skip
+    parser.add_argument(
+        "--rate", type=float, default=1.0,
+        help="times the usual peak of the learning rate, for a CPU that goes on",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="*", choices=[*STAGES, "trust"], default=list(STAGES))
     parser.add_argument("--measure", action="store_true", help="train nothing, measure --out")
     parser.add_argument("--media", type=Path, help="folder with the clip to judge detectors by")
@@ -316,6 +320,7 @@ def main() -> int:
             command += ["--budget-s", str(arguments.budget_s), "--start", str(start)]
             command += ["--smoke"] if arguments.smoke else []
             command += ["--cpu-s", str(arguments.cpu_s), "--only", *arguments.only]
+            command += ["--rate", str(arguments.rate)]
             command += ["--measure"] if arguments.measure else []
             command += ["--media", str(arguments.media)] if arguments.media else []
             command += ["--resume", str(arguments.resume)] if arguments.resume else []

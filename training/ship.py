@@ -29,7 +29,7 @@ from training import cards
 from training.data import load_crops
 from training.detector import NMS_IOU, WIDTHS
 from training.liveness import NARROW
-from training.ood import score_all
+from training.ood import OOD_THRESHOLD, fit_ood, score_all, sigmoid
 from training.recognizer import stages_of
 
 VERSION = "1.1.0"
@@ -38,24 +38,6 @@ LICENSE = "evaluation and research only, see CARD.md"
 MATCH_FAR = 1e-4
 """Share of impostor pairs that the match threshold lets through."""
 MARGIN = 0.05
-OOD_THRESHOLD = 0.4
-CLEAN_REFUSED = 0.02
-"""Share of clean faces whose OOD score may fall under ``OOD_THRESHOLD``."""
-
-F64 = npt.NDArray[np.float64]
-
-
-def sigmoid(x: F64) -> F64:
-    out: F64 = 1 / (1 + np.exp(-x))
-    return out
-
-
-def fit_ood(values: F64) -> tuple[float, float]:
-    """Centre and scale of the logistic: median -> 0.9, the worst 2 % -> under 0.4."""
-    top, low = np.log(0.9 / 0.1), np.log(OOD_THRESHOLD / (1 - OOD_THRESHOLD))
-    median, worst = float(np.median(values)), float(np.quantile(values, CLEAN_REFUSED))
-    scale = (median - worst) / float(top - low)
-    return median - float(top) * scale, scale
 
 
 def calibrate_ood(state: Mapping[str, Tensor], data: Path) -> dict[str, float]:
@@ -164,7 +146,8 @@ def ship_recognizer(
         "memory": {"weights_mib": 5.0, "activations_mib_per_item": 6.0},
         "provenance": _provenance(report),
     }
-    card = cards.recognizer(report, match, MATCH_FAR, ood)
+    parameters = sum(value.numel() for value in state.values())
+    card = cards.recognizer(report, match, MATCH_FAR, ood, parameters)
     return write_package(out / "facelane-recognizer", state, manifest, card), ood
 
 

@@ -1,0 +1,55 @@
+"""The training recipe from end to end at tiny sizes: it proves the recipe, not the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from facelane_server.worker.models.package import read_package
+from facelane_server.worker.models.verify import verify
+
+ROOT = Path(__file__).resolve().parents[2]
+SET = 90
+"""Pictures of each data set."""
+
+
+def python(module: str, *arguments: str | Path) -> str:
+    """Run a module of the repository; its output."""
+    path = os.pathsep.join(str(ROOT / part) for part in ("server", "."))
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pack_train_and_ship(shared: Path, tmp_path: Path) -> None:
+    data, run, out = (tmp_path / name for name in ("data", "run", "packages"))
+    python("training.pack", "--shared", shared, "--out", data, "--limit", str(SET))
+    python(
+        "training.run", "--data", data, "--out", run, "--smoke", "--budget-s", "20",
+        "--cpu-s", "2",
+    )  # fmt: skip
+    report = json.loads((run / "report.json").read_text())
+    assert report["about"]["failed"] == []
+    assert set(report) == {"about", "detector", "liveness", "recognizer"}
+    python("training.ship", "--run", run, "--data", data, "--out", out)
+    for task in ("detector", "recognizer", "liveness"):
+        package = read_package(out / f"facelane-{task}")
+        found = verify(package)
+        assert found.passed, [check for check in found.checks if not check.passed]
+        assert (package.folder / package.manifest.card).read_text().startswith("# facelane-")
