@@ -392,7 +392,7 @@ class App:
     async def _start_edge(
         self, stack: contextlib.AsyncExitStack, pipeline: Pipeline, gallery: Gallery
     ) -> None:
-        watch = LaneWatch(self.metrics, self.events)
+        watch = LaneWatch(self.metrics, self.events, gallery.is_empty)
         self.lanes.on_opened = watch.opened
         self.lanes.on_closed = watch.closed
         analysis = AnalysisService(

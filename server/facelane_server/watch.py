@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import structlog
+
 from facelane_server.domain import Decision, Identity, Liveness, Outcome
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.lanes import Lane
 from facelane_server.observability import Metrics
 
+log = structlog.get_logger(__name__)
+
 
 class LaneWatch:
     """A ``LaneObserver``."""
 
-    def __init__(self, metrics: Metrics, events: EventFeed) -> None:
+    def __init__(
+        self, metrics: Metrics, events: EventFeed, is_empty: Callable[[str], bool]
+    ) -> None:
+        """``is_empty``: whether nobody is in a gallery."""
         self._metrics = metrics
         self._events = events
+        self._is_empty = is_empty
 
     def opened(self, lane: Lane) -> None:
+        plan = lane.options.plan
+        if plan.recognize and self._is_empty(plan.gallery_id):
+            # Right before the first enrolment; else a name that was mistyped, and nobody
+            # would ever be recognised without a word about it.
+            log.warning("a stream searches an empty gallery", gallery=plan.gallery_id)
         self._metrics.streams_opened.inc()
         self._events.publish(
             EventKind.STREAM_OPENED,

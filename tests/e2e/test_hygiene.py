@@ -268,6 +268,18 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
     assert server_command("keys", "new", "x", "--file", str(file)).returncode == 0
 
 
+def test_a_stream_that_searches_an_empty_gallery_is_told_of(server: RunningServer) -> None:
+    """A gallery that was mistyped at the camera, most often."""
+    with server.client() as client:
+        client.create_subject("ada", gallery="staff")
+        client.enroll("ada", wire.picture(), gallery="staff", allow_multiple_faces=True)
+        for options in ({"gallery": "stuff"}, {"gallery": "staff"}, {"skip_recognition": True}):
+            assert len(list(client.analyze([wire.picture()], **options))) == 1
+    lines = [line for line in server.text().splitlines() if "searches an empty gallery" in line]
+    assert sum('"gallery": "stuff"' in line for line in lines) == 1
+    assert not any('"staff"' in line or "ada" in line for line in lines)
+
+
 def test_nothing_is_left_in_the_temporary_folder(start: Start) -> None:
     before = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("facelane-")}
     server = start()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from tests.waiting import auntil
 
 from facelane_server import limits
@@ -413,6 +414,27 @@ async def test_another_model_sees_only_its_own_templates(
     assert await gallery.serve("m@1", DIM, recogniser.publish)
     assert recogniser.content == {}
     assert recogniser.versions == sorted(set(recogniser.versions))
+
+
+async def test_templates_of_other_models_are_counted_in_the_log(
+    gallery: Gallery, recogniser: Recogniser
+) -> None:
+    await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    with capture_logs() as logs:
+        await gallery.serve("n@2", 2 * DIM, recogniser.publish)
+        await gallery.serve("m@1", DIM, recogniser.publish)
+    told = [line for line in logs if "enrol these subjects again" in line["event"]]
+    assert [(line["log_level"], line["not_searched"]) for line in told] == [("warning", 1)]
+
+
+async def test_which_galleries_are_empty(gallery: Gallery) -> None:
+    await gallery.create_subject("a", "nobody-yet", "", {})
+    await gallery.enroll("b", "x", vector=vector(1), ood_score=0.9, create_subject=True)
+    assert [gallery.is_empty(name) for name in ("", "a", "b", "bb", "c")] == [
+        True, True, False, True, True,
+    ]  # fmt: skip
+    await gallery.delete_subject("b", "x")
+    assert gallery.is_empty("b")
 
 
 async def test_a_caller_that_goes_away_leaves_store_and_index_in_step(

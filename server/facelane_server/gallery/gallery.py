@@ -93,9 +93,9 @@ class Gallery:
         """
         index = self._index or GalleryIndex(dim, publish)
 
-        def load() -> int:
+        def load() -> tuple[int, int]:
             self._model_id = model_id
-            return index.rebase(
+            revision = index.rebase(
                 model_id,
                 dim,
                 (
@@ -103,12 +103,18 @@ class Gallery:
                     for row in self._store.vectors(model_id, dim)
                 ),
             )
+            return revision, self._store.counts()[1] - index.templates
 
-        revision = await self._call(load, bounded=False)
+        revision, others = await self._call(load, bounded=False)
         if self._index is None:
             self._index = index
             index.start()
         log.info("gallery loaded", templates=index.templates)
+        if others:
+            log.warning(
+                "templates of other models are not searched: enrol these subjects again",
+                not_searched=others,
+            )
         return await index.published(revision, PUBLISHED_TIMEOUT_S)
 
     async def close(self) -> None:
@@ -133,6 +139,10 @@ class Gallery:
     def templates(self) -> int:
         """Templates that are searched."""
         return 0 if self._index is None else self._index.templates
+
+    def is_empty(self, gallery_id: str) -> bool:
+        """Whether faces are searched in it and nobody can be found: all are UNKNOWN there."""
+        return self._index is not None and not self._index.snapshot.holds(gallery_id)
 
     @property
     def version(self) -> int:

@@ -135,6 +135,11 @@ class Snapshot:
         at = bisect.bisect_left(self.keys, key)
         return at if at < len(self.keys) and self.keys[at] == key else None
 
+    def holds(self, gallery_id: str) -> bool:
+        """Whether any template is in the gallery."""
+        at = bisect.bisect_left(self.keys, gallery_id, key=lambda key: key[0])
+        return at < len(self.keys) and self.keys[at][0] == gallery_id
+
     def vectors(self, key: SubjectKey) -> F16:
         """[n, dim] the subject's templates; n may be 0."""
         at = self.position(key)
