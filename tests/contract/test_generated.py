@@ -85,6 +85,16 @@ def test_the_generated_code_has_the_messages_and_fields_of_its_proto(module: obj
     assert numbers == sorted(fields)
 
 
+def test_the_map_of_the_code_names_what_is_there() -> None:
+    table = (ROOT / "docs/ARCHITECTURE.md").read_text().split("## Where do I change")[1]
+    named = {name for name in re.findall(r"`([\w./]+)`", table) if "/" in name or ".py" in name}
+    assert len(named) > 30
+    bases = (ROOT, SERVER / "facelane_server", CLIENTS / "facelane")
+    inside = {p.name for p in sources(SERVER)}
+    missing = {n for n in named if n not in inside and not any((b / n).exists() for b in bases)}
+    assert missing == set()
+
+
 def test_grpc_knows_the_options_that_it_is_given() -> None:
     """gRPC passes over an option that is misspelt without a word."""
     library = next(Path(cygrpc.__file__).parent.glob("cygrpc*.so")).read_bytes()
