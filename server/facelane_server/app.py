@@ -278,14 +278,6 @@ class App:
 
     def _pool_changed(self, event: PoolEvent) -> None:
         self._changed.set()
-        log.info(
-            "pool changed",
-            pool=event.pool,
-            change=event.change.value,
-            state=event.state.value,
-            worker=event.worker_id,
-            reason=event.reason,
-        )
         if event.change in (PoolChange.STATE, PoolChange.WORKER_QUARANTINED):
             self.events.publish(
                 EventKind.POOL_CHANGED,
