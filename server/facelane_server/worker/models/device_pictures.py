@@ -171,14 +171,19 @@ class DevicePictures:
     def _decode_all(self, data: Sequence[U8]) -> list[Tensor]:
         # Copies: what comes from a worker's arena may not be written to, and torch would say so.
         encoded = [torch.from_numpy(one.copy()) for one in data]
+        self._settle()
+        with self._on(self.stream), torch.inference_mode():
+            found = [rgb.flip(0).permute(1, 2, 0) for rgb in self._decode_jpegs(encoded)]
+        # Nobody promises that nvJPEG has read the data before it has decoded them.
+        self._settle()
+        return found
+
+    def _settle(self) -> None:
         if self.stream is not None:
             self.stream.synchronize()
-        with self._on(self.stream), torch.inference_mode():
-            return [rgb.flip(0).permute(1, 2, 0) for rgb in self._decode_jpegs(encoded)]
 
     def _plain_ends(self, pictures: Sequence[Tensor]) -> list[bool]:
-        """Whether the last block of each is of one colour. Waits for the pictures, so that
-        whatever is wrong with them is found here."""
+        """Whether the last block of each is of one colour."""
         with self._on(self.stream), torch.inference_mode():
             ends = torch.stack([_last_block(pixels) for pixels in pictures])
             plain: list[bool] = (ends.amax(1) == ends.amin(1)).all(1).tolist()
