@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import av  # noqa: F401
         import msgspec  # noqa: F401
-        import structlog  # noqa: F401
+        import structlog
     except ImportError as error:
         print(
             f"facelane-bridge: {error.name} is missing; install it with: "
@@ -62,9 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from facelane_bridge.config import ConfigError
 
     try:
+        settings = _settings(arguments)
+        for path in settings.exposed_files:
+            structlog.get_logger("facelane_bridge").warning(
+                "a secret can be read by every user of this machine", path=path, do="chmod 600"
+            )
         if arguments.command == "run":
-            return _run(arguments)
-        return _check(arguments)
+            return _run(arguments, settings)
+        return _check(arguments, settings)
     except ConfigError as error:
         print(f"facelane-bridge: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -170,10 +175,9 @@ def _settings(arguments: argparse.Namespace) -> Any:
     return config.single(arguments.source, server=server, options=camera)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, settings: Any) -> int:
     from facelane_bridge.output import JsonLines, Table
 
-    settings = _settings(arguments)
     output = Table() if arguments.table else JsonLines()
     return asyncio.run(_run_bridge(settings, output))
 
@@ -195,10 +199,9 @@ async def _run_bridge(settings: Any, output: Any) -> int:
     return EXIT_OK
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check(arguments: argparse.Namespace, settings: Any) -> int:
     from facelane_bridge.bridge import CheckResult, check_camera, check_server
 
-    settings = _settings(arguments)
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="check") as pool:
         try:
             results: list[CheckResult] = list(pool.map(check_camera, settings.cameras))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import enum
 import math
+import os
 import re
+import stat
 import tomllib
 import urllib.parse
 from collections.abc import Mapping
@@ -181,6 +183,13 @@ class BridgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     status_interval: Seconds = 10.0
     """How often the counters of every camera are logged."""
 
+    @property
+    def exposed_files(self) -> tuple[str, ...]:
+        """Files with secrets that every user of this machine can read."""
+        named = {camera.credentials_file for camera in self.cameras}
+        named |= {self.server.token_file, self.server.tls_key}
+        return tuple(sorted(path for path in named if path and _is_readable_by_all(path)))
+
 
 TOP_LEVEL_KEYS = ("server", "defaults", "camera", "status_interval")
 _NOT_DEFAULTS = frozenset({"name", "source"})
@@ -337,6 +346,13 @@ def _refuse_unknown(table: Mapping[str, Any], known: Any, where: str) -> None:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown key {key!r} {where}; {hint}")
+
+
+def _is_readable_by_all(path: str) -> bool:
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:
+        return False
 
 
 def _scheme(source: str) -> str:

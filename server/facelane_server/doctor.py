@@ -544,7 +544,7 @@ def check_tls(settings: config.Config) -> Check:
     detail = section.cert_file + (f": valid until {ends:%Y-%m-%d}" if ends else "")
     if ends and ends - datetime.now(UTC) < timedelta(days=MIN_CERTIFICATE_DAYS):
         return Check("tls", Status.WARN, detail, "renew it: clients refuse it afterwards")
-    if Path(section.key_file).stat().st_mode & 0o077:
+    if Path(section.key_file).stat().st_mode & 0o007:
         advice = f"chmod 600 {section.key_file}"
         return Check("tls", Status.WARN, f"{section.key_file} can be read by others", advice)
     return Check("tls", Status.OK, detail)

@@ -119,6 +119,20 @@ def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.startswith("facelane-bridge: ")
 
 
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o604, True)])
+def test_secrets_that_all_can_read_are_warned_about(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: int, warned: bool
+) -> None:
+    secret = tmp_path / "yard.camera"
+    secret.write_text("admin:hunter2")
+    secret.chmod(mode)
+    arguments = ["check", "--cameras-only", "--source", str(clip), "--credentials-file"]
+    assert cli.main([*arguments, str(secret)]) == cli.EXIT_OK
+    said = capsys.readouterr().err
+    assert ("can be read by every user" in said and str(secret) in said) == warned
+    assert "hunter2" not in said
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
