@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -76,6 +77,8 @@ def run(config: ConfigOption = None) -> None:
     """Run the server in the foreground until SIGTERM or SIGINT; SIGHUP reloads the config."""
     # The watchdog ends a hung server with SIGABRT: its stacks belong into the journal.
     faulthandler.enable()
+    # Else gRPC writes lines of its own among ours, for every stranger who knocks at a TLS port.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     loaded = _load(config)
     from facelane_server.app import serve
 

@@ -229,6 +229,8 @@ def test_keys_over_tls(start: Start, certificates: Path, tmp_path: Path) -> None
         with facelane.Client(target, token=key, timeout=3) as client, pytest.raises(nowhere):
             client.server_info()
     assert key not in server.text()
+    # And leaves no line that is not one of the log's.
+    assert all(json.loads(line)["event"] for line in server.text().splitlines())
 
 
 def test_mutual_tls(start: Start, certificates: Path) -> None:
