@@ -5,6 +5,7 @@ Both clients make these calls. How they wait is theirs; everything else is here.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _Request = TypeVar("_Request")
 _Answer = TypeVar("_Answer")
 
 DEFAULT_PAGE_SIZE = 500
+_AGES = 1e8
+"""Seconds; three years. A deadline so far away is none."""
 
 
 class Stubs:
@@ -69,6 +72,14 @@ def _call(
 ) -> Call[T]:
     """A ``Call`` whose parts are known to fit together."""
     return Call(method, request, read)
+
+
+def deadline(timeout: float) -> float | None:
+    """A call's deadline in seconds as gRPC takes it: what it cannot count it would take for
+    one that has passed."""
+    if math.isnan(timeout):
+        raise ArgumentError(Reason.ARGUMENT_INVALID, "timeout nan: give seconds, or math.inf")
+    return timeout if timeout < _AGES else None
 
 
 def closed() -> RuntimeError:

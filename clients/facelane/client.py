@@ -153,7 +153,7 @@ class Client:
         try:
             answer = call.method(self._stubs)(
                 call.request,
-                timeout=self.timeout if timeout is None else timeout,
+                timeout=calls.deadline(self.timeout if timeout is None else timeout),
                 metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:

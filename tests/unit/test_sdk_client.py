@@ -767,6 +767,13 @@ def test_a_call_has_a_deadline(server: fake.ScriptedServer, client: facelane.Cli
     assert caught.value.retryable
 
 
+def test_a_call_may_wait_for_ever(client: facelane.Client) -> None:
+    for timeout in (math.inf, 1e12):
+        assert client.server_info(timeout=timeout).version == "1.2.3"
+    with pytest.raises(facelane.ArgumentError, match="timeout nan"):
+        client.server_info(timeout=math.nan)
+
+
 def test_a_server_that_is_not_ours(server: fake.ScriptedServer, client: facelane.Client) -> None:
     server.failures.append((grpc.StatusCode.UNIMPLEMENTED, "", "what?"))
     with pytest.raises(facelane.ServerError, match="older than the client") as caught:
