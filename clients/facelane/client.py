@@ -404,7 +404,13 @@ class Client:
         gallery: str = convert.DEFAULT_GALLERY,
         timeout: float | None = None,
     ) -> Verification:
-        """Whether the face of a picture is the subject (1:1)."""
+        """Whether the face of a picture is the subject (1:1).
+
+        Raises:
+            RefusedError: NO_FACE or MULTIPLE_FACES in the picture, or the subject has
+                NO_TEMPLATES of the serving model.
+            NotFoundError: no such subject.
+        """
         return self._do(calls.verify(subject_id, picture, gallery), timeout)
 
     def identify(

@@ -163,7 +163,7 @@ class RefusedError(FacelaneError):
 
 
 class EnrollmentRefusedError(RefusedError):
-    """The face was not enrolled: NO_FACE, MULTIPLE_FACES, OOD_REJECTED or SPOOF_SUSPECTED."""
+    """The picture does not do: NO_FACE, MULTIPLE_FACES, OOD_REJECTED or SPOOF_SUSPECTED."""
 
 
 class ConflictError(FacelaneError):

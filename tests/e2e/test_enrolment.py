@@ -23,10 +23,12 @@ def test_no_face(start: Start, tmp_path: Path) -> None:
             with pytest.raises(facelane.EnrollmentRefusedError) as refused:
                 call()
             assert refused.value.reason == "NO_FACE"
+            assert "EXIF" in refused.value.message
         client.create_subject("somebody")
         with pytest.raises(facelane.RefusedError) as refused:
             client.verify("somebody", wire.picture())
         assert refused.value.reason == "NO_FACE"
+        assert "EXIF" in refused.value.message
         assert client.identify(wire.picture()) == []
         assert client.analyze_image(wire.picture()).faces == ()
         assert [s.subject_id for s in client.list_subjects()] == ["somebody"]

@@ -179,7 +179,11 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         reading = await self._read(picture, "", 0, context, want_vectors=True)
         probe = _probe(reading)
         if not probe.faces:
-            raise FacelaneError(Reason.NO_FACE, "no face was found in the picture")
+            raise FacelaneError(
+                Reason.NO_FACE,
+                "no face was found; send a picture that shows the face upright as it is stored "
+                "(an EXIF rotation is not applied)",
+            )
         if len(probe.faces) > 1:
             raise FacelaneError(
                 Reason.MULTIPLE_FACES,

@@ -165,8 +165,8 @@ def choose(
     if not probe.faces:
         raise FacelaneError(
             Reason.NO_FACE,
-            "no face was found; send a picture that shows one face from the front, at least 80 "
-            "pixels wide",
+            "no face was found; send a picture that shows one face from the front, upright as it "
+            "is stored (an EXIF rotation is not applied), at least 80 pixels wide",
         )
     if len(probe.faces) > 1 and not allow_multiple_faces:
         raise FacelaneError(
