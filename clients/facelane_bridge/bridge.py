@@ -84,6 +84,8 @@ DRAIN_TIMEOUT = 10.0
 READER_EXIT_TIMEOUT = 2.0
 SERVER_BACKOFF = Policy(backoff_initial=0.25, backoff_max=10.0)
 CONNECT_TIMEOUT = 10.0
+CONNECT_HINT = 2.0
+"""After so long somebody who watches wants to know what is waited for."""
 
 OpenSource = Callable[[CameraSettings], Source]
 
@@ -186,13 +188,16 @@ class Bridge:
         while True:
             await asyncio.sleep(self._settings.status_interval)
             states = Counter(runner.state.value for runner in self._runners)
-            notify.notify("STATUS=" + ", ".join(f"{n} {state}" for state, n in states.items()))
+            cameras = ", ".join(f"{n} {state}" for state, n in states.items())
+            away = "" if all(runner.connected for runner in self._runners) else "; server away"
+            notify.notify(f"STATUS={cameras}{away}")
             for runner in self._runners:
                 totals = runner.totals()
                 log.info(
                     "camera status",
                     camera=runner.name,
                     state=totals.state,
+                    connected=runner.connected,
                     frames=totals.frames,
                     results=totals.results,
                     drops=totals.drops,
@@ -307,6 +312,7 @@ class _CameraRunner:
         self._wake = asyncio.Event()
         self._handover.watch(self._wake)
         self._stream: aio.AnalyzeStream | None = None
+        self._awaited = False
         self._connections_before = 0
         self._stopped = asyncio.Event()
         self._camera: Camera | None = None
@@ -367,6 +373,11 @@ class _CameraRunner:
             reason="" if camera is None else camera.reason,
         )
 
+    @property
+    def connected(self) -> bool:
+        """Whether the server has this camera's stream now, or needs it no more."""
+        return self.state.is_terminal or (self._stream is not None and self._stream.connected)
+
     # --- the whole run ---
 
     async def run(self) -> None:
@@ -413,7 +424,18 @@ class _CameraRunner:
         opening = asyncio.create_task(stack.enter_async_context(stream))
         stopped = asyncio.create_task(self._stopped.wait())
         try:
-            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                {opening, stopped}, timeout=CONNECT_HINT, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                if not self._awaited:
+                    self._awaited = True
+                    self._log.warning(
+                        "waiting for the server: does it run, and is TLS on at both sides?",
+                        target=self._server.target,
+                        tls=bool(self._server.tls_ca),
+                    )
+                await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
             if not opening.done():
@@ -427,6 +449,9 @@ class _CameraRunner:
                 facelane.Reason.UNREACHABLE,
                 "no server answers at the target; check that it runs, and its address",
             )
+        if self._awaited:
+            self._awaited = False
+            self._log.info("server reached", target=self._server.target)
         self._connections_before = self.connections
         self._stream = stream
         return stream

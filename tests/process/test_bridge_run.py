@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 from tests.fakes.cameras import HttpServer, jpeg, send_stream, write_clip
 from tests.fakes.scripted_server import (
     ScriptedServer,
@@ -33,6 +34,7 @@ from tests.fakes.scripted_server import (
 )
 from tests.waiting import auntil, until
 
+from facelane_bridge import bridge as bridge_module
 from facelane_bridge import config
 from facelane_bridge.bridge import Bridge, BridgeReport
 from facelane_bridge.camera import CameraState
@@ -230,6 +232,30 @@ async def test_an_absent_server_is_given_up_after_the_wait(tmp_path: Path) -> No
     assert report.server_failed
     assert report.summary.cameras["a"].reason == "SERVER_UNREACHABLE"
     assert report.summary.frames == 0
+
+
+async def test_what_is_waited_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An absent server is waited for without an end, but not without a word."""
+    monkeypatch.setattr(bridge_module, "CONNECT_HINT", 0.05)
+    clip = write_clip(tmp_path / "clip.mp4")
+    target = f"unix:{tmp_path}/server.sock"
+    lines: list[Line] = []
+    bridge = Bridge(
+        settings(target, {"name": "a", "source": str(clip), "pace": "fast"}),
+        Callback(lines.append),
+    )
+    with capture_logs() as logs:
+
+        def told(event: str) -> list[bool]:
+            return [line["target"] == target for line in logs if event in line["event"]]
+
+        task = asyncio.create_task(bridge.run())
+        await auntil(lambda: told("waiting for the server"), what="a word")
+        with ScriptedServer(address=target):
+            report = await asyncio.wait_for(task, 30)
+    assert report.summary.results == 20
+    assert told("waiting for the server") == [True]
+    assert told("server reached") == [True]
 
 
 async def test_stop_before_the_server_is_there(tmp_path: Path) -> None:
