@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -416,6 +417,28 @@ async def test_events_can_be_closed_from_another_task(
     await asyncio.sleep(0)
     await events.close()
     assert await asyncio.wait_for(waiting, 5) is None
+
+
+def test_both_clients_are_one_interface() -> None:
+    """What a program can call, and how, does not depend on how it waits."""
+
+    def interface(kind: type) -> dict[str, list[tuple[object, ...]]]:
+        return {
+            name: [
+                # An asynchronous client draws from asynchronous iterables as well.
+                (p.name, p.kind, p.default, None if p.name == "frames" else p.annotation)
+                for p in inspect.signature(member).parameters.values()
+            ]
+            if inspect.isfunction(member)
+            else []
+            for name, member in inspect.getmembers(kind)
+            if not name.startswith("_")
+        }
+
+    for blocking in (facelane.Client, facelane.AnalyzeStream, facelane.EventStream):
+        awaited = getattr(facelane.aio, blocking.__name__)
+        assert interface(blocking) == interface(awaited)
+        assert all(getattr(blocking, name).__doc__ for name in interface(blocking))
 
 
 async def test_tls_and_target_are_those_of_the_endpoint() -> None:

@@ -199,9 +199,7 @@ class EventService(event_grpc.EventServiceServicer):
             with self._feed.watch(request.resume_token, kinds) as watcher:
                 # Whoever has heard this misses nothing, even if nothing happens before its
                 # connection breaks.
-                await context.write(
-                    event_pb.WatchEventsResponse(resume_token=watcher.resume_token)
-                )
+                await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))
                 async for event in watcher:
                     await context.write(
                         event_pb.WatchEventsResponse(
