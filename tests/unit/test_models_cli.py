@@ -120,6 +120,13 @@ def test_directories_come_from_the_configuration(broken: Path, tmp_path: Path) -
     config.write_text(to_toml({"models": {"path": [str(broken)]}}))
     result = run("list", "--json", "--config", str(config))
     assert len(json.loads(result.stdout)["broken"]) == 1
+    # As the server does.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FACELANE_CONFIG", str(config))
+        patch.setenv("HOME", str(broken.parent))
+        assert run("list", "--json").stdout == result.stdout
+        config.write_text(to_toml({"models": {"path": [f"~/{broken.name}"]}}))
+        assert run("list", "--json").stdout == result.stdout
     config.write_text(to_toml({"models": {"paths": [str(broken)]}}))
     wrong = run("list", "--config", str(config))
     assert wrong.exit_code == 1

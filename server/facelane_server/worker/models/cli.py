@@ -22,7 +22,13 @@ from facelane_server.worker.models.package import Package
 app = typer.Typer(no_args_is_help=True, help="Model packages: what there is, and is it sound.")
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="Take models.path from this configuration.")
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="Take models.path from this configuration.",
+        envvar="FACELANE_CONFIG",
+    ),
 ]
 DirectoryOption = Annotated[
     list[Path] | None,
@@ -36,7 +42,7 @@ def _catalog(config_file: Path | None, directories: list[Path] | None) -> Catalo
         configured = config.load(config_file).models.path
     except config.ConfigError as error:
         raise _failed(str(error)) from error
-    return Catalog([*map(Path, configured), *(directories or [])])
+    return Catalog([*(Path(folder).expanduser() for folder in configured), *(directories or [])])
 
 
 def _failed(message: str) -> typer.Exit:
