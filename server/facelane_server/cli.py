@@ -134,7 +134,10 @@ def check(config: ConfigOption = None) -> None:
             f"{stage.value:<11} {package.model_id}  x{pool.workers} on {', '.join(pool.devices)}"
             f"  {pool.isolation}"
         )
-    typer.echo(f"listens on {loaded.server.listen}")
+    encryption = "TLS" if loaded.tls.cert_file else "no TLS"
+    keys = "keys" if loaded.wants_keys else "no keys"
+    metrics = loaded.metrics.listen or "none"
+    typer.echo(f"listens on {loaded.server.listen}, {encryption}, {keys}; metrics on {metrics}")
     if lent:
         typer.echo(f"not looked at: {', '.join(lent)}: systemd lends them to the running service")
 

@@ -243,6 +243,13 @@ class Config(Section, frozen=True):
     """Sockets; empty = $RUNTIME_DIRECTORY (systemd), else a fresh private folder."""
 
     @property
+    def wants_keys(self) -> bool:
+        """Whether clients need a key."""
+        if self.auth.mode == "auto":
+            return bool(self.auth.keys_file) or not is_local(self.server.listen)
+        return self.auth.mode == "keys"
+
+    @property
     def lent_by_systemd(self) -> tuple[str, ...]:
         """Files that systemd lends to the running service (LoadCredential=), as far as this
         process cannot see them."""

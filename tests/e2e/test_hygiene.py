@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import psutil
@@ -202,12 +201,14 @@ def test_what_would_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done
     for name in ("null-detector@1.0.0", "null-recognizer@1.0.0", "null-liveness@1.0.0"):
         assert name in done.stdout
+    assert f"listens on unix:{tmp_path}/grpc.sock, no TLS, no keys; metrics on none" in done.stdout
     assert server_command("version").stdout.strip()
     assert server_command("--version").stdout == server_command("version").stdout
     path.write_text(f'{toml(tmp_path)}\n[auth]\nkeys_file = "/run/credentials/no.service/keys"')
     done = server_command("check", "--config", str(path))
     assert done.returncode == 0, done
     assert "not looked at: /run/credentials/no.service/keys" in done.stdout
+    assert "no TLS, keys;" in done.stdout
 
 
 def test_a_gallery_that_cannot_be_used_is_not_tried_again(tmp_path: Path) -> None:
@@ -280,10 +281,25 @@ def test_a_stream_that_searches_an_empty_gallery_is_told_of(server: RunningServe
     assert not any('"staff"' in line or "ada" in line for line in lines)
 
 
-def test_nothing_is_left_in_the_temporary_folder(start: Start) -> None:
-    before = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("facelane-")}
-    server = start()
-    server.stop()
-    after = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("facelane-")}
-    assert after <= before
-    assert os.listdir(server.folder / "run") == []
+def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path) -> None:
+    """Not even by a server that is killed, once the next has started."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    lines = toml(tmp_path).splitlines()
+    config = "\n".join(line for line in lines if not line.startswith("runtime_dir"))
+
+    def begin() -> RunningServer:
+        return RunningServer(tmp_path, config, env={"TMPDIR": str(temporary)})
+
+    with begin() as killed:
+        killed.wait_serving()
+        [left] = temporary.iterdir()
+        killed.process.kill()
+        killed.process.wait(10)
+        assert left.exists()
+    with begin() as server:
+        server.wait_serving()
+        [own] = temporary.iterdir()
+        assert own != left
+    assert not list(temporary.iterdir())
+    assert not list((tmp_path / "run").iterdir())

@@ -19,7 +19,7 @@ import grpc
 import msgspec
 import structlog
 
-from facelane_server.config import Config, ConfigError, is_local
+from facelane_server.config import Config, ConfigError
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import errors
 
@@ -128,12 +128,7 @@ class Authenticator:
 
 
 def _keys_of(config: Config) -> tuple[Key, ...] | None:
-    mode = config.auth.mode
-    if mode == "none" or (
-        mode == "auto" and is_local(config.server.listen) and not config.auth.keys_file
-    ):
-        return None
-    return read_keys(Path(config.auth.keys_file))
+    return read_keys(Path(config.auth.keys_file)) if config.wants_keys else None
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
