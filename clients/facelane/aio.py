@@ -865,6 +865,7 @@ class EventStream:
         self._reconnect = reconnect
         self._closed = asyncio.Event()
         self._call: Any = None
+        self._reading: asyncio.Future[Any] | None = None
         self._begun = False
         self._ahead: _EventResponse | None = None
         self._attempts = 0
@@ -877,7 +878,11 @@ class EventStream:
                 failures that may pass are waited out up to the client's timeout, then the
                 iteration goes on trying.
         """
-        self._ahead = await self._receive(time.monotonic() + self._timeout)
+        try:
+            self._ahead = await self._receive(time.monotonic() + self._timeout)
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -902,8 +907,12 @@ class EventStream:
                     convert.watch_events_request(self.resume_token, self._kinds)
                 )
                 self._begun = False
+            if self._reading is None:
+                # A task of its own: gRPC ends a call whose reader is cancelled, and whoever
+                # waits for the next event with a timeout means to go on.
+                self._reading = asyncio.ensure_future(self._call.read())
             try:
-                response = await self._call.read()
+                response = await asyncio.shield(self._reading)
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
             except asyncio.CancelledError:
@@ -913,10 +922,12 @@ class EventStream:
                 raise
             else:
                 if response is not grpc.aio.EOF:
+                    self._reading = None
                     return self._progress(response)
                 error = UnavailableError(
                     Reason.DRAINING, "the server ended the subscription: it is going away"
                 )
+            self._reading = None
             self._call = None
             if self._closed.is_set():
                 break
@@ -945,6 +956,10 @@ class EventStream:
         self._closed.set()
         if self._call is not None:
             self._call.cancel()
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def __aexit__(
         self,

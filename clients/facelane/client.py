@@ -929,7 +929,11 @@ class EventStream:
                 failures that may pass are waited out up to the client's timeout, then the
                 iteration goes on trying.
         """
-        self._ahead = self._receive(time.monotonic() + self._timeout)
+        try:
+            self._ahead = self._receive(time.monotonic() + self._timeout)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __iter__(self) -> Iterator[Event]:

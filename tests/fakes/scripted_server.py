@@ -363,7 +363,7 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
         first = int(request.resume_token or owner.events_before) + 1
         numbers = range(first, first + owner.event_burst)
         yield event_service_pb2.WatchEventsResponse(resume_token=str(first - 1))
-        for number in numbers:
+        for number in self._numbers(numbers, context):
             event = event_service_pb2.Event(
                 sequence=number,
                 kind=event_service_pb2.EVENT_KIND_SUBJECT_SEEN,
@@ -376,10 +376,18 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
             yield event_service_pb2.WatchEventsResponse(event=event, resume_token=str(number))
         if owner.after_subscription:
             owner.failures.append(owner.after_subscription.popleft())
+
+    def _numbers(self, burst: range, context: Context) -> Iterator[int]:
+        """The burst, and where the subscription stays open one more when it is told so."""
+        yield from burst
+        owner = self._owner
         if owner.events_stay_open:
             ended = threading.Event()
             context.add_callback(ended.set)
-            ended.wait(30)
+            while not ended.wait(0.01):
+                if owner.say_event.is_set():
+                    yield burst.stop
+                    ended.wait(30)
 
 
 class _Server(server_service_pb2_grpc.ServerServiceServicer):
@@ -475,6 +483,8 @@ class ScriptedServer:
         self.after_subscription: deque[tuple[grpc.StatusCode, str, str]] = deque()
         """Moved to ``failures`` one by one, as subscriptions end."""
         self.events_stay_open = False
+        self.say_event = threading.Event()
+        """Set it for one more event of a subscription that stays open."""
         # What was asked, for assertions.
         self.streams: list[list[Request]] = []
         self.images: list[Any] = []

@@ -407,6 +407,20 @@ async def test_entering_waits_for_a_server_no_longer_than_its_timeout() -> None:
             pass
 
 
+async def test_waiting_for_an_event_with_a_timeout_harms_nothing(
+    server: fake.ScriptedServer, client: facelane.aio.Client
+) -> None:
+    server.event_burst, server.events_stay_open = 1, True
+    async with client.watch_events() as events:
+        assert (await anext(events)).sequence == 1
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(events), 0.05)
+        assert len(server.subscriptions) == 1
+        server.say_event.set()
+        assert (await asyncio.wait_for(anext(events), 5)).sequence == 2
+
+
 async def test_events_can_be_closed_from_another_task(
     server: fake.ScriptedServer, client: facelane.aio.Client
 ) -> None:
