@@ -440,7 +440,10 @@ class App:
         bind(server, self.settings.server.listen, self.certificates)
         await server.start()
         stack.push_async_callback(server.stop, 1.0)
-        log.info("listening", address=self.settings.server.listen, version=__version__)
+        listen = self.settings.server.listen
+        log.info("listening", address=listen, version=__version__)
+        if not (self.authenticator.required or config.is_local(listen)):
+            log.warning("other machines can reach the server, and need no key", address=listen)
 
     # -- while it runs -----------------------------------------------------------------------
 

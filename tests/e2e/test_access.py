@@ -161,6 +161,9 @@ def test_a_public_address_wants_keys_and_tls(start: Start, tmp_path: Path) -> No
     server = start(listen="0.0.0.0:0", edit=lambda text: with_keys(text, file), wait=False)
     assert server.process.wait(30) == 78
     assert "unencrypted" in server.text()
+    # Knowingly, and told all the same.
+    server = start(listen="0.0.0.0:0", extra='[auth]\nmode = "none"', wait=False)
+    until(lambda: "need no key" in server.text(), 30, "a warning")
 
 
 @pytest.fixture(scope="module")
