@@ -173,7 +173,10 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[AnalysisOptions],
     ) -> FrameResult:
-        """The faces of one picture; ``options`` as in ``facelane.AnalysisOptions``.
+        """The faces of one picture.
+
+        ``options`` (``facelane.AnalysisOptions`` says more): ``skip_recognition``,
+        ``skip_liveness``, ``gallery``, ``max_faces``, ``max_candidates``, ``min_face_size``.
 
         Raises:
             PictureError: the picture cannot be read, or is beyond the server's limits.
@@ -190,10 +193,17 @@ class Client:
         stall_timeout: float = DEFAULT_STALL_TIMEOUT,
         **options: Unpack[types.StreamConfigOptions],
     ) -> AnalyzeStream:
-        """A stream of frames, one camera; ``options`` as in ``facelane.StreamOptions``.
+        """A stream of frames, one camera.
 
         Use it as a context manager: entering opens the stream. ``on_update`` is called from
-        the stream's reader thread and must not block.
+        the stream's reader thread and must not block. At most ``buffer`` frames are in flight
+        or unread at one time; after ``stall_timeout`` seconds without an outcome, with frames
+        in flight, the connection counts as broken.
+
+        ``options`` (``facelane.StreamOptions`` says more): those of ``analyze_image`` and
+        ``source_id`` (a name for logs), ``overload`` (``latest_wins`` or ``lossless``),
+        ``max_frame_age`` (seconds), ``weight`` (1-100, share under load),
+        ``reinference_interval`` (seconds), ``disable_tracking``.
 
         >>> with client.analyze_stream(source_id="door", overload="lossless") as stream:
         ...     for picture in pictures:
@@ -231,7 +241,8 @@ class Client:
     def analyze(
         self, frames: Iterable[Picture | Frame], **options: Unpack[StreamOptions]
     ) -> Generator[Outcome, None, None]:
-        """Streams ``frames`` and yields their outcomes in order.
+        """Streams ``frames`` and yields their outcomes in order; ``options`` are those of
+        ``analyze_stream``, ``reconnect`` and the like included.
 
         A thread draws from ``frames`` as fast as outcomes are taken. Unlike
         ``analyze_stream`` it is lossless unless ``overload`` says otherwise: an iterable can

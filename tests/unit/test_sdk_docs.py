@@ -135,6 +135,17 @@ async def test_pages(page: str, number: int, code: str, server: fake.ScriptedSer
     await asyncio.wait_for(asyncio.to_thread(run), 20)
 
 
+def test_options_are_told_where_they_are_given() -> None:
+    """A console shows the docstring, not the fields of the TypedDict."""
+    single = inspect.getdoc(facelane.Client.analyze_image) or ""
+    stream = inspect.getdoc(facelane.Client.analyze_stream) or ""
+    given = set(inspect.signature(facelane.Client.analyze_stream).parameters)
+    for option in facelane.AnalysisOptions.__annotations__:
+        assert f"``{option}``" in single
+    for option in facelane.StreamOptions.__annotations__:
+        assert f"``{option}``" in single + stream or option in given
+
+
 def test_there_is_something_to_run() -> None:
     assert len(BLOCKING) >= 4
     assert len(ASYNC) >= 2
