@@ -13,7 +13,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -260,9 +260,7 @@ class Config(Section, frozen=True):
             self.tls.client_ca_file,
         )
         return tuple(
-            path
-            for path in named
-            if path.startswith("/run/credentials/") and not os.access(path, os.R_OK)
+            path for path in named if path.startswith(LENT) and not os.access(path, os.R_OK)
         )
 
     @property
@@ -342,6 +340,18 @@ def load(path: Path | None) -> Config:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not valid TOML: it is not UTF-8 text") from None
     return parse(text, source=str(path))
+
+
+LENT: Final = "/run/credentials/"
+"""Where systemd lends secrets to services (LoadCredential=)."""
+
+
+def lent_hint(path: str) -> str:
+    """For messages about a file's content: where it is mended if it is a copy."""
+    if not path.startswith(LENT):
+        return ""
+    name = path.rpartition("/")[2]
+    return f" (systemd's copy; the unit's LoadCredential={name}:... names the original)"
 
 
 def is_local(listen: str) -> bool:

@@ -175,6 +175,8 @@ key_file = "{tmp_path}/tls.key"
 """
     assert config.parse(text).lent_by_systemd == (lent,)
     assert config.Config().lent_by_systemd == ()
+    assert "LoadCredential=keys.toml:" in config.lent_hint(lent)
+    assert config.lent_hint("/etc/facelane/keys.toml") == ""
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import grpc
 import msgspec
 import structlog
 
-from facelane_server.config import Config, ConfigError
+from facelane_server.config import Config, ConfigError, lent_hint
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import errors
 
@@ -76,7 +76,8 @@ def read_keys(path: Path, *, may_be_empty: bool = False) -> tuple[Key, ...]:
         raise ConfigError(f"auth.keys_file {path}: {error}") from None
     if not keys and not may_be_empty:
         raise ConfigError(
-            f"auth.keys_file {path} holds no keys; add one with `facelane-server keys new`"
+            f"auth.keys_file {path} holds no keys{lent_hint(str(path))}; add one with "
+            "`facelane-server keys new`"
         )
     return keys
 

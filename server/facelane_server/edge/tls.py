@@ -15,7 +15,7 @@ from typing import Final, Self
 
 import grpc
 
-from facelane_server.config import ConfigError, Tls
+from facelane_server.config import ConfigError, Tls, lent_hint
 
 _EXPIRED: Final = 10
 _NOT_YET_VALID: Final = 9
@@ -124,5 +124,7 @@ def _read(name: str, path: str, marker: bytes) -> bytes:
         raise ConfigError(f"tls.{name} {path}: cannot be read: {error.strerror}") from None
     if marker not in content:
         kind = "private key" if b"KEY" in marker else "certificate"
-        raise ConfigError(f"tls.{name} {path} holds no {kind} in PEM (-----BEGIN ...)")
+        raise ConfigError(
+            f"tls.{name} {path} holds no {kind} in PEM (-----BEGIN ...){lent_hint(path)}"
+        )
     return content
