@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,6 +206,48 @@ def test_ood_score_falls_under_its_threshold(starter: Starter, collins: U8, dama
     bad = float(model.begin(np.asarray(spoilt, np.uint8)[None]).finish().ood[0])
     assert bad < threshold
     assert bad < good
+
+
+@pytest.mark.shared
+def test_probes_are_matched_and_strangers_are_not(
+    starter: Starter, shared: Path, hopper: U8, collins: U8
+) -> None:
+    """Every enrolled person in the probes is found; nobody else gets a name."""
+    thresholds = starter.recognizer_thresholds
+    assert thresholds.match is not None
+    assert thresholds.margin is not None
+    media = shared / "media"
+    gallery: defaultdict[str, list[F32]] = defaultdict(list)
+    for path in sorted((media / "gallery").glob("*/*")):
+        faces = starter.trusted(read(path))
+        assert len(faces) == 1, path.name
+        gallery[path.parent.name].append(faces[0].vector)
+
+    def names(picture: U8) -> list[str]:
+        out = []
+        for face in starter.trusted(picture):
+            ranked = sorted(
+                ((max(float(face.vector @ t) for t in rows), who) for who, rows in gallery.items()),
+                reverse=True,
+            )
+            if (
+                ranked[0][0] >= thresholds.match
+                and ranked[0][0] - ranked[1][0] >= thresholds.margin
+            ):
+                out.append(ranked[0][1])
+        return sorted(out)
+
+    expected = {
+        "alex_lacamoire1.jpg": ["alex_lacamoire"],
+        "johnsnow_test1.jpg": ["kit_harington"],
+        "kit_with_rose.jpg": ["kit_harington", "rose_leslie"],
+        "obama1.jpg": ["obama"],
+        "obama_and_biden.jpg": ["biden", "obama"],
+        "two_people.jpg": ["biden", "obama"],
+    }
+    assert {name: names(read(media / "probes" / name)) for name in expected} == expected
+    for stranger in (hopper, collins, read(media / "insightface_t1.jpg")):
+        assert names(stranger) == []
 
 
 @pytest.mark.shared
