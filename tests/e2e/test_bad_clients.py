@@ -210,7 +210,8 @@ def test_a_stream_that_says_nothing_gives_its_place_back(start: Start) -> None:
 
 def test_single_calls_are_bounded(start: Start) -> None:
     """More pictures than the server works on at a time are refused, not queued for ever."""
-    server = start(wire.pools(detector="options = { 'fail.slow_ms' = '200' }"))
+    # So slow that none is answered before all have been asked.
+    server = start(wire.pools(detector="options = { 'fail.slow_ms' = '600' }"))
     with wire.channel(server.target) as channel:
         stub = pb_grpc.AnalysisServiceStub(channel)
         request = pb.AnalyzeImageRequest(picture=wire.pb_picture())

@@ -134,9 +134,10 @@ def test_a_typo_in_the_config_is_named_with_the_nearest_key(command: str, tmp_pa
     assert "Traceback" not in done.stderr
 
 
-def test_configs_that_cannot_be_used(tmp_path: Path) -> None:
-    path = tmp_path / "server.toml"
-    for text, says in (
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
         ("[pools.detector]\nmodel = 'null-detektor'", "did you mean null-detector?"),
         ("[pools.detector]\nmodel = 'null-liveness'", "is a liveness, not a detector"),
         ("[pools.detector]\nmodel = '/no/such/folder'", "model.toml cannot be read"),
@@ -144,26 +145,32 @@ def test_configs_that_cannot_be_used(tmp_path: Path) -> None:
         ("[auth]\nkeys_file = '/no/such/keys.toml'", "/no/such/keys.toml: cannot be read"),
         ("[tls]\ncert_file = '/no/such'\nkey_file = '/no/key'", "tls.cert_file /no/such"),
         ("[metrics]\nlisten = '9151'", "is not host:port"),
-    ):
-        path.write_text(text)
-        for command in ("run", "check"):
-            done = server_command(command, "--config", str(path))
-            assert done.returncode == 78, (command, text, done)
-            assert says in done.stderr, (command, text, done.stderr)
-            assert "Traceback" not in done.stderr
-            # Nothing was started for it.
-            assert "worker" not in done.stdout
-    for text in (
-        "state_dir = '/dev/null/x'\n[metrics]\nlisten = ''",
-        f"runtime_dir = '/dev/null/x'\nstate_dir = '{tmp_path}'\n[metrics]\nlisten = ''",
-    ):
-        path.write_text(text)
-        done = server_command("run", "--config", str(path))
-        assert done.returncode == 78, (text, done)
-        assert "/dev/null/x cannot be made" in done.stderr
-        assert "Traceback" not in done.stderr
-    done = server_command("run", "--config", str(tmp_path / "absent.toml"))
-    assert done.returncode == 78
+    ],
+)
+def test_configs_that_cannot_be_used(tmp_path: Path, text: str, says: str, command: str) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text(text)
+    done = server_command(command, "--config", str(path))
+    assert done.returncode == 78, done
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    # Nothing was started for it.
+    assert "worker" not in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["state_dir", "runtime_dir"])
+def test_folders_that_cannot_be_made(tmp_path: Path, folder: str) -> None:
+    other = "" if folder == "state_dir" else f"state_dir = '{tmp_path}'\n"
+    path = tmp_path / "server.toml"
+    path.write_text(f"{folder} = '/dev/null/x'\n{other}[metrics]\nlisten = ''")
+    done = server_command("run", "--config", str(path))
+    assert done.returncode == 78, done
+    assert "/dev/null/x cannot be made" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_config_that_is_not_there(tmp_path: Path) -> None:
+    assert server_command("run", "--config", str(tmp_path / "absent.toml")).returncode == 78
 
 
 def test_a_model_with_a_wrong_hash_is_refused(start: Start, tmp_path: Path) -> None:
