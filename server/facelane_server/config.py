@@ -119,8 +119,9 @@ class Pool(Section, frozen=True):
     socket: str = ""
     """``external``: the Unix socket that workers attach to; empty =
     ``<runtime dir>/<pool>.sock``."""
-    batch_max: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_BATCH)] = 8
-    """Largest batch that a worker takes; batches grow under load only."""
+    batch_max: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BATCH)] = 0
+    """Largest batch that a worker takes; batches grow under load only. 0: 8 on CUDA; on a CPU
+    4, and 1 for a detector, which gains nothing there and keeps others waiting."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
     """CPU threads of one worker."""
     precision: Precision = "auto"

@@ -40,6 +40,8 @@ MAX_LIVENESS_SHOTS: Final = 8
 # -- pools and workers --------------------------------------------------------------
 MAX_WORKERS: Final = 64
 MAX_BATCH: Final = 32
+BATCH: Final = 8
+"""Where nothing else is said."""
 JOBS_PER_WORKER: Final = 2
 """One computes, the next is staged: decoding and copies overlap with compute."""
 MAX_POOL_QUEUE: Final = 8_192

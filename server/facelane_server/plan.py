@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from facelane_server import config
+from facelane_server import config, limits
 from facelane_server.domain import Stage
 from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
 from facelane_server.pools.host import Launchers
@@ -174,7 +174,7 @@ def make_plan(
                 workers=count,
                 context_mib=context,
                 weights_mib=memory.weights_mib or _file_mib(package),
-                activations_mib=memory.activations_mib_per_item * pool.batch_max,
+                activations_mib=memory.activations_mib_per_item * (pool.batch_max or limits.BATCH),
                 budget_mib=pool.memory_mib,
                 measured_mib=(measured or {}).get(name),
             )

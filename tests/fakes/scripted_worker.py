@@ -192,10 +192,17 @@ class ScriptedWorker:
         self.read()
         assert self.load is not None
 
-    async def become_ready(self, *, model_id: str = "null", memory_mib: int = 0) -> None:
+    async def become_ready(
+        self, *, model_id: str = "null", memory_mib: int = 0, batch_max: int = 0
+    ) -> None:
         """All the way to READY, the canary answered."""
         await self.hello()
-        self.say(Warming(1.0), Ready(model_id, 1.0, 1.0, 0.1, memory_mib, "cpu"))
+        assert self.load is not None
+        batch_max = batch_max or self.load.batch_max or 8
+        self.say(
+            Warming(1.0),
+            Ready(model_id, 1.0, 1.0, 0.1, memory_mib, "cpu", batch_max=batch_max),
+        )
         await settle()
         self.read()
         self.answer()

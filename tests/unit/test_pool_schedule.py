@@ -129,6 +129,26 @@ async def test_a_lone_task_goes_at_once() -> None:
         assert task.submitted_ns <= task.dispatched_ns <= task.finished_ns
 
 
+async def test_a_worker_says_how_large_its_batches_may_be() -> None:
+    async with bench(batch_max=0) as b:
+        await b.start()
+        await b.workers[0].become_ready(batch_max=2)
+        for _ in range(9):
+            b.submit()
+        await b.turn()
+        assert [len(job.items) for job in b.workers[0].jobs] == [2, 2]
+
+
+@pytest.mark.parametrize("told", [-1, 5, 10_000])
+async def test_a_worker_that_takes_other_batches_than_it_was_told_is_lost(told: int) -> None:
+    async with bench(batch_max=4) as b:
+        await b.start()
+        await b.workers[0].hello()
+        b.workers[0].say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1, batch_max=told))
+        await settle()
+        assert b.pool.info().workers[0].last_loss == "PROTOCOL"
+
+
 async def test_batches_grow_by_themselves_while_the_workers_are_busy() -> None:
     async with bench(batch_max=4) as b:
         await b.ready()

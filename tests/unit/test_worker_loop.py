@@ -43,6 +43,7 @@ from facelane_server.worker import exit_codes, loop
 from facelane_server.worker.failpoints import InjectedOutOfMemoryError
 from facelane_server.worker.loop import Loop
 from facelane_server.worker.models import api
+from facelane_server.worker.models.catalog import Catalog
 
 SIZE = 16
 SLOT = 1 << 20
@@ -402,3 +403,27 @@ def test_the_real_loader_reads_a_package() -> None:
     model, model_id, device = loop.load_model(load)
     assert isinstance(model, api.Recognizer)
     assert (model_id, device, model.embedding_dim) == (package.model_id, "cpu", 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "batch"),
+    [
+        ("facelane-detector", "cpu", 1),
+        ("facelane-recognizer", "cpu", 4),
+        ("facelane-liveness", "cpu", 4),
+        ("facelane-detector", "cuda:0", 8),
+        ("facelane-recognizer", "cuda:1", 8),
+        ("null-detector", "cpu", 8),
+    ],
+)
+def test_batches_where_they_pay(name: str, device: str, batch: int) -> None:
+    package = Catalog().resolve(name)
+    assert loop.batch_for(package, device) == batch
+
+
+def test_the_batch_that_was_asked_for_is_taken_anywhere() -> None:
+    package = PACKAGES[Stage.DETECTOR]
+    load = Load("d#0", "detector", str(package.folder), "cpu", 3, 2, SLOT, SLOT)
+    assert loop.load_model(load)[0].batch_max == 3
+    load = Load("d#0", "detector", str(package.folder), "cpu", 0, 2, SLOT, SLOT)
+    assert loop.load_model(load)[0].batch_max == 8

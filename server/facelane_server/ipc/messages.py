@@ -29,6 +29,8 @@ from typing import Final
 
 import msgspec
 
+from facelane_server import limits
+
 PROTOCOL: Final = 1
 
 
@@ -210,7 +212,7 @@ class Warming(Message, frozen=True):
 class Ready(Message, frozen=True):
     """``memory_mib`` on the device by NVML or the allocator, context included; resident on
     a CPU. ``latency_ms``: one item, measured after warm-up. ``embedding_dim``: of
-    recognisers, else 0."""
+    recognisers, else 0. ``batch_max``: the largest job that it takes."""
 
     model_id: str
     load_ms: float
@@ -219,6 +221,7 @@ class Ready(Message, frozen=True):
     memory_mib: int = 0
     device_name: str = ""
     embedding_dim: int = 0
+    batch_max: int = limits.BATCH
 
 
 class GalleryLoaded(Message, frozen=True):

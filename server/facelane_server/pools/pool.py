@@ -480,7 +480,7 @@ class Pool:
             if member is None:
                 return
             assert member.ready is not None
-            tasks = self._take_batch()
+            tasks = self._take_batch(member.ready.facts.batch_max)
             if not tasks:
                 continue
             self._send(member, tasks)
@@ -503,7 +503,7 @@ class Pool:
                 best = member
         return best
 
-    def _take_batch(self) -> list[AnyTask]:
+    def _take_batch(self, most: int) -> list[AnyTask]:
         room = [limits.REQUEST_SLOT_BYTES, limits.RESPONSE_SLOT_BYTES]
 
         def accept(task: AnyTask) -> bool:
@@ -514,7 +514,7 @@ class Pool:
             room[1] -= response
             return True
 
-        tasks = self._queue.take(self._settings.batch_max, accept)
+        tasks = self._queue.take(most, accept)
         # A caller that gave up (cancelled future) costs no inference.
         return [task for task in tasks if not task.future.done()]
 
@@ -1289,8 +1289,12 @@ class Pool:
 
     def _codec_check(self, member: _Member) -> None:
         facts = member.ready.facts if member.ready else None
-        if facts is not None and facts.embedding_dim != member.package.embedding_dim:
+        if facts is None:
+            return
+        if facts.embedding_dim != member.package.embedding_dim:
             raise WorkerLostError("PROTOCOL", "the model is not what its package says")
+        if not 1 <= facts.batch_max <= (self._settings.batch_max or limits.MAX_BATCH):
+            raise WorkerLostError("PROTOCOL", "it takes other batches than it was told")
 
     def _load_for(self, member: _Member) -> Load:
         settings = self._settings

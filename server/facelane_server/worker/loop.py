@@ -32,12 +32,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
 
 from facelane_server import limits
-from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.domain import Encoding, FacelaneError, Reason, Stage
 from facelane_server.ipc import gallery_table, messages
 from facelane_server.ipc.arena import Arena, aligned
 from facelane_server.ipc.channel import ChannelClosed, ProtocolError, WorkerChannel, close_all
@@ -75,6 +75,9 @@ from facelane_server.worker.journal import log_event, log_exception
 from facelane_server.worker.models import api
 from facelane_server.worker.models.api import U8, AlignedCrop, ContextCrop, CropSpec
 from facelane_server.worker.search import Hits, Searcher, SnapshotError
+
+if TYPE_CHECKING:
+    from facelane_server.worker.models.package import Package
 
 _WAIT_S: Final = 60.0
 _OOM_LIMIT: Final = 3
@@ -202,7 +205,7 @@ class Loop:
         self._model = model
         if self._fail is not None:
             self._fail.device = device
-        self._batch_max = min(load.batch_max, model.batch_max)
+        self._batch_max = model.batch_max
         self._gallery.device = device
         self._gallery.model_id = model_id
         self._memory = _memory_meter(device)
@@ -215,6 +218,7 @@ class Loop:
                 memory_mib=self._memory(),
                 device_name=_device_name(device),
                 embedding_dim=getattr(model, "embedding_dim", 0),
+                batch_max=self._batch_max,
             )
         )
 
@@ -771,12 +775,21 @@ def load_model(load: Load) -> tuple[api.Model, str, str]:
     model = load_package(
         package,
         options,
-        batch_max=load.batch_max,
+        batch_max=load.batch_max or batch_for(package, device),
         crops=tuple(_crop_spec(spec) for spec in load.crops),
         max_side=load.max_side,
         extra={k: v for k, v in load.options.items() if not k.startswith(failpoints.PREFIX)},
     )
     return model, package.model_id, device
+
+
+def batch_for(package: Package, device: str) -> int:
+    """Where batches pay. A CPU computes their items one after the other: a detector gains
+    nothing (its working set leaves the cache), small networks gain a quarter, and a picture
+    that cannot wait waits for all that came with it."""
+    if package.manifest.runtime == "null" or device.startswith("cuda"):
+        return limits.BATCH
+    return 1 if package.manifest.task is Stage.DETECTOR else limits.BATCH // 2
 
 
 def _crop_spec(spec: CropSpecMessage) -> CropSpec:
