@@ -10,7 +10,7 @@ Report = Mapping[str, Any]
 _DATA = """## Data and teachers
 Trained on research data: 6,290 aligned crops of 299 people (a CelebA subset) and one half of
 LFW, of which 15 % of the identities (by a hash of the name) were kept out of every training
-and are what the figures below were measured on. Both sets are for non-commercial research.
+and are what the figures above were measured on. Both sets are for non-commercial research.
 The weights are therefore **for evaluation and development, not for sale or for decisions
 about people**. Teacher: {teacher}.
 """

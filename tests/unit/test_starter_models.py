@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from training.imaging import textures
 
 from facelane_server.worker.models.api import (
     F32,
@@ -151,6 +152,17 @@ def test_cards_say_what_the_weights_may_be_used_for() -> None:
         card = (package.folder / package.manifest.card).read_text()
         assert "non-commercial research" in card
         assert "## Where it fails" in card
+
+
+def test_nothing_is_found_in_textures() -> None:
+    """Gratings, checks, cloth, blobs, noise and marbling, two hundred of them, hold no face."""
+    package = Catalog().resolve("facelane-detector")
+    model = load(package, DeviceOptions(), batch_max=1)
+    assert isinstance(model, Detector)
+    torch.manual_seed(12)
+    pictures = textures(200, 320, torch.zeros(1)).mul(255).byte().permute(0, 2, 3, 1)
+    found = [model.begin([picture.numpy()], [16]).finish()[0] for picture in pictures.contiguous()]
+    assert [float(faces.scores.max()) for faces in found if len(faces.boxes)] == []
 
 
 def test_one_person_in_each_portrait(starter: Starter, hopper: U8, collins: U8) -> None:
