@@ -211,8 +211,8 @@ def disturb(scenes: Tensor) -> Tensor:
     x[night] = imaging.expose(x[night], rand(len(night), 0.08, 0.5, x), rand(len(night), 1, 1.6, x))
     x[night] = imaging.noise(x[night], rand(len(night), 0.0, 0.06, x))
     for _ in range(2):
-        soft = rows(0.1)
-        x[soft] = imaging.gaussian_blur(x[soft], math.exp(random.uniform(-1.0, 1.3)))
+        soft = rows(0.15)
+        x[soft] = imaging.gaussian_blur(x[soft], math.exp(random.uniform(-1.0, 1.8)))
     grain = rows(0.15)
     x[grain] = imaging.noise(x[grain], rand(len(grain), 0.005, 0.08, x))
     packed = rows(0.35)
