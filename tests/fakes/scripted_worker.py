@@ -235,8 +235,10 @@ class ScriptedLauncher:
     def __init__(self) -> None:
         self.workers: list[ScriptedWorker] = []
         self.refuse = False
+        self.nice: list[int] = []
 
-    async def launch(self, worker_id: str) -> Link:
+    async def launch(self, worker_id: str, nice: int = 0) -> Link:
+        self.nice.append(nice)
         if self.refuse:
             raise OSError(12, "scripted")
         worker = ScriptedWorker(worker_id, 1000 + len(self.workers))

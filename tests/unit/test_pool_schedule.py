@@ -149,6 +149,22 @@ async def test_a_worker_that_takes_other_batches_than_it_was_told_is_lost(told: 
         assert b.pool.info().workers[0].last_loss == "PROTOCOL"
 
 
+async def test_who_loads_beside_others_steps_back() -> None:
+    async with bench(spares=1) as b:
+        await b.ready()
+        assert b.launcher.nice == [0, 0], "at the start nobody serves"
+        b.workers[0].die(-9)
+        await b.turn()
+        await b.clock.advance(1000)
+        assert len(b.launcher.nice) == 3
+        beside = b.launcher.nice[2]
+        b.workers[1].die(-9)
+        await b.turn()
+        await b.clock.advance(1000)
+        alone = b.launcher.nice[3]
+        assert 0 < alone < beside <= 19, "somebody waits for the one that comes back alone"
+
+
 async def test_batches_grow_by_themselves_while_the_workers_are_busy() -> None:
     async with bench(batch_max=4) as b:
         await b.ready()

@@ -69,8 +69,9 @@ class Link(Protocol):
 class Launcher(Protocol):
     """Makes links, and owns what they need."""
 
-    async def launch(self, worker_id: str) -> Link:
-        """A new worker, not yet spoken to. Raises OSError when none can be started."""
+    async def launch(self, worker_id: str, nice: int = 0) -> Link:
+        """A new worker, not yet spoken to, at that priority until it is ready. Raises OSError
+        when none can be started."""
 
     async def close(self) -> None:
         """After all links are gone."""
@@ -111,7 +112,12 @@ class Process:
     """One child process: spawned, watched by pidfd, its stderr read, reaped."""
 
     def __init__(
-        self, name: str, channels: int, threads: int, environment: Mapping[str, str]
+        self,
+        name: str,
+        channels: int,
+        threads: int,
+        environment: Mapping[str, str],
+        nice: int = 0,
     ) -> None:
         """Raises OSError when it cannot be started."""
         self._loop = asyncio.get_running_loop()
@@ -119,7 +125,8 @@ class Process:
         pairs = [socket_pair() for _ in range(channels)]
         theirs = [worker.fileno() for _, worker in pairs]
         command = [sys.executable, "-P", "-m", "facelane_server.worker"]
-        command += [f"--threads={threads}", *(f"--channel={fd}" for fd in theirs)]
+        command += [f"--threads={threads}", f"--nice={nice}"]
+        command += [f"--channel={fd}" for fd in theirs]
         try:
             self._child = subprocess.Popen(
                 command,
@@ -275,8 +282,8 @@ class ProcessLauncher:
         self._threads = threads
         self._environment = dict(environment or {})
 
-    async def launch(self, worker_id: str) -> Link:
-        return _ProcessLink(Process(worker_id, 1, self._threads, self._environment))
+    async def launch(self, worker_id: str, nice: int = 0) -> Link:
+        return _ProcessLink(Process(worker_id, 1, self._threads, self._environment, nice))
 
     async def close(self) -> None:
         pass
@@ -357,7 +364,7 @@ class GroupLauncher:
             raise RuntimeError("the group's process is running already")
         self._channels[worker_id] = len(self._channels)
 
-    async def launch(self, worker_id: str) -> Link:
+    async def launch(self, worker_id: str, nice: int = 0) -> Link:  # noqa: ARG002 - one process, of which others serve
         process = self._process
         if process is None or process.exited.done():
             self._drop()
@@ -438,7 +445,7 @@ class ExternalLauncher:
         self._listener: socket.socket | None = None
         self._turn = asyncio.Lock()
 
-    async def launch(self, worker_id: str) -> Link:
+    async def launch(self, worker_id: str, nice: int = 0) -> Link:  # noqa: ARG002 - whoever starts it sees to that
         loop = asyncio.get_running_loop()
         async with self._turn:
             listener = self._listen()

@@ -70,6 +70,8 @@ _CANARY_SIDE: Final = 64
 _ATTACH_S: Final = 2.0
 """What systemd or a container's runtime needs to start an external worker again."""
 _GALLERY_TIMEOUT_S: Final = 30.0
+_NICE_BESIDE: Final = 15
+_NICE_AGAIN: Final = 5
 _NOT_TO_BLAME: Final = frozenset(
     {"STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE", "OVER_BUDGET"}
 )
@@ -885,7 +887,7 @@ class Pool:
         """From SPAWNED to READY. Cancelled when the life ends before."""
         unready: UnreadyWorker | None = None
         try:
-            link = await member.launcher.launch(member.worker_id)
+            link = await member.launcher.launch(member.worker_id, self._nice(member))
             member.link = link
             if self._settings.isolation == "external":
                 self._await_start(member)  # which begins only now
@@ -935,6 +937,13 @@ class Pool:
         finally:
             if unready is not None:
                 unready.close()
+
+    def _nice(self, member: _Member) -> int:
+        """While it loads: nobody waits for one that comes beside workers of this pool; for one
+        that comes back alone somebody does, but other pools' frames pass first."""
+        if self.available:
+            return _NICE_BESIDE
+        return _NICE_AGAIN if member.life.restarts else 0
 
     def _end(self, member: _Member, *, grace_s: float, reason: str) -> None:
         """See to the end of the present process, and report GONE."""

@@ -18,9 +18,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from facelane_server.worker import exit_codes
+from facelane_server.worker.priority import step_back
 
 _PR_SET_PDEATHSIG: Final = 1
 _THREAD_VARIABLES: Final = (
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--attach", metavar="PATH")
     parser.add_argument("--attach-timeout", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operator")
+    parser.add_argument("--nice", type=int, default=0, help="until ready, for others' sake")
     try:
         options = parser.parse_args(arguments)
     except SystemExit as leave:
@@ -55,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not options.attach:
         _die_with_parent()
+    ready = step_back(options.nice) if options.nice else _nothing
     # Now, and not after an attach: from there on the server is waiting.
     from facelane_server.worker import loop  # noqa: F401
 
@@ -68,10 +72,19 @@ def main(arguments: list[str] | None = None) -> int:
         sockets = [socket.socket(fileno=fd) for fd in options.channel]
         for sock in sockets:
             os.set_inheritable(sock.fileno(), False)
-    return _serve(sockets, stopping, wake)
+    return _serve(sockets, stopping, wake, ready)
 
 
-def _serve(sockets: list[socket.socket], stopping: threading.Event, wake: int) -> int:
+def _nothing() -> None:
+    pass
+
+
+def _serve(
+    sockets: list[socket.socket],
+    stopping: threading.Event,
+    wake: int,
+    ready: Callable[[], None],
+) -> int:
     from facelane_server.ipc.channel import WorkerChannel
     from facelane_server.worker.journal import log_exception
     from facelane_server.worker.loop import Loop
@@ -81,7 +94,7 @@ def _serve(sockets: list[socket.socket], stopping: threading.Event, wake: int) -
         try:
             channel = WorkerChannel(sock, wake_fd=wake)
             while True:
-                loop = Loop(channel, stopping.is_set)
+                loop = Loop(channel, stopping.is_set, ready)
                 code = loop.run()
                 if not (again and loop.drained) or stopping.is_set():
                     return code

@@ -115,12 +115,18 @@ class Loop:
     """Serves one channel until the server drains it, closes it, or something breaks.
 
     ``stopping`` is asked when the channel wakes without a message: True = finish what
-    was received and leave (SIGTERM).
+    was received and leave (SIGTERM). ``on_ready`` is called when the model is warm.
     """
 
-    def __init__(self, channel: WorkerChannel, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        channel: WorkerChannel,
+        stopping: Callable[[], bool],
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
         self._channel = channel
         self._stopping = stopping
+        self._on_ready = on_ready
         self._jobs: deque[Infer] = deque()
         self._begun: deque[_Begun] = deque()
         self.drained = False
@@ -209,6 +215,7 @@ class Loop:
         self._gallery.device = device
         self._gallery.model_id = model_id
         self._memory = _memory_meter(device)
+        self._on_ready()
         self._send(
             Ready(
                 model_id=model_id,
