@@ -182,10 +182,10 @@ class Camera:
             case StretchKind.BLURRED:
                 self._paste(scene, HOPPER, 160 + 20 * moment, 278, face_width=100)
                 self._paste(scene, COLLINS, 480 - 20 * moment, 230, face_width=100)
-                scene = cv2.GaussianBlur(scene, (0, 0), 6.5).astype(np.float32)
+                scene = cv2.GaussianBlur(scene, (0, 0), 4.0).astype(np.float32)
             case StretchKind.DARK:
                 self._paste(scene, COLLINS, 330 + 30 * moment, 220, face_width=110)
-                scene *= 0.05
+                scene *= 0.1
             case StretchKind.OCCLUDED:
                 self._paste(scene, HOPPER, 330, 240, face_width=120)
                 top = int(232 + 12 * math.sin(5 * moment))
