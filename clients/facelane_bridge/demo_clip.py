@@ -41,7 +41,7 @@ class StretchKind(enum.StrEnum):
     BLURRED = "blurred"
     """Out of focus beyond recognition: never to be named."""
     DARK = "dark"
-    """A twentieth of the light, and noise: never to be named."""
+    """A tenth of the light, and noise: never to be named."""
     OCCLUDED = "occluded"
     """The lower half of the face behind a board: named or not, but never wrongly."""
     RECAPTURED = "recaptured"
