@@ -32,15 +32,16 @@ def step_back(nice: int) -> Callable[[], None]:
     lowered = own < nice and _may_have(own)
     grouped = group is not None and group < nice and (group >= 0 or _may_have(group))
     if lowered:
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
+        with contextlib.suppress(OSError):  # a system call filter
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
     if grouped:
         grouped = _set_autogroup(nice)
 
     def step_forward() -> None:
         if lowered:
-            for thread in os.listdir("/proc/self/task"):
+            for thread in _threads():
                 with contextlib.suppress(OSError):  # it ended
-                    os.setpriority(os.PRIO_PROCESS, int(thread), own)
+                    os.setpriority(os.PRIO_PROCESS, thread, own)
         if grouped and group is not None and not _set_autogroup(group):
             log_event("priority not raised again", level="warning", autogroup_nice=nice)
 
@@ -57,6 +58,12 @@ def _may_have(nice: int) -> bool:
             if line.startswith("CapEff:"):
                 return bool(int(line.split()[1], 16) >> _CAP_SYS_NICE & 1)
     return False
+
+
+def _threads() -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(name) for name in os.listdir("/proc/self/task")]
+    return [0]  # no /proc: this thread at least
 
 
 def _autogroup() -> int | None:
