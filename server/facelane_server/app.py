@@ -135,13 +135,18 @@ def state_dir(settings: config.Config) -> Path:
     if not chosen:
         base = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
         chosen = str(Path(base) / "facelane")
-    folder = Path(chosen).expanduser()
+    return _made(
+        "state_dir", Path(chosen).expanduser(), "set state_dir to a folder that it may write to"
+    )
+
+
+def _made(name: str, folder: Path, otherwise: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise config.ConfigError(
-            f"state_dir {folder} cannot be made: {error.strerror}; make it for this user, or set "
-            "state_dir to a folder that it may write to"
+            f"{name} {folder} cannot be made: {error.strerror}; make it for this user, or "
+            f"{otherwise}"
         ) from None
     return folder
 
@@ -151,15 +156,7 @@ def runtime_dir(settings: config.Config) -> Iterator[Path]:
     """Where sockets are made. A fresh private folder is removed at the end."""
     chosen = settings.runtime_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
     if chosen:
-        folder = Path(chosen).expanduser()
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise config.ConfigError(
-                f"runtime_dir {folder} cannot be made: {error.strerror}; make it for this user, "
-                "or leave runtime_dir empty"
-            ) from None
-        yield folder
+        yield _made("runtime_dir", Path(chosen).expanduser(), "leave runtime_dir empty")
         return
     with _private_folder() as folder:
         yield folder
