@@ -7,8 +7,19 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples in every run, on a machine of any speed; new ones with
+# ``--hypothesis-profile=explore``.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "explore", settings.get_profile("repeatable"), derandomize=False, max_examples=1000
+)
+settings.load_profile("repeatable")
 
 # A shell's background job ignores interrupts, and so would every process started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -346,8 +346,13 @@ def bystander(scenes: Tensor, boxes: Tensor) -> Tensor:
     place = centre + away * boxes[:, 2:]
     dx = (x - column(place[:, 0])) / column(size[:, 0])
     dy = (y - column(place[:, 1])) / column(size[:, 0])
-    # The sides keep at most 0.65 widths from the middle, so that the face stays free.
+    # The sides keep at most 0.65 widths from its middle, but corners reach farther: where one
+    # would cover the face, the face stands before it.
     outside = _polygon(n, dx / 0.55, dy / 0.55) * column(size[:, 0])
+    across = (x - column(centre[:, 0])) / column(boxes[:, 2])
+    down = (y - column(centre[:, 1])) / column(boxes[:, 3])
+    face = (0.6 - (across.square() + down.square()).sqrt()) * column(size[:, 0])
+    outside = torch.maximum(outside, face)
     sheet = torch.sigmoid(-1.5 * outside)
     rim = (torch.sigmoid(1.5 * (column(rand(n, 0, 6, scenes)) - outside)) - sheet).clamp(min=0)
     tone = torch.rand(n, 3, 1, 1, device=scenes.device)

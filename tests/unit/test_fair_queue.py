@@ -231,7 +231,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.next_deadline() == expected
 
 
-QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestQueueMachine = QueueMachine.TestCase
 
 

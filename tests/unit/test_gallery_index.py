@@ -163,7 +163,7 @@ keys = st.tuples(st.sampled_from(["f", "g"]), st.sampled_from(["a", "b", "c"]))
 operations = st.lists(st.tuples(st.sampled_from(["add", "one", "all"]), keys), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(operations, max_size=6), st.data())
 def test_any_history_ends_in_the_same_state_as_a_plain_model(
     batches: list[list[tuple[str, SubjectKey]]], data: st.DataObject

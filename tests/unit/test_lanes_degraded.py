@@ -150,7 +150,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(STEPS, st.integers(1, 3), st.sampled_from(list(Overload)))
 def test_a_missing_stage_says_nothing(
     steps: list[tuple[str, Any, Any]], faces: int, overload: Overload

@@ -48,7 +48,7 @@ def test_the_alignment_is_the_best_of_all_similarities() -> None:
         assert error(np.array([[a, -b, shift[0]], [b, a, shift[1]]])) >= error(best)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(COORDINATE, COORDINATE), min_size=5, max_size=5))
 def test_any_landmarks_give_a_finite_similarity(points: list[tuple[float, float]]) -> None:
     matrix = alignment(np.array(points, np.float32))
@@ -84,7 +84,7 @@ def test_context_regions(
     assert context_region(box, scale, 400, 300) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     box=st.tuples(COORDINATE, COORDINATE, st.floats(0, 5000), st.floats(0, 5000)),
     scale=st.floats(1, 10),

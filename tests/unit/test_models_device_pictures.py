@@ -76,7 +76,7 @@ def clouds(draw: st.DrawFn) -> np.ndarray:
     return rows[np.argsort(-rows[:, 0], kind="stable")]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(clouds(), st.sampled_from([0.0, 0.3, 0.6]), st.sampled_from([0.2, 0.45]))
 def test_suppression_on_the_device_changes_nothing(
     rows: np.ndarray, score: float, iou: float

@@ -237,7 +237,7 @@ def survives(data: bytes, encoding: Encoding, **raw: int) -> None:
         assert 16 * 16 <= picture.shape[0] * picture.shape[1] <= MAX
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=400), encoding=st.sampled_from(list(Encoding)))
 @example(data=b"\xff\xd8\xff", encoding=Encoding.JPEG)
 @example(data=b"\xff\xd8\xff\xda\x00\x02\xff\xff\xff", encoding=Encoding.JPEG)
@@ -253,7 +253,7 @@ def test_arbitrary_bytes_raise_nothing_else(data: bytes, encoding: Encoding) -> 
     survives(magic.get(encoding, b"") + data, encoding, width=16, height=16)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     encoding=st.sampled_from(COMPRESSED),
     edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=8),

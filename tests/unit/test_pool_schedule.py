@@ -236,7 +236,7 @@ async def test_lanes_share_a_saturated_worker() -> None:
         assert sum(task.future.done() for task in flood) <= 6
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_every_task_ends_exactly_once_whatever_happens(data: st.DataObject) -> None:
     """Submissions, answers, failures, deaths and time in any order: no future is left, and

@@ -194,7 +194,7 @@ class Life(RuleBasedStateMachine):
         assert self.core.exhausted
 
 
-Life.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Life.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestLife = Life.TestCase
 
 

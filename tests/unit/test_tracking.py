@@ -207,7 +207,7 @@ scenes = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(scenes)
 def test_what_always_holds(scene: list[tuple[list[Detection], int]]) -> None:
     tracks, now = Tracks(), 0
@@ -236,7 +236,7 @@ def test_what_always_holds(scene: list[tuple[list[Detection], int]]) -> None:
         tracks = done.tracks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(scenes, st.randoms())
 def test_the_order_of_detections_does_not_matter(
     scene: list[tuple[list[Detection], int]], random: object
@@ -255,7 +255,7 @@ def test_the_order_of_detections_does_not_matter(
         tracks = plain.tracks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 7), st.integers(1, 7), st.randoms(use_true_random=False))
 def test_the_linking_costs_as_little_as_any(rows: int, columns: int, random: object) -> None:
     """The shortcuts for uncontested pairs against the plain assignment over all pairs."""
@@ -486,7 +486,7 @@ histories = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(histories)
 def test_a_shown_name_was_confirmed_lately_and_nobody_else_matched_since(
     history: list[tuple[int, tuple[Identity, float] | None]],
@@ -614,7 +614,7 @@ def test_when_liveness_is_asked_for(fresh: Track) -> None:
     assert tracking.wants_liveness(undecided, at(10), asked + 300 * MS, PARAMS)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_liveness_rules_hold_for_all_scores(scores: list[float]) -> None:
     limit = Thresholds()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import numpy as np
@@ -21,6 +22,13 @@ from facelane_server.worker.models.architectures.mobilefacenet import MobileFace
 
 SMALL = ((8, 1, 16, 16), (16, 1, 32, 32), (16, 1, 32, 32))
 LARGE = ((8, 1, 16, 16), (16, 3, 32, 32), (32, 2, 64, 64))
+
+
+@pytest.fixture(autouse=True)
+def repeatable() -> None:
+    # The recipe draws from both generators.
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 def student(
@@ -87,7 +95,6 @@ def test_a_cpu_clock_stands_still_while_its_process_does() -> None:
 
 
 def test_textures_take_turns() -> None:
-    torch.manual_seed(0)
     drawn = textures(16, 64, torch.zeros(1))
     assert drawn.shape == (16, 3, 64, 64)
     assert float(drawn.min()) >= 0
@@ -96,7 +103,6 @@ def test_textures_take_turns() -> None:
 
 
 def test_slight_faults_leave_a_picture_recognisable() -> None:
-    torch.manual_seed(0)
     clean = interpolate(torch.rand(40, 3, 7, 7), size=(112, 112), mode="bicubic").clamp(0, 1)
     spoilt = mild(clean)
     change = (spoilt - clean).abs().mean((1, 2, 3))
@@ -104,15 +110,23 @@ def test_slight_faults_leave_a_picture_recognisable() -> None:
     assert float((change > 0).float().mean()) > 0.5
 
 
-def test_a_sheet_covers_the_face_and_a_poster_does_not() -> None:
-    torch.manual_seed(0)
+def test_a_sheet_hides_what_is_behind_it_only() -> None:
     scenes = torch.rand(12, 3, 1, 1).expand(12, 3, 256, 256).contiguous()
     boxes = torch.tensor([96.0, 96.0, 64.0, 64.0]).repeat(12, 1)
     held = held_up_attack(scenes, boxes)
     # Behind the sheet is the neighbour's colour: at the corner, never at the face's middle.
-    behind = scenes.roll(1, 0)[:, :, 0, 0]
-    assert float((held[:, :, 0, 0] - behind).abs().max()) < 0.02
-    beside = bystander(scenes, boxes)
-    face = beside[:, :, 120:136, 120:136]
-    torch.testing.assert_close(face, scenes[:, :, 120:136, 120:136], atol=0.05, rtol=0)
-    assert float((beside - scenes).abs().amax((1, 2, 3)).min()) > 0.02
+    behind = scenes.roll(1, 0)
+    assert float((held - behind).abs()[:, :, 0, 0].max()) < 0.02
+    assert float((held - behind).abs()[:, :, 128, 128].amax(1).min()) > 0.02
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_poster_beside_a_face_leaves_the_face_free(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    # Seed 2 has a poster whose corner reaches over the face.
+    scenes = torch.rand(48, 3, 1, 1).expand(48, 3, 256, 256).contiguous()
+    boxes = torch.tensor([96.0, 96.0, 64.0, 64.0]).repeat(48, 1)
+    changed = (bystander(scenes, boxes) - scenes).abs()
+    assert float(changed[:, :, 112:144, 112:144].max()) < 0.05
+    assert float(changed.amax((1, 2, 3)).min()) > 0.02

@@ -42,7 +42,6 @@ def plain(
     return sorted(best.items(), key=lambda hit: -hit[1])[:top_k]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 4), min_size=0, max_size=8), min_size=1, max_size=3),
     st.integers(1, 10),
@@ -71,7 +70,7 @@ def test_it_finds_what_the_plainest_search_finds(
         search._CHUNK_ROWS = previous  # type: ignore[misc]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 10), st.integers(1, 9))
 def test_the_search_on_a_device_finds_the_same(
     subjects_of: list[int], top_k: int, chunk: int
