@@ -657,7 +657,8 @@ def with_liveness(track: Track, score: float, now_ns: int, thresholds: LivenessT
 def fused_score(scores: Sequence[float]) -> float:
     """The mean of the lower half (the middle one included) of at least one score."""
     lower = sorted(scores)[: (len(scores) + 1) // 2]
-    return sum(lower) / len(lower)
+    # Rounded, the mean of equal scores can fall below them, and so below a threshold they reach.
+    return max(lower[0], sum(lower) / len(lower))
 
 
 def _without_bona_fide(track: Track) -> Track:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
@@ -616,6 +616,7 @@ def test_when_liveness_is_asked_for(fresh: Track) -> None:
 
 @settings(max_examples=200)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@example([0.7] * 5)  # their mean, rounded, is below 0.7
 def test_liveness_rules_hold_for_all_scores(scores: list[float]) -> None:
     limit = Thresholds()
     track = with_live(one(play([[at(10)]])), scores)
