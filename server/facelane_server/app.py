@@ -37,7 +37,7 @@ from facelane_server.edge.analysis import AnalysisService, LaneRegistry
 from facelane_server.edge.auth import Authenticator, AuthInterceptor
 from facelane_server.edge.gallery import GalleryService
 from facelane_server.edge.operations import AdminService, EventService, ServerService
-from facelane_server.edge.tls import Certificates, validity
+from facelane_server.edge.tls import Certificates, Presented, validity
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
@@ -219,7 +219,8 @@ class App:
         self.lanes = LaneRegistry(settings.limits.max_streams)
         self.health = health.Health()
         self.authenticator = Authenticator.of(settings)
-        self.certificates = Certificates.read(settings.tls)
+        certificates = Certificates.read(settings.tls)
+        self.certificates = Presented(certificates) if certificates else None
         self.pools: dict[Stage, Pool] = {}
         self.notifier = Notifier.from_environment()
         self.metrics = Metrics(
@@ -508,16 +509,27 @@ class App:
             return read_package(present.folder)
         return Catalog([Path(f).expanduser() for f in self.settings.models.path]).resolve(model)
 
-    def _certificates_changed(self) -> bool:
-        """Whether the files hold others than those in use."""
+    def _renew_certificates(self) -> bool:
+        """Present what the files hold now; whether it is something new."""
+        if self.certificates is None:
+            return False
         try:
-            return Certificates.read(self.settings.tls) != self.certificates
+            fresh = Certificates.read(self.settings.tls)
         except config.ConfigError as error:
-            log.warning("the next start will fail", problem=str(error))
-            return True
+            log.error("certificates not renewed, and the next start will fail", problem=str(error))
+            return False
+        assert fresh is not None
+        if fresh == self.certificates.current:
+            return False
+        problem, _ = validity(self.settings.tls)
+        if problem:
+            log.warning("the server's certificate", problem=problem)
+        self.certificates.current = fresh
+        return True
 
     def reload_config(self) -> None:
-        """SIGHUP: keys at once; what needs a restart is named and left as it is."""
+        """SIGHUP: keys and renewed certificates at once; what needs a restart is named and left
+        as it is."""
         self.notifier.reloading()
         try:
             fresh = config.load(self.path)
@@ -549,14 +561,15 @@ class App:
                 )
                 if getattr(fresh, section) != getattr(self.settings, section)
             ]
-            if "tls" not in stale and self._certificates_changed():
-                stale.append("tls")
+            applied = ["auth", "log"]
+            if "tls" not in stale and self._renew_certificates():
+                applied.append("tls")
             configure_logging(fresh.log)
-            log.info("config reloaded", applied=["auth", "log"], needs_restart=stale)
+            log.info("config reloaded", applied=applied, needs_restart=stale)
         self.notifier.ready(self._status_line())
 
 
-def bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None) -> None:
+def bind(server: grpc.aio.Server, listen: str, certificates: Presented | None) -> None:
     """Opens the port. Raises ``AddressError`` when it cannot be had now."""
     if listen.startswith("unix:"):
         path = _socket_path(listen)

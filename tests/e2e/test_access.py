@@ -181,7 +181,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     for authority in ("ca", "stranger"):
         openssl("req", "-x509", *curve, "-keyout", f"{authority}.key", "-out", f"{authority}.pem",
-                "-days", "2", "-subj", f"/CN={authority}")  # fmt: skip
+                "-days", "2", "-subj", f"/CN={authority}",
+                "-addext", "subjectAltName=DNS:localhost")  # fmt: skip
     (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
     for name in ("server", "client"):
         openssl(
@@ -262,7 +263,7 @@ def test_certificates_that_cannot_be_read(start: Start, tmp_path: Path) -> None:
     assert "Traceback" not in server.text()
 
 
-def test_a_renewed_certificate_wants_a_restart_and_reload_says_so(
+def test_a_renewed_certificate_is_presented_after_a_reload(
     start: Start, certificates: Path, tmp_path: Path
 ) -> None:
     for name in ("server.pem", "server.key"):
@@ -273,23 +274,41 @@ def test_a_renewed_certificate_wants_a_restart_and_reload_says_so(
         edit=lambda text: tls_text(text, tmp_path, mutual=False),
         wait=False,
     )
-    wait_process(f"localhost:{port}", "", facelane.Tls(ca_file=certificates / "ca.pem"))
+    target = f"localhost:{port}"
+    ours = facelane.Tls(ca_file=certificates / "ca.pem")
+    renewed = facelane.Tls(ca_file=certificates / "stranger.pem")
+    nowhere = (facelane.UnavailableError, facelane.DeadlineExceededError)
+    wait_process(target, "", ours)
 
-    def reloads() -> list[list[str]]:
+    def reloads() -> list[tuple[list[str], list[str]]]:
         lines = [line for line in server.text().splitlines() if '"config reloaded"' in line]
-        return [json.loads(line)["needs_restart"] for line in lines]
+        read = [json.loads(line) for line in lines]
+        return [(line["applied"], line["needs_restart"]) for line in read]
 
-    server.process.send_signal(signal.SIGHUP)
-    until(lambda: reloads() == [[]], 10, "the first reload")
-    for name in ("pem", "key"):
-        shutil.copy(certificates / f"client.{name}", tmp_path / f"server.{name}")
-    server.process.send_signal(signal.SIGHUP)
-    until(lambda: reloads() == [[], ["tls"]], 10, "the renewed certificate in the log")
+    def refused(tls: facelane.Tls) -> None:
+        with facelane.Client(target, tls=tls, timeout=3) as client, pytest.raises(nowhere):
+            client.server_info()
+
+    with facelane.Client(target, tls=ours) as open_before:
+        open_before.server_info()
+        refused(renewed)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: reloads() == [(["auth", "log"], [])], 10, "a reload that changes nothing")
+        for name in ("pem", "key"):
+            shutil.copy(certificates / f"stranger.{name}", tmp_path / f"server.{name}")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: len(reloads()) == 2, 10, "the second reload")
+        assert reloads()[-1] == (["auth", "log", "tls"], [])
+        wait_process(target, "", renewed)
+        refused(ours)
+        # A connection that was open is left alone.
+        open_before.server_info()
     (tmp_path / "server.pem").write_text("garbage")
     server.process.send_signal(signal.SIGHUP)
     until(lambda: len(reloads()) == 3, 10, "the third reload")
-    assert reloads()[-1] == ["tls"]
+    assert reloads()[-1] == (["auth", "log"], [])
     assert "holds no certificate" in server.text()
+    wait_process(target, "", renewed)
 
 
 def test_a_taken_port_is_told(start: Start) -> None:

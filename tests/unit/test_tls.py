@@ -11,7 +11,7 @@ import pytest
 
 from facelane_server import config, doctor
 from facelane_server.config import ConfigError, Tls
-from facelane_server.edge.tls import Certificates, validity
+from facelane_server.edge.tls import Certificates, Presented, validity
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command here")
 
@@ -56,7 +56,7 @@ def test_what_is_in_order(made: Path) -> None:
     assert read.client_ca == read.chain == (made / "own.pem").read_bytes()
     assert read == Certificates.read(section(made, ca="own.pem"))
     assert read != Certificates.read(section(made, chain="soon.pem", ca="own.pem"))
-    assert read.credentials() is not None
+    assert Presented(read).credentials() is not None
     problem, ends = validity(section(made))
     assert not problem
     assert ends is not None

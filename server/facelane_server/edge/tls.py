@@ -64,12 +64,36 @@ class Certificates:
                 ) from None
         return cls(chain, key, authority)
 
-    def credentials(self) -> grpc.ServerCredentials:
-        return grpc.ssl_server_credentials(
-            [(self.key, self.chain)],
-            root_certificates=self.client_ca,
-            require_client_auth=self.client_ca is not None,
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration(
+            [(self.key, self.chain)], root_certificates=self.client_ca
         )
+
+
+class Presented:
+    """The certificates that a running server presents; renewed ones can take their place.
+
+    Connections that are open go on with those that they were opened with.
+    """
+
+    def __init__(self, first: Certificates) -> None:
+        self.current = first
+        self._told = first
+
+    def credentials(self) -> grpc.ServerCredentials:
+        return grpc.dynamic_ssl_server_credentials(
+            self.current.configuration(),
+            self._renewed,  # type: ignore[arg-type]  # None is allowed, says gRPC's documentation
+            require_client_authentication=self.current.client_ca is not None,
+        )
+
+    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        # gRPC asks at every handshake, on a thread of its own; None = the same as before.
+        current = self.current
+        if current is self._told:
+            return None
+        self._told = current
+        return current.configuration()
 
 
 def validity(section: Tls) -> tuple[str, datetime | None]:
