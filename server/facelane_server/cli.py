@@ -17,7 +17,8 @@ from typing import Annotated, Final
 try:
     import typer
 except ImportError:  # pragma: no cover - the bare install
-    sys.exit("facelane-server needs the server extra: pip install 'facelane[server]'")
+    sys.stderr.write("facelane-server needs the server extra: pip install 'facelane[server]'\n")
+    sys.exit(2)
 
 from facelane_server import __version__
 from facelane_server import config as configuration
