@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,29 @@ def half_state(network: nn.Module) -> dict[str, Tensor]:
         host = value.detach().cpu()
         out[name] = (host.half() if host.is_floating_point() else host).contiguous()
     return out
+
+
+def grown_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state``, of this network or of a narrower one, in the shapes of ``network``.
+
+    Loaded, the wider network gives the answers of the narrower one: channels that the state
+    lacks are read by nothing that it has (their columns are zero). What is new keeps its
+    random start and its gradients. Raises ValueError where the state is of no such network.
+    """
+    mine = network.state_dict()
+    grown: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name not in mine or any(
+            a > b for a, b in zip(value.shape, mine[name].shape, strict=True)
+        ):
+            raise ValueError("the checkpoint is of another network; train from the start")
+        start = mine[name].clone()
+        old = tuple(slice(0, size) for size in value.shape)
+        if value.ndim > 1:
+            start[old[0]] = 0
+        start[old] = value.to(start)
+        grown[name] = start
+    return grown
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -5,7 +5,9 @@ textures or each other, some of it at night, blurred, noisy or compressed. Both 
 at the same pixels, and YuNet's answer at every anchor is the target: a student that is asked
 for the faces which YuNet saw before the lights went out learns to see faces in the dark.
 Where no photo lies (textures), the target is "no face", whatever YuNet says. Scenes that the
-student gets most wrong are kept and shown again.
+student gets most wrong are kept and shown again. Beside the answers, the maps that YuNet's
+heads read are a hint (after "FitNets", Romero et al., 2015) that fades out: most of a scene
+holds no face, and there the answers alone teach little.
 """
 
 from __future__ import annotations
@@ -14,20 +16,32 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from facelane_server.worker.models.architectures.yunet import STRIDES, DenseHeads, YuNet, decode
 from training import imaging
-from training.clock import Average, Clock, cosine_rate, decay_groups, half_state, save, set_rate
+from training.clock import (
+    Average,
+    Clock,
+    cosine_rate,
+    decay_groups,
+    grown_state,
+    half_state,
+    save,
+    set_rate,
+)
 from training.data import load_photos
 from training.imaging import column, rand
 
-WIDTHS = (16, 32, 48, 64, 64, 64)
+WIDTHS = (16, 32, 64, 96, 96, 96)
+"""A run may start from a narrower network, as the first editions were."""
 SCORE = 0.6
 NMS_IOU = 0.4
 
@@ -43,6 +57,8 @@ class Options:
     """Peak of a run that goes on from a finished one."""
     hard: int = 12
     """Scenes of a batch that come from the bank of hard ones."""
+    hint: float = 0.5
+    """Weight of the hint at the start; it falls to zero."""
     save_every_s: float = 30.0
     limit: int = 0
     resume: Path | None = None
@@ -62,10 +78,15 @@ def load_yunet(path: Path) -> YuNet:
 
 def load_student(path: Path) -> YuNet:
     """The network of a checkpoint, as it will be shipped (fp16 weights, computed in fp32)."""
-    network = YuNet(WIDTHS)
-    parts = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(parts["state"], strict=False)
+    state = torch.load(path, map_location="cpu", weights_only=True)["state"]
+    network = YuNet(widths_of(state))
+    network.load_state_dict(state, strict=False)
     return network.eval()
+
+
+def widths_of(state: Mapping[str, Tensor]) -> list[int]:
+    """The ``widths`` option of the YuNet whose state this is."""
+    return [len(state[f"backbone.model{i}.conv2.conv1.weight"]) for i in range(6)]
 
 
 def iou(box: Tensor, others: Tensor) -> Tensor:
@@ -179,6 +200,18 @@ class HardScenes:
         self._error[rows] = error[picks]
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of scenes ``canvas`` in 0..1, as the networks see it, with YuNet's answer."""
+
+    canvas: Tensor
+    cover: Tensor
+    seen: Tensor
+    target: DenseHeads
+    score: Tensor
+    maps: dict[int, Tensor]
+
+
 def worst_error(student: DenseHeads, target: Tensor) -> Tensor:
     """[N]: the highest probability that the student gives where the target has no face, or
     half of the most that it lacks where there is one, whichever is more."""
@@ -256,6 +289,40 @@ def distillation_loss(student: DenseHeads, teacher: DenseHeads, target: Tensor) 
     return score + 2.0 * shape.sum() / amount
 
 
+class Hint(nn.Module):
+    """How far the maps that the student's heads read are from YuNet's, seen through a learned
+    map of channels; 1 is the variance of YuNet's own."""
+
+    def __init__(self, student: YuNet, teacher: YuNet) -> None:
+        super().__init__()
+        self._maps: dict[int, dict[int, Tensor]] = {0: {}, 1: {}}
+        width, wanted = WIDTHS[-1], teacher.bbox_head.multi_level_cls[0].conv1.in_channels
+        self.see = nn.ModuleList(nn.Conv2d(width, wanted, 1) for _ in range(2 * len(STRIDES)))
+        for who, network in enumerate((student, teacher)):
+            layers = (*network.neck.lateral_convs, *network.bbox_head.multi_level_share_convs)
+            for place, layer in enumerate(layers):
+                layer.register_forward_hook(self._keep(who, place))
+
+    def _keep(self, who: int, place: int) -> Callable[[nn.Module, object, Tensor], None]:
+        def keep(_layer: nn.Module, _inputs: object, answer: Tensor) -> None:
+            self._maps[who][place] = answer
+
+        return keep
+
+    def taught(self) -> dict[int, Tensor]:
+        """The maps of the teacher's latest answer."""
+        return dict(self._maps[1])
+
+    def forward(self, taught: dict[int, Tensor]) -> Tensor:
+        total = torch.zeros((), device=taught[0].device)
+        for place, see in enumerate(self.see):
+            target = taught[place].float()
+            spread = target.var((0, 2, 3), keepdim=True).clamp(min=1e-4)
+            gap = (see(self._maps[0][place].float()) - target).square()
+            total = total + (gap / spread).mean()
+        return total / len(self.see)
+
+
 def train(
     data: Path, out: Path, clock: Clock, device: torch.device, options: Options, seed: int = 2
 ) -> YuNet:
@@ -269,50 +336,66 @@ def train(
     rate = options.rate
     if options.resume is not None:
         parts = torch.load(options.resume, map_location=device, weights_only=True)
-        network.load_state_dict(parts["state"], strict=False)
+        network.load_state_dict(grown_state(network, parts["state"]), strict=False)
         rate = options.resume_rate
     else:
         for heads in (network.bbox_head.multi_level_cls, network.bbox_head.multi_level_obj):
             for head in heads:
                 torch.nn.init.constant_(head.conv2.bias, -2.5)
     average = Average(network, 0.998)
+    hint = Hint(network, teacher).to(device)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        decay_groups(network, 1e-3), lr=rate, betas=(0.9, 0.98), fused=fused
-    )
+        [*decay_groups(network, 1e-3), *decay_groups(hint.see, 0)],
+        lr=rate, betas=(0.9, 0.98), fused=fused,
+    )  # fmt: skip
     bank = HardScenes(16 * options.batch, options.side, scenes.photos)
+
+    @torch.no_grad()
+    def lesson(again: tuple[Tensor, Tensor] | None) -> Lesson:
+        canvas, cover = scenes.compose(
+            options.batch - (len(again[0]) if again else 0), options.side
+        )
+        canvas = disturb(canvas)
+        if again:
+            canvas, cover = torch.cat((canvas, again[0])), torch.cat((cover, again[1]))
+        seen = (canvas * 255).contiguous(memory_format=torch.channels_last)
+        target = teacher(seen)
+        score = (target.cls * target.obj).float() * (anchor_cover(cover) > 0.5)
+        return Lesson(canvas, cover, seen, target, score, hint.taught())
+
     log: list[dict[str, float]] = []
     step, saved, begun = 0, time.time(), time.time()
-    while not clock.over:
-        set_rate(optimizer, cosine_rate(clock.progress, rate))
-        with torch.no_grad():
+    threads = torch.get_num_threads()
+    # The next batch is made while this one is learnt. Only its maker draws random numbers
+    # meanwhile, so that a seed still fixes them all.
+    with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads)) as maker:
+        coming = maker.submit(lesson, None)
+        while not clock.over:
+            set_rate(optimizer, cosine_rate(clock.progress, rate))
+            now = coming.result()
             hard = min(options.hard, options.batch // 4) if step >= 32 else 0
-            canvas, cover = scenes.compose(options.batch - hard, options.side)
-            canvas = disturb(canvas)
-            if hard:
-                again, under = bank.draw(hard)
-                canvas, cover = torch.cat((canvas, again)), torch.cat((cover, under))
-            seen = (canvas * 255).contiguous(memory_format=torch.channels_last)
-            target = teacher(seen)
-            score = (target.cls * target.obj).float() * (anchor_cover(cover) > 0.5)
-        network.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.half):
-            answer = network.logits(seen)
-        loss = distillation_loss(answer, target, score)
-        bank.offer(canvas, cover, worst_error(answer, score), options.batch // 6)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimizer.step()
-        average.update(network)
-        step += 1
-        if step % 100 == 0 or step == 1:
-            row = {"step": step, "s": time.time() - begun, "loss": loss.item()}
-            log.append(row)
-            (out / "detector-log.json").write_text(json.dumps(log))
-            print("detector", json.dumps(row), flush=True)
-        if time.time() - saved > options.save_every_s:
-            save(out / "detector.pt", state=half_state(average.network), step=step)
-            saved = time.time()
+            coming = maker.submit(lesson, bank.draw(hard) if hard else None)
+            network.train()
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.half):
+                answer = network.logits(now.seen)
+            loss = distillation_loss(answer, now.target, now.score)
+            far = hint(now.maps)
+            bank.offer(now.canvas, now.cover, worst_error(answer, now.score), options.batch // 6)
+            optimizer.zero_grad(set_to_none=True)
+            (loss + options.hint * (1 - clock.progress) * far).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            optimizer.step()
+            average.update(network)
+            step += 1
+            if step % 100 == 0 or step == 1:
+                row = {"step": step, "s": time.time() - begun, "loss": loss.item()}
+                row["hint"] = far.item()
+                log.append(row)
+                (out / "detector-log.json").write_text(json.dumps(log))
+                print("detector", json.dumps(row), flush=True)
+            if time.time() - saved > options.save_every_s:
+                save(out / "detector.pt", state=half_state(average.network), step=step)
+                saved = time.time()
     save(out / "detector.pt", state=half_state(average.network), step=step, finished=True)
     return average.network

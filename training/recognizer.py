@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from facelane_server.worker.models.architectures.folding import fold
 from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
 from training.augment import training_batch
-from training.clock import Average, Clock, cosine_rate, decay_groups, half_state, save, set_rate
+from training.clock import (
+    Average,
+    Clock,
+    cosine_rate,
+    decay_groups,
+    grown_state,
+    half_state,
+    save,
+    set_rate,
+)
 from training.data import load_crops
 from training.teacher import TEACHER_SIZE, load_teacher
 
@@ -67,24 +76,12 @@ class Student(nn.Module):
 def load_grown(student: Student, state: dict[str, Tensor]) -> bool:
     """Load the state of this network or of a smaller one; True when it has grown.
 
-    The larger network starts with the answers of the smaller one: residual blocks that the
-    state lacks begin as identities (the scale of their last norm is zero), and channels that
-    it lacks are read by nothing that it has (their columns are zero). What is new keeps its
-    random start and its gradients.
+    The larger network starts with the answers of the smaller one (see ``grown_state``):
+    residual blocks that the state lacks begin as identities, the scale of their last norm is
+    zero.
     """
     mine = student.state_dict()
-    grown: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if name not in mine or any(
-            a > b for a, b in zip(value.shape, mine[name].shape, strict=True)
-        ):
-            raise ValueError("the checkpoint is of another network; train from the start")
-        start = mine[name].clone()
-        old = tuple(slice(0, size) for size in value.shape)
-        if value.ndim > 1:
-            start[old[0]] = 0
-        start[old] = value.to(start)
-        grown[name] = start
+    grown = grown_state(student, state)
     missing, _ = student.load_state_dict(grown, strict=False)
     # Counts of batches mean nothing here, and half-precision checkpoints leave them out.
     lacking = [_BLOCK.match(n) for n in missing if not n.endswith("num_batches_tracked")]

@@ -27,7 +27,7 @@ from facelane_server.worker.models.importer import to_toml
 from facelane_server.worker.models.package import MANIFEST, Package, read_package
 from training import cards
 from training.data import load_crops
-from training.detector import NMS_IOU, WIDTHS
+from training.detector import NMS_IOU, widths_of
 from training.liveness import NARROW
 from training.ood import OOD_THRESHOLD, fit_ood, score_all, sigmoid
 from training.recognizer import stages_of
@@ -106,18 +106,19 @@ def _rounded(value: float, digits: int = 3) -> float:
 
 
 def ship_detector(run: Path, out: Path, report: Mapping[str, Any], score: float) -> Package:
+    state = _state(run / "detector.pt")
     manifest = {
         "task": "detector",
         "architecture": "yunet",
         "description": "starter detector: five landmarks, distilled from YuNet",
-        "options": {"widths": list(WIDTHS)},
+        "options": {"widths": widths_of(state)},
         "input": {"color": "bgr", "max_side": 640},
         "thresholds": {"score": score, "nms": NMS_IOU},
         "memory": {"weights_mib": 1.0, "activations_mib_per_item": 24.0},
         "provenance": _provenance(report),
     }
     card = cards.detector(report, score)
-    return write_package(out / "facelane-detector", _state(run / "detector.pt"), manifest, card)
+    return write_package(out / "facelane-detector", state, manifest, card)
 
 
 def ship_recognizer(

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, normalize
-from training import recognizer
+from training import detector, recognizer
 from training.augment import mild
-from training.clock import CpuClock
+from training.clock import CpuClock, grown_state
 from training.data import is_held_out
 from training.imaging import textures
 from training.liveness import bystander, held_up_attack
 from training.ood import OOD_THRESHOLD, fit_ood, sigmoid
 
 from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
+from facelane_server.worker.models.architectures.yunet import YuNet
 
 SMALL = ((8, 1, 16, 16), (16, 1, 32, 32), (16, 1, 32, 32))
 LARGE = ((8, 1, 16, 16), (16, 3, 32, 32), (32, 2, 64, 64))
@@ -58,6 +59,36 @@ def test_a_larger_network_starts_with_the_answers_of_the_smaller(
     assert not recognizer.load_grown(large, large.state_dict())
     with pytest.raises(ValueError, match="another network"):
         recognizer.load_grown(small, large.state_dict())
+
+
+def test_a_wider_detector_starts_with_the_answers_of_the_narrower() -> None:
+    narrow, wide = YuNet((4, 8, 8, 12, 12, 12)).eval(), YuNet((4, 8, 16, 24, 24, 24)).eval()
+    state = {k: v for k, v in narrow.state_dict().items() if not k.endswith("batches_tracked")}
+    wide.load_state_dict(grown_state(wide, state), strict=False)
+    x = torch.rand(1, 3, 96, 64) * 255
+    with torch.no_grad():
+        for found, wanted in zip(wide(x), narrow(x), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="another network"):
+        grown_state(narrow, wide.state_dict())
+
+
+def test_the_hint_is_the_distance_of_the_maps_that_heads_read() -> None:
+    student, teacher = YuNet(detector.WIDTHS).eval(), YuNet(detector.WIDTHS).eval()
+    hint = detector.Hint(student, teacher)
+    for see in hint.see:
+        nn.init.dirac_(see.weight)
+        nn.init.zeros_(see.bias)
+    x = torch.rand(1, 3, 64, 64) * 255
+    with torch.no_grad():
+        teacher(x)
+        taught = hint.taught()
+        student(x)
+        assert float(hint(taught)) > 0.1
+        student.load_state_dict(teacher.state_dict())
+        student(x)
+        teacher(x * 0)  # the next lesson, made meanwhile
+        assert float(hint(taught)) == pytest.approx(0, abs=1e-9)
 
 
 def test_what_is_shipped_answers_as_what_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
