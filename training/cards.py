@@ -25,7 +25,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def detector(report: Report, score: float) -> str:
+def detector(report: Report, score: float, parameters: int) -> str:
     """The detector's card. ``score``: the threshold that is shipped."""
     rows = report["detector"]["by_score"]
     table = [
@@ -59,9 +59,9 @@ def detector(report: Report, score: float) -> str:
         (
             "# facelane-detector",
             "",
-            "A face detector with five landmarks: the YuNet network with smaller widths, 65,000",
-            "parameters, any picture size. It serves video and photos of people who face the",
-            "camera, from about 16 pixels of face width in the network's input.",
+            "A face detector with five landmarks: the YuNet network with widths of its own,",
+            f"{parameters:,} parameters, any picture size. It serves video and photos of people",
+            "who face the camera, from about 16 pixels of face width in the network's input.",
             "",
             "## Measured",
             f"Against YuNet's own detections, {rows['0.6']['faces']} faces of 24 pixels and more",

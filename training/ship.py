@@ -32,8 +32,8 @@ from training.liveness import NARROW
 from training.ood import OOD_THRESHOLD, fit_ood, score_all, sigmoid
 from training.recognizer import stages_of
 
-VERSION = "1.1.0"
-NAMES = ("detector", "recognizer", "liveness")
+VERSIONS = {"detector": "1.2.0", "recognizer": "1.1.0", "liveness": "1.1.0"}
+NAMES = tuple(VERSIONS)
 LICENSE = "evaluation and research only, see CARD.md"
 MATCH_FAR = 1e-4
 """Share of impostor pairs that the match threshold lets through."""
@@ -81,7 +81,7 @@ def write_package(
     whole = {
         "schema": 1,
         "name": folder.name,
-        "version": VERSION,
+        "version": VERSIONS[manifest["task"]],
         **manifest,
         "license": LICENSE,
         "card": "CARD.md",
@@ -117,7 +117,8 @@ def ship_detector(run: Path, out: Path, report: Mapping[str, Any], score: float)
         "memory": {"weights_mib": 1.0, "activations_mib_per_item": 24.0},
         "provenance": _provenance(report),
     }
-    card = cards.detector(report, score)
+    parameters = sum(v.numel() for k, v in state.items() if ".running_" not in k)
+    card = cards.detector(report, score, parameters)
     return write_package(out / "facelane-detector", state, manifest, card)
 
 
