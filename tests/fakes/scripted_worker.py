@@ -193,7 +193,12 @@ class ScriptedWorker:
         assert self.load is not None
 
     async def become_ready(
-        self, *, model_id: str = "null", memory_mib: int = 0, batch_max: int = 0
+        self,
+        *,
+        model_id: str = "null",
+        memory_mib: int = 0,
+        batch_max: int = 0,
+        device: str = "cpu",
     ) -> None:
         """All the way to READY, the canary answered."""
         await self.hello()
@@ -201,7 +206,7 @@ class ScriptedWorker:
         batch_max = batch_max or self.load.batch_max or 8
         self.say(
             Warming(1.0),
-            Ready(model_id, 1.0, 1.0, 0.1, memory_mib, "cpu", batch_max=batch_max),
+            Ready(model_id, 1.0, 1.0, 0.1, memory_mib, device, batch_max=batch_max),
         )
         await settle()
         self.read()

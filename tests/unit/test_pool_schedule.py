@@ -445,6 +445,57 @@ async def test_a_staged_job_is_not_blamed_for_the_one_before_it() -> None:
         assert (running.attempts, staged.attempts) == (1, 0)
 
 
+async def test_a_suspect_stays_one_when_a_worker_leaves_for_another_reason() -> None:
+    async with bench(batch_max=4, restart_limit=100) as b:
+        await b.ready()
+        tasks = [b.submit(age_ms=9e4), b.submit(age_ms=9e4)]
+        await b.turn()
+        b.workers[0].die(-11)
+        await b.turn()
+        await b.clock.advance(1000)
+        await b.workers[1].become_ready()
+        await b.turn()
+        b.workers[1].leave()
+        await b.turn()
+        await b.clock.advance(1000)
+        await b.workers[2].become_ready()
+        await b.turn()
+        assert [len(job.items) for job in b.workers[2].jobs] == [1, 1], "not in one batch"
+        b.workers[2].die(-11)
+        await b.turn()
+        assert [task.attempts for task in tasks] == [2, 1]
+
+
+async def test_nothing_shares_a_device_with_an_item_that_killed_a_worker() -> None:
+    """On a device the staged job is begun before the first has ended, so that either may be
+    the guilty one: whoever may be has the worker to itself."""
+    async with bench(batch_max=4, restart_limit=100) as b:
+        await b.start()
+        await b.workers[0].become_ready(device="cuda:0 scripted")
+        poison, *innocent = (b.submit(age_ms=9e4) for _ in range(4))
+        await b.turn()
+        assert [len(job.items) for job in b.workers[0].jobs] == [4]
+        later = b.submit(age_ms=9e4)
+        b.workers[0].die(-11)
+        for life in (1, 2):
+            await b.turn()
+            await b.clock.advance(1000)
+            worker = b.workers[life]
+            await worker.become_ready(device="cuda:0 scripted")
+            await b.turn()
+            if life == 1:
+                assert [len(job.items) for job in worker.jobs] == [1], "the suspect alone"
+                worker.die(-11)
+        for _ in (*innocent, later):
+            await b.answer(b.workers[2])
+        assert reason_of(poison) is Reason.POISONED
+        assert {task.future.result() for task in (*innocent, later)} == {LivenessAnswer(1.0)}
+        for _ in range(2):
+            b.submit(age_ms=9e4)
+            await b.turn()
+        assert len(b.workers[2].jobs) == 2, "afterwards jobs overlap again"
+
+
 async def test_a_job_over_its_time_means_a_hung_worker() -> None:
     async with bench(workers=2, job_timeout_ms=100, batch_max=1) as b:
         await b.ready()

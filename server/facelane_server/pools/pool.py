@@ -478,7 +478,7 @@ class Pool:
         if len(self._queue):
             self._expire()
         while len(self._queue):
-            member = self._next_worker()
+            member = self._next_worker(alone=self._queue.next_is_alone)
             if member is None:
                 return
             assert member.ready is not None
@@ -487,9 +487,10 @@ class Pool:
                 continue
             self._send(member, tasks)
 
-    def _next_worker(self) -> _Member | None:
+    def _next_worker(self, *, alone: bool) -> _Member | None:
         """An idle worker; else, all being busy, the one whose staged place is free and whose
-        first job began longest ago."""
+        first job began longest ago. Where jobs overlap, the end of a worker is blamed on both:
+        ``alone`` = a task that may be the guilty one shares it with no other."""
         best: _Member | None = None
         for member in self._active:
             ready = member.ready
@@ -500,6 +501,8 @@ class Pool:
             if len(jobs) >= limits.JOBS_PER_WORKER or not ready.free_slots:
                 continue
             if not member.overlaps and member.service_ns > _OVERLAP_NS:
+                continue
+            if member.overlaps and (alone or any(task.attempts for task in jobs[0].tasks)):
                 continue
             if best is None or jobs[0].started_ns < _jobs_of(best)[0].started_ns:
                 best = member
@@ -638,7 +641,8 @@ class Pool:
             return
         self._retried += 1
         task.dispatched_ns = 0
-        self._queue.put_back(task, alone=alone)
+        # Once a suspect, always one: two of them in a batch would be condemned together.
+        self._queue.put_back(task, alone=alone or task.attempts > 0)
         self._arm_deadline(task.deadline_ns)
 
     # -- a worker's troubles ------------------------------------------------------------

@@ -63,6 +63,11 @@ class FairQueue:
     def __contains__(self, task: AnyTask) -> bool:
         return task in self._queued
 
+    @property
+    def next_is_alone(self) -> bool:
+        """The next task came back to be taken alone."""
+        return bool(self._front) and self._front[0][1]
+
     def put(self, task: AnyTask) -> None:
         """Queue a task behind those of its lane."""
         lane = self._lanes.get(task.lane)
