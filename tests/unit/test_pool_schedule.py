@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -583,6 +585,52 @@ async def test_an_idle_worker_proves_now_and_then_that_it_infers() -> None:
         assert b.pool.info().workers[0].last_loss == "CANARY_FAILED"
 
 
+async def test_what_nobody_asked_for_is_not_counted() -> None:
+    async with bench(ping_interval_s=1.0, canary_interval_s=1.0) as b:
+        await b.ready()
+        await b.clock.advance(1000)
+        await b.turn()
+        b.workers[0].fail("INTERNAL")
+        await b.turn()
+        await b.clock.advance(200)
+        await b.workers[1].become_ready()
+        await b.clock.advance(2000)
+        await b.turn()
+        b.workers[1].die(-9)
+        await b.turn()
+        info = b.pool.info()
+        assert info.losses == 2
+        assert (info.completed, info.failed, info.retried) == (0, 0, 0)
+
+
+async def test_a_worker_that_dies_before_its_first_gallery_is_a_loss_and_no_more() -> None:
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    async with bench() as b:
+        await b.start()
+        fd = os.memfd_create("snapshot")
+        await b.pool.publish_gallery(GallerySnapshot(1, 0, 512, ()), fd)
+        os.close(fd)
+        worker = b.workers[0]
+        await worker.hello()
+        worker.say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1))
+        await b.turn()
+        worker.answer()
+        # The answer is heard in this turn, the end of the worker only after the next one's
+        # sending of the gallery.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        worker.die(-9)
+        await b.turn()
+        assert worker.snapshots == []
+        assert b.pool.info().workers[0].last_loss == "EXITED"
+        await b.clock.advance(200)
+        await b.workers[1].become_ready()
+        assert b.pool.state is PoolState.SERVING
+    gc.collect()
+    assert problems == []
+
+
 async def test_an_answer_that_cannot_be_one_loses_the_worker_not_the_task() -> None:
     async with bench(workers=2) as b:
         await b.ready()
@@ -898,6 +946,85 @@ async def test_a_reload_that_fails_leaves_the_old_model_in_service() -> None:
         await b.turn()
         await b.answer(b.workers[0])
         assert task.future.done()
+
+
+async def test_a_reload_that_is_cancelled_leaves_no_worker_behind() -> None:
+    """Its caller hung up: the new workers would wait for ever, for nothing."""
+    async with bench() as b:
+        await b.ready()
+        reloading = asyncio.create_task(b.pool.reload(PACKAGE))
+        await b.turn()
+        assert len(b.workers) == 2
+        reloading.cancel()
+        await asyncio.wait([reloading])
+        await asyncio.wait([b.workers[1].exited], timeout=5)
+        await b.turn()
+        assert [w.worker_id for w in b.pool.info().workers] == ["liveness#0"]
+        assert b.pool.state is PoolState.SERVING
+
+
+@pytest.mark.parametrize("isolation", ["process", "external"])
+async def test_a_pool_that_stops_starts_nothing_any_more(isolation: str) -> None:
+    async with bench(isolation=isolation) as b:
+        await b.ready()
+        reloading = asyncio.create_task(b.pool.reload(PACKAGE))
+        await b.turn()
+        began = len(b.workers)
+        stopping = asyncio.create_task(b.pool.stop(0.0))
+        await b.turn()
+        for worker in b.workers:
+            if worker.draining:
+                worker.leave()
+        await asyncio.wait_for(stopping, 5)
+        with pytest.raises(FacelaneError) as ended:
+            await asyncio.wait_for(reloading, 5)
+        assert ended.value.reason is Reason.POOL_UNAVAILABLE
+        with pytest.raises(FacelaneError, match="shutting down"):
+            await asyncio.wait_for(b.pool.reload(PACKAGE), 5)
+        with pytest.raises(FacelaneError, match="shutting down"):
+            await asyncio.wait_for(b.pool.restart_worker("liveness#0"), 5)
+        await b.turn()
+        assert len(b.workers) == began
+        assert all(worker.exited.done() for worker in b.workers)
+
+
+async def test_a_reload_in_turn_mends_a_quarantined_worker() -> None:
+    """Its losses were the old package's: that is what the reload is for."""
+    async with bench(isolation="external", restart_limit=1, quarantine_s=60.0) as b:
+        await b.start()
+        b.workers[0].die(78)
+        await b.turn()
+        assert b.pool.info().workers[0].life is Life.QUARANTINED
+        reloading = asyncio.create_task(b.pool.reload(PACKAGE))
+        await b.turn()
+        await b.workers[1].become_ready()
+        await asyncio.wait_for(reloading, 5)
+        assert b.pool.state is PoolState.SERVING
+
+
+async def test_a_reload_in_turn_that_is_cancelled_goes_back_to_the_old_model() -> None:
+    fresh = replace(PACKAGE, folder=PACKAGE.folder / "fresh")
+    async with bench(isolation="external", workers=2) as b:
+        await b.ready()
+        reloading = asyncio.create_task(b.pool.reload(fresh))
+        await b.turn()
+        b.workers[0].leave()
+        await b.turn()
+        await b.workers[2].become_ready()
+        assert b.workers[2].load is not None
+        assert b.workers[2].load.package == str(fresh.folder)
+        reloading.cancel()
+        await asyncio.wait([reloading])
+        assert b.pool.package is PACKAGE
+        for life in (2, 1):
+            await b.turn()
+            b.workers[life].leave()
+        await b.turn()
+        for worker in b.workers[3:]:
+            await worker.become_ready()
+            assert worker.load is not None
+            assert worker.load.package == str(PACKAGE.folder)
+        assert b.pool.state is PoolState.SERVING
 
 
 async def test_reload_refuses_another_task_and_other_crops() -> None:

@@ -67,6 +67,7 @@ _OVERLAP_NS: Final = 5 * _MS
 """A CPU worker whose jobs are longer gains nothing from a staged one: the hop is short
 beside them, and a staged frame can no longer be replaced by a newer one."""
 _CANARY_SIDE: Final = 64
+_CANARY_LANE: Final = -1
 _ATTACH_S: Final = 2.0
 """What systemd or a container's runtime needs to start an external worker again."""
 _GALLERY_TIMEOUT_S: Final = 30.0
@@ -368,7 +369,7 @@ class Pool:
         return False
 
     def _refusal(self, task: AnyTask, now: int) -> FacelaneError | None:
-        if self._state in (PoolState.DRAINING, PoolState.STOPPED):
+        if self._ending:
             return _unavailable(self.name, "is shutting down")
         if len(self._queue) >= limits.MAX_POOL_QUEUE:
             return FacelaneError(
@@ -391,6 +392,10 @@ class Pool:
         if not self._active and not self._can_be_back_by(task.deadline_ns):
             return _unavailable(self.name, "has no worker and none comes back in time")
         return None
+
+    @property
+    def _ending(self) -> bool:
+        return self._state in (PoolState.DRAINING, PoolState.STOPPED)
 
     def _can_be_back_by(self, deadline_ns: int) -> bool:
         for member in (*self._members, *self._warming):
@@ -425,7 +430,7 @@ class Pool:
     def _fail(self, task: AnyTask, error: FacelaneError) -> None:
         if task.finished_ns == 0:
             task.finished_ns = self._clock.now_ns()
-            self._failed += 1
+            self._failed += task.lane != _CANARY_LANE  # nobody asked for that one
         if not task.future.done():
             task.future.set_exception(error)
 
@@ -739,7 +744,7 @@ class Pool:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         task: AnyTask = Task(
             _canary_request(self.stage, self._codec_crops(member.package)),
-            lane=-1,
+            lane=_CANARY_LANE,
             weight=1,
             deadline_ns=now + self._job_timeout_ns,
             future=future,
@@ -911,6 +916,8 @@ class Pool:
                 ready.gallery_version < self._snapshot[0].version
             ):
                 self._send_gallery(member)
+                if member.ready is not ready:
+                    return  # lost over it
                 await self._gallery_loaded([member], self._snapshot[0].version)
             ready.last_success_ns = self._clock.now_ns()
         except asyncio.CancelledError:
@@ -1017,7 +1024,7 @@ class Pool:
                 waiter.set_result(None)
 
     def _set_state(self) -> None:
-        if self._state in (PoolState.DRAINING, PoolState.STOPPED):
+        if self._ending:
             return
         if len(self._active) >= self._settings.workers:
             state = PoolState.SERVING
@@ -1150,13 +1157,14 @@ class Pool:
                 f"the {self.name} pool has no worker of this id; it has: {known}",
                 metadata={"pool": self.name},
             )
+        if self._ending:  # a worker started now would have nobody to end it
+            raise _unavailable(self.name, "is shutting down")
         old = member.link.pid if member.link else 0
         before = member.life.restarts
         self._tell(PoolChange.WORKER_RESTARTING, member, "RESTARTED")
         self._happen(member, Event(Happening.RESTART, "RESTARTED"))
-        if not await self._until(
-            lambda: member.life.restarts > before and member.life.life is Life.READY, timeout
-        ):
+        await self._until(lambda: _came_back(member, before) or self._ending, timeout)
+        if not _came_back(member, before):
             raise _unavailable(self.name, "has not brought the worker back yet")
         return old, member.link.pid if member.link else 0
 
@@ -1165,14 +1173,17 @@ class Pool:
 
         New workers are warmed beside the old ones, then take over, then the old ones are
         drained. Workers of a thread group, and external ones, are restarted in turn
-        instead, because there is no second place for them. On any failure the old
-        package stays in service. Raises FacelaneError(MODEL_INVALID).
+        instead, because there is no second place for them. On any failure, and when it is
+        cancelled, the old package stays in service. Raises FacelaneError: MODEL_INVALID,
+        POOL_UNAVAILABLE when the pool is stopped meanwhile.
         """
         if package.task is not self.stage:
             raise _invalid(package, f"it is a {package.task}, not a {self.stage}")
         if package.crops != self.package.crops:
             raise _invalid(package, "it takes other crops; restart the server with it instead")
         async with self._reloading:
+            if self._ending:
+                raise _unavailable(self.name, "is shutting down")
             bound = timeout if timeout is not None else self._settings.load_timeout_s
             if self._settings.isolation in ("thread", "external"):
                 await self._reload_in_turn(package, bound)
@@ -1182,21 +1193,27 @@ class Pool:
 
     async def _reload_beside(self, package: Package, timeout: float) -> None:
         count = self._settings.workers + self._settings.spares
-        self._warming = [self._new_member(package) for _ in range(count)]
-        for member in self._warming:
-            self._begin_life(member)
-        await self._until(
-            lambda: (
-                all(m.life.life is Life.READY for m in self._warming)
-                or any(m.life.losses for m in self._warming)
-            ),
-            timeout,
-        )
-        fresh, self._warming = self._warming, []
-        if not all(m.life.life is Life.READY for m in fresh):
-            reason = next((m.life.reason for m in fresh if m.life.reason), "START_TIMEOUT")
-            self._retire(fresh)
-            raise _invalid(package, f"its workers do not become ready ({reason}); see the log")
+        fresh = self._warming = [self._new_member(package) for _ in range(count)]
+        sound = False
+        try:
+            for member in fresh:
+                self._begin_life(member)
+            await self._until(
+                lambda: (
+                    all(m.life.life is Life.READY for m in fresh)
+                    or any(m.life.losses for m in fresh)
+                    or self._ending
+                ),
+                timeout,
+            )
+            sound = all(m.life.life is Life.READY for m in fresh) and not self._ending
+        finally:
+            self._warming = []
+            if not sound:
+                # Whoever asked may be gone (cancelled): nobody else would end them.
+                self._retire(fresh)
+        if not sound:
+            raise self._not_reloaded(package, fresh)
         old, self._members = self._members, fresh
         self._adopt(package)
         self._settle()
@@ -1210,25 +1227,36 @@ class Pool:
     async def _reload_in_turn(self, package: Package, timeout: float) -> None:
         old = self.package
         self._adopt(package)
-        for member in self._members:
-            member.package = package
-            before = member.life
-            self._happen(member, Event(Happening.RESTART, "RESTARTED"))
+        try:
+            for member in self._members:
+                member.package = package
+                restarts = member.life.restarts
+                self._happen(member, Event(Happening.RESTART, "RESTARTED"))
+                # Which forgives what was lost before, with the old package.
+                losses = member.life.losses
 
-            def decided(member: _Member = member, before: restart.Worker = before) -> bool:
-                life = member.life
-                came_back = life.restarts > before.restarts and life.life is Life.READY
-                return came_back or life.losses != before.losses
-
-            back = await self._until(decided, timeout)
-            if not back or member.life.life is not Life.READY:
-                reason = member.life.reason or "START_TIMEOUT"
-                self._adopt(old)
-                for other in self._members:
-                    if other.package is package:
-                        other.package = old
+                await self._until(
+                    lambda m=member, n=restarts, before=losses: (  # type: ignore[misc]
+                        _came_back(m, n) or m.life.losses != before or self._ending
+                    ),
+                    timeout,
+                )
+                if not _came_back(member, restarts) or self._ending:
+                    raise self._not_reloaded(package, [member])
+        except BaseException:  # cancelled, too: never two models at once
+            self._adopt(old)
+            for other in self._members:
+                if other.package is package:
+                    other.package = old
+                    if not self._ending:
                         self._happen(other, Event(Happening.RESTART, "RESTARTED"))
-                raise _invalid(package, f"its worker does not become ready ({reason})")
+            raise
+
+    def _not_reloaded(self, package: Package, members: list[_Member]) -> FacelaneError:
+        if self._ending:
+            return _unavailable(self.name, "is shutting down")
+        reason = next((m.life.reason for m in members if m.life.reason), "START_TIMEOUT")
+        return _invalid(package, f"its workers do not become ready ({reason}); see the log")
 
     def _adopt(self, package: Package) -> None:
         self.package = package
@@ -1331,6 +1359,11 @@ class Pool:
             decode=settings.decode,
             options=dict(settings.options),
         )
+
+
+def _came_back(member: _Member, restarts: int) -> bool:
+    """Ready in a later life than the one after so many restarts."""
+    return member.life.restarts > restarts and member.life.life is Life.READY
 
 
 def _jobs_of(member: _Member) -> Any:
