@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.real_pool import PACKAGES, alive, named_shared_memory, open_descriptors, real_pool
 from tests.waiting import auntil
@@ -15,6 +17,7 @@ from tests.waiting import auntil
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.limits import MIB
+from facelane_server.pools.host import ProcessLauncher
 from facelane_server.pools.pool import PoolChange, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer, Task
@@ -151,6 +154,44 @@ async def test_a_large_picture_and_a_large_answer_do_not_stay_resident() -> None
         # Two slots of two arenas keep a little; the rest is given back.
         kept = 4 * limits.SLOT_KEEP_BYTES // MIB
         assert resident_shared_mib() - before <= kept
+
+
+async def test_a_process_that_cannot_be_watched_is_not_left_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server has no descriptor left just then."""
+
+    def refused(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    children, descriptors = psutil.Process().children(), open_descriptors()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pidfd_open", refused)
+        with pytest.raises(OSError, match="Too many open files"):
+            await ProcessLauncher(threads=1).launch("liveness#0")
+    assert psutil.Process().children() == children
+    assert open_descriptors() == descriptors
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b'{"level": []}',
+        b'{"self": 1, "method_name": 2, "exc_info": true, "stack_info": true}',
+        b'{"event": ' + b"[" * 7000,
+        b"{" + b"\xff" * 9000,
+    ],
+    ids=["level", "names", "depth", "bytes"],
+)
+async def test_whatever_a_worker_says_last_its_end_is_seen(words: bytes) -> None:
+    """Libraries write to stderr what they like, in JSON too."""
+    async with real_pool() as p:
+        (pid,) = p.pids()
+        with Path(f"/proc/{pid}/fd/2").open("wb") as stderr:
+            stderr.write(words)
+        os.kill(pid, signal.SIGKILL)
+        await auntil(lambda: p.pool.info().workers[0].restarts == 1)
+        assert await p.infer() == LivenessAnswer(1.0)
 
 
 # -- violence ---------------------------------------------------------------------------

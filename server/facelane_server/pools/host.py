@@ -147,8 +147,17 @@ class Process:
         self.sockets = [server for server, _ in pairs]
         self.pid = self._child.pid
         assert self._child.stderr is not None
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError:  # no descriptor left: nobody would see its end
+            self._child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(_TERM_S)
+            self._child.stderr.close()
+            for server in self.sockets:
+                server.close()
+            raise
         self._output = _OutputReader(self._child.stderr.fileno(), name, self.pid, self._loop)
-        self._pidfd = os.pidfd_open(self.pid)
         self._loop.add_reader(self._pidfd, self._reap)
 
     def signal(self, number: signal.Signals) -> None:
@@ -226,7 +235,7 @@ class _OutputReader:
         if fields is None:
             self._log.warning("worker output", text=text)
         else:
-            level = _LEVELS.get(fields.pop("worker_level", ""), logging.INFO)
+            level = _LEVELS.get(str(fields.pop("worker_level", "")), logging.INFO)
             self._log.log(level, "worker message", **fields)
 
     def _report_suppressed(self) -> None:
@@ -241,7 +250,7 @@ def _fields_of(text: str) -> dict[str, Any] | None:
         return None
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
         return None
@@ -253,7 +262,11 @@ def _fields_of(text: str) -> dict[str, Any] | None:
 
 
 _LEVELS: Final = {"error": logging.ERROR, "warning": logging.WARNING}
-_TAKEN: Final = frozenset({"event", "message", "level", "worker", "worker_pid", "timestamp"})
+_TAKEN: Final = frozenset({
+    "event", "message", "level", "worker", "worker_pid", "timestamp",
+    # What a logger's methods take by name, or act upon.
+    "self", "method_name", "exc_info", "stack_info", "exception", "stack",
+})  # fmt: skip
 
 
 # -- process and mps --------------------------------------------------------------------
