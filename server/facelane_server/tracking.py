@@ -33,7 +33,8 @@ away: one score below ``spoof`` in memory bars LIVE, two make the verdict SPOOF 
 whole memory is at or above ``live``. A LIVE track stays LIVE while the fused score is in
 the upper half of the band between ``spoof`` and ``live``, so that the verdict does not
 flicker. When a name is lost or the track becomes suspect, the scores that speak for a
-living person are forgotten and those of an attack are kept.
+living person are forgotten and those of an attack are kept; scores that come later, but of
+shots that were taken before, are treated alike.
 """
 
 from __future__ import annotations
@@ -622,8 +623,11 @@ def wants_liveness(track: Track, found: Detection, now_ns: int, params: Params) 
 
 def with_liveness(track: Track, score: float, now_ns: int, thresholds: LivenessThresholds) -> Track:
     """The track after the liveness score, [0, 1], of a shot taken at ``now_ns``. NaN is no
-    answer and changes nothing."""
+    answer and changes nothing; nor does a shot from before the track became suspect, unless it
+    shows an attack: it may be of another person."""
     if math.isnan(score):
+        return track
+    if track.suspect_ns is not None and now_ns < track.suspect_ns and score >= thresholds.spoof:
         return track
     shots = (*track.liveness_shots, LivenessShot(score, score < thresholds.spoof))
     shots = shots[-limits.MAX_LIVENESS_SHOTS :]

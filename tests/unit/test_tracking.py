@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -648,3 +648,14 @@ def test_parameters_come_from_the_config() -> None:
 def test_preparing_imports_the_solver() -> None:
     tracking.prepare()
     assert tracking._solver() is linear_sum_assignment
+
+
+def test_a_late_answer_from_before_the_suspicion_makes_nobody_live() -> None:
+    """It was under way when the face was swapped; what it says of an attack still counts."""
+    suspect = replace(one(update(Tracks(), [at(0)], 0, PARAMS)), suspect_ns=2 * FRAME)
+    assert tracking.with_liveness(suspect, 0.99, FRAME, Thresholds()) == suspect
+    after = tracking.with_liveness(suspect, 0.99, 2 * FRAME, Thresholds())
+    assert after.liveness.verdict is LivenessVerdict.LIVE
+    attacked = tracking.with_liveness(suspect, 0.1, FRAME, Thresholds())
+    assert attacked.liveness.verdict is LivenessVerdict.SPOOF
+    assert attacked.liveness_shots
