@@ -187,8 +187,7 @@ async def test_whatever_a_worker_says_last_its_end_is_seen(words: bytes) -> None
     """Libraries write to stderr what they like, in JSON too."""
     async with real_pool() as p:
         (pid,) = p.pids()
-        with Path(f"/proc/{pid}/fd/2").open("wb") as stderr:
-            stderr.write(words)
+        Path(f"/proc/{pid}/fd/2").write_bytes(words)
         os.kill(pid, signal.SIGKILL)
         await auntil(lambda: p.pool.info().workers[0].restarts == 1)
         assert await p.infer() == LivenessAnswer(1.0)
