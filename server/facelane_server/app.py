@@ -32,7 +32,7 @@ from facelane.v1 import (
 )
 from facelane_server import __version__, config, limits, plan, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.edge import health
+from facelane_server.edge import errors, health
 from facelane_server.edge.analysis import AnalysisService, LaneRegistry
 from facelane_server.edge.auth import Authenticator, AuthInterceptor
 from facelane_server.edge.gallery import GalleryService
@@ -305,6 +305,7 @@ class App:
         """Everything started, in order; everything ended, in the opposite one."""
         async with contextlib.AsyncExitStack() as stack:
             runtime = stack.enter_context(runtime_dir(self.settings))
+            stack.enter_context(errors.observed(self.metrics.refused))
             await self._start_pools(stack, runtime)
             gallery = await self._open_gallery(stack)
             pipeline = Pipeline(

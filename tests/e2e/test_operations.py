@@ -408,6 +408,9 @@ def test_metrics_over_http(start: Start) -> None:
         for outcome in client.analyze([wire.picture()] * 10):
             assert outcome.result is not None
         client.enroll("grace-of-the-metrics", wire.picture())
+        for _ in range(2):
+            with pytest.raises(facelane.NotFoundError):
+                client.get_subject("nobody-of-the-metrics")
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         assert response.headers["content-type"].startswith("text/plain")
         text = response.read().decode()
@@ -416,9 +419,10 @@ def test_metrics_over_http(start: Start) -> None:
     )
     assert any(float(v) == 10 for k, v in samples.items() if "outcome" in k), text
     assert any(float(v) == 1 for k, v in samples.items() if "templates" in k), text
+    assert samples['facelane_calls_refused_total{reason="SUBJECT_NOT_FOUND"}'] == "2.0"
     for stage in ("detector", "recognizer", "liveness"):
         assert f'pool="{stage}"' in text
-    assert "grace-of-the-metrics" not in text
+    assert "of-the-metrics" not in text
 
 
 def test_reflection_lists_the_services(server: RunningServer) -> None:

@@ -43,3 +43,17 @@ async def test_a_peer_that_is_gone_is_no_error_of_ours() -> None:
 async def test_the_status_is_grpcs_to_send() -> None:
     with pytest.raises(grpc.aio.AbortError):
         await errors.abort(Context(grpc.aio.AbortError()), REFUSAL)  # type: ignore[arg-type]
+
+
+async def test_who_counts_errors_hears_of_each_call_once() -> None:
+    heard: list[Reason] = []
+    for end in (grpc.aio.AbortError(), grpc.aio.InternalError()):
+        with (
+            errors.observed(heard.append),
+            pytest.raises((grpc.aio.AbortError, asyncio.CancelledError)),
+        ):
+            await errors.abort(Context(end), REFUSAL)  # type: ignore[arg-type]
+    assert heard == [Reason.SLOW_READER] * 2
+    with pytest.raises(grpc.aio.AbortError):
+        await errors.abort(Context(grpc.aio.AbortError()), REFUSAL)  # type: ignore[arg-type]
+    assert len(heard) == 2, "nobody listens any more"

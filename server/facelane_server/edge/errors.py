@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Final, NoReturn
 
 import grpc
@@ -74,6 +76,18 @@ ABORT_S: Final = 3.0
 
 assert set(CODES) == set(Reason), "every reason has a status code"
 
+_observers: list[Callable[[Reason], None]] = []
+
+
+@contextlib.contextmanager
+def observed(by: Callable[[Reason], None]) -> Iterator[None]:
+    """Tells ``by`` the reason of every call that ends with an error."""
+    _observers.append(by)
+    try:
+        yield
+    finally:
+        _observers.remove(by)
+
 
 def status(
     reason: Reason, message: str, metadata: dict[str, str] | None = None, *, retryable: bool = False
@@ -96,6 +110,8 @@ async def abort(
     either is cut off after ``ABORT_S``: otherwise it would hold its call, and the next one
     too, for as long as it stays connected.
     """
+    for tell in _observers:
+        tell(error.reason)
     rich = rpc_status.to_status(
         status(error.reason, error.message, error.metadata, retryable=error.retryable)
     )
