@@ -11,7 +11,7 @@ import logging
 import math
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -46,6 +46,7 @@ from facelane.stream import (
     Phase,
     StreamCore,
     as_lost,
+    unreadable,
 )
 from facelane.transport import (
     DEFAULT_TIMEOUT,
@@ -247,6 +248,11 @@ class Client:
                 pump.cancel()
                 await asyncio.wait([pump])
                 raise
+            if not pump.done():
+                # The stream ended under it. It may wait for a camera that gives nothing more.
+                pump.cancel()
+                await asyncio.wait([pump])
+                return
             await pump
 
     # The gallery.
@@ -407,12 +413,17 @@ class Client:
     ) -> None:
         """As ``facelane.Client.wait_until_serving``."""
         deadline = time.monotonic() + timeout
+        said = ""
         while True:
             remaining = deadline - time.monotonic()
             try:
                 status = await self.health(service, timeout=max(0.05, min(remaining, self.timeout)))
-            except (UnavailableError, DeadlineExceededError) as error:
+            except UnavailableError as error:
                 said = error.reason
+            except DeadlineExceededError as error:
+                # The last question's time is what was left of ours: no answer to it says less
+                # than an answer before it.
+                said = error.reason if remaining >= self.timeout else said or error.reason
             else:
                 if status is HealthStatus.SERVING:
                     return
@@ -494,11 +505,11 @@ class _Waiters:
     """Tasks that wait for one kind of change, woken in the order in which they came."""
 
     def __init__(self) -> None:
-        self._futures: deque[asyncio.Future[None]] = deque()
+        self._futures: OrderedDict[asyncio.Future[None], None] = OrderedDict()
 
     def notify(self) -> None:
         while self._futures:
-            future = self._futures.popleft()
+            future, _ = self._futures.popitem(last=False)
             if not future.done():
                 future.set_result(None)
                 return
@@ -510,7 +521,7 @@ class _Waiters:
     async def wait(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        self._futures.append(future)
+        self._futures[future] = None
         timer = loop.call_later(seconds, _expire, future)
         try:
             await future
@@ -521,6 +532,8 @@ class _Waiters:
             raise
         finally:
             timer.cancel()
+            # Whoever gave up waiting must not be kept until the next change, if one comes.
+            self._futures.pop(future, None)
 
 
 def _expire(future: asyncio.Future[None]) -> None:
@@ -554,6 +567,7 @@ class AnalyzeStream:
         self._turn = _Waiters()
         self._call: Any = None
         self._generation = 0
+        self._untold: StreamUpdate | None = None
         self._reader: asyncio.Task[None] | None = None
 
     # Opening and closing.
@@ -739,10 +753,10 @@ class AnalyzeStream:
         now = time.monotonic()
         if self._end_if_overdue(now):
             return True
-        if now >= deadline:
+        if not now < deadline:
             return False
         overdue = self._core.overdue_at()
-        until = min(deadline, now + _PARK if overdue is None else overdue)
+        until = min(deadline, now + _PARK, math.inf if overdue is None else overdue)
         await waiters.wait(max(0.001, until - now))
         return True
 
@@ -751,7 +765,8 @@ class AnalyzeStream:
         if error is None:
             return False
         call = self._detach()
-        self._core.disconnected(error, now)
+        # Told by the reader, whom the end of its call wakes.
+        self._untold = self._core.disconnected(error, now)
         self._wake_all()
         if call is not None:
             call.cancel()
@@ -781,10 +796,10 @@ class AnalyzeStream:
                 return
             generation = self._generation
             error = await self._read(generation)
-            update = None
             if self._generation == generation:
                 self._detach()
-                update = core.disconnected(error, time.monotonic())
+                self._untold = core.disconnected(error, time.monotonic())
+            update, self._untold = self._untold, None
             self._wake_all()
             self._tell(update)
 
@@ -813,6 +828,11 @@ class AnalyzeStream:
             # gRPC says so of a call that we cancelled ourselves; anything else is ours.
             if self._generation == generation or core.phase is Phase.ENDED:
                 raise
+        except Exception as error:
+            # A reader that died in silence would leave everybody waiting.
+            failure = unreadable(error)
+            failure.__cause__ = error
+            return failure
         finally:
             call.cancel()
             writer.cancel()
@@ -824,7 +844,7 @@ class AnalyzeStream:
         try:
             await call.write(self._config)
             while self._generation == generation:
-                payload = core.next_payload()
+                payload = core.next_payload(time.monotonic())
                 if payload is None:
                     await self._wait(self._work, math.inf)
                 elif isinstance(payload, HalfClose):
@@ -865,6 +885,7 @@ class EventStream:
         self._reconnect = reconnect
         self._closed = asyncio.Event()
         self._call: Any = None
+        self._called_at = 0.0
         self._reading: asyncio.Future[Any] | None = None
         self._begun = False
         self._ahead: _EventResponse | None = None
@@ -874,9 +895,9 @@ class EventStream:
         """Subscribes: what happens from here on is delivered.
 
         Raises:
-            FacelaneError: the server refuses, or cannot be reached. With ``reconnect``
-                failures that may pass are waited out up to the client's timeout, then the
-                iteration goes on trying.
+            FacelaneError: the server refuses, cannot be reached, or does not begin within the
+                client's timeout. With ``reconnect`` failures that may pass are waited out up
+                to that timeout, then the iteration goes on trying.
         """
         try:
             self._ahead = await self._receive(time.monotonic() + self._timeout)
@@ -907,14 +928,24 @@ class EventStream:
                     convert.watch_events_request(self.resume_token, self._kinds)
                 )
                 self._begun = False
+                self._called_at = time.monotonic()
             if self._reading is None:
                 # A task of its own: gRPC ends a call whose reader is cancelled, and whoever
                 # waits for the next event with a timeout means to go on.
                 self._reading = asyncio.ensure_future(self._call.read())
+            # Events may take as long as they like, but the first response is due at once: it
+            # says that the subscription has begun.
+            now = time.monotonic()
+            limit = max(0.0, min(self._called_at + self._timeout, deadline) - now)
             try:
-                response = await asyncio.shield(self._reading)
+                async with asyncio.timeout(None if self._begun else calls.deadline(limit)):
+                    response = await asyncio.shield(self._reading)
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
+            except TimeoutError:
+                self._reading.cancel()
+                self._call.cancel()
+                error = calls.never_began(self._timeout)
             except asyncio.CancelledError:
                 # gRPC says so of a call that was cancelled by close().
                 if self._closed.is_set():

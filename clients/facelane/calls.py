@@ -294,6 +294,14 @@ def never_served(timeout: float, said: str) -> DeadlineExceededError:
     )
 
 
+def never_began(timeout: float) -> DeadlineExceededError:
+    """A server took a subscription, and did not say that it began."""
+    return DeadlineExceededError(
+        Reason.DEADLINE_EXCEEDED,
+        f"the server did not begin the subscription within {timeout:.3g} s: look at its health",
+    )
+
+
 # Administration.
 
 

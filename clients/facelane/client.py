@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import grpc
 
@@ -43,6 +43,7 @@ from facelane.stream import (
     Phase,
     StreamCore,
     as_lost,
+    unreadable,
 )
 from facelane.transport import (
     DEFAULT_TIMEOUT,
@@ -465,13 +466,18 @@ class Client:
             DeadlineExceededError: it did not within ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
+        said = ""
         pause = threading.Event()
         while True:
             remaining = deadline - time.monotonic()
             try:
                 status = self.health(service, timeout=max(0.05, min(remaining, self.timeout)))
-            except (UnavailableError, DeadlineExceededError) as error:
+            except UnavailableError as error:
                 said = error.reason
+            except DeadlineExceededError as error:
+                # The last question's time is what was left of ours: no answer to it says less
+                # than an answer before it.
+                said = error.reason if remaining >= self.timeout else said or error.reason
             else:
                 if status is HealthStatus.SERVING:
                     return
@@ -575,6 +581,7 @@ class AnalyzeStream:
         self._turn = threading.Condition(self._lock)
         self._call: Any = None
         self._generation = 0
+        self._untold: StreamUpdate | None = None
         self._reader: threading.Thread | None = None
 
     # Opening and closing.
@@ -796,10 +803,11 @@ class AnalyzeStream:
         now = time.monotonic()
         if self._end_if_overdue(now):
             return True
-        if now >= deadline:
+        if not now < deadline:
             return False
         overdue = self._core.overdue_at()
-        until = min(deadline, now + _PARK if overdue is None else overdue)
+        # Never longer than _PARK: a lock cannot wait for ever, which either may say.
+        until = min(deadline, now + _PARK, math.inf if overdue is None else overdue)
         condition.wait(max(0.001, until - now))
         return True
 
@@ -808,7 +816,8 @@ class AnalyzeStream:
         if error is None:
             return False
         call = self._detach()
-        self._core.disconnected(error, now)
+        # Told by the reader, whom the end of its call wakes: this may be any thread.
+        self._untold = self._core.disconnected(error, now)
         self._wake_all()
         if call is not None:
             call.cancel()
@@ -840,10 +849,10 @@ class AnalyzeStream:
                 generation = self._generation
             error = self._read(generation)
             with self._lock:
-                update = None
                 if self._generation == generation:
                     self._detach()
-                    update = core.disconnected(error, time.monotonic())
+                    self._untold = core.disconnected(error, time.monotonic())
+                update, self._untold = self._untold, None
                 self._wake_all()
             self._tell(update)
 
@@ -879,6 +888,12 @@ class AnalyzeStream:
         except ProtocolError as error:
             call.cancel()
             return error
+        except Exception as error:
+            # A reader that died in silence would leave everybody waiting.
+            call.cancel()
+            failure = unreadable(error)
+            failure.__cause__ = error
+            return failure
         return None
 
     def _requests(self, generation: int) -> Iterator[_Request]:
@@ -892,7 +907,7 @@ class AnalyzeStream:
                         self._work.wait(_PARK)
                 if self._generation != generation:
                     return
-                payload = core.next_payload()
+                payload = core.next_payload(time.monotonic())
             if payload is None or isinstance(payload, HalfClose):
                 return
             yield payload
@@ -936,9 +951,9 @@ class EventStream:
         """Subscribes: what happens from here on is delivered.
 
         Raises:
-            FacelaneError: the server refuses, or cannot be reached. With ``reconnect``
-                failures that may pass are waited out up to the client's timeout, then the
-                iteration goes on trying.
+            FacelaneError: the server refuses, cannot be reached, or does not begin within the
+                client's timeout. With ``reconnect`` failures that may pass are waited out up
+                to that timeout, then the iteration goes on trying.
         """
         try:
             self._ahead = self._receive(time.monotonic() + self._timeout)
@@ -971,13 +986,15 @@ class EventStream:
                 if self._closed.is_set():
                     self._call.cancel()
             try:
-                response: _EventResponse = next(self._call)
+                response = self._next(deadline)
             except StopIteration:
                 error: FacelaneError = UnavailableError(
                     Reason.DRAINING, "the server ended the subscription: it is going away"
                 )
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
+            except DeadlineExceededError as failure:
+                error = failure
             else:
                 return self._progress(response)
             self._call = None
@@ -994,6 +1011,32 @@ class EventStream:
             self._closed.wait(delay)
         return None
 
+    def _next(self, deadline: float) -> _EventResponse:
+        """The next response of this connection. Events may take as long as they like, but the
+        first response is due at once: it says that the subscription has begun."""
+        call = self._call
+        limit = max(0.0, min(self._timeout, deadline - time.monotonic()))
+        seconds = None if self._begun else calls.deadline(limit)
+        if seconds is None:
+            return cast("_EventResponse", next(call))
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            call.cancel()
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return cast("_EventResponse", next(call))
+        except grpc.RpcError:
+            if late.is_set():
+                raise calls.never_began(self._timeout) from None
+            raise
+        finally:
+            timer.cancel()
+
     def _progress(self, response: _EventResponse) -> _EventResponse:
         self._begun = True
         self._attempts = 0
@@ -1003,8 +1046,10 @@ class EventStream:
     def close(self) -> None:
         """Ends the subscription, from any thread; iteration ends."""
         self._closed.set()
-        if self._call is not None:
-            self._call.cancel()
+        # The iterating thread may let go of it at this very moment.
+        call = self._call
+        if call is not None:
+            call.cancel()
 
     def __exit__(
         self,

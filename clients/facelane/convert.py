@@ -117,10 +117,14 @@ def timestamp(value: dt.datetime) -> timestamp_pb2.Timestamp:
     return result
 
 
-def _moment(value: timestamp_pb2.Timestamp) -> dt.datetime:
-    return dt.datetime.fromtimestamp(value.seconds, _UTC) + dt.timedelta(
-        microseconds=value.nanos // 1000
-    )
+def _moment(value: timestamp_pb2.Timestamp) -> dt.datetime | None:
+    try:
+        return dt.datetime.fromtimestamp(value.seconds, _UTC) + dt.timedelta(
+            microseconds=value.nanos // 1000
+        )
+    except (ValueError, OverflowError, OSError):
+        # Outside of the years 1 to 9999: nothing to tell, and no reason to fail.
+        return None
 
 
 # Requests.

@@ -28,11 +28,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -264,8 +266,9 @@ def from_rpc(error: grpc.RpcError) -> FacelaneError:
     details: str = error.details() or ""
     try:
         status = rpc_status.from_call(error)
-    except ValueError:
-        # The details disagree with the status proper: the latter is what gRPC acts on.
+    except (ValueError, DecodeError):
+        # The details disagree with the status proper, or are none: the latter is what gRPC
+        # acts on.
         status = None
     info = None if status is None else error_info(status)
     if info is None:
@@ -278,8 +281,9 @@ def error_info(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None:
     for detail in status.details:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo()
-            detail.Unpack(info)
-            return info
+            with contextlib.suppress(DecodeError):
+                detail.Unpack(info)
+                return info
     return None
 
 

@@ -266,7 +266,7 @@ class StreamCore(Generic[T]):
         """Whether ``close_send`` was called."""
         return self._closing
 
-    def next_payload(self) -> T | HalfClose | None:
+    def next_payload(self, now: float) -> T | HalfClose | None:
         """What to write now: a payload, the end of this connection's sending, or nothing yet."""
         if self.phase is not Phase.OPEN:
             return None
@@ -274,6 +274,8 @@ class StreamCore(Generic[T]):
             return self._outbox.popleft()
         if self._closing or self._leaving:
             self.phase = Phase.FINISHING
+            # The server's time to sum up begins here: the camera may have rested for hours.
+            self._since = now
             return HALF_CLOSE
         return None
 
@@ -515,6 +517,11 @@ def _violation(what: str) -> ProtocolError:
         Reason.PROTOCOL_VIOLATION,
         f"the server broke the stream's rules: {what}; report this with both versions",
     )
+
+
+def unreadable(error: Exception) -> ProtocolError:
+    """The stream's end by what nobody foresaw; its text may hold anything, its kind does not."""
+    return _violation(f"it said what cannot be read ({type(error).__name__})")
 
 
 def as_lost(error: FacelaneError) -> FacelaneError:

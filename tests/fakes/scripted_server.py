@@ -210,6 +210,21 @@ def saying(*responses: Response) -> Script:
     return script
 
 
+class LosingItsTongue(dict[str, int]):
+    """Health that says its status once, and then nothing until it is ``found``."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__({"": status})
+        self.found = threading.Event()
+        self._said = False
+
+    def __getitem__(self, service: str) -> int:
+        if self._said:
+            assert self.found.wait(30)
+        self._said = True
+        return super().__getitem__(service)
+
+
 # Services.
 
 

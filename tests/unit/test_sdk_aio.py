@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -29,7 +30,7 @@ def server() -> Iterator[fake.ScriptedServer]:
 
 @pytest.fixture
 async def client(server: fake.ScriptedServer) -> AsyncIterator[facelane.aio.Client]:
-    async with facelane.aio.Client(server.target, timeout=5.0) as made:
+    async with facelane.aio.Client(server.target, timeout=30.0) as made:
         yield made
 
 
@@ -56,7 +57,7 @@ async def test_a_stream_from_open_to_summary(client: facelane.aio.Client) -> Non
     assert [o.frame_id for o in outcomes] == list(range(1, 101))
     assert stream.summary.results == 100
     assert await stream.recv() is None
-    await auntil(lambda: not tasks(), 5, "no task left")
+    await auntil(lambda: not tasks(), 30, "no task left")
 
 
 async def test_analyze_takes_both_kinds_of_iterables(client: facelane.aio.Client) -> None:
@@ -68,7 +69,7 @@ async def test_analyze_takes_both_kinds_of_iterables(client: facelane.aio.Client
     assert len([o async for o in client.analyze([PICTURE] * 40)]) == 40
     offsets = [o.stream_offset async for o in client.analyze(camera())]
     assert offsets == pytest.approx([n / 25 for n in range(40)])
-    await auntil(lambda: not tasks(), 5, "no task left")
+    await auntil(lambda: not tasks(), 30, "no task left")
 
 
 async def test_analyze_raises_the_iterable_s_error(client: facelane.aio.Client) -> None:
@@ -91,7 +92,24 @@ async def test_analyze_can_be_left(client: facelane.aio.Client) -> None:
         async for outcome in outcomes:
             assert outcome.frame_id == 1
             break
-    await auntil(lambda: not tasks(), 5, "no task left")
+    await auntil(lambda: not tasks(), 30, "no task left")
+
+
+async def test_analyze_ends_with_its_client_though_the_camera_gives_nothing(
+    server: fake.ScriptedServer,
+) -> None:
+    async def camera() -> AsyncIterator[facelane.Picture]:
+        yield PICTURE
+        await asyncio.Event().wait()
+
+    async with facelane.aio.Client(server.target) as client:
+        outcomes = client.analyze(camera())
+        assert (await anext(outcomes)).frame_id == 1
+        waiting = asyncio.create_task(anext(outcomes, None))
+        await asyncio.sleep(0)
+        await client.close()
+        assert await asyncio.wait_for(waiting, 30) is None
+    await auntil(lambda: not tasks(), 30, "no task left")
 
 
 async def test_analyze_raises_when_the_stream_breaks(
@@ -153,12 +171,12 @@ async def test_cancelling_the_user_s_task_cleans_up(
             await stream.recv()
 
     task = asyncio.create_task(work())
-    await asyncio.wait_for(entered.wait(), 5)
+    await asyncio.wait_for(entered.wait(), 30)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     released.set()
-    await auntil(lambda: not tasks(), 5, "no task left")
+    await auntil(lambda: not tasks(), 30, "no task left")
 
 
 async def test_closing_the_client_closes_its_streams(server: fake.ScriptedServer) -> None:
@@ -207,7 +225,7 @@ async def test_a_refused_stream_raises_on_entering(
     with pytest.raises(kind, match="do this instead"):
         async with client.analyze_stream():
             pass
-    await auntil(lambda: not tasks(), 5, "no task left")
+    await auntil(lambda: not tasks(), 30, "no task left")
 
 
 async def test_nobody_there() -> None:
@@ -237,14 +255,18 @@ async def test_a_hanging_server_is_noticed(
 ) -> None:
     released = threading.Event()
     server.scripts.append(fake.silent(released, window=1))
-    async with client.analyze_stream(stall_timeout=0.1, reconnect=QUICK) as stream:
+    told: list[facelane.StreamUpdate] = []
+    async with client.analyze_stream(
+        stall_timeout=0.1, reconnect=QUICK, on_update=told.append
+    ) as stream:
         await stream.send(PICTURE)
-        outcome = await stream.recv(timeout=5)
+        outcome = await stream.recv(timeout=30)
         assert outcome is not None
         assert outcome.error is not None
         assert outcome.error.reason == "CONNECTION_LOST"
         assert await stream.send(PICTURE) == 2
         assert stream.summary.connections == 2
+        assert [u.kind.value for u in told] == ["CONNECTION_LOST", "RECONNECTED"]
     released.set()
 
 
@@ -254,9 +276,39 @@ async def test_a_server_that_breaks_the_rules(
     server.scripts.append(fake.saying(fake.summary(results=5)))
     async with client.analyze_stream(reconnect=QUICK) as stream:
         await stream.send(PICTURE)
-        assert await stream.recv(timeout=5) is not None
+        assert await stream.recv(timeout=30) is not None
         with pytest.raises(facelane.ProtocolError, match="counted 5"):
-            await stream.recv(timeout=5)
+            await stream.recv(timeout=30)
+
+
+async def test_a_reader_ends_with_an_error_whatever_happens_to_it(
+    client: facelane.aio.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(_pb: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(facelane.convert, "stream_message", explode)
+    with pytest.raises(facelane.ProtocolError, match="ZeroDivisionError"):
+        async with client.analyze_stream(reconnect=QUICK):
+            pass
+    await auntil(lambda: not tasks(), 30, "no task left")
+
+
+async def test_waiting_in_vain_leaves_nothing_behind(client: facelane.aio.Client) -> None:
+    """A program that polls a camera at rest must not grow."""
+    async with client.analyze_stream() as stream:
+        for _ in range(20):
+            with pytest.raises(facelane.DeadlineExceededError):
+                await stream.recv(timeout=0.002)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(stream.recv(), 0.002)
+        gc.collect()
+        kept = {id(f) for f in gc.get_referrers(asyncio.get_running_loop()) if is_future(f)}
+        assert len(kept) < 10
+
+
+def is_future(found: object) -> bool:
+    return type(found).__name__ == "Future"
 
 
 async def test_reconnect_keeps_counting_and_loses_nothing(
@@ -292,16 +344,16 @@ async def test_a_server_that_is_killed_and_comes_back(tmp_path: Path) -> None:
     target = f"unix:{tmp_path}/s.sock"
     first = fake.ScriptedServer(address=target)
     async with (
-        facelane.aio.Client(target, timeout=5) as client,
+        facelane.aio.Client(target, timeout=30) as client,
         client.analyze_stream(reconnect=QUICK) as stream,
     ):
         await stream.send(PICTURE)
-        assert await stream.recv(timeout=5) is not None
+        assert await stream.recv(timeout=30) is not None
         await asyncio.to_thread(first.stop)
-        await auntil(lambda: not stream.connected, 10, "the loss to be noticed")
+        await auntil(lambda: not stream.connected, 30, "the loss to be noticed")
         with fake.ScriptedServer(address=target):
-            assert await stream.send(PICTURE, timeout=20) == 2
-            assert await stream.recv(timeout=5) is not None
+            assert await stream.send(PICTURE, timeout=30) == 2
+            assert await stream.recv(timeout=30) is not None
 
 
 async def test_updates_reach_the_callback_and_its_failure_harms_nobody(
@@ -356,13 +408,22 @@ async def test_every_single_call(server: fake.ScriptedServer, client: facelane.a
 async def test_health(server: fake.ScriptedServer, client: facelane.aio.Client) -> None:
     assert await client.health() == "SERVING"
     assert await client.health("what") is facelane.HealthStatus.SERVICE_UNKNOWN
-    await client.wait_until_serving(5)
+    await client.wait_until_serving(30)
     server.health[""] = 2
     with pytest.raises(facelane.DeadlineExceededError, match="NOT_SERVING"):
-        await client.wait_until_serving(0.2, poll_interval=0.01)
+        await client.wait_until_serving(1.0, poll_interval=0.01)
     async with facelane.aio.Client("127.0.0.1:1") as lonely:
         with pytest.raises(facelane.DeadlineExceededError, match="UNREACHABLE"):
-            await lonely.wait_until_serving(0.2, poll_interval=0.01)
+            await lonely.wait_until_serving(1.0, poll_interval=0.01)
+
+
+async def test_what_was_heard_last_is_told(
+    server: fake.ScriptedServer, client: facelane.aio.Client
+) -> None:
+    server.health = fake.LosingItsTongue(2)
+    with pytest.raises(facelane.DeadlineExceededError, match="NOT_SERVING"):
+        await client.wait_until_serving(1.0, poll_interval=0.01)
+    server.health.found.set()
 
 
 async def test_events(server: fake.ScriptedServer, client: facelane.aio.Client) -> None:
@@ -400,11 +461,26 @@ async def test_a_quiet_subscription_resumes_where_it_began(
 
 async def test_entering_waits_for_a_server_no_longer_than_its_timeout() -> None:
     forever = facelane.Reconnect(initial_delay=0.05, max_delay=0.05)
-    async with facelane.aio.Client("127.0.0.1:1", timeout=0.2) as lonely:
+    async with facelane.aio.Client("127.0.0.1:1", timeout=30) as lonely:
         with pytest.raises(facelane.UnavailableError):
             await lonely.watch_events().__aenter__()
-        async with asyncio.timeout(5), lonely.watch_events(reconnect=forever):
-            pass
+    async with (
+        asyncio.timeout(30),
+        facelane.aio.Client("127.0.0.1:1", timeout=0.2) as lonely,
+        lonely.watch_events(reconnect=forever),
+    ):
+        pass
+
+
+async def test_a_subscription_that_never_begins_is_given_up(server: fake.ScriptedServer) -> None:
+    server.released.clear()
+    async with facelane.aio.Client(server.target, timeout=0.2) as client:
+        with pytest.raises(facelane.DeadlineExceededError, match="did not begin"):
+            await client.watch_events().__aenter__()
+        async with client.watch_events(reconnect=QUICK) as events:
+            # It goes on trying, and a server that comes to itself is heard.
+            server.released.set()
+            assert (await anext(events)).sequence == 1
 
 
 async def test_waiting_for_an_event_with_a_timeout_harms_nothing(
@@ -418,7 +494,7 @@ async def test_waiting_for_an_event_with_a_timeout_harms_nothing(
                 await asyncio.wait_for(anext(events), 0.05)
         assert len(server.subscriptions) == 1
         server.say_event.set()
-        assert (await asyncio.wait_for(anext(events), 5)).sequence == 2
+        assert (await asyncio.wait_for(anext(events), 30)).sequence == 2
 
 
 async def test_events_can_be_closed_from_another_task(
@@ -430,7 +506,7 @@ async def test_events_can_be_closed_from_another_task(
     waiting = asyncio.create_task(anext(events, None))
     await asyncio.sleep(0)
     await events.close()
-    assert await asyncio.wait_for(waiting, 5) is None
+    assert await asyncio.wait_for(waiting, 30) is None
 
 
 def test_both_clients_are_one_interface() -> None:

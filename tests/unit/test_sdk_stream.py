@@ -19,6 +19,7 @@ from facelane.stream import HALF_CLOSE, Message, Obstacle, Phase, StreamCore
 RESULT = types.FrameResult(640, 480, ())
 LOST = errors.ConnectionLostError("CONNECTION_LOST", "gone")
 FOREVER = types.Reconnect(jitter=0.0)
+NOW = 1.0
 
 
 def opened(window: int = 4, max_frame_bytes: int = 0) -> types.StreamOpened:
@@ -52,7 +53,7 @@ def submit(
     """Submits a frame, and writes it unless told not to."""
     number = stream.submit(size, lambda number, _offset: number, now=now, **more)  # type: ignore[arg-type]
     if write:
-        assert stream.next_payload() == number
+        assert stream.next_payload(NOW) == number
     return number
 
 
@@ -106,7 +107,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def write(self) -> None:
-        payload = self.core.next_payload()
+        payload = self.core.next_payload(self.now)
         if isinstance(payload, int):
             self.written.append(payload)
 
@@ -257,7 +258,7 @@ def test_a_builder_that_raises_leaves_no_trace() -> None:
     with pytest.raises(RuntimeError):
         stream.submit(1, explode, now=1.0)
     assert submit(stream) == 1
-    assert stream.next_payload() is None
+    assert stream.next_payload(NOW) is None
 
 
 @pytest.mark.parametrize(
@@ -414,8 +415,8 @@ def test_draining_with_reconnect_finishes_and_comes_back() -> None:
     submit(stream, write=False)
     stream.receive(types.StreamUpdate(types.StreamUpdateKind.DRAINING), 1.0)
     assert stream.obstacle() is Obstacle.NOT_CONNECTED
-    assert stream.next_payload() == 1
-    assert stream.next_payload() is HALF_CLOSE
+    assert stream.next_payload(NOW) == 1
+    assert stream.next_payload(NOW) is HALF_CLOSE
     stream.receive(outcome(1), 1.1)
     stream.receive(types.StreamSummary(received=1, results=1, tracks=2), 1.2)
     assert stream.disconnected(None, 1.3) is None
@@ -435,7 +436,7 @@ def test_a_server_that_sums_up_and_then_says_draining_has_settled_a_closed_strea
     stream = core()
     submit(stream)
     stream.close_send()
-    assert stream.next_payload() is HALF_CLOSE
+    assert stream.next_payload(NOW) is HALF_CLOSE
     stream.receive(outcome(1), 1.0)
     stream.receive(types.StreamSummary(received=1, results=1), 1.0)
     stream.disconnected(errors.UnavailableError("DRAINING", "bye"), 1.1)
@@ -478,9 +479,20 @@ def test_overdue() -> None:
     assert isinstance(stream.overdue(55.0), errors.ConnectionLostError)
     stream.receive(outcome(1), 54.0)
     stream.close_send()
-    assert stream.next_payload() is HALF_CLOSE
+    assert stream.next_payload(NOW) is HALF_CLOSE
     assert stream.overdue(58.9) is None
     assert isinstance(stream.overdue(59.0), errors.ConnectionLostError)
+
+
+def test_a_camera_that_rested_leaves_the_server_its_time_to_sum_up() -> None:
+    stream: StreamCore[int] = StreamCore(now=0.0, stall_timeout=5.0)
+    stream.receive(opened(), 1.0)
+    submit(stream, now=1.0)
+    stream.receive(outcome(1), 2.0)
+    stream.close_send()
+    assert stream.next_payload(100.0) is HALF_CLOSE
+    assert stream.overdue(104.9) is None
+    assert isinstance(stream.overdue(105.0), errors.ConnectionLostError)
 
 
 @pytest.mark.parametrize("bad", [{"buffer": 0}, {"stall_timeout": 0.0}])
