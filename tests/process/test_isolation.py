@@ -110,6 +110,20 @@ async def test_a_member_of_a_group_is_restarted_alone() -> None:
         assert [made.pool.info().losses for made in pools.values()] == [0, 0, 0]
 
 
+async def test_a_member_that_is_restarted_leaves_nothing_in_its_process() -> None:
+    async with group() as pools:
+        (pid,) = {pid for made in pools.values() for pid in made.pids()}
+
+        async def again() -> tuple[int, int, int]:
+            await pools[Stage.LIVENESS].pool.restart_worker("liveness#0")
+            maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+            held = len(os.listdir(f"/proc/{pid}/fd"))
+            return held, maps.count("memfd:facelane"), len(thread_names(pid))
+
+        first = await again()
+        assert [await again() for _ in range(3)] == [first] * 3
+
+
 async def test_a_group_can_have_several_workers_of_a_stage() -> None:
     async with group(workers=2) as pools:
         for made in pools.values():

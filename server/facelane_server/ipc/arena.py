@@ -51,8 +51,9 @@ class Arena:
     """``slots`` slots of ``slot_bytes`` (a multiple of the page size)."""
 
     def __init__(self, fd: int, slots: int, slot_bytes: int, *, writable: bool) -> None:
-        """Map the memfd ``fd``, which becomes the arena's. Raises ValueError when its size
-        or seals are not what they must be, OSError when it cannot be mapped."""
+        """Map the memfd ``fd``, which is closed in any case: a mapping does without. Raises
+        ValueError when its size or seals are not what they must be, OSError when it cannot
+        be mapped."""
         try:
             if slots < 1 or slot_bytes < _PAGE or slot_bytes % _PAGE:
                 raise ValueError("an arena needs slots of whole pages")
@@ -62,10 +63,9 @@ class Arena:
                 raise ValueError("the arena is not sealed")
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             self._map = mmap.mmap(fd, slots * slot_bytes, mmap.MAP_SHARED, protection)
-        except BaseException:
+        finally:
             os.close(fd)
-            raise
-        self._fd = fd
+        self._fd = -1
         self._view = memoryview(self._map)
         self.slots = slots
         self.slot_bytes = slot_bytes
@@ -80,12 +80,15 @@ class Arena:
         try:
             os.ftruncate(fd, slots * slot_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            arena = cls(os.dup(fd), slots, slot_bytes, writable=True)
         except BaseException:
             os.close(fd)
             raise
-        return cls(fd, slots, slot_bytes, writable=True)
+        arena._fd = fd
+        return arena
 
     def fileno(self) -> int:
+        """To be handed to another process; of an arena that was made by ``create``."""
         return self._fd
 
     def slot(self, index: int) -> memoryview:
@@ -101,11 +104,12 @@ class Arena:
 
     def close(self) -> None:
         """Unmap and close. Safe to call twice. Raises BufferError while slices live."""
-        if self._fd < 0:
+        if self._map.closed:
             return
         for view in self._views:
             view.release()
         self._view.release()
         self._map.close()
-        os.close(self._fd)
-        self._fd = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

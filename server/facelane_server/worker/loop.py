@@ -175,6 +175,8 @@ class Loop:
             if isinstance(message, Load) and len(descriptors) == 2:
                 return message, descriptors
             close_all(descriptors)
+            if isinstance(message, Cancel):
+                continue  # for the model before, which was drained on this channel
             if isinstance(message, Drain):
                 self._send(Drained())
                 self.drained = True
@@ -262,6 +264,7 @@ class Loop:
             elif self._jobs:
                 self._begin(self._jobs.popleft())
             elif self._draining:
+                self._gallery.close()
                 self._model.close()
                 return
             else:
@@ -690,7 +693,8 @@ class _GalleryLoader:
     """Builds searchers in a thread of its own, so that inference goes on meanwhile.
 
     At most one snapshot is being built and one waits; a newer one takes the place of
-    the one that waits. ``current`` is replaced whole.
+    the one that waits. ``current`` is replaced whole. After ``close`` nothing is said any
+    more: in a thread group the channel is the next model's by then.
     """
 
     def __init__(self, channel: WorkerChannel) -> None:
@@ -701,6 +705,7 @@ class _GalleryLoader:
         self._lock = threading.Lock()
         self._waiting: tuple[GallerySnapshot, list[int]] | None = None
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def offer(self, snapshot: GallerySnapshot, descriptors: list[int]) -> None:
         """Takes the descriptors (matrix, table) over."""
@@ -711,6 +716,13 @@ class _GalleryLoader:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._build, name="gallery", daemon=True)
                 self._thread.start()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._waiting is not None:
+                close_all(self._waiting[1])
+                self._waiting = None
 
     def _build(self) -> None:
         while True:
@@ -733,7 +745,9 @@ class _GalleryLoader:
                 searcher = Searcher(snapshot, fd, self.device)
                 if self.current is None or searcher.version > self.current.version:
                     self.current = searcher
-                self._channel.send(GalleryLoaded(snapshot.version))
+                with self._lock:
+                    if not self._closed:
+                        self._channel.send(GalleryLoaded(snapshot.version))
             except ChannelClosed:
                 return
             except Exception as error:
