@@ -463,7 +463,8 @@ class App:
         await self._stop.wait()
 
     async def drain(self) -> None:
-        """Tells the streams, lets them finish within the grace, then ends them."""
+        """Tells the streams, lets them and single pictures finish within the grace, then ends
+        them."""
         self.notifier.stopping("draining")
         grace_ns = int(self._grace_s * 1e9)
         log.info("draining", streams=len(self.lanes), grace_s=self._grace_s)
@@ -473,7 +474,7 @@ class App:
         # done so by the last quarter of the grace is ended.
         begun = time.monotonic()
         for share in (0.75, 1.0):
-            while len(self.lanes) and time.monotonic() < begun + share * self._grace_s:
+            while not self.lanes.at_rest and time.monotonic() < begun + share * self._grace_s:
                 self.notifier.extend_timeout(self._grace_s)
                 await asyncio.sleep(0.02)
             self.lanes.stop()

@@ -26,6 +26,7 @@ from tests.waiting import until
 
 import facelane
 from facelane.v1 import analysis_service_pb2 as pb
+from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane.v1 import event_service_pb2, event_service_pb2_grpc
 
 HEALTH = {0: "UNKNOWN", 1: "SERVING", 2: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
@@ -34,7 +35,7 @@ QUICK = "backoff_initial_s = 0.3\nbackoff_max_s = 0.4"
 
 
 def short_grace(text: str) -> str:
-    return text.replace("[server]", "[server]\ndrain_grace_s = 2.0")
+    return text.replace("[server]", "[server]\ndrain_grace_s = 4.0")
 
 
 class Load:
@@ -147,10 +148,10 @@ def test_health_follows_the_pools(start: Start) -> None:
         watched_health(server.target, "facelane.process") as process,
     ):
         queues = (whole, service, detector)
-        assert [q.get(timeout=10) for q in (*queues, other, process)] == ["SERVING"] * 5
+        assert [q.get(timeout=30) for q in (*queues, other, process)] == ["SERVING"] * 5
         kill_worker(client, "detector")
-        assert [q.get(timeout=10) for q in queues] == ["NOT_SERVING"] * 3
-        assert [q.get(timeout=10) for q in queues] == ["SERVING"] * 3
+        assert [q.get(timeout=30) for q in queues] == ["NOT_SERVING"] * 3
+        assert [q.get(timeout=30) for q in queues] == ["SERVING"] * 3
         assert other.empty(), "another pool was not touched"
         assert process.empty()
         assert client.health("facelane.no.such.service") == "SERVICE_UNKNOWN"
@@ -158,12 +159,17 @@ def test_health_follows_the_pools(start: Start) -> None:
 
 def test_a_lost_second_stage_degrades_in_band_and_is_told(start: Start) -> None:
     server = start(wire.pools(every=QUICK))
-    with server.client() as client, Load(client, disable_tracking=True) as load:
+    with (
+        server.client() as client,
+        watched_health(server.target, "") as whole,
+        watched_health(server.target, "facelane.v1.AnalysisService") as service,
+        Load(client, disable_tracking=True) as load,
+    ):
+        assert [q.get(timeout=30) for q in (whole, service)] == ["SERVING"] * 2
         load.more(20)
         kill_worker(client, "liveness")
-        until(lambda: client.health() == "NOT_SERVING", 5)
-        assert client.health("facelane.v1.AnalysisService") == "SERVING"
-        until(lambda: client.health() == "SERVING", 10)
+        assert [whole.get(timeout=30) for _ in range(2)] == ["NOT_SERVING", "SERVING"]
+        assert service.empty(), "streams go on"
         load.more(40)
         summary = load.finish()
     assert summary.received == summary.results, summary
@@ -280,11 +286,11 @@ def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str
             lossless.more()
             camera.more()
             if by == "Drain":
-                client.drain(grace=1.5)
+                client.drain(grace=3.9)
             else:
                 server.process.send_signal(signal.Signals[by])
             for load in (lossless, camera):
-                until(lambda load=load: load.stream.ended, 15, "the stream to end")
+                until(lambda load=load: load.stream.ended, 25, "the stream to end")
             summaries = [lossless.finish(), camera.finish()]
         assert server.process.wait(15) == 0
     for load, summary in zip((lossless, camera), summaries, strict=True):
@@ -303,7 +309,7 @@ def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str
 
 
 def test_a_client_that_goes_when_told_is_not_kept_waiting(start: Start) -> None:
-    server = start()
+    server = start(edit=lambda text: text.replace("[server]", "[server]\ndrain_grace_s = 80"))
     with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
         stream.open()
         stream.write(wire.frame(1))
@@ -316,19 +322,32 @@ def test_a_client_that_goes_when_told_is_not_kept_waiting(start: Start) -> None:
         assert outcome.outcome.drop.reason == pb.DROP_REASON_DRAINING
         assert last.summary.received == 2
         assert stream.call.code() is grpc.StatusCode.OK
-    assert server.process.wait(10) == 0
-    assert time.monotonic() - begun < 5, "less than the grace of 10 s"
+    assert server.process.wait(50) == 0
+    assert time.monotonic() - begun < 50, "less than three quarters of the grace"
+
+
+def test_a_picture_under_way_is_answered_before_the_end(start: Start) -> None:
+    server = start(wire.pools(detector="options = { 'fail.slow_ms' = '2500' }"))
+    with wire.channel(server.target) as channel, server.client() as client:
+        call = pb_grpc.AnalysisServiceStub(channel).AnalyzeImage.future(
+            pb.AnalyzeImageRequest(picture=wire.pb_picture()), timeout=wire.CALL_S
+        )
+        until(lambda: pool(client, "detector").in_flight, 10)
+        server.process.send_signal(signal.SIGTERM)
+        assert len(call.result().result.faces) == 1
+    assert server.process.wait(20) == 0
 
 
 @pytest.mark.parametrize("window", [64, 2])
 def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
-    # Frames that take a while keep the drain going; with the small window the server is not
-    # even reading when it is told to end.
+    # Frames that take a while keep the drain going; with the small window the server may not
+    # even be reading when it is told to end.
     server = start(
         wire.pools(detector="options = { 'fail.slow_ms' = '200' }\nbatch_max = 1"),
         f"[limits]\nwindow = {window}",
-        edit=short_grace,
+        edit=lambda text: text.replace("[server]", "[server]\ndrain_grace_s = 60"),
     )
+    late = window == 2
     with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
         stream.open()
         stream.write(*(wire.frame(number) for number in range(1, 6)))
@@ -336,7 +355,7 @@ def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
         with server.client() as client:
             assert len(client.analyze_image(wire.picture()).faces) == 1
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: client.server_info().draining, 5)
+            until(lambda: client.server_info().draining, 20)
             assert client.health() == "NOT_SERVING"
             assert client.health("facelane.process") == "SERVING"
             with pytest.raises(facelane.UnavailableError) as refused:
@@ -346,20 +365,24 @@ def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
                 pass
             assert refused.value.reason == "DRAINING"
             assert refused.value.retryable
-        told = []
-        try:
-            told.extend(stream.call)
-        except grpc.RpcError as error:
-            ended = wire.refusal(error)
-            # (extend keeps what came before the error)
+            if late:
+                stream.write(wire.frame(6))
+            told = []
+            try:
+                for message in stream.call:
+                    told.append(message)
+                    if message.outcome.frame_id == 5 + late:
+                        client.drain(grace=0.5)  # the shorter one counts: now it may end
+            except grpc.RpcError as error:
+                ended = wire.refusal(error)
         assert ended == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         summary = told[-1].summary
         outcomes = [m.outcome.frame_id for m in told if m.WhichOneof("message") == "outcome"]
-        assert outcomes == [2, 3, 4, 5]
-        assert summary.received == 5 == summary.results + summary.drops
+        assert outcomes == list(range(2, 6 + late))
+        assert summary.received == 5 + late == summary.results + summary.drops
         assert set(summary.drops_by_reason) <= {"DRAINING"}
-        assert (summary.drops == 0) == (window == 64)
-    assert server.process.wait(10) == 0
+        assert (summary.drops > 0) == late
+    assert server.process.wait(30) == 0
 
 
 def test_a_killed_server_leaves_no_process(start: Start) -> None:
@@ -555,7 +578,7 @@ def test_events_tell_of_a_lost_pool(start: Start) -> None:
 
         try:
             kill_worker(client, "recognizer")
-            event = told.get(timeout=10)
+            event = told.get(timeout=30)
         finally:
             events.close()
             reader.join(10)

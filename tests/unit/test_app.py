@@ -9,12 +9,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from tests.fakes.scripted_pool import ScriptedPools
 
-from facelane_server import app, config
+from facelane_server import app, config, tracking
 from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import health
 from facelane_server.edge.analysis import LaneRegistry
+from facelane_server.lanes import Lane, LaneOptions, StageChanged
 
 NULL = {stage.value: f"null-{stage.value}" for stage in Stage}
 
@@ -231,3 +233,44 @@ def test_places_are_bounded_and_given_back() -> None:
         pass
     assert over.value.reason is Reason.DRAINING
     assert len({lanes.next_id() for _ in range(100)}) == 100
+
+
+async def test_a_stream_that_opens_into_the_end_is_told_and_one_that_opens_into_a_loss_too() -> (
+    None
+):
+    pools = ScriptedPools()
+
+    def lane(number: int) -> Lane:
+        return Lane(
+            number,
+            "stream",
+            LaneOptions(),
+            pools.pipeline,
+            window=8,
+            window_bytes=1_000,
+            tracking_params=tracking.Params(),
+        )
+
+    lanes = LaneRegistry(2)
+    opened = lane(1)
+    # Lost while the client was being told of the opening: no change to come tells of it.
+    pools.liveness.available = False
+    lanes.add(opened)
+    assert await opened.take() == [StageChanged(Stage.LIVENESS, available=False)]
+    lanes.drain(1)
+    with pytest.raises(FacelaneError) as over:
+        lanes.add(lane(2))
+    assert over.value.reason is Reason.DRAINING
+    assert len(lanes) == 1
+
+
+def test_single_pictures_are_waited_for() -> None:
+    lanes = LaneRegistry(2)
+    assert lanes.at_rest
+    with lanes.call():
+        assert not lanes.at_rest
+        lanes.drain(1)
+    assert lanes.at_rest
+    with pytest.raises(FacelaneError) as over, lanes.call():
+        pass
+    assert over.value.reason is Reason.DRAINING

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,6 +50,7 @@ class LaneRegistry:
         self._max = max_streams
         self._streams: dict[int, OpenStream] = {}
         self._opening = 0
+        self._calls = 0
         self._next = 0
         self.draining = False
         self.on_opened: Callable[[Lane], None] = lambda _lane: None
@@ -72,10 +73,7 @@ class LaneRegistry:
 
         Raises ``FacelaneError``: STREAM_LIMIT, or DRAINING.
         """
-        if self.draining:
-            raise FacelaneError(
-                Reason.DRAINING, "the server is shutting down; reconnect later", retryable=True
-            )
+        self._refuse_draining()
         if self._opening >= self._max:
             raise FacelaneError(
                 Reason.STREAM_LIMIT,
@@ -90,10 +88,34 @@ class LaneRegistry:
         finally:
             self._opening -= 1
 
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """A single picture under way. Raises ``FacelaneError(DRAINING)``."""
+        self._refuse_draining()
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    @property
+    def at_rest(self) -> bool:
+        """No stream is open and no single picture under way."""
+        return not self._streams and not self._calls
+
+    def _refuse_draining(self) -> None:
+        if self.draining:
+            raise FacelaneError(
+                Reason.DRAINING, "the server is shutting down; reconnect later", retryable=True
+            )
+
     def add(self, lane: Lane) -> OpenStream:
+        """Raises ``FacelaneError(DRAINING)``: nobody would tell this lane of the end."""
+        self._refuse_draining()
         stream = OpenStream(lane, asyncio.Event())
         self._streams[lane.lane_id] = stream
         self.on_opened(lane)
+        lane.stages_changed()  # those that came or went while it was being opened
         return stream
 
     def remove(self, lane: Lane) -> None:
@@ -340,10 +362,13 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
     ) -> Reading:
         """One picture within the server's image timeout and the caller's deadline.
 
-        Raises ``FacelaneError``; POOL_OVERLOADED when too many single calls are under way.
+        Raises ``FacelaneError``; POOL_OVERLOADED when too many single calls are under way,
+        DRAINING when the server ends.
         """
-        if self._lanes.draining:
-            raise FacelaneError(Reason.DRAINING, "the server is shutting down", retryable=True)
+        with self._lanes.call():
+            return await self._analyse(picture, plan, remaining_s)
+
+    async def _analyse(self, picture: Picture, plan: Plan, remaining_s: float | None) -> Reading:
         if self._calls.locked():
             raise FacelaneError(
                 Reason.POOL_OVERLOADED,
