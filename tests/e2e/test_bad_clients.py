@@ -199,7 +199,7 @@ def test_500_connections_at_once(start: Start) -> None:
 
 
 def test_a_stream_that_says_nothing_gives_its_place_back(start: Start) -> None:
-    server = start(extra="[limits]\nmax_streams = 1\nfirst_message_s = 0.4")
+    server = start(extra="[limits]\nmax_streams = 1\nfirst_message_s = 3")
     with wire.channel(server.target) as channel, wire.RawStream(channel) as silent:
         assert silent.failure() == (grpc.StatusCode.INVALID_ARGUMENT, "CONFIG_MISSING")
         with wire.RawStream(channel) as taken, wire.RawStream(channel) as refused:
@@ -210,8 +210,9 @@ def test_a_stream_that_says_nothing_gives_its_place_back(start: Start) -> None:
 
 def test_single_calls_are_bounded(start: Start) -> None:
     """More pictures than the server works on at a time are refused, not queued for ever."""
-    # So slow that none is answered before all have been asked.
-    server = start(wire.pools(detector="options = { 'fail.slow_ms' = '600' }"))
+    # So slow that none is answered before all have been asked; then eight at a time.
+    slow = "options = { 'fail.slow_ms' = '2500' }\nbatch_max = 8"
+    server = start(wire.pools(detector=slow))
     with wire.channel(server.target) as channel:
         stub = pb_grpc.AnalysisServiceStub(channel)
         request = pb.AnalyzeImageRequest(picture=wire.pb_picture())

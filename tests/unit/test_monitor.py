@@ -341,8 +341,8 @@ async def test_a_hung_driver_makes_readings_old_and_holds_nothing_up(
         try:
             await auntil(lambda: heard.readings)
             library.hang.clear()
-            await auntil(lambda: [line for line in logged if "does not answer" in line["event"]])
-            assert watching.readings == ()
+            await auntil(lambda: watching.readings == ())
+            assert [line for line in logged if "does not answer" in line["event"]]
             library.hang.set()
             await auntil(lambda: [line for line in logged if "answers again" in line["event"]])
             await auntil(lambda: watching.readings)
