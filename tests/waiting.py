@@ -10,9 +10,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 STEP_S = 0.01
+WAIT_S = 30.0
+"""Where the test does not say: long, because it is only waited out by a test that fails."""
 
 
-def until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> T:
+def until(condition: Callable[[], T], timeout: float = WAIT_S, what: str = "") -> T:
     """The first truthy answer of ``condition``; AssertionError after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while True:
@@ -25,7 +27,7 @@ def until(condition: Callable[[], T], timeout: float = 10.0, what: str = "") -> 
 
 
 async def auntil(
-    condition: Callable[[], T | Awaitable[T]], timeout: float = 10.0, what: str = ""
+    condition: Callable[[], T | Awaitable[T]], timeout: float = WAIT_S, what: str = ""
 ) -> T:
     """``until`` for coroutines; ``condition`` may be either."""
     deadline = time.monotonic() + timeout

@@ -43,7 +43,7 @@ RECOVERY_S = 25.0
 RUN_IN_S = 0.2
 """Traffic before the fault and after the recovery."""
 WINDOW = 32
-JOB_TIMEOUT_MS = 1_000
+JOB_TIMEOUT_MS = 2_000
 MEMORY_GROWTH = 120 << 20
 """Bytes that the front process may grow by over all cells together."""
 

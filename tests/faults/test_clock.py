@@ -28,7 +28,7 @@ async def test_a_jumping_wall_clock_costs_no_worker_and_no_task(
     monkeypatch.setattr(time, "time", jumping)
     monkeypatch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))
     async with real_pool(
-        Stage.LIVENESS, ping_interval_s=0.02, canary_interval_s=0.05, job_timeout_ms=500
+        Stage.LIVENESS, ping_interval_s=0.02, canary_interval_s=0.05, job_timeout_ms=10_000
     ) as p:
         for _ in range(40):
             assert await p.infer() == LivenessAnswer(1.0)

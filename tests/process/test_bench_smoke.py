@@ -82,10 +82,10 @@ def test_an_interrupted_run_leaves_no_server_behind(tmp_path: Path) -> None:
             found = me.children(recursive=True)
             return found if len(found) >= 2 else []
 
-        descendants = until(family, 60, "a server with workers")
+        descendants = until(family, 120, "a server with workers")
         process.terminate()
         assert process.wait(60) == 143
-        _, alive = psutil.wait_procs(descendants, timeout=10)
+        _, alive = psutil.wait_procs(descendants, timeout=30)
         assert not alive
     finally:
         process.kill()
@@ -111,7 +111,7 @@ def test_what_was_measured_before_the_end_is_kept(tmp_path: Path) -> None:
                     return found
             return []
 
-        assert until(rows, 50, "a first measurement")
+        assert until(rows, 150, "a first measurement")
         process.terminate()
         assert process.wait(60) == 143
         [path] = tmp_path.glob("isolation-*.json")

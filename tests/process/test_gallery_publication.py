@@ -149,7 +149,7 @@ async def test_publishing_while_workers_die_ends() -> None:
             os.kill(pid, signal.SIGKILL)
         fd = os.memfd_create("snapshot")
         SUBJECTS[3] = []
-        await asyncio.wait_for(p.pool.publish_gallery(GallerySnapshot(3, 0, DIM, ()), fd), 5)
+        await asyncio.wait_for(p.pool.publish_gallery(GallerySnapshot(3, 0, DIM, ()), fd), 20)
         os.close(fd)
         await auntil(lambda: p.pool.state is PoolState.SERVING)
         assert (await embed(p, b"ada", "staff")).candidates == ()
@@ -159,7 +159,7 @@ async def test_a_snapshot_that_lies_ends_the_worker_and_not_the_server() -> None
     async with real_pool(Stage.RECOGNIZER, resolve=resolve, restart_limit=2) as p:
         fd = os.memfd_create("snapshot")
         await asyncio.wait_for(
-            p.pool.publish_gallery(GallerySnapshot(1, 1000, DIM, (("staff", 0, 1000),)), fd), 5
+            p.pool.publish_gallery(GallerySnapshot(1, 1000, DIM, (("staff", 0, 1000),)), fd), 20
         )
         os.close(fd)
         await auntil(lambda: p.pool.info().losses >= 1)

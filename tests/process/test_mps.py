@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,7 @@ async def test_it_is_started_in_a_folder_of_its_own_and_ended(
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(held)
-    until(lambda: not alive(pid), 5.0, "the daemon's end")
+    until(lambda: not alive(pid), 30.0, "the daemon's end")
 
 
 async def test_a_folder_that_the_guard_before_still_holds_can_be_used(
@@ -139,11 +138,9 @@ def test_the_daemon_ends_with_a_server_that_is_killed(
         pid = int((tmp_path / "mps" / "pipe" / f"{CONTROL}.pid").read_text())
         assert alive(pid)
         server.send_signal(signal.SIGKILL)
-        server.wait(5)
-        began = time.monotonic()
-        until(lambda: not alive(pid), 10.0, "the daemon's end")
-        assert time.monotonic() - began < 10.0
+        server.wait(30)
+        until(lambda: not alive(pid), 30.0, "the daemon's end")
     finally:
         server.kill()
-        server.wait(5)
+        server.wait(30)
         server.stdout.close()

@@ -507,7 +507,7 @@ async def test_a_job_over_its_time_means_a_hung_worker() -> None:
         await b.clock.advance(99)
         assert not victim.signals
         await b.clock.advance(2)
-        await asyncio.wait([victim.exited], timeout=5)
+        await asyncio.wait([victim.exited], timeout=30)
         assert [s.name for s in victim.signals] == ["SIGUSR1", "SIGKILL"], "a stack dump first"
         await b.turn()
         survivor = next(w for w in b.workers if w.jobs and w.channel is not None)
@@ -723,12 +723,12 @@ async def test_a_worker_that_never_gets_ready_is_killed_and_quarantined() -> Non
     async with bench(load_timeout_s=1.0, restart_limit=2, backoff_initial_s=0.1) as b:
         await b.start()
         await b.clock.advance(1001)
-        await asyncio.wait([b.workers[0].exited], timeout=5)
+        await asyncio.wait([b.workers[0].exited], timeout=30)
         await b.turn()
         assert b.pool.state is PoolState.NOT_SERVING
         await b.clock.advance(200)
         await b.clock.advance(1001)
-        await asyncio.wait([b.workers[1].exited], timeout=5)
+        await asyncio.wait([b.workers[1].exited], timeout=30)
         await b.turn()
         assert b.pool.info().workers[0].life is Life.QUARANTINED
         assert PoolChange.WORKER_QUARANTINED in b.changes()
@@ -853,7 +853,7 @@ async def test_a_worker_that_does_not_load_the_gallery_is_replaced() -> None:
         for _ in range(3):
             await b.clock.advance(1000)
             await b.turn()
-        await asyncio.wait_for(publishing, 5)
+        await asyncio.wait_for(publishing, 30)
         os.close(fd)
         lost = [e for e in b.events if e.change is PoolChange.WORKER_LOST]
         assert [(e.worker_id, e.reason) for e in lost] == [(stale.worker_id, "GALLERY_STALE")]
@@ -869,7 +869,7 @@ async def test_gallery_versions_do_not_go_back_and_may_be_asked_for_again() -> N
             )
             await b.turn()
             b.workers[0].load_gallery()
-            await asyncio.wait_for(publishing, 5)
+            await asyncio.wait_for(publishing, 30)
         assert b.workers[0].snapshots == [2], "it was sent once"
         with pytest.raises(ValueError, match="go back"):
             await b.pool.publish_gallery(GallerySnapshot(1, 0, 512, ()), fd)
@@ -918,7 +918,7 @@ async def test_reload_warms_beside_swaps_and_drains() -> None:
         await b.turn()
         assert len(old.jobs) == 2, "the old one serves until the new one is ready"
         await new.become_ready()
-        await asyncio.wait_for(reloading, 5)
+        await asyncio.wait_for(reloading, 30)
         after = b.submit(age_ms=60_000)
         await b.turn()
         assert len(new.jobs) == 1
@@ -939,7 +939,7 @@ async def test_a_reload_that_fails_leaves_the_old_model_in_service() -> None:
         await b.turn()
         b.workers[1].die(78)
         with pytest.raises(FacelaneError) as caught:
-            await asyncio.wait_for(reloading, 5)
+            await asyncio.wait_for(reloading, 30)
         assert caught.value.reason is Reason.MODEL_INVALID
         assert b.pool.state is PoolState.SERVING
         task = b.submit()
@@ -957,7 +957,7 @@ async def test_a_reload_that_is_cancelled_leaves_no_worker_behind() -> None:
         assert len(b.workers) == 2
         reloading.cancel()
         await asyncio.wait([reloading])
-        await asyncio.wait([b.workers[1].exited], timeout=5)
+        await asyncio.wait([b.workers[1].exited], timeout=30)
         await b.turn()
         assert [w.worker_id for w in b.pool.info().workers] == ["liveness#0"]
         assert b.pool.state is PoolState.SERVING
@@ -975,14 +975,14 @@ async def test_a_pool_that_stops_starts_nothing_any_more(isolation: str) -> None
         for worker in b.workers:
             if worker.draining:
                 worker.leave()
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, 30)
         with pytest.raises(FacelaneError) as ended:
-            await asyncio.wait_for(reloading, 5)
+            await asyncio.wait_for(reloading, 30)
         assert ended.value.reason is Reason.POOL_UNAVAILABLE
         with pytest.raises(FacelaneError, match="shutting down"):
-            await asyncio.wait_for(b.pool.reload(PACKAGE), 5)
+            await asyncio.wait_for(b.pool.reload(PACKAGE), 30)
         with pytest.raises(FacelaneError, match="shutting down"):
-            await asyncio.wait_for(b.pool.restart_worker("liveness#0"), 5)
+            await asyncio.wait_for(b.pool.restart_worker("liveness#0"), 30)
         await b.turn()
         assert len(b.workers) == began
         assert all(worker.exited.done() for worker in b.workers)
@@ -998,7 +998,7 @@ async def test_a_reload_in_turn_mends_a_quarantined_worker() -> None:
         reloading = asyncio.create_task(b.pool.reload(PACKAGE))
         await b.turn()
         await b.workers[1].become_ready()
-        await asyncio.wait_for(reloading, 5)
+        await asyncio.wait_for(reloading, 30)
         assert b.pool.state is PoolState.SERVING
 
 
@@ -1046,7 +1046,7 @@ async def test_drain_ends_when_the_last_task_is_answered() -> None:
         while b.workers[0].jobs:
             assert not draining.done()
             await b.answer(b.workers[0])
-        assert await asyncio.wait_for(draining, 5)
+        assert await asyncio.wait_for(draining, 30)
         assert all(task.future.result() == LivenessAnswer(1.0) for task in tasks)
 
 
