@@ -310,9 +310,25 @@ async def test_a_worker_of_another_user_is_refused(tmp_path: Path) -> None:
     await launcher.close()
 
 
-def test_attaching_to_nothing_ends_with_its_own_exit_code(tmp_path: Path) -> None:
-    worker = attach(tmp_path / "nosuch.sock", timeout_s=0.3)
+@pytest.mark.parametrize(
+    ("name", "why"), [("nosuch.sock", "No such file"), ("x" * 200, "path too long")]
+)
+def test_attaching_to_nothing_ends_with_its_own_exit_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, why: str
+) -> None:
+    worker = attach(tmp_path / name, timeout_s=0.3)
     assert worker.wait(60) == exit_codes.CANNOT_ATTACH
+    assert why in capfd.readouterr().err
+
+
+async def test_a_socket_that_cannot_be_made_is_named_for_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / ("x" * 200)
+    async with real_pool(isolation="external", socket=str(path), wait=False) as p:
+        await auntil(lambda: p.pool.info().losses)
+        assert p.pool.info().workers[0].last_loss == "NOT_STARTED"
+    assert "path too long" in capsys.readouterr().out
 
 
 def test_a_wrong_command_line_ends_with_its_own_exit_code() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fakes.scripted_worker import ManualClock, ScriptedLauncher, ScriptedWorker, settle
+from tests.real_pool import open_descriptors
 
 from facelane_server import config, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
@@ -874,6 +876,37 @@ async def test_gallery_versions_do_not_go_back_and_may_be_asked_for_again() -> N
         with pytest.raises(ValueError, match="go back"):
             await b.pool.publish_gallery(GallerySnapshot(1, 0, 512, ()), fd)
         os.close(fd)
+
+
+@pytest.mark.parametrize("call", ["dup", "memfd_create"])
+async def test_without_a_descriptor_for_the_next_gallery_the_last_one_stands(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptors are still the pool's, and still what they were."""
+
+    def refused(*_: Any) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with bench() as b:
+        await b.ready()
+        fd = os.memfd_create("snapshot")
+        publishing = asyncio.create_task(b.pool.publish_gallery(GallerySnapshot(1, 0, 512, ()), fd))
+        await b.turn()
+        b.workers[0].load_gallery()
+        await asyncio.wait_for(publishing, 30)
+        before = open_descriptors()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, refused)
+            with pytest.raises(OSError, match="Too many open files"):
+                await b.pool.publish_gallery(GallerySnapshot(2, 0, 512, ()), fd)
+        assert open_descriptors() == before
+        os.close(fd)
+        b.workers[0].die(-9)
+        await b.turn()
+        await b.clock.advance(200)
+        await b.workers[1].become_ready()
+        assert b.workers[1].snapshots == [1]
+        assert b.pool.state is PoolState.SERVING
 
 
 async def test_restart_worker_drains_it_and_nothing_is_lost() -> None:

@@ -929,7 +929,7 @@ class Pool:
         except FacelaneError as error:
             self._lost(member, WorkerLostError("CANARY_FAILED", error.message))
         except OSError as error:
-            self._lost(member, WorkerLostError("NOT_STARTED", os.strerror(error.errno or 0)))
+            self._lost(member, WorkerLostError("NOT_STARTED", error.strerror or str(error)))
         else:
             log.info(
                 "worker ready",
@@ -1276,10 +1276,15 @@ class Pool:
             raise ValueError("gallery versions must not go back")
         members = [m for m in self._everyone() if m.joined and m.ready is not None]
         if snapshot.version > current:
-            message, table_fd = gallery_table.detach(snapshot)
+            matrix_fd = os.dup(fd)
+            try:
+                message, table_fd = gallery_table.detach(snapshot)
+            except BaseException:
+                os.close(matrix_fd)
+                raise
             if self._snapshot is not None:
                 close_all(self._snapshot[1])
-            self._snapshot = (message, [os.dup(fd), table_fd])
+            self._snapshot = (message, [matrix_fd, table_fd])
             for member in members:
                 self._send_gallery(member)
         await self._gallery_loaded(members, snapshot.version)

@@ -70,9 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
     from facelane_server.worker import loop  # noqa: F401
 
     if options.attach:
-        sock = _attach(options.attach, options.attach_timeout)
-        if sock is None:
-            sys.stderr.write("nobody accepts workers on the socket; is the server running?\n")
+        try:
+            sock = _attach(options.attach, options.attach_timeout)
+        except OSError as error:
+            sys.stderr.write(
+                f"cannot attach to {options.attach}: {error.strerror or error}; the server must "
+                "run, as this user, with a pool that has this socket\n"
+            )
             return exit_codes.CANNOT_ATTACH
         sockets = [sock]
     else:
@@ -167,7 +171,8 @@ def _stop_on_sigterm() -> tuple[threading.Event, int]:
     return stopping, wake_read
 
 
-def _attach(path: str, timeout_s: float) -> socket.socket | None:
+def _attach(path: str, timeout_s: float) -> socket.socket:
+    """Raises OSError, that of the last try."""
     deadline = time.monotonic() + timeout_s
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -177,8 +182,8 @@ def _attach(path: str, timeout_s: float) -> socket.socket | None:
             return sock
         except OSError:
             sock.close()
-        if time.monotonic() >= deadline:
-            return None
+            if time.monotonic() >= deadline:
+                raise
         time.sleep(0.2)
 
 
