@@ -273,6 +273,18 @@ def test_trim_gives_back_what_a_large_job_touched() -> None:
     arena.close()
 
 
+def test_pages_that_the_kernel_does_not_take_back_stay() -> None:
+    size = limits.SLOT_KEEP_BYTES + MIB
+    arena = Arena.create("test", 1, size)
+    arena.slot(0)[:] = b"x" * size
+    only_read = os.open(f"/proc/self/fd/{arena.fileno()}", os.O_RDONLY)
+    other = Arena(only_read, 1, size, writable=False)
+    other.trim(0, size)  # EACCES
+    assert bytes(arena.slot(0)[-1:]) == b"x"
+    other.close()
+    arena.close()
+
+
 @pytest.mark.parametrize(
     ("slots", "slot_bytes"), [(1, 2 * MIB), (2, 2 * MIB), (0, MIB), (1, 100), (2, MIB + 1)]
 )

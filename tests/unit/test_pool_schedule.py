@@ -21,7 +21,9 @@ from tests.real_pool import open_descriptors
 from facelane_server import config, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.ipc.messages import (
+    PROTOCOL,
     GallerySnapshot,
+    Hello,
     InferDone,
     InferFailed,
     LivenessDone,
@@ -746,6 +748,20 @@ async def test_a_process_that_cannot_be_started_is_a_loss_like_any_other() -> No
         await b.clock.advance(200)
         await b.workers[0].become_ready()
         assert b.pool.state is PoolState.SERVING
+
+
+async def test_a_load_that_cannot_be_said_is_a_loss_at_once() -> None:
+    """A folder whose name is no text: not to be found out by the start's timeout."""
+    async with bench(restart_limit=1) as b:
+        b.pool.package = replace(PACKAGE, folder=PACKAGE.folder / "\udcff")
+        await b.start()
+        b.workers[0].say(Hello(PROTOCOL, 1))
+        await b.turn()
+        info = b.pool.info()
+        assert (info.workers[0].life, info.workers[0].last_loss) == (
+            Life.QUARANTINED,
+            "NOT_STARTED",
+        )
 
 
 async def test_a_spare_takes_over_at_once() -> None:

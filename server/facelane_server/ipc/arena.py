@@ -29,6 +29,7 @@ beyond ``limits.SLOT_KEEP_BYTES``, so that one large picture does not stay resid
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -96,11 +97,13 @@ class Arena:
         return self._views[index]
 
     def trim(self, slot: int, used: int) -> None:
-        """Give back pages of a slot whose job touched ``used`` bytes, beyond what is kept."""
+        """Give back pages of a slot whose job touched ``used`` bytes, beyond what is kept. A
+        kernel that knows no MADV_REMOVE (gVisor) keeps them for the next job."""
         if used > limits.SLOT_KEEP_BYTES:
             start = slot * self.slot_bytes + limits.SLOT_KEEP_BYTES
             end = min((used + _PAGE - 1) // _PAGE * _PAGE, self.slot_bytes)
-            self._map.madvise(mmap.MADV_REMOVE, start, end - limits.SLOT_KEEP_BYTES)
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_REMOVE, start, end - limits.SLOT_KEEP_BYTES)
 
     def close(self) -> None:
         """Unmap and close. Safe to call twice. Raises BufferError while slices live."""

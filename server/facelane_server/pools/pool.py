@@ -930,6 +930,9 @@ class Pool:
             self._lost(member, WorkerLostError("CANARY_FAILED", error.message))
         except OSError as error:
             self._lost(member, WorkerLostError("NOT_STARTED", error.strerror or str(error)))
+        except Exception as error:
+            log.exception("worker not brought up", pool=self.name, worker=member.worker_id)
+            self._lost(member, WorkerLostError("NOT_STARTED", type(error).__name__))
         else:
             log.info(
                 "worker ready",
