@@ -86,6 +86,14 @@ def test_back_off_doubles_and_ends_in_quarantine_with_one_try_after_it() -> None
     assert worker.life is Life.QUARANTINED
 
 
+def test_a_limit_that_is_never_reached_is_one_too() -> None:
+    endless = replace(POLICY, limit=100_000, window_s=1e6)
+    worker = replace(ready(), losses=tuple(float(n) for n in range(2_000)))
+    worker, _ = restart.step(worker, Event(Happening.LOSS, "EXITED"), 2_000.0, endless, half)
+    worker, _ = restart.step(worker, Event(Happening.GONE), 2_000.0, endless, half)
+    assert (worker.life, worker.wake_at) == (Life.BACKOFF, 2_000.0 + 0.75 * endless.max_s)
+
+
 def test_old_losses_are_forgiven() -> None:
     worker = ready()
     for now in (0.0, 101.0, 202.0, 303.0, 404.0):

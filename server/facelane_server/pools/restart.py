@@ -53,6 +53,10 @@ WAITING: Final = frozenset({Life.BACKOFF, Life.QUARANTINED})
 """No process; a timer brings the next one."""
 
 
+_DOUBLINGS: Final = 64
+"""Beyond any ``max_s``; after a thousand a float could not hold it."""
+
+
 class Happening(enum.Enum):
     """What can happen to a worker."""
 
@@ -214,7 +218,8 @@ def _back_off(
         life, pause = Life.QUARANTINED, policy.quarantine_s
     else:
         life = Life.BACKOFF
-        pause = min(policy.initial_s * 2.0 ** (len(losses) - 1), policy.max_s)
+        doublings = min(len(losses) - 1, _DOUBLINGS)
+        pause = min(policy.initial_s * 2.0**doublings, policy.max_s)
         pause *= 0.5 + 0.5 * random()
     return replace(worker, life=life, wake_at=now + pause, losses=losses, reason=reason), ()
 
