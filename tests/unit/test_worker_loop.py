@@ -80,7 +80,7 @@ class _Steered(api.Pending[api.F32]):
         self.model, self.name, self.value = model, name, value
 
     def finish(self) -> api.F32:
-        assert self.model.permits.acquire(timeout=10)
+        assert self.model.permits.acquire(timeout=30)
         self.model.calls.append(f"finish {self.name}")
         if (error := self.model.fail.get(f"finish {self.name}")) is not None:
             raise error
@@ -93,7 +93,7 @@ class Server:
     def __init__(self) -> None:
         ours, theirs = socket_pair()
         self.sock = ours
-        self.sock.settimeout(10)
+        self.sock.settimeout(30)
         self.model = SteeredModel()
         self.stopping = threading.Event()
         self.request = Arena.create("request", 2, SLOT)
@@ -159,7 +159,7 @@ class Server:
         self.model.permits.release(100)
         self.sock.close()
         self.stop()
-        self.thread.join(10)
+        self.thread.join(30)
         assert not self.thread.is_alive()
         self.loop._channel.close()
         for fd in (self.wake, self._wake_writer):
@@ -168,7 +168,7 @@ class Server:
         self.response.close()
 
     def exit_code(self) -> int:
-        self.thread.join(10)
+        self.thread.join(30)
         assert self.code is not None
         return self.code
 
@@ -310,7 +310,7 @@ def test_a_gallery_that_is_built_during_a_drain_is_not_told(
 
     def build(snapshot: GallerySnapshot, fd: int, device: str) -> Searcher:
         begun.set()
-        assert permit.wait(10)
+        assert permit.wait(30)
         return Searcher(snapshot, fd, device)
 
     monkeypatch.setattr(loop, "Searcher", build)
@@ -318,7 +318,7 @@ def test_a_gallery_that_is_built_during_a_drain_is_not_told(
     message, table = gallery_table.detach(GallerySnapshot(1, 0, 512, ()))
     matrix = os.memfd_create("snapshot")
     server.send(message, [matrix, table])
-    assert begun.wait(10)
+    assert begun.wait(30)
     (builder,) = [thread for thread in threading.enumerate() if thread.name == "gallery"]
     server.send(message, [matrix, table])
     server.send(Drain())
@@ -326,7 +326,7 @@ def test_a_gallery_that_is_built_during_a_drain_is_not_told(
         os.close(fd)
     assert server.receive() == Drained()
     permit.set()
-    builder.join(10)
+    builder.join(30)
     assert not builder.is_alive()
     server.sock.setblocking(False)
     with pytest.raises(BlockingIOError):
