@@ -81,9 +81,13 @@ SEND_PATIENCE = 0.5
 """Seconds that a live frame may wait for room in the window before a newer one goes."""
 DRAIN_TIMEOUT = 10.0
 """Seconds for the outcomes of frames on their way when a camera ends."""
+OUTPUT_PATIENCE = DRAIN_TIMEOUT + 1.0
+"""Seconds from the order to stop for which a line waits for whoever reads the lines. With
+the times above and the output's own it stays below the 20 s that systemd gives."""
 READER_EXIT_TIMEOUT = 2.0
 SERVER_BACKOFF = Policy(backoff_initial=0.25, backoff_max=10.0)
 CONNECT_TIMEOUT = 10.0
+HEALTH_TIMEOUT = 2.0
 CONNECT_HINT = 2.0
 """After so long somebody who watches wants to know what is waited for."""
 
@@ -122,11 +126,18 @@ class Bridge:
         self._open_source = open_source
         self._stopping = asyncio.Event()
         self._output_closed = False
+        self._emitting: set[asyncio.Timeout] = set()
+        self._emit_until: float | None = None
         self._runners: list[_CameraRunner] = []
 
     def stop(self) -> None:
         """End all cameras; ``run`` returns when the frames on their way have their outcomes."""
         self._stopping.set()
+        if self._emit_until is None:
+            # From now on nobody waits for ever for whoever reads the lines.
+            self._emit_until = asyncio.get_running_loop().time() + OUTPUT_PATIENCE
+            for limit in self._emitting:
+                limit.reschedule(self._emit_until)
         for runner in self._runners:
             runner.stop()
 
@@ -166,8 +177,7 @@ class Bridge:
                     task.cancel()
                 await asyncio.gather(*background, return_exceptions=True)
             summary = merge(self.totals)
-            with contextlib.suppress(OutputClosedError):
-                await self._output.emit(summary)
+            await self._emit(summary)
         return BridgeReport(
             summary=summary,
             failed=tuple(r.name for r in self._runners if r.state is CameraState.FAILED),
@@ -176,13 +186,25 @@ class Bridge:
         )
 
     async def _emit(self, line: Line) -> None:
+        if self._output_closed:
+            return
         try:
-            await self._output.emit(line)
+            async with asyncio.timeout_at(self._emit_until) as limit:
+                self._emitting.add(limit)
+                try:
+                    await self._output.emit(line)
+                finally:
+                    self._emitting.discard(limit)
         except OutputClosedError:
-            if not self._output_closed:
-                self._output_closed = True
-                log.error("output closed", hint="whoever read the results has gone")
-                self.stop()
+            self._give_up_output("output closed", "whoever read the results has gone")
+        except TimeoutError:
+            self._give_up_output("output stuck", "whoever reads the results reads no further")
+
+    def _give_up_output(self, event: str, hint: str) -> None:
+        if not self._output_closed:
+            self._output_closed = True
+            log.error(event, hint=hint)
+            self.stop()
 
     async def _report_status(self) -> None:
         while True:
@@ -226,6 +248,8 @@ def new_client(server: ServerSettings) -> aio.Client:
         if server.token_file:
             with open(server.token_file, encoding="utf-8") as file:
                 token = file.read(8192).strip()
+            if not token:
+                raise ConfigError(f"{server.token_file} is empty; it has to hold the key")
         tls = None
         if server.tls_ca:
             tls = facelane.Tls(
@@ -240,6 +264,10 @@ def new_client(server: ServerSettings) -> aio.Client:
     except OSError as error:
         name = error.filename or "a file of [server]"
         raise ConfigError(f"{name} cannot be read ({error.strerror})") from None
+    except facelane.ArgumentError as error:
+        raise ConfigError(f"in [server]: {error.message}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{server.token_file} is no text; it has to hold the key") from None
 
 
 class _Reader:
@@ -386,6 +414,8 @@ class _CameraRunner:
         failures = 0
         try:
             while not self._stopped.is_set() and not self.state.is_terminal:
+                if life is not None and life.done():
+                    break  # it broke, and is told below: nobody would send anything
                 try:
                     async with contextlib.AsyncExitStack() as stack:
                         stream = await self._connect(stack)
@@ -445,16 +475,28 @@ class _CameraRunner:
             return None
         opening.result()
         if stream.opened is None:
-            raise facelane.UnavailableError(
-                facelane.Reason.UNREACHABLE,
-                "no server answers at the target; check that it runs, and its address",
-            )
+            raise await self._why_closed()
         if self._awaited:
             self._awaited = False
             self._log.info("server reached", target=self._server.target)
         self._connections_before = self.connections
         self._stream = stream
         return stream
+
+    async def _why_closed(self) -> facelane.UnavailableError:
+        """No stream was opened in time: whether anybody is there at all."""
+        try:
+            health = await self._client.health(timeout=HEALTH_TIMEOUT)
+        except facelane.FacelaneError:
+            return facelane.UnavailableError(
+                facelane.Reason.UNREACHABLE,
+                "no server answers at the target; check that it runs, and its address",
+            )
+        return facelane.UnavailableError(
+            facelane.Reason.NOT_CONNECTED,
+            f"the server answers ({health.value}) and opens no stream; it may be at its limit of "
+            "streams, or about to end: look at its log",
+        )
 
     async def _may_try_again(self, error: facelane.FacelaneError, failures: int) -> bool:
         """Wait for the server to come back; False when that cannot help."""
@@ -542,14 +584,16 @@ class _CameraRunner:
         patience = math.inf if self._settings.is_lossless else SEND_PATIENCE
         while True:
             taken = await self._handover.take()
+            numbered = taken.frame
+            if numbered is not None:
+                # At once: who is cancelled while a line waits must not take it along.
+                self._in_flight[numbered.frame_id] = numbered
             if taken.replaced:
                 await self._dropped(
                     taken.first_replaced, taken.replaced, "SUPERSEDED", where="bridge"
                 )
-            numbered = taken.frame
             if numbered is None:
                 return
-            self._in_flight[numbered.frame_id] = numbered
             frame = numbered.frame
             try:
                 await stream.send(
@@ -569,11 +613,11 @@ class _CameraRunner:
 
     async def _receive(self, stream: aio.AnalyzeStream) -> None:
         async for outcome in stream:
+            # Before the frame is taken: who is cancelled here leaves it to be settled.
+            await self._tell_updates()
             numbered = self._in_flight.pop(outcome.frame_id, None)
             if numbered is None:
                 continue  # settled before: the stream was given up
-            while self._updates:
-                await self._emit(self._updates.popleft())
             match outcome.body:
                 case facelane.FrameResult() as result:
                     await self._result(numbered, outcome, result)
@@ -581,6 +625,10 @@ class _CameraRunner:
                     await self._dropped(outcome.frame_id, 1, reason.value, where="server")
                 case facelane.FrameError(reason, message, retryable):
                     await self._failed(outcome.frame_id, reason, message, retryable)
+
+    async def _tell_updates(self) -> None:
+        while self._updates:
+            await self._emit(self._updates.popleft())
 
     async def _result(
         self, numbered: NumberedFrame, outcome: facelane.Outcome, result: facelane.FrameResult
@@ -644,6 +692,7 @@ class _CameraRunner:
     async def _settle_rest(self) -> None:
         """After the end: whatever has no outcome yet gets one."""
         self._handover.close()
+        await self._tell_updates()
         await self._settle_in_flight("CONNECTION_LOST")
         first, count = self._handover.discard()
         if count:
@@ -668,8 +717,8 @@ class _CameraRunner:
     async def _live(self) -> None:
         """Drive the state machine until the camera has ended."""
         self._camera, actions = start(time.monotonic())
-        self._perform(actions)
         try:
+            self._perform(actions)
             while not self._camera.is_terminal:
                 for event in await self._events():
                     await self._step(event)

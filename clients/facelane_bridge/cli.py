@@ -2,14 +2,16 @@
 
 Exit codes: 0 all cameras came to their end or were told to stop; 1 a fault of the bridge;
 2 wrong usage or configuration; 3 a camera failed for good; 4 the server could not be
-reached or refused; 5 whoever read standard output has gone; 130 interrupted before cameras
-ran, or while they were checked.
+reached or refused; 5 whoever read standard output has gone, or read no further at the end;
+130 interrupted before cameras ran, or while they were checked.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -17,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import facelane
 
@@ -39,7 +41,7 @@ exit codes:
   2  wrong usage or configuration
   3  a camera failed for good (wrong credentials, no such file)
   4  the server could not be reached or refused
-  5  whoever read standard output has gone
+  5  whoever read standard output has gone, or read no further at the end
   130  interrupted before cameras ran, or while they were checked
 """
 
@@ -258,8 +260,26 @@ def _configure_logging(log_format: str, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(_Unfailing(sys.stderr)),
     )
+
+
+class _Unfailing(io.StringIO):
+    """A log that cannot be written (its reader has gone, the disk is full) is lost, and takes
+    no camera along."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import asyncio
 import contextlib
 import os
 import queue
+import select
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -297,8 +299,12 @@ class JsonLines:
             view = memoryview(batch)
             try:
                 while view:
-                    view = view[os.write(self._descriptor, view) :]
-            except OSError:
+                    try:
+                        view = view[os.write(self._descriptor, view) :]
+                    except BlockingIOError:
+                        # Whoever shares the pipe with us made it so; it is full, not closed.
+                        select.select([], [self._descriptor], [])
+            except (OSError, ValueError):
                 self._error = True
             # The loop may have ended while a stuck reader held us: then nobody waits.
             with contextlib.suppress(RuntimeError):
@@ -396,7 +402,16 @@ class Table:
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console as RichConsole
 
-        self._console = console or RichConsole()
+        class ClosingConsole(RichConsole):
+            def on_broken_pipe(self) -> None:
+                # The interpreter flushes standard output once more at its end.
+                with contextlib.suppress(OSError, ValueError):
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, sys.stdout.fileno())
+                    os.close(null)
+                raise OutputClosedError
+
+        self._console = console or ClosingConsole()
         self._cameras: dict[str, CameraView] = {}
         self._live: Live | None = None
         self._printed_at = 0.0

@@ -224,6 +224,16 @@ async def test_a_busy_server_is_tried_again(tmp_path: Path) -> None:
     assert report.summary.results == 20
 
 
+async def test_a_server_that_opens_no_stream_is_not_called_absent(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4")
+    busy = refusing(grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT", "too many streams")
+    with ScriptedServer(*[busy] * 1000) as server, capture_logs() as logs:
+        report, _ = await run(settings(server.target, {"name": "a", "source": str(clip)}, wait=0.2))
+    assert report.server_failed
+    (told,) = [line for line in logs if line["event"] == "server refused or absent"]
+    assert "the server answers (SERVING) and opens no stream" in told["message"]
+
+
 async def test_an_absent_server_is_given_up_after_the_wait(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
     report, _lines = await run(
@@ -268,8 +278,8 @@ async def test_stop_before_the_server_is_there(tmp_path: Path) -> None:
     await auntil(lambda: bridge.totals, what="the bridge runs")
     bridge.stop()
     begun = time.monotonic()
-    report = await asyncio.wait_for(task, 10)
-    assert time.monotonic() - begun < 5
+    report = await asyncio.wait_for(task, 30)
+    assert time.monotonic() - begun < 9, "the client tries for ten seconds"
     assert report.summary.cameras["a"].state == "STOPPED"
     assert report.failed == ()
 
@@ -339,8 +349,14 @@ def hanging(source: ScriptedSource) -> CapturedFrame:
     # A driver that does not listen to anybody; released when the test process ends.
     if source.given == 0:
         return source.frame(0.0)
-    NEVER.wait(20)
+    NEVER.wait(60)
     return source.frame(1.0)
+
+
+def mute(source: ScriptedSource) -> CapturedFrame:
+    """As ``hanging``, and not one frame before: when it is given up does not matter."""
+    NEVER.wait(60)
+    return source.frame(0.0)
 
 
 NEVER = threading.Event()
@@ -369,7 +385,7 @@ class Running:
 
     async def __aexit__(self, *_: object) -> None:
         self.bridge.stop()
-        self.report = await asyncio.wait_for(self._task, 20)
+        self.report = await asyncio.wait_for(self._task, 30)
         assert_balanced(self.report, self.lines)
 
     def states(self, camera: str = "a") -> list[str]:
@@ -419,12 +435,9 @@ async def test_a_reader_that_hangs_is_left_behind() -> None:
 
 
 async def test_readers_that_hang_do_not_pile_up() -> None:
-    cameras = Cameras(hanging)
+    cameras = Cameras(mute)
     with ScriptedServer() as server:
-        given = settings(
-            server.target,
-            LIVE | {"stall_after": 0.05, "stall_limit": 0.05, "open_timeout": 0.1},
-        )
+        given = settings(server.target, LIVE | {"open_timeout": 0.1})
         async with Running(given, open_source=cameras) as running:
             await auntil(lambda: running.states().count("CONNECTING") >= 6)
     assert len(cameras.opened) == 3
@@ -441,6 +454,119 @@ async def test_a_fault_in_a_reader_is_its_own() -> None:
     assert "ZeroDivisionError" in backoff.message
 
 
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_fault_in_the_camera_s_life_ends_the_bridge(later: bool) -> None:
+    """What cannot go on must not ask the server for one stream after the other."""
+
+    def no_source(_: config.CameraSettings) -> ScriptedSource:
+        if opened_before:
+            raise ZeroDivisionError
+        opened_before.append(True)
+        return ScriptedSource(failing_after(2))
+
+    opened_before = [] if later else [True]
+    with ScriptedServer() as server:
+        bridge = Bridge(
+            settings(server.target, LIVE), Callback(lambda _: None), open_source=no_source
+        )
+        running = asyncio.create_task(bridge.run())
+        ended, _ = await asyncio.wait({running}, timeout=30)
+        assert ended
+        with pytest.raises(ExceptionGroup) as caught:
+            running.result()
+        assert caught.group_contains(ZeroDivisionError)
+        assert len(server.streams) == 1
+
+
+class StuckOutput(Callback):
+    """Takes lines up to the first that ``sticks``, and takes no more until it is freed."""
+
+    def __init__(self, sticks: Callable[[Line], bool]) -> None:
+        self.lines: list[Line] = []
+        super().__init__(self.lines.append)
+        self._sticks = sticks
+        self.stuck = asyncio.Event()
+        self.freed = asyncio.Event()
+
+    async def emit(self, line: Line) -> None:
+        if self.stuck.is_set() or self._sticks(line):
+            self.stuck.set()
+            await self.freed.wait()
+        await super().emit(line)
+
+
+async def test_whoever_reads_no_further_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge_module, "DRAIN_TIMEOUT", 0.3)
+    monkeypatch.setattr(bridge_module, "OUTPUT_PATIENCE", 0.5)
+    output = StuckOutput(lambda line: isinstance(line, ResultLine) and line.frame_id > 3)
+    with ScriptedServer() as server:
+        bridge = Bridge(settings(server.target, LIVE), output, open_source=Cameras(steady))
+        running = asyncio.create_task(bridge.run())
+        await asyncio.wait_for(output.stuck.wait(), 30)
+        bridge.stop()
+        report = await asyncio.wait_for(running, 30)
+    assert report.output_closed
+    assert report.summary.cameras["a"].balanced
+
+
+@pytest.mark.parametrize("stuck_on", [UpdateLine, DropLine])
+async def test_a_frame_is_counted_though_a_line_before_its_own_finds_no_reader(
+    stuck_on: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits with a frame in hand may be cancelled; the frame must not go with it."""
+    monkeypatch.setattr(bridge_module, "DRAIN_TIMEOUT", 0.3)
+    monkeypatch.setattr(bridge_module, "OUTPUT_PATIENCE", 10.0)
+    noted = threading.Event()
+
+    def script(requests: Any, context: Any) -> Any:
+        next(requests)
+        yield opened(window=2)
+        count = 0
+        for request in requests:
+            if not noted.is_set():
+                yield update("STAGE_LOST", stage=3)
+                noted.set()
+            # The model's time: the camera is faster, so that frames are superseded.
+            count += 1
+            time.sleep(0.05)
+            yield outcome(request.frame)
+        yield summary(results=count)
+
+    output = StuckOutput(lambda line: isinstance(line, stuck_on))
+    with ScriptedServer(script) as server:
+        bridge = Bridge(settings(server.target, LIVE), output, open_source=Cameras(steady))
+        running = asyncio.create_task(bridge.run())
+        await asyncio.wait_for(output.stuck.wait(), 30)
+        bridge.stop()
+        # Sender and receiver are given up; then the reader reads on.
+        await auntil(lambda: not [t for t in asyncio.all_tasks() if t.get_name() == "send a"], 30)
+        output.freed.set()
+        report = await asyncio.wait_for(running, 30)
+    assert report.summary.cameras["a"].balanced, report.summary
+
+
+async def test_updates_after_the_last_outcome_are_told(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=2)
+
+    def script(requests: Any, context: Any) -> Any:
+        next(requests)
+        yield opened()
+        count = 0
+        for request in requests:
+            count += 1
+            yield outcome(request.frame)
+        yield update("TRACK_ENDED", track_id=9)
+        yield summary(results=count)
+
+    with ScriptedServer(script) as server:
+        _, lines = await run(
+            settings(server.target, {"name": "a", "source": str(clip), "pace": "fast"})
+        )
+    assert [line.track_id for line in lines if isinstance(line, UpdateLine)] == [9]
+
+
 async def test_attempts_run_out() -> None:
     cameras = Cameras(failing_after(0))
     with ScriptedServer() as server:
@@ -452,12 +578,21 @@ async def test_attempts_run_out() -> None:
 
 
 async def test_a_slow_server_costs_old_frames_not_memory() -> None:
+    behind: list[int] = []
+
+    def infer(frame_id: int) -> None:
+        """Takes its time, in frames of the camera: on any machine it is ten times slower."""
+        (source,) = cameras.opened
+        now = source.given
+        behind.append(now - frame_id)
+        until(lambda: source.given >= now + 10 or source.stop.is_set())
+
     def slow(requests: Any, context: Any) -> Any:
         next(requests)
         yield opened(window=1)
         count = 0
         for request in requests:
-            time.sleep(0.1)  # the model's time, not a wait for something
+            infer(request.frame.frame_id)
             count += 1
             yield outcome(request.frame)
         yield summary(results=count)
@@ -465,11 +600,11 @@ async def test_a_slow_server_costs_old_frames_not_memory() -> None:
     cameras = Cameras(steady)
     with ScriptedServer(slow) as server:
         async with Running(settings(server.target, LIVE), open_source=cameras) as running:
-            await auntil(lambda: running.results >= 8)
+            await auntil(lambda: running.results >= 40, 50)
     totals = running.report.summary.cameras["a"]  # type: ignore[union-attr]
     assert totals.drops_by_reason.get("SUPERSEDED", 0) > 3 * totals.results
-    assert totals.p99_ms is not None
-    assert totals.p99_ms < 1000, "the newest frame goes, not the oldest"
+    # Were the oldest sent, the last ones would be some 400 frames behind.
+    assert sorted(behind[-11:])[5] < 100, "the newest frame goes, not the oldest"
     assert totals.state == CameraState.STOPPED
 
 
@@ -480,7 +615,7 @@ async def test_a_lossless_camera_is_held_back_and_not_called_stalled() -> None:
         next(requests)
         yield opened(window=1)
         first = next(requests)
-        assert released.wait(20)
+        assert released.wait(60)
         yield outcome(first.frame)
         count = 1
         for request in requests:
@@ -490,11 +625,11 @@ async def test_a_lossless_camera_is_held_back_and_not_called_stalled() -> None:
 
     cameras = Cameras(steady)
     with ScriptedServer(reluctant) as server:
-        given = settings(server.target, LIVE | {"overload": "lossless", "stall_after": 0.1})
+        given = settings(server.target, LIVE | {"overload": "lossless", "stall_after": 1.0})
         async with Running(given, open_source=cameras) as running:
             await auntil(lambda: running.states() == ["STREAMING"])
             held_since = time.monotonic()
-            await auntil(lambda: time.monotonic() - held_since > 0.5)
+            await auntil(lambda: time.monotonic() - held_since > 2.5)
             assert running.states() == ["STREAMING"]
             released.set()
             await auntil(lambda: running.results > 5)
@@ -513,15 +648,19 @@ async def test_while_the_server_is_away_live_frames_are_dropped_and_counted(
             await auntil(lambda: running.results > 5)
             server.stop()
             before = running.results
+            await auntil(lambda: running.bridge.totals["a"].drops_by_reason.get("NOT_CONNECTED"))
             await auntil(lambda: running.bridge.totals["a"].drops > 20)
             server = ScriptedServer(answering(window=2), address=address)
-            await auntil(lambda: running.results > before + 10, timeout=20)
+            await auntil(lambda: running.results > before + 10, timeout=40)
             assert len(cameras.opened) == 1, "the camera is not blamed for the server"
     finally:
         server.stop()
     totals = running.report.summary.cameras["a"]  # type: ignore[union-attr]
     assert totals.connections == 2
-    assert {"SUPERSEDED", "NOT_CONNECTED"} >= set(totals.drops_by_reason) - {"STOPPED"}
+    assert totals.drops_by_reason["NOT_CONNECTED"] > 0
+    # A machine that is busy for half a second has a full window as well.
+    allowed = {"SUPERSEDED", "NOT_CONNECTED", "WINDOW_FULL", "STOPPED"}
+    assert allowed >= set(totals.drops_by_reason)
 
 
 async def test_http_mjpeg_camera_that_restarts() -> None:
@@ -572,7 +711,7 @@ def test_the_command_writes_json_lines_and_a_summary(tmp_path: Path) -> None:
 def test_sigterm_ends_it_cleanly_and_tells_systemd(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         notified.bind(str(tmp_path / "notify"))
-        notified.settimeout(10)
+        notified.settimeout(30)
         with HttpServer(endless) as web, ScriptedServer() as server:
             file = tmp_path / "bridge.toml"
             file.write_text(
@@ -661,10 +800,42 @@ def test_a_reader_of_the_output_that_goes_away(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline()
         process.stdout.close()
-        assert process.wait(20) == 5
+        assert process.wait(30) == 5
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
         process.stderr.close()
+
+
+def test_a_reader_of_the_table_that_goes_away(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4")
+    with ScriptedServer() as server:
+        process = command(
+            "run", "--table", "--source", str(clip), "--loop", "--target", server.target
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(30) == 5
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert "whoever read the results has gone" in said
+        assert "Traceback" not in said
+        assert "BrokenPipe" not in said
+        process.stderr.close()
+
+
+def test_a_reader_of_the_logs_that_goes_away_is_nobody_s_loss(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4")
+    with ScriptedServer() as server:
+        process = command("run", "--source", str(clip), "--pace", "fast", "--target", server.target)
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.stdout is not None
+        lines = [json.loads(line) for line in process.stdout]
+        process.stdout.close()
+        assert process.wait(30) == 0
+    assert lines[-1]["results"] == 20
+    assert len(server.streams) == 1
 
 
 def test_a_table_where_there_is_no_terminal(tmp_path: Path) -> None:

@@ -197,6 +197,24 @@ def test_missing_secrets_are_told(settings: dict[str, str], message: str) -> Non
         new_client(ServerSettings(**settings))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("key", "content", "message"),
+    [
+        ("token_file", b"\xff\xfe\x00", "given is no text"),
+        ("token_file", b"\n", "given is empty"),
+        ("token_file", b"s3cret and more", "the key alone"),
+        ("tls_ca", b"no certificate", "is not PEM"),
+    ],
+)
+def test_secrets_that_are_none_are_told(
+    tmp_path: Path, key: str, content: bytes, message: str
+) -> None:
+    (tmp_path / "given").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        new_client(ServerSettings(**{key: str(tmp_path / "given")}))  # type: ignore[arg-type]
+    assert "s3cret" not in str(caught.value)
+
+
 async def test_the_token_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text("s3cret\n")
     monkeypatch.setenv("BRIDGE_TOKEN", "s3cret")

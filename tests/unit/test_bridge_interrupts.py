@@ -43,7 +43,7 @@ def test_an_interrupted_check_waits_for_no_camera() -> None:
             took = time.monotonic() - begun
     assert process.returncode == 130, err
     assert (out, err) == ("", "")
-    assert took < 5.0  # a camera has 10 s to open
+    assert took < 9.0  # a camera has 10 s to open
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -58,4 +58,4 @@ def test_an_interrupted_run_leaves_a_hanging_camera_behind(number: signal.Signal
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert json.loads(out.splitlines()[-1])["type"] == "summary"
-    assert took < 6.0
+    assert took < 9.0  # a camera has 10 s to open
