@@ -240,6 +240,9 @@ class App:
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
         self._grace_s = settings.server.drain_grace_s
+        self._told_ready = False
+        self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[tuple[str, str]]] = set()
 
     # -- what others ask -----------------------------------------------------------------
 
@@ -318,6 +321,7 @@ class App:
             follower = asyncio.create_task(self._publish_health(), name="health")
             stack.push_async_callback(_cancel, follower)
             self._changed.set()
+            stack.push_async_callback(self._end_reloads)
             await self._start_edge(stack, pipeline, gallery)
             scraped = await MetricsServer.start(self.settings.metrics, self.metrics.exposition)
             if scraped is not None:
@@ -452,6 +456,7 @@ class App:
         while not self._stop.is_set():
             if all(self.can_infer().values()):
                 self.notifier.ready(self._status_line())
+                self._told_ready = True
                 log.info("serving", models=self.model_ids())
                 return
             self.notifier.extend_timeout(30.0)
@@ -465,6 +470,7 @@ class App:
     async def drain(self) -> None:
         """Tells the streams, lets them and single pictures finish within the grace, then ends
         them."""
+        self._told_ready = False
         self.notifier.stopping("draining")
         grace_ns = int(self._grace_s * 1e9)
         log.info("draining", streams=len(self.lanes), grace_s=self._grace_s)
@@ -482,29 +488,57 @@ class App:
         self.events.close()
 
     async def reload_model(self, pool_name: str, model: str) -> tuple[str, str]:
-        """See ``AdminService.ReloadModel``. Raises ``FacelaneError``."""
+        """See ``AdminService.ReloadModel``. Raises ``FacelaneError``.
+
+        What was begun is carried through, whether its caller waits for it or not: workers of
+        the new model with the thresholds or the templates of the old one would judge wrongly.
+        One after the other, for the same reason.
+        """
+        reload = asyncio.create_task(self._reload_model(pool_name, model), name="reload model")
+        self._reloads.add(reload)
+        reload.add_done_callback(self._reloads.discard)
+        # A caller that gave up does not come for the error.
+        reload.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(reload)
+
+    async def _reload_model(self, pool_name: str, model: str) -> tuple[str, str]:
         pool = next((p for p in self.pools.values() if p.name == pool_name), None)
         if pool is None:
             raise FacelaneError(
                 Reason.POOL_NOT_FOUND,
                 f"there is no such pool; there are {', '.join(self.pools)}",
             )
-        old = pool.package
-        package = await asyncio.to_thread(self._read_package, model, old)
-        packages = {**{p.stage: p.package for p in self.pools.values()}, pool.stage: package}
-        try:
-            thresholds = _thresholds(packages, self.settings.identity)
-        except config.ConfigError as error:
-            raise FacelaneError(Reason.MODEL_INVALID, str(error)) from None
-        await pool.reload(package)
-        # A model's scores mean something by its own thresholds alone.
-        assert self._pipeline is not None
-        self._pipeline.thresholds = thresholds
-        if pool.stage is Stage.RECOGNIZER and package.model_id != old.model_id:
-            assert self._gallery is not None
-            await self._gallery.serve(package.model_id, package.embedding_dim, pool.publish_gallery)
+        async with self._reloading:
+            old = pool.package
+            try:
+                package = await asyncio.to_thread(self._read_package, model, old)
+                packages = {
+                    **{p.stage: p.package for p in self.pools.values()},
+                    pool.stage: package,
+                }
+                try:
+                    thresholds = _thresholds(packages, self.settings.identity)
+                except config.ConfigError as error:
+                    raise FacelaneError(Reason.MODEL_INVALID, str(error)) from None
+                await pool.reload(package)
+                # A model's scores mean something by its own thresholds alone.
+                assert self._pipeline is not None
+                self._pipeline.thresholds = thresholds
+                if pool.stage is Stage.RECOGNIZER:
+                    assert self._gallery is not None
+                    if package.model_id != self._gallery.model_id:
+                        await self._gallery.serve(
+                            package.model_id, package.embedding_dim, pool.publish_gallery
+                        )
+            except FacelaneError as error:
+                log.warning("model not reloaded", pool=pool.name, reason=error.reason.value)
+                raise
         log.info("model reloaded", pool=pool.name, model=package.model_id)
         return old.model_id, package.model_id
+
+    async def _end_reloads(self) -> None:
+        for reload in list(self._reloads):
+            await _cancel(reload)
 
     def _read_package(self, model: str, present: Package) -> Package:
         if not model:
@@ -532,7 +566,9 @@ class App:
     def reload_config(self) -> None:
         """SIGHUP: keys and renewed certificates at once; what needs a restart is named and left
         as it is."""
-        self.notifier.reloading()
+        # READY ends a reload, and tells more than that of a server that has not started yet.
+        if self._told_ready:
+            self.notifier.reloading()
         try:
             fresh = config.load(self.path)
             # Whether clients need keys is decided by where the server listens now, not by
@@ -568,7 +604,8 @@ class App:
                 applied.append("tls")
             configure_logging(fresh.log)
             log.info("config reloaded", applied=applied, needs_restart=stale)
-        self.notifier.ready(self._status_line())
+        if self._told_ready:
+            self.notifier.ready(self._status_line())
 
 
 def bind(server: grpc.aio.Server, listen: str, certificates: Presented | None) -> None:

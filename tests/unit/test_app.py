@@ -274,3 +274,28 @@ def test_single_pictures_are_waited_for() -> None:
     with pytest.raises(FacelaneError) as over, lanes.call():
         pass
     assert over.value.reason is Reason.DRAINING
+
+
+# -- systemd ----------------------------------------------------------------------------------
+
+
+async def test_a_reload_while_it_starts_does_not_tell_that_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text("")
+    monkeypatch.setattr(app, "configure_logging", lambda _log: None)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        made = app.App(config.load(path), path)
+        made.reload_config()
+        with pytest.raises(BlockingIOError):
+            manager.recv(4096)
+        made.pools = {}
+        await made.wait_ready()
+        assert b"READY=1" in manager.recv(4096)
+        made.reload_config()
+        assert b"RELOADING=1" in manager.recv(4096)
+        assert b"READY=1" in manager.recv(4096)

@@ -235,3 +235,19 @@ async def test_without_a_recogniser_nobody_is_enrolled(tmp_path: Path) -> None:
         await opened.close()
     assert caught.value.reason is Reason.POOL_UNAVAILABLE
     assert "pools.recognizer" in caught.value.message
+
+
+async def test_a_vector_of_another_model_is_neither_kept_nor_compared(gallery: Gallery) -> None:
+    """The recogniser's model was changed while the picture was on its way."""
+    pipeline = Pipeline(face())
+    pipeline.probe = dataclasses.replace(pipeline.probe, model_id="m@2")
+    with pytest.raises(FacelaneError) as changing:
+        await run(gallery, pipeline, request())
+    assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
+    assert await gallery.counts() == (0, 0)
+    pipeline.probe = dataclasses.replace(pipeline.probe, model_id="m@1")
+    assert (await run(gallery, pipeline, request())).created
+    assert gallery.similarity("", "ada", face().vector, model_id="m@1") > 0.99
+    with pytest.raises(FacelaneError) as changing:
+        gallery.similarity("", "ada", face().vector, model_id="m@2")
+    assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)

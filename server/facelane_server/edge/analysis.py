@@ -17,7 +17,7 @@ from facelane.v1 import analysis_service_pb2 as pb
 from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import limits, tracking
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Outcome, Picture, Reason
+from facelane_server.domain import FacelaneError, Outcome, Picture, Reason, Stage
 from facelane_server.edge import convert, errors
 from facelane_server.lanes import (
     Lane,
@@ -356,6 +356,10 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         except FacelaneError as error:
             await errors.abort(context, error)
         return pb.AnalyzeImageResponse(result=convert.result(reading.result))
+
+    def model_id(self, stage: Stage) -> str:
+        """Of the model that serves now; empty where the stage is switched off."""
+        return self._models().get(stage.value, "")
 
     async def analyse(
         self, picture: Picture, plan: Plan, *, remaining_s: float | None = None

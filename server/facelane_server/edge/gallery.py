@@ -19,9 +19,9 @@ from facelane_server.domain import Decision, Face, FacelaneError, Identity, Pict
 from facelane_server.edge import convert, errors
 from facelane_server.edge.analysis import AnalysisService
 from facelane_server.gallery import decide, enrolment
-from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.gallery import Gallery, model_changing
 from facelane_server.gallery.store import Subject, Template
-from facelane_server.pipeline import Pipeline, Plan, Reading
+from facelane_server.pipeline import Pipeline, Plan
 
 log = structlog.get_logger(__name__)
 
@@ -143,8 +143,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 max_faces=self._config.limits.max_faces,
                 want_vectors=True,
             )
-            reading = await self._analysis.analyse(picture, plan, remaining_s=remaining)
-            return _probe(reading)
+            return await self._probe(picture, plan, remaining)
 
         enrolled = await enrolment.enroll(
             self._gallery,
@@ -176,8 +175,9 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     ) -> pb.VerifyFaceResponse:
         picture = convert.picture(request.picture, self._config)
         await self._gallery.get_subject(request.gallery_id, request.subject_id)
-        reading = await self._read(picture, "", 0, context, want_vectors=True)
-        probe = _probe(reading)
+        probe = await self._probe(
+            picture, self._plan("", want_vectors=True), context.time_remaining()
+        )
         if not probe.faces:
             raise FacelaneError(
                 Reason.NO_FACE,
@@ -194,7 +194,9 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         if not probed.vector:
             raise _unanswered()
         thresholds = self._pipeline.thresholds
-        similarity = self._gallery.similarity(request.gallery_id, request.subject_id, probed.vector)
+        similarity = self._gallery.similarity(
+            request.gallery_id, request.subject_id, probed.vector, model_id=probe.model_id
+        )
         decision = decide.verify(probed.face.ood_score, similarity, thresholds)
         trusted = decision is not Decision.REJECTED_OOD
         identity = Identity(
@@ -220,30 +222,47 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates"
             )
         picture = convert.picture(request.picture, self._config)
-        reading = await self._read(
-            picture, convert.gallery_id(request.gallery_id), request.max_candidates, context
-        )
+        plan = self._plan(convert.gallery_id(request.gallery_id), request.max_candidates)
+        reading = await self._analysis.analyse(picture, plan, remaining_s=context.time_remaining())
         if Stage.RECOGNIZER in reading.result.missing_stages:
             raise _unanswered()
         return pb.IdentifyFaceResponse(faces=convert.faces(reading.result.faces))
 
-    async def _read(
-        self,
-        picture: Picture,
-        gallery_id: str,
-        max_candidates: int,
-        context: Context,
-        *,
-        want_vectors: bool = False,
-    ) -> Reading:
-        plan = Plan(
+    def _plan(
+        self, gallery_id: str, max_candidates: int = 0, *, want_vectors: bool = False
+    ) -> Plan:
+        """Raises ``FacelaneError(POOL_UNAVAILABLE)`` on a server that recognises nobody."""
+        if Stage.RECOGNIZER not in self._pipeline.pools:
+            raise FacelaneError(
+                Reason.POOL_UNAVAILABLE,
+                "this server runs without a recogniser, so nobody can be identified; switch it on "
+                "in [pools.recognizer]",
+                metadata={"stage": Stage.RECOGNIZER.value},
+            )
+        return Plan(
             gallery_id=gallery_id,
             max_faces=self._config.limits.max_faces,
             max_candidates=max_candidates,
             liveness=Stage.LIVENESS in self._pipeline.pools,
             want_vectors=want_vectors,
         )
-        return await self._analysis.analyse(picture, plan, remaining_s=context.time_remaining())
+
+    async def _probe(
+        self, picture: Picture, plan: Plan, remaining_s: float | None
+    ) -> enrolment.Probe:
+        """The faces of a picture, and the model that their vectors are of."""
+        model_id = self._analysis.model_id(Stage.RECOGNIZER)
+        reading = await self._analysis.analyse(picture, plan, remaining_s=remaining_s)
+        if self._analysis.model_id(Stage.RECOGNIZER) != model_id:
+            raise model_changing()  # in between: the vectors may be of either
+        result = reading.result
+        return enrolment.Probe(
+            result.width,
+            result.height,
+            tuple(enrolment.ProbedFace(r.face, r.vector) for r in reading.readings),
+            result.missing_stages,
+            model_id,
+        )
 
 
 def _unanswered() -> FacelaneError:
@@ -252,16 +271,6 @@ def _unanswered() -> FacelaneError:
         "the recognizer stage did not answer; try again",
         metadata={"stage": Stage.RECOGNIZER.value},
         retryable=True,
-    )
-
-
-def _probe(reading: Reading) -> enrolment.Probe:
-    result = reading.result
-    return enrolment.Probe(
-        result.width,
-        result.height,
-        tuple(enrolment.ProbedFace(r.face, r.vector) for r in reading.readings),
-        result.missing_stages,
     )
 
 

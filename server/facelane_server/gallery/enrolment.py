@@ -52,12 +52,14 @@ class ProbedFace:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A picture after all stages that were asked for. ``missing_stages`` could not answer."""
+    """A picture after all stages that were asked for. ``missing_stages`` could not answer.
+    ``model_id``: of the recogniser; empty = the one that serves."""
 
     width: int
     height: int
     faces: tuple[ProbedFace, ...]
     missing_stages: tuple[Stage, ...] = ()
+    model_id: str = ""
 
 
 Analyse = Callable[[Picture], Awaitable[Probe]]
@@ -106,7 +108,8 @@ async def enroll(
     Refusals (``FacelaneError``): NO_FACE; MULTIPLE_FACES unless ``allow_multiple_faces``,
     which takes the largest; OOD_REJECTED; SPOOF_SUSPECTED when the verdict is SPOOF; and
     POOL_UNAVAILABLE (retryable) when a configured recogniser or liveness stage did not
-    answer, because no answer is no proof. ``skip_liveness`` lifts the last two for the
+    answer, because no answer is no proof, and while the recogniser's model is being changed.
+    ``skip_liveness`` lifts the last two for the
     liveness stage. UNDECIDED is let through: the verdict of a single still picture often is.
     Further SUBJECT_NOT_FOUND, GALLERY_FULL, REQUEST_ID_REUSED, TEMPLATE_NOT_FOUND,
     ARGUMENT_INVALID, GALLERY_UNAVAILABLE as the store says, and the picture's own errors.
@@ -146,6 +149,7 @@ async def enroll(
         request.subject_id,
         vector=np.frombuffer(chosen.vector, np.float32),
         ood_score=chosen.face.ood_score,
+        model_id=probe.model_id,
         create_subject=request.create_subject,
         display_name=request.display_name,
         request=key,

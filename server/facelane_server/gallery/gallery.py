@@ -19,7 +19,7 @@ import numpy as np
 import structlog
 
 from facelane_server import limits
-from facelane_server.domain import FacelaneError, Reason
+from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.index import (
     F32,
     AddTemplate,
@@ -50,6 +50,16 @@ committed by then, and reaches them later."""
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+
+def model_changing() -> FacelaneError:
+    """Embeddings of two models cannot be compared, nor kept as each other's."""
+    return FacelaneError(
+        Reason.POOL_UNAVAILABLE,
+        "the recogniser's model is being changed; try again in a moment",
+        metadata={"stage": Stage.RECOGNIZER.value},
+        retryable=True,
+    )
 
 
 class Gallery:
@@ -94,7 +104,6 @@ class Gallery:
         index = self._index or GalleryIndex(dim, publish)
 
         def load() -> tuple[int, int]:
-            self._model_id = model_id
             revision = index.rebase(
                 model_id,
                 dim,
@@ -103,6 +112,7 @@ class Gallery:
                     for row in self._store.vectors(model_id, dim)
                 ),
             )
+            self._model_id = model_id
             return revision, self._store.counts()[1] - index.templates
 
         revision, others = await self._call(load, bounded=False)
@@ -153,11 +163,16 @@ class Gallery:
         """See ``GalleryIndex.resolve``."""
         return None if self._index is None else self._index.resolve(version, index)
 
-    def similarity(self, gallery_id: str, subject_id: str, vector: bytes) -> float:
+    def similarity(
+        self, gallery_id: str, subject_id: str, vector: bytes, *, model_id: str = ""
+    ) -> float:
         """Cosine, [-1, 1], of a probe (float32 bytes, unit norm) to the subject's nearest
-        template. Raises NO_TEMPLATES, ARGUMENT_INVALID. It does not know whether the subject
-        exists: ask ``get_subject`` first."""
+        template. Raises NO_TEMPLATES, ARGUMENT_INVALID, and POOL_UNAVAILABLE (retryable) when
+        ``model_id``, of the model that made the probe, is given and not the one that is
+        searched with. It does not know whether the subject exists: ask ``get_subject`` first."""
         key = (gallery_name(gallery_id), check_identifier(subject_id, "subject_id"))
+        if model_id and self._index is not None and self._index.snapshot.model_id != model_id:
+            raise model_changing()
         found = (
             None
             if self._index is None
@@ -242,14 +257,21 @@ class Gallery:
         *,
         vector: F32,
         ood_score: float,
+        model_id: str = "",
         create_subject: bool = False,
         display_name: str = "",
         request: RequestKey | None = None,
         answer: Mapping[str, Any] | None = None,
     ) -> Enrolled:
-        """Adds a template of the serving model; see ``Store.enroll``. ``vector`` [dim]."""
+        """Adds a template of the serving model; see ``Store.enroll``. ``vector`` [dim].
+
+        Raises POOL_UNAVAILABLE (retryable) when ``model_id``, of the model that made the
+        vector, is given and not the serving one: the template would be found by no model.
+        """
 
         def enroll() -> tuple[Enrolled, int]:
+            if model_id and model_id != self._model_id:
+                raise model_changing()
             new = NewTemplate(self._model_id, vector, ood_score)
             enrolled = self._store.enroll(
                 gallery_id,

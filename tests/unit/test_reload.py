@@ -1,0 +1,173 @@
+"""A model is changed as a whole, whoever asks for it and however long they wait."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from facelane_server import app, config
+from facelane_server.domain import FacelaneError, Picture, Reason, Stage
+from facelane_server.edge import errors
+from facelane_server.edge.gallery import GalleryService
+from facelane_server.worker.models.package import Package, read_package
+
+BUILTIN = Path(app.__file__).parent / "worker" / "models" / "builtin"
+
+
+class Pool:
+    """Takes its time to reload."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.name = stage.value
+        self.package = read_package(BUILTIN / f"null-{stage.value}")
+        self.begun = asyncio.Event()
+        self.go = asyncio.Event()
+
+    @property
+    def model_id(self) -> str:
+        return self.package.model_id
+
+    async def reload(self, package: Package) -> None:
+        self.begun.set()
+        await self.go.wait()
+        self.package = package
+
+    async def publish_gallery(self, *_: Any) -> None:
+        """Nobody is there."""
+
+
+class Gallery:
+    def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
+        self.broken = False
+
+    async def serve(self, model_id: str, *_: Any) -> None:
+        await asyncio.sleep(0)
+        if self.broken:
+            raise FacelaneError(Reason.GALLERY_UNAVAILABLE, "the disk is full")
+        self.model_id = model_id
+
+
+class Bench:
+    """A server's parts that a reload meets."""
+
+    def __init__(self) -> None:
+        chosen = [f'[pools.{s.value}]\nmodel = "null-{s.value}"' for s in Stage]
+        self.app = app.App(config.parse("\n".join(chosen)), None)
+        self.pools = {stage: Pool(stage) for stage in Stage}
+        self.gallery = Gallery(self.pools[Stage.RECOGNIZER].model_id)
+        self.app.pools = self.pools  # type: ignore[assignment]
+        self.app._gallery = self.gallery  # type: ignore[assignment]
+        self.app._pipeline = type("Pipeline", (), {})()
+        self.app._pipeline.thresholds = self.app.models.thresholds  # type: ignore[union-attr]
+
+    @property
+    def thresholds(self) -> Any:
+        assert self.app._pipeline is not None
+        return self.app._pipeline.thresholds
+
+
+def variant(folder: Path, stage: Stage, old: str, new: str) -> str:
+    """A package like the null model of the stage, but for one line."""
+    text = (BUILTIN / f"null-{stage.value}" / "model.toml").read_text()
+    assert old in text
+    made = folder / stage.value
+    made.mkdir()
+    changed = text.replace(old, new).replace('"1.0.0"', '"2.0.0"')
+    (made / "model.toml").write_text(changed)
+    return str(made)
+
+
+async def test_a_reload_whose_caller_leaves_is_carried_through(tmp_path: Path) -> None:
+    bench = Bench()
+    pool = bench.pools[Stage.RECOGNIZER]
+    strict = variant(tmp_path, Stage.RECOGNIZER, "match = 0.5", "match = 0.9")
+    caller = asyncio.create_task(bench.app.reload_model("recognizer", strict))
+    await pool.begun.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    pool.go.set()
+    # The next one waits for it, and finds all of it done.
+    old, new = await bench.app.reload_model("recognizer", "")
+    assert old == new == pool.model_id == bench.gallery.model_id
+    assert "@2.0.0" in new
+    assert bench.thresholds.match == 0.9
+
+
+async def test_two_reloads_at_a_time_keep_the_thresholds_of_both(tmp_path: Path) -> None:
+    bench = Bench()
+    asked = {
+        Stage.RECOGNIZER: variant(tmp_path, Stage.RECOGNIZER, "match = 0.5", "match = 0.9"),
+        Stage.LIVENESS: variant(tmp_path, Stage.LIVENESS, "live = 0.9", "live = 0.7"),
+    }
+    calls = [
+        asyncio.create_task(bench.app.reload_model(stage.value, path))
+        for stage, path in asked.items()
+    ]
+    await bench.pools[Stage.RECOGNIZER].begun.wait()
+    for pool in bench.pools.values():
+        pool.go.set()
+    await asyncio.gather(*calls)
+    assert (bench.thresholds.match, bench.thresholds.live) == (0.9, 0.7)
+
+
+async def test_a_gallery_that_could_not_follow_follows_when_asked_again(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.pools[Stage.RECOGNIZER].go.set()
+    other = variant(tmp_path, Stage.RECOGNIZER, "match = 0.5", "match = 0.9")
+    bench.gallery.broken = True
+    with pytest.raises(FacelaneError):
+        await bench.app.reload_model("recognizer", other)
+    bench.gallery.broken = False
+    await bench.app.reload_model("recognizer", other)
+    assert bench.gallery.model_id == bench.pools[Stage.RECOGNIZER].model_id
+
+
+async def test_a_reload_ends_with_the_server() -> None:
+    bench = Bench()
+    caller = asyncio.create_task(bench.app.reload_model("liveness", ""))
+    await bench.pools[Stage.LIVENESS].begun.wait()
+    async with asyncio.timeout(10):
+        await bench.app._end_reloads()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+
+
+# -- what comes meanwhile -----------------------------------------------------------------------
+
+
+class Analysis:
+    """One picture, over which the recogniser's model changes."""
+
+    def __init__(self) -> None:
+        self.models = ["m@1", "m@2"]
+
+    def model_id(self, stage: Stage) -> str:
+        assert stage is Stage.RECOGNIZER
+        return self.models.pop(0)
+
+    async def analyse(self, picture: Picture, plan: Any, *, remaining_s: float | None) -> Any:
+        return None
+
+
+async def test_vectors_of_either_model_are_given_up() -> None:
+    pipeline = type("Pipeline", (), {"pools": {Stage.RECOGNIZER: None}})()
+    service = GalleryService(config.Config(), None, Analysis(), pipeline)  # type: ignore[arg-type]
+    with pytest.raises(FacelaneError) as changing:
+        await service._probe(None, service._plan(""), None)  # type: ignore[arg-type]
+    assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
+
+
+async def test_a_server_without_a_recogniser_says_so_and_not_to_try_again() -> None:
+    pipeline = type("Pipeline", (), {"pools": {}})()
+    service = GalleryService(config.Config(), None, None, pipeline)  # type: ignore[arg-type]
+    with pytest.raises(FacelaneError) as refused:
+        service._plan("default")
+    assert not refused.value.retryable
+    assert "[pools.recognizer]" in refused.value.message
+    assert refused.value.reason in errors.CODES
