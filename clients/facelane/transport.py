@@ -134,9 +134,9 @@ def read_token(path: str | os.PathLike[str]) -> str:
 
     Raises:
         OSError: the file cannot be read.
-        ArgumentError: it is empty, or has more than one line.
+        ArgumentError: it is empty, has more than one line, or is no text.
     """
-    lines = Path(path).read_text().split()
+    lines = Path(path).read_text(errors="replace").split()
     if len(lines) != 1:
         raise ArgumentError(Reason.ARGUMENT_INVALID, f"{path} must hold one token and nothing else")
     return lines[0]

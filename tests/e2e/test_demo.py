@@ -61,7 +61,7 @@ def test_an_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
         process.kill()
         process.wait(10)
     assert process.returncode == 130
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
     assert list(tmp_path.iterdir()) == []
 

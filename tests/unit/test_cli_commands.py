@@ -150,10 +150,17 @@ def test_a_video_at_its_own_pace_drops_at_the_source(
 ) -> None:
     released = threading.Event()
     server.scripts.append(fake.silent(released, window=2))
-    opener = threading.Timer(1.0, released.set)
+
+    def hold_back() -> None:
+        until(lambda: server.streams)
+        # Frames of a second of the clip, counted from the stream's opening.
+        threading.Event().wait(1.0)
+        released.set()
+
+    opener = threading.Thread(target=hold_back)
     opener.start()
     result = run(server, "analyze", clip, "--realtime", "-f", "jsonl")
-    opener.join(5)
+    opener.join(30)
     summary = lines(result.stdout)[-1]
     assert server.streams[0][0].config.overload_policy == 1
     assert summary["not_sent"] > 0
@@ -205,6 +212,9 @@ def test_frame_errors_are_told_and_counted(server: fake.ScriptedServer, photo: P
         (["subjects", "create", "ada", "--label", "oops"], "KEY=VALUE"),
         (["nonsense"], "nonsense"),
         (["--token-file", "EMPTY/none", "server", "info"], "none"),
+        (["--token-file", "PHOTO", "server", "info"], "must hold one token"),
+        (["--tls-ca", "NOVIDEO", "server", "info"], "is not PEM"),
+        (["analyze", "rtsp://[::1/x"], "cannot be opened"),
     ],
 )
 def test_wrong_usage(
@@ -320,6 +330,21 @@ def test_subjects(server: fake.ScriptedServer, photo: Path) -> None:
     run(server, "subjects", "show", "ada", code=REFUSED_CODE)
 
 
+def test_a_name_is_text_and_nothing_else(server: fake.ScriptedServer, photo: Path) -> None:
+    name = "[admin] Bob :car: [/x]"
+    run(server, "subjects", "create", "bob", "--display-name", name, "--label", "a=[/b]")
+    for shown in (run(server, "subjects", "list"), run(server, "subjects", "show", "bob")):
+        assert name in shown.stdout
+        assert "a=[/b]" in shown.stdout
+    run(server, "subjects", "create", "eve", "--display-name", "\x1b[2J\x9b2Jlove\rly")
+    assert "\\x1b[2J\\x9b2Jlove\\x0dly" in run(server, "subjects", "list").stdout
+    odd = photo.parent / "[red]"
+    odd.mkdir()
+    for letter in "ab":
+        (odd / f"{letter}[x].jpg").write_bytes(photo.read_bytes())
+    assert "[red]/a[x].jpg" in run(server, "analyze", odd).stdout
+
+
 # The server.
 
 
@@ -338,11 +363,11 @@ def test_the_server_s_state(server: fake.ScriptedServer) -> None:
 
 def test_health_is_an_exit_code(server: fake.ScriptedServer) -> None:
     assert run(server, "server", "health").stdout == "SERVING\n"
-    assert run(server, "server", "health", "--wait", 5).stdout == "SERVING\n"
+    assert run(server, "server", "health", "--wait", 30).stdout == "SERVING\n"
     server.health[""] = 2
     assert run(server, "server", "health", code=1).stdout == "NOT_SERVING\n"
     assert "SERVICE_UNKNOWN" in run(server, "server", "health", "what", code=1).stdout
-    assert "NOT_SERVING" in run(server, "server", "health", "--wait", 0.15, code=4).stderr
+    assert "NOT_SERVING" in run(server, "server", "health", "--wait", 1.0, code=4).stderr
 
 
 def test_administration(server: fake.ScriptedServer) -> None:
@@ -446,6 +471,16 @@ def test_an_interrupt_ends_a_camera_well_and_a_file_early(
         summary = json.loads(out.splitlines()[-1])
         assert summary["type"] == "summary"
         assert 0 < summary["received"] < 200
+
+
+def test_a_reader_of_a_table_that_goes_away_is_no_error(server: fake.ScriptedServer) -> None:
+    words = [sys.executable, "-m", "facelane.cli", "--target", server.target, "server", "pools"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        assert done.stderr is not None
+        done.stdout.close()
+        assert done.wait(30) == 0
+        assert done.stderr.read() == ""
 
 
 def test_a_reader_that_goes_away_is_no_error(server: fake.ScriptedServer, tmp_path: Path) -> None:

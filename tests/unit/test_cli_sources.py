@@ -101,6 +101,7 @@ def test_a_number_is_a_camera(tmp_path: Path) -> None:
         ("rtsp://u:p@ss@host/a", "rtsp://host/a"),
         ("http://host/a@b", "http://host/a@b"),
         ("rtsp://[::1]:554/a", "rtsp://[::1]:554/a"),
+        ("rtsp://u:p@[::1/a", "rtsp://[::1/a"),
     ],
 )
 def test_credentials_are_never_shown(url: str, shown: str) -> None:

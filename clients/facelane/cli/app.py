@@ -107,9 +107,14 @@ class _Access:
 
     @contextlib.contextmanager
     def client(self) -> Iterator[facelane.Client]:
-        token = None if self.token_file is None else read_token(self.token_file)
-        tls = None if self.tls_ca is None else facelane.Tls(ca_file=self.tls_ca)
-        with facelane.Client(self.target, token=token, tls=tls, timeout=self.timeout) as client:
+        try:
+            token = None if self.token_file is None else read_token(self.token_file)
+            tls = None if self.tls_ca is None else facelane.Tls(ca_file=self.tls_ca)
+            made = facelane.Client(self.target, token=token, tls=tls, timeout=self.timeout)
+        except facelane.ArgumentError as error:
+            # No server has refused anything yet.
+            raise SourceError(error.message) from None
+        with made as client:
             yield client
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from facelane import types
 
@@ -28,6 +30,7 @@ _COLOURS: Final = {
 _OTHER_COLOUR: Final = (230, 160, 60)
 _SPOOF_COLOUR: Final = (60, 60, 230)
 _PIPE_WIDTH: Final = 1000
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _DECISION_STYLE: Final = {
     types.Decision.MATCH: "bold green",
     types.Decision.AMBIGUOUS: "yellow",
@@ -40,8 +43,24 @@ def consoles() -> tuple[Console, Console]:
     return _console(stderr=False), _console(stderr=True)
 
 
+class _Console(Console):
+    """Prints names as they are: those of subjects, files and models may hold anything."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        # A name that moves the cursor could make the terminal show anything.
+        shown = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+        return super().render_str(shown, **options)
+
+    def on_broken_pipe(self) -> None:
+        # The commands know what that means; rich itself would exit with a code of its own.
+        raise BrokenPipeError
+
+
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, soft_wrap=True, highlight=False)
+    console = _Console(stderr=stderr)
     if not console.is_terminal:
         # Nothing is folded for a pipe or a file: its reader looks for whole lines.
         console.width = _PIPE_WIDTH
@@ -109,8 +128,8 @@ def faces_table(rows: Iterable[tuple[str, types.Face]], *, names: bool = False) 
     for name, face in rows:
         identity, live, box = face.identity, face.liveness, face.box
         style = _DECISION_STYLE.get(identity.decision, "")
-        cells = [
-            f"[{style}]{identity.decision.value}[/]" if style else identity.decision.value,
+        cells: list[str | Text] = [
+            Text(identity.decision.value, style=style),
             identity.subject_id or _nearest(identity),
             number(identity.similarity, 3),
             number(face.ood_score),

@@ -7,6 +7,7 @@ are sent as JPEG.
 
 from __future__ import annotations
 
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
 from facelane.errors import PictureError, Reason
 from facelane.types import Picture
@@ -184,11 +184,8 @@ def _tiff_orientation(tiff: bytes) -> int:
 
 
 def without_credentials(url: str) -> str:
-    """The URL as it may be shown."""
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """The URL as it may be shown, whether or not it is a right one."""
+    return re.sub(r"(?<=://)[^/?#]*@", "", url)
 
 
 def _video(text: str, *, live: bool, realtime: bool, want_pixels: bool) -> Source:
