@@ -316,6 +316,7 @@ class App:
                 crops=self.models.positions,
                 thresholds=self.models.thresholds,
                 max_pixels=self.settings.limits.max_pixels,
+                known=gallery.knows,
             )
             self._pipeline = pipeline
             follower = asyncio.create_task(self._publish_health(), name="health")

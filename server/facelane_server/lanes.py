@@ -177,7 +177,7 @@ class SilentObserver:
 class _Look:
     """One detected face of one frame, and what was learnt of it on this frame."""
 
-    __slots__ = ("asked", "evidence", "face", "recognize", "track_id")
+    __slots__ = ("asked", "evidence", "face", "recognize", "take_back", "track_id")
 
     def __init__(self, face: DetectedFace, track_id: int, *, recognize: bool, live: bool) -> None:
         self.face = face
@@ -185,6 +185,8 @@ class _Look:
         self.recognize = recognize
         self.asked = recognize or live
         self.evidence: Evidence | None = None
+        self.take_back: Callable[[], None] | None = None
+        """While the second stages are under way."""
 
 
 class _Entry:
@@ -378,6 +380,9 @@ class Lane:
         for entry in self._entries:
             if entry.task is not None and entry.answer is None and entry.body is None:
                 self._pipeline.withdraw(entry.task)
+            for look in entry.looks:
+                if look.take_back is not None:
+                    look.take_back()
             entry.body = FrameDrop(DropReason.STREAM_CLOSED)
             self._release(entry)
             self._count(self._outcome(entry, entry.body))
@@ -541,7 +546,7 @@ class Lane:
         entry.answer = DetectAnswer(answer.width, answer.height, ())  # lets go of the crops
         entry.outstanding = len(asked)
         for look, recognize, live in asked:
-            self._pipeline.appraise(
+            take_back = self._pipeline.appraise(
                 look.face,
                 plan,
                 origin,
@@ -550,11 +555,14 @@ class Lane:
                 recognize=recognize,
                 liveness=live,
             )
+            if look.evidence is None:
+                look.take_back = take_back
 
     def _appraised(
         self, entry: _Entry, look: _Look, recognize: bool, live: bool, evidence: Evidence
     ) -> None:
         look.evidence = evidence
+        look.take_back = None  # lets go of the crops
         face = look.face
         look.face = DetectedFace(face.box, face.score, face.landmarks, ())
         entry.outstanding -= 1
@@ -640,10 +648,10 @@ class Lane:
                     track = tracking.with_liveness(
                         track, evidence.live_score, now, self._pipeline.thresholds
                     )
-                if look.track_id in self._ended:
-                    self._ended[look.track_id] = track
-                else:
-                    self._tracks = self._tracks.replace(track)
+                self._keep(track)
+            if not self._pipeline.remembers(track.identity, self.options.plan):
+                track = tracking.forgotten(track)
+                self._keep(track)
             identity = tracking.identity_at(track, now, self._params)
             liveness = track.liveness
             ood_score = tracking.ood_score_at(track, now, self._params)
@@ -672,6 +680,12 @@ class Lane:
             ood_score=ood_score,
             recognized_now=evidence is not None and evidence.recognized,
         )
+
+    def _keep(self, track: tracking.Track) -> None:
+        if track.track_id in self._ended:
+            self._ended[track.track_id] = track
+        else:
+            self._tracks = self._tracks.replace(track)
 
     def _tell_ended(self) -> None:
         """Tells of ended tracks that no frame on its way can still refer to."""

@@ -156,12 +156,15 @@ class Pipeline:
         crops: Mapping[Stage, tuple[int, ...]],
         thresholds: Thresholds,
         max_pixels: int,
+        known: Callable[[str, str], bool] = lambda _gallery_id, _subject_id: True,
     ) -> None:
+        """``known``: whether (gallery id, subject id) can be recognised at this moment."""
         for node in GRAPH:
             if node.required and node.stage not in pools:
                 raise ValueError(f"the {node.stage} stage is required")
         self.pools = dict(pools)
         self.thresholds = thresholds
+        self.known = known
         self._crops = dict(crops)
         self._max_pixels = max_pixels
         self._detector = pools[Stage.DETECTOR]
@@ -218,9 +221,10 @@ class Pipeline:
         *,
         recognize: bool,
         liveness: bool,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Runs the wanted second stages on one face; ``on_done`` is called exactly once,
-        possibly at once."""
+        possibly at once. The answer takes back what no worker has begun; ``on_done`` may then
+        never be called."""
         evidence = Evidence()
         tasks: list[tuple[Stage, Task[Any]]] = []
         loop = asyncio.get_running_loop()
@@ -245,7 +249,7 @@ class Pipeline:
             tasks.append((stage, task))
         if not tasks:
             on_done(evidence)
-            return
+            return lambda: None
         left = len(tasks)
 
         def settled(stage: Stage, task: Task[Any], future: asyncio.Future[Any]) -> None:
@@ -271,6 +275,20 @@ class Pipeline:
             task.future.add_done_callback(functools.partial(settled, stage, task))
         for stage, task in tasks:
             self.pools[stage].submit(task)
+
+        def take_back() -> None:
+            for stage, task in tasks:
+                self.pools[stage].withdraw(task)
+
+        return take_back
+
+    def remembers(self, identity: Identity, plan: Plan) -> bool:
+        """Whether everybody whom an identity names is still in the gallery: a subject that was
+        deleted is named no more, whatever was seen before."""
+        named = {candidate.subject_id for candidate in identity.candidates}
+        if identity.subject_id:
+            named.add(identity.subject_id)
+        return all(self.known(plan.gallery_id, subject_id) for subject_id in named)
 
     def identity(self, evidence: Evidence, plan: Plan) -> Identity:
         return decide.identify(
@@ -312,21 +330,30 @@ class Pipeline:
         timings = Timings()
         timings.note(Stage.DETECTOR, task)
         found = [f for f in answer.faces if f.box.width >= plan.min_face_size]
+        missing = set(self.unavailable(plan))
         waiting: list[asyncio.Future[Evidence]] = []
+        under_way: list[Callable[[], None]] = []
         for face in found:
             done: asyncio.Future[Evidence] = loop.create_future()
             waiting.append(done)
-            self.appraise(
-                face,
-                plan,
-                origin,
-                timings,
-                functools.partial(_resolve, done),
-                recognize=plan.recognize,
-                liveness=plan.liveness,
+            under_way.append(
+                self.appraise(
+                    face,
+                    plan,
+                    origin,
+                    timings,
+                    functools.partial(_resolve, done),
+                    recognize=plan.recognize,
+                    liveness=plan.liveness,
+                )
             )
-        evidences = [await future for future in waiting]
-        missing = {s for e in evidences for s in e.missing} | set(self.unavailable(plan))
+        try:
+            evidences = [await future for future in waiting]
+        except asyncio.CancelledError:
+            for take_back in under_way:
+                take_back()
+            raise
+        missing |= {s for e in evidences for s in e.missing}
         readings = tuple(
             FaceReading(
                 Face(

@@ -577,6 +577,13 @@ def with_recognition(
     return accepted
 
 
+def forgotten(track: Track) -> Track:
+    """The track as if no shot had been recognised: whom it named is in the gallery no more."""
+    return replace(
+        track, shot=None, confirmed_ns=0, asked_ns=None, tried_quality=0.0, doubts=0, rejected=()
+    )
+
+
 def identity_at(track: Track, now_ns: int, params: Params) -> Identity:
     """What may be said at ``now_ns``: the best shot's identity while it is confirmed often
     enough and the track is not suspect; else REJECTED_OOD when the newest shots were

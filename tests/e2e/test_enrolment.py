@@ -95,6 +95,25 @@ def test_the_gallery_is_full(start: Start) -> None:
         client.enroll("c", wire.picture(3))
 
 
+def test_a_deleted_subject_is_named_no_more_in_streams_that_are_open(start: Start) -> None:
+    server = start()
+    with server.client() as client:
+        client.enroll("gone", wire.picture())
+        # Media time stands nearly still: the track is not due to be recognised again.
+        with client.analyze_stream(overload="lossless") as stream:
+
+            def decision(number: int) -> str:
+                stream.send(facelane.Frame(wire.picture(), stream_offset=number * 0.01))
+                result = stream.recv().result
+                assert result is not None
+                return result.faces[0].identity.decision
+
+            assert [decision(n) for n in range(1, 4)] == ["MATCH"] * 3
+            client.delete_subject("gone")
+            assert decision(4) == "NOT_EVALUATED"
+            assert decision(5) == "UNKNOWN"
+
+
 def test_without_a_recogniser_there_is_no_gallery(start: Start) -> None:
     server = start(edit=lambda text: _without(text, "recognizer"))
     with server.client() as client:
@@ -110,6 +129,8 @@ def test_without_a_recogniser_there_is_no_gallery(start: Start) -> None:
             with pytest.raises(facelane.UnavailableError) as refused:
                 call()
             assert refused.value.reason == "POOL_UNAVAILABLE"
+            assert not refused.value.retryable
+            assert "[pools.recognizer]" in str(refused.value)
         outcomes = list(client.analyze([wire.picture()] * 3))
         assert all(o.result and o.result.missing_stages == ("recognizer",) for o in outcomes)
 

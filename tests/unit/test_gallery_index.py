@@ -367,13 +367,17 @@ async def test_enrolled_is_published_when_the_call_returns(
     made = await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
     assert len(recogniser.content) == 1
     assert gallery.similarity("g", "a", vector(1).tobytes()) == pytest.approx(1.0, abs=1e-3)
+    assert gallery.knows("g", "a")
+    assert not gallery.knows("default", "a")
     await gallery.delete_template("g", made.template.template_id)
     assert recogniser.content == {}
     with pytest.raises(FacelaneError) as caught:
         gallery.similarity("g", "a", vector(1).tobytes())
     assert caught.value.reason is Reason.NO_TEMPLATES
     await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9)
+    assert gallery.knows("g", "a")
     assert await gallery.delete_subject("g", "a") == 1
+    assert not gallery.knows("g", "a")
     assert recogniser.content == {}
     assert gallery.templates == 0
     assert await gallery.counts() == (0, 0)

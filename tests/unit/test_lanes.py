@@ -509,6 +509,51 @@ async def test_abort_while_a_face_is_being_judged() -> None:
     assert s.seen.decided == []
 
 
+async def test_an_aborted_lane_takes_its_faces_back_too() -> None:
+    s = Stream()
+    s.offer()
+    s.pools.detector.answer(faces(3))
+    await turns()
+    s.pools.recognizer.begin()
+    s.pools.liveness.answer(LIVE)
+    await turns()
+    s.lane.abort()
+    assert s.pools.recognizer.waiting == s.pools.liveness.waiting == []
+    assert (s.pools.recognizer.withdrawn, s.pools.liveness.withdrawn) == (2, 2)
+    s.pools.answer_second("ada")
+    await turns()
+    assert s.lane.totals.drops == 1
+
+
+async def test_who_was_deleted_is_named_no_more() -> None:
+    """Not for as long as the track is not recognised again either."""
+    s = Stream()
+
+    async def decision() -> Decision:
+        s.offer()
+        s.pools.detector.answer(faces(1))
+        (body,) = await s.bodies()
+        return Decision(body.faces[0].identity.decision)
+
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    await turns()
+    s.pools.answer_second("ada")
+    await s.bodies()
+    s.pools.liveness.available = False
+    assert await decision() is Decision.MATCH
+    s.pools.pipeline.known = lambda gallery, subject: (gallery, subject) != ("default", "ada")
+    assert await decision() is Decision.NOT_EVALUATED
+    # It is asked anew who this is.
+    s.offer()
+    s.pools.detector.answer(faces(1))
+    await turns()
+    assert len(s.pools.recognizer.tasks) == 1
+    s.pools.answer_second()
+    (body,) = await s.bodies()
+    assert body.faces[0].identity == Identity(Decision.UNKNOWN)
+
+
 async def test_a_writer_that_waits_ends_with_the_input() -> None:
     s = Stream()
     writer = asyncio.create_task(s.lane.take())

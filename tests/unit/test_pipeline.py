@@ -133,6 +133,30 @@ async def test_a_caller_that_leaves_takes_its_picture_back() -> None:
     assert pools.detector.withdrawn == 1
 
 
+async def test_a_caller_that_leaves_later_takes_its_faces_back() -> None:
+    pools = ScriptedPools()
+    task = await started(pools, Plan())
+    pools.detector.answer(faces(2))
+    await turns()
+    pools.recognizer.begin()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (pools.recognizer.withdrawn, pools.liveness.withdrawn) == (1, 2)
+    pools.recognizer.answer(embedding())
+    await turns()
+
+
+async def test_a_stage_that_answered_is_not_missing_for_leaving_afterwards() -> None:
+    pools = ScriptedPools()
+    task = await started(pools, Plan())
+    pools.detector.answer(faces(1))
+    await turns()
+    pools.answer_second("ada")
+    pools.recognizer.available = False
+    assert (await task).result.missing_stages == ()
+
+
 async def test_a_cancelled_detection_cancels() -> None:
     pools = ScriptedPools()
     task = await started(pools, Plan())

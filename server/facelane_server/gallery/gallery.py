@@ -154,6 +154,10 @@ class Gallery:
         """Whether faces are searched in it and nobody can be found: all are UNKNOWN there."""
         return self._index is not None and not self._index.snapshot.holds(gallery_id)
 
+    def knows(self, gallery_id: str, subject_id: str) -> bool:
+        """Whether the subject can be found at this moment: not from its deletion on."""
+        return self._index is not None and self._index.knows((gallery_id, subject_id))
+
     @property
     def version(self) -> int:
         """Of the newest snapshot."""

@@ -429,6 +429,10 @@ class GalleryIndex:
         first = self._live.get(key)
         return key if first is not None and first <= version else None
 
+    def knows(self, key: SubjectKey) -> bool:
+        """Whether the subject has any template, changes that are not yet published included."""
+        return key in self._live
+
     def similarity(self, key: SubjectKey, vector: F32) -> float | None:
         """Cosine, [-1, 1], of ``vector`` [dim] (unit norm) to the subject's nearest template;
         ``None`` when the subject has none."""
