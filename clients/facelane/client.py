@@ -82,6 +82,7 @@ log = logging.getLogger("facelane")
 _Request = analysis_service_pb2.AnalyzeStreamRequest
 _EventResponse = event_service_pb2.WatchEventsResponse
 T = TypeVar("T")
+_Stream = TypeVar("_Stream", "AnalyzeStream", "EventStream")
 
 _JOIN_TIMEOUT = 5.0
 """Seconds for a thread of ours to end once its call was cancelled."""
@@ -121,6 +122,8 @@ class Client:
         )
         self._stubs = calls.Stubs(self._channel)
         self._closed = False
+        # A set of any kind must not grow while it is gone through.
+        self._lock = threading.Lock()
         self._open: weakref.WeakSet[AnalyzeStream | EventStream] = weakref.WeakSet()
 
     @property
@@ -131,7 +134,9 @@ class Client:
     def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
         self._closed = True
-        for stream in list(self._open):
+        with self._lock:
+            streams = list(self._open)
+        for stream in streams:
             stream.close()
         self._channel.close()
 
@@ -164,6 +169,12 @@ class Client:
     def _check_open(self) -> None:
         if self._closed:
             raise calls.closed()
+
+    def _keep(self, stream: _Stream) -> _Stream:
+        """Remembers a stream that ``close`` has to close."""
+        with self._lock:
+            self._open.add(stream)
+        return stream
 
     # Analysis.
 
@@ -233,8 +244,7 @@ class Client:
             self.timeout,
             on_update,
         )
-        self._open.add(stream)
-        return stream
+        return self._keep(stream)
 
     def _start_stream(self, requests: Iterator[_Request]) -> Any:
         return self._stubs.analysis.AnalyzeStream(requests, metadata=self._endpoint.metadata)
@@ -511,8 +521,7 @@ class Client:
             reconnect,
             self.timeout,
         )
-        self._open.add(stream)
-        return stream
+        return self._keep(stream)
 
     # Administration.
 

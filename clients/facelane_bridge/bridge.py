@@ -556,6 +556,8 @@ class _CameraRunner:
             if sender.done() and not patience.done():
                 if sender.exception() is None:
                     stream.close_send()
+                elif not stream.ended:
+                    sender.result()  # a fault of ours: nothing more would be sent
                 # The stream settles what is in flight, also when it has broken.
                 await asyncio.wait({receiver, patience}, return_when=asyncio.FIRST_COMPLETED)
             if sender.done():

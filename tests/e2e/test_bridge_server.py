@@ -23,6 +23,7 @@ def bridge(target: str, *cameras: dict[str, Any]) -> tuple[Bridge, list[Line]]:
     return Bridge(settings, Callback(lines.append)), lines
 
 
+@pytest.mark.timeout(120)
 async def test_several_sources_at_once_lose_nothing(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", frames=100, fps=25)
     pictures = tmp_path / "pictures"
@@ -88,7 +89,7 @@ async def test_a_server_that_goes_and_comes_back(tmp_path: Path, kill: bool) -> 
             await asyncio.to_thread(server.wait_serving)
             await auntil(lambda: results() > before + 20, timeout=30)
             running.stop()
-            report = await asyncio.wait_for(task, 20)
+            report = await asyncio.wait_for(task, 30)
         finally:
             server.stop()
     totals = report.summary.cameras["cam"]

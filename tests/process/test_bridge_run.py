@@ -478,6 +478,27 @@ async def test_a_fault_in_the_camera_s_life_ends_the_bridge(later: bool) -> None
         assert len(server.streams) == 1
 
 
+async def test_a_fault_in_a_sender_ends_the_bridge() -> None:
+    def explode(line: Line) -> None:
+        if isinstance(line, ErrorLine):
+            raise ZeroDivisionError
+
+    def no_picture(source: ScriptedSource) -> CapturedFrame:
+        source.stop.wait(0.01)
+        return CapturedFrame(b"", source.given * 0.01, time.time())
+
+    with ScriptedServer() as server:
+        bridge = Bridge(
+            settings(server.target, LIVE), Callback(explode), open_source=Cameras(no_picture)
+        )
+        running = asyncio.create_task(bridge.run())
+        ended, _ = await asyncio.wait({running}, timeout=20)
+        assert ended
+        with pytest.raises(ExceptionGroup) as caught:
+            running.result()
+        assert caught.group_contains(ZeroDivisionError)
+
+
 class StuckOutput(Callback):
     """Takes lines up to the first that ``sticks``, and takes no more until it is freed."""
 

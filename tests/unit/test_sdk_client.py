@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -221,6 +223,27 @@ def test_closing_the_client_closes_its_streams(server: fake.ScriptedServer) -> N
     assert stream.ended
     assert len(list(stream)) == 1
     until(lambda: not threads(), 30, "no thread left")
+
+
+def test_a_client_can_be_closed_while_others_use_it() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(60):
+            client = facelane.Client("127.0.0.1:1")
+            kept = [client.watch_events() for _ in range(300)]
+            user = threading.Thread(target=watch_until_closed, args=(client, kept))
+            user.start()
+            client.close()
+            user.join(30)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def watch_until_closed(client: facelane.Client, kept: list[facelane.EventStream]) -> None:
+    with contextlib.suppress(RuntimeError):
+        while True:
+            kept.append(client.watch_events())
 
 
 def test_drops_and_errors_are_told_apart(
