@@ -601,6 +601,9 @@ class MetricsServer:
         task = asyncio.current_task()
         assert task is not None
         self._open.add(task)
+        # So that drain waits until all is with the kernel: nothing is left for close to wait
+        # for, which it would do for as long as the peer does not read.
+        writer.transport.set_write_buffer_limits(high=0)
         try:
             if len(self._open) > limits.MAX_METRICS_CONNECTIONS:
                 return
@@ -617,7 +620,7 @@ class MetricsServer:
             log.error("metrics request failed", error=type(error).__name__)
         finally:
             self._open.discard(task)
-            writer.close()
+            writer.transport.abort()
 
     def _answer(self, head: bytes) -> bytes:
         request = head.split(b"\r\n", 1)[0].split(b" ")

@@ -8,10 +8,12 @@ import json
 import logging
 import os
 import re
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
@@ -438,6 +440,27 @@ async def test_a_scrape_that_hangs_has_a_deadline(
     assert await asyncio.wait_for(reader.read(), 10) == b""
     writer.close()
     await writer.wait_closed()
+
+
+async def test_a_scraper_that_does_not_read_keeps_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(MetricsServer, "REQUEST_TIMEOUT_S", 0.2)
+    big = b"x" * (32 << 20)  # more than the kernel keeps for a peer
+    section = config.Metrics(listen="127.0.0.1:0")
+    started = await MetricsServer.start(section, lambda: big)
+    assert started is not None
+    with socket.create_connection(("127.0.0.1", started.port)) as scraper:
+        scraper.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        theirs = scraper.getsockname()
+
+        def held() -> bool:
+            return any(c.raddr == theirs for c in psutil.Process().net_connections("tcp"))
+
+        await auntil(held)
+        await auntil(lambda: not held(), what="the connection to be given up")
+    async with asyncio.timeout(10):
+        await started.close()
 
 
 async def test_close_frees_the_port_and_ends_what_is_open(server: MetricsServer) -> None:
