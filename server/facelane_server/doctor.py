@@ -573,6 +573,10 @@ def check_gallery(settings: config.Config) -> Check:
         return Check("gallery", Status.FAIL, error.message)
     except config.ConfigError as error:
         return Check("gallery", Status.FAIL, str(error))
+    except OSError as error:
+        advice = "look as the server's own user (sudo -u), or set gallery.path"
+        detail = f"{path} cannot be looked at: {error.strerror}"
+        return Check("gallery", Status.FAIL, detail, advice)
     if wrong:
         return Check("gallery", Status.FAIL, f"{path}: {wrong}", "restore a backup of the file")
     check = Check(

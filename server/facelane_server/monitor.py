@@ -315,12 +315,19 @@ class Monitor:
     # in the thread
 
     def _read_on(self) -> None:
+        was_there = False
         while not self._stop.is_set():
             try:
                 nvml = self._load()
             except NvmlMissingError as error:
-                self._tell(self._missing, str(error))
-                return
+                if not was_there:
+                    self._tell(self._missing, str(error))
+                    return
+                # A card that is being reset, or a driver that is being exchanged.
+                self._tell(self._failed, str(error))
+                self._stop.wait(REOPEN_S)
+                continue
+            was_there = True
             try:
                 while not self._stop.is_set():
                     self._tell(self._take, nvml.read())

@@ -243,10 +243,14 @@ def _file_mib(package: Package) -> float:
 
 
 def read_devices(timeout_s: float = NVML_S) -> list[DeviceMemory] | None:
-    """The devices that CUDA shows, by NVML; None where it cannot be asked.
+    """The devices that CUDA shows, by NVML; None where it cannot be asked, or tells of other
+    devices: a MIG instance that ``CUDA_VISIBLE_DEVICES`` names is none of NVML's cards.
 
     In a thread that is given up when the driver hangs.
     """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and "MIG-" in chosen:
+        return None
     found: list[tuple[DeviceReading, ...]] = []
 
     def read() -> None:
@@ -278,7 +282,7 @@ def read_devices(timeout_s: float = NVML_S) -> list[DeviceMemory] | None:
         )
         for reading in found[0]
     ]
-    return visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return visible(devices, chosen)
 
 
 async def check(settings: config.Config, packages: Mapping[Stage, Package]) -> Plan:

@@ -190,6 +190,17 @@ def test_a_frame_at_fault_keeps_its_place() -> None:
     assert fault is not None
     assert fault.reason is Reason.PICTURE_EMPTY
     assert frame.frame_id == 5
+    # What is at fault is left out, and nothing else takes its place.
+    for seconds, nanos in ((-1, 0), (0, 2_000_000_000)):
+        message.stream_offset.seconds, message.stream_offset.nanos = seconds, nanos
+        frame, fault = convert.frame(message, CONFIG, elapsed_ns=5_000_000_000)
+        assert fault is not None
+        assert frame.stream_offset_ns == 0, "later frames with media time would have gone back"
+    message.stream_offset.seconds, message.stream_offset.nanos = 3, 0
+    message.capture_time.nanos = -1
+    frame, fault = convert.frame(message, CONFIG)
+    assert fault is not None
+    assert (frame.stream_offset_ns, frame.capture_time_ns) == (3_000_000_000, None)
     message.stream_offset.seconds = -1
     frame, fault = convert.frame(message, CONFIG)
     assert fault is not None

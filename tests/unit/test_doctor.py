@@ -313,6 +313,14 @@ def test_the_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "damaged" in broken.detail
 
 
+def test_a_gallery_that_cannot_be_looked_at_is_a_finding(tmp_path: Path) -> None:
+    # Like a folder of another user, which root's tests could enter.
+    check = doctor.check_gallery(gallery_settings(tmp_path / ("x" * 300)))
+    assert check.status is Status.FAIL
+    assert "File name too long" in check.detail
+    assert "sudo -u" in check.advice
+
+
 def test_damage_inside_of_the_gallery_is_found(tmp_path: Path) -> None:
     path = tmp_path / "gallery.db"
     store = Store(path)

@@ -330,6 +330,31 @@ async def test_a_lost_device_is_told_and_opened_again(monkeypatch: pytest.Monkey
     assert library.closed == library.opened
 
 
+async def test_a_driver_that_is_exchanged_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "REOPEN_S", 0.01)
+    library = Library(Card())
+    refused = 0
+
+    def load() -> Nvml:
+        nonlocal refused
+        if library.lost:
+            refused += 1
+            raise NvmlMissingError("Driver Not Loaded")
+        return Nvml(library)
+
+    watching = Monitor(QUICK, load=load)
+    watching.start()
+    try:
+        await auntil(lambda: watching.readings)
+        library.lost = True
+        await auntil(lambda: refused >= 2)
+        assert watching.readings == ()
+        library.lost = False
+        await auntil(lambda: watching.readings)
+    finally:
+        watching.close()
+
+
 async def test_a_hung_driver_makes_readings_old_and_holds_nothing_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from facelane_server import config, plan
 from facelane_server.domain import Stage
+from facelane_server.monitor import DeviceReading
 from facelane_server.plan import DeviceMemory, make_plan, visible
 from facelane_server.worker.models.catalog import Catalog
 from facelane_server.worker.models.package import Memory, Package
@@ -162,3 +163,24 @@ async def test_a_refused_plan_stops_the_start(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(plan, "read_devices", lambda: [CARD])
     with pytest.raises(config.ConfigError, match="does not exist"):
         await plan.check(settings(liveness={"devices": ("cuda:3",)}), packages())
+
+
+def test_an_instance_of_a_card_is_not_taken_for_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cards:
+        """One card, which is divided."""
+
+        errors = OSError
+
+        def read(self) -> tuple[DeviceReading, ...]:
+            return (DeviceReading("0", "H100", "GPU-1", 0, 80 << 30),)
+
+        def close(self) -> None:
+            """Nothing is open."""
+
+    monkeypatch.setattr(plan.Nvml, "load", Cards)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    assert [device.device for device in plan.read_devices() or ()] == ["cuda:0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-7f3b2c1d-0000-5000-8000-000000000000")
+    assert plan.read_devices() is None
+    # Its memory is not compared, and the configuration not refused.
+    assert problems(settings(), plan.read_devices()) == ()

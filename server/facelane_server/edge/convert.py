@@ -193,14 +193,15 @@ def frame(
     """
     body, offset_ns, capture_ns, fault = _NO_PICTURE, 0, None, None
     try:
+        if message.HasField("stream_offset"):
+            given_ns = duration_ns(message.stream_offset, "stream_offset")
+            if given_ns < 0:
+                raise invalid("stream_offset must not be negative", field="stream_offset")
+            offset_ns = given_ns
+        else:
+            offset_ns = elapsed_ns
         if message.HasField("capture_time"):
             capture_ns = timestamp_ns(message.capture_time, "capture_time")
-        offset_ns = elapsed_ns
-        if message.HasField("stream_offset"):
-            offset_ns = duration_ns(message.stream_offset, "stream_offset")
-        if offset_ns < 0:
-            offset_ns = 0
-            raise invalid("stream_offset must not be negative", field="stream_offset")
         body = picture(message.picture, config)
     except FacelaneError as error:
         fault = error
