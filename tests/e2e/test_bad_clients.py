@@ -105,7 +105,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(server: RunningServer) ->
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "under way\n"
-            until(lambda: open_streams(server) == 4, 10)
+            until(lambda: open_streams(server) == 4, 30)
             os.kill(process.pid, signal.SIGKILL)
         finally:
             process.kill()

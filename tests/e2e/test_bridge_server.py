@@ -79,7 +79,7 @@ async def test_a_server_that_goes_and_comes_back(tmp_path: Path, kill: bool) -> 
             def results() -> int:
                 return running.totals["cam"].results if running.totals else 0
 
-            await auntil(lambda: results() > 20)
+            await auntil(lambda: results() > 20, timeout=30)
             if kill:
                 server.process.kill()
                 await asyncio.to_thread(server.process.wait, 10)

@@ -65,18 +65,20 @@ def test_logs_are_json_lines_with_constant_messages(start: Start) -> None:
 
 def test_the_front_has_no_torch_and_shares_nothing_by_name(server: RunningServer) -> None:
     with server.client() as client:
-        before = set(os.listdir("/dev/shm"))
         list(client.analyze([wire.picture()] * 20))
-        assert set(os.listdir("/dev/shm")) <= before
+    # By process: what else lies in /dev/shm is that of other programs on this machine.
     for process in (psutil.Process(server.process.pid), *server.children()):
         maps = Path(f"/proc/{process.pid}/maps").read_text()
+        assert not [file for file in process.open_files() if file.path.startswith("/dev/shm/")]
         assert "libtorch" not in maps, process
         assert "/dev/shm" not in maps, process
         assert "libcuda" not in maps, process
 
 
 def test_the_front_does_not_grow(server: RunningServer) -> None:
-    """Twice 3,000 frames; after the first it has what it needs."""
+    """3,000 frames again and again; after the first ones it has what it needs. How many are under
+    way at one time, and so how much memory, is up to the machine: it may take a round more. What
+    leaks grows in every round."""
     process = psutil.Process(server.process.pid)
     with server.client() as client:
 
@@ -85,9 +87,13 @@ def test_the_front_does_not_grow(server: RunningServer) -> None:
             return sum(outcome.result is not None for outcome in outcomes)
 
         assert frames() == 3_000
-        before, descriptors = process.memory_info().rss, process.num_fds()
-        assert frames() == 3_000
-    assert process.memory_info().rss - before < 3 << 20
+        descriptors = process.num_fds()
+        grown = []
+        while len(grown) < 4 and min(grown, default=3 << 20) >= 3 << 20:
+            before = process.memory_info().rss
+            assert frames() == 3_000
+            grown.append(process.memory_info().rss - before)
+    assert grown[-1] < 3 << 20, grown
     assert process.num_fds() <= descriptors + 2
 
 
