@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
 import stat
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
+from structlog.testing import capture_logs
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
@@ -232,6 +235,48 @@ def test_a_deleted_vector_is_in_none_of_the_files(store: Store, path: Path) -> N
     assert on_disk(unit_float16(vector(1)).tobytes())
     store.delete_template("g", kept.template.template_id)
     assert not on_disk(unit_float16(vector(1)).tobytes())
+
+
+def test_a_log_that_somebody_reads_is_emptied_as_soon_as_it_can_be(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backup is being taken while somebody is deleted."""
+    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_MS", 50)
+    store.enroll("g", "a", new(1), create_subject=True)
+    needle = unit_float16(vector(1)).tobytes()
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM templates").fetchone() == (1,)
+    with capture_logs() as logged:
+        assert store.delete_subject("g", "a") == 1
+        store.counts()
+    assert [line["event"] for line in logged] == ["write-ahead log not emptied; trying again"]
+    log = path.with_name(f"{path.name}-wal")
+    assert needle in path.read_bytes() + log.read_bytes(), "the test looks in the wrong place"
+    reader.execute("COMMIT")
+    reader.close()
+    store.counts()
+    assert needle not in path.read_bytes() + log.read_bytes()
+
+
+def test_a_deletion_stands_whatever_becomes_of_the_log(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index must hear of it: it would go on naming who was deleted."""
+    store.enroll("g", "a", new(1), create_subject=True)
+    broken = sa.exc.OperationalError("", {}, sqlite3.OperationalError("unable to open"))
+
+    connect, calls = store._engine.raw_connection, itertools.count()
+
+    def refuse() -> sa.PoolProxiedConnection:
+        if next(calls) > 0:  # the deletion itself has one
+            raise broken
+        return connect()
+
+    monkeypatch.setattr(store._engine, "raw_connection", refuse)
+    assert store.delete_subject("g", "a") == 1
+    monkeypatch.undo()
+    assert store.counts() == (0, 0)
 
 
 # -- idempotency ------------------------------------------------------------------------------

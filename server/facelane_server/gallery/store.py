@@ -264,6 +264,8 @@ class Store:
         self._path = path
         self._max_templates = max_templates
         self._clock_ns = clock_ns
+        self._log_is_full = True
+        """It may hold what was deleted and could not be emptied; a killed server left it so."""
         self._closing = contextlib.ExitStack()
         try:
             self._take_file()
@@ -372,6 +374,8 @@ class Store:
                 yield connection
         except exc.DBAPIError as error:
             raise self._unavailable(error) from error
+        if self._log_is_full:
+            self._forget_log()
 
     def _unavailable(self, error: exc.DBAPIError) -> FacelaneError:
         name: str = getattr(error.orig, "sqlite_errorname", "") or type(error.orig).__name__
@@ -392,15 +396,27 @@ class Store:
         return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told)
 
     def _forget_log(self) -> None:
-        """Empties the write-ahead log, which still holds what was just deleted."""
+        """Empties the write-ahead log, which still holds what was just deleted.
+
+        Never raises: the deletion stands. While another process reads the file (a backup), the
+        log cannot be emptied; then the next transaction tries again.
+        """
         # Not through a transaction: a checkpoint inside of one is refused.
-        connection = self._engine.raw_connection()
         try:
-            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        except sqlite3.Error as error:
-            log.warning("write-ahead log not emptied", cause=type(error).__name__)
-        finally:
-            connection.close()
+            with contextlib.closing(self._engine.raw_connection()) as connection:
+                wait_ms = 0 if self._log_is_full else BUSY_TIMEOUT_MS
+                connection.cursor().execute(f"PRAGMA busy_timeout = {wait_ms}").close()
+                try:
+                    checkpoint = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    [(busy, *_)] = checkpoint.fetchall()
+                finally:
+                    connection.cursor().execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}").close()
+            cause = "in use by another process" if busy else ""
+        except (sqlite3.Error, exc.SQLAlchemyError) as error:
+            cause = type(error).__name__
+        if cause and not self._log_is_full:
+            log.warning("write-ahead log not emptied; trying again", cause=cause)
+        self._log_is_full = bool(cause)
 
     # subjects
 
