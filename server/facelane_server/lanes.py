@@ -395,9 +395,7 @@ class Lane:
     def finish(self) -> None:
         """The stream is over: its remaining tracks end. Safe to call twice."""
         for track in (*self._ended.values(), *self._tracks.active):
-            self._observer.track_ended(
-                self, track.track_id, track.identity, track.liveness, track.ood_score
-            )
+            self._over(track)
         self._ended.clear()
         self._tracks = tracking.Tracks(created=self._tracks.created)
 
@@ -697,9 +695,15 @@ class Lane:
             self._named.pop(track_id, None)
             self._suspected.discard(track_id)
             self._push(TrackEnded(track_id))
-            self._observer.track_ended(
-                self, track_id, track.identity, track.liveness, track.ood_score
-            )
+            self._over(track)
+
+    def _over(self, track: tracking.Track) -> None:
+        if not self._pipeline.remembers(track.identity, self.options.plan):
+            # Nor is somebody deleted told of as a candidate for a stranger.
+            track = tracking.forgotten(track)
+        self._observer.track_ended(
+            self, track.track_id, track.identity, track.liveness, track.ood_score
+        )
 
     def _count(self, outcome: Outcome) -> None:
         body = outcome.body

@@ -554,6 +554,19 @@ async def test_who_was_deleted_is_named_no_more() -> None:
     assert body.faces[0].identity == Identity(Decision.UNKNOWN)
 
 
+async def test_an_ended_track_tells_nobody_of_who_was_deleted() -> None:
+    s = Stream()
+    for _ in range(2):
+        s.offer()
+        s.pools.detector.answer(faces(1))
+        await turns()
+        s.pools.answer_second("ada")
+        await s.bodies()
+    s.pools.pipeline.known = lambda gallery, subject: (gallery, subject) != ("default", "ada")
+    s.lane.finish()
+    assert s.seen.ended == [(1, Decision.NOT_EVALUATED)]
+
+
 async def test_a_writer_that_waits_ends_with_the_input() -> None:
     s = Stream()
     writer = asyncio.create_task(s.lane.take())
