@@ -101,7 +101,7 @@ class _ThreadLauncher:
         self._channel = channel
         self._pid = pid
 
-    async def launch(self, worker_id: str) -> Link:  # noqa: ARG002 - there is one
+    async def launch(self, worker_id: str, nice: int = 0) -> Link:  # noqa: ARG002 - there is one
         if self._channel < 0:
             raise OSError("a thread is launched once")
         sock = socket.socket(fileno=self._channel)
