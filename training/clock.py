@@ -117,8 +117,10 @@ def grown_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
     mine = network.state_dict()
     grown: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name not in mine or any(
-            a > b for a, b in zip(value.shape, mine[name].shape, strict=True)
+        if (
+            name not in mine
+            or value.shape[2:] != mine[name].shape[2:]
+            or any(a > b for a, b in zip(value.shape, mine[name].shape, strict=True))
         ):
             raise ValueError("the checkpoint is of another network; train from the start")
         start = mine[name].clone()

@@ -51,11 +51,11 @@ class Options:
     """``side``: of the square scenes, a multiple of 32."""
 
     side: int = 320
-    batch: int = 48
+    batch: int = 96
     rate: float = 4e-3
     resume_rate: float = 2.5e-3
     """Peak of a run that goes on from a finished one."""
-    hard: int = 12
+    hard: int = 24
     """Scenes of a batch that come from the bank of hard ones."""
     hint: float = 0.5
     """Weight of the hint at the start; it falls to zero."""

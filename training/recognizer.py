@@ -3,7 +3,8 @@
 Teacher and student see the same picture. The student's embedding goes through a linear map
 to the teacher's 256 dimensions, where their directions must agree, and so must the cosines
 between all pictures of a batch. The map becomes part of what is shipped: lifted back to 512
-by orthonormal columns, its cosines stay the same.
+by orthonormal columns, its cosines stay the same. Answers alone teach slowly: what the
+teacher's bottlenecks give is a hint (after "FitNets", Romero et al., 2015) that fades out.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +37,17 @@ from training.clock import (
     set_rate,
 )
 from training.data import load_crops
-from training.teacher import TEACHER_SIZE, load_teacher
+from training.teacher import TEACHER_SIZE, IrModule, load_teacher
 
 TEACHER_DIM = 256
-STAGES = ((64, 4, 128, 128), (128, 14, 256, 256), (256, 4, 512, 512))
-"""A run may start from a narrower or shallower network, as the first edition was."""
+STAGES = ((64, 4, 128, 192), (128, 6, 384, 384), (128, 2, 512, 512))
+"""As many bottlenecks as the teacher has, on maps of the same sides, so that each can hint;
+wider ones. A run may start from a narrower or shallower network."""
+ATTENTION = 8
+HINTS = (0, 4, 5, 8, 11, 12, 14)
+"""The bottlenecks that hint, counted through all stages; the map after the last does too."""
+HINTS_END = 0.8
+"""The part of a training after which there are no hints."""
 GENUINE_WEIGHT = 2.0
 
 
@@ -56,6 +64,9 @@ class Options:
     """Peak of a run that goes on from a smaller network."""
     refine_rate: float = 1.2e-3
     """Peak of a run that goes on from this very network."""
+    hint: float = 2.0
+    """Weight of the hints at the start; it falls to zero."""
+    refine_hint: float = 0.5
 
 
 class Student(nn.Module):
@@ -63,13 +74,55 @@ class Student(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = MobileFaceNet(stages=STAGES)
+        self.trunk = MobileFaceNet(stages=STAGES, attention=ATTENTION, side=TEACHER_SIZE)
         self.map = nn.Linear(512, TEACHER_DIM, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        embedding, _ = self.trunk(x)
-        out: Tensor = self.map(embedding)
-        return out
+        return self.with_maps(x)[0]
+
+    def with_maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The answer, and the maps that hints are about."""
+        maps: list[Tensor] = []
+        x = self.trunk.entry(x)
+        for index, block in enumerate(b for stage in self.trunk.stages for b in stage):  # type: ignore[attr-defined]
+            x = block(x)
+            if index in HINTS:
+                maps.append(x)
+        maps.append(self.trunk.features(x))
+        out: Tensor = self.map(self.trunk.head(maps[-1]))
+        return out, maps
+
+
+def hinting(teacher: IrModule, student: Student) -> tuple[str, ...]:
+    """The teacher's maps that hint, by name; none where the networks are of other depths."""
+    ends = teacher.block_ends
+    if sum(len(stage) for stage in student.trunk.stages) != len(ends) - 1:  # type: ignore[arg-type]
+        return ()
+    return (*(ends[index] for index in HINTS), ends[-1])
+
+
+class Hints(nn.Module):
+    """How far the student's maps are from the teacher's, each seen through a learned map of
+    channels; 1 is the variance of the teacher's own."""
+
+    def __init__(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+        """Of one batch, which fixes the means and variances."""
+        super().__init__()
+        self.see = nn.ModuleList()
+        for place, (student, teacher) in enumerate(zip(mine, theirs, strict=True)):
+            self.see.append(nn.Conv2d(student.shape[1], teacher.shape[1], 1))
+            values = teacher.float()
+            self.register_buffer(f"centre{place}", values.mean((0, 2, 3), keepdim=True))
+            spread = values.std((0, 2, 3), keepdim=True).clamp(min=1e-3)
+            self.register_buffer(f"spread{place}", spread)
+
+    def forward(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+        total = mine[0].new_zeros((), dtype=torch.float32)
+        for place, see in enumerate(self.see):
+            centre, spread = getattr(self, f"centre{place}"), getattr(self, f"spread{place}")
+            wanted = (theirs[place].float() - centre) / spread
+            total = total + (see(mine[place]).float() - wanted).square().mean()
+        return total / len(self.see)
 
 
 @torch.no_grad()
@@ -84,16 +137,29 @@ def load_grown(student: Student, state: dict[str, Tensor]) -> bool:
     grown = grown_state(student, state)
     missing, _ = student.load_state_dict(grown, strict=False)
     # Counts of batches mean nothing here, and half-precision checkpoints leave them out.
-    lacking = [_BLOCK.match(n) for n in missing if not n.endswith("num_batches_tracked")]
-    if not all(lacking):
+    lacking = {_block_of(n) for n in missing if not n.endswith("num_batches_tracked")}
+    if "" in lacking or lacking & {_block_of(name) for name in state}:
         raise ValueError("the checkpoint is of another network; train from the start")
-    for name in {found.group(0) for found in lacking if found}:
+    for name in lacking:
         block = student.get_submodule(name)
         nn.init.zeros_(block.project.norm.weight)  # type: ignore[union-attr, arg-type]
     return bool(lacking) or any(mine[n].shape != v.shape for n, v in state.items())
 
 
-_BLOCK = re.compile(r"trunk\.stages\.\d+\.\d+")
+def _block_of(name: str) -> str:
+    """The bottleneck that a parameter belongs to; empty if none."""
+    found = re.match(r"trunk\.stages\.\d+\.\d+(?=\.)", name)
+    return found.group(0) if found else ""
+
+
+def options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options of the MobileFaceNet, batch norms folded, whose state this is."""
+    options: dict[str, Any] = {"stages": stages_of(state), "norm": False}
+    gate = state.get("stages.0.0.gate.squeeze.weight")
+    if gate is not None:
+        options["attention"] = gate.shape[1] // gate.shape[0]
+    side = 16 * state["head.depthwise.conv.weight"].shape[-1]
+    return options if side == 112 else {**options, "side": side}
 
 
 def stages_of(state: Mapping[str, Tensor]) -> list[list[int]]:
@@ -167,19 +233,27 @@ def lift(student: Student) -> MobileFaceNet:
     whole = columns @ student.map.weight.detach().double().cpu()
     weights["head.linear.weight"] = (whole @ weights["head.linear.weight"].double()).float()
     weights["head.linear.bias"] = (whole @ weights["head.linear.bias"].double()).float()
-    shipped = MobileFaceNet(stages=STAGES, norm=False)
+    shipped = MobileFaceNet(**options_of(weights))
     shipped.load_state_dict(weights)
     return shipped.eval()
 
 
+Taught = tuple[Tensor, list[Tensor]]
+"""The teacher's answer, and its maps that hint."""
+
+
 def _time_parts(
-    draw: Callable[[], Tensor], teach: Callable[[Tensor], Tensor], learn: Callable[[Tensor], None]
+    draw: Callable[[], Tensor],
+    teach: Callable[[Tensor], Taught],
+    learn: Callable[[Tensor, Taught], object],
 ) -> None:
     """Print what a step's parts cost on the device: where the next second is to be saved."""
     rows: dict[str, float] = {}
     batch = draw()
+    with torch.no_grad():
+        taught = teach(batch)
     parts: dict[str, Callable[[], object]] = {
-        "draw": draw, "teach": lambda: teach(batch), "learn": lambda: learn(batch),
+        "draw": draw, "teach": lambda: teach(batch), "learn": lambda: learn(batch, taught),
     }  # fmt: skip
     for name, part in parts.items():
         with torch.set_grad_enabled(name == "learn"):
@@ -202,20 +276,17 @@ def train(
     crops = load_crops(data, held_out=False, limit=options.limit)
     pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2).contiguous().to(device)
     cuda = device.type == "cuda"
-    teacher: nn.Module = load_teacher(data / "models").to(device)
+    teacher = load_teacher(data / "models").to(device)
     if cuda:
         teacher = teacher.half().to(memory_format=torch.channels_last)
     student = Student().to(device, memory_format=torch.channels_last)
-    rate = options.rate
+    rate, hint_weight = options.rate, options.hint
     if options.resume is not None:
         parts = torch.load(options.resume, map_location=device, weights_only=True)
         grown = load_grown(student, parts["state"])
         rate = options.resume_rate if grown else options.refine_rate
+        hint_weight = options.refine_hint
     average = Average(student, options.average)
-    optimizer = torch.optim.AdamW(
-        decay_groups(student, 0.02), lr=rate, betas=(0.9, 0.98), fused=cuda
-    )
-
     pairs = Pairs(torch.from_numpy(crops.identity).to(device))
 
     def draw(progress: float = 0.0) -> Tensor:
@@ -224,15 +295,37 @@ def train(
             progress = 0.4 + 0.6 * progress
         return training_batch(pictures[pairs.draw(options.batch)], progress)
 
-    def teach(x: Tensor) -> Tensor:
-        large = teacher_input(x).half() if cuda else teacher_input(x)
-        answer: Tensor = teacher(large)
-        return answer
+    ends = hinting(teacher, student)
 
-    def learn(x: Tensor) -> Tensor:
+    def teach(x: Tensor) -> Taught:
+        large = teacher_input(x).half() if cuda else teacher_input(x)
+        return teacher.with_maps(large, ends)
+
+    with torch.no_grad():
+        batch = draw()
+        maps = student.eval().with_maps(student_input(batch))[1]
+        taught = teach(batch)
+        hints = Hints(maps, taught[1]).to(device) if ends else None
+        del maps
+    if options.resume is not None:
+        seen = parts.get("hints", {})
+        shapes = {k: v.shape for k, v in seen.items()}
+        if hints and shapes == {k: v.shape for k, v in hints.state_dict().items()}:
+            hints.load_state_dict(seen)
+        else:
+            # Hints through maps yet to be learnt would spoil what it has.
+            hint_weight = 0.0
+    optimizer = torch.optim.AdamW(
+        [*decay_groups(student, 0.02), *(decay_groups(hints, 0.0) if hints else [])],
+        lr=rate, betas=(0.9, 0.98), fused=cuda,
+    )  # fmt: skip
+
+    def learn(x: Tensor, taught: Taught) -> tuple[Tensor, Tensor]:
+        """The student's answer, and how far it is from the hints."""
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            answer: Tensor = student(student_input(x))
-        return answer
+            answer, maps = student.with_maps(student_input(x))
+            far = hints(maps, taught[1]) if hints else answer.new_zeros(())
+        return answer, far
 
     teach_fast, learn_fast = teach, learn
     begun = time.time()
@@ -242,18 +335,23 @@ def train(
             learn_fast = torch.compile(learn, dynamic=False)
             student.train()
             with torch.no_grad():
-                batch = draw()
-                target = teach_fast(batch)
+                taught = teach_fast(batch)
             print("recognizer", json.dumps({"teacher_compiled_s": time.time() - begun}), flush=True)
-            loss_of(learn_fast(batch), target)[0].backward()
+            answer, far = learn_fast(batch, taught)
+            (loss_of(answer, taught[0])[0] + far).backward()
             torch.cuda.synchronize()
         except Exception as error:
             print("recognizer", json.dumps({"compile_failed": repr(error)[:2000]}), flush=True)
             teach_fast, learn_fast = teach, learn
     compiled_s = time.time() - begun
     if cuda:
-        _time_parts(draw, teach_fast, lambda x: learn_fast(x).float().sum().backward())
-        optimizer.zero_grad(set_to_none=True)
+
+        def whole(x: Tensor, taught: Taught) -> None:
+            answer, far = learn_fast(x, taught)
+            (answer.float().sum() + far).backward()
+
+        _time_parts(draw, teach_fast, whole)
+    optimizer.zero_grad(set_to_none=True)
     print("recognizer", json.dumps({"compile_s": compiled_s}), flush=True)
     log: list[dict[str, float]] = []
     clock = Clock(time.time(), deadline - time.time())
@@ -263,11 +361,13 @@ def train(
         set_rate(optimizer, cosine_rate(clock.progress, rate))
         with torch.no_grad():
             batch = draw(clock.progress)
-            target = teach_fast(batch)
+            taught = teach_fast(batch)
         student.train()
         optimizer.zero_grad(set_to_none=True)
-        loss, direction = loss_of(learn_fast(batch), target)
-        loss.backward()
+        answer, far = learn_fast(batch, taught)
+        loss, direction = loss_of(answer, taught[0])
+        fading = hint_weight * max(0.0, 1 - clock.progress / HINTS_END)
+        (loss + fading * far).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
         optimizer.step()
         average.update(student)
@@ -284,6 +384,7 @@ def train(
                 "step": step,
                 "s": round(elapsed, 1),
                 "one_minus_cos": value,
+                "hint": far.item(),
                 "pictures_per_s": round(step * options.batch / elapsed),
             }
             log.append(row)
@@ -295,6 +396,6 @@ def train(
             saved = time.time()
     save(
         out / "recognizer.pt", state=half_state(average.network), step=step, finished=True,
-        compile_s=compiled_s,
+        compile_s=compiled_s, hints=half_state(hints) if hints else {},
     )  # fmt: skip
     return average.network

@@ -33,6 +33,8 @@ from training import detector, evaluate, liveness, ood, recognizer
 from training.clock import Clock, CpuClock, half_state, save
 
 STAGES = ("detector", "liveness", "recognizer")
+PARTS = ("trunk", "trust")
+"""Of the recogniser: all but its OOD head; a new OOD head for a finished one."""
 ENDS = {"detector": 0.32, "liveness": 0.28, "recognizer": 0.775, "consistency": 0.86, "rts": 0.92}
 """When each training ends, as a share of the budget."""
 RESUMED_ENDS = {
@@ -41,6 +43,8 @@ RESUMED_ENDS = {
 """The same for a run that goes on from a finished one, of about five minutes."""
 ALONE_ENDS = {"recognizer": 0.875, "consistency": 0.92, "rts": 0.945}
 """The same for a run of the recogniser alone, which then has all of the device."""
+TRUNK_ENDS = {"recognizer": 0.965, "detector": 0.25, "liveness": 0.2}
+"""The same for its trunk, which another run goes on from; the others train while it compiles."""
 SMOKE_LIMIT = 32
 
 
@@ -58,13 +62,17 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 
 def _ends(arguments: argparse.Namespace) -> dict[str, float]:
+    if "trunk" in arguments.only:
+        return TRUNK_ENDS
     if arguments.only == ["recognizer"]:
         return ALONE_ENDS
     return RESUMED_ENDS if arguments.resume else ENDS
 
 
 def _resumed(arguments: argparse.Namespace, stage: str) -> Path | None:
-    return arguments.resume / f"{stage}.pt" if arguments.resume else None
+    """What the stage goes on from, if the finished run has it."""
+    path = arguments.resume / f"{stage}.pt" if arguments.resume else None
+    return path if path is not None and path.exists() else None
 
 
 def _clock(arguments: argparse.Namespace, stage: str, start: float) -> Clock:
@@ -146,6 +154,26 @@ def run_recognizer(arguments: argparse.Namespace, start: float) -> None:
     _write(arguments.out / "recognizer.json", report)
 
 
+def run_trunk(arguments: argparse.Namespace, start: float) -> None:
+    """The recogniser without its OOD head, for a run that another one goes on from."""
+    device = _device()
+    limit = SMOKE_LIMIT if arguments.smoke else 0
+    options = recognizer.Options(limit=limit, resume=_resumed(arguments, "recognizer"))
+    if arguments.smoke:
+        options = replace(options, batch=8)
+    deadline = start + _ends(arguments)["recognizer"] * arguments.budget_s
+    student = recognizer.train(arguments.data, arguments.out, deadline, device, options)
+    shipped = recognizer.lift(student)
+    save(arguments.out / "recognizer-shipped.pt", state=half_state(shipped))
+    crops = packed.load_crops(arguments.data, held_out=True, limit=limit)
+    pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2).contiguous().to(device)
+    network = ood.on_device(shipped, device).float()
+    vectors = ood.score_all(network, None, pictures)["embedding"]
+    report = evaluate.verification(vectors, crops.identity)
+    print("trunk", json.dumps(report), flush=True)
+    _write(arguments.out / "trunk.json", report)
+
+
 def _with_trust_head(
     arguments: argparse.Namespace,
     trunk: MobileFaceNet,
@@ -156,7 +184,7 @@ def _with_trust_head(
     """``trunk`` with a newly trained head, both rounded to fp16 as they are saved."""
     head = ood.train_consistency(trunk, material, arguments.out, clock, settings)
     state = half_state(trunk)
-    whole = MobileFaceNet(stages=recognizer.stages_of(state), norm=False, ood_head="trust")
+    whole = MobileFaceNet(**recognizer.options_of(state), ood_head="trust")
     whole.load_state_dict({**state, **{f"ood_head.{k}": v for k, v in half_state(head).items()}})
     save(arguments.out / "recognizer-shipped.pt", state=half_state(whole.eval()))
     return whole
@@ -170,7 +198,7 @@ def run_trust(arguments: argparse.Namespace, start: float) -> None:
         arguments.resume / "recognizer-shipped.pt", map_location="cpu", weights_only=True
     )["state"]
     body = {k: v.float() for k, v in state.items() if not k.startswith("ood_head.")}
-    trunk = MobileFaceNet(stages=recognizer.stages_of(body), norm=False)
+    trunk = MobileFaceNet(**recognizer.options_of(body))
     trunk.load_state_dict(body)
     material = ood.Material(arguments.data, device, limit, held_out=False)
     settings = ood.Options(limit=limit, batch=57)
@@ -186,7 +214,7 @@ def measure_recognizer(arguments: argparse.Namespace) -> None:
     limit = SMOKE_LIMIT if arguments.smoke else 0
     parts = torch.load(arguments.out / "recognizer-shipped.pt", weights_only=True)
     state = {k: v.float() for k, v in parts["state"].items()}
-    network = MobileFaceNet(stages=recognizer.stages_of(state), norm=False, ood_head="trust")
+    network = MobileFaceNet(**recognizer.options_of(state), ood_head="trust")
     network.load_state_dict(state)
     network = network.eval().to(device, memory_format=torch.channels_last)
     material, held_out = (
@@ -214,6 +242,7 @@ def _stage(arguments: argparse.Namespace) -> None:
         "detector": run_detector,
         "liveness": run_liveness,
         "recognizer": run_recognizer,
+        "trunk": run_trunk,
         "trust": run_trust,
     }
     run[arguments.stage](arguments, arguments.start)
@@ -291,12 +320,14 @@ def main() -> int:
         "--rate", type=float, default=1.0,
         help="times the usual peak of the learning rate, for a CPU that goes on",
     )  # fmt: skip
-    parser.add_argument("--only", nargs="*", choices=[*STAGES, "trust"], default=list(STAGES))
+    parser.add_argument("--only", nargs="*", choices=[*STAGES, *PARTS], default=list(STAGES))
     parser.add_argument("--measure", action="store_true", help="train nothing, measure --out")
     parser.add_argument("--media", type=Path, help="folder with the clip to judge detectors by")
-    parser.add_argument("--resume", type=Path, help="a finished run to go on from")
+    parser.add_argument(
+        "--resume", type=Path, help="a finished run to go on from; models that it lacks begin anew"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the recipe")
-    parser.add_argument("--stage", choices=[*STAGES, "trust"], help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=[*STAGES, *PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out: Path = arguments.out

@@ -30,7 +30,7 @@ from training.data import load_crops
 from training.detector import NMS_IOU, widths_of
 from training.liveness import NARROW
 from training.ood import OOD_THRESHOLD, fit_ood, score_all, sigmoid
-from training.recognizer import stages_of
+from training.recognizer import options_of
 
 VERSIONS = {"detector": "1.2.0", "recognizer": "1.1.0", "liveness": "1.1.0"}
 NAMES = tuple(VERSIONS)
@@ -47,7 +47,7 @@ def calibrate_ood(state: Mapping[str, Tensor], data: Path) -> dict[str, float]:
     fitted on the other half of the identities; ``clean_refused_in_sample``: with the mapping
     that is shipped.
     """
-    network = MobileFaceNet(stages=stages_of(state), norm=False, ood_head="trust")
+    network = MobileFaceNet(**options_of(state), ood_head="trust")
     network.load_state_dict(dict(state))
     crops = load_crops(data, held_out=True)
     pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2)
@@ -133,7 +133,7 @@ def ship_recognizer(
         "task": "recognizer",
         "architecture": "mobilefacenet",
         "description": "starter recogniser: MobileFaceNet with a trust head, distilled",
-        "options": {"stages": stages_of(state), "norm": False, "ood_head": "trust"},
+        "options": {**options_of(state), "ood_head": "trust"},
         "input": {
             "width": 112,
             "height": 112,

@@ -9,6 +9,7 @@ use (a batch of 512 would otherwise keep some ten GiB alive).
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +129,12 @@ class IrModule(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """[N, 3, 128, 128] BGR 0..255 -> [N, 256]."""
+        return self.with_maps(pictures)[0]
+
+    def with_maps(self, pictures: Tensor, ends: Sequence[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """The answer, and what these of ``block_ends`` gave."""
         values: dict[str, Tensor] = {self._input: pictures}
+        maps: list[Tensor] = []
         for step in self._steps:
             x = values[step.arguments[0]]
             weight = getattr(self, step.weight).to(x.dtype) if step.weight else None
@@ -147,9 +153,25 @@ class IrModule(nn.Module):
             else:
                 y = torch.sigmoid(x)
             values[step.result] = y
+            if step.result in ends:
+                maps.append(y)
             for name in step.frees:
                 del values[name]
-        return values[self._output].flatten(1)
+        return values[self._output].flatten(1), maps
+
+    @property
+    def block_ends(self) -> tuple[str, ...]:
+        """The names of every bottleneck's result, in order (gated, then added to what it read
+        where it may be), and of the map after the last of them that the head reads."""
+        added = {
+            name: step.result
+            for step in self._steps
+            if step.type == "add" and len(step.arguments) == 2
+            for name in step.arguments
+        }
+        gated = [s.result for s in self._steps if s.type == "multiply" and len(s.arguments) == 2]
+        last = [s.result for s in self._steps if s.type == "prelu"][-1]
+        return (*(added.get(name, name) for name in gated), last)
 
 
 def _with_frees(steps: list[_Step], output: str) -> list[_Step]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facelane_server.worker.models.architectures.folding import Foldable
@@ -49,11 +50,36 @@ class _Unit(Foldable):
         return out
 
 
+class _Gate(nn.Module):
+    """Squeeze and excitation: each channel times what the means of all say of it.
+
+    After "Squeeze-and-Excitation Networks" (Hu, Shen, Sun; 2018).
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // reduction)
+        self.act = nn.PReLU(channels // reduction)
+        self.excite = nn.Linear(channels // reduction, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.excite(self.act(self.squeeze(x.mean((2, 3))))).sigmoid()
+        out: Tensor = x * share[:, :, None, None]
+        return out
+
+
 class _Bottleneck(nn.Module):
-    """1x1 expansion, 3x3 depthwise (with the stride), 1x1 linear projection."""
+    """1x1 expansion, 3x3 depthwise (with the stride), 1x1 linear projection, gate (if any)."""
 
     def __init__(
-        self, inputs: int, outputs: int, expansion: int, *, stride: int, norm: bool
+        self,
+        inputs: int,
+        outputs: int,
+        expansion: int,
+        *,
+        stride: int,
+        norm: bool,
+        attention: int = 0,
     ) -> None:
         super().__init__()
         self.expand = _Unit(inputs, expansion, norm=norm)
@@ -61,21 +87,22 @@ class _Bottleneck(nn.Module):
             expansion, expansion, 3, stride=stride, padding=1, groups=expansion, norm=norm
         )
         self.project = _Unit(expansion, outputs, norm=norm, linear=True)
+        self.gate: nn.Module = _Gate(outputs, attention) if attention else nn.Identity()
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.project(self.depthwise(self.expand(x)))
+        out: Tensor = self.gate(self.project(self.depthwise(self.expand(x))))
         return x + out if self.residual else out
 
 
 class _GlobalDepthwiseHead(Foldable):
-    """A depthwise 7x7 over the whole map, then a linear layer and its batch norm."""
+    """A depthwise kernel over the whole map, then a linear layer and its batch norm."""
 
     FOLDS: ClassVar = (("linear", "norm"),)
 
-    def __init__(self, channels: int, embedding_dim: int, *, norm: bool) -> None:
+    def __init__(self, channels: int, embedding_dim: int, *, norm: bool, side: int) -> None:
         super().__init__()
-        self.depthwise = _Unit(channels, channels, 7, groups=channels, norm=norm, linear=True)
+        self.depthwise = _Unit(channels, channels, side, groups=channels, norm=norm, linear=True)
         self.linear: nn.Module = nn.Linear(channels, embedding_dim, bias=not norm)
         self.norm: nn.Module = nn.BatchNorm1d(embedding_dim) if norm else nn.Identity()
 
@@ -89,10 +116,12 @@ class _FlattenHead(Foldable):
 
     FOLDS: ClassVar = (("linear", "norm"),)
 
-    def __init__(self, channels: int, neck: int, embedding_dim: int, *, norm: bool) -> None:
+    def __init__(
+        self, channels: int, neck: int, embedding_dim: int, *, norm: bool, side: int
+    ) -> None:
         super().__init__()
         self.reduce = _Unit(channels, neck, norm=norm)
-        self.linear: nn.Module = nn.Linear(neck * 49, embedding_dim, bias=not norm)
+        self.linear: nn.Module = nn.Linear(neck * side * side, embedding_dim, bias=not norm)
         self.norm: nn.Module = nn.BatchNorm1d(embedding_dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +168,9 @@ class MobileFaceNet(nn.Module):
     ``stages``: rows of (channels, residual blocks, expansion of the strided block,
     expansion of the residual blocks). ``head``: ``gdc`` or ``flatten`` (to ``neck``
     channels). ``norm=False``: batch norms are already folded into the convolutions.
-    ``ood_head``: ``none`` or ``trust`` (:class:`TrustHead`).
+    ``ood_head``: ``none`` or ``trust`` (:class:`TrustHead`). ``attention``: each bottleneck
+    ends in a squeeze-and-excitation gate of that reduction; 0 = none. ``side``: the crop is
+    resized to that many pixels before the first layer, a multiple of 16.
 
     Input [N, 3, 112, 112]. Output: embedding [N, ``embedding_dim``], not normalised,
     and the OOD logit [N], or None without an OOD head.
@@ -155,6 +186,8 @@ class MobileFaceNet(nn.Module):
         embedding_dim: int = 512,
         norm: bool = True,
         ood_head: str = "none",
+        attention: int = 0,
+        side: int = 112,
     ) -> None:
         super().__init__()
         if len(stages) != 3 or any(len(stage) != 4 for stage in stages):
@@ -163,31 +196,45 @@ class MobileFaceNet(nn.Module):
             raise ValueError("head must be gdc or flatten")
         if ood_head not in ("none", "trust"):
             raise ValueError("ood_head must be none or trust")
+        if side < 16 or side % 16:
+            raise ValueError("side must be a multiple of 16")
+        if attention < 0:
+            raise ValueError("attention must be 0 or a reduction")
+        self.side = side
         self.stem = _Unit(3, stem, 3, stride=2, padding=1, norm=norm)
         self.stem_depthwise = _Unit(stem, stem, 3, padding=1, groups=stem, norm=norm)
         rows: list[nn.Module] = []
         inputs = stem
         for channels, blocks, first, others in stages:
-            row = [_Bottleneck(inputs, channels, first, stride=2, norm=norm)]
-            row += [
-                _Bottleneck(channels, channels, others, stride=1, norm=norm) for _ in range(blocks)
+            widths = [(inputs, first, 2)] + [(channels, others, 1)] * blocks
+            row = [
+                _Bottleneck(i, channels, expansion, stride=stride, norm=norm, attention=attention)
+                for i, expansion, stride in widths
             ]
             rows.append(nn.Sequential(*row))
             inputs = channels
         self.stages = nn.Sequential(*rows)
         self.features = _Unit(inputs, features, norm=norm)
         self.head: nn.Module = (
-            _GlobalDepthwiseHead(features, embedding_dim, norm=norm)
+            _GlobalDepthwiseHead(features, embedding_dim, norm=norm, side=side // 16)
             if head == "gdc"
-            else _FlattenHead(features, neck, embedding_dim, norm=norm)
+            else _FlattenHead(features, neck, embedding_dim, norm=norm, side=side // 16)
         )
         maps = (stages[0][0], stages[1][0], features)
         self.ood_head: nn.Module | None = TrustHead(maps) if ood_head == "trust" else None
 
+    def entry(self, x: Tensor) -> Tensor:
+        """The map that the first stage reads, [N, ``stem``, ``side`` / 2, ``side`` / 2]."""
+        if x.shape[-1] != self.side:
+            size = (self.side, self.side)
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        out: Tensor = self.stem_depthwise(self.stem(x))
+        return out
+
     def trunk(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The embedding, and the maps that the OOD head reads: the outputs of the first
         two stages and of ``features``."""
-        first = self.stages[0](self.stem_depthwise(self.stem(x)))
+        first = self.stages[0](self.entry(x))
         second = self.stages[1](first)
         features = self.features(self.stages[2](second))
         return self.head(features), (first, second, features)
