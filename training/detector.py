@@ -37,13 +37,16 @@ from training.clock import (
     save,
     set_rate,
 )
-from training.data import load_photos
+from training.data import CELEBA, load_crops, load_photos
 from training.imaging import column, rand
 
 WIDTHS = (16, 32, 64, 96, 96, 96)
 """A run may start from a narrower network, as the first editions were."""
 SCORE = 0.6
 NMS_IOU = 0.4
+CROPS, ODD, DARK = 0.15, 0.3, 0.15
+"""Shares of a layer's pictures that are crops, of its layers that are put out of shape, and of
+scenes with a dark ground."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,17 @@ def merge_faces(network: YuNet, pictures: Tensor, score: float) -> list[Tensor]:
 
 
 class Scenes:
-    """Composes scenes from photos uint8 [N, 3, 250, 250] that lie on the device."""
+    """Composes scenes from photos uint8 [N, 3, 250, 250], and crops of faces [M, 3, S, S] if
+    there are any, that lie on the device.
 
-    def __init__(self, photos: Tensor) -> None:
+    Photos of the press hardly show a profile, and no face that fills a screen: crops come
+    large, some layers are squeezed, warped or cut in two, and some lie on the dark. What that
+    makes of a face, YuNet says.
+    """
+
+    def __init__(self, photos: Tensor, crops: Tensor | None = None) -> None:
         self.photos = photos
+        self._crops = crops
         self._levels = [photos]
         for _ in range(2):
             smaller = F.avg_pool2d(self._levels[-1].float(), 2)
@@ -132,6 +142,8 @@ class Scenes:
         """
         photos = self._levels[0]
         canvas = imaging.textures(n, side, photos)
+        dark = torch.rand(n, device=photos.device) < DARK
+        canvas = canvas * column(torch.where(dark, rand(n, 0.0, 0.3, photos), 1.0))
         cover = torch.zeros(n, 1, side, side, device=photos.device)
         bare = column((torch.arange(n, device=photos.device) < n // 6).float())
         # Large photos first, small ones over them; each layer has its own octave of scales.
@@ -139,6 +151,7 @@ class Scenes:
             (
                 ((0, 0.9, 1.35),),
                 ((0, 1.1, 3.2),),
+                ((0, 1.4, 3.4),),
                 ((0, 0.8, 1.8), (1, 0.3, 0.6)),
                 ((0, 0.5, 1.1), (0, 0.5, 1.0), (1, 0.25, 0.55), (2, 0.12, 0.26)),
                 ((1, 0.3, 0.6), (1, 0.25, 0.5), (2, 0.15, 0.28), (2, 0.1, 0.25)),
@@ -149,6 +162,13 @@ class Scenes:
             source = self._levels[level]
             picks = torch.randint(len(source), (n,), device=photos.device)
             layer = source[picks].float().div(255)
+            if self._crops is not None:
+                rows = torch.randperm(n, device=photos.device)[: max(1, int(n * CROPS))]
+                picks = torch.randint(len(self._crops), (len(rows),), device=photos.device)
+                crop = self._crops[picks].float().div(255)
+                layer[rows] = F.interpolate(
+                    crop, size=layer.shape[-2:], mode="bilinear", align_corners=False
+                )
             scale = torch.exp(rand(n, math.log(low), math.log(high), photos))
             turned = torch.rand(n, device=photos.device) < 0.3
             degrees = torch.where(turned, rand(n, -35, 35, photos), rand(n, -6, 6, photos))
@@ -156,16 +176,29 @@ class Scenes:
             span = side / (250 * scale)
             reach = torch.maximum((span - 1) / 2, torch.full_like(span, 0.12)).clamp(max=4)
             shift = (torch.rand(n, 2, device=photos.device) - 0.5) * 2 * reach[:, None]
+            odd = (torch.rand(n, device=photos.device) < ODD).float()
             grid = imaging.affine_grid(
                 n, side, photos,
                 degrees=degrees, scale=1 / span, shift=shift,
                 flip=torch.rand(n, device=photos.device) < 0.5,
+                aspect=torch.exp(rand(n, -0.4, 0.4, photos) * odd),
+                elastic=rand(n, 0, 8, photos) * odd,
             )  # fmt: skip
             mask = imaging.sample(torch.ones_like(layer[:, :1]), grid) * (1 - bare)
+            mask = mask * (1 - column(odd) * halves(n, side, photos))
             drawn = imaging.sample(layer, grid, "border")
             canvas = canvas * (1 - mask) + drawn * mask
             cover = torch.maximum(cover, mask)
         return canvas.clamp(0, 1), cover
+
+
+def halves(n: int, side: int, like: Tensor) -> Tensor:
+    """[n, 1, side, side]: 1 on one side of a random line, for about half of them."""
+    at = torch.linspace(-1, 1, side, device=like.device)
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    angle = rand(n, 0, 2 * math.pi, like)
+    along = column(torch.cos(angle)) * x + column(torch.sin(angle)) * y
+    return (along > column(rand(n, -0.5, 2.0, like))).float()
 
 
 class HardScenes:
@@ -330,7 +363,14 @@ def train(
     torch.manual_seed(seed)
     random.seed(seed)
     photos = load_photos(data, held_out=False, limit=options.limit)
-    scenes = Scenes(torch.from_numpy(photos.pictures).permute(0, 3, 1, 2).contiguous().to(device))
+    crops = load_crops(data, held_out=False, limit=options.limit)
+    others = crops.pictures[crops.source == CELEBA]
+    scenes = Scenes(
+        torch.from_numpy(photos.pictures).permute(0, 3, 1, 2).contiguous().to(device),
+        torch.from_numpy(others).permute(0, 3, 1, 2).contiguous().to(device)
+        if len(others)
+        else None,
+    )
     teacher = load_yunet(data / "models" / "yunet_n.pth").to(device)
     network = YuNet(WIDTHS).to(device, memory_format=torch.channels_last)
     rate = options.rate
