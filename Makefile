@@ -28,7 +28,7 @@ demo: setup ## faces recognised from a synthetic camera, live on this terminal
 test: setup lint ## lint, then all tests with branch coverage
 	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
 
-lint: setup ## ruff, mypy --strict, the import rules
+lint: setup ## ruff, mypy --strict (packages and benchmarks), the import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

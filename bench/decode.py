@@ -38,7 +38,7 @@ async def run(settings: Settings) -> Report:
                 report.note(f"nvJPEG, {size}: {type(error).__name__}: {error}")
         _crops(report, size, frames[0], rounds, settings.device)
         settings.keep(report)
-    for name, options in (
+    ways: dict[str, dict[str, Any]] = (
         {
             "decoded by OpenCV": {},
             "decoded by OpenCV, suppression on the card": {"suppress": True},
@@ -47,7 +47,8 @@ async def run(settings: Settings) -> Report:
         }
         if settings.device.startswith("cuda")
         else {"decoded by OpenCV": {}, "suppression in the network": {"suppress": True}}
-    ).items():
+    )
+    for name, options in ways.items():
         settings.say(f"detector, {name}")
         try:
             _detector(report, settings, name, rounds, options)
@@ -123,7 +124,7 @@ def _device(report: Report, size: str, frames: list[bytes], rounds: int, device:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     data = [torch.from_numpy(np.frombuffer(frame, np.uint8).copy()) for frame in frames]
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     for count in BATCHES:
 
         def batch(count: int = count) -> Any:

@@ -206,7 +206,7 @@ class Peer:
         """SIGKILL to the model's worker process; its pid."""
         self._remember()
         if self.kind.worker:
-            pid = next(
+            pid: int = next(
                 process.pid
                 for process in self._family.values()
                 if process.is_running() and process.name().startswith(self.kind.worker)

@@ -304,6 +304,7 @@ class CudaRunner(Runner):
             return True
         log_event(
             "model disagrees with full precision and runs eagerly in it",
+            level="warning",
             what=what,
             agreement=round(value, 5),
             needed=AGREEMENT,
