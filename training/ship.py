@@ -32,7 +32,7 @@ from training.liveness import NARROW
 from training.ood import OOD_THRESHOLD, fit_ood, score_all, sigmoid
 from training.recognizer import options_of
 
-VERSIONS = {"detector": "1.3.0", "recognizer": "1.2.0", "liveness": "1.1.0"}
+VERSIONS = {"detector": "1.3.0", "recognizer": "1.2.0", "liveness": "1.1.1"}
 NAMES = tuple(VERSIONS)
 LICENSE = "evaluation and research only, see CARD.md"
 MATCH_FAR = 1e-4
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of training.pack")
     parser.add_argument("--out", type=Path, required=True, help="where the packages go")
     parser.add_argument("--score", type=float, default=0.65, help="the detector's threshold")
-    parser.add_argument("--live", type=float, default=0.8)
+    parser.add_argument("--live", type=float, default=0.79)
     parser.add_argument("--spoof", type=float, default=0.5)
     parser.add_argument("--only", nargs="*", choices=NAMES, default=list(NAMES))
     parser.add_argument("--threads", type=int, default=1)
