@@ -193,7 +193,8 @@ class Scenes:
 
 
 def halves(n: int, side: int, like: Tensor) -> Tensor:
-    """[n, 1, side, side]: 1 on one side of a random line, for about half of them."""
+    """[n, 1, side, side]: 1 on one side of a random line, which crosses three of four squares, some
+    at a corner."""
     at = torch.linspace(-1, 1, side, device=like.device)
     y, x = torch.meshgrid(at, at, indexing="ij")
     angle = rand(n, 0, 2 * math.pi, like)

@@ -45,11 +45,9 @@ ALONE_ENDS = {"recognizer": 0.875, "consistency": 0.92, "rts": 0.945}
 """The same for a run of the recogniser alone, which then has all of the device."""
 TRUNK_ENDS = {"recognizer": 0.965, "detector": 0.25, "liveness": 0.2}
 """The same for its trunk, which another run goes on from; the others train while it compiles."""
-SMOKE_LIMIT = 32
-
-
 TRUST_ENDS = {"trust": 0.18, "rts": 0.27, "detector": 0.95, "liveness": 0.9}
 """The same for a new OOD head of a finished recogniser, with the others for the rest."""
+SMOKE_LIMIT = 32
 
 
 def _device() -> torch.device:
@@ -131,12 +129,22 @@ def measure_liveness(arguments: argparse.Namespace) -> None:
     _write(arguments.out / "liveness.json", report)
 
 
+def _trained_trunk(
+    arguments: argparse.Namespace, deadline: float, device: torch.device
+) -> MobileFaceNet:
+    """The recogniser without its OOD head, in the form that is shipped."""
+    options = recognizer.Options(resume=_resumed(arguments, "recognizer"))
+    if arguments.smoke:
+        options = replace(options, batch=8, limit=SMOKE_LIMIT)
+    student = recognizer.train(arguments.data, arguments.out, deadline, device, options)
+    shipped = recognizer.lift(student)
+    save(arguments.out / "recognizer-shipped.pt", state=half_state(shipped))
+    return shipped
+
+
 def run_recognizer(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
     limit = SMOKE_LIMIT if arguments.smoke else 0
-    options = recognizer.Options(limit=limit, resume=_resumed(arguments, "recognizer"))
-    if arguments.smoke:
-        options = replace(options, batch=8)
     ends = {name: start + share * arguments.budget_s for name, share in _ends(arguments).items()}
     # Read beside the compiler, which leaves most of the host idle.
     reader = ThreadPoolExecutor(1)
@@ -144,9 +152,7 @@ def run_recognizer(arguments: argparse.Namespace, start: float) -> None:
         reader.submit(ood.Material, arguments.data, device, limit, held_out=side)
         for side in (False, True)
     ]
-    student = recognizer.train(arguments.data, arguments.out, ends["recognizer"], device, options)
-    shipped = recognizer.lift(student)
-    save(arguments.out / "recognizer-shipped.pt", state=half_state(shipped))
+    shipped = _trained_trunk(arguments, ends["recognizer"], device)
     material, held_out = (future.result() for future in materials)
     reader.shutdown()
     settings = ood.Options(limit=limit, batch=20 if arguments.smoke else 256)
@@ -164,13 +170,8 @@ def run_trunk(arguments: argparse.Namespace, start: float) -> None:
     """The recogniser without its OOD head, for a run that another one goes on from."""
     device = _device()
     limit = SMOKE_LIMIT if arguments.smoke else 0
-    options = recognizer.Options(limit=limit, resume=_resumed(arguments, "recognizer"))
-    if arguments.smoke:
-        options = replace(options, batch=8)
     deadline = start + _ends(arguments)["recognizer"] * arguments.budget_s
-    student = recognizer.train(arguments.data, arguments.out, deadline, device, options)
-    shipped = recognizer.lift(student)
-    save(arguments.out / "recognizer-shipped.pt", state=half_state(shipped))
+    shipped = _trained_trunk(arguments, deadline, device)
     crops = packed.load_crops(arguments.data, held_out=True, limit=limit)
     pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2).contiguous().to(device)
     network = ood.on_device(shipped, device).float()
@@ -341,6 +342,12 @@ def main() -> int:
     parser.add_argument("--stage", choices=[*STAGES, *PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.resume and not any(arguments.resume.glob("*.pt")):
+        parser.error(f"--resume {arguments.resume}: no run's checkpoints (*.pt) are there")
+    if len({"recognizer", *PARTS}.intersection(arguments.only)) > 1:
+        parser.error("--only: recognizer, trunk and trust write the same files; take one")
+    if "trust" in arguments.only and not arguments.resume:
+        parser.error("--only trust needs --resume, a run with a finished recogniser")
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     if arguments.stage:

@@ -23,6 +23,15 @@ from facelane_server.domain import Stage
 floats = st.floats(-1e6, 1e6)
 
 
+def test_a_model_that_fell_back_is_told_of(tmp_path: Path) -> None:
+    log = tmp_path / "detector.log"
+    tenant = iso.Tenant(Stage.DETECTOR, None, log)  # type: ignore[arg-type]
+    log.write_text("[info] worker ready\n")
+    assert not tenant.in_full_precision
+    log.write_text("[warning] model disagrees with full precision and runs eagerly in it\n")
+    assert tenant.in_full_precision
+
+
 class TestPercentile:
     @given(st.lists(floats, min_size=2, max_size=50), st.integers(1, 99))
     def test_like_the_standard_library(self, values: list[float], q: int) -> None:

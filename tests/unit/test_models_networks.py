@@ -47,6 +47,38 @@ def _one_thread() -> None:
     torch.manual_seed(5)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"side": 100}, "multiple of 16"),
+        ({"side": 0}, "multiple of 16"),
+        ({"side": 1_000_000}, "at most 512"),
+        ({"attention": -1}, "at most 8 channels"),
+        ({"attention": 9}, "at most 8 channels"),
+    ],
+)
+def test_options_that_make_no_network_are_refused(options: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        MobileFaceNet(stages=((8, 1, 8, 8), (16, 1, 16, 16), (16, 1, 32, 16)), **options)
+
+
+def test_gates_and_the_side_change_what_is_computed() -> None:
+    stages = ((8, 1, 8, 8), (16, 1, 16, 16), (16, 1, 32, 16))
+    network = MobileFaceNet(stem=8, stages=stages, features=32, attention=4, side=128).eval()
+    x = torch.rand(1, 3, 112, 112)
+    with torch.no_grad():
+        assert network.entry(x).shape == (1, 8, 64, 64)
+        resized = nn.functional.interpolate(x, size=128, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(network(x)[0], network(resized)[0])
+        gate = network.stages[0][0].gate
+        maps = torch.rand(2, 8, 4, 4)
+        # One factor for all of a channel, between 0 and 1, and of each picture its own.
+        factor = gate(maps) / maps
+        torch.testing.assert_close(factor, factor[:, :, :1, :1].expand_as(factor))
+        assert 0 < float(factor.min()) <= float(factor.max()) < 1
+        assert not torch.allclose(factor[0], factor[1])
+
+
 def shaken(network: nn.Module) -> nn.Module:
     """In evaluation mode, with batch norms that do something."""
     for module in network.modules():
@@ -65,6 +97,16 @@ def shaken(network: nn.Module) -> nn.Module:
         (
             MobileFaceNet(
                 stem=8, stages=((8, 1, 8, 8), (16, 1, 16, 16), (16, 1, 32, 16)), features=32
+            ),
+            [(2, 3, 112, 112)],
+        ),
+        (
+            MobileFaceNet(
+                stem=8,
+                stages=((8, 1, 8, 8), (16, 1, 16, 16), (16, 1, 32, 16)),
+                features=32,
+                attention=4,
+                side=128,
             ),
             [(2, 3, 112, 112)],
         ),

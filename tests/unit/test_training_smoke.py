@@ -48,6 +48,15 @@ def test_pack_train_and_ship(shared: Path, tmp_path: Path) -> None:
     assert report["about"]["failed"] == []
     assert set(report) == {"about", "detector", "liveness", "recognizer"}
     python("training.ship", "--run", run, "--data", data, "--out", out)
+    # The way of the shipped weights: the trunk goes on, then gets a new head.
+    for part, before in (("trunk", run), ("trust", tmp_path / "trunk")):
+        python(
+            "training.run", "--data", data, "--out", tmp_path / part, "--smoke",
+            "--budget-s", "10", "--only", part, "--resume", before,
+        )  # fmt: skip
+    later = json.loads((tmp_path / "trust" / "report.json").read_text())
+    assert later["about"]["failed"] == []
+    assert later["recognizer"]["verification"]["pictures"] > 0
     for task in ("detector", "recognizer", "liveness"):
         package = read_package(out / f"facelane-{task}")
         found = verify(package)

@@ -19,6 +19,7 @@ from facelane_server.worker.models.architectures.folding import Foldable
 
 STARTER_STAGES = ((64, 4, 128, 128), (128, 6, 256, 256), (128, 2, 512, 256))
 """(channels, residual blocks, expansion of the strided block, expansion of the others)."""
+MAX_SIDE = 512
 
 
 class _Unit(Foldable):
@@ -196,10 +197,11 @@ class MobileFaceNet(nn.Module):
             raise ValueError("head must be gdc or flatten")
         if ood_head not in ("none", "trust"):
             raise ValueError("ood_head must be none or trust")
-        if side < 16 or side % 16:
-            raise ValueError("side must be a multiple of 16")
-        if attention < 0:
-            raise ValueError("attention must be 0 or a reduction")
+        if side % 16 or not 16 <= side <= MAX_SIDE:
+            raise ValueError(f"side must be a multiple of 16, at most {MAX_SIDE}")
+        narrowest = min(channels for channels, *_ in stages)
+        if not 0 <= attention <= narrowest:
+            raise ValueError(f"attention must be 0 or a reduction of at most {narrowest} channels")
         self.side = side
         self.stem = _Unit(3, stem, 3, stride=2, padding=1, norm=norm)
         self.stem_depthwise = _Unit(stem, stem, 3, padding=1, groups=stem, norm=norm)
