@@ -97,7 +97,7 @@ def _row(report: Report, name: str, scenario: str, batch: int, times: _Times) ->
 
 def _host(report: Report, size: str, frames: list[bytes], rounds: int) -> None:
     from facelane_server.domain import Encoding
-    from facelane_server.worker.pictures import decode, silence_opencv
+    from facelane_server.worker.decoding.pictures import decode, silence_opencv
 
     silence_opencv()
     views = [memoryview(data) for data in frames]
@@ -150,9 +150,9 @@ def _crops(report: Report, size: str, data: bytes, rounds: int, device: str) -> 
     import torch
 
     from facelane_server.domain import Encoding
-    from facelane_server.worker.models import crops, device_crops
-    from facelane_server.worker.models.api import AlignedCrop, ContextCrop
-    from facelane_server.worker.pictures import decode
+    from facelane_server.models.api import AlignedCrop, ContextCrop
+    from facelane_server.worker.decoding import crops, device_crops
+    from facelane_server.worker.decoding.pictures import decode
 
     picture = decode(memoryview(data), Encoding.JPEG)
     boxes = np.array([[500, 200, 180, 220], [100, 100, 90, 110]], np.float32)
@@ -188,9 +188,9 @@ def _detector(
     """The starter detector on 720p frames with 0 to 4 faces, as a worker runs it: a batch is
     begun before the one before it is finished."""
     from facelane_server.domain import Encoding, Stage
-    from facelane_server.worker.models.api import Detector, DeviceOptions, Pending
-    from facelane_server.worker.models.load import load
-    from facelane_server.worker.pictures import decode
+    from facelane_server.models.api import Detector, DeviceOptions, Pending
+    from facelane_server.worker.decoding.pictures import decode
+    from facelane_server.worker.networks.load import load
 
     models = material.real_models(settings.cache)
     data = material.make_frames(8 if not settings.smoke else 2, *SIZES["720p"], FACES)

@@ -43,10 +43,10 @@ class Timed:
 
 def load_models(folders: dict[str, str], *, threads: int, device: str = "cpu") -> Loaded:
     """Warmed models of package folders by stage name, on this thread's device."""
-    from facelane_server.worker.models.api import DeviceOptions
-    from facelane_server.worker.models.load import load
-    from facelane_server.worker.models.package import read_package
-    from facelane_server.worker.pictures import silence_opencv
+    from facelane_server.models.api import DeviceOptions
+    from facelane_server.models.package import read_package
+    from facelane_server.worker.decoding.pictures import silence_opencv
+    from facelane_server.worker.networks.load import load
 
     silence_opencv()
     packages = {stage: read_package(Path(folder)) for stage, folder in folders.items()}
@@ -62,7 +62,7 @@ def load_models(folders: dict[str, str], *, threads: int, device: str = "cpu") -
 
 def detect(loaded: Loaded, data: bytes, max_faces: int = 16) -> Any:
     """One JPEG frame to its detections, crops included."""
-    from facelane_server.worker.pictures import decode
+    from facelane_server.worker.decoding.pictures import decode
 
     picture = decode(memoryview(data), Encoding.JPEG)
     return loaded.detector.begin([picture], [max_faces]).finish()[0]

@@ -38,9 +38,9 @@ from bench.stats import median, ratio
 from bench.tenant import Command, Job
 from facelane_server.domain import FacelaneError, Stage
 from facelane_server.ipc.channel import socket_pair
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Package
 from facelane_server.pools.mps import MpsDaemon
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.package import Package
 
 PACE_HZ: Final = 60.0
 NOISY_BATCH: Final = 32

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from facelane_server.domain import Stage
-from facelane_server.worker.models.api import CropSpec
-from facelane_server.worker.models.catalog import SHIPPED, Catalog
-from facelane_server.worker.models.package import Package
+from facelane_server.models.api import CropSpec
+from facelane_server.models.catalog import SHIPPED, Catalog
+from facelane_server.models.package import Package
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -123,7 +123,7 @@ def _imported(stage: Stage, folder: Path) -> Package:
         # In a process of its own: importing loads torch, and this process stays a client.
         code = (
             "import sys; from pathlib import Path\n"
-            "from facelane_server.worker.models.importer import import_model\n"
+            "from facelane_server.modeltools.importer import import_model\n"
             "import_model(sys.argv[1], [Path(p) for p in sys.argv[3:]], Path(sys.argv[2]))\n"
         )
         done = subprocess.run(

@@ -76,9 +76,9 @@ def _load_seconds(folder: Path) -> float:
     """From starting an interpreter to the model's first answer."""
     code = (
         "import sys; from pathlib import Path; import numpy as np\n"
-        "from facelane_server.worker.models.api import DeviceOptions\n"
-        "from facelane_server.worker.models.load import load\n"
-        "from facelane_server.worker.models.package import read_package\n"
+        "from facelane_server.models.api import DeviceOptions\n"
+        "from facelane_server.worker.networks.load import load\n"
+        "from facelane_server.models.package import read_package\n"
         "model = load(read_package(Path(sys.argv[1])), DeviceOptions(), batch_max=8)\n"
         "model.warm_up()\n"
         "model.begin(np.zeros((1, model.crop.size, model.crop.size, 3), np.uint8)).finish()\n"
@@ -375,8 +375,8 @@ def _exported(models: material.Models, cache: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     code = (
         "import sys, warnings; from pathlib import Path; import torch\n"
-        "from facelane_server.worker.models.load import network_with_weights\n"
-        "from facelane_server.worker.models.package import read_package\n"
+        "from facelane_server.worker.networks.load import network_with_weights\n"
+        "from facelane_server.models.package import read_package\n"
         "warnings.simplefilter('ignore')\n"
         "class Embedding(torch.nn.Module):\n"
         "    def __init__(self, inner):\n"
@@ -409,7 +409,7 @@ def _as_package(model: Path, cache: Path) -> Path:
     if not (folder / "model.toml").is_file():
         code = (
             "import sys; from pathlib import Path\n"
-            "from facelane_server.worker.models.importer import import_model\n"
+            "from facelane_server.modeltools.importer import import_model\n"
             "p = Path(sys.argv[2])\n"
             "import_model('onnx-recognizer', [Path(sys.argv[1])], p.parent, name=p.name)\n"
         )

@@ -28,6 +28,7 @@ import structlog
 from bench.stats import percentile
 from facelane_server import config
 from facelane_server.domain import Encoding, Picture, Stage
+from facelane_server.models.package import Package, read_package
 from facelane_server.pools.host import Launchers, Link
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.restart import Life
@@ -38,7 +39,6 @@ from facelane_server.pools.tasks import (
     Request,
     Task,
 )
-from facelane_server.worker.models.package import Package, read_package
 
 SPIN_S = 0.002
 """The event loop's timers are a millisecond coarse; the rest of a wait is spun."""

@@ -17,8 +17,8 @@ import matplotlib as mpl
 import numpy as np
 import skimage
 
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.evaluate import Settings, evaluate
+from facelane_server.models.catalog import Catalog
+from facelane_server.modeltools.evaluate import Settings, evaluate
 
 FIGURES = Path(__file__).with_name("figures")
 PORTRAITS = {

@@ -13,6 +13,7 @@ from typing import Any
 
 from facelane_server import config
 from facelane_server.domain import Encoding, Picture, Stage
+from facelane_server.models.catalog import Catalog
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
 from facelane_server.pools.slots import SubjectResolver
@@ -23,7 +24,6 @@ from facelane_server.pools.tasks import (
     Request,
     Task,
 )
-from facelane_server.worker.models.catalog import Catalog
 
 CATALOG = Catalog()
 PACKAGES = {

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facelane_server.worker.models.architectures.yunet import STRIDES, DenseHeads, YuNet, decode
+from facelane_server.worker.networks.architectures.yunet import STRIDES, DenseHeads, YuNet, decode
 from training import imaging
 from training.clock import (
     Average,

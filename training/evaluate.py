@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from facelane_server.worker.models import measures
-from facelane_server.worker.models.architectures.liveness_net import LivenessNet
-from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
-from facelane_server.worker.models.architectures.yunet import YuNet
+from facelane_server.modeltools import measures
+from facelane_server.worker.networks.architectures.liveness_net import LivenessNet
+from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
+from facelane_server.worker.networks.architectures.yunet import YuNet
 from training import corruptions, detector, imaging, liveness
 from training.augment import mild
 from training.data import LFW, load_photos, rightly_labelled

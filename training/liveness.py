@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facelane_server.worker.models.architectures.liveness_net import LivenessNet
-from facelane_server.worker.models.architectures.minifasnet import MiniFASNetPair
+from facelane_server.worker.networks.architectures.liveness_net import LivenessNet
+from facelane_server.worker.networks.architectures.minifasnet import MiniFASNetPair
 from training import imaging
 from training.clock import Average, Clock, cosine_rate, decay_groups, half_state, save, set_rate
 from training.data import load_photos

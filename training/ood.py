@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet, TrustHead
+from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet, TrustHead
 from training.augment import background_patches, clean_batch, damage, geometry, mild, vary
 from training.clock import Clock, cosine_rate, decay_groups, save, set_rate
 from training.data import load_crops, load_photos

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facelane_server.worker.models.architectures.folding import fold
-from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
+from facelane_server.worker.networks.architectures.folding import fold
+from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
 from training.augment import training_batch
 from training.clock import (
     Average,

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
+from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
 from training import data as packed
 from training import detector, evaluate, liveness, ood, recognizer
 from training.clock import Clock, CpuClock, half_state, save

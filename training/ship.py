@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from facelane_server.worker.models import reference
-from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
-from facelane_server.worker.models.importer import to_toml
-from facelane_server.worker.models.package import MANIFEST, Package, read_package
+from facelane_server.models.package import MANIFEST, Package, read_package
+from facelane_server.modeltools import reference
+from facelane_server.modeltools.importer import to_toml
+from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
 from training import cards
 from training.data import load_crops
 from training.detector import NMS_IOU, widths_of

@@ -30,9 +30,9 @@ def _worker(
     """One model's process: polls its queue, infers, passes on."""
     from pathlib import Path
 
-    from facelane_server.worker.models.api import DeviceOptions
-    from facelane_server.worker.models.load import load
-    from facelane_server.worker.models.package import read_package
+    from facelane_server.models.api import DeviceOptions
+    from facelane_server.models.package import read_package
+    from facelane_server.worker.networks.load import load
 
     crops = (
         *read_package(Path(everything["recognizer"])).crops,

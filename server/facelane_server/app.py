@@ -41,6 +41,9 @@ from facelane_server.edge.tls import Certificates, Presented, validity
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.models.api import CropSpec
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Package, read_package
 from facelane_server.monitor import DeviceReading, Monitor
 from facelane_server.notify import Notifier
 from facelane_server.observability import (
@@ -55,9 +58,6 @@ from facelane_server.pools.host import Launchers
 from facelane_server.pools.mps import MpsDaemon
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
 from facelane_server.watch import LaneWatch
-from facelane_server.worker.models.api import CropSpec
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.package import Package, read_package
 
 log = structlog.get_logger(__name__)
 

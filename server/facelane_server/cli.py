@@ -270,7 +270,7 @@ def version() -> None:
 
 def _attach_models() -> None:
     """``facelane-server models``: it needs no torch until a model is loaded."""
-    from facelane_server.worker.models.cli import app as models_app
+    from facelane_server.modeltools.cli import app as models_app
 
     app.add_typer(models_app, name="models")
 

@@ -22,11 +22,11 @@ import msgspec
 
 from facelane_server import config, limits
 from facelane_server.domain import Stage
+from facelane_server.models.api import CropSpec
+from facelane_server.models.package import Package
 from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.pool import Pool
-from facelane_server.worker.models.api import CropSpec
-from facelane_server.worker.models.package import Package
 
 MIB: Final = 1024 * 1024
 CONTEXT_MIB: Final = 640

@@ -15,7 +15,7 @@ import pytest
 from tests.running_server import RunningServer, toml
 
 import facelane
-from facelane_server.worker.models.catalog import SHIPPED
+from facelane_server.models.catalog import SHIPPED
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow, pytest.mark.timeout(240)]
 

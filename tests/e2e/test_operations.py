@@ -238,7 +238,7 @@ def test_a_model_is_reloaded_under_load_and_no_frame_is_lost(start: Start, tmp_p
 
 
 def test_a_reloaded_model_is_judged_by_its_own_thresholds(start: Start, tmp_path: Path) -> None:
-    manifest = Path("server/facelane_server/worker/models/builtin/null-recognizer/model.toml")
+    manifest = Path("server/facelane_server/models/builtin/null-recognizer/model.toml")
     text = (Path(__file__).parents[2] / manifest).read_text()
     strict = tmp_path / "strict"
     strict.mkdir()

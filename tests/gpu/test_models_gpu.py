@@ -19,10 +19,7 @@ import torch
 from bench import material
 
 from facelane_server.domain import Encoding, FacelaneError
-from facelane_server.worker import device
-from facelane_server.worker.device import Fault, classify
-from facelane_server.worker.models import serving, torch_runner
-from facelane_server.worker.models.api import (
+from facelane_server.models.api import (
     AlignedCrop,
     ContextCrop,
     Detections,
@@ -30,14 +27,17 @@ from facelane_server.worker.models.api import (
     DeviceOptions,
     Recognizer,
 )
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.device_pictures import DevicePictures, OnDevice
-from facelane_server.worker.models.importer import to_toml
-from facelane_server.worker.models.load import load, network_with_weights
-from facelane_server.worker.models.package import Package, read_package
-from facelane_server.worker.models.runner import batch_buckets
-from facelane_server.worker.models.verify import synthetic_picture, verify
-from facelane_server.worker.pictures import decode
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Package, read_package
+from facelane_server.modeltools.importer import to_toml
+from facelane_server.modeltools.verify import synthetic_picture, verify
+from facelane_server.worker import device
+from facelane_server.worker.decoding.device_pictures import DevicePictures, OnDevice
+from facelane_server.worker.decoding.pictures import decode
+from facelane_server.worker.device import Fault, classify
+from facelane_server.worker.networks import serving, torch_runner
+from facelane_server.worker.networks.load import load, network_with_weights
+from facelane_server.worker.networks.runner import batch_buckets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

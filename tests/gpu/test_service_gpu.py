@@ -23,15 +23,15 @@ from tests.waiting import until
 import facelane
 from facelane_server import config
 from facelane_server.domain import Encoding, Picture, Stage
+from facelane_server.models.api import Detections, DeviceOptions
+from facelane_server.models.catalog import Catalog
 from facelane_server.monitor import Nvml
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.mps import CONTROL, MpsDaemon
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.tasks import DetectRequest, EmbedRequest, LivenessRequest, Request, Task
-from facelane_server.worker.models.api import Detections, DeviceOptions
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.load import load
-from facelane_server.worker.pictures import decode
+from facelane_server.worker.decoding.pictures import decode
+from facelane_server.worker.networks.load import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(150)]
 

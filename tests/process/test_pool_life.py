@@ -18,12 +18,12 @@ from tests.waiting import auntil
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.limits import MIB
+from facelane_server.models.package import read_package
 from facelane_server.pools.host import ProcessLauncher
 from facelane_server.pools.pool import PoolChange, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer, Task
 from facelane_server.worker.failpoints import POISON
-from facelane_server.worker.models.package import read_package
 
 
 async def outcomes(tasks: list[Task], timeout: float = 25.0) -> list[object]:  # type: ignore[type-arg]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.cli import app
-from facelane_server.worker.models.importer import to_toml
+from facelane_server.models.catalog import Catalog
+from facelane_server.modeltools.cli import app
+from facelane_server.modeltools.importer import to_toml
 
 
 def run(*arguments: str) -> Result:

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facelane_server.worker.models import crops, device_crops
-from facelane_server.worker.models.api import AlignedCrop, ContextCrop
-from facelane_server.worker.models.crops import ARCFACE_TEMPLATE, alignment, context_region
-from facelane_server.worker.models.verify import synthetic_picture
+from facelane_server.models.api import AlignedCrop, ContextCrop
+from facelane_server.modeltools.verify import synthetic_picture
+from facelane_server.worker.decoding import crops, device_crops
+from facelane_server.worker.decoding.crops import ARCFACE_TEMPLATE, alignment, context_region
 
 COORDINATE = st.floats(-2000, 4000, allow_nan=False, width=32)
 

@@ -17,19 +17,20 @@ from tests.unit.test_worker_loop import SLOT
 from facelane_server.domain import Encoding, FacelaneError, Reason, Stage
 from facelane_server.ipc.arena import Arena
 from facelane_server.ipc.messages import DetectDone, DetectItem, Infer, ItemDone, ItemFailed, Load
+from facelane_server.models import api
+from facelane_server.models.api import AlignedCrop, ContextCrop, DeviceOptions
+from facelane_server.models.catalog import Catalog
+from facelane_server.modeltools.verify import synthetic_picture
 from facelane_server.worker import loop
-from facelane_server.worker.headers import picture_size, plain_jpeg
-from facelane_server.worker.models import api, crops
-from facelane_server.worker.models.api import AlignedCrop, ContextCrop, DeviceOptions
-from facelane_server.worker.models.candidates import select
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.detector import NetworkDetector
-from facelane_server.worker.models.device_candidates import SURVIVORS, survivors
-from facelane_server.worker.models.device_pictures import DevicePictures, OnDevice
-from facelane_server.worker.models.load import load, network_with_weights
-from facelane_server.worker.models.serving import ServedDetector
-from facelane_server.worker.models.torch_runner import CpuRunner
-from facelane_server.worker.models.verify import synthetic_picture
+from facelane_server.worker.decoding import crops
+from facelane_server.worker.decoding.device_pictures import DevicePictures, OnDevice
+from facelane_server.worker.decoding.headers import picture_size, plain_jpeg
+from facelane_server.worker.networks.candidates import select
+from facelane_server.worker.networks.detector import NetworkDetector
+from facelane_server.worker.networks.device_candidates import SURVIVORS, survivors
+from facelane_server.worker.networks.load import load, network_with_weights
+from facelane_server.worker.networks.serving import ServedDetector
+from facelane_server.worker.networks.torch_runner import CpuRunner
 
 CROPS = (AlignedCrop(112), ContextCrop(2.7, 80))
 

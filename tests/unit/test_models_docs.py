@@ -13,11 +13,12 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from facelane_server.worker.models import damage, measures, package, reference
-from facelane_server.worker.models.architectures import ARCHITECTURES
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.cli import app
-from facelane_server.worker.models.importer import RECIPES
+from facelane_server.models import package
+from facelane_server.models.architectures import ARCHITECTURES
+from facelane_server.models.catalog import Catalog
+from facelane_server.modeltools import damage, measures, reference
+from facelane_server.modeltools.cli import app
+from facelane_server.modeltools.importer import RECIPES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 TEXT = PAGE.read_text()

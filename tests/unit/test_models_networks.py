@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.worker.models.api import (
+from facelane_server.models.api import (
     AlignedCrop,
     ContextCrop,
     Detections,
@@ -16,21 +16,21 @@ from facelane_server.worker.models.api import (
     Pending,
     Ready,
 )
-from facelane_server.worker.models.architectures.folding import fold
-from facelane_server.worker.models.architectures.irse import RtsIrSe
-from facelane_server.worker.models.architectures.minifasnet import MiniFASNetPair
-from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
-from facelane_server.worker.models.architectures.yunet import DenseHeads, YuNet, decode
-from facelane_server.worker.models.candidates import decode_yunet, select
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.detector import NetworkDetector, fit
-from facelane_server.worker.models.load import load
-from facelane_server.worker.models.null import NullDetector, NullLiveness, NullRecognizer
-from facelane_server.worker.models.package import Input, Ood
-from facelane_server.worker.models.recognizer import NetworkRecognizer
-from facelane_server.worker.models.runner import Computed, Runner, Ticket
-from facelane_server.worker.models.serving import ServedRecognizer
-from facelane_server.worker.models.verify import synthetic_picture, verify
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Input, Ood
+from facelane_server.modeltools.verify import synthetic_picture, verify
+from facelane_server.worker.networks.architectures.folding import fold
+from facelane_server.worker.networks.architectures.irse import RtsIrSe
+from facelane_server.worker.networks.architectures.minifasnet import MiniFASNetPair
+from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
+from facelane_server.worker.networks.architectures.yunet import DenseHeads, YuNet, decode
+from facelane_server.worker.networks.candidates import decode_yunet, select
+from facelane_server.worker.networks.detector import NetworkDetector, fit
+from facelane_server.worker.networks.load import load
+from facelane_server.worker.networks.null import NullDetector, NullLiveness, NullRecognizer
+from facelane_server.worker.networks.recognizer import NetworkRecognizer
+from facelane_server.worker.networks.runner import Computed, Runner, Ticket
+from facelane_server.worker.networks.serving import ServedRecognizer
 
 
 def test_a_score_by_a_head_that_is_not_there_is_refused() -> None:

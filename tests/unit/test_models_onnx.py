@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.worker.models.api import DeviceOptions, Model
-from facelane_server.worker.models.importer import import_model
-from facelane_server.worker.models.load import load
-from facelane_server.worker.models.package import Package
-from facelane_server.worker.models.verify import verify
+from facelane_server.models.api import DeviceOptions, Model
+from facelane_server.models.package import Package
+from facelane_server.modeltools.importer import import_model
+from facelane_server.modeltools.verify import verify
+from facelane_server.worker.networks.load import load
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -16,17 +16,17 @@ import torch
 from safetensors.torch import save_file
 
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.worker.models.api import AlignedCrop, ContextCrop, DeviceOptions
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.importer import RECIPES, guess_recipe, import_model, to_toml
-from facelane_server.worker.models.load import load, network_with_weights
-from facelane_server.worker.models.package import Package, read_package
+from facelane_server.models.api import AlignedCrop, ContextCrop, DeviceOptions
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Package, read_package
+from facelane_server.modeltools.importer import RECIPES, guess_recipe, import_model, to_toml
+from facelane_server.worker.networks.load import load, network_with_weights
 
 SMALL = {"widths": [4, 8, 8, 8, 8, 8]}
 
 
 def small_state(**changes: Any) -> dict[str, torch.Tensor]:
-    from facelane_server.worker.models.architectures.yunet import YuNet
+    from facelane_server.worker.networks.architectures.yunet import YuNet
 
     torch.manual_seed(3)
     state = dict(YuNet(**SMALL).state_dict())
@@ -320,10 +320,10 @@ def test_a_part_that_the_model_lacks(write: Write) -> None:
 def test_the_front_reads_packages_without_torch() -> None:
     code = (
         "import sys\n"
-        "from facelane_server.worker.models.catalog import Catalog\n"
-        "from facelane_server.worker.models.load import load\n"
-        "from facelane_server.worker.models.api import DeviceOptions\n"
-        "from facelane_server.worker import device, headers\n"
+        "from facelane_server.models.catalog import Catalog\n"
+        "from facelane_server.worker.networks.load import load\n"
+        "from facelane_server.models.api import DeviceOptions\n"
+        "from facelane_server.worker import device; from facelane_server.worker.decoding import headers\n"
         "package = Catalog().resolve('null-recognizer')\n"
         "load(package, DeviceOptions(), batch_max=4).warm_up()\n"
         "loaded = {'torch', 'onnxruntime', 'cv2'} & set(sys.modules)\n"
@@ -389,7 +389,7 @@ def test_every_recipe_makes_a_manifest_that_reads(tmp_path: Path) -> None:
 
 
 def test_a_package_is_replaced_only_on_request(write: Write, tmp_path: Path) -> None:
-    from facelane_server.worker.models.architectures.irse import RtsIrSe
+    from facelane_server.worker.networks.architectures.irse import RtsIrSe
 
     torch.manual_seed(0)
     network = RtsIrSe(units=(1, 1, 1, 1), alpha=2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from facelane_server.worker.models.api import (
+from facelane_server.models.api import (
     AlignedCrop,
     ContextCrop,
     Detections,
@@ -19,11 +19,11 @@ from facelane_server.worker.models.api import (
     Model,
     Recognizer,
 )
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.importer import guess_recipe, import_model
-from facelane_server.worker.models.load import load, network_with_weights
-from facelane_server.worker.models.package import read_package
-from facelane_server.worker.models.verify import verify
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import read_package
+from facelane_server.modeltools.importer import guess_recipe, import_model
+from facelane_server.modeltools.verify import verify
+from facelane_server.worker.networks.load import load, network_with_weights
 
 pytestmark = pytest.mark.shared
 

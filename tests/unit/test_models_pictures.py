@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from facelane_server.domain import Encoding, FacelaneError, Reason
-from facelane_server.worker.headers import picture_size, sniff
-from facelane_server.worker.models.verify import synthetic_picture
-from facelane_server.worker.pictures import decode, silence_opencv
+from facelane_server.modeltools.verify import synthetic_picture
+from facelane_server.worker.decoding.headers import picture_size, sniff
+from facelane_server.worker.decoding.pictures import decode, silence_opencv
 
 PICTURE = synthetic_picture(96, 128, 3)
 COMPRESSED = [Encoding.JPEG, Encoding.PNG, Encoding.WEBP]

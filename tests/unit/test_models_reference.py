@@ -13,13 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.worker.models import reference
-from facelane_server.worker.models.api import Detector, DeviceOptions
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.cli import app
-from facelane_server.worker.models.load import load
-from facelane_server.worker.models.package import Package, read_package
-from facelane_server.worker.models.verify import Check, verify
+from facelane_server.models.api import Detector, DeviceOptions
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Package, read_package
+from facelane_server.modeltools import reference
+from facelane_server.modeltools.cli import app
+from facelane_server.modeltools.verify import Check, verify
+from facelane_server.worker.networks.load import load
 
 STARTER = ("facelane-detector", "facelane-recognizer", "facelane-liveness")
 

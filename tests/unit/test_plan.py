@@ -9,10 +9,10 @@ import pytest
 
 from facelane_server import config, plan
 from facelane_server.domain import Stage
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Memory, Package
 from facelane_server.monitor import DeviceReading
 from facelane_server.plan import DeviceMemory, make_plan, visible
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.package import Memory, Package
 
 CARD = DeviceMemory("cuda:0", "a card", 8_000, 300)
 SECOND = DeviceMemory("cuda:1", "a card", 8_000, 0)

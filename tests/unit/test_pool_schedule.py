@@ -30,10 +30,10 @@ from facelane_server.ipc.messages import (
     Ready,
     Warming,
 )
+from facelane_server.models.catalog import Catalog
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import LivenessAnswer, LivenessRequest, Task
-from facelane_server.worker.models.catalog import Catalog
 
 PACKAGE = Catalog().resolve("null-liveness")
 CROPS = tuple(b"\0" * (spec.size * spec.size * 3) for spec in PACKAGE.crops)

@@ -12,9 +12,9 @@ from facelane_server import app, config
 from facelane_server.domain import FacelaneError, Picture, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.gallery import GalleryService
-from facelane_server.worker.models.package import Package, read_package
+from facelane_server.models.package import Package, read_package
 
-BUILTIN = Path(app.__file__).parent / "worker" / "models" / "builtin"
+BUILTIN = Path(app.__file__).parent / "models" / "builtin"
 
 
 class Pool:

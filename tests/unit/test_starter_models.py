@@ -19,7 +19,7 @@ import pytest
 import torch
 from training.imaging import textures
 
-from facelane_server.worker.models.api import (
+from facelane_server.models.api import (
     F32,
     U8,
     Detector,
@@ -27,9 +27,9 @@ from facelane_server.worker.models.api import (
     LivenessModel,
     Recognizer,
 )
-from facelane_server.worker.models.catalog import Catalog
-from facelane_server.worker.models.load import load, network_with_weights
-from facelane_server.worker.models.verify import verify
+from facelane_server.models.catalog import Catalog
+from facelane_server.modeltools.verify import verify
+from facelane_server.worker.networks.load import load, network_with_weights
 
 NAMES = ("facelane-detector", "facelane-recognizer", "facelane-liveness")
 MAX_BYTES = 8_000_000
@@ -134,7 +134,7 @@ def test_wheel_holds_the_packages_and_is_small(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for name in NAMES:
-        folder = f"facelane_server/worker/models/starter/{name}"
+        folder = f"facelane_server/models/starter/{name}"
         files = ("model.toml", "weights.safetensors", "CARD.md", "check.json")
         assert {f"{folder}/{file}" for file in files} <= names
 

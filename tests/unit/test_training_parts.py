@@ -20,8 +20,8 @@ from training.liveness import bystander, held_up_attack
 from training.ood import OOD_THRESHOLD, fit_ood, sigmoid
 from training.teacher import load_teacher
 
-from facelane_server.worker.models.architectures.mobilefacenet import MobileFaceNet
-from facelane_server.worker.models.architectures.yunet import YuNet
+from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
+from facelane_server.worker.networks.architectures.yunet import YuNet
 
 SMALL = ((8, 1, 16, 16), (16, 1, 32, 32), (16, 1, 32, 32))
 LARGE = ((8, 1, 16, 16), (16, 3, 32, 32), (32, 2, 64, 64))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from facelane_server.worker.models.package import read_package
-from facelane_server.worker.models.verify import verify
+from facelane_server.models.package import read_package
+from facelane_server.modeltools.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 SET = 90

@@ -39,11 +39,11 @@ from facelane_server.ipc.messages import (
     ToWorker,
     Warming,
 )
+from facelane_server.models import api
+from facelane_server.models.catalog import Catalog
 from facelane_server.worker import exit_codes, loop
 from facelane_server.worker.failpoints import InjectedOutOfMemoryError
 from facelane_server.worker.loop import Loop
-from facelane_server.worker.models import api
-from facelane_server.worker.models.catalog import Catalog
 from facelane_server.worker.search import Searcher
 
 SIZE = 16

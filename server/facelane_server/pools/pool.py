@@ -43,6 +43,8 @@ from facelane_server.ipc.messages import (
     InferFailed,
     Load,
 )
+from facelane_server.models.api import AlignedCrop, ContextCrop, CropSpec
+from facelane_server.models.package import Package
 from facelane_server.pools import host, restart
 from facelane_server.pools.handle import Job, ReadyWorker, UnreadyWorker, WorkerLostError
 from facelane_server.pools.host import Launcher, Link
@@ -56,8 +58,6 @@ from facelane_server.pools.tasks import (
     Request,
     Task,
 )
-from facelane_server.worker.models.api import AlignedCrop, ContextCrop, CropSpec
-from facelane_server.worker.models.package import Package
 
 log = structlog.get_logger(__name__)
 

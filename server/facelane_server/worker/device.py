@@ -15,8 +15,8 @@ import threading
 from typing import Any, Final
 
 from facelane_server.domain import FacelaneError, Reason
+from facelane_server.models.api import DeviceOptions
 from facelane_server.worker.journal import log_event
-from facelane_server.worker.models.api import DeviceOptions
 
 MIB: Final = 1024 * 1024
 CONTEXT_MIB_UNMEASURED: Final = 640

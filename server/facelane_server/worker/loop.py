@@ -69,15 +69,15 @@ from facelane_server.ipc.messages import (
     Ready,
     Warming,
 )
+from facelane_server.models import api
+from facelane_server.models.api import U8, AlignedCrop, ContextCrop, CropSpec
 from facelane_server.worker import exit_codes, failpoints
 from facelane_server.worker.failpoints import Failpoints
 from facelane_server.worker.journal import log_event, log_exception
-from facelane_server.worker.models import api
-from facelane_server.worker.models.api import U8, AlignedCrop, ContextCrop, CropSpec
 from facelane_server.worker.search import Hits, Searcher, SnapshotError
 
 if TYPE_CHECKING:
-    from facelane_server.worker.models.package import Package
+    from facelane_server.models.package import Package
 
 _WAIT_S: Final = 60.0
 _OOM_LIMIT: Final = 3
@@ -438,7 +438,7 @@ class _Work:
 class _DetectWork(_Work):
     def __init__(self, model: api.Detector, load: Load, request: Arena, response: Arena) -> None:
         super().__init__(request, response)
-        from facelane_server.worker import headers, pictures
+        from facelane_server.worker.decoding import headers, pictures
 
         self._check_bounds = headers.check_bounds
 
@@ -774,8 +774,8 @@ class _GalleryLoader:
 def load_model(load: Load) -> tuple[api.Model, str, str]:
     """(model, model id, device) of a Load message. Torch is imported only by models that
     need it. Raises FacelaneError(MODEL_INVALID) and whatever the runtime raises."""
-    from facelane_server.worker.models.load import load as load_package
-    from facelane_server.worker.models.package import read_package
+    from facelane_server.models.package import read_package
+    from facelane_server.worker.networks.load import load as load_package
 
     package = read_package(Path(load.package))
     device = load.device

@@ -21,7 +21,7 @@ from facelane_server import limits
 from facelane_server.ipc.messages import GallerySnapshot
 
 if TYPE_CHECKING:
-    from facelane_server.worker.models.api import F32
+    from facelane_server.models.api import F32
 
 _CHUNK_ROWS: Final = 65_536
 """Rows scored at a time: bounds the score matrix to 32 x 65,536 floats (8 MiB)."""

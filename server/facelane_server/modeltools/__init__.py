@@ -1,0 +1,1 @@
+"""What people do with model packages: import, verify, evaluate, report."""

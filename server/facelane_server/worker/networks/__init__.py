@@ -1,0 +1,1 @@
+"""Networks, what runs them, and the three tasks on top."""

@@ -1,0 +1,1 @@
+"""The networks themselves; ``models.architectures`` says which names a package may use."""

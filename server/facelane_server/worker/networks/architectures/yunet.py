@@ -1,0 +1,186 @@
+"""YuNet: a small anchor-free face detector with five landmarks.
+
+After "YuNet: A Tiny Millisecond-level Face Detector" (Wu, Peng, Yu; 2023). The
+parameter names are those of the authors' training code, so that its public
+checkpoints load by name; widths are options, so that smaller ones can be trained.
+
+Input [N, 3, H, W] float, **BGR 0..255**, H and W multiples of 32. Output: the dense
+heads of strides 8, 16 and 32 joined along the anchors, A = HW/64 + HW/256 + HW/1024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from facelane_server.worker.networks.architectures.folding import Foldable
+
+STRIDES = (8, 16, 32)
+
+
+class DenseHeads(NamedTuple):
+    """What the network says at every anchor, in units of its stride.
+
+    ``cls`` and ``obj`` [N, A] are probabilities, ``box`` [N, A, 4] (dx, dy, log w,
+    log h), ``points`` [N, A, 10] (dx, dy of the five landmarks).
+    """
+
+    cls: Tensor
+    obj: Tensor
+    box: Tensor
+    points: Tensor
+
+
+class _PointDepth(Foldable):
+    """1x1 convolution, depthwise 3x3, and unless it is a head, batch norm and ReLU."""
+
+    FOLDS: ClassVar = (("conv2", "bn"),)
+
+    def __init__(self, inputs: int, outputs: int, *, head: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, groups=outputs)
+        self.head = head
+        if not head:
+            self.bn: nn.Module = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x))
+        return x if self.head else F.relu(self.bn(x), inplace=not self.training)
+
+
+class _Stem(Foldable):
+    FOLDS: ClassVar = (("conv1", "bn1"),)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.bn1: nn.Module = nn.BatchNorm2d(width)
+        self.conv2 = _PointDepth(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=not self.training))
+        return out
+
+
+class _Stage(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = _PointDepth(inputs, inputs)
+        self.conv2 = _PointDepth(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv2(self.conv1(x))
+        return out
+
+
+class _Backbone(nn.Module):
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.model0 = _Stem(widths[0])
+        for i in range(1, 6):
+            self.add_module(f"model{i}", _Stage(widths[i - 1], widths[i]))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        kept: list[Tensor] = []
+        for i, stage in enumerate(self.children()):
+            x = stage(x)
+            if i >= 3:
+                kept.append(x)
+            if i in (0, 2, 3, 4):
+                x = F.max_pool2d(x, 2)
+        return kept
+
+
+class _Neck(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(_PointDepth(width, width) for _ in STRIDES)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        fine, middle, coarse = maps
+        coarse = self.lateral_convs[2](coarse)
+        middle = self.lateral_convs[1](middle + F.interpolate(coarse, scale_factor=2.0))
+        fine = self.lateral_convs[0](fine + F.interpolate(middle, scale_factor=2.0))
+        return [fine, middle, coarse]
+
+
+class _Head(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+        def per_level(outputs: int) -> nn.ModuleList:
+            return nn.ModuleList(_PointDepth(width, outputs, head=True) for _ in STRIDES)
+
+        self.multi_level_share_convs = nn.ModuleList(
+            nn.Sequential(_PointDepth(width, width)) for _ in STRIDES
+        )
+        self.multi_level_cls = per_level(1)
+        self.multi_level_bbox = per_level(4)
+        self.multi_level_obj = per_level(1)
+        self.multi_level_kps = per_level(10)
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def flat(x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+        shared = [conv(x) for conv, x in zip(self.multi_level_share_convs, maps, strict=True)]
+
+        def joined(heads: nn.ModuleList) -> Tensor:
+            return torch.cat([flat(h(x)) for h, x in zip(heads, shared, strict=True)], 1)
+
+        return (
+            joined(self.multi_level_cls)[..., 0],
+            joined(self.multi_level_obj)[..., 0],
+            joined(self.multi_level_bbox),
+            joined(self.multi_level_kps),
+        )
+
+
+class YuNet(nn.Module):
+    """The network. ``widths``: channels of the stem and the five stages; the last
+    three must be equal, since the neck adds their maps."""
+
+    strides: ClassVar[tuple[int, ...]] = STRIDES
+
+    def __init__(self, widths: Sequence[int] = (16, 64, 64, 64, 64, 64)) -> None:
+        super().__init__()
+        if len(widths) != 6 or len(set(widths[3:])) != 1 or min(widths) < 1:
+            raise ValueError("widths needs six positive numbers, the last three equal")
+        self.backbone = _Backbone(widths)
+        self.neck = _Neck(widths[-1])
+        self.bbox_head = _Head(widths[-1])
+
+    def logits(self, x: Tensor) -> DenseHeads:
+        """As ``forward``, with ``cls`` and ``obj`` before the sigmoid (for training)."""
+        return DenseHeads(*self.bbox_head(self.neck(self.backbone(x))))
+
+    def forward(self, x: Tensor) -> DenseHeads:
+        cls, obj, box, points = self.logits(x)
+        return DenseHeads(cls.sigmoid(), obj.sigmoid(), box, points)
+
+
+def decode(heads: DenseHeads, height: int, width: int) -> Tensor:
+    """Dense heads to candidates [N, A, 15]: score, x, y, w, h, five (x, y); float32 pixels
+    of the network's input. The score is sqrt(cls * obj)."""
+    device = heads.cls.device
+    grids, steps = [], []
+    for stride in STRIDES:
+        rows = torch.arange(height // stride, device=device, dtype=torch.float32)
+        columns = torch.arange(width // stride, device=device, dtype=torch.float32)
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        grids.append(torch.stack((x, y), -1).reshape(-1, 2))
+        steps.append(torch.full((x.numel(), 1), float(stride), device=device))
+    grid, step = torch.cat(grids), torch.cat(steps)
+    box = heads.box.float()
+    # A size of more than e**10 strides is no face, and its exponential may overflow.
+    size = box[..., 2:].clamp(max=10.0).exp() * step
+    corner = (grid + box[..., :2]) * step - size / 2
+    points = heads.points.float().reshape(*heads.points.shape[:2], 5, 2)
+    points = (points + grid[:, None, :]) * step[:, None, :]
+    score = (heads.cls.float().clamp(0, 1) * heads.obj.float().clamp(0, 1)).sqrt()
+    return torch.cat((score[..., None], corner, size, points.flatten(-2)), -1)

@@ -1,0 +1,359 @@
+"""A package and a device to a model that is ready to be warmed up.
+
+The heavy modules (torch, ONNX Runtime) are imported only when a package needs them, so
+a worker of null models starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import io
+import json
+import pickle
+import struct
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, assert_never
+
+from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.models.api import (
+    AlignedCrop,
+    ContextCrop,
+    CropSpec,
+    DeviceOptions,
+    Model,
+)
+from facelane_server.models.architectures import ARCHITECTURES
+from facelane_server.models.package import (
+    DETECTOR_STRIDE,
+    Manifest,
+    Package,
+    WeightsFile,
+    invalid,
+)
+from facelane_server.worker.networks.null import NullDetector, NullLiveness, NullRecognizer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from facelane_server.worker.decoding.device_pictures import DevicePictures
+    from facelane_server.worker.networks.runner import Runner
+
+
+_NULL_OPTIONS: Final = ("faces", "decode")
+
+
+def load(
+    package: Package,
+    options: DeviceOptions,
+    *,
+    batch_max: int,
+    crops: tuple[CropSpec, ...] = (),
+    max_side: int = 0,
+    extra: Mapping[str, str] | None = None,
+) -> Model:
+    """The package's model on a device, its weights checked and loaded.
+
+    ``crops``: what a detector is to cut out for the models behind it. ``max_side``:
+    overrides a detector package's own. ``extra`` may hold ``faces`` (``3``) and
+    ``decode`` (``true``, ``false``) for a null detector; other keys are ignored. Call
+    ``warm_up`` before the first batch.
+
+    Raises FacelaneError: MODEL_INVALID (the file, key or shape at fault is named),
+    CONFIG_INVALID (no such device).
+    """
+    manifest = package.manifest
+    max_side = _padded(max_side or manifest.input.max_side)
+    if manifest.runtime == "null":
+        return _null(package, batch_max, crops, extra or {})
+    runner = (
+        _onnx_runner(package, options, max_side)
+        if manifest.runtime == "onnx"
+        else _torch_runner(package, options, batch_max, max_side)
+    )
+    if manifest.task is Stage.DETECTOR:
+        from facelane_server.worker.networks.detector import NetworkDetector
+
+        thresholds = manifest.thresholds
+        assert thresholds.score is not None
+        assert thresholds.nms is not None
+        return NetworkDetector(
+            runner,
+            crops=crops,
+            max_side=max_side,
+            score=thresholds.score,
+            nms=thresholds.nms,
+            batch_max=batch_max,
+        )
+    if manifest.task is Stage.RECOGNIZER:
+        from facelane_server.worker.networks.recognizer import NetworkRecognizer
+
+        return NetworkRecognizer(
+            runner,
+            crop=_aligned_crop(package),
+            embedding_dim=package.embedding_dim,
+            batch_max=batch_max,
+        )
+    if manifest.task is Stage.LIVENESS:
+        from facelane_server.worker.networks.liveness import NetworkLiveness
+
+        return NetworkLiveness(runner, crops=_context_crops(package), batch_max=batch_max)
+    assert_never(manifest.task)
+
+
+def build_network(manifest: Manifest) -> nn.Module:
+    """The manifest's architecture with its options, weights as initialised.
+
+    Raises ValueError for options that it does not have or cannot take.
+    """
+    architecture = ARCHITECTURES[manifest.architecture]
+    factory = getattr(importlib.import_module(architecture.module), architecture.factory)
+    known = [p for p in inspect.signature(factory).parameters if p != "self"]
+    for option in manifest.options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+            raise ValueError(f"{manifest.architecture} has no option {option}; {hint}")
+    try:
+        network: nn.Module = factory(**manifest.options)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{manifest.architecture} cannot be built: {error}") from error
+    return network
+
+
+def network_with_weights(package: Package) -> nn.Module:
+    """The package's torch network on the CPU, float32, in evaluation mode.
+
+    Raises FacelaneError(MODEL_INVALID) naming the file, key or shape at fault.
+    """
+    import torch
+
+    manifest = package.manifest
+    if package.random_weights:
+        # The generator of this thread alone; other models keep their streams.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(manifest.random_seed or 0)
+            network = _build(package)
+        return network.eval()
+    network = _build(package)
+    for part in manifest.weights:
+        target = network
+        if part.part:
+            found = dict(network.named_children()).get(part.part)
+            if found is None:
+                names = ", ".join(name for name, _ in network.named_children())
+                raise invalid(
+                    package.folder, f"weights.part {part.part} is no part of the model ({names})"
+                )
+            target = found
+        _fill(package, part, target, _state(package, part))
+    covered = {part.part for part in manifest.weights}
+    if "" not in covered:
+        for name, child in network.named_children():
+            if name not in covered and any(True for _ in child.parameters()):
+                raise invalid(package.folder, f"no weights file fills the part {name}")
+    return network.eval()
+
+
+def _build(package: Package) -> nn.Module:
+    try:
+        return build_network(package.manifest)
+    except ValueError as error:
+        raise invalid(package.folder, f"options: {error}") from error
+
+
+def _state(package: Package, part: WeightsFile) -> dict[str, Tensor]:
+    """The tensors of a weights file, by name, float32 where they are floating."""
+    data = package.read_weights(part)
+    if part.file.endswith(".safetensors"):
+        tensors = _safetensors(package, part, data)
+    else:
+        tensors = _checkpoint(package, part, data)
+    return {
+        name.removeprefix("module."): t.float() if t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+
+
+def _safetensors(package: Package, part: WeightsFile, data: bytes) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as parse
+
+    try:
+        return parse(data)
+    except (SafetensorError, ValueError, KeyError, struct.error, json.JSONDecodeError) as error:
+        raise invalid(package.folder, f"{part.file} is not a safetensors file: {error}") from error
+
+
+def _checkpoint(package: Package, part: WeightsFile, data: bytes) -> dict[str, Tensor]:
+    try:
+        return read_checkpoint(data)
+    except ValueError as error:
+        raise invalid(package.folder, f"{part.file} {error}") from error
+
+
+def read_checkpoint(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a torch checkpoint, or of the ``state_dict`` inside of it.
+
+    Raises ValueError for anything but plain tensors; code in it is never run.
+    """
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            # About pickle protocols: the file is either read or refused.
+            warnings.simplefilter("ignore", UserWarning)
+            found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            "is not a checkpoint of plain tensors; files that hold code are refused"
+        ) from error
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
+    ):
+        raise ValueError("holds no state dict of named tensors")
+    return dict(found)
+
+
+def _fill(
+    package: Package, part: WeightsFile, network: nn.Module, state: dict[str, Tensor]
+) -> None:
+    own = network.state_dict()
+    # Counts of training batches say nothing at inference; many files leave them out.
+    own = {k: v for k, v in own.items() if not k.endswith("num_batches_tracked")}
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    if missing := [k for k in own if k not in state]:
+        raise invalid(
+            package.folder,
+            f"{part.file} lacks the key {missing[0]} ({len(missing)} missing in all)",
+        )
+    if unexpected := [k for k in state if k not in own]:
+        raise invalid(
+            package.folder,
+            f"{part.file} has the unexpected key {unexpected[0]} ({len(unexpected)} in all); "
+            "check the architecture's options",
+        )
+    for key, tensor in own.items():
+        if state[key].shape != tensor.shape:
+            raise invalid(
+                package.folder,
+                f"{part.file}: {key} has shape {list(state[key].shape)}, but the architecture "
+                f"needs {list(tensor.shape)}",
+            )
+        if not state[key].isfinite().all():
+            raise invalid(package.folder, f"{part.file}: {key} holds values that are not finite")
+    network.load_state_dict(state, strict=False)
+
+
+def _torch_runner(
+    package: Package, options: DeviceOptions, batch_max: int, max_side: int
+) -> Runner:
+    from facelane_server.worker.device import is_cuda, open_device
+    from facelane_server.worker.networks import serving, torch_runner
+
+    open_device(options)
+    manifest = package.manifest
+    network = network_with_weights(package)
+    served: serving.Served
+    pictures = None
+    if manifest.task is Stage.DETECTOR:
+        thresholds = manifest.thresholds
+        assert thresholds.score is not None
+        assert thresholds.nms is not None
+        suppress = (thresholds.score, thresholds.nms) if options.suppress else None
+        served = serving.ServedDetector(network, manifest.input, suppress=suppress)
+        pictures = _pictures(options)
+    elif manifest.task is Stage.RECOGNIZER:
+        assert manifest.ood is not None
+        served = serving.ServedRecognizer(network, manifest.input, manifest.ood)
+    else:
+        served = serving.ServedLiveness(network, manifest.input)
+    if not is_cuda(options.device):
+        return torch_runner.CpuRunner(served, warm_shapes=_shapes(package, max_side))
+    fixed_side = max_side if manifest.task is Stage.DETECTOR else 0
+    return torch_runner.CudaRunner(
+        served,
+        shapes=[(fixed_side, fixed_side)] if fixed_side else _shapes(package, max_side),
+        batch_max=batch_max,
+        options=options,
+        fixed_side=fixed_side,
+        pictures=pictures,
+    )
+
+
+def _pictures(options: DeviceOptions) -> DevicePictures | None:
+    """Who decodes on the device; None = the host does. Raises FacelaneError(CONFIG_INVALID)
+    where the device was asked for and cannot."""
+    from facelane_server.worker.device import is_cuda
+    from facelane_server.worker.journal import log_event
+
+    if options.decode == "cpu" or not is_cuda(options.device):
+        return None
+    from facelane_server.worker.decoding.device_pictures import DevicePictures
+
+    try:
+        return DevicePictures.open(options.device)
+    except FacelaneError as error:
+        if options.decode != "auto":
+            raise
+        log_event("JPEG is decoded on the host", cause=error.message)
+        return None
+
+
+def _onnx_runner(package: Package, options: DeviceOptions, max_side: int) -> Runner:
+    from facelane_server.worker.networks.onnx_runtime import OnnxRunner
+
+    return OnnxRunner(package, options, warm_shapes=_shapes(package, max_side))
+
+
+def _shapes(package: Package, max_side: int) -> list[tuple[int, int]]:
+    """Heights and widths of the inputs: the crops', or a detector's typical picture."""
+    if package.task is Stage.DETECTOR:
+        return [(_padded(max_side * 3 // 4), max_side)]
+    return [(crop.size, crop.size) for crop in package.crops]
+
+
+def _null(
+    package: Package, batch_max: int, crops: tuple[CropSpec, ...], extra: Mapping[str, str]
+) -> Model:
+    chosen = {k: _literal(v) for k, v in extra.items() if k in _NULL_OPTIONS}
+    options = {**package.manifest.options, **chosen}
+    if package.task is Stage.DETECTOR:
+        return NullDetector(
+            crops=crops,
+            faces=int(options.get("faces", 1)),
+            decode=bool(options.get("decode", True)),
+            batch_max=batch_max,
+        )
+    if package.task is Stage.RECOGNIZER:
+        return NullRecognizer(
+            crop=_aligned_crop(package),
+            embedding_dim=package.embedding_dim,
+            batch_max=batch_max,
+        )
+    return NullLiveness(crops=_context_crops(package), batch_max=batch_max)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FacelaneError(
+            Reason.CONFIG_INVALID, f"the model option value {text!r} is neither number nor boolean"
+        ) from error
+
+
+def _aligned_crop(package: Package) -> AlignedCrop:
+    return next(crop for crop in package.crops if isinstance(crop, AlignedCrop))
+
+
+def _context_crops(package: Package) -> tuple[ContextCrop, ...]:
+    return tuple(crop for crop in package.crops if isinstance(crop, ContextCrop))
+
+
+def _padded(side: int) -> int:
+    return -(-side // DETECTOR_STRIDE) * DETECTOR_STRIDE

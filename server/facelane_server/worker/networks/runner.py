@@ -1,0 +1,76 @@
+"""What runs a network: host arrays in, one host array out, batches under way in between.
+
+The three task models are written against this, so that they are the same over torch on
+a CPU, CUDA graphs and ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from facelane_server.models.api import F32, U8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from facelane_server.worker.decoding.device_pictures import DevicePictures
+
+    Placed = Sequence[tuple[int, Tensor]]
+
+
+class Ticket(ABC):
+    """A launched batch."""
+
+    @abstractmethod
+    def wait(self) -> F32:
+        """The output [n, ...], float32 on the host. May be called again."""
+
+
+class Computed(Ticket):
+    """A batch that was computed when it was launched."""
+
+    def __init__(self, output: F32) -> None:
+        self._output = output
+
+    def wait(self) -> F32:
+        return self._output
+
+
+class Runner(ABC):
+    """Used by one thread: ``stage``, fill the arrays, ``launch``; and so on.
+
+    ``fixed_side``: every picture must be staged at this height and width (0 = any).
+    ``keeps_content``: staged arrays are the same few buffers again and again, zero at
+    first, which keep what was written to them. ``pictures``: decodes on the device that
+    the runner runs on; None = it takes host arrays alone.
+    """
+
+    fixed_side: int = 0
+    keeps_content: bool = False
+    pictures: DevicePictures | None = None
+
+    @abstractmethod
+    def stage(self, count: int, shapes: Sequence[tuple[int, int]]) -> tuple[U8, ...]:
+        """Arrays [count, height, width, 3], one for each input of the network, to be
+        filled before ``launch``; their content is undefined."""
+
+    @abstractmethod
+    def launch(self, placed: Placed = ()) -> Ticket:
+        """Run what was staged. ``placed``: rows of the first input that are on the device
+        already, uint8 [h, w, 3] each, put at the top left of black instead of what was staged
+        for the row."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Make every later ``launch`` as fast as the next."""
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Free what is held outside of Python's own memory."""
+
+
+def batch_buckets(batch_max: int) -> list[int]:
+    """Powers of two up to ``batch_max``, and itself: the sizes that graphs exist for."""
+    sizes = [1 << i for i in range(batch_max.bit_length()) if 1 << i < batch_max]
+    return [*sizes, batch_max]
