@@ -175,21 +175,26 @@ def test_imports_are_quick(module: str) -> None:
 def test_libraries_stay_where_they_belong() -> None:
     server = SERVER / "facelane_server"
     allowed = {
-        "torch": [server / "worker"],
+        "torch": [server / "worker", server / "modeltools"],
         "grpc": [server / "edge", server / "app.py", CLIENTS],
         # The importer tells a damaged ONNX file, which is protobuf, from other errors.
         "google": [
             server / "edge",
             server / "app.py",
-            server / "worker" / "models" / "importer.py",
+            server / "modeltools" / "importer.py",
             CLIENTS / "facelane",
         ],
         "sqlalchemy": [server / "gallery"],
         "sqlite3": [server / "gallery"],
         "pynvml": [server / "monitor.py", server / "worker" / "device.py", server / "doctor.py"],
         "av": [CLIENTS],
-        "cv2": [server / "worker", CLIENTS / "facelane" / "cli", CLIENTS / "facelane_bridge"],
-        "onnxruntime": [server / "worker", server / "doctor.py"],
+        "cv2": [
+            server / "worker",
+            server / "modeltools",
+            CLIENTS / "facelane" / "cli",
+            CLIENTS / "facelane_bridge",
+        ],
+        "onnxruntime": [server / "worker", server / "modeltools", server / "doctor.py"],
     }
     for path in sources(SERVER, CLIENTS):
         for library in imports(path) & allowed.keys():
