@@ -336,9 +336,8 @@ class Lane:
             entry.received_ns + self.options.max_frame_age_ns,
         )
         self._waiting = entry
-        entry.task = self._pipeline.detect(
-            frame.picture, self.options.plan, origin, functools.partial(self._detected, entry)
-        )
+        entry.task = self._pipeline.detect(frame.picture, self.options.plan, origin)
+        entry.task.future.add_done_callback(functools.partial(self._detected, entry))
 
     def _supersede(self) -> None:
         """Takes back the frame of this lane that still waits for a worker, if any."""
@@ -379,7 +378,7 @@ class Lane:
         self._aborted = True
         for entry in self._entries:
             if entry.task is not None and entry.answer is None and entry.body is None:
-                self._pipeline.withdraw(entry.task)
+                self._pipeline.give_up(entry.task)
             for look in entry.looks:
                 if look.take_back is not None:
                     look.take_back()

@@ -171,21 +171,14 @@ class Pipeline:
 
     # -- first stage ---------------------------------------------------------------
 
-    def detect(
-        self,
-        picture: Picture,
-        plan: Plan,
-        origin: Origin,
-        on_done: Callable[[asyncio.Future[DetectAnswer]], None],
-    ) -> Task[DetectAnswer]:
-        future: asyncio.Future[DetectAnswer] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(on_done)
-        task = Task(
+    def detect(self, picture: Picture, plan: Plan, origin: Origin) -> Task[DetectAnswer]:
+        """The task of a picture; its future is resolved in a later turn of the loop."""
+        task: Task[DetectAnswer] = Task(
             DetectRequest(picture, plan.max_faces, self._max_pixels),
             origin.lane,
             origin.weight,
             origin.deadline_ns,
-            future,
+            asyncio.get_running_loop().create_future(),
         )
         self._detector.submit(task)
         return task
@@ -193,6 +186,10 @@ class Pipeline:
     def withdraw(self, task: Task[DetectAnswer]) -> bool:
         """Takes a task back that no worker has begun; its future stays unresolved."""
         return self._detector.withdraw(task)
+
+    def give_up(self, task: Task[DetectAnswer]) -> None:
+        """Nobody waits for the picture any more: it costs no work that was not begun."""
+        _give_up(self._detector, task)
 
     def asked(self, plan: Plan) -> tuple[Stage, ...]:
         """The second stages that the plan wants."""
@@ -223,8 +220,8 @@ class Pipeline:
         liveness: bool,
     ) -> Callable[[], None]:
         """Runs the wanted second stages on one face; ``on_done`` is called exactly once,
-        possibly at once. The answer takes back what no worker has begun; ``on_done`` may then
-        never be called."""
+        possibly at once. The answer gives up what is under way: ``on_done`` is then told that
+        it is missing."""
         evidence = Evidence()
         tasks: list[tuple[Stage, Task[Any]]] = []
         loop = asyncio.get_running_loop()
@@ -278,7 +275,7 @@ class Pipeline:
 
         def take_back() -> None:
             for stage, task in tasks:
-                self.pools[stage].withdraw(task)
+                _give_up(self.pools[stage], task)
 
         return take_back
 
@@ -309,23 +306,11 @@ class Pipeline:
         Unlike in a stream, every face is appraised and waits for the slowest stage.
         """
         loop = asyncio.get_running_loop()
-        detected: asyncio.Future[DetectAnswer] = loop.create_future()
-
-        def hand_over(future: asyncio.Future[DetectAnswer]) -> None:
-            if detected.done():
-                return
-            if future.cancelled():
-                detected.cancel()
-            elif (error := future.exception()) is not None:
-                detected.set_exception(error)
-            else:
-                detected.set_result(future.result())
-
-        task = self.detect(picture, plan, origin, hand_over)
+        task = self.detect(picture, plan, origin)
         try:
-            answer = await detected
+            answer = await task.future
         except asyncio.CancelledError:
-            self.withdraw(task)
+            self.give_up(task)
             raise
         timings = Timings()
         timings.note(Stage.DETECTOR, task)
@@ -378,6 +363,11 @@ class Pipeline:
             missing_stages=tuple(s for s in Stage if s in missing),
         )
         return Reading(result, readings)
+
+
+def _give_up(pool: PoolPort, task: Task[Any]) -> None:
+    task.future.cancel()  # which is how the pool knows that nobody waits for it
+    pool.withdraw(task)
 
 
 def _resolve(future: asyncio.Future[Evidence], evidence: Evidence) -> None:

@@ -19,6 +19,8 @@ from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, close_all,
 from facelane_server.ipc.messages import (
     PROTOCOL,
     Cancel,
+    DetectDone,
+    DetectItem,
     Drain,
     Drained,
     GalleryLoaded,
@@ -27,6 +29,7 @@ from facelane_server.ipc.messages import (
     Infer,
     InferDone,
     InferFailed,
+    ItemDone,
     LivenessDone,
     Load,
     Ping,
@@ -174,8 +177,13 @@ class ScriptedWorker:
     def answer(self, score: float = 1.0, *, memory_mib: int = 0) -> Infer:
         """Answer the oldest job."""
         job = self.jobs.pop(0)
-        done = [LivenessDone(score) for _ in job.items]
-        self.say(InferDone(job.job_id, list(done), 0, memory_mib))
+        done: list[ItemDone] = [
+            DetectDone(item.width, item.height, 0, 0, 0)
+            if isinstance(item, DetectItem)
+            else LivenessDone(score)
+            for item in job.items
+        ]
+        self.say(InferDone(job.job_id, done, 0, memory_mib))
         return job
 
     def fail(self, reason: str, *, retryable: bool = False) -> Infer:

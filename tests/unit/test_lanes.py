@@ -481,8 +481,10 @@ async def test_an_aborted_lane_withdraws_and_counts_the_rest() -> None:
     s.pools.detector.begin()
     s.pools.detector.answer(faces(1), 1)
     await turns()
+    under_way = s.pools.detector.tasks
     s.lane.abort()
     s.lane.abort()
+    assert all(task.future.cancelled() for task in under_way)
     assert s.pools.detector.withdrawn == 3
     totals = s.lane.totals
     assert totals.drops_by_reason == {DropReason.STREAM_CLOSED: 5}
@@ -517,7 +519,9 @@ async def test_an_aborted_lane_takes_its_faces_back_too() -> None:
     s.pools.recognizer.begin()
     s.pools.liveness.answer(LIVE)
     await turns()
+    under_way = [*s.pools.recognizer.tasks, *s.pools.liveness.tasks]
     s.lane.abort()
+    assert all(task.future.cancelled() for task in under_way)
     assert s.pools.recognizer.waiting == s.pools.liveness.waiting == []
     assert (s.pools.recognizer.withdrawn, s.pools.liveness.withdrawn) == (2, 2)
     s.pools.answer_second("ada")

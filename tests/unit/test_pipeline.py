@@ -139,9 +139,11 @@ async def test_a_caller_that_leaves_later_takes_its_faces_back() -> None:
     pools.detector.answer(faces(2))
     await turns()
     pools.recognizer.begin()
+    under_way = [*pools.recognizer.tasks, *pools.liveness.tasks]
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert all(t.future.cancelled() for t in under_way)
     assert (pools.recognizer.withdrawn, pools.liveness.withdrawn) == (1, 2)
     pools.recognizer.answer(embedding())
     await turns()

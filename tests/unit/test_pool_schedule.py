@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,8 @@ from tests.fakes.scripted_worker import ManualClock, ScriptedLauncher, ScriptedW
 from tests.real_pool import open_descriptors
 
 from facelane_server import config, limits
-from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.domain import Encoding, FacelaneError, Picture, Reason, Stage
+from facelane_server.gallery.decide import Thresholds
 from facelane_server.ipc.messages import (
     PROTOCOL,
     GallerySnapshot,
@@ -31,6 +33,7 @@ from facelane_server.ipc.messages import (
     Warming,
 )
 from facelane_server.models.catalog import Catalog
+from facelane_server.pipeline import Origin, Pipeline, Plan
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import LivenessAnswer, LivenessRequest, Task
@@ -42,14 +45,16 @@ CROPS = tuple(b"\0" * (spec.size * spec.size * 3) for spec in PACKAGE.crops)
 class Bench:
     """A pool, its scripted workers and its clock."""
 
-    def __init__(self, *, budget_mib: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, stage: Stage = Stage.LIVENESS, budget_mib: int | None = None, **options: Any
+    ) -> None:
         self.clock = ManualClock()
         self.launcher = ScriptedLauncher()
         self.events: list[PoolEvent] = []
         self.pool = Pool(
-            Stage.LIVENESS,
+            stage,
             config.Pool(**{"backoff_initial_s": 0.1, "ping_interval_s": 1000.0, **options}),
-            PACKAGE,
+            PACKAGE if stage is Stage.LIVENESS else Catalog().resolve(f"null-{stage}"),
             self.launcher,
             on_change=self.events.append,
             clock=self.clock,
@@ -383,6 +388,40 @@ async def test_a_staged_job_that_nobody_waits_for_is_cancelled() -> None:
         assert running.future.done()
         assert waiting.future.done()
         assert b.pool.info().losses == 0
+
+
+async def test_a_single_picture_that_is_given_up_sends_cancel_and_logs_nothing() -> None:
+    """Whoever waits for it is cancelled, as a server call is; nothing else is done by hand."""
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    origin = Origin(1, 1, 1_000_000_000_000)
+    picture = Picture(Encoding.BGR24, b"\0" * 32 * 32 * 3, 32, 32, 96)
+    for end in (InferFailed(0, "CANCELLED", ""), InferFailed(0, "INTERNAL", "late")):
+        async with bench(stage=Stage.DETECTOR, batch_max=1) as b:
+            await b.ready()
+            pipeline = Pipeline(
+                {Stage.DETECTOR: b.pool},
+                crops={},
+                thresholds=Thresholds(match=0.5),
+                max_pixels=limits.MAX_PIXELS,
+            )
+            plan = Plan(recognize=False, liveness=False)
+            calls = [asyncio.create_task(pipeline.analyse(picture, plan, origin)) for _ in range(2)]
+            await b.turn()
+            worker = b.workers[0]
+            begun, staged = worker.jobs
+            for call in calls:
+                call.cancel()
+            await b.turn()
+            assert worker.cancelled == [staged.job_id], "the other one is under way"
+            worker.say(msgspec.structs.replace(end, job_id=begun.job_id))
+            worker.say(InferFailed(staged.job_id, "CANCELLED", ""))
+            await b.turn()
+            assert all(call.cancelled() for call in calls)
+            assert b.pool.info().in_flight == 0
+            calls.clear()
+    gc.collect()
+    assert problems == []
 
 
 async def test_a_caller_that_gave_up_costs_no_inference() -> None:
