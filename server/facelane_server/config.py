@@ -7,7 +7,6 @@ relations between values. Environment variables do not override: one file is the
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from facelane_server import limits
+from facelane_server.naming import hint
 
 Isolation = Literal["process", "mps", "thread", "external"]
 Precision = Literal["auto", "fp32", "fp16"]
@@ -323,9 +323,7 @@ def _explain(message: str) -> str:
     key, path = found["key"], found["path"] or ""
     where = f"[{path.strip('.')}]" if path.strip(".") else "the top level"
     known = _fields_at(path)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key `{key}` in {where}; {hint}"
+    return f"unknown key `{key}` in {where}; {hint(key, known, label='known keys', quote='`')}"
 
 
 def load(path: Path | None) -> Config:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 import secrets
 import tomllib
 from collections.abc import Awaitable, Callable
@@ -22,6 +21,7 @@ import structlog
 from facelane_server.config import Config, ConfigError, lent_hint
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import errors
+from facelane_server.naming import NAME, is_name
 
 log = structlog.get_logger(__name__)
 
@@ -39,13 +39,10 @@ _SCOPES: Final[dict[str, Scope | None]] = {
 }
 
 
-_NAME: Final = r"^[A-Za-z0-9._-]{1,64}$"
-
-
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One key. ``sha256``: hex digest of the secret."""
 
-    name: Annotated[str, msgspec.Meta(pattern=_NAME)]
+    name: Annotated[str, msgspec.Meta(pattern=NAME)]
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
     scopes: tuple[Scope, ...]
 
@@ -57,7 +54,7 @@ class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def new_key(name: str, scopes: tuple[Scope, ...]) -> tuple[str, str]:
     """A fresh secret and the TOML entry that admits it. Raises ``ValueError`` for a name that
     the file cannot hold."""
-    if re.fullmatch(_NAME, name) is None:
+    if not is_name(name):
         raise ValueError("a name has 1-64 of the characters A-Z a-z 0-9 . _ -")
     secret = f"flk_{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(secret.encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Protobuf to domain types and back. Requests are validated here, once."""
+"""Protobuf to domain types and back. Requests are checked here for what needs
+no state; ids and labels by whoever keeps them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Final
@@ -34,6 +34,7 @@ from facelane_server.domain import (
 )
 from facelane_server.edge.errors import status
 from facelane_server.lanes import LaneOptions
+from facelane_server.naming import gallery_name, is_name
 from facelane_server.pipeline import Plan
 
 ENCODINGS: Final = {
@@ -55,26 +56,12 @@ VERDICTS: Final = {
 }
 DROPS: Final = {d: analysis_pb.DropReason.Value(f"DROP_REASON_{d.value}") for d in DropReason}
 
-_NAME = re.compile(r"[A-Za-z0-9._@:-]{1,128}")
-_SOURCE = re.compile(r"[A-Za-z0-9._-]{0,64}")
-DEFAULT_GALLERY: Final = "default"
 DEFAULT_WEIGHT: Final = 10
 _NO_PICTURE: Final = Picture(Encoding.JPEG, b"")
 
 
 def invalid(message: str, **metadata: str) -> FacelaneError:
     return FacelaneError(Reason.ARGUMENT_INVALID, message, metadata=metadata)
-
-
-def identifier(value: str, field: str) -> str:
-    """A subject or gallery id; the value itself never goes into the error."""
-    if not _NAME.fullmatch(value):
-        raise invalid(f"{field} must be 1-128 of letters, digits, and - _ . @ :", field=field)
-    return value
-
-
-def gallery_id(value: str) -> str:
-    return identifier(value, "gallery_id") if value else DEFAULT_GALLERY
 
 
 def picture(message: pb.Picture, config: Config) -> Picture:
@@ -108,7 +95,7 @@ def plan(options: analysis_pb.AnalysisOptions, config: Config) -> Plan:
     return Plan(
         recognize=not options.skip_recognition,
         liveness=not options.skip_liveness,
-        gallery_id=gallery_id(options.gallery_id),
+        gallery_id=gallery_name(options.gallery_id),
         max_faces=min(options.max_faces or ceiling, ceiling),
         max_candidates=options.max_candidates,
         min_face_size=options.min_face_size,
@@ -118,7 +105,7 @@ def plan(options: analysis_pb.AnalysisOptions, config: Config) -> Plan:
 def lane_options(message: analysis_pb.StreamConfig, config: Config) -> LaneOptions:
     """A stream's config. Raises ``FacelaneError(CONFIG_INVALID)``."""
     try:
-        if not _SOURCE.fullmatch(message.source_id):
+        if message.source_id and not is_name(message.source_id):
             raise invalid("source_id must be 0-64 of letters, digits, and - _ .")
         if message.weight > 100:
             raise invalid("weight must be 0-100")

@@ -21,6 +21,7 @@ from facelane_server.edge.analysis import AnalysisService
 from facelane_server.gallery import decide, enrolment
 from facelane_server.gallery.gallery import Gallery, model_changing
 from facelane_server.gallery.store import Subject, Template
+from facelane_server.naming import gallery_name
 from facelane_server.pipeline import Pipeline, Plan
 
 log = structlog.get_logger(__name__)
@@ -222,7 +223,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates"
             )
         picture = convert.picture(request.picture, self._config)
-        plan = self._plan(convert.gallery_id(request.gallery_id), request.max_candidates)
+        plan = self._plan(gallery_name(request.gallery_id), request.max_candidates)
         reading = await self._analysis.analyse(picture, plan, remaining_s=context.time_remaining())
         if Stage.RECOGNIZER in reading.result.missing_stages:
             raise _unanswered()

@@ -36,9 +36,8 @@ from facelane_server.gallery.store import (
     Subject,
     Template,
     check_display_name,
-    check_identifier,
-    gallery_name,
 )
+from facelane_server.naming import check_identifier, gallery_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,10 +37,9 @@ from facelane_server.gallery.store import (
     Store,
     Subject,
     Template,
-    check_identifier,
-    gallery_name,
     unit_float16,
 )
+from facelane_server.naming import check_identifier, gallery_name
 
 CALL_TIMEOUT_S: Final = 10.0
 PUBLISHED_TIMEOUT_S: Final = 5.0

@@ -25,7 +25,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import secrets
 import sqlite3
 import time
@@ -42,18 +41,17 @@ from sqlalchemy import exc
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
+from facelane_server.naming import check_identifier, gallery_name, is_identifier
 
 F32 = npt.NDArray[np.float32]
 F16 = npt.NDArray[np.float16]
 
-DEFAULT_GALLERY: Final = "default"
 DUPLICATE_SIMILARITY: Final = 0.999
 """Two shots of one person never come so near; the same picture enrolled again does
 (float16 and another batch size move a cosine by less than 5e-4)."""
 REQUEST_MEMORY_NS: Final = 24 * 3600 * 1_000_000_000
 BUSY_TIMEOUT_MS: Final = 2_000
 
-_IDENTIFIER = re.compile(rf"[A-Za-z0-9\-_.@:]{{1,{limits.MAX_ID_CHARS}}}")
 
 log = structlog.get_logger(__name__)
 
@@ -186,20 +184,6 @@ class NewTemplate:
 
 def _invalid(field: str, message: str) -> FacelaneError:
     return FacelaneError(Reason.ARGUMENT_INVALID, f"{field}: {message}", metadata={"field": field})
-
-
-def check_identifier(value: str, field: str) -> str:
-    """``value`` if it can name a gallery or a subject; else ARGUMENT_INVALID."""
-    if _IDENTIFIER.fullmatch(value) is None:
-        raise _invalid(
-            field, f"write 1-{limits.MAX_ID_CHARS} of the characters A-Z a-z 0-9 - _ . @ :"
-        )
-    return value
-
-
-def gallery_name(gallery_id: str) -> str:
-    """The gallery meant: empty is ``default``. Raises ARGUMENT_INVALID."""
-    return check_identifier(gallery_id or DEFAULT_GALLERY, "gallery_id")
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
@@ -880,6 +864,6 @@ def _read_page_token(token: str) -> str:
         subject_id = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
     except (binascii.Error, ValueError):
         subject_id = ""
-    if _IDENTIFIER.fullmatch(subject_id) is None:
+    if not is_identifier(subject_id):
         raise _invalid("page_token", "it is not one that a list call gave; start without one")
     return subject_id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Final
 
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.package import MANIFEST, Package, read_package
+from facelane_server.naming import hint
 
 _HERE: Final = Path(__file__).resolve().parent
 SHIPPED: Final = (_HERE / "starter", _HERE / "builtin")
@@ -66,11 +66,10 @@ class Catalog:
             if item.folder.name == reference.partition("@")[0]:
                 raise item.error
         names = sorted({package.name for package in packages})
-        near = difflib.get_close_matches(reference, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
         raise FacelaneError(
             Reason.MODEL_INVALID,
-            f"no model package is called {reference}; {hint} "
+            f"no model package is called {reference}; "
+            f"{hint(reference, names, label='there are')} "
             "(add its directory to the configuration, or import it)",
             metadata={"model": reference},
         )

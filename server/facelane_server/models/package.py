@@ -30,7 +30,6 @@ Example::
 
 from __future__ import annotations
 
-import difflib
 import enum
 import hashlib
 import json
@@ -47,6 +46,7 @@ import msgspec
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.models.api import AlignedCrop, ContextCrop, CropSpec
 from facelane_server.models.architectures import ARCHITECTURES
+from facelane_server.naming import hint
 
 MANIFEST: Final = "model.toml"
 SCHEMA: Final = 1
@@ -327,9 +327,8 @@ def _refuse_unknown_keys(
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in table.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
-            raise invalid(folder, f"{MANIFEST}: unknown key {where}{key}; {hint}")
+            meant = hint(key, fields, label="known keys")
+            raise invalid(folder, f"{MANIFEST}: unknown key {where}{key}; {meant}")
         nested = _struct_in(fields[key])
         if nested is None:
             _refuse_unknown_choice(folder, f"{where}{key}", value, fields[key])
@@ -450,9 +449,7 @@ def _check_architecture(m: Manifest, refuse: typing.Callable[[str], typing.NoRet
         return
     known = ARCHITECTURES.get(m.architecture)
     if known is None:
-        near = difflib.get_close_matches(m.architecture, ARCHITECTURES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(ARCHITECTURES)}"
-        refuse(f"unknown architecture {m.architecture!r}; {hint}")
+        refuse(f"unknown architecture {m.architecture!r}; {hint(m.architecture, ARCHITECTURES)}")
     elif known.task is not m.task:
         refuse(f"architecture {m.architecture} is a {known.task}, not a {m.task}")
 

@@ -6,7 +6,6 @@ a worker of null models starts in a fraction of a second.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import io
@@ -33,6 +32,7 @@ from facelane_server.models.package import (
     WeightsFile,
     invalid,
 )
+from facelane_server.naming import hint
 from facelane_server.worker.networks.null import NullDetector, NullLiveness, NullRecognizer
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ def build_network(manifest: Manifest) -> nn.Module:
     known = [p for p in inspect.signature(factory).parameters if p != "self"]
     for option in manifest.options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
-            raise ValueError(f"{manifest.architecture} has no option {option}; {hint}")
+            raise ValueError(
+                f"{manifest.architecture} has no option {option}; {hint(option, known)}"
+            )
     try:
         network: nn.Module = factory(**manifest.options)
     except (TypeError, RuntimeError) as error:
