@@ -205,12 +205,12 @@ async def test_a_broken_connection_comes_back_and_nothing_is_lost(tmp_path: Path
 
 async def test_a_server_that_refuses_ends_the_camera(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
-    script = refusing(grpc.StatusCode.NOT_FOUND, "GALLERY_NOT_FOUND", "there is no such gallery")
+    script = refusing(grpc.StatusCode.NOT_FOUND, "SUBJECT_NOT_FOUND", "there is no such gallery")
     with ScriptedServer(script) as server:
         report, _lines = await run(settings(server.target, {"name": "a", "source": str(clip)}))
     assert report.server_failed
     assert report.failed == ("a",)
-    assert report.summary.cameras["a"].reason == "GALLERY_NOT_FOUND"
+    assert report.summary.cameras["a"].reason == "SUBJECT_NOT_FOUND"
     assert report.summary.frames == 0, "no camera is opened for nobody"
 
 

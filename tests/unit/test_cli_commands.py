@@ -250,10 +250,10 @@ def test_an_unreachable_server(photo: Path) -> None:
 
 def test_a_refusing_server(server: fake.ScriptedServer, photo: Path) -> None:
     server.scripts.append(
-        fake.refusing(grpc.StatusCode.NOT_FOUND, "GALLERY_NOT_FOUND", "create it first")
+        fake.refusing(grpc.StatusCode.NOT_FOUND, "SUBJECT_NOT_FOUND", "create it first")
     )
     result = run(server, "analyze", photo, code=REFUSED_CODE)
-    assert result.stderr == "facelane: GALLERY_NOT_FOUND: create it first\n"
+    assert result.stderr == "facelane: SUBJECT_NOT_FOUND: create it first\n"
 
 
 def test_urls_are_shown_without_their_credentials(server: fake.ScriptedServer) -> None:

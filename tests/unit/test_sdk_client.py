@@ -285,7 +285,7 @@ def test_drops_and_errors_are_told_apart(
         (grpc.StatusCode.INVALID_ARGUMENT, "CONFIG_INVALID", facelane.ArgumentError, False),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "STREAM_LIMIT", facelane.OverloadedError, True),
         (grpc.StatusCode.UNAVAILABLE, "DRAINING", facelane.UnavailableError, True),
-        (grpc.StatusCode.NOT_FOUND, "GALLERY_NOT_FOUND", facelane.NotFoundError, False),
+        (grpc.StatusCode.NOT_FOUND, "SUBJECT_NOT_FOUND", facelane.NotFoundError, False),
         (
             grpc.StatusCode.PERMISSION_DENIED,
             "PERMISSION_DENIED",

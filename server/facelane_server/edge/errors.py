@@ -40,7 +40,6 @@ _INVALID = (
 
 CODES: Final[dict[Reason, int]] = {
     **dict.fromkeys(_INVALID, code_pb2.INVALID_ARGUMENT),
-    Reason.WINDOW_EXCEEDED: code_pb2.RESOURCE_EXHAUSTED,
     Reason.SLOW_READER: code_pb2.RESOURCE_EXHAUSTED,
     Reason.STREAM_LIMIT: code_pb2.RESOURCE_EXHAUSTED,
     Reason.POOL_OVERLOADED: code_pb2.RESOURCE_EXHAUSTED,
@@ -54,7 +53,6 @@ CODES: Final[dict[Reason, int]] = {
     Reason.POISONED: code_pb2.ABORTED,
     Reason.CANCELLED: code_pb2.CANCELLED,
     Reason.INTERNAL: code_pb2.INTERNAL,
-    Reason.GALLERY_NOT_FOUND: code_pb2.NOT_FOUND,
     Reason.SUBJECT_NOT_FOUND: code_pb2.NOT_FOUND,
     Reason.TEMPLATE_NOT_FOUND: code_pb2.NOT_FOUND,
     Reason.POOL_NOT_FOUND: code_pb2.NOT_FOUND,

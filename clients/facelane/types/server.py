@@ -1,0 +1,165 @@
+"""The server as operators see it: health, models, pools, and events."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from facelane.types.faces import Identity, Liveness, Stage
+
+
+class HealthStatus(enum.StrEnum):
+    """grpc.health.v1, per service and ("") in all."""
+
+    UNKNOWN = "UNKNOWN"
+    SERVING = "SERVING"
+    NOT_SERVING = "NOT_SERVING"
+    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model package in service. ``model_id`` is name@version#digest."""
+
+    name: str
+    version: str
+    model_id: str
+    task: Stage
+    license: str = ""
+    description: str = ""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What the server accepts; ``default_max_frame_age`` in seconds."""
+
+    max_streams: int = 0
+    window: int = 0
+    max_frame_bytes: int = 0
+    max_message_bytes: int = 0
+    max_pixels: int = 0
+    max_faces: int = 0
+    default_max_frame_age: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the server is."""
+
+    version: str
+    start_time: datetime | None
+    models: tuple[ModelInfo, ...]
+    limits: ServerLimits
+    open_streams: int = 0
+    draining: bool = False
+
+
+class PoolState(enum.StrEnum):
+    """How a pool of workers fares."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    STARTING = "STARTING"
+    SERVING = "SERVING"
+    DEGRADED = "DEGRADED"
+    """Some workers are gone, the others serve."""
+    NOT_SERVING = "NOT_SERVING"
+    DRAINING = "DRAINING"
+
+
+class WorkerState(enum.StrEnum):
+    """Where a worker is in its life."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    SPAWNED = "SPAWNED"
+    LOADING = "LOADING"
+    WARMING = "WARMING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    EXITED = "EXITED"
+    LOST = "LOST"
+    BACKOFF = "BACKOFF"
+    QUARANTINED = "QUARANTINED"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """``worker_id`` is pool#index, ``uptime`` in seconds."""
+
+    worker_id: str
+    pid: int
+    state: WorkerState
+    device: str = ""
+    restarts: int = 0
+    last_loss: str = ""
+    memory_bytes: int = 0
+    uptime: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """A pool: the workers that serve one model."""
+
+    pool: str
+    task: Stage
+    state: PoolState
+    model_id: str = ""
+    isolation: str = ""
+    queued: int = 0
+    in_flight: int = 0
+    completed: int = 0
+    failed: int = 0
+    workers: tuple[WorkerInfo, ...] = ()
+
+
+class EventKind(enum.StrEnum):
+    """What happened."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    SUBJECT_SEEN = "SUBJECT_SEEN"
+    """A track was given a name."""
+    UNKNOWN_SEEN = "UNKNOWN_SEEN"
+    """A track ended without one."""
+    SPOOF_SUSPECTED = "SPOOF_SUSPECTED"
+    STREAM_OPENED = "STREAM_OPENED"
+    STREAM_CLOSED = "STREAM_CLOSED"
+    POOL_CHANGED = "POOL_CHANGED"
+    DEVICE_MEMORY = "DEVICE_MEMORY"
+    """A device is above its memory warning level, or below it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """``resume_token`` given to ``watch_events`` goes on after this event."""
+
+    sequence: int
+    kind: EventKind
+    event_time: datetime | None
+    resume_token: str
+    source_id: str = ""
+    stream_id: str = ""
+    track_id: int = 0
+    gallery: str = ""
+    identity: Identity = field(default_factory=Identity)
+    liveness: Liveness = field(default_factory=Liveness)
+    ood_score: float | None = None
+    pool: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRestarted:
+    """Process ids before and after a restart."""
+
+    old_pid: int
+    new_pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReloaded:
+    """Model ids before and after a reload."""
+
+    old_model_id: str
+    new_model_id: str
