@@ -183,7 +183,7 @@ class ScriptedWorker:
             else LivenessDone(score)
             for item in job.items
         ]
-        self.say(InferDone(job.job_id, done, 0, memory_mib))
+        self.say(InferDone(job.job_id, done, memory_mib))
         return job
 
     def fail(self, reason: str, *, retryable: bool = False) -> Infer:
@@ -195,7 +195,7 @@ class ScriptedWorker:
         self.say(GalleryLoaded(self.snapshots[-1]))
 
     async def hello(self) -> None:
-        self.say(Hello(PROTOCOL, self.pid))
+        self.say(Hello(PROTOCOL))
         await settle()
         self.read()
         assert self.load is not None

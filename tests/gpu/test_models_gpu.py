@@ -34,7 +34,7 @@ from facelane_server.modeltools.verify import synthetic_picture, verify
 from facelane_server.worker import device
 from facelane_server.worker.decoding.device_pictures import DevicePictures, OnDevice
 from facelane_server.worker.decoding.pictures import decode
-from facelane_server.worker.device import Fault, classify
+from facelane_server.worker.faults import Fault, classify
 from facelane_server.worker.networks import serving, torch_runner
 from facelane_server.worker.networks.load import load, network_with_weights
 from facelane_server.worker.networks.runner import batch_buckets
@@ -277,7 +277,7 @@ def test_the_memory_cap_holds_and_its_breach_is_told() -> None:
     assert 1 <= len(held) <= 9
     assert classify(caught.value) is Fault.OUT_OF_MEMORY
     held.clear()
-    device.free_cache(GPU)
+    device.free_cache()
     assert torch.zeros(1024, device=GPU).sum().item() == 0
 
 
@@ -299,7 +299,7 @@ def test_a_device_assert_is_sticky() -> None:
     """In a process of its own: its context does not survive."""
     code = (
         "import torch\n"
-        "from facelane_server.worker.device import Fault, classify\n"
+        "from facelane_server.worker.faults import Fault, classify\n"
         "x = torch.zeros(4, device='cuda:0')\n"
         "try:\n"
         "    x[torch.tensor([9], device='cuda:0')].cpu()\n"

@@ -21,7 +21,6 @@ from facelane_server.models import api
 from facelane_server.models.api import AlignedCrop, ContextCrop, DeviceOptions
 from facelane_server.models.catalog import Catalog
 from facelane_server.modeltools.verify import synthetic_picture
-from facelane_server.worker import loop
 from facelane_server.worker.decoding import crops
 from facelane_server.worker.decoding.device_pictures import DevicePictures, OnDevice
 from facelane_server.worker.decoding.headers import picture_size, plain_jpeg
@@ -31,6 +30,7 @@ from facelane_server.worker.networks.device_candidates import SURVIVORS, survivo
 from facelane_server.worker.networks.load import load, network_with_weights
 from facelane_server.worker.networks.serving import ServedDetector
 from facelane_server.worker.networks.torch_runner import CpuRunner
+from facelane_server.worker.work import DetectWork
 
 CROPS = (AlignedCrop(112), ContextCrop(2.7, 80))
 
@@ -305,7 +305,7 @@ class Recorder(api.Detector):
     def begin(
         self, pictures: Sequence[api.U8 | api.DevicePicture], max_faces: Sequence[int]
     ) -> api.Pending[list[api.Detections]]:
-        return api.Ready(
+        return api.Immediate(
             [
                 api.Detections(
                     np.zeros((1, 4), np.float32),
@@ -331,7 +331,7 @@ def detected(
         offset += -(-len(data) // 64) * 64
     model = Recorder()
     message = Load("w", Stage.DETECTOR, str(tmp_path), "cpu", 8, 2, SLOT, SLOT, threads=threads)
-    work = loop._DetectWork(model, message, request, response)
+    work = DetectWork(model, message, request, response)
     finish, ready = work.begin(Infer(1, 0, items))
     assert ready
     done = finish()

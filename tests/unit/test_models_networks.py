@@ -13,8 +13,8 @@ from facelane_server.models.api import (
     ContextCrop,
     Detections,
     DeviceOptions,
+    Immediate,
     Pending,
-    Ready,
 )
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Input, Ood
@@ -281,7 +281,7 @@ def test_a_fixed_canvas_is_one_batch_and_padded_with_black() -> None:
     runner = OneFace(fixed_side=320)
     pictures = [np.full((100, 200, 3), 255, np.uint8), np.full((600, 300, 3), 255, np.uint8)]
     pending = detector(runner).begin(pictures, [1, 0])
-    assert not isinstance(pending, Ready)
+    assert not isinstance(pending, Immediate)
     found = pending.finish()
     assert runner.batches == [(2, 320, 320, 3)]
     canvas = runner.staged[0]

@@ -18,7 +18,7 @@ from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package, read_package
 from facelane_server.modeltools import reference
 from facelane_server.modeltools.cli import app
-from facelane_server.modeltools.verify import Check, verify
+from facelane_server.modeltools.verify import Finding, verify
 from facelane_server.worker.networks.load import load
 
 STARTER = ("facelane-detector", "facelane-recognizer", "facelane-liveness")
@@ -33,7 +33,7 @@ def edited(package: Package, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def reference_check(package: Package) -> Check:
+def reference_check(package: Package) -> Finding:
     (check,) = [c for c in verify(package).checks if c.name == "reference"]
     return check
 

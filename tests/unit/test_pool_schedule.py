@@ -794,7 +794,7 @@ async def test_a_load_that_cannot_be_said_is_a_loss_at_once() -> None:
     async with bench(restart_limit=1) as b:
         b.pool.package = replace(PACKAGE, folder=PACKAGE.folder / "\udcff")
         await b.start()
-        b.workers[0].say(Hello(PROTOCOL, 1))
+        b.workers[0].say(Hello(PROTOCOL))
         await b.turn()
         info = b.pool.info()
         assert (info.workers[0].life, info.workers[0].last_loss) == (

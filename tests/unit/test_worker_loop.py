@@ -41,9 +41,10 @@ from facelane_server.ipc.messages import (
 )
 from facelane_server.models import api
 from facelane_server.models.catalog import Catalog
-from facelane_server.worker import exit_codes, loop
+from facelane_server.worker import exit_codes, loop, search
 from facelane_server.worker.failpoints import InjectedOutOfMemoryError
 from facelane_server.worker.loop import Loop
+from facelane_server.worker.networks.load import batch_for, load_model
 from facelane_server.worker.search import Searcher
 
 SIZE = 16
@@ -67,7 +68,7 @@ class SteeredModel(api.LivenessModel):
 
     def begin(self, crops: Sequence[api.U8]) -> api.Pending[api.F32]:
         if self.warming:
-            return api.Ready(np.zeros(1, np.float32))
+            return api.Immediate(np.zeros(1, np.float32))
         name = f"job{int(crops[0][0, 0, 0, 0])}"
         self.calls.append(f"begin {name}")
         if (error := self.fail.get(f"begin {name}")) is not None:
@@ -313,7 +314,7 @@ def test_a_gallery_that_is_built_during_a_drain_is_not_told(
         assert permit.wait(30)
         return Searcher(snapshot, fd, device)
 
-    monkeypatch.setattr(loop, "Searcher", build)
+    monkeypatch.setattr(search, "Searcher", build)
     server.become_ready()
     message, table = gallery_table.detach(GallerySnapshot(1, 0, 512, ()))
     matrix = os.memfd_create("snapshot")
@@ -437,7 +438,7 @@ def test_a_model_that_cannot_be_loaded_says_why_without_the_details(
 def test_the_real_loader_reads_a_package() -> None:
     package = PACKAGES[Stage.RECOGNIZER]
     load = Load("r#0", "recognizer", str(package.folder), "auto", 4, 2, SLOT, SLOT)
-    model, model_id, device = loop.load_model(load)
+    model, model_id, device = load_model(load)
     assert isinstance(model, api.Recognizer)
     assert (model_id, device, model.embedding_dim) == (package.model_id, "cpu", 512)
 
@@ -455,12 +456,12 @@ def test_the_real_loader_reads_a_package() -> None:
 )
 def test_batches_where_they_pay(name: str, device: str, batch: int) -> None:
     package = Catalog().resolve(name)
-    assert loop.batch_for(package, device) == batch
+    assert batch_for(package, device) == batch
 
 
 def test_the_batch_that_was_asked_for_is_taken_anywhere() -> None:
     package = PACKAGES[Stage.DETECTOR]
     load = Load("d#0", "detector", str(package.folder), "cpu", 3, 2, SLOT, SLOT)
-    assert loop.load_model(load)[0].batch_max == 3
+    assert load_model(load)[0].batch_max == 3
     load = Load("d#0", "detector", str(package.folder), "cpu", 0, 2, SLOT, SLOT)
-    assert loop.load_model(load)[0].batch_max == 8
+    assert load_model(load)[0].batch_max == 8

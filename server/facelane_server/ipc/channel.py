@@ -162,10 +162,6 @@ class ServerChannel:
         sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._readable)
 
-    @property
-    def is_open(self) -> bool:
-        return self._open
-
     def send(self, message: ToWorker, descriptors: Sequence[int] = ()) -> None:
         """Send, or queue behind what waits. ``descriptors`` stay the caller's.
 

@@ -31,7 +31,7 @@ import msgspec
 
 from facelane_server import limits
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 
 
 class Packed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -199,7 +199,6 @@ ToWorker = Load | Infer | Cancel | Ping | Drain | GallerySnapshot
 
 class Hello(Message, frozen=True):
     protocol: int
-    pid: int
     python: str = ""
 
 
@@ -229,11 +228,8 @@ class GalleryLoaded(Message, frozen=True):
 
 
 class InferDone(Message, frozen=True):
-    """``compute_ns``: from reading the job to its answer, by the worker's clock."""
-
     job_id: int
     items: list[ItemDone]
-    compute_ns: int = 0
     memory_mib: int = 0
 
 

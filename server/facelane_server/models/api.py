@@ -77,7 +77,7 @@ class Pending(ABC, Generic[Out]):
     def finish(self) -> Out: ...
 
 
-class Ready(Pending[Out]):
+class Immediate(Pending[Out]):
     """A batch that was computed in ``begin``."""
 
     def __init__(self, value: Out) -> None:

@@ -121,7 +121,7 @@ class Output(_Table, frozen=True):
     softmax: bool = True
 
 
-class Thresholds(_Table, frozen=True):
+class PackageThresholds(_Table, frozen=True):
     """Decision thresholds, those of the package's task required.
 
     Detector: ``score``, ``nms`` (IoU). Recogniser: ``match`` and ``margin`` (cosines),
@@ -176,7 +176,7 @@ class Manifest(_Table, frozen=True):
     input: Input = Input()
     options: dict[str, Any] = {}
     output: Output = Output()
-    thresholds: Thresholds = Thresholds()
+    thresholds: PackageThresholds = PackageThresholds()
     ood: Ood | None = None
     memory: Memory = Memory()
     provenance: dict[str, Any] = {}
@@ -205,7 +205,7 @@ class Package:
         return self.manifest.task
 
     @property
-    def thresholds(self) -> Thresholds:
+    def thresholds(self) -> PackageThresholds:
         return self.manifest.thresholds
 
     @property
@@ -371,7 +371,7 @@ def _check(folder: Path, m: Manifest) -> None:
     for name in _REQUIRED_THRESHOLDS[m.task]:
         if getattr(m.thresholds, name) is None:
             refuse(f"thresholds.{name} is missing; a {m.task} needs it")
-    for name in Thresholds.__struct_fields__:
+    for name in PackageThresholds.__struct_fields__:
         value = getattr(m.thresholds, name)
         low = -1.0 if name == "match" else 0.0
         if value is not None and not low <= value <= 1.0:

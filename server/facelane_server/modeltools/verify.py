@@ -27,7 +27,7 @@ _BATCH: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Finding:
     """One thing that was looked at."""
 
     name: str
@@ -42,7 +42,7 @@ class Verification:
     model_id: str
     task: str
     random_weights: bool
-    checks: tuple[Check, ...]
+    checks: tuple[Finding, ...]
     latency_ms: float | None
 
     @property
@@ -58,16 +58,16 @@ def verify(package: Package, options: DeviceOptions | None = None) -> Verificati
     Never raises for a bad package: the failed check says what is wrong.
     """
     options = options or DeviceOptions()
-    checks: list[Check] = []
+    checks: list[Finding] = []
     latency: list[float] = []
 
     def attempt(name: str, action: Callable[[], str]) -> bool:
         try:
-            checks.append(Check(name, True, action()))
+            checks.append(Finding(name, True, action()))
         except FacelaneError as error:
-            checks.append(Check(name, False, error.message))
+            checks.append(Finding(name, False, error.message))
         except Exception as error:  # whatever a broken model raises is the finding
-            checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
+            checks.append(Finding(name, False, f"{type(error).__name__}: {error}"))
         return checks[-1].passed
 
     models: list[Model] = []

@@ -1,4 +1,4 @@
-"""The device that a worker computes on: its memory budget, its faults, its name.
+"""The device that a worker computes on: its memory budget, its name.
 
 Importing this needs no torch: a worker of null models never loads it. Functions that
 touch CUDA import it themselves, and NVML only if there is one.
@@ -9,9 +9,11 @@ process add up.
 
 from __future__ import annotations
 
-import enum
 import os
+import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from facelane_server.domain import FacelaneError, Reason
@@ -22,65 +24,7 @@ MIB: Final = 1024 * 1024
 CONTEXT_MIB_UNMEASURED: Final = 640
 """What a CUDA context with cuDNN is taken to cost where NVML cannot tell."""
 METER_EVERY_S: Final = 0.5
-
-
-class Fault(enum.Enum):
-    """What an exception during inference means for the worker."""
-
-    OUT_OF_MEMORY = "out_of_memory"
-    """The job may be retried; the cache was emptied or should be."""
-    POISONED = "poisoned"
-    """The CUDA context is lost: every further call fails. The process must end."""
-    ORDINARY = "ordinary"
-    """A bug or bad input; the context is sound."""
-
-
-# A sticky error corrupts the context. CUDA's own strings, lower case, as they appear
-# in the messages of torch, cuBLAS, cuDNN and ONNX Runtime.
-_STICKY: Final = (
-    "illegal memory access",
-    "illegal address",
-    "misaligned address",
-    "illegal instruction",
-    "invalid program counter",
-    "device-side assert",
-    "hardware stack error",
-    "launch failure",
-    "launch failed",
-    "launch timed out",
-    "uncorrectable",
-    "ecc error",
-    "nvlink",
-    "gpu is lost",
-    "device unavailable",
-    "contained",  # "Uncontained ECC error", "contained memory error"
-    "context is destroyed",
-    "mps server",
-    "mps client",
-    "execution_failed",
-    "internal_error",
-    "unknown error",
-)
-_MEMORY: Final = ("out of memory", "alloc_failed", "failed to allocate")
-_CUDA: Final = ("cuda", "cublas", "cudnn", "nvrtc", "nvml")
-
-
-def classify(error: BaseException) -> Fault:
-    """What ``error``, or an error that it was raised from, means for the worker."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        if isinstance(current, MemoryError) or type(current).__name__ == "OutOfMemoryError":
-            return Fault.OUT_OF_MEMORY
-        text = str(current).lower()
-        cuda = type(current).__name__ == "AcceleratorError" or any(word in text for word in _CUDA)
-        if cuda and any(word in text for word in _MEMORY):
-            return Fault.OUT_OF_MEMORY
-        if cuda and any(word in text for word in _STICKY):
-            return Fault.POISONED
-        current = current.__cause__ or current.__context__
-    return Fault.ORDINARY
+_RESIDENT_EVERY_S: Final = 0.1
 
 
 def is_cuda(device: str) -> bool:
@@ -171,21 +115,42 @@ class Meter:
                 return
 
 
+def memory_meter(device: str) -> Callable[[], int]:
+    """MiB that this process holds: on the device for CUDA, resident on a CPU. Measured now
+    and then, because every answer carries it."""
+    if is_cuda(device):
+        return Meter(device).read
+    state = [0.0, 0]
+
+    def read() -> int:
+        now = time.monotonic()
+        if now >= state[0]:
+            state[0], state[1] = now + _RESIDENT_EVERY_S, _resident_mib()
+        return int(state[1])
+
+    return read
+
+
+def _resident_mib() -> int:
+    with open("/proc/self/statm", "rb") as stream:
+        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // MIB
+
+
 def device_name(device: str) -> str:
-    """For people: ``NVIDIA H100 80GB HBM3``, or ``cpu``."""
+    """For people: ``cuda:0 NVIDIA H100 80GB HBM3``, or ``cpu``."""
     if not is_cuda(device):
-        return "cpu"
+        return device
     import torch
 
-    return str(torch.cuda.get_device_name(device_index(device)))
+    return f"{device} {torch.cuda.get_device_name(device_index(device))}"
 
 
-def free_cache(device: str) -> None:
+def free_cache() -> None:
     """Give the allocator's unused blocks back to the device, after an out-of-memory."""
-    if is_cuda(device):
+    if "torch" in sys.modules:
         import torch
 
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
 
 class _Budgets:

@@ -54,12 +54,12 @@ NAMES: Final = frozenset({
 })  # fmt: skip
 
 
-class InjectedOutOfMemoryError(Exception):
+class InjectedOutOfMemoryError(MemoryError):
     """Stands for the device's own out-of-memory error."""
 
 
 class InjectedStickyError(Exception):
-    """Stands for a CUDA error that poisons the context."""
+    """Stands for a CUDA error that poisons the context; its text reads like CUDA's."""
 
 
 class InjectedError(Exception):
@@ -150,7 +150,7 @@ class Failpoints:
             torch.cuda.synchronize(self.device)
             # Not on this version: an index that a kernel itself refuses.
             torch.zeros(4, device=self.device)[column].cpu()
-        raise InjectedStickyError("failpoint: sticky device error")
+        raise InjectedStickyError("CUDA error: an illegal memory access (failpoint)")
 
     def answer(self, packet: bytes) -> bytes:
         """What to send instead of ``packet``, the answer to the present job."""

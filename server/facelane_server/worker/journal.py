@@ -6,8 +6,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import traceback
+from pathlib import Path
 from typing import Any, Final
+
+from facelane_server.domain import FacelaneError
 
 _TRACEBACK_CHARS: Final = 6_000
 """The server cuts longer lines."""
@@ -24,3 +28,18 @@ def log_exception(event: str, error: BaseException) -> None:
     """An error with its traceback."""
     lines = "".join(traceback.format_exception(error))
     log_event(event, level="error", error=type(error).__name__, traceback=lines[-_TRACEBACK_CHARS:])
+
+
+def brief(error: BaseException) -> str:
+    """The kind of an error, for the server's log; details go to the worker's stderr."""
+    if isinstance(error, FacelaneError):
+        return error.message
+    return f"{type(error).__name__}; the worker's log has the traceback"
+
+
+def name_thread(name: str) -> None:
+    """What ``ps`` and ``top -H`` show (15 characters)."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(
+            f"fl-{name}"[:15], encoding="utf-8"
+        )

@@ -8,17 +8,23 @@ float32, so that what comes back is exact there too.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from facelane_server import limits
-from facelane_server.ipc.messages import GallerySnapshot
+from facelane_server.ipc import gallery_table
+from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, close_all
+from facelane_server.ipc.messages import Fatal, GalleryLoaded, GallerySnapshot
+from facelane_server.worker import exit_codes
+from facelane_server.worker.faults import Quit, ending
 
 if TYPE_CHECKING:
     from facelane_server.models.api import F32
@@ -27,6 +33,8 @@ _CHUNK_ROWS: Final = 65_536
 """Rows scored at a time: bounds the score matrix to 32 x 65,536 floats (8 MiB)."""
 _RESCORED: Final = 4
 """On CUDA this many subjects more than asked for are scored again in float32."""
+
+_NOT_LOADED: Final = "the gallery snapshot could not be loaded"
 
 Hits = tuple[tuple[int, float], ...]
 """(subject index, cosine), best first, one a subject."""
@@ -209,3 +217,80 @@ def _top(best: F32, subjects: Sequence[int] | npt.NDArray[np.int32], keep: int) 
         ordered = chosen[np.argsort(-row[chosen], kind="stable")]
         hits.append(tuple((int(subjects[c]), float(row[c])) for c in ordered))
     return hits
+
+
+class GalleryLoader:
+    """Builds searchers in a thread of its own, so that inference goes on meanwhile.
+
+    At most one snapshot is being built and one waits; a newer one takes the place of
+    the one that waits. ``current`` is replaced whole. After ``close`` nothing is said any
+    more: in a thread group the channel is the next model's by then.
+    """
+
+    def __init__(self, channel: WorkerChannel) -> None:
+        self.current: Searcher | None = None
+        self.device = "cpu"
+        self.model_id = ""
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._waiting: tuple[GallerySnapshot, list[int]] | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def offer(self, snapshot: GallerySnapshot, descriptors: list[int]) -> None:
+        """Takes the descriptors (matrix, table) over."""
+        with self._lock:
+            if self._waiting is not None:
+                close_all(self._waiting[1])
+            self._waiting = (snapshot, descriptors)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._build, name="gallery", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._waiting is not None:
+                close_all(self._waiting[1])
+                self._waiting = None
+
+    def _build(self) -> None:
+        while True:
+            with self._lock:
+                if self._waiting is None:
+                    self._thread = None
+                    return
+                snapshot, (fd, table_fd) = self._waiting
+                self._waiting = None
+            if snapshot.model_id not in ("", self.model_id):
+                # Of the model before or after this one: nothing may be compared with it.
+                os.close(table_fd)
+                snapshot = GallerySnapshot(snapshot.version, 0, snapshot.dim, ())
+            else:
+                try:
+                    snapshot = gallery_table.attach(snapshot, table_fd)
+                except ValueError as error:
+                    self._give_up(SnapshotError(str(error)))
+            try:
+                searcher = Searcher(snapshot, fd, self.device)
+                if self.current is None or searcher.version > self.current.version:
+                    self.current = searcher
+                with self._lock:
+                    if not self._closed:
+                        self._channel.send(GalleryLoaded(snapshot.version))
+            except ChannelClosed:
+                return
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> NoReturn:
+        """A recogniser without the present gallery would name people wrongly."""
+        leave = (
+            Quit(exit_codes.PROTOCOL, Fatal("PROTOCOL", _NOT_LOADED))
+            if isinstance(error, SnapshotError)
+            else ending(error, _NOT_LOADED)
+        )
+        assert leave.fatal is not None
+        with contextlib.suppress(ChannelClosed):
+            self._channel.send(leave.fatal)
+        os._exit(leave.code)

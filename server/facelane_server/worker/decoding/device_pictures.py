@@ -29,7 +29,7 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.api import F32, U8, CropSpec, DevicePicture
 from facelane_server.worker.decoding import device_crops
 from facelane_server.worker.decoding.headers import plain_jpeg
-from facelane_server.worker.device import Fault, classify
+from facelane_server.worker.faults import Fault, classify
 from facelane_server.worker.journal import log_event
 
 Decode = Callable[[list[Tensor]], list[Tensor]]

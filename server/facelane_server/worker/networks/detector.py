@@ -16,8 +16,8 @@ from facelane_server.models.api import (
     Detections,
     Detector,
     DevicePicture,
+    Immediate,
     Pending,
-    Ready,
 )
 from facelane_server.models.package import DETECTOR_STRIDE
 from facelane_server.worker.decoding.crops import cut
@@ -114,7 +114,7 @@ class NetworkDetector(Detector):
                     _place(picture, fits[i], canvas, self._dirt(canvas, fits[i]))
             launched.append((indices, self._runner.launch(placed)))
         pending = _PendingDetections(self, list(pictures), list(max_faces), fits, launched)
-        return pending if self._runner.fixed_side else Ready(pending.finish())
+        return pending if self._runner.fixed_side else Immediate(pending.finish())
 
     def _dirt(self, canvas: U8, place: _Fit) -> tuple[int, int]:
         """How far down and to the right the canvas may not be black."""

@@ -14,9 +14,12 @@ import pickle
 import struct
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
+from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.ipc.messages import CropSpecMessage, Load
 from facelane_server.models.api import (
     AlignedCrop,
     ContextCrop,
@@ -31,6 +34,7 @@ from facelane_server.models.package import (
     Package,
     WeightsFile,
     invalid,
+    read_package,
 )
 from facelane_server.naming import hint
 from facelane_server.worker.networks.null import NullDetector, NullLiveness, NullRecognizer
@@ -43,6 +47,57 @@ if TYPE_CHECKING:
 
 
 _NULL_OPTIONS: Final = ("faces", "decode")
+
+
+def load_model(message: Load) -> tuple[Model, str, str]:
+    """(model, model id, device) of a Load message. Torch is imported only by models that
+    need it. Raises FacelaneError(MODEL_INVALID) and whatever the runtime raises."""
+    package = read_package(Path(message.package))
+    device = message.device
+    if package.manifest.runtime == "null":
+        device = "cpu"
+    elif device == "auto":
+        device = _auto_device()
+    options = DeviceOptions(
+        device=device,
+        precision=message.precision,
+        graphs=message.graphs,
+        threads=message.threads,
+        stream_priority=message.stream_priority,
+        memory_mib=message.memory_mib if device.startswith("cuda") else 0,
+        decode=message.decode,
+        suppress=message.options.get("nms") == "device",
+    )
+    model = load(
+        package,
+        options,
+        batch_max=message.batch_max or batch_for(package, device),
+        crops=tuple(_crop_spec(spec) for spec in message.crops),
+        max_side=message.max_side,
+        extra=message.options,
+    )
+    return model, package.model_id, device
+
+
+def batch_for(package: Package, device: str) -> int:
+    """Where batches pay. A CPU computes their items one after the other: a detector gains
+    nothing (its working set leaves the cache), small networks gain a quarter, and a picture
+    that cannot wait waits for all that came with it."""
+    if package.manifest.runtime == "null" or device.startswith("cuda"):
+        return limits.BATCH
+    return 1 if package.manifest.task is Stage.DETECTOR else limits.BATCH // 2
+
+
+def _crop_spec(spec: CropSpecMessage) -> CropSpec:
+    return ContextCrop(spec.scale, spec.size) if spec.scale else AlignedCrop(spec.size)
+
+
+def _auto_device() -> str:
+    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")):
+        return "cpu"
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def load(

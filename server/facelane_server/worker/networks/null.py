@@ -18,9 +18,9 @@ from facelane_server.models.api import (
     Detector,
     DevicePicture,
     Embeddings,
+    Immediate,
     LivenessModel,
     Pending,
-    Ready,
     Recognizer,
 )
 
@@ -51,7 +51,9 @@ class NullDetector(Detector):
     def begin(
         self, pictures: Sequence[U8 | DevicePicture], max_faces: Sequence[int]
     ) -> Pending[list[Detections]]:
-        return Ready([self._detect(p, limit) for p, limit in zip(pictures, max_faces, strict=True)])
+        return Immediate(
+            [self._detect(p, limit) for p, limit in zip(pictures, max_faces, strict=True)]
+        )
 
     def _detect(self, picture: U8 | DevicePicture, limit: int) -> Detections:
         assert not isinstance(picture, DevicePicture), "it decodes nothing"
@@ -96,7 +98,7 @@ class NullRecognizer(Recognizer):
 
     def begin(self, chips: U8) -> Pending[Embeddings]:
         vectors = np.stack([self._embed(chip) for chip in chips])
-        return Ready(Embeddings(vectors=vectors, ood=np.ones(len(chips), np.float32)))
+        return Immediate(Embeddings(vectors=vectors, ood=np.ones(len(chips), np.float32)))
 
     def _embed(self, chip: U8) -> F32:
         # A stream of bytes from the chip's hash, as numbers around zero.
@@ -116,4 +118,4 @@ class NullLiveness(LivenessModel):
         pass
 
     def begin(self, crops: Sequence[U8]) -> Pending[F32]:
-        return Ready(np.ones(len(crops[0]), np.float32))
+        return Immediate(np.ones(len(crops[0]), np.float32))

@@ -1,0 +1,328 @@
+"""Between slots and a model: a job's items are read, begun, and answered into the job's slot.
+
+One class for each task. Whatever is wrong with an item is its own failure; a job that does
+not keep to the protocol raises ``ProtocolError``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from facelane_server import limits
+from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.ipc.arena import Arena, aligned
+from facelane_server.ipc.channel import ProtocolError
+from facelane_server.ipc.messages import (
+    DetectDone,
+    DetectItem,
+    EmbedDone,
+    EmbedItem,
+    Infer,
+    Item,
+    ItemDone,
+    ItemFailed,
+    LivenessDone,
+    LivenessItem,
+    Load,
+)
+from facelane_server.models import api
+from facelane_server.models.api import U8
+from facelane_server.worker.search import GalleryLoader, Hits, Searcher
+
+Finish = Callable[[], list[ItemDone]]
+
+
+class Work:
+    """Between slots and a model: reads a job's items, begins it, writes its answer."""
+
+    def __init__(self, request: Arena, response: Arena) -> None:
+        self._request = [np.frombuffer(request.slot(i), np.uint8) for i in range(request.slots)]
+        self._views = [request.slot(i) for i in range(request.slots)]
+        self._response = [np.frombuffer(response.slot(i), np.uint8) for i in range(response.slots)]
+
+    def begin(self, job: Infer) -> tuple[Finish, bool]:
+        """How to finish, and whether the result is there already."""
+        raise NotImplementedError
+
+    def spans(self, item: Item) -> list[tuple[int, int]]:
+        """(offset, length) of an item's bytes."""
+        raise NotImplementedError
+
+    def rehearse(self) -> float:
+        """Milliseconds of one synthetic item, the best of a few."""
+        raise NotImplementedError
+
+    def payloads(self, job: Infer) -> list[memoryview]:
+        view = self._views[job.slot]
+        return [view[a : a + n] for item in job.items for a, n in self.spans(item)]
+
+    def _room(self, slot: int, offset: int, size: int) -> U8:
+        room = self._response[slot][offset : offset + size]
+        if len(room) != size:
+            raise FacelaneError(
+                Reason.INTERNAL,
+                "the answers exceed the response slot; lower batch_max or max_faces",
+            )
+        return room
+
+    def _bytes(self, slot: int, offset: int, size: int) -> U8:
+        part = self._request[slot][offset : offset + size]
+        if offset < 0 or len(part) != size:
+            raise ProtocolError("an item lies outside of its slot")
+        return part
+
+
+class DetectWork(Work):
+    def __init__(self, model: api.Detector, load: Load, request: Arena, response: Arena) -> None:
+        super().__init__(request, response)
+        from facelane_server.worker.decoding import headers, pictures
+
+        self._check_bounds = headers.check_bounds
+
+        self._model = model
+        self._max_pixels = load.max_pixels
+        self._needs_pixels = bool(getattr(model, "needs_pixels", True))
+        pictures.silence_opencv(load.threads)
+        self._decode = pictures.decode
+        self._size = headers.picture_size
+        self._record = sum(spec.size * spec.size * 3 for spec in model.crops)
+        self._blank: U8 = np.zeros((1, 1, 3), np.uint8)
+        # cv2 releases the GIL while it decodes.
+        self._pool = ThreadPoolExecutor(load.threads, "decode") if load.threads > 1 else None
+
+    def spans(self, item: Item) -> list[tuple[int, int]]:
+        assert isinstance(item, DetectItem)
+        return [(item.offset, item.length)]
+
+    def begin(self, job: Infer) -> tuple[Finish, bool]:
+        items = [item for item in job.items if isinstance(item, DetectItem)]
+        if len(items) != len(job.items):
+            raise ProtocolError("a detector takes pictures")
+        view = self._views[job.slot]
+        for item in items:
+            self._bytes(job.slot, item.offset, item.length)
+
+        def read(item: DetectItem) -> U8 | tuple[int, int] | FacelaneError:
+            data = view[item.offset : item.offset + item.length]
+            try:
+                encoding = Encoding(item.encoding)
+                if not self._needs_pixels:
+                    if encoding.is_raw:
+                        return item.width, item.height
+                    return self._size(data, encoding)
+                return self._decode(
+                    data,
+                    encoding,
+                    width=item.width,
+                    height=item.height,
+                    stride=item.stride,
+                    max_pixels=item.max_pixels or self._max_pixels,
+                )
+            except FacelaneError as error:
+                return error
+
+        on_device = self._on_device(view, items) if self._model.decodes else {}
+        others = [item for i, item in enumerate(items) if i not in on_device]
+        if self._pool is not None and len(others) > 1:
+            read_others = iter(list(self._pool.map(read, others)))
+        else:
+            read_others = iter([read(item) for item in others])
+        read_items = [on_device.get(i) or next(read_others) for i in range(len(items))]
+        pictures: list[U8 | api.DevicePicture] = []
+        max_faces: list[int] = []
+        outcome: list[tuple[int, int] | FacelaneError] = []
+        for item, picture in zip(items, read_items, strict=True):
+            if isinstance(picture, FacelaneError):
+                outcome.append(picture)
+                continue
+            if isinstance(picture, tuple):
+                outcome.append(picture)
+                picture = self._blank
+            elif isinstance(picture, api.DevicePicture):
+                outcome.append((picture.width, picture.height))
+            else:
+                outcome.append((picture.shape[1], picture.shape[0]))
+            pictures.append(picture)
+            max_faces.append(min(max(item.max_faces, 0), limits.MAX_FACES))
+        if not pictures:
+            pending: api.Pending[list[api.Detections]] = api.Immediate([])
+        else:
+            pending = self._model.begin(pictures, max_faces)
+
+        def finish() -> list[ItemDone]:
+            found = iter(pending.finish())
+            done: list[ItemDone] = []
+            end = 0
+            for size in outcome:
+                if isinstance(size, FacelaneError):
+                    done.append(ItemFailed(size.reason, size.message))
+                else:
+                    answer, end = self._write(job.slot, end, size, next(found))
+                    done.append(answer)
+            return done
+
+        return finish, isinstance(pending, api.Immediate)
+
+    def _on_device(
+        self, view: memoryview, items: Sequence[DetectItem]
+    ) -> dict[int, api.DevicePicture]:
+        """Pictures that the model's device has decoded, by the number of the item. What is
+        wrong with the others is found when they are read."""
+        jpegs: dict[int, memoryview] = {}
+        for i, item in enumerate(items):
+            data = view[item.offset : item.offset + item.length]
+            if item.encoding != Encoding.JPEG.value:
+                continue
+            with contextlib.suppress(FacelaneError):
+                size = self._size(data, Encoding.JPEG)
+                self._check_bounds(*size, item.max_pixels or self._max_pixels)
+                jpegs[i] = data
+        decoded = self._model.decode(list(jpegs.values())) if jpegs else []
+        return {i: p for i, p in zip(jpegs, decoded, strict=True) if p is not None}
+
+    def _write(
+        self, slot: int, offset: int, size: tuple[int, int], faces: api.Detections
+    ) -> tuple[DetectDone, int]:
+        count = len(faces.scores)
+        width = limits.FACE_RECORD_FLOATS
+        records = self._room(slot, offset, count * width * 4).view(np.float32)
+        table = records.reshape(count, width)
+        table[:, 0:4] = faces.boxes
+        table[:, 4] = faces.scores
+        table[:, 5:15] = faces.landmarks.reshape(count, 10)
+        crops_offset = aligned(offset + count * width * 4)
+        crops = self._room(slot, crops_offset, count * self._record).reshape(count, self._record)
+        column = 0
+        for crop in faces.crops:
+            flat = crop.reshape(count, -1) if count else crop.reshape(0, 0)
+            crops[:, column : column + flat.shape[1]] = flat
+            column += flat.shape[1]
+        end = aligned(crops_offset + count * self._record)
+        return DetectDone(size[0], size[1], count, offset, crops_offset), end
+
+    def rehearse(self) -> float:
+        picture = np.full((240, 320, 3), 96, np.uint8)
+        return _best_ms(lambda: self._model.begin([picture], [1]).finish())
+
+
+class EmbedWork(Work):
+    def __init__(
+        self, model: api.Recognizer, request: Arena, response: Arena, gallery: GalleryLoader
+    ) -> None:
+        super().__init__(request, response)
+        self._model = model
+        self._gallery = gallery
+        self._size = model.crop.size
+        self._chip = self._size * self._size * 3
+
+    def spans(self, item: Item) -> list[tuple[int, int]]:
+        assert isinstance(item, EmbedItem)
+        return [(item.offset, self._chip)]
+
+    def begin(self, job: Infer) -> tuple[Finish, bool]:
+        items = [item for item in job.items if isinstance(item, EmbedItem)]
+        if len(items) != len(job.items):
+            raise ProtocolError("a recognizer takes chips")
+        chips = self._stack(job.slot, [item.offset for item in items])
+        pending = self._model.begin(chips)
+        searcher = self._gallery.current
+
+        def finish() -> list[ItemDone]:
+            found = pending.finish()
+            vectors = np.ascontiguousarray(found.vectors, np.float32)
+            hits = _search(searcher, vectors, items)
+            done: list[ItemDone] = []
+            end = 0
+            for i, item in enumerate(items):
+                where = -1
+                if item.want_vector:
+                    where, size = end, vectors.shape[1] * 4
+                    self._room(job.slot, where, size).view(np.float32)[:] = vectors[i]
+                    end = aligned(where + size)
+                version = searcher.version if searcher is not None and item.gallery else 0
+                done.append(EmbedDone(float(found.ood[i]), hits[i], version, where))
+            return done
+
+        return finish, isinstance(pending, api.Immediate)
+
+    def _stack(self, slot: int, offsets: Sequence[int]) -> U8:
+        chips = np.stack([self._bytes(slot, offset, self._chip) for offset in offsets])
+        return chips.reshape(len(offsets), self._size, self._size, 3)
+
+    def rehearse(self) -> float:
+        chip = np.full((1, self._size, self._size, 3), 96, np.uint8)
+        return _best_ms(lambda: self._model.begin(chip).finish())
+
+
+def _search(searcher: Searcher | None, vectors: api.F32, items: Sequence[EmbedItem]) -> list[Hits]:
+    """Hits of every item, items of one gallery searched together."""
+    hits: list[Hits] = [()] * len(items)
+    if searcher is None:
+        return hits
+    wanted: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        if item.gallery:
+            wanted.setdefault(item.gallery, []).append(i)
+    for gallery, rows in wanted.items():
+        top_k = max(items[i].top_k for i in rows)
+        for i, found in zip(rows, searcher.search(vectors[rows], gallery, top_k), strict=True):
+            hits[i] = found[: items[i].top_k]
+    return hits
+
+
+class LivenessWork(Work):
+    def __init__(self, model: api.LivenessModel, request: Arena, response: Arena) -> None:
+        super().__init__(request, response)
+        self._model = model
+        self._sizes = [spec.size for spec in model.crops]
+
+    def spans(self, item: Item) -> list[tuple[int, int]]:
+        assert isinstance(item, LivenessItem)
+        return [(a, s * s * 3) for a, s in zip(item.offsets, self._sizes, strict=True)]
+
+    def begin(self, job: Infer) -> tuple[Finish, bool]:
+        items = [item for item in job.items if isinstance(item, LivenessItem)]
+        if len(items) != len(job.items) or any(len(i.offsets) != len(self._sizes) for i in items):
+            raise ProtocolError("a liveness model takes its context crops")
+        crops = [
+            np.stack(
+                [self._bytes(job.slot, item.offsets[k], size * size * 3) for item in items]
+            ).reshape(len(items), size, size, 3)
+            for k, size in enumerate(self._sizes)
+        ]
+        pending = self._model.begin(crops)
+
+        def finish() -> list[ItemDone]:
+            return [LivenessDone(float(score)) for score in pending.finish()]
+
+        return finish, isinstance(pending, api.Immediate)
+
+    def rehearse(self) -> float:
+        crops = [np.full((1, size, size, 3), 96, np.uint8) for size in self._sizes]
+        return _best_ms(lambda: self._model.begin(crops).finish())
+
+
+def work_for(
+    model: api.Model, load: Load, request: Arena, response: Arena, gallery: GalleryLoader
+) -> Work:
+    if isinstance(model, api.Detector):
+        return DetectWork(model, load, request, response)
+    if isinstance(model, api.Recognizer):
+        return EmbedWork(model, request, response, gallery)
+    if isinstance(model, api.LivenessModel):
+        return LivenessWork(model, request, response)
+    raise TypeError(f"{type(model).__name__} is no model of a known task")
+
+
+def _best_ms(call: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - started)
+    return best * 1000
