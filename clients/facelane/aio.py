@@ -7,90 +7,63 @@ tasks, one that reads and one that writes; no task is made for a frame.
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import math
 import time
-import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Callable,
+    Coroutine,
+    Generator,
     Iterable,
-    Mapping,
 )
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 import grpc
 import grpc.aio
 
 from facelane import calls, convert, types
-from facelane.client import retry_delay
-from facelane.errors import (
-    DeadlineExceededError,
-    FacelaneError,
-    NotFoundError,
-    ProtocolError,
-    Reason,
-    UnavailableError,
-    from_rpc,
-)
-from facelane.stream import (
-    DEFAULT_BUFFER,
-    DEFAULT_STALL_TIMEOUT,
-    HalfClose,
-    Obstacle,
-    Phase,
-    StreamCore,
-    as_lost,
-    unreadable,
-)
-from facelane.transport import (
-    DEFAULT_TIMEOUT,
-    Tls,
-    endpoint,
-)
+from facelane.driver import ClientBase, EventStreamBase, StreamBase, failure
+from facelane.errors import FacelaneError, from_rpc
+from facelane.stream import DEFAULT_BUFFER, DEFAULT_STALL_TIMEOUT, Phase, StreamCore
+from facelane.subscription import Subscription
 from facelane.types import (
-    AnalysisOptions,
-    Enrollment,
     Event,
     EventKind,
-    Face,
     Frame,
-    FrameResult,
     HealthStatus,
-    ModelReloaded,
     Outcome,
     Picture,
-    PoolInfo,
     Reconnect,
-    ServerInfo,
-    StreamLimits,
-    StreamOpened,
     StreamOptions,
-    StreamSummary,
     StreamUpdate,
     Subject,
-    Template,
-    Verification,
-    WorkerRestarted,
 )
-from facelane.v1 import analysis_service_pb2, event_service_pb2
+from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
+from facelane.v1.event_service_pb2 import WatchEventsRequest
 
-log = logging.getLogger("facelane")
-
+P = ParamSpec("P")
 T = TypeVar("T")
 
-_Request = analysis_service_pb2.AnalyzeStreamRequest
-_EventResponse = event_service_pb2.WatchEventsResponse
-_PARK = 5.0
-"""Seconds after which a parked task looks again whether it still has a purpose."""
+
+def _awaited(
+    build: Callable[P, calls.Call[T]],
+) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]:
+    """The method that makes a call and awaits its answer."""
+
+    async def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._do(build(*args, **kwargs))
+
+    calls.as_method(build, method, f"As ``facelane.Client.{build.__name__}``.")
+    return method
 
 
-class Client:
+class Client(ClientBase["AnalyzeStream | EventStream"]):
     """A connection to one server, for one event loop.
 
     Arguments as for ``facelane.Client``. Close it, or use it as an async context manager.
@@ -101,24 +74,7 @@ class Client:
     1
     """
 
-    def __init__(
-        self,
-        target: str | None = None,
-        *,
-        token: str | None = None,
-        tls: Tls | None = None,
-        timeout: float = DEFAULT_TIMEOUT,
-    ) -> None:
-        self._endpoint = endpoint(target, token, tls)
-        self.timeout = timeout
-        self._made: tuple[grpc.aio.Channel, calls.Stubs] | None = None
-        self._closed = False
-        self._open: weakref.WeakSet[AnalyzeStream | EventStream] = weakref.WeakSet()
-
-    @property
-    def target(self) -> str:
-        """Where the client connects to."""
-        return self._endpoint.target
+    _made: tuple[grpc.aio.Channel, calls.Stubs] | None = None
 
     @property
     def _stubs(self) -> calls.Stubs:
@@ -133,10 +89,6 @@ class Client:
             )
             self._made = channel, calls.Stubs(cast("grpc.Channel", channel))
         return self._made[1]
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise calls.closed()
 
     async def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
@@ -158,31 +110,20 @@ class Client:
     ) -> None:
         await self.close()
 
-    def __repr__(self) -> str:
-        return f"facelane.aio.Client({self.target!r})"
-
-    async def _do(self, call: calls.Call[T], timeout: float | None) -> T:
+    async def _do(self, call: calls.Call[T]) -> T:
         try:
             answer = await call.method(self._stubs)(
                 call.request,
-                timeout=calls.deadline(self.timeout if timeout is None else timeout),
+                timeout=calls.deadline(self.timeout if call.timeout is None else call.timeout),
                 metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:
-            raise from_rpc(error) from error
+            return call.failed(from_rpc(error))
         return call.read(answer)
 
     # Analysis.
 
-    async def analyze_image(
-        self,
-        picture: Picture,
-        *,
-        timeout: float | None = None,
-        **options: Unpack[AnalysisOptions],
-    ) -> FrameResult:
-        """As ``facelane.Client.analyze_image``."""
-        return await self._do(calls.analyze_image(picture, **options), timeout)
+    analyze_image = _awaited(calls.analyze_image)
 
     def analyze_stream(
         self,
@@ -206,26 +147,10 @@ class Client:
         2 1
         3 1
         """
-        self._check_open()
-        stream = AnalyzeStream(
-            self._start_stream,
-            convert.stream_config(**options),
-            StreamCore(
-                now=time.monotonic(),
-                reconnect=reconnect,
-                buffer=buffer,
-                stall_timeout=stall_timeout,
-                connect_timeout=self.timeout,
-            ),
-            self.timeout,
-            on_update,
-        )
+        core = self._new_core(reconnect, buffer, stall_timeout)
+        stream = AnalyzeStream(self, core, convert.stream_config(**options), on_update)
         self._open.add(stream)
         return stream
-
-    def _start_stream(self) -> Any:
-        analysis: Any = self._stubs.analysis
-        return analysis.AnalyzeStream(metadata=self._endpoint.metadata)
 
     async def analyze(
         self,
@@ -257,29 +182,8 @@ class Client:
 
     # The gallery.
 
-    async def create_subject(
-        self,
-        subject_id: str,
-        *,
-        display_name: str = "",
-        labels: Mapping[str, str] | None = None,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Subject:
-        """As ``facelane.Client.create_subject``."""
-        return await self._do(
-            calls.create_subject(subject_id, gallery, display_name, labels), timeout
-        )
-
-    async def get_subject(
-        self,
-        subject_id: str,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Subject:
-        """As ``facelane.Client.get_subject``."""
-        return await self._do(calls.get_subject(subject_id, gallery), timeout)
+    create_subject = _awaited(calls.create_subject)
+    get_subject = _awaited(calls.get_subject)
 
     async def list_subjects(
         self,
@@ -291,145 +195,40 @@ class Client:
         """As ``facelane.Client.list_subjects``."""
         token = ""
         while True:
-            page = calls.list_subjects(gallery, page_size, token)
-            subjects, token = await self._do(page, timeout)
+            page = calls.list_subjects(gallery, page_size, token, timeout)
+            subjects, token = await self._do(page)
             for subject in subjects:
                 yield subject
             if not token:
                 return
 
-    async def update_subject(
-        self,
-        subject_id: str,
-        *,
-        display_name: str | None = None,
-        labels: Mapping[str, str] | None = None,
-        etag: str = "",
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Subject:
-        """As ``facelane.Client.update_subject``."""
-        return await self._do(
-            calls.update_subject(subject_id, gallery, display_name, labels, etag), timeout
-        )
-
-    async def delete_subject(
-        self,
-        subject_id: str,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> int:
-        """As ``facelane.Client.delete_subject``."""
-        return await self._do(calls.delete_subject(subject_id, gallery), timeout)
-
-    async def list_templates(
-        self,
-        subject_id: str,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> list[Template]:
-        """As ``facelane.Client.list_templates``."""
-        return await self._do(calls.list_templates(subject_id, gallery), timeout)
-
-    async def delete_template(
-        self,
-        template_id: str,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> None:
-        """As ``facelane.Client.delete_template``."""
-        await self._do(calls.delete_template(template_id, gallery), timeout)
-
-    async def enroll(
-        self,
-        subject_id: str,
-        picture: Picture,
-        *,
-        create_subject: bool = True,
-        display_name: str = "",
-        request_id: str | None = None,
-        allow_multiple_faces: bool = False,
-        skip_liveness: bool = False,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Enrollment:
-        """As ``facelane.Client.enroll``."""
-        call = calls.enroll(
-            subject_id,
-            picture,
-            gallery=gallery,
-            create_subject=create_subject,
-            display_name=display_name,
-            request_id=request_id,
-            allow_multiple_faces=allow_multiple_faces,
-            skip_liveness=skip_liveness,
-        )
-        return await self._do(call, timeout)
-
-    async def verify(
-        self,
-        subject_id: str,
-        picture: Picture,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Verification:
-        """As ``facelane.Client.verify``."""
-        return await self._do(calls.verify(subject_id, picture, gallery), timeout)
-
-    async def identify(
-        self,
-        picture: Picture,
-        *,
-        max_candidates: int = 3,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> list[Face]:
-        """As ``facelane.Client.identify``."""
-        return await self._do(calls.identify(picture, gallery, max_candidates), timeout)
+    update_subject = _awaited(calls.update_subject)
+    delete_subject = _awaited(calls.delete_subject)
+    list_templates = _awaited(calls.list_templates)
+    delete_template = _awaited(calls.delete_template)
+    enroll = _awaited(calls.enroll)
+    verify = _awaited(calls.verify)
+    identify = _awaited(calls.identify)
 
     # The server.
 
-    async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """As ``facelane.Client.server_info``."""
-        return await self._do(calls.server_info(), timeout)
-
-    async def pools(self, *, timeout: float | None = None) -> list[PoolInfo]:
-        """As ``facelane.Client.pools``."""
-        return await self._do(calls.pools(), timeout)
-
-    async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
-        """As ``facelane.Client.health``."""
-        try:
-            return await self._do(calls.health(service), timeout)
-        except NotFoundError:
-            return HealthStatus.SERVICE_UNKNOWN
+    server_info = _awaited(calls.server_info)
+    pools = _awaited(calls.pools)
+    health = _awaited(calls.health)
 
     async def wait_until_serving(
         self, timeout: float = 60.0, *, service: str = "", poll_interval: float = 0.1
     ) -> None:
         """As ``facelane.Client.wait_until_serving``."""
-        deadline = time.monotonic() + timeout
-        said = ""
+        wait = calls.ServingWait(timeout, poll_interval, self.timeout, time.monotonic())
         while True:
-            remaining = deadline - time.monotonic()
+            answer: HealthStatus | FacelaneError
             try:
-                status = await self.health(service, timeout=max(0.05, min(remaining, self.timeout)))
-            except UnavailableError as error:
-                said = error.reason
-            except DeadlineExceededError as error:
-                # The last question's time is what was left of ours: no answer to it says less
-                # than an answer before it.
-                said = error.reason if remaining >= self.timeout else said or error.reason
-            else:
-                if status is HealthStatus.SERVING:
-                    return
-                said = status.value
-            if deadline - time.monotonic() <= poll_interval:
-                raise calls.never_served(timeout, said)
+                answer = await self.health(service, timeout=wait.question(time.monotonic()))
+            except FacelaneError as error:
+                answer = error
+            if wait.heard(answer, time.monotonic()):
+                return
             await asyncio.sleep(poll_interval)
 
     def watch_events(
@@ -441,35 +240,21 @@ class Client:
     ) -> EventStream:
         """As ``facelane.Client.watch_events``."""
         self._check_open()
+        core = Subscription(resume_token, kinds, reconnect, self.timeout)
         stream = EventStream(
             lambda request: self._stubs.events.WatchEvents(
                 request, metadata=self._endpoint.metadata
             ),
-            resume_token,
-            kinds,
-            reconnect,
-            self.timeout,
+            core,
         )
         self._open.add(stream)
         return stream
 
     # Administration.
 
-    async def restart_worker(
-        self, worker_id: str, *, timeout: float | None = None
-    ) -> WorkerRestarted:
-        """As ``facelane.Client.restart_worker``."""
-        return await self._do(calls.restart_worker(worker_id), timeout)
-
-    async def reload_model(
-        self, pool: str, model: str = "", *, timeout: float | None = None
-    ) -> ModelReloaded:
-        """As ``facelane.Client.reload_model``."""
-        return await self._do(calls.reload_model(pool, model), timeout)
-
-    async def drain(self, grace: float = 30.0, *, timeout: float | None = None) -> None:
-        """As ``facelane.Client.drain``."""
-        await self._do(calls.drain(grace), timeout)
+    restart_worker = _awaited(calls.restart_worker)
+    reload_model = _awaited(calls.reload_model)
+    drain = _awaited(calls.drain)
 
 
 async def _pump(
@@ -541,52 +326,45 @@ def _expire(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class AnalyzeStream:
+class AnalyzeStream(StreamBase[_Waiters]):
     """One stream of frames; made by ``Client.analyze_stream``.
 
     ``send`` and iteration may run in different tasks. A single task may also send first and
     iterate afterwards: up to ``buffer`` outcomes are kept for it.
     """
 
+    _statement = "async with"
+
     def __init__(
         self,
-        start: Callable[[], Any],
-        config: _Request,
-        core: StreamCore[_Request],
-        timeout: float,
+        client: Client,
+        core: StreamCore[Request],
+        config: Request,
         on_update: Callable[[StreamUpdate], None] | None,
     ) -> None:
-        self._start = start
-        self._config = config
-        self._core = core
-        self._timeout = timeout
-        self._on_update = on_update
-        self._space = _Waiters()
-        self._arrived = _Waiters()
-        self._work = _Waiters()
-        self._turn = _Waiters()
-        self._call: Any = None
-        self._generation = 0
-        self._untold: StreamUpdate | None = None
-        self._reader: asyncio.Task[None] | None = None
+        # An event loop is lock enough.
+        super().__init__(
+            core, config, client.timeout, on_update, contextlib.nullcontext(), _Waiters
+        )
+        self._client = client
 
-    # Opening and closing.
+    async def _walk(self, steps: Generator[tuple[_Waiters, float], None, T]) -> T:
+        """Takes the steps and waits where they say so."""
+        while True:
+            try:
+                change, seconds = next(steps)
+            except StopIteration as end:
+                return cast("T", end.value)
+            await change.wait(seconds)
 
     async def __aenter__(self) -> Self:
         """Opens the stream, as ``facelane.AnalyzeStream`` does on entering."""
-        if self._reader is not None or self.ended:
-            raise RuntimeError("a stream is opened once: make another with analyze_stream")
-        core = self._core
+        self._check_new()
         now = time.monotonic()
-        core.connecting(now)
+        self._core.connecting(now)
         self._reader = asyncio.create_task(self._run(), name="facelane-stream")
-        deadline = now + self._timeout
         try:
-            while core.opened is None and core.phase is not Phase.ENDED:
-                if not await self._wait(self._turn, deadline):
-                    break
-            if core.error is not None:
-                raise core.error
+            await self._walk(self._opening(now + self._timeout))
         except BaseException:
             await self.close()
             raise
@@ -602,50 +380,11 @@ class AnalyzeStream:
 
     async def close(self) -> None:
         """Lets go at once: frames in flight are settled as CANCELLED. Again is harmless."""
-        self._core.abort()
-        call = self._detach()
-        self._wake_all()
-        if call is not None:
-            call.cancel()
+        self._abandon()
         reader = self._reader
         if reader is not None and reader is not asyncio.current_task():
             reader.cancel()
             await asyncio.wait([reader])
-
-    # State.
-
-    @property
-    def opened(self) -> StreamOpened | None:
-        """What the server said when it last accepted the stream."""
-        return self._core.opened
-
-    @property
-    def limits(self) -> StreamLimits | None:
-        """The bounds that the server announced."""
-        opened = self._core.opened
-        return None if opened is None else opened.limits
-
-    @property
-    def connected(self) -> bool:
-        """Whether frames can reach the server at this moment."""
-        return self._core.phase is Phase.OPEN
-
-    @property
-    def ended(self) -> bool:
-        """Whether the stream is over; outcomes may still lie here."""
-        return self._core.phase is Phase.ENDED
-
-    @property
-    def updates(self) -> deque[StreamUpdate]:
-        """The last updates, oldest first; take them with ``popleft``."""
-        return self._core.updates
-
-    @property
-    def summary(self) -> StreamSummary:
-        """The count so far, and of the whole stream once iteration has ended."""
-        return self._core.summary()
-
-    # Sending.
 
     async def send(
         self,
@@ -658,76 +397,14 @@ class AnalyzeStream:
     ) -> int:
         """As ``facelane.AnalyzeStream.send``; waits while the window is full."""
         self._check_entered()
-        obstacle = self._core.obstacle()
-        if obstacle is not None:
-            limit = self._timeout if timeout is None else timeout
-            deadline = time.monotonic() + limit
-            while (obstacle := self._core.obstacle()) is not None:
-                if not await self._wait(self._space, deadline):
-                    raise DeadlineExceededError(obstacle.value, obstacle.explain(limit))
-        return self._submit(picture, stream_offset, capture_time, frame_id)
-
-    def try_send(
-        self,
-        picture: Picture,
-        *,
-        stream_offset: float | None = None,
-        capture_time: datetime | None = None,
-        frame_id: int | None = None,
-    ) -> int | None:
-        """As ``facelane.AnalyzeStream.try_send``; never waits."""
-        self._check_entered()
-        obstacle = self._core.obstacle()
-        if obstacle is not None:
-            if obstacle is not Obstacle.UNREAD:
-                self._end_if_overdue(time.monotonic())
-            return None
-        return self._submit(picture, stream_offset, capture_time, frame_id)
-
-    def _submit(
-        self,
-        picture: Picture,
-        stream_offset: float | None,
-        capture_time: datetime | None,
-        frame_id: int | None,
-    ) -> int:
-        moment = None if capture_time is None else convert.timestamp(capture_time)
-        number = self._core.submit(
-            convert.size(picture),
-            lambda identifier, offset: convert.frame(identifier, picture, offset, moment),
-            now=time.monotonic(),
-            frame_id=frame_id,
-            stream_offset=stream_offset,
-            capture_time=capture_time,
+        return await self._walk(
+            self._sending(picture, stream_offset, capture_time, timeout, frame_id)
         )
-        self._work.notify()
-        return number
-
-    def close_send(self) -> None:
-        """Says that no more frames come; iteration ends after the last outcome."""
-        self._core.close_send()
-        self._wake_all()
-
-    # Receiving.
 
     async def recv(self, timeout: float | None = None) -> Outcome | None:
         """As ``facelane.AnalyzeStream.recv``."""
         self._check_entered()
-        core = self._core
-        outcome = core.take()
-        if outcome is None:
-            deadline = math.inf if timeout is None else time.monotonic() + timeout
-            while (outcome := core.take()) is None:
-                if core.exhausted:
-                    if core.error is not None:
-                        raise core.error
-                    return None
-                if not await self._wait(self._arrived, deadline):
-                    raise DeadlineExceededError(
-                        Reason.DEADLINE_EXCEEDED, f"no outcome within {timeout:.3g} s"
-                    )
-        self._space.notify()
-        return outcome
+        return await self._walk(self._receiving(timeout))
 
     def __aiter__(self) -> AsyncIterator[Outcome]:
         return self
@@ -738,101 +415,29 @@ class AnalyzeStream:
             raise StopAsyncIteration
         return outcome
 
-    def _check_entered(self) -> None:
-        if self._reader is None and not self.ended:
-            raise RuntimeError("the stream is not open: use it in `async with ... as stream:`")
-
     # Inside.
-
-    async def _wait(self, waiters: _Waiters, deadline: float) -> bool:
-        """Waits for a change until ``deadline``; false once it has passed.
-
-        Every waiter also looks after the connection, so that a hanging server is noticed
-        by whoever suffers from it.
-        """
-        now = time.monotonic()
-        if self._end_if_overdue(now):
-            return True
-        if not now < deadline:
-            return False
-        overdue = self._core.overdue_at()
-        until = min(deadline, now + _PARK, math.inf if overdue is None else overdue)
-        await waiters.wait(max(0.001, until - now))
-        return True
-
-    def _end_if_overdue(self, now: float) -> bool:
-        error = self._core.overdue(now)
-        if error is None:
-            return False
-        call = self._detach()
-        # Told by the reader, whom the end of its call wakes.
-        self._untold = self._core.disconnected(error, now)
-        self._wake_all()
-        if call is not None:
-            call.cancel()
-        return True
-
-    def _detach(self) -> Any:
-        """Makes the present call a stranger: whatever it still says is not heard."""
-        self._generation += 1
-        call, self._call = self._call, None
-        return call
-
-    def _wake_all(self) -> None:
-        for waiters in (self._space, self._arrived, self._work, self._turn):
-            waiters.notify_all()
 
     async def _run(self) -> None:
         """The reader task: connection after connection."""
-        core = self._core
-        while True:
-            while core.phase is Phase.BACKOFF:
-                remaining = core.retry_at - time.monotonic()
-                if remaining <= 0:
-                    core.connecting(time.monotonic())
-                    break
-                await self._turn.wait(remaining)
-            if core.phase is not Phase.CONNECTING:
-                return
-            generation = self._generation
-            error = await self._read(generation)
-            if self._generation == generation:
-                self._detach()
-                self._untold = core.disconnected(error, time.monotonic())
-            update, self._untold = self._untold, None
-            self._wake_all()
-            self._tell(update)
+        while (generation := await self._walk(self._backing_off())) is not None:
+            self._over(generation, await self._read(generation))
 
     async def _read(self, generation: int) -> FacelaneError | None:
         """Makes a call and reads it to its end."""
-        core = self._core
-        call = self._call = self._start()
+        client = self._client
+        analysis: Any = client._stubs.analysis
+        call = self._call = analysis.AnalyzeStream(metadata=client._endpoint.metadata)
         writer = asyncio.create_task(self._write(call, generation), name="facelane-writer")
         try:
-            while (pb := await call.read()) is not grpc.aio.EOF:
-                if self._generation != generation:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                if not self._heard(response, generation):
                     return None
-                message = convert.stream_message(pb)
-                update = core.receive(message, time.monotonic())
-                if isinstance(message, Outcome):
-                    self._arrived.notify()
-                    self._space.notify()
-                else:
-                    self._wake_all()
-                    self._tell(update)
-        except grpc.RpcError as error:
-            return from_rpc(error)
-        except ProtocolError as error:
-            return error
         except asyncio.CancelledError:
             # gRPC says so of a call that we cancelled ourselves; anything else is ours.
-            if self._generation == generation or core.phase is Phase.ENDED:
+            if self._generation == generation or self._core.phase is Phase.ENDED:
                 raise
         except Exception as error:
-            # A reader that died in silence would leave everybody waiting.
-            failure = unreadable(error)
-            failure.__cause__ = error
-            return failure
+            return failure(error)
         finally:
             call.cancel()
             writer.cancel()
@@ -840,56 +445,22 @@ class AnalyzeStream:
 
     async def _write(self, call: Any, generation: int) -> None:
         """The writer task of one call. Failures are the reader's to tell."""
-        core = self._core
         try:
             await call.write(self._config)
-            while self._generation == generation:
-                payload = core.next_payload(time.monotonic())
-                if payload is None:
-                    await self._wait(self._work, math.inf)
-                elif isinstance(payload, HalfClose):
-                    await call.done_writing()
-                    return
-                else:
-                    await call.write(payload)
+            while (payload := await self._walk(self._writing(generation))) is not None:
+                await call.write(payload)
+            await call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
             return
 
-    def _tell(self, update: StreamUpdate | None) -> None:
-        if update is None or self._on_update is None:
-            return
-        try:
-            self._on_update(update)
-        except Exception:
-            log.exception("on_update raised")
 
-
-class EventStream:
+class EventStream(EventStreamBase):
     """An asynchronous iterator over events; made by ``Client.watch_events``."""
 
-    def __init__(
-        self,
-        start: Callable[[event_service_pb2.WatchEventsRequest], Any],
-        resume_token: str,
-        kinds: Iterable[EventKind | str],
-        reconnect: Reconnect | None,
-        timeout: float,
-    ) -> None:
-        self._start = start
-        self._timeout = timeout
-        self._kinds = tuple(kinds)
-        # Built once here so that a wrong kind is told at the call, not at the first event.
-        convert.watch_events_request(resume_token, self._kinds)
-        self.resume_token = resume_token
-        """Goes on after what has arrived."""
-        self._reconnect = reconnect
+    def __init__(self, start: Callable[[WatchEventsRequest], Any], core: Subscription) -> None:
+        super().__init__(start, core)
         self._closed = asyncio.Event()
-        self._call: Any = None
-        self._called_at = 0.0
         self._reading: asyncio.Future[Any] | None = None
-        self._begun = False
-        self._ahead: _EventResponse | None = None
-        self._attempts = 0
 
     async def __aenter__(self) -> Self:
         """Subscribes: what happens from here on is delivered.
@@ -900,87 +471,19 @@ class EventStream:
                 to that timeout, then the iteration goes on trying.
         """
         try:
-            self._ahead = await self._receive(time.monotonic() + self._timeout)
+            await self._receive(time.monotonic() + self._core.timeout)
         except BaseException:
             await self.close()
             raise
         return self
 
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        while True:
-            response, self._ahead = self._ahead, None
-            if response is None:
-                response = await self._receive(math.inf)
-            if response is None:
-                raise StopAsyncIteration
-            if response.HasField("event"):
-                return convert.event(response)
-
-    async def _receive(self, deadline: float) -> _EventResponse | None:
-        """The next response, over as many connections as it takes; ``None`` once closed, and
-        where no further try is due before ``deadline``."""
-        while not self._closed.is_set():
-            if self._call is None:
-                self._call = self._start(
-                    convert.watch_events_request(self.resume_token, self._kinds)
-                )
-                self._begun = False
-                self._called_at = time.monotonic()
-            if self._reading is None:
-                # A task of its own: gRPC ends a call whose reader is cancelled, and whoever
-                # waits for the next event with a timeout means to go on.
-                self._reading = asyncio.ensure_future(self._call.read())
-            # Events may take as long as they like, but the first response is due at once: it
-            # says that the subscription has begun.
-            now = time.monotonic()
-            limit = max(0.0, min(self._called_at + self._timeout, deadline) - now)
-            try:
-                async with asyncio.timeout(None if self._begun else calls.deadline(limit)):
-                    response = await asyncio.shield(self._reading)
-            except grpc.RpcError as failure:
-                error = from_rpc(failure)
-            except TimeoutError:
-                self._reading.cancel()
-                self._call.cancel()
-                error = calls.never_began(self._timeout)
-            except asyncio.CancelledError:
-                # gRPC says so of a call that was cancelled by close().
-                if self._closed.is_set():
-                    break
-                raise
-            else:
-                if response is not grpc.aio.EOF:
-                    self._reading = None
-                    return self._progress(response)
-                error = UnavailableError(
-                    Reason.DRAINING, "the server ended the subscription: it is going away"
-                )
-            self._reading = None
-            self._call = None
-            if self._closed.is_set():
-                break
-            if self._begun:
-                error = as_lost(error)
-            self._attempts += 1
-            delay = retry_delay(self._reconnect, self._attempts, error)
-            if delay is None:
-                raise error
-            if time.monotonic() + delay > deadline:
-                break
-            try:
-                await asyncio.wait_for(self._closed.wait(), delay)
-            except TimeoutError:
-                continue
-        return None
-
-    def _progress(self, response: _EventResponse) -> _EventResponse:
-        self._begun = True
-        self._attempts = 0
-        self.resume_token = response.resume_token or self.resume_token
-        return response
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Ends the subscription; iteration ends."""
@@ -992,10 +495,55 @@ class EventStream:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        core = self._core
+        while not core.inbox:
+            if not await self._receive(math.inf):
+                raise StopAsyncIteration
+        return core.inbox.popleft()
+
+    async def _receive(self, deadline: float) -> bool:
+        """Takes the next response, over as many connections as it takes; false once closed, and
+        where no further try is due before ``deadline``."""
+        core = self._core
+        while not self._closed.is_set():
+            if self._call is None:
+                self._call = self._start(core.call(time.monotonic()))
+            if self._reading is None:
+                # A task of its own: gRPC ends a call whose reader is cancelled, and whoever
+                # waits for the next event with a timeout means to go on.
+                self._reading = asyncio.ensure_future(self._call.read())
+            patience = calls.deadline(core.patience(time.monotonic(), deadline))
+            error: FacelaneError | None = None
+            try:
+                async with asyncio.timeout(patience):
+                    response = await asyncio.shield(self._reading)
+            except grpc.RpcError as failed:
+                error = from_rpc(failed)
+            except TimeoutError:
+                self._reading.cancel()
+                self._call.cancel()
+                error = core.never_began()
+            except asyncio.CancelledError:
+                # gRPC says so of a call that was cancelled by close().
+                if self._closed.is_set():
+                    break
+                raise
+            else:
+                if response is not grpc.aio.EOF:
+                    self._reading = None
+                    core.receive(response)
+                    return True
+            self._reading = None
+            self._call = None
+            if self._closed.is_set():
+                break
+            delay = core.failed(error, time.monotonic(), deadline)
+            if delay is None:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closed.wait(), delay)
+        return False

@@ -1,10 +1,13 @@
-"""Every call with one answer: what is sent, where it goes, what the answer means.
+"""Every call with one answer: its signature and words for users, what is sent, where it goes,
+what the answer means.
 
-Both clients make these calls. How they wait is theirs; everything else is here.
+A function here is a method of both clients: they differ in how they wait, and nothing else.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,10 +16,18 @@ from typing import Any, Generic, TypeVar, Unpack
 
 import grpc
 from google.protobuf import field_mask_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from facelane import convert, types
-from facelane.errors import ArgumentError, DeadlineExceededError, Reason
-from facelane.transport import HEALTH_METHOD, decode_health_response, encode_health_request
+from facelane.convert import DEFAULT_GALLERY
+from facelane.errors import (
+    ArgumentError,
+    DeadlineExceededError,
+    FacelaneError,
+    NotFoundError,
+    Reason,
+    UnavailableError,
+)
 from facelane.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -49,29 +60,50 @@ class Stubs:
         self.events = event_service_pb2_grpc.EventServiceStub(channel)
         self.server = server_service_pb2_grpc.ServerServiceStub(channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(channel)
-        self.health: grpc.UnaryUnaryMultiCallable[str, types.HealthStatus] = channel.unary_unary(
-            HEALTH_METHOD,
-            request_serializer=encode_health_request,
-            response_deserializer=decode_health_response,
-        )
+        self.health = health_pb2_grpc.HealthStub(channel)
 
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """``read(await method(stubs)(request, ...))``, or the same without ``await``, is a T."""
+    """``read(await method(stubs)(request, ...))``, or the same without ``await``, is a T.
+
+    ``timeout`` in seconds, ``None`` = the client's. ``absent`` is the answer where the server
+    knows no such thing.
+    """
 
     method: Callable[[Stubs], Any]
     request: Any
     read: Callable[[Any], T]
+    timeout: float | None = None
+    absent: T | None = None
+
+    def failed(self, error: FacelaneError) -> T:
+        """The answer that a failure is, or the failure raised."""
+        if self.absent is None or not isinstance(error, NotFoundError):
+            raise error
+        return self.absent
 
 
 def _call(
     method: Callable[[Stubs], grpc.UnaryUnaryMultiCallable[_Request, _Answer]],
     request: _Request,
     read: Callable[[_Answer], T],
+    timeout: float | None,
 ) -> Call[T]:
     """A ``Call`` whose parts are known to fit together."""
-    return Call(method, request, read)
+    return Call(method, request, read, timeout)
+
+
+def as_method(build: Callable[..., Any], method: Callable[..., Any], doc: str | None) -> None:
+    """Shows a client's method as what it is made of: name and signature of ``build``."""
+    functools.update_wrapper(method, build, assigned=("__name__", "__qualname__"), updated=())
+    method.__doc__ = doc
+    shown = inspect.signature(build)
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    answer = str(shown.return_annotation).removeprefix("Call[").removesuffix("]")
+    method.__signature__ = shown.replace(  # type: ignore[attr-defined]
+        parameters=[this, *shown.parameters.values()], return_annotation=answer
+    )
 
 
 def deadline(timeout: float) -> float | None:
@@ -82,24 +114,31 @@ def deadline(timeout: float) -> float | None:
     return timeout if timeout < _AGES else None
 
 
-def closed() -> RuntimeError:
-    """For whoever calls through a client that was closed."""
-    return RuntimeError("the client was closed: make another")
-
-
 # Analysis.
 
 
 def analyze_image(
-    picture: types.Picture, **options: Unpack[types.AnalysisOptions]
+    picture: types.Picture,
+    *,
+    timeout: float | None = None,
+    **options: Unpack[types.AnalysisOptions],
 ) -> Call[types.FrameResult]:
-    """The faces of a picture."""
+    """The faces of one picture.
+
+    ``options`` (``facelane.AnalysisOptions`` says more): ``skip_recognition``,
+    ``skip_liveness``, ``gallery``, ``max_faces``, ``max_candidates``, ``min_face_size``.
+
+    Raises:
+        PictureError: the picture cannot be read, or is beyond the server's limits.
+        OverloadedError, UnavailableError: try again later.
+    """
     return _call(
         lambda stubs: stubs.analysis.AnalyzeImage,
         analysis_service_pb2.AnalyzeImageRequest(
             picture=convert.picture(picture), options=convert.analysis_options(**options)
         ),
         lambda answer: convert.frame_result(answer.result),
+        timeout,
     )
 
 
@@ -107,9 +146,18 @@ def analyze_image(
 
 
 def create_subject(
-    subject_id: str, gallery: str, display_name: str, labels: Mapping[str, str] | None
+    subject_id: str,
+    *,
+    display_name: str = "",
+    labels: Mapping[str, str] | None = None,
+    gallery: str = DEFAULT_GALLERY,
+    timeout: float | None = None,
 ) -> Call[types.Subject]:
-    """A new subject."""
+    """A new subject without templates.
+
+    Raises:
+        AlreadyExistsError: the subject exists (SUBJECT_EXISTS).
+    """
     return _call(
         lambda stubs: stubs.gallery.CreateSubject,
         gallery_service_pb2.CreateSubjectRequest(
@@ -119,20 +167,28 @@ def create_subject(
             labels=dict(labels or {}),
         ),
         lambda answer: convert.subject(answer.subject),
+        timeout,
     )
 
 
-def get_subject(subject_id: str, gallery: str) -> Call[types.Subject]:
-    """A subject."""
+def get_subject(
+    subject_id: str, *, gallery: str = DEFAULT_GALLERY, timeout: float | None = None
+) -> Call[types.Subject]:
+    """A subject.
+
+    Raises:
+        NotFoundError: there is none (SUBJECT_NOT_FOUND).
+    """
     return _call(
         lambda stubs: stubs.gallery.GetSubject,
         gallery_service_pb2.GetSubjectRequest(gallery_id=gallery, subject_id=subject_id),
         lambda answer: convert.subject(answer.subject),
+        timeout,
     )
 
 
 def list_subjects(
-    gallery: str, page_size: int, page_token: str
+    gallery: str, page_size: int, page_token: str, timeout: float | None
 ) -> Call[tuple[list[types.Subject], str]]:
     """A page of subjects and the token of the next one, empty after the last."""
     return _call(
@@ -143,17 +199,25 @@ def list_subjects(
             page_token=page_token,
         ),
         lambda answer: ([convert.subject(s) for s in answer.subjects], answer.next_page_token),
+        timeout,
     )
 
 
 def update_subject(
     subject_id: str,
-    gallery: str,
-    display_name: str | None,
-    labels: Mapping[str, str] | None,
-    etag: str,
+    *,
+    display_name: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    etag: str = "",
+    gallery: str = DEFAULT_GALLERY,
+    timeout: float | None = None,
 ) -> Call[types.Subject]:
-    """A change of those fields that are not ``None``."""
+    """Changes what is not ``None``. With the ``etag`` of the subject that was read, a change
+    that somebody else made meanwhile is not overwritten.
+
+    Raises:
+        ConflictError: the subject was changed since (ETAG_MISMATCH).
+    """
     paths = []
     if display_name is not None:
         paths.append("display_name")
@@ -177,33 +241,43 @@ def update_subject(
             update_mask=field_mask_pb2.FieldMask(paths=paths),
         ),
         lambda answer: convert.subject(answer.subject),
+        timeout,
     )
 
 
-def delete_subject(subject_id: str, gallery: str) -> Call[int]:
-    """The number of templates that went with the subject."""
+def delete_subject(
+    subject_id: str, *, gallery: str = DEFAULT_GALLERY, timeout: float | None = None
+) -> Call[int]:
+    """Deletes a subject and all its templates; gives the number of templates."""
     return _call(
         lambda stubs: stubs.gallery.DeleteSubject,
         gallery_service_pb2.DeleteSubjectRequest(gallery_id=gallery, subject_id=subject_id),
         lambda answer: answer.templates_deleted,
+        timeout,
     )
 
 
-def list_templates(subject_id: str, gallery: str) -> Call[list[types.Template]]:
+def list_templates(
+    subject_id: str, *, gallery: str = DEFAULT_GALLERY, timeout: float | None = None
+) -> Call[list[types.Template]]:
     """The enrolled faces of a subject."""
     return _call(
         lambda stubs: stubs.gallery.ListTemplates,
         gallery_service_pb2.ListTemplatesRequest(gallery_id=gallery, subject_id=subject_id),
         lambda answer: [convert.template(t) for t in answer.templates],
+        timeout,
     )
 
 
-def delete_template(template_id: str, gallery: str) -> Call[None]:
-    """One enrolled face less."""
+def delete_template(
+    template_id: str, *, gallery: str = DEFAULT_GALLERY, timeout: float | None = None
+) -> Call[None]:
+    """Deletes one enrolled face."""
     return _call(
         lambda stubs: stubs.gallery.DeleteTemplate,
         gallery_service_pb2.DeleteTemplateRequest(gallery_id=gallery, template_id=template_id),
         _nothing,
+        timeout,
     )
 
 
@@ -211,14 +285,27 @@ def enroll(
     subject_id: str,
     picture: types.Picture,
     *,
-    gallery: str,
-    create_subject: bool,
-    display_name: str,
-    request_id: str | None,
-    allow_multiple_faces: bool,
-    skip_liveness: bool,
+    create_subject: bool = True,
+    display_name: str = "",
+    request_id: str | None = None,
+    allow_multiple_faces: bool = False,
+    skip_liveness: bool = False,
+    gallery: str = DEFAULT_GALLERY,
+    timeout: float | None = None,
 ) -> Call[types.Enrollment]:
-    """An enrolment; without a ``request_id`` a random one makes retries idempotent."""
+    """Adds the face of a picture to a subject.
+
+    A random ``request_id`` makes a retry after a lost answer harmless; give your own to
+    make the retry of a whole program harmless too.
+
+    Raises:
+        EnrollmentRefusedError: NO_FACE, MULTIPLE_FACES, OOD_REJECTED or SPOOF_SUSPECTED.
+        NotFoundError: no such subject, and ``create_subject`` is off.
+
+    >>> enrollment = client.enroll("grace", facelane.Picture.from_file("people.jpg"))
+    >>> enrollment.subject.template_count
+    1
+    """
     return _call(
         lambda stubs: stubs.gallery.EnrollFace,
         gallery_service_pb2.EnrollFaceRequest(
@@ -232,22 +319,42 @@ def enroll(
             skip_liveness=skip_liveness,
         ),
         convert.enrollment,
+        timeout,
     )
 
 
-def verify(subject_id: str, picture: types.Picture, gallery: str) -> Call[types.Verification]:
-    """1:1."""
+def verify(
+    subject_id: str,
+    picture: types.Picture,
+    *,
+    gallery: str = DEFAULT_GALLERY,
+    timeout: float | None = None,
+) -> Call[types.Verification]:
+    """Whether the face of a picture is the subject (1:1).
+
+    Raises:
+        RefusedError: NO_FACE or MULTIPLE_FACES in the picture, or the subject has
+            NO_TEMPLATES of the serving model.
+        NotFoundError: no such subject.
+    """
     return _call(
         lambda stubs: stubs.gallery.VerifyFace,
         gallery_service_pb2.VerifyFaceRequest(
             gallery_id=gallery, subject_id=subject_id, picture=convert.picture(picture)
         ),
         convert.verification,
+        timeout,
     )
 
 
-def identify(picture: types.Picture, gallery: str, max_candidates: int) -> Call[list[types.Face]]:
-    """1:N."""
+def identify(
+    picture: types.Picture,
+    *,
+    max_candidates: int = 3,
+    gallery: str = DEFAULT_GALLERY,
+    timeout: float | None = None,
+) -> Call[list[types.Face]]:
+    """Who every face of a picture is (1:N), with up to 10 candidates each."""
     return _call(
         lambda stubs: stubs.gallery.IdentifyFace,
         gallery_service_pb2.IdentifyFaceRequest(
@@ -256,79 +363,126 @@ def identify(picture: types.Picture, gallery: str, max_candidates: int) -> Call[
             max_candidates=convert.count("max_candidates", max_candidates),
         ),
         lambda answer: [convert.face(f) for f in answer.faces],
+        timeout,
     )
 
 
 # The server.
 
 
-def server_info() -> Call[types.ServerInfo]:
-    """What the server is."""
+def server_info(*, timeout: float | None = None) -> Call[types.ServerInfo]:
+    """Version, models and limits."""
     return _call(
         lambda stubs: stubs.server.GetServerInfo,
         server_service_pb2.GetServerInfoRequest(),
         convert.server_info,
+        timeout,
     )
 
 
-def pools() -> Call[list[types.PoolInfo]]:
-    """How the pools fare."""
+def pools(*, timeout: float | None = None) -> Call[list[types.PoolInfo]]:
+    """The pools of workers and how they fare."""
     return _call(
         lambda stubs: stubs.server.ListPools,
         server_service_pb2.ListPoolsRequest(),
         convert.pools,
+        timeout,
     )
 
 
-def health(service: str) -> Call[types.HealthStatus]:
-    """grpc.health.v1; a service that is not known is an error there (NOT_FOUND)."""
-    return _call(lambda stubs: stubs.health, service, lambda status: status)
+def health(service: str = "", *, timeout: float | None = None) -> Call[types.HealthStatus]:
+    """grpc.health.v1 of one service, or of the server in all.
 
-
-def never_served(timeout: float, said: str) -> DeadlineExceededError:
-    """Health did not say SERVING in time, but ``said`` last."""
-    return DeadlineExceededError(
-        Reason.DEADLINE_EXCEEDED,
-        f"the server was not serving within {timeout:.3g} s (last: {said}): look at its log and "
-        "its pools",
+    Raises:
+        UnavailableError: nobody answers.
+    """
+    return Call(
+        lambda stubs: stubs.health.Check,
+        health_pb2.HealthCheckRequest(service=service),
+        convert.health,
+        timeout,
+        absent=types.HealthStatus.SERVICE_UNKNOWN,
     )
 
 
-def never_began(timeout: float) -> DeadlineExceededError:
-    """A server took a subscription, and did not say that it began."""
-    return DeadlineExceededError(
-        Reason.DEADLINE_EXCEEDED,
-        f"the server did not begin the subscription within {timeout:.3g} s: look at its health",
-    )
+class ServingWait:
+    """Asks for health again and again until it says SERVING, within ``timeout`` seconds from
+    ``now``; each question has ``patience`` seconds at most."""
+
+    def __init__(self, timeout: float, poll_interval: float, patience: float, now: float) -> None:
+        self._timeout = timeout
+        self._poll_interval = poll_interval
+        self._patience = patience
+        self._deadline = now + timeout
+        self._remaining = timeout
+        self._said = ""
+
+    def question(self, now: float) -> float:
+        """Seconds for the next question."""
+        self._remaining = self._deadline - now
+        return max(0.05, min(self._remaining, self._patience))
+
+    def heard(self, answer: types.HealthStatus | FacelaneError, now: float) -> bool:
+        """Whether the server serves; if not, ask again.
+
+        Raises:
+            DeadlineExceededError: there is no time for another question.
+            FacelaneError: the server refuses to say.
+        """
+        if isinstance(answer, types.HealthStatus):
+            if answer is types.HealthStatus.SERVING:
+                return True
+            self._said = answer.value
+        elif isinstance(answer, UnavailableError):
+            self._said = answer.reason
+        elif isinstance(answer, DeadlineExceededError):
+            # The last question's time is what was left of ours: no answer to it says less
+            # than an answer before it.
+            if self._remaining >= self._patience or not self._said:
+                self._said = answer.reason
+        else:
+            raise answer
+        if self._deadline - now <= self._poll_interval:
+            raise DeadlineExceededError(
+                Reason.DEADLINE_EXCEEDED,
+                f"the server was not serving within {self._timeout:.3g} s (last: {self._said}): "
+                "look at its log and its pools",
+            )
+        return False
 
 
 # Administration.
 
 
-def restart_worker(worker_id: str) -> Call[types.WorkerRestarted]:
-    """Drains one worker and starts it again."""
+def restart_worker(worker_id: str, *, timeout: float | None = None) -> Call[types.WorkerRestarted]:
+    """Drains one worker (``pool#index``) and starts it again."""
     return _call(
         lambda stubs: stubs.admin.RestartWorker,
         admin_service_pb2.RestartWorkerRequest(worker_id=worker_id),
         lambda answer: types.WorkerRestarted(answer.old_pid, answer.new_pid),
+        timeout,
     )
 
 
-def reload_model(pool: str, model: str) -> Call[types.ModelReloaded]:
-    """Swaps a pool's model."""
+def reload_model(
+    pool: str, model: str = "", *, timeout: float | None = None
+) -> Call[types.ModelReloaded]:
+    """Swaps a pool's model without losing a frame; no ``model`` = the present one again."""
     return _call(
         lambda stubs: stubs.admin.ReloadModel,
         admin_service_pb2.ReloadModelRequest(pool=pool, model=model),
         lambda answer: types.ModelReloaded(answer.old_model_id, answer.new_model_id),
+        timeout,
     )
 
 
-def drain(grace: float) -> Call[None]:
-    """Ends the server within ``grace`` seconds."""
+def drain(grace: float = 30.0, *, timeout: float | None = None) -> Call[None]:
+    """Ends the server within ``grace`` seconds; open streams are told."""
     return _call(
         lambda stubs: stubs.admin.Drain,
         admin_service_pb2.DrainRequest(grace=convert.duration(grace)),
         _nothing,
+        timeout,
     )
 
 

@@ -10,87 +10,62 @@ counts: it needs 25 % less time of the processor a frame.
 
 from __future__ import annotations
 
-import logging
 import math
-import random
 import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 import grpc
 
 from facelane import calls, convert, types
+from facelane.driver import ClientBase, EventStreamBase, StreamBase, failure
 from facelane.errors import (
     DeadlineExceededError,
     FacelaneError,
-    NotFoundError,
-    ProtocolError,
     Reason,
     StreamClosedError,
-    UnavailableError,
     from_rpc,
 )
-from facelane.stream import (
-    DEFAULT_BUFFER,
-    DEFAULT_STALL_TIMEOUT,
-    HalfClose,
-    Obstacle,
-    Phase,
-    StreamCore,
-    as_lost,
-    unreadable,
-)
-from facelane.transport import (
-    DEFAULT_TIMEOUT,
-    Tls,
-    endpoint,
-)
+from facelane.stream import DEFAULT_BUFFER, DEFAULT_STALL_TIMEOUT, StreamCore
+from facelane.subscription import Subscription
+from facelane.transport import DEFAULT_TIMEOUT, Tls
 from facelane.types import (
-    AnalysisOptions,
-    Enrollment,
     Event,
     EventKind,
-    Face,
     Frame,
-    FrameResult,
     HealthStatus,
-    ModelReloaded,
     Outcome,
     Picture,
-    PoolInfo,
     Reconnect,
-    ServerInfo,
-    StreamLimits,
-    StreamOpened,
     StreamOptions,
-    StreamSummary,
     StreamUpdate,
     Subject,
-    Template,
-    Verification,
-    WorkerRestarted,
 )
-from facelane.v1 import analysis_service_pb2, event_service_pb2
+from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
+from facelane.v1.event_service_pb2 import WatchEventsRequest, WatchEventsResponse
 
-log = logging.getLogger("facelane")
-
-_Request = analysis_service_pb2.AnalyzeStreamRequest
-_EventResponse = event_service_pb2.WatchEventsResponse
+P = ParamSpec("P")
 T = TypeVar("T")
 _Stream = TypeVar("_Stream", "AnalyzeStream", "EventStream")
 
 _JOIN_TIMEOUT = 5.0
 """Seconds for a thread of ours to end once its call was cancelled."""
-_PARK = 5.0
-"""Seconds after which a parked thread looks again whether it still has a purpose."""
 
 
-class Client:
+def _blocking(build: Callable[P, calls.Call[T]]) -> Callable[Concatenate[Client, P], T]:
+    """The method that makes a call and waits for its answer."""
+
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._do(build(*args, **kwargs))
+
+    calls.as_method(build, method, build.__doc__)
+    return method
+
+
+class Client(ClientBase["AnalyzeStream | EventStream"]):
     """A connection to one server; safe to share between threads.
 
     ``target`` is ``host:port`` or ``unix:/path``; ``timeout`` is the deadline in seconds of
@@ -112,8 +87,7 @@ class Client:
         tls: Tls | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
-        self._endpoint = endpoint(target, token, tls)
-        self.timeout = timeout
+        super().__init__(target, token=token, tls=tls, timeout=timeout)
         where = self._endpoint
         self._channel: grpc.Channel = (
             grpc.insecure_channel(where.target, options=where.options)
@@ -121,15 +95,8 @@ class Client:
             else grpc.secure_channel(where.target, where.credentials, options=where.options)
         )
         self._stubs = calls.Stubs(self._channel)
-        self._closed = False
         # A set of any kind must not grow while it is gone through.
         self._lock = threading.Lock()
-        self._open: weakref.WeakSet[AnalyzeStream | EventStream] = weakref.WeakSet()
-
-    @property
-    def target(self) -> str:
-        """Where the client connects to."""
-        return self._endpoint.target
 
     def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
@@ -151,24 +118,17 @@ class Client:
     ) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"facelane.Client({self.target!r})"
-
-    def _do(self, call: calls.Call[T], timeout: float | None) -> T:
+    def _do(self, call: calls.Call[T]) -> T:
         self._check_open()
         try:
             answer = call.method(self._stubs)(
                 call.request,
-                timeout=calls.deadline(self.timeout if timeout is None else timeout),
+                timeout=calls.deadline(self.timeout if call.timeout is None else call.timeout),
                 metadata=self._endpoint.metadata,
             )
         except grpc.RpcError as error:
-            raise from_rpc(error) from error
+            return call.failed(from_rpc(error))
         return call.read(answer)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise calls.closed()
 
     def _keep(self, stream: _Stream) -> _Stream:
         """Remembers a stream that ``close`` has to close."""
@@ -178,23 +138,7 @@ class Client:
 
     # Analysis.
 
-    def analyze_image(
-        self,
-        picture: Picture,
-        *,
-        timeout: float | None = None,
-        **options: Unpack[AnalysisOptions],
-    ) -> FrameResult:
-        """The faces of one picture.
-
-        ``options`` (``facelane.AnalysisOptions`` says more): ``skip_recognition``,
-        ``skip_liveness``, ``gallery``, ``max_faces``, ``max_candidates``, ``min_face_size``.
-
-        Raises:
-            PictureError: the picture cannot be read, or is beyond the server's limits.
-            OverloadedError, UnavailableError: try again later.
-        """
-        return self._do(calls.analyze_image(picture, **options), timeout)
+    analyze_image = _blocking(calls.analyze_image)
 
     def analyze_stream(
         self,
@@ -230,24 +174,9 @@ class Client:
         >>> stream.summary.received
         3
         """
-        self._check_open()
-        stream = AnalyzeStream(
-            self._start_stream,
-            convert.stream_config(**options),
-            StreamCore(
-                now=time.monotonic(),
-                reconnect=reconnect,
-                buffer=buffer,
-                stall_timeout=stall_timeout,
-                connect_timeout=self.timeout,
-            ),
-            self.timeout,
-            on_update,
-        )
-        return self._keep(stream)
-
-    def _start_stream(self, requests: Iterator[_Request]) -> Any:
-        return self._stubs.analysis.AnalyzeStream(requests, metadata=self._endpoint.metadata)
+        core = self._new_core(reconnect, buffer, stall_timeout)
+        config = convert.stream_config(**options)
+        return self._keep(AnalyzeStream(self, core, config, on_update))
 
     def analyze(
         self, frames: Iterable[Picture | Frame], **options: Unpack[StreamOptions]
@@ -284,35 +213,8 @@ class Client:
 
     # The gallery.
 
-    def create_subject(
-        self,
-        subject_id: str,
-        *,
-        display_name: str = "",
-        labels: Mapping[str, str] | None = None,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Subject:
-        """A new subject without templates.
-
-        Raises:
-            AlreadyExistsError: the subject exists (SUBJECT_EXISTS).
-        """
-        return self._do(calls.create_subject(subject_id, gallery, display_name, labels), timeout)
-
-    def get_subject(
-        self,
-        subject_id: str,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Subject:
-        """A subject.
-
-        Raises:
-            NotFoundError: there is none (SUBJECT_NOT_FOUND).
-        """
-        return self._do(calls.get_subject(subject_id, gallery), timeout)
+    create_subject = _blocking(calls.create_subject)
+    get_subject = _blocking(calls.get_subject)
 
     def list_subjects(
         self,
@@ -324,148 +226,25 @@ class Client:
         """All subjects, fetched page by page (1-1000 a page) as the iterator advances."""
         token = ""
         while True:
-            page = calls.list_subjects(gallery, page_size, token)
-            subjects, token = self._do(page, timeout)
+            page = calls.list_subjects(gallery, page_size, token, timeout)
+            subjects, token = self._do(page)
             yield from subjects
             if not token:
                 return
 
-    def update_subject(
-        self,
-        subject_id: str,
-        *,
-        display_name: str | None = None,
-        labels: Mapping[str, str] | None = None,
-        etag: str = "",
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Subject:
-        """Changes what is not ``None``. With the ``etag`` of the subject that was read, a
-        change that somebody else made meanwhile is not overwritten.
-
-        Raises:
-            ConflictError: the subject was changed since (ETAG_MISMATCH).
-        """
-        return self._do(
-            calls.update_subject(subject_id, gallery, display_name, labels, etag), timeout
-        )
-
-    def delete_subject(
-        self,
-        subject_id: str,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> int:
-        """Deletes a subject and all its templates; gives the number of templates."""
-        return self._do(calls.delete_subject(subject_id, gallery), timeout)
-
-    def list_templates(
-        self,
-        subject_id: str,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> list[Template]:
-        """The enrolled faces of a subject."""
-        return self._do(calls.list_templates(subject_id, gallery), timeout)
-
-    def delete_template(
-        self,
-        template_id: str,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> None:
-        """Deletes one enrolled face."""
-        self._do(calls.delete_template(template_id, gallery), timeout)
-
-    def enroll(
-        self,
-        subject_id: str,
-        picture: Picture,
-        *,
-        create_subject: bool = True,
-        display_name: str = "",
-        request_id: str | None = None,
-        allow_multiple_faces: bool = False,
-        skip_liveness: bool = False,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Enrollment:
-        """Adds the face of a picture to a subject.
-
-        A random ``request_id`` makes a retry after a lost answer harmless; give your own to
-        make the retry of a whole program harmless too.
-
-        Raises:
-            EnrollmentRefusedError: NO_FACE, MULTIPLE_FACES, OOD_REJECTED or SPOOF_SUSPECTED.
-            NotFoundError: no such subject, and ``create_subject`` is off.
-
-        >>> enrollment = client.enroll("grace", facelane.Picture.from_file("people.jpg"))
-        >>> enrollment.subject.template_count
-        1
-        """
-        call = calls.enroll(
-            subject_id,
-            picture,
-            gallery=gallery,
-            create_subject=create_subject,
-            display_name=display_name,
-            request_id=request_id,
-            allow_multiple_faces=allow_multiple_faces,
-            skip_liveness=skip_liveness,
-        )
-        return self._do(call, timeout)
-
-    def verify(
-        self,
-        subject_id: str,
-        picture: Picture,
-        *,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> Verification:
-        """Whether the face of a picture is the subject (1:1).
-
-        Raises:
-            RefusedError: NO_FACE or MULTIPLE_FACES in the picture, or the subject has
-                NO_TEMPLATES of the serving model.
-            NotFoundError: no such subject.
-        """
-        return self._do(calls.verify(subject_id, picture, gallery), timeout)
-
-    def identify(
-        self,
-        picture: Picture,
-        *,
-        max_candidates: int = 3,
-        gallery: str = convert.DEFAULT_GALLERY,
-        timeout: float | None = None,
-    ) -> list[Face]:
-        """Who every face of a picture is (1:N), with up to 10 candidates each."""
-        return self._do(calls.identify(picture, gallery, max_candidates), timeout)
+    update_subject = _blocking(calls.update_subject)
+    delete_subject = _blocking(calls.delete_subject)
+    list_templates = _blocking(calls.list_templates)
+    delete_template = _blocking(calls.delete_template)
+    enroll = _blocking(calls.enroll)
+    verify = _blocking(calls.verify)
+    identify = _blocking(calls.identify)
 
     # The server.
 
-    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Version, models and limits."""
-        return self._do(calls.server_info(), timeout)
-
-    def pools(self, *, timeout: float | None = None) -> list[PoolInfo]:
-        """The pools of workers and how they fare."""
-        return self._do(calls.pools(), timeout)
-
-    def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
-        """grpc.health.v1 of one service, or of the server in all.
-
-        Raises:
-            UnavailableError: nobody answers.
-        """
-        try:
-            return self._do(calls.health(service), timeout)
-        except NotFoundError:
-            return HealthStatus.SERVICE_UNKNOWN
+    server_info = _blocking(calls.server_info)
+    pools = _blocking(calls.pools)
+    health = _blocking(calls.health)
 
     def wait_until_serving(
         self, timeout: float = 60.0, *, service: str = "", poll_interval: float = 0.1
@@ -475,26 +254,16 @@ class Client:
         Raises:
             DeadlineExceededError: it did not within ``timeout`` seconds.
         """
-        deadline = time.monotonic() + timeout
-        said = ""
-        pause = threading.Event()
+        wait = calls.ServingWait(timeout, poll_interval, self.timeout, time.monotonic())
         while True:
-            remaining = deadline - time.monotonic()
+            answer: HealthStatus | FacelaneError
             try:
-                status = self.health(service, timeout=max(0.05, min(remaining, self.timeout)))
-            except UnavailableError as error:
-                said = error.reason
-            except DeadlineExceededError as error:
-                # The last question's time is what was left of ours: no answer to it says less
-                # than an answer before it.
-                said = error.reason if remaining >= self.timeout else said or error.reason
-            else:
-                if status is HealthStatus.SERVING:
-                    return
-                said = status.value
-            if deadline - time.monotonic() <= poll_interval:
-                raise calls.never_served(timeout, said)
-            pause.wait(poll_interval)
+                answer = self.health(service, timeout=wait.question(time.monotonic()))
+            except FacelaneError as error:
+                answer = error
+            if wait.heard(answer, time.monotonic()):
+                return
+            time.sleep(poll_interval)
 
     def watch_events(
         self,
@@ -512,32 +281,21 @@ class Client:
             HistoryLostError: events since the token are gone.
         """
         self._check_open()
-        stream = EventStream(
-            lambda request: self._stubs.events.WatchEvents(
-                request, metadata=self._endpoint.metadata
-            ),
-            resume_token,
-            kinds,
-            reconnect,
-            self.timeout,
+        core = Subscription(resume_token, kinds, reconnect, self.timeout)
+        return self._keep(
+            EventStream(
+                lambda request: self._stubs.events.WatchEvents(
+                    request, metadata=self._endpoint.metadata
+                ),
+                core,
+            )
         )
-        return self._keep(stream)
 
     # Administration.
 
-    def restart_worker(self, worker_id: str, *, timeout: float | None = None) -> WorkerRestarted:
-        """Drains one worker (``pool#index``) and starts it again."""
-        return self._do(calls.restart_worker(worker_id), timeout)
-
-    def reload_model(
-        self, pool: str, model: str = "", *, timeout: float | None = None
-    ) -> ModelReloaded:
-        """Swaps a pool's model without losing a frame; no ``model`` = the present one again."""
-        return self._do(calls.reload_model(pool, model), timeout)
-
-    def drain(self, grace: float = 30.0, *, timeout: float | None = None) -> None:
-        """Ends the server within ``grace`` seconds; open streams are told."""
-        self._do(calls.drain(grace), timeout)
+    restart_worker = _blocking(calls.restart_worker)
+    reload_model = _blocking(calls.reload_model)
+    drain = _blocking(calls.drain)
 
 
 def _pump(
@@ -562,7 +320,7 @@ def _pump(
     stream.close_send()
 
 
-class AnalyzeStream:
+class AnalyzeStream(StreamBase[threading.Condition]):
     """One stream of frames; made by ``Client.analyze_stream``.
 
     ``send`` and iteration may run in different threads. A single thread may also send first
@@ -571,29 +329,26 @@ class AnalyzeStream:
 
     def __init__(
         self,
-        start: Callable[[Iterator[_Request]], Any],
-        config: _Request,
-        core: StreamCore[_Request],
-        timeout: float,
+        client: Client,
+        core: StreamCore[Request],
+        config: Request,
         on_update: Callable[[StreamUpdate], None] | None,
     ) -> None:
-        self._start = start
-        self._config = config
-        self._core = core
-        self._timeout = timeout
-        self._on_update = on_update
-        # One lock; whoever waits, waits for one of these.
-        self._lock = threading.Lock()
-        self._space = threading.Condition(self._lock)
-        self._arrived = threading.Condition(self._lock)
-        self._work = threading.Condition(self._lock)
-        self._turn = threading.Condition(self._lock)
-        self._call: Any = None
-        self._generation = 0
-        self._untold: StreamUpdate | None = None
-        self._reader: threading.Thread | None = None
+        lock = threading.Lock()
+        super().__init__(
+            core, config, client.timeout, on_update, lock, lambda: threading.Condition(lock)
+        )
+        self._client = client
 
-    # Opening and closing.
+    def _walk(self, steps: Generator[tuple[threading.Condition, float], None, T]) -> T:
+        """Takes the steps and waits where they say so."""
+        with self._lock:
+            while True:
+                try:
+                    change, seconds = next(steps)
+                except StopIteration as end:
+                    return cast("T", end.value)
+                change.wait(seconds)
 
     def __enter__(self) -> Self:
         """Opens the stream.
@@ -602,21 +357,13 @@ class AnalyzeStream:
         are waited out up to the client's timeout, then the stream goes on trying by itself
         and ``opened`` is ``None`` until it succeeds.
         """
-        if self._reader is not None or self.ended:
-            raise RuntimeError("a stream is opened once: make another with analyze_stream")
+        self._check_new()
         self._reader = threading.Thread(target=self._run, name="facelane-stream", daemon=True)
         now = time.monotonic()
-        deadline = now + self._timeout
-        core = self._core
         try:
-            with self._lock:
-                core.connecting(now)
-                self._reader.start()
-                while core.opened is None and core.phase is not Phase.ENDED:
-                    if not self._wait(self._turn, deadline):
-                        break
-                if core.error is not None:
-                    raise core.error
+            self._core.connecting(now)
+            self._reader.start()
+            self._walk(self._opening(now + self._timeout))
         except BaseException:
             self.close()
             raise
@@ -632,51 +379,10 @@ class AnalyzeStream:
 
     def close(self) -> None:
         """Lets go at once: frames in flight are settled as CANCELLED. Again is harmless."""
-        with self._lock:
-            self._core.abort()
-            call = self._detach()
-            self._wake_all()
-        if call is not None:
-            call.cancel()
+        self._abandon()
         reader = self._reader
         if reader is not None and reader is not threading.current_thread() and reader.is_alive():
             reader.join(_JOIN_TIMEOUT)
-
-    # State.
-
-    @property
-    def opened(self) -> StreamOpened | None:
-        """What the server said when it last accepted the stream."""
-        return self._core.opened
-
-    @property
-    def limits(self) -> StreamLimits | None:
-        """The bounds that the server announced."""
-        opened = self._core.opened
-        return None if opened is None else opened.limits
-
-    @property
-    def connected(self) -> bool:
-        """Whether frames can reach the server at this moment."""
-        return self._core.phase is Phase.OPEN
-
-    @property
-    def ended(self) -> bool:
-        """Whether the stream is over; outcomes may still lie here."""
-        return self._core.phase is Phase.ENDED
-
-    @property
-    def updates(self) -> deque[StreamUpdate]:
-        """The last updates, oldest first; take them with ``popleft``."""
-        return self._core.updates
-
-    @property
-    def summary(self) -> StreamSummary:
-        """The count so far, and of the whole stream once iteration has ended."""
-        with self._lock:
-            return self._core.summary()
-
-    # Sending.
 
     def send(
         self,
@@ -700,65 +406,7 @@ class AnalyzeStream:
             StreamClosedError: after ``close_send`` or the end.
         """
         self._check_entered()
-        limit = self._timeout if timeout is None else timeout
-        with self._lock:
-            obstacle = self._core.obstacle()
-            if obstacle is not None:
-                deadline = time.monotonic() + limit
-                while (obstacle := self._core.obstacle()) is not None:
-                    if not self._wait(self._space, deadline):
-                        raise DeadlineExceededError(
-                            obstacle.value, obstacle.explain(limit), retryable=True
-                        )
-            return self._submit(picture, stream_offset, capture_time, frame_id)
-
-    def try_send(
-        self,
-        picture: Picture,
-        *,
-        stream_offset: float | None = None,
-        capture_time: datetime | None = None,
-        frame_id: int | None = None,
-    ) -> int | None:
-        """Sends a frame if there is room for it now, otherwise gives ``None``.
-
-        For cameras, which must not wait: the frame is dropped at its source.
-        """
-        self._check_entered()
-        with self._lock:
-            obstacle = self._core.obstacle()
-            if obstacle is not None:
-                if obstacle is not Obstacle.UNREAD:
-                    self._end_if_overdue(time.monotonic())
-                return None
-            return self._submit(picture, stream_offset, capture_time, frame_id)
-
-    def _submit(
-        self,
-        picture: Picture,
-        stream_offset: float | None,
-        capture_time: datetime | None,
-        frame_id: int | None,
-    ) -> int:
-        moment = None if capture_time is None else convert.timestamp(capture_time)
-        number = self._core.submit(
-            convert.size(picture),
-            lambda identifier, offset: convert.frame(identifier, picture, offset, moment),
-            now=time.monotonic(),
-            frame_id=frame_id,
-            stream_offset=stream_offset,
-            capture_time=capture_time,
-        )
-        self._work.notify()
-        return number
-
-    def close_send(self) -> None:
-        """Says that no more frames come; iteration ends after the last outcome."""
-        with self._lock:
-            self._core.close_send()
-            self._wake_all()
-
-    # Receiving.
+        return self._walk(self._sending(picture, stream_offset, capture_time, timeout, frame_id))
 
     def recv(self, timeout: float | None = None) -> Outcome | None:
         """The next outcome; ``None`` when the stream is over.
@@ -771,22 +419,7 @@ class AnalyzeStream:
             FacelaneError: the stream failed. All outcomes were delivered before.
         """
         self._check_entered()
-        core = self._core
-        with self._lock:
-            outcome = core.take()
-            if outcome is None:
-                deadline = math.inf if timeout is None else time.monotonic() + timeout
-                while (outcome := core.take()) is None:
-                    if core.exhausted:
-                        if core.error is not None:
-                            raise core.error
-                        return None
-                    if not self._wait(self._arrived, deadline):
-                        raise DeadlineExceededError(
-                            Reason.DEADLINE_EXCEEDED, f"no outcome within {timeout:.3g} s"
-                        )
-            self._space.notify()
-            return outcome
+        return self._walk(self._receiving(timeout))
 
     def __iter__(self) -> Iterator[Outcome]:
         return self
@@ -797,164 +430,52 @@ class AnalyzeStream:
             raise StopIteration
         return outcome
 
-    def _check_entered(self) -> None:
-        if self._reader is None and not self.ended:
-            raise RuntimeError("the stream is not open: use it in `with ... as stream:`")
-
-    # Inside. Everything below runs with the lock held, unless it says otherwise.
-
-    def _wait(self, condition: threading.Condition, deadline: float) -> bool:
-        """Waits for a change until ``deadline``; false once it has passed.
-
-        Every waiter also looks after the connection, so that a hanging server is noticed
-        by whoever suffers from it.
-        """
-        now = time.monotonic()
-        if self._end_if_overdue(now):
-            return True
-        if not now < deadline:
-            return False
-        overdue = self._core.overdue_at()
-        # Never longer than _PARK: a lock cannot wait for ever, which either may say.
-        until = min(deadline, now + _PARK, math.inf if overdue is None else overdue)
-        condition.wait(max(0.001, until - now))
-        return True
-
-    def _end_if_overdue(self, now: float) -> bool:
-        error = self._core.overdue(now)
-        if error is None:
-            return False
-        call = self._detach()
-        # Told by the reader, whom the end of its call wakes: this may be any thread.
-        self._untold = self._core.disconnected(error, now)
-        self._wake_all()
-        if call is not None:
-            call.cancel()
-        return True
-
-    def _detach(self) -> Any:
-        """Makes the present call a stranger: whatever it still says is not heard."""
-        self._generation += 1
-        call, self._call = self._call, None
-        return call
-
-    def _wake_all(self) -> None:
-        for condition in (self._space, self._arrived, self._work, self._turn):
-            condition.notify_all()
+    # Inside. These take the lock themselves.
 
     def _run(self) -> None:
-        """The reader thread (takes the lock itself): connection after connection."""
-        core = self._core
-        while True:
-            with self._lock:
-                while core.phase is Phase.BACKOFF:
-                    remaining = core.retry_at - time.monotonic()
-                    if remaining <= 0:
-                        core.connecting(time.monotonic())
-                        break
-                    self._turn.wait(remaining)
-                if core.phase is not Phase.CONNECTING:
-                    return
-                generation = self._generation
-            error = self._read(generation)
-            with self._lock:
-                if self._generation == generation:
-                    self._detach()
-                    self._untold = core.disconnected(error, time.monotonic())
-                update, self._untold = self._untold, None
-                self._wake_all()
-            self._tell(update)
+        """The reader thread: connection after connection."""
+        while (generation := self._walk(self._backing_off())) is not None:
+            self._over(generation, self._read(generation))
 
     def _read(self, generation: int) -> FacelaneError | None:
-        """Makes a call and reads it to its end (takes the lock itself)."""
-        core = self._core
+        """Makes a call and reads it to its end."""
+        client = self._client
         try:
-            call = self._start(self._requests(generation))
+            call = client._stubs.analysis.AnalyzeStream(
+                self._requests(generation), metadata=client._endpoint.metadata
+            )
         except ValueError:
             # All that gRPC says when the client was closed under a stream that came back.
             return StreamClosedError(Reason.STREAM_CLOSED, "the client was closed: make another")
         with self._lock:
-            current = self._generation == generation
-            if current:
+            if self._generation == generation:
                 self._call = call
-        if not current:
-            call.cancel()
+            else:
+                call.cancel()
         try:
-            for pb in call:
-                message = convert.stream_message(pb)
-                with self._lock:
-                    if self._generation != generation:
-                        break
-                    update = core.receive(message, time.monotonic())
-                    if isinstance(message, Outcome):
-                        self._arrived.notify()
-                        self._space.notify()
-                    else:
-                        self._wake_all()
-                self._tell(update)
+            for response in call:
+                if not self._heard(response, generation):
+                    break
         except grpc.RpcError as error:
             return from_rpc(error)
-        except ProtocolError as error:
-            call.cancel()
-            return error
         except Exception as error:
-            # A reader that died in silence would leave everybody waiting.
             call.cancel()
-            failure = unreadable(error)
-            failure.__cause__ = error
-            return failure
+            return failure(error)
         return None
 
-    def _requests(self, generation: int) -> Iterator[_Request]:
-        """What gRPC's writer thread draws (takes the lock itself)."""
+    def _requests(self, generation: int) -> Iterator[Request]:
+        """What gRPC's writer thread draws."""
         yield self._config
-        core = self._core
-        while True:
-            with self._lock:
-                while self._generation == generation and not core.writable:
-                    if not self._end_if_overdue(time.monotonic()):
-                        self._work.wait(_PARK)
-                if self._generation != generation:
-                    return
-                payload = core.next_payload(time.monotonic())
-            if payload is None or isinstance(payload, HalfClose):
-                return
+        while (payload := self._walk(self._writing(generation))) is not None:
             yield payload
 
-    def _tell(self, update: StreamUpdate | None) -> None:
-        """Calls the user without the lock: the callback may use the stream."""
-        if update is None or self._on_update is None:
-            return
-        try:
-            self._on_update(update)
-        except Exception:
-            log.exception("on_update raised")
 
-
-class EventStream:
+class EventStream(EventStreamBase):
     """An iterator over events; made by ``Client.watch_events``."""
 
-    def __init__(
-        self,
-        start: Callable[[event_service_pb2.WatchEventsRequest], Any],
-        resume_token: str,
-        kinds: Iterable[EventKind | str],
-        reconnect: Reconnect | None,
-        timeout: float,
-    ) -> None:
-        self._start = start
-        self._timeout = timeout
-        self._kinds = tuple(kinds)
-        # Built once here so that a wrong kind is told at the call, not at the first event.
-        self._request = convert.watch_events_request(resume_token, self._kinds)
-        self.resume_token = resume_token
-        """Goes on after what has arrived."""
-        self._reconnect = reconnect
+    def __init__(self, start: Callable[[WatchEventsRequest], Any], core: Subscription) -> None:
+        super().__init__(start, core)
         self._closed = threading.Event()
-        self._call: Any = None
-        self._begun = False
-        self._ahead: _EventResponse | None = None
-        self._attempts = 0
 
     def __enter__(self) -> Self:
         """Subscribes: what happens from here on is delivered.
@@ -965,69 +486,73 @@ class EventStream:
                 to that timeout, then the iteration goes on trying.
         """
         try:
-            self._ahead = self._receive(time.monotonic() + self._timeout)
+            self._receive(time.monotonic() + self._core.timeout)
         except BaseException:
             self.close()
             raise
         return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the subscription, from any thread; iteration ends."""
+        self._closed.set()
+        # The iterating thread may let go of it at this very moment.
+        call = self._call
+        if call is not None:
+            call.cancel()
+
     def __iter__(self) -> Iterator[Event]:
         return self
 
     def __next__(self) -> Event:
-        while True:
-            response, self._ahead = self._ahead, None
-            if response is None:
-                response = self._receive(math.inf)
-            if response is None:
+        core = self._core
+        while not core.inbox:
+            if not self._receive(math.inf):
                 raise StopIteration
-            if response.HasField("event"):
-                return convert.event(response)
+        return core.inbox.popleft()
 
-    def _receive(self, deadline: float) -> _EventResponse | None:
-        """The next response, over as many connections as it takes; ``None`` once closed, and
+    def _receive(self, deadline: float) -> bool:
+        """Takes the next response, over as many connections as it takes; false once closed, and
         where no further try is due before ``deadline``."""
+        core = self._core
         while not self._closed.is_set():
             if self._call is None:
-                request = convert.watch_events_request(self.resume_token, self._kinds)
-                self._call = self._start(request)
-                self._begun = False
+                self._call = self._start(core.call(time.monotonic()))
                 if self._closed.is_set():
                     self._call.cancel()
+            error: FacelaneError | None
             try:
-                response = self._next(deadline)
+                core.receive(self._next(core.patience(time.monotonic(), deadline)))
             except StopIteration:
-                error: FacelaneError = UnavailableError(
-                    Reason.DRAINING, "the server ended the subscription: it is going away"
-                )
-            except grpc.RpcError as failure:
-                error = from_rpc(failure)
-            except DeadlineExceededError as failure:
-                error = failure
+                error = None
+            except grpc.RpcError as failed:
+                error = from_rpc(failed)
+            except DeadlineExceededError as failed:
+                error = failed
             else:
-                return self._progress(response)
+                return True
             self._call = None
             if self._closed.is_set():
                 break
-            if self._begun:
-                error = as_lost(error)
-            self._attempts += 1
-            delay = retry_delay(self._reconnect, self._attempts, error)
+            delay = core.failed(error, time.monotonic(), deadline)
             if delay is None:
-                raise error
-            if time.monotonic() + delay > deadline:
                 break
             self._closed.wait(delay)
-        return None
+        return False
 
-    def _next(self, deadline: float) -> _EventResponse:
-        """The next response of this connection. Events may take as long as they like, but the
-        first response is due at once: it says that the subscription has begun."""
+    def _next(self, patience: float) -> WatchEventsResponse:
+        """The next response of this connection, which has so many seconds."""
         call = self._call
-        limit = max(0.0, min(self._timeout, deadline - time.monotonic()))
-        seconds = None if self._begun else calls.deadline(limit)
+        seconds = calls.deadline(patience)
         if seconds is None:
-            return cast("_EventResponse", next(call))
+            return cast("WatchEventsResponse", next(call))
         late = threading.Event()
 
         def give_up() -> None:
@@ -1038,41 +563,10 @@ class EventStream:
         timer.daemon = True
         timer.start()
         try:
-            return cast("_EventResponse", next(call))
+            return cast("WatchEventsResponse", next(call))
         except grpc.RpcError:
             if late.is_set():
-                raise calls.never_began(self._timeout) from None
+                raise self._core.never_began() from None
             raise
         finally:
             timer.cancel()
-
-    def _progress(self, response: _EventResponse) -> _EventResponse:
-        self._begun = True
-        self._attempts = 0
-        self.resume_token = response.resume_token or self.resume_token
-        return response
-
-    def close(self) -> None:
-        """Ends the subscription, from any thread; iteration ends."""
-        self._closed.set()
-        # The iterating thread may let go of it at this very moment.
-        call = self._call
-        if call is not None:
-            call.cancel()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def retry_delay(policy: Reconnect | None, attempt: int, error: FacelaneError) -> float | None:
-    """Seconds before the ``attempt``-th try (from 1), or ``None`` to give up with ``error``."""
-    if policy is None or not error.retryable:
-        return None
-    if policy.max_attempts and attempt > policy.max_attempts:
-        return None
-    return policy.delay(attempt, random.random())

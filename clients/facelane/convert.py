@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar, Unpack
 
 from google.protobuf import duration_pb2, timestamp_pb2
+from grpc_health.v1 import health_pb2
 
 from facelane import errors, types
 from facelane.v1 import (
@@ -79,6 +80,9 @@ def _by_name(enum: type[_E], prefix: str, numbers: Mapping[str, int]) -> dict[in
 _POOL_STATE = _by_name(types.PoolState, "POOL_STATE_", dict(server_service_pb2.PoolState.items()))
 _WORKER_STATE = _by_name(
     types.WorkerState, "WORKER_STATE_", dict(server_service_pb2.WorkerState.items())
+)
+_HEALTH = _by_name(
+    types.HealthStatus, "", dict(health_pb2.HealthCheckResponse.ServingStatus.items())
 )
 _EVENT_KIND = _by_name(types.EventKind, "EVENT_KIND_", dict(event_service_pb2.EventKind.items()))
 _EVENT_NUMBER: dict[types.EventKind, event_service_pb2.EventKind.ValueType] = {
@@ -490,6 +494,11 @@ def pools(pb: server_service_pb2.ListPoolsResponse) -> list[types.PoolInfo]:
         )
         for p in pb.pools
     ]
+
+
+def health(pb: health_pb2.HealthCheckResponse) -> types.HealthStatus:
+    """grpc.health.v1."""
+    return _HEALTH.get(pb.status, types.HealthStatus.UNKNOWN)
 
 
 def event(pb: event_service_pb2.WatchEventsResponse) -> types.Event:

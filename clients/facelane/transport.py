@@ -1,4 +1,4 @@
-"""How a client reaches its server: address, credentials, channel options, health's wire form.
+"""How a client reaches its server: address, credentials, channel options.
 
 What is not given comes from the environment: ``FACELANE_TARGET``, ``FACELANE_TOKEN`` or
 ``FACELANE_TOKEN_FILE``, and ``FACELANE_TLS_CA`` (a file; turns TLS on).
@@ -17,7 +17,6 @@ from typing import Any, Final
 import grpc
 
 from facelane.errors import ArgumentError, Reason
-from facelane.types import HealthStatus
 
 DEFAULT_TARGET: Final = "127.0.0.1:50151"
 DEFAULT_TIMEOUT: Final = 10.0
@@ -209,62 +208,3 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.primary_user_agent", "facelane-python"),
 )
-
-
-# grpc.health.v1 by hand. Its messages have one field each, and the package that generates
-# them would be the only use of a further dependency; importing it would also register the
-# names in the process's descriptor pool a second time for users who bring their own.
-
-HEALTH_METHOD: Final = "/grpc.health.v1.Health/Check"
-_HEALTH = {
-    0: HealthStatus.UNKNOWN,
-    1: HealthStatus.SERVING,
-    2: HealthStatus.NOT_SERVING,
-    3: HealthStatus.SERVICE_UNKNOWN,
-}
-
-
-def encode_health_request(service: str) -> bytes:
-    """``HealthCheckRequest {string service = 1}``."""
-    name = service.encode()
-    return b"\x0a" + _varint(len(name)) + name if name else b""
-
-
-def decode_health_response(data: bytes) -> HealthStatus:
-    """``HealthCheckResponse {ServingStatus status = 1}``; other fields are skipped."""
-    position = 0
-    status = 0
-    while position < len(data):
-        key, position = _read_varint(data, position)
-        kind = key & 7
-        if kind == 0:
-            value, position = _read_varint(data, position)
-            if key >> 3 == 1:
-                status = value
-        elif kind == 2:
-            size, position = _read_varint(data, position)
-            position += size
-        else:
-            position += {1: 8, 5: 4}.get(kind, len(data))
-    return _HEALTH.get(status, HealthStatus.UNKNOWN)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(data):
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            break
-        shift += 7
-    return value, position

@@ -20,7 +20,7 @@ import pytest
 from tests.fakes import scripted_server as fake
 
 import facelane
-from facelane import aio, client
+from facelane import aio, calls, client
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JPEG = b"\xff\xd8\xff\xe0" + b"x" * 60
@@ -41,7 +41,7 @@ def examples(module: ModuleType) -> list[doctest.DocTest]:
     return [test for test in found if test.examples]
 
 
-BLOCKING = [*examples(facelane), *examples(client)]
+BLOCKING = [*examples(facelane), *examples(client), *examples(calls)]
 ASYNC = examples(aio)
 
 

@@ -1,0 +1,221 @@
+"""The commands about who can be recognised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import facelane
+from facelane import types
+from facelane.cli import output
+from facelane.cli.base import OK, PARTLY, REFUSED, Format, FormatOption, GalleryOption, progress
+from facelane.cli.sources import (
+    load_picture,
+)
+
+subjects_app = typer.Typer(no_args_is_help=True, help="Who can be recognised.")
+
+
+def enroll(
+    ctx: typer.Context,
+    subject: Annotated[str, typer.Argument(help="The subject's id.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures with the subject's face.")],
+    display_name: Annotated[str, typer.Option(help="A name for people.")] = "",
+    gallery: GalleryOption = "default",
+    must_exist: Annotated[
+        bool, typer.Option("--must-exist", help="Do not create the subject.")
+    ] = False,
+    allow_multiple_faces: Annotated[
+        bool, typer.Option("--allow-multiple-faces", help="Take the largest face.")
+    ] = False,
+    skip_liveness: Annotated[
+        bool, typer.Option("--skip-liveness", help="For pictures of documents.")
+    ] = False,
+) -> None:
+    """Teach the server a face. What is refused is told with its reason; the rest is kept."""
+    console, err = output.consoles()
+    refused = 0
+    bar, task = progress("enrolling", len(pictures))
+    with ctx.obj.client() as client, bar:
+        for path in pictures:
+            try:
+                done = client.enroll(
+                    subject,
+                    load_picture(path),
+                    create_subject=not must_exist,
+                    display_name=display_name,
+                    gallery=gallery,
+                    allow_multiple_faces=allow_multiple_faces,
+                    skip_liveness=skip_liveness,
+                )
+            except (facelane.EnrollmentRefusedError, facelane.PictureError) as error:
+                refused += 1
+                err.print(f"facelane: {path}: {error}", markup=False)
+            else:
+                console.print(
+                    f"{path}: enrolled as {done.subject.subject_id} "
+                    f"(template {done.template.template_id}, OOD {done.template.ood_score:.2f}, "
+                    f"{done.subject.template_count} in all)",
+                    markup=False,
+                )
+            bar.advance(task)
+    if refused:
+        raise typer.Exit(PARTLY if refused < len(pictures) else REFUSED)
+
+
+def identify(
+    ctx: typer.Context,
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    gallery: GalleryOption = "default",
+    candidates: Annotated[int, typer.Option(min=0, max=10, help="To list for each face.")] = 3,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Say who the faces of pictures are (1:N)."""
+    console, err = output.consoles()
+    rows: list[tuple[str, types.Face]] = []
+    failed = False
+    with ctx.obj.client() as client:
+        for path in pictures:
+            try:
+                faces = client.identify(
+                    load_picture(path), max_candidates=candidates, gallery=gallery
+                )
+            except facelane.PictureError as error:
+                failed = True
+                err.print(f"facelane: {path}: {error}", markup=False)
+                continue
+            rows.extend((str(path), face) for face in faces)
+            if output_format is Format.jsonl:
+                for face in faces:
+                    output.json_line("face", face, source=str(path))
+    if output_format is Format.table:
+        several = len(pictures) > 1
+        console.print(output.faces_table(rows, names=several) if rows else "no faces")
+    raise typer.Exit(PARTLY if failed else OK)
+
+
+def verify(
+    ctx: typer.Context,
+    subject: Annotated[str, typer.Argument(help="The subject's id.")],
+    picture: Annotated[Path, typer.Argument(help="A picture with one face.")],
+    gallery: GalleryOption = "default",
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Say whether a picture shows the subject (1:1); exit code 1 when it does not."""
+    console, _ = output.consoles()
+    with ctx.obj.client() as client:
+        answer = client.verify(subject, load_picture(picture), gallery=gallery)
+    if output_format is Format.jsonl:
+        output.json_line("verification", answer)
+    else:
+        face = answer.face
+        console.print(
+            f"{'verified' if answer.verified else 'not verified'}: similarity "
+            f"{output.number(answer.similarity, 3)}, threshold {answer.threshold:.3f}, "
+            f"OOD {output.number(face.ood_score)}, {face.identity.decision.value}, "
+            f"{face.liveness.verdict.value}"
+        )
+    raise typer.Exit(OK if answer.verified else PARTLY)
+
+
+@subjects_app.command("list")
+def subjects_list(
+    ctx: typer.Context,
+    gallery: GalleryOption = "default",
+    output_format: FormatOption = Format.table,
+) -> None:
+    """All subjects of a gallery."""
+    console, _ = output.consoles()
+    table = output.table_of(*_SUBJECT_TITLES, right=("templates",))
+    count = 0
+    with ctx.obj.client() as client:
+        for subject in client.list_subjects(gallery=gallery):
+            count += 1
+            if output_format is Format.jsonl:
+                output.json_line("subject", subject)
+            else:
+                table.add_row(*_subject_cells(subject))
+    if output_format is Format.table:
+        console.print(table if count else f"no subjects in gallery {gallery}")
+
+
+_SUBJECT_TITLES = ("subject", "name", "templates", "updated", "labels")
+
+
+def _subject_cells(subject: types.Subject) -> tuple[str, ...]:
+    labels = ", ".join(f"{key}={value}" for key, value in sorted(subject.labels.items()))
+    updated = subject.update_time.strftime("%Y-%m-%d %H:%M") if subject.update_time else ""
+    return (
+        subject.subject_id, subject.display_name, str(subject.template_count), updated, labels,
+    )  # fmt: skip
+
+
+@subjects_app.command("show")
+def subjects_show(
+    ctx: typer.Context,
+    subject: Annotated[str, typer.Argument(help="The subject's id.")],
+    gallery: GalleryOption = "default",
+    output_format: FormatOption = Format.table,
+) -> None:
+    """One subject and its templates."""
+    console, _ = output.consoles()
+    with ctx.obj.client() as client:
+        found = client.get_subject(subject, gallery=gallery)
+        templates = client.list_templates(subject, gallery=gallery)
+    if output_format is Format.jsonl:
+        output.json_line("subject", found)
+        for template in templates:
+            output.json_line("template", template)
+        return
+    console.print(output.key_values(list(zip(_SUBJECT_TITLES, _subject_cells(found), strict=True))))
+    table = output.table_of("template", "model", "OOD", "created", right=("OOD",))
+    for template in templates:
+        table.add_row(
+            template.template_id,
+            template.model_id,
+            f"{template.ood_score:.2f}",
+            template.create_time.strftime("%Y-%m-%d %H:%M") if template.create_time else "",
+        )
+    if templates:
+        console.print(table)
+
+
+@subjects_app.command("create")
+def subjects_create(
+    ctx: typer.Context,
+    subject: Annotated[str, typer.Argument(help="The subject's id.")],
+    display_name: Annotated[str, typer.Option(help="A name for people.")] = "",
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be given again.")
+    ] = None,
+    gallery: GalleryOption = "default",
+) -> None:
+    """A new subject without a face."""
+    labels = {}
+    for pair in label or []:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise typer.BadParameter(f"{pair!r}: give KEY=VALUE", param_hint="--label")
+        labels[key] = value
+    with ctx.obj.client() as client:
+        made = client.create_subject(
+            subject, display_name=display_name, labels=labels, gallery=gallery
+        )
+    typer.echo(f"created {made.subject_id}")
+
+
+@subjects_app.command("delete")
+def subjects_delete(
+    ctx: typer.Context,
+    subject: Annotated[str, typer.Argument(help="The subject's id.")],
+    gallery: GalleryOption = "default",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a subject and all its templates."""
+    if not yes:
+        typer.confirm(f"Delete {subject} and all its templates?", abort=True)
+    with ctx.obj.client() as client:
+        count = client.delete_subject(subject, gallery=gallery)
+    typer.echo(f"deleted {subject} and {count} templates")

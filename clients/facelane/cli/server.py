@@ -1,0 +1,172 @@
+"""The commands about the server, and what happens there."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import facelane
+from facelane import types
+from facelane.cli import output
+from facelane.cli.base import OK, PARTLY, Format, FormatOption
+
+server_app = typer.Typer(no_args_is_help=True, help="The server: state and administration.")
+
+
+@server_app.command("info")
+def server_info(ctx: typer.Context, output_format: FormatOption = Format.table) -> None:
+    """Version, models and limits."""
+    console, _ = output.consoles()
+    with ctx.obj.client() as client:
+        info = client.server_info()
+        target = client.target
+    if output_format is Format.jsonl:
+        output.json_line("server", info)
+        return
+    limits = info.limits
+    rows: list[tuple[str, object]] = [
+        ("server", f"{target}, version {info.version}{', draining' if info.draining else ''}"),
+        ("started", info.start_time.isoformat(" ", "seconds") if info.start_time else "-"),
+        ("streams", f"{info.open_streams} of {limits.max_streams}, window {limits.window}"),
+        ("frame", f"at most {limits.max_frame_bytes} bytes, {limits.max_pixels} pixels"),
+    ]
+    rows.extend(
+        (m.task.value, f"{m.name} {m.version}{f' ({m.license})' if m.license else ''}")
+        for m in info.models
+    )
+    console.print(output.key_values(rows))
+
+
+@server_app.command("pools")
+def server_pools(ctx: typer.Context, output_format: FormatOption = Format.table) -> None:
+    """The pools and their workers."""
+    console, _ = output.consoles()
+    with ctx.obj.client() as client:
+        pools = client.pools()
+    if output_format is Format.jsonl:
+        for pool in pools:
+            output.json_line("pool", pool)
+        return
+    table = output.table_of(
+        "pool", "state", "queued", "done", "failed", "model", right=("queued", "done", "failed")
+    )
+    workers = output.table_of(
+        "worker", "state", "device", "pid", "restarts", "memory", "last loss",
+        right=("pid", "restarts", "memory"),
+    )  # fmt: skip
+    for pool in pools:
+        counts = (str(pool.queued), str(pool.completed), str(pool.failed))
+        table.add_row(pool.pool, pool.state.value, *counts, pool.model_id)
+        for worker in pool.workers:
+            workers.add_row(
+                worker.worker_id,
+                worker.state.value,
+                worker.device,
+                str(worker.pid),
+                str(worker.restarts),
+                f"{worker.memory_bytes >> 20} MiB",
+                worker.last_loss,
+            )
+    console.print(table)
+    console.print()
+    console.print(workers)
+
+
+@server_app.command("health")
+def server_health(
+    ctx: typer.Context,
+    service: Annotated[str, typer.Argument(help="A service; empty = the server in all.")] = "",
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for SERVING.")] = 0.0,
+) -> None:
+    """SERVING or not; exit code 1 when not."""
+    with ctx.obj.client() as client:
+        if wait:
+            client.wait_until_serving(wait, service=service)
+        status = client.health(service)
+    typer.echo(status.value)
+    raise typer.Exit(OK if status is types.HealthStatus.SERVING else PARTLY)
+
+
+@server_app.command("drain")
+def server_drain(
+    ctx: typer.Context,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for open streams.")] = 30.0,
+) -> None:
+    """End the server; streams are told first."""
+    with ctx.obj.client() as client:
+        client.drain(grace)
+    typer.echo(f"draining, the server ends within {grace:g} s")
+
+
+@server_app.command("restart-worker")
+def server_restart_worker(
+    ctx: typer.Context,
+    worker: Annotated[str, typer.Argument(help="pool#index, as `server pools` shows it.")],
+) -> None:
+    """Drain one worker and start it again."""
+    with ctx.obj.client() as client:
+        done = client.restart_worker(worker)
+    typer.echo(f"{worker}: pid {done.old_pid} -> {done.new_pid}")
+
+
+@server_app.command("reload")
+def server_reload(
+    ctx: typer.Context,
+    pool: Annotated[str, typer.Argument(help="The pool.")],
+    model: Annotated[str, typer.Argument(help="A package; empty = the present one again.")] = "",
+) -> None:
+    """Swap a pool's model without losing a frame."""
+    with ctx.obj.client() as client:
+        done = client.reload_model(pool, model)
+    typer.echo(f"{pool}: {done.old_model_id} -> {done.new_model_id}")
+
+
+def events(
+    ctx: typer.Context,
+    kind: Annotated[
+        list[types.EventKind] | None, typer.Option(help="Only these; may be given again.")
+    ] = None,
+    resume_token: Annotated[str, typer.Option(help="Go on after this event.")] = "",
+    count: Annotated[int, typer.Option(min=0, help="Stop after so many; 0 = never.")] = 0,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Events as they happen, until interrupted; a broken connection is made again."""
+    told = 0
+    reconnect = facelane.Reconnect(max_attempts=10)
+    with ctx.obj.client() as client:
+        while True:
+            try:
+                with client.watch_events(resume_token, kind or (), reconnect=reconnect) as stream:
+                    resume_token = ""
+                    for event in stream:
+                        if output_format is Format.jsonl:
+                            output.json_line("event", event)
+                        else:
+                            typer.echo(_event_words(event))
+                        told += 1
+                        if told == count:
+                            break
+                return
+            except facelane.HistoryLostError as error:
+                if resume_token:
+                    raise  # The one that was given: the caller wants to know.
+                typer.echo(f"facelane: {error.message}", err=True)
+
+
+def _event_words(event: types.Event) -> str:
+    when = event.event_time.astimezone().strftime("%H:%M:%S") if event.event_time else "--:--:--"
+    parts = [when, event.kind.value]
+    if event.source_id:
+        parts.append(f"source={event.source_id}")
+    if event.track_id:
+        parts.append(f"track={event.track_id}")
+    if event.identity.subject_id:
+        parts.append(f"subject={event.identity.subject_id}")
+    if event.ood_score is not None:
+        parts.append(f"ood={event.ood_score:.2f}")
+    if event.pool:
+        parts.append(f"pool={event.pool}")
+    if event.message:
+        parts.append(event.message)
+    return " ".join(parts)
