@@ -32,7 +32,6 @@ from facelane_server.app import ServedModels, state_dir
 from facelane_server.domain import Encoding, FacelaneError, Picture, Stage
 from facelane_server.edge.auth import Authenticator, read_keys
 from facelane_server.edge.tls import Certificates, validity
-from facelane_server.gallery.store import Store
 from facelane_server.monitor import Nvml, NvmlMissingError
 from facelane_server.pools import mps
 from facelane_server.pools.host import Launchers
@@ -44,6 +43,7 @@ from facelane_server.pools.tasks import (
     Request,
     Task,
 )
+from facelane_server.store.gallery import Store
 
 TORCH_TIMEOUT_S: Final = 120.0
 INFERENCE_TIMEOUT_S: Final = 120.0

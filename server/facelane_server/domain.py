@@ -163,6 +163,17 @@ Landmarks = tuple[tuple[float, float], ...]
 the picture's left, the other mouth corner (the order of the ArcFace template)."""
 
 
+@dataclass(frozen=True, slots=True)
+class DetectedFace:
+    """A face of one picture before any model behind the detector has seen it. ``score`` in
+    [0, 1]; ``crops`` in the order that the detector pool was configured with."""
+
+    box: Box
+    score: float
+    landmarks: Landmarks
+    crops: tuple[bytes, ...] = ()
+
+
 class Decision(enum.StrEnum):
     """The outcome of open-set identification of one face."""
 
@@ -218,6 +229,16 @@ class Liveness:
 
 
 @dataclass(frozen=True, slots=True)
+class Sighting:
+    """What is known of one track at one moment. ``ood_score`` in [0, 1]."""
+
+    track_id: int
+    identity: Identity
+    liveness: Liveness
+    ood_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Face:
     """One face of one frame. ``ood_score`` is in [0, 1], higher = more trustworthy."""
 
@@ -253,6 +274,27 @@ class FrameResult:
     missing_stages: tuple[Stage, ...] = ()
     """Stages that were asked for and could not answer: their fields are absent, and
     an absent verdict is never LIVE and never a MATCH."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaceReading:
+    """A face of a single picture with its embedding. ``vector``: float32 bytes of unit norm,
+    empty when it was not asked for or the recogniser did not answer. ``face``: its OOD score
+    and its liveness are those of this one shot."""
+
+    face: Face
+    vector: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A single picture after all stages that were asked for; ``readings`` has one entry for
+    each face of ``result``. ``model_id``: of the recogniser whose vectors these are; empty =
+    the one that serves."""
+
+    result: FrameResult
+    readings: tuple[FaceReading, ...]
+    model_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

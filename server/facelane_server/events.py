@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from facelane_server import limits
-from facelane_server.domain import FacelaneError, Identity, Liveness, Reason
+from facelane_server.domain import FacelaneError, Reason, Sighting
 
 _TOKEN: Final = struct.Struct(">8sQ")
 
@@ -53,11 +53,8 @@ class Event:
     time_ns: int
     source_id: str = ""
     stream_id: str = ""
-    track_id: int = 0
     gallery_id: str = ""
-    identity: Identity | None = None
-    liveness: Liveness | None = None
-    ood_score: float | None = None
+    sighting: Sighting | None = None
     pool: str = ""
     message: str = ""
 
@@ -97,11 +94,8 @@ class EventFeed:
         *,
         source_id: str = "",
         stream_id: str = "",
-        track_id: int = 0,
         gallery_id: str = "",
-        identity: Identity | None = None,
-        liveness: Liveness | None = None,
-        ood_score: float | None = None,
+        sighting: Sighting | None = None,
         pool: str = "",
         message: str = "",
     ) -> Event:
@@ -113,11 +107,8 @@ class EventFeed:
             self._clock_ns(),
             source_id,
             stream_id,
-            track_id,
             gallery_id,
-            identity,
-            liveness,
-            ood_score,
+            sighting,
             pool,
             message,
         )

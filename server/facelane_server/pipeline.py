@@ -1,8 +1,8 @@
 """One picture through the stage graph: detector, then recogniser and liveness per face.
 
-The graph is data (``GRAPH``): which stage follows which, and whether a frame can have a
-result without it. The detector is required; a recogniser or liveness pool that cannot
-answer leaves its fields absent and is named in ``missing_stages``.
+The graph is this code: the detector, which a frame has no result without, and behind it
+the recogniser and the liveness stage side by side, each of which leaves its fields absent
+and is named in ``missing_stages`` when it cannot answer.
 
 Everything here runs on the server's event loop and never blocks it. Callbacks instead
 of coroutines on the way of a frame: one future a task is all that is allocated.
@@ -15,16 +15,19 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from facelane_server.domain import (
     Candidate,
+    DetectedFace,
     Face,
     FacelaneError,
+    FaceReading,
     FrameResult,
     Identity,
     Liveness,
     Picture,
+    Reading,
     Reason,
     Stage,
     StageTiming,
@@ -33,30 +36,12 @@ from facelane_server.gallery import decide
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.pools.tasks import (
     DetectAnswer,
-    DetectedFace,
     DetectRequest,
     EmbedAnswer,
     EmbedRequest,
     LivenessAnswer,
     LivenessRequest,
     Task,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class StageNode:
-    """``after``: the stage whose answer feeds this one. ``required``: a frame has no
-    result without it."""
-
-    stage: Stage
-    after: Stage | None
-    required: bool
-
-
-GRAPH: Final = (
-    StageNode(Stage.DETECTOR, after=None, required=True),
-    StageNode(Stage.RECOGNIZER, after=Stage.DETECTOR, required=False),
-    StageNode(Stage.LIVENESS, after=Stage.DETECTOR, required=False),
 )
 
 
@@ -128,20 +113,6 @@ class Timings:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FaceReading:
-    """A detected face with what is known of it; ``analyse`` gives one a face."""
-
-    face: Face
-    vector: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    result: FrameResult
-    readings: tuple[FaceReading, ...]
-
-
 class Pipeline:
     """The stage graph over its pools.
 
@@ -159,9 +130,8 @@ class Pipeline:
         known: Callable[[str, str], bool] = lambda _gallery_id, _subject_id: True,
     ) -> None:
         """``known``: whether (gallery id, subject id) can be recognised at this moment."""
-        for node in GRAPH:
-            if node.required and node.stage not in pools:
-                raise ValueError(f"the {node.stage} stage is required")
+        if Stage.DETECTOR not in pools:
+            raise ValueError("the detector stage is required")
         self.pools = dict(pools)
         self.thresholds = thresholds
         self.known = known

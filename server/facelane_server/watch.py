@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
-from facelane_server.domain import Decision, Identity, Liveness, Outcome
+from facelane_server.domain import Decision, Outcome, Sighting
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.lanes import Lane
 from facelane_server.observability import Metrics
@@ -49,54 +49,22 @@ class LaneWatch:
         del lane  # metrics are not kept a stream: their number would grow without a bound
         self._metrics.outcome(outcome)
 
-    def track_decided(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        self._publish(EventKind.SUBJECT_SEEN, lane, track_id, identity, liveness, ood_score)
+    def track_decided(self, lane: Lane, sighting: Sighting) -> None:
+        self._publish(EventKind.SUBJECT_SEEN, lane, sighting)
 
-    def track_suspected(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        self._publish(EventKind.SPOOF_SUSPECTED, lane, track_id, identity, liveness, ood_score)
+    def track_suspected(self, lane: Lane, sighting: Sighting) -> None:
+        self._publish(EventKind.SPOOF_SUSPECTED, lane, sighting)
 
-    def track_ended(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
+    def track_ended(self, lane: Lane, sighting: Sighting) -> None:
         self._metrics.tracks_ended.inc()
-        if identity.decision in (Decision.UNKNOWN, Decision.AMBIGUOUS):
-            self._publish(EventKind.UNKNOWN_SEEN, lane, track_id, identity, liveness, ood_score)
+        if sighting.identity.decision in (Decision.UNKNOWN, Decision.AMBIGUOUS):
+            self._publish(EventKind.UNKNOWN_SEEN, lane, sighting)
 
-    def _publish(
-        self,
-        kind: EventKind,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
+    def _publish(self, kind: EventKind, lane: Lane, sighting: Sighting) -> None:
         self._events.publish(
             kind,
             source_id=lane.options.source_id,
             stream_id=lane.stream_id,
-            track_id=track_id,
             gallery_id=lane.options.plan.gallery_id,
-            identity=identity,
-            liveness=liveness,
-            ood_score=ood_score,
+            sighting=sighting,
         )

@@ -184,8 +184,8 @@ def test_libraries_stay_where_they_belong() -> None:
             server / "modeltools" / "importer.py",
             CLIENTS / "facelane",
         ],
-        "sqlalchemy": [server / "gallery"],
-        "sqlite3": [server / "gallery"],
+        "sqlalchemy": [server / "store"],
+        "sqlite3": [server / "store"],
         "pynvml": [server / "monitor.py", server / "worker" / "device.py", server / "doctor.py"],
         "av": [CLIENTS],
         "cv2": [

@@ -6,13 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from facelane_server.domain import Box, Candidate, FacelaneError, Landmarks, Reason, Stage
+from facelane_server.domain import (
+    Box,
+    Candidate,
+    DetectedFace,
+    FacelaneError,
+    Landmarks,
+    Reason,
+    Stage,
+)
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.tasks import (
     Answer,
     DetectAnswer,
-    DetectedFace,
     EmbedAnswer,
     EmbedRequest,
     LivenessAnswer,

@@ -17,8 +17,8 @@ from facelane_server import config, doctor
 from facelane_server.doctor import Check, Report, Status
 from facelane_server.domain import Stage
 from facelane_server.edge.auth import new_key
-from facelane_server.gallery.store import Store
 from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
+from facelane_server.store.gallery import Store
 
 NULL = """
 [pools.detector]

@@ -21,7 +21,7 @@ def feed_of(history: int = 8, watchers: int = 4) -> EventFeed:
 
 def fill(feed: EventFeed, count: int, kind: EventKind = SEEN) -> None:
     for n in range(count):
-        feed.publish(kind, track_id=n)
+        feed.publish(kind, message=str(n))
 
 
 async def numbers(watcher: Watcher) -> list[int]:
@@ -42,14 +42,14 @@ async def test_a_watcher_sees_what_happens_from_now_on() -> None:
         waiting = asyncio.create_task(watcher.batch())
         await asyncio.sleep(0)
         assert not waiting.done()
-        event = feed.publish(SEEN, stream_id="s", track_id=9)
+        event = feed.publish(SEEN, stream_id="s")
         assert await asyncio.wait_for(waiting, 5) == [event]
         assert (event.sequence, event.time_ns, event.stream_id) == (4, 7, "s")
 
 
 async def test_a_token_resumes_behind_its_event() -> None:
     feed = feed_of()
-    events = [feed.publish(SEEN, track_id=n) for n in range(5)]
+    events = [feed.publish(SEEN, message=str(n)) for n in range(5)]
     token = feed.token(events[2])
     with feed.watch(token) as watcher:
         assert await numbers(watcher) == [4, 5]

@@ -15,15 +15,18 @@ from facelane_server.domain import (
     Encoding,
     Face,
     FacelaneError,
+    FaceReading,
+    FrameResult,
     Identity,
     Liveness,
     LivenessVerdict,
     Picture,
+    Reading,
     Reason,
     Stage,
 )
 from facelane_server.gallery.decide import Thresholds
-from facelane_server.gallery.enrolment import Enrolment, Probe, ProbedFace, Request, enroll
+from facelane_server.gallery.enrolment import Enrolment, Request, enroll
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.ipc.messages import GallerySnapshot
 
@@ -41,7 +44,7 @@ def face(
     width: float = 100.0,
     ood: float | None = 0.8,
     liveness: Liveness = LIVE,
-) -> ProbedFace:
+) -> FaceReading:
     values = np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
     found = Face(
         track_id=0,
@@ -52,19 +55,20 @@ def face(
         liveness=liveness,
         ood_score=ood,
     )
-    return ProbedFace(found, (values / np.linalg.norm(values)).tobytes())
+    return FaceReading(found, (values / np.linalg.norm(values)).tobytes())
 
 
 class Pipeline:
     """Answers with prepared faces and counts how often it was asked."""
 
-    def __init__(self, *faces: ProbedFace, missing: tuple[Stage, ...] = ()) -> None:
-        self.probe = Probe(640, 480, faces, missing)
+    def __init__(self, *faces: FaceReading, missing: tuple[Stage, ...] = ()) -> None:
+        result = FrameResult(640, 480, tuple(one.face for one in faces), missing_stages=missing)
+        self.reading = Reading(result, faces)
         self.calls = 0
 
-    async def __call__(self, picture: Picture) -> Probe:
+    async def __call__(self, picture: Picture) -> Reading:
         self.calls += 1
-        return self.probe
+        return self.reading
 
 
 @pytest.fixture
@@ -240,12 +244,12 @@ async def test_without_a_recogniser_nobody_is_enrolled(tmp_path: Path) -> None:
 async def test_a_vector_of_another_model_is_neither_kept_nor_compared(gallery: Gallery) -> None:
     """The recogniser's model was changed while the picture was on its way."""
     pipeline = Pipeline(face())
-    pipeline.probe = dataclasses.replace(pipeline.probe, model_id="m@2")
+    pipeline.reading = dataclasses.replace(pipeline.reading, model_id="m@2")
     with pytest.raises(FacelaneError) as changing:
         await run(gallery, pipeline, request())
     assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
     assert await gallery.counts() == (0, 0)
-    pipeline.probe = dataclasses.replace(pipeline.probe, model_id="m@1")
+    pipeline.reading = dataclasses.replace(pipeline.reading, model_id="m@1")
     assert (await run(gallery, pipeline, request())).created
     assert gallery.similarity("", "ada", face().vector, model_id="m@1") > 0.99
     with pytest.raises(FacelaneError) as changing:

@@ -24,16 +24,16 @@ from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.gallery import index as index_module
 from facelane_server.gallery.gallery import Gallery
-from facelane_server.gallery.index import (
+from facelane_server.gallery.index import GalleryIndex
+from facelane_server.gallery.snapshot import (
     AddTemplate,
     Change,
-    GalleryIndex,
     RemoveSubject,
     RemoveTemplate,
     SubjectKey,
 )
-from facelane_server.gallery.store import RequestKey
 from facelane_server.ipc.messages import GallerySnapshot, decode_to_worker, encode
+from facelane_server.store.records import RequestKey
 
 DIM = 16
 F32 = npt.NDArray[np.float32]
@@ -465,17 +465,20 @@ async def test_waiting_calls_are_bounded(gallery: Gallery, monkeypatch: pytest.M
         assert release.wait(20)
         return True
 
-    monkeypatch.setattr(gallery._store, "has_gallery", hang)
-    calls = [asyncio.create_task(gallery.has_gallery("g")) for _ in range(limits.MAX_GALLERY_CALLS)]
+    monkeypatch.setattr(gallery._store, "list_templates", hang)
+    calls = [
+        asyncio.create_task(gallery.list_templates("g", "a"))
+        for _ in range(limits.MAX_GALLERY_CALLS)
+    ]
     assert await asyncio.to_thread(entered.wait, 10)
     with pytest.raises(FacelaneError) as caught:
-        await gallery.counts()
+        await gallery.list_templates("g", "a")
     assert (caught.value.reason, caught.value.retryable) == (Reason.GALLERY_UNAVAILABLE, True)
     # Giving up does not make room: the thread still has those calls before it.
     for call in calls[1:]:
         call.cancel()
     with pytest.raises(FacelaneError):
-        await gallery.counts()
+        await gallery.list_templates("g", "a")
     release.set()
     assert await calls[0]
     # Calls nobody waits for are not carried out, and the room is there again.
@@ -487,10 +490,10 @@ async def test_a_slow_store_has_a_deadline(
     gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(gallery._store, "has_gallery", lambda _: release.wait(20))
+    monkeypatch.setattr(gallery._store, "list_templates", lambda *_: release.wait(20))
     monkeypatch.setattr("facelane_server.gallery.gallery.CALL_TIMEOUT_S", 0.05)
     with pytest.raises(FacelaneError) as caught:
-        await gallery.has_gallery("g")
+        await gallery.list_templates("g", "a")
     assert (caught.value.reason, caught.value.retryable) == (Reason.GALLERY_UNAVAILABLE, True)
     release.set()
 

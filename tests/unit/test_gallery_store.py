@@ -16,8 +16,10 @@ from structlog.testing import capture_logs
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.gallery import store as store_module
-from facelane_server.gallery.store import NewTemplate, RequestKey, Store, unit_float16
+from facelane_server.store import gallery as store_module
+from facelane_server.store import sqlite
+from facelane_server.store.gallery import Store
+from facelane_server.store.records import NewTemplate, RequestKey, unit_float16
 
 DIM = 64
 MODEL = "m@1#aa"
@@ -209,7 +211,6 @@ def test_deleting_templates(store: Store) -> None:
     store.enroll("g", "a", new(3))
     assert store.delete_subject("g", "a") == 2
     assert store.counts() == (0, 0)
-    assert not store.has_gallery("g")
 
 
 def test_an_embedding_without_a_direction_is_refused(store: Store) -> None:
@@ -241,7 +242,7 @@ def test_a_log_that_somebody_reads_is_emptied_as_soon_as_it_can_be(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backup is being taken while somebody is deleted."""
-    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 50)
     store.enroll("g", "a", new(1), create_subject=True)
     needle = unit_float16(vector(1)).tobytes()
     reader = sqlite3.connect(path, isolation_level=None)
@@ -266,14 +267,14 @@ def test_a_deletion_stands_whatever_becomes_of_the_log(
     store.enroll("g", "a", new(1), create_subject=True)
     broken = sa.exc.OperationalError("", {}, sqlite3.OperationalError("unable to open"))
 
-    connect, calls = store._engine.raw_connection, itertools.count()
+    connect, calls = store._file._engine.raw_connection, itertools.count()
 
     def refuse() -> sa.PoolProxiedConnection:
         if next(calls) > 0:  # the deletion itself has one
             raise broken
         return connect()
 
-    monkeypatch.setattr(store._engine, "raw_connection", refuse)
+    monkeypatch.setattr(store._file._engine, "raw_connection", refuse)
     assert store.delete_subject("g", "a") == 1
     monkeypatch.undo()
     assert store.counts() == (0, 0)
@@ -455,7 +456,7 @@ def test_a_locked_file_is_retryable(
 
 def test_a_full_disk_is_retryable_and_loses_nothing(store: Store) -> None:
     store.enroll("g", "a", new(1), create_subject=True)
-    with store._engine.connect() as connection:
+    with store._file._engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
         connection.rollback()

@@ -29,12 +29,12 @@ from facelane_server.domain import (
     FrameError,
     FrameResult,
     Identity,
-    Liveness,
     LivenessVerdict,
     Outcome,
     Overload,
     Picture,
     Reason,
+    Sighting,
     Stage,
 )
 from facelane_server.lanes import (
@@ -61,25 +61,16 @@ class Recorder(SilentObserver):
     def outcome(self, lane: Lane, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
 
-    def track_decided(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        self.decided.append((track_id, identity.subject_id))
+    def track_decided(self, lane: Lane, sighting: Sighting) -> None:
+        self.decided.append((sighting.track_id, sighting.identity.subject_id))
 
-    def track_ended(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        self.ended.append((track_id, identity.decision))
+    def track_ended(self, lane: Lane, sighting: Sighting) -> None:
+        self.ended.append((sighting.track_id, sighting.identity.decision))
+
+
+def unwritten(lane: Lane) -> int:
+    """Frames without a written outcome."""
+    return len(lane._entries) + lane._unwritten
 
 
 class Stream:
@@ -415,7 +406,7 @@ async def test_the_window_counts_frames_until_they_are_written() -> None:
     assert len(items) == 2
     s.lane.written()
     assert s.lane.can_accept
-    assert s.lane.backlog == 1
+    assert unwritten(s.lane) == 1
 
 
 async def test_the_window_in_bytes_always_lets_one_frame_in() -> None:
@@ -489,7 +480,7 @@ async def test_an_aborted_lane_withdraws_and_counts_the_rest() -> None:
     totals = s.lane.totals
     assert totals.drops_by_reason == {DropReason.STREAM_CLOSED: 5}
     assert (totals.received, totals.drops, totals.results) == (5, 5, 0)
-    assert s.lane.backlog == 0
+    assert unwritten(s.lane) == 0
     # What was under way may still come: nobody minds.
     s.pools.detector.answer(LOST)
     s.pools.answer_second()
@@ -760,7 +751,7 @@ class AnyOrder(RuleBasedStateMachine):
         tasks = self.pools.detector.tasks
         sizes = [len(task.request.picture.data) for task in tasks]
         if not self.aborted:
-            assert self.lane.backlog <= WINDOW
+            assert unwritten(self.lane) <= WINDOW
             assert len(tasks) <= WINDOW
             # The last frame was let in below the bound.
             assert sum(sizes) - max(sizes, default=0) < WINDOW_BYTES

@@ -16,6 +16,7 @@ from facelane_server.domain import (
     Box,
     Candidate,
     Decision,
+    DetectedFace,
     DropReason,
     Encoding,
     FacelaneError,
@@ -31,7 +32,7 @@ from facelane_server.domain import (
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.lanes import Lane, LaneOptions
 from facelane_server.pipeline import Pipeline
-from facelane_server.pools.tasks import DetectAnswer, DetectedFace, EmbedAnswer, LivenessAnswer
+from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer
 
 THRESHOLDS = Thresholds(match=0.5, margin=0.05, ood=0.4, live=0.8, spoof=0.2)
 PICTURE = Picture(Encoding.BGR24, bytes(64 * 64 * 3), 64, 64, 192)

@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from facelane_server import config, limits, tracking
-from facelane_server.domain import Box, Candidate, Decision, Identity, Landmarks, LivenessVerdict
-from facelane_server.tracking import Detection, Params, Track, Tracks, Update, update
+from facelane_server.domain import (
+    Box,
+    Candidate,
+    Decision,
+    DetectedFace,
+    Identity,
+    Landmarks,
+    LivenessVerdict,
+)
+from facelane_server.tracking import Params, Track, Tracks, Update, linking, update
 
 MS = 1_000_000
 SECOND = 1_000 * MS
@@ -28,9 +36,9 @@ def frontal(box: Box) -> Landmarks:
     return tuple((box.x + u * box.width, box.y + v * box.height) for u, v in points)
 
 
-def at(x: float, y: float = 100.0, size: float = 60.0, score: float = 0.9) -> Detection:
+def at(x: float, y: float = 100.0, size: float = 60.0, score: float = 0.9) -> DetectedFace:
     box = Box(x, y, size, size)
-    return Detection(box, score, frontal(box))
+    return DetectedFace(box, score, frontal(box))
 
 
 def match(subject: str, similarity: float = 0.6) -> Identity:
@@ -48,7 +56,7 @@ class Thresholds:
 
 
 def play(
-    frames: Iterable[Sequence[Detection]],
+    frames: Iterable[Sequence[DetectedFace]],
     *,
     start: Tracks | None = None,
     begin_ns: int = 0,
@@ -175,7 +183,7 @@ def test_a_frozen_media_time_still_links() -> None:
     ],
 )
 def test_a_box_without_an_area_is_not_tracked(box: Box) -> None:
-    done = update(Tracks(), [Detection(box, 0.9, ()), at(10)], 0, PARAMS)
+    done = update(Tracks(), [DetectedFace(box, 0.9, ()), at(10)], 0, PARAMS)
     assert done.assignments == (0, 1)
 
 
@@ -209,7 +217,7 @@ scenes = st.lists(
 
 @settings(max_examples=150)
 @given(scenes)
-def test_what_always_holds(scene: list[tuple[list[Detection], int]]) -> None:
+def test_what_always_holds(scene: list[tuple[list[DetectedFace], int]]) -> None:
     tracks, now = Tracks(), 0
     ended: set[int] = set()
     for found, step in scene:
@@ -239,7 +247,7 @@ def test_what_always_holds(scene: list[tuple[list[Detection], int]]) -> None:
 @settings(max_examples=100)
 @given(scenes, st.randoms())
 def test_the_order_of_detections_does_not_matter(
-    scene: list[tuple[list[Detection], int]], random: object
+    scene: list[tuple[list[DetectedFace], int]], random: object
 ) -> None:
     tracks, now = Tracks(), 0
     for found, step in scene:
@@ -263,11 +271,11 @@ def test_the_linking_costs_as_little_as_any(rows: int, columns: int, random: obj
     known = [Track(k + 1, Box(draw(0, 200), draw(0, 200), 60, 60), 0, 0) for k in range(columns)]
     boxes = [Box(draw(0, 200), draw(0, 200), draw(30, 90), 60) for _ in range(rows)]
     boxes.sort(key=lambda box: box.x)
-    links = tracking._assign(known, boxes, 0, PARAMS)
+    links = linking._assign(known, boxes, 0, PARAMS)
     matrix = np.full((rows, columns), 1e6)
     for r, box in enumerate(boxes):
         for c, track in enumerate(known):
-            cost = tracking._cost(track.box, box, PARAMS)
+            cost = linking._cost(track.box, box, PARAMS)
             if cost is not None:
                 matrix[r, c] = cost[0]
     best = [(r, c) for r, c in zip(*linear_sum_assignment(matrix), strict=True)]
@@ -281,7 +289,7 @@ def test_the_linking_costs_as_little_as_any(rows: int, columns: int, random: obj
 
 
 def recognized(
-    track: Track, identity: Identity, ood: float, now_ns: int, found: Detection | None = None
+    track: Track, identity: Identity, ood: float, now_ns: int, found: DetectedFace | None = None
 ) -> Track:
     return tracking.with_recognition(track, found or at(10), ood, identity, now_ns)
 
@@ -539,7 +547,7 @@ def test_frontalness_falls_with_yaw_and_pitch_but_not_with_tilt() -> None:
 def test_quality_is_always_a_share(
     points: list[tuple[float, float]], score: float, size: float
 ) -> None:
-    found = Detection(Box(0, 0, size, size), score, tuple(points))
+    found = DetectedFace(Box(0, 0, size, size), score, tuple(points))
     assert 0.0 <= tracking.quality(found) <= 1.0
 
 
@@ -647,7 +655,7 @@ def test_parameters_come_from_the_config() -> None:
 
 def test_preparing_imports_the_solver() -> None:
     tracking.prepare()
-    assert tracking._solver() is linear_sum_assignment
+    assert linking._solver() is linear_sum_assignment
 
 
 def test_a_late_answer_from_before_the_suspicion_makes_nobody_live() -> None:

@@ -17,7 +17,7 @@ from facelane.v1 import analysis_service_pb2 as pb
 from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import limits, tracking
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Outcome, Picture, Reason, Stage
+from facelane_server.domain import FacelaneError, Outcome, Picture, Reading, Reason, Stage
 from facelane_server.edge import convert, errors
 from facelane_server.lanes import (
     Lane,
@@ -28,7 +28,7 @@ from facelane_server.lanes import (
     TrackEnded,
     Update,
 )
-from facelane_server.pipeline import Origin, Pipeline, Plan, Reading
+from facelane_server.pipeline import Origin, Pipeline, Plan
 
 log = structlog.get_logger(__name__)
 

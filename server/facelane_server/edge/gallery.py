@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -15,14 +16,14 @@ from facelane.v1 import gallery_service_pb2 as pb
 from facelane.v1 import gallery_service_pb2_grpc as pb_grpc
 from facelane_server import limits
 from facelane_server.config import Config
-from facelane_server.domain import Decision, Face, FacelaneError, Identity, Picture, Reason, Stage
+from facelane_server.domain import FacelaneError, Picture, Reading, Reason, Stage
 from facelane_server.edge import convert, errors
 from facelane_server.edge.analysis import AnalysisService
-from facelane_server.gallery import decide, enrolment
+from facelane_server.gallery import enrolment, verification
 from facelane_server.gallery.gallery import Gallery, model_changing
-from facelane_server.gallery.store import Subject, Template
 from facelane_server.naming import gallery_name
 from facelane_server.pipeline import Pipeline, Plan
+from facelane_server.store.records import Subject, Template
 
 log = structlog.get_logger(__name__)
 
@@ -135,17 +136,12 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         self, request: pb.EnrollFaceRequest, context: Context
     ) -> pb.EnrollFaceResponse:
         remaining = context.time_remaining()
-
-        async def analyse(picture: Picture) -> enrolment.Probe:
-            plan = Plan(
-                recognize=True,
-                liveness=not request.skip_liveness,
-                gallery_id="",
-                max_faces=self._config.limits.max_faces,
-                want_vectors=True,
-            )
-            return await self._probe(picture, plan, remaining)
-
+        plan = Plan(
+            liveness=not request.skip_liveness,
+            gallery_id="",
+            max_faces=self._config.limits.max_faces,
+            want_vectors=True,
+        )
         enrolled = await enrolment.enroll(
             self._gallery,
             enrolment.Request(
@@ -158,7 +154,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 allow_multiple_faces=request.allow_multiple_faces,
                 skip_liveness=request.skip_liveness,
             ),
-            analyse=analyse,
+            analyse=lambda picture: self._read(picture, plan, remaining),
             thresholds=self._pipeline.thresholds,
             liveness_configured=Stage.LIVENESS in self._pipeline.pools,
         )
@@ -174,45 +170,21 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     async def VerifyFace(
         self, request: pb.VerifyFaceRequest, context: Context
     ) -> pb.VerifyFaceResponse:
-        picture = convert.picture(request.picture, self._config)
-        await self._gallery.get_subject(request.gallery_id, request.subject_id)
-        probe = await self._probe(
-            picture, self._plan("", want_vectors=True), context.time_remaining()
+        plan, remaining = self._plan("", want_vectors=True), context.time_remaining()
+        found = await verification.verify(
+            self._gallery,
+            request.gallery_id,
+            request.subject_id,
+            convert.picture(request.picture, self._config),
+            analyse=lambda picture: self._read(picture, plan, remaining),
+            thresholds=self._pipeline.thresholds,
         )
-        if not probe.faces:
-            raise FacelaneError(
-                Reason.NO_FACE,
-                "no face was found; send a picture that shows the face upright as it is stored "
-                "(an EXIF rotation is not applied)",
-            )
-        if len(probe.faces) > 1:
-            raise FacelaneError(
-                Reason.MULTIPLE_FACES,
-                "the picture shows several faces; crop it to the one that is meant",
-                metadata={"faces": str(len(probe.faces))},
-            )
-        probed = probe.faces[0]
-        if not probed.vector:
-            raise _unanswered()
-        thresholds = self._pipeline.thresholds
-        similarity = self._gallery.similarity(
-            request.gallery_id, request.subject_id, probed.vector, model_id=probe.model_id
+        return pb.VerifyFaceResponse(
+            verified=found.verified,
+            similarity=found.similarity,
+            threshold=found.threshold,
+            face=convert.face(found.face),
         )
-        decision = decide.verify(probed.face.ood_score, similarity, thresholds)
-        trusted = decision is not Decision.REJECTED_OOD
-        identity = Identity(
-            decision,
-            request.subject_id if decision is Decision.MATCH else "",
-            similarity if trusted else None,
-        )
-        message = pb.VerifyFaceResponse(
-            verified=decision is Decision.MATCH,
-            threshold=thresholds.match,
-            face=convert.face(_with_identity(probed.face, identity)),
-        )
-        if trusted:
-            message.similarity = similarity
-        return message
 
     @answers_errors
     async def IdentifyFace(
@@ -226,7 +198,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         plan = self._plan(gallery_name(request.gallery_id), request.max_candidates)
         reading = await self._analysis.analyse(picture, plan, remaining_s=context.time_remaining())
         if Stage.RECOGNIZER in reading.result.missing_stages:
-            raise _unanswered()
+            raise verification.unanswered()
         return pb.IdentifyFaceResponse(faces=convert.faces(reading.result.faces))
 
     def _plan(
@@ -248,44 +220,13 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             want_vectors=want_vectors,
         )
 
-    async def _probe(
-        self, picture: Picture, plan: Plan, remaining_s: float | None
-    ) -> enrolment.Probe:
+    async def _read(self, picture: Picture, plan: Plan, remaining_s: float | None) -> Reading:
         """The faces of a picture, and the model that their vectors are of."""
         model_id = self._analysis.model_id(Stage.RECOGNIZER)
         reading = await self._analysis.analyse(picture, plan, remaining_s=remaining_s)
         if self._analysis.model_id(Stage.RECOGNIZER) != model_id:
             raise model_changing()  # in between: the vectors may be of either
-        result = reading.result
-        return enrolment.Probe(
-            result.width,
-            result.height,
-            tuple(enrolment.ProbedFace(r.face, r.vector) for r in reading.readings),
-            result.missing_stages,
-            model_id,
-        )
-
-
-def _unanswered() -> FacelaneError:
-    return FacelaneError(
-        Reason.POOL_UNAVAILABLE,
-        "the recognizer stage did not answer; try again",
-        metadata={"stage": Stage.RECOGNIZER.value},
-        retryable=True,
-    )
-
-
-def _with_identity(face: Face, identity: Identity) -> Face:
-    return Face(
-        face.track_id,
-        face.box,
-        face.score,
-        face.landmarks,
-        identity,
-        face.liveness,
-        face.ood_score,
-        face.recognized_now,
-    )
+        return replace(reading, model_id=model_id)
 
 
 def _moment(ns: int) -> datetime:

@@ -217,15 +217,15 @@ def _event(event: Event) -> event_pb.Event:
         event_time=convert.timestamp(datetime.fromtimestamp(event.time_ns / 1e9, UTC)),
         source_id=event.source_id,
         stream_id=event.stream_id,
-        track_id=event.track_id,
         gallery_id=event.gallery_id,
         pool=event.pool,
         message=event.message,
     )
-    if event.identity is not None:
-        message.identity.CopyFrom(convert.identity(event.identity))
-    if event.liveness is not None:
-        message.liveness.CopyFrom(convert.liveness(event.liveness))
-    if event.ood_score is not None:
-        message.ood_score = event.ood_score
+    if event.sighting is not None:
+        seen = event.sighting
+        message.track_id = seen.track_id
+        message.identity.CopyFrom(convert.identity(seen.identity))
+        message.liveness.CopyFrom(convert.liveness(seen.liveness))
+        if seen.ood_score is not None:
+            message.ood_score = seen.ood_score
     return message

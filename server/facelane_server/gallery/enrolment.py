@@ -1,6 +1,6 @@
 """Enrolment: one picture, one face, one template; or a refusal that says why.
 
-The picture goes through the same stages as any other (the pipeline gives ``Probe``). What
+The picture goes through the same stages as any other (the pipeline gives a ``Reading``). What
 would poison a gallery is refused: a face that the recogniser cannot be trusted on, a face
 that may be an attack, a picture from which it is not clear whose face is meant.
 """
@@ -22,46 +22,26 @@ from facelane_server.domain import (
     Decision,
     Face,
     FacelaneError,
+    FaceReading,
     Identity,
     Liveness,
     LivenessVerdict,
     Picture,
+    Reading,
     Reason,
     Stage,
 )
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
-from facelane_server.gallery.store import (
+from facelane_server.naming import check_identifier, gallery_name
+from facelane_server.store.records import (
     RequestKey,
     Subject,
     Template,
     check_display_name,
 )
-from facelane_server.naming import check_identifier, gallery_name
 
-
-@dataclass(frozen=True, slots=True)
-class ProbedFace:
-    """``vector``: float32 bytes of unit norm, empty when the recogniser did not answer.
-    ``face``: its OOD score and its liveness are those of this one shot."""
-
-    face: Face
-    vector: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A picture after all stages that were asked for. ``missing_stages`` could not answer.
-    ``model_id``: of the recogniser; empty = the one that serves."""
-
-    width: int
-    height: int
-    faces: tuple[ProbedFace, ...]
-    missing_stages: tuple[Stage, ...] = ()
-    model_id: str = ""
-
-
-Analyse = Callable[[Picture], Awaitable[Probe]]
+Analyse = Callable[[Picture], Awaitable[Reading]]
 """The pipeline, with embeddings asked for and no gallery searched. Raises the picture's own
 errors and POOL_UNAVAILABLE for the detector."""
 
@@ -135,9 +115,9 @@ async def enroll(
         # Before the expensive part, and before an answer about the face: the caller's first
         # mistake is told first.
         await gallery.get_subject(gallery_id, request.subject_id)
-    probe = await analyse(request.picture)
+    reading = await analyse(request.picture)
     chosen = choose(
-        probe,
+        reading,
         thresholds,
         allow_multiple_faces=request.allow_multiple_faces,
         liveness_required=liveness_configured and not request.skip_liveness,
@@ -148,7 +128,7 @@ async def enroll(
         request.subject_id,
         vector=np.frombuffer(chosen.vector, np.float32),
         ood_score=chosen.face.ood_score,
-        model_id=probe.model_id,
+        model_id=reading.model_id,
         create_subject=request.create_subject,
         display_name=request.display_name,
         request=key,
@@ -158,29 +138,29 @@ async def enroll(
 
 
 def choose(
-    probe: Probe,
+    reading: Reading,
     thresholds: Thresholds,
     *,
     allow_multiple_faces: bool,
     liveness_required: bool,
-) -> ProbedFace:
+) -> FaceReading:
     """The face to enrol, or the refusal; see ``enroll``. Pure."""
-    if not probe.faces:
+    if not reading.readings:
         raise FacelaneError(
             Reason.NO_FACE,
             "no face was found; send a picture that shows one face from the front, upright as it "
             "is stored (an EXIF rotation is not applied), at least 80 pixels wide",
         )
-    if len(probe.faces) > 1 and not allow_multiple_faces:
+    if len(reading.readings) > 1 and not allow_multiple_faces:
         raise FacelaneError(
             Reason.MULTIPLE_FACES,
             "the picture shows several faces; crop it to the one that is meant, or set "
             "allow_multiple_faces to take the largest",
-            metadata={"faces": str(len(probe.faces))},
+            metadata={"faces": str(len(reading.readings))},
         )
-    chosen = max(probe.faces, key=lambda probed: (_area(probed.face.box), probed.face.score))
+    chosen = max(reading.readings, key=lambda one: (_area(one.face.box), one.face.score))
     ood = chosen.face.ood_score
-    if ood is None or not chosen.vector or Stage.RECOGNIZER in probe.missing_stages:
+    if ood is None or not chosen.vector or Stage.RECOGNIZER in reading.result.missing_stages:
         raise _no_answer(Stage.RECOGNIZER, "")
     if not ood >= thresholds.ood:
         raise FacelaneError(
@@ -191,7 +171,7 @@ def choose(
         )
     if liveness_required:
         live = chosen.face.liveness
-        if live.score is None or Stage.LIVENESS in probe.missing_stages:
+        if live.score is None or Stage.LIVENESS in reading.result.missing_stages:
             raise _no_answer(Stage.LIVENESS, ", or set skip_liveness")
         if live.verdict is LivenessVerdict.SPOOF:
             raise FacelaneError(

@@ -20,26 +20,25 @@ import structlog
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.gallery.index import (
+from facelane_server.gallery.index import GalleryIndex, Publish
+from facelane_server.gallery.snapshot import (
     F32,
     AddTemplate,
     Change,
-    GalleryIndex,
-    Publish,
     RemoveSubject,
     RemoveTemplate,
     SubjectKey,
 )
-from facelane_server.gallery.store import (
+from facelane_server.naming import check_identifier, gallery_name
+from facelane_server.store.gallery import Store
+from facelane_server.store.records import (
     Enrolled,
     NewTemplate,
     RequestKey,
-    Store,
     Subject,
     Template,
     unit_float16,
 )
-from facelane_server.naming import check_identifier, gallery_name
 
 CALL_TIMEOUT_S: Final = 10.0
 PUBLISHED_TIMEOUT_S: Final = 5.0
@@ -302,10 +301,6 @@ class Gallery:
     async def recall(self, gallery_id: str, request: RequestKey) -> Enrolled | None:
         """What an earlier enrolment with this request id gave; see ``Store.recall``."""
         return await self._call(lambda: self._store.recall(gallery_id, request))
-
-    async def has_gallery(self, gallery_id: str) -> bool:
-        """Whether any subject is in the gallery."""
-        return await self._call(lambda: self._store.has_gallery(gallery_id))
 
     async def counts(self) -> tuple[int, int]:
         """(subjects, templates) in the store, of all galleries and models."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from facelane_server import limits
-from facelane_server.domain import Box, Candidate, FacelaneError, Reason, Stage
+from facelane_server.domain import Box, Candidate, DetectedFace, FacelaneError, Reason, Stage
 from facelane_server.ipc.arena import aligned
 from facelane_server.ipc.channel import ProtocolError
 from facelane_server.ipc.messages import (
@@ -28,7 +28,6 @@ from facelane_server.ipc.messages import (
 from facelane_server.pools.tasks import (
     Answer,
     DetectAnswer,
-    DetectedFace,
     DetectRequest,
     EmbedAnswer,
     EmbedRequest,

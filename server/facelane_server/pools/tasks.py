@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from facelane_server.domain import Box, Candidate, Landmarks, Picture
+from facelane_server.domain import Candidate, DetectedFace, Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +28,6 @@ class EmbedRequest:
 
 @dataclass(frozen=True, slots=True)
 class LivenessRequest:
-    crops: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DetectedFace:
-    """``crops`` in the order the detector pool was configured with."""
-
-    box: Box
-    score: float
-    landmarks: Landmarks
     crops: tuple[bytes, ...]
 
 

@@ -24,169 +24,34 @@ import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from facelane_server import tracking
 from facelane_server.domain import (
-    Decision,
     DropReason,
-    Face,
     FacelaneError,
     Frame,
     FrameDrop,
     FrameError,
     FrameResult,
-    Identity,
-    Liveness,
-    LivenessVerdict,
     Outcome,
     Overload,
     Reason,
     Stage,
 )
-from facelane_server.pipeline import Evidence, Origin, Pipeline, Plan, Timings, error_of
-from facelane_server.pools.tasks import DetectAnswer, DetectedFace, Task
-
-_DEFAULT_PLAN: Final = Plan()
-
-
-@dataclass(frozen=True, slots=True)
-class LaneOptions:
-    """A stream's config, checked. ``weight``: share of the pools under load."""
-
-    source_id: str = ""
-    plan: Plan = _DEFAULT_PLAN
-    overload: Overload = Overload.LATEST_WINS
-    max_frame_age_ns: int = 1_000_000_000
-    weight: int = 10
-    tracking: bool = True
-    reinference_interval_ns: int = 3_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class TrackEnded:
-    """A track of the stream ended."""
-
-    track_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class StageChanged:
-    """A stage that the stream asked for stopped answering, or answers again."""
-
-    stage: Stage
-    available: bool
-
-
-@dataclass(frozen=True, slots=True)
-class LaneDraining:
-    """The server ends within ``grace_ns``; frames that still come are dropped."""
-
-    grace_ns: int
-
-
-Update = TrackEnded | StageChanged | LaneDraining
-
-
-@dataclass(frozen=True, slots=True)
-class LaneTotals:
-    """``received = results + drops + errors`` once a lane has settled."""
-
-    received: int
-    results: int
-    drops: int
-    errors: int
-    faces: int
-    tracks: int
-    drops_by_reason: dict[DropReason, int]
-
-
-class LaneObserver(Protocol):
-    """Who watches lanes: metrics and the event feed. Called on the event loop; must not raise."""
-
-    def outcome(self, lane: Lane, outcome: Outcome) -> None: ...
-
-    def track_decided(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        """A track was named for the first time, or by another name."""
-
-    def track_suspected(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        """A track was judged an attack, told once a track."""
-
-    def track_ended(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None: ...
-
-
-class SilentObserver:
-    """Watches nothing."""
-
-    def outcome(self, lane: Lane, outcome: Outcome) -> None:
-        """Nothing."""
-
-    def track_decided(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        """Nothing."""
-
-    def track_suspected(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        """Nothing."""
-
-    def track_ended(
-        self,
-        lane: Lane,
-        track_id: int,
-        identity: Identity,
-        liveness: Liveness,
-        ood_score: float | None,
-    ) -> None:
-        """Nothing."""
-
-
-class _Look:
-    """One detected face of one frame, and what was learnt of it on this frame."""
-
-    __slots__ = ("asked", "evidence", "face", "recognize", "take_back", "track_id")
-
-    def __init__(self, face: DetectedFace, track_id: int, *, recognize: bool, live: bool) -> None:
-        self.face = face
-        self.track_id = track_id
-        self.recognize = recognize
-        self.asked = recognize or live
-        self.evidence: Evidence | None = None
-        self.take_back: Callable[[], None] | None = None
-        """While the second stages are under way."""
+from facelane_server.lanes.faces import Faces, Look
+from facelane_server.lanes.types import (
+    LaneDraining,
+    LaneObserver,
+    LaneOptions,
+    LaneTotals,
+    SilentObserver,
+    StageChanged,
+    TrackEnded,
+    Update,
+)
+from facelane_server.pipeline import Evidence, Origin, Pipeline, Timings, error_of
+from facelane_server.pools.tasks import DetectAnswer, Task
 
 
 class _Entry:
@@ -213,11 +78,20 @@ class _Entry:
         self.task: Task[DetectAnswer] | None = None
         self.answer: DetectAnswer | None = None
         self.body: FrameDrop | FrameError | None = None
-        self.looks: list[_Look] = []
+        self.looks: list[Look] = []
         self.missing: tuple[Stage, ...] = ()
         self.outstanding = 0
         self.turned = False
         self.timings = Timings()
+
+
+class _Told:
+    """What the faces tell, as the lane's observer hears it."""
+
+    def __init__(self, lane: Lane, observer: LaneObserver) -> None:
+        self.decided = functools.partial(observer.track_decided, lane)
+        self.suspected = functools.partial(observer.track_suspected, lane)
+        self.ended = functools.partial(observer.track_ended, lane)
 
 
 _EMPTY: Final = b""
@@ -247,7 +121,13 @@ class Lane:
         self._window_bytes = window_bytes
         self._observer: LaneObserver = observer or SilentObserver()
         self._clock = clock
-        self._params = tracking_params
+        self._plan = options.plan
+        self._faces = Faces(
+            pipeline,
+            options.plan,
+            tracking_params if options.tracking else None,
+            _Told(self, observer or SilentObserver()),
+        )
 
         self._entries: deque[_Entry] = deque()
         self._turn = 0  # entries at the left of the deque that have had their turn
@@ -263,18 +143,12 @@ class Lane:
         self._wake_reader = asyncio.Event()
         self._wake_writer = asyncio.Event()
 
-        self._tracks = tracking.Tracks()
-        self._recognizing: Counter[int] = Counter()
-        self._judging: Counter[int] = Counter()
-        self._named: dict[int, str] = {}
-        self._suspected: set[int] = set()
-        self._ended: dict[int, tracking.Track] = {}
         self._unavailable = set(pipeline.unavailable(options.plan))
 
         self._received = 0
         self._results = 0
         self._errors = 0
-        self._faces = 0
+        self._shown = 0
         self._drops: Counter[DropReason] = Counter()
 
     # -- the reader's side -------------------------------------------------------------
@@ -330,13 +204,8 @@ class Lane:
         self._held += entry.size
         if self.options.overload is Overload.LATEST_WINS:
             self._supersede()
-        origin = Origin(
-            self.lane_id,
-            self.options.weight,
-            entry.received_ns + self.options.max_frame_age_ns,
-        )
         self._waiting = entry
-        entry.task = self._pipeline.detect(frame.picture, self.options.plan, origin)
+        entry.task = self._pipeline.detect(frame.picture, self._plan, self._origin(entry))
         entry.task.future.add_done_callback(functools.partial(self._detected, entry))
 
     def _supersede(self) -> None:
@@ -362,7 +231,7 @@ class Lane:
 
     def stages_changed(self) -> None:
         """Some pool's availability changed: tells the client about stages it asked for."""
-        now = set(self._pipeline.unavailable(self.options.plan))
+        now = set(self._pipeline.unavailable(self._plan))
         for stage in Stage:
             if (stage in now) != (stage in self._unavailable):
                 self._push(StageChanged(stage, available=stage not in now))
@@ -393,10 +262,7 @@ class Lane:
 
     def finish(self) -> None:
         """The stream is over: its remaining tracks end. Safe to call twice."""
-        for track in (*self._ended.values(), *self._tracks.active):
-            self._over(track)
-        self._ended.clear()
-        self._tracks = tracking.Tracks(created=self._tracks.created)
+        self._faces.finish()
 
     # -- the writer's side -------------------------------------------------------------
 
@@ -427,15 +293,10 @@ class Lane:
             results=self._results,
             drops=self._drops.total(),
             errors=self._errors,
-            faces=self._faces,
-            tracks=self._tracks.created,
+            faces=self._shown,
+            tracks=self._faces.created,
             drops_by_reason=dict(self._drops),
         )
-
-    @property
-    def backlog(self) -> int:
-        """Frames without a written outcome."""
-        return len(self._entries) + self._unwritten
 
     # -- on the way --------------------------------------------------------------------
 
@@ -490,85 +351,32 @@ class Lane:
 
     def _take_turn(self, entry: _Entry, answer: DetectAnswer) -> None:
         """Tracks the faces of a frame and asks the second stages for what is wanted."""
-        plan = self.options.plan
-        faces = [f for f in answer.faces if f.box.width >= plan.min_face_size]
-        now = entry.frame.stream_offset_ns
-        if self.options.tracking:
-            update = tracking.update(
-                self._tracks,
-                [tracking.Detection(f.box, f.score, f.landmarks) for f in faces],
-                now,
-                self._params,
-            )
-            self._tracks = update.tracks
-            for gone in update.ended:
-                self._ended[gone.track_id] = gone
-            ids = update.assignments
-        else:
-            ids = (0,) * len(faces)
-        entry.missing = self._pipeline.unavailable(plan)
-        recognizer = plan.recognize and Stage.RECOGNIZER not in entry.missing
-        judge = plan.liveness and Stage.LIVENESS not in entry.missing
-        origin = Origin(
-            self.lane_id,
-            self.options.weight,
-            entry.received_ns + self.options.max_frame_age_ns,
-        )
-        asked: list[tuple[_Look, bool, bool]] = []
-        for face, track_id in zip(faces, ids, strict=True):
-            recognize, live = recognizer, judge
-            if self.options.tracking:
-                # A track beyond the tracker's bound has id 0: it is treated as a picture.
-                track = self._tracks.get(track_id)
-                if track is not None:
-                    detection = tracking.Detection(face.box, face.score, face.landmarks)
-                    recognize = (
-                        recognizer
-                        and not self._recognizing[track_id]
-                        and tracking.wants_recognition(track, detection, now, self._params)
-                    )
-                    live = (
-                        judge
-                        and not self._judging[track_id]
-                        and tracking.wants_liveness(track, detection, now, self._params)
-                    )
-            look = _Look(face, track_id, recognize=recognize, live=live)
-            entry.looks.append(look)
-            if look.asked:
-                if recognize:
-                    self._recognizing[track_id] += 1
-                if live:
-                    self._judging[track_id] += 1
-                asked.append((look, recognize, live))
+        entry.missing = self._pipeline.unavailable(self._plan)
+        entry.looks = self._faces.turn(answer.faces, entry.frame.stream_offset_ns, entry.missing)
         entry.answer = DetectAnswer(answer.width, answer.height, ())  # lets go of the crops
+        asked = [look for look in entry.looks if look.asked]
         entry.outstanding = len(asked)
-        for look, recognize, live in asked:
+        origin = self._origin(entry)
+        for look in asked:
             take_back = self._pipeline.appraise(
                 look.face,
-                plan,
+                self._plan,
                 origin,
                 entry.timings,
-                functools.partial(self._appraised, entry, look, recognize, live),
-                recognize=recognize,
-                liveness=live,
+                functools.partial(self._appraised, entry, look),
+                recognize=look.recognize,
+                liveness=look.live,
             )
             if look.evidence is None:
                 look.take_back = take_back
 
-    def _appraised(
-        self, entry: _Entry, look: _Look, recognize: bool, live: bool, evidence: Evidence
-    ) -> None:
-        look.evidence = evidence
-        look.take_back = None  # lets go of the crops
-        face = look.face
-        look.face = DetectedFace(face.box, face.score, face.landmarks, ())
+    def _origin(self, entry: _Entry) -> Origin:
+        deadline_ns = entry.received_ns + self.options.max_frame_age_ns
+        return Origin(self.lane_id, self.options.weight, deadline_ns)
+
+    def _appraised(self, entry: _Entry, look: Look, evidence: Evidence) -> None:
+        self._faces.answered(look, evidence)
         entry.outstanding -= 1
-        if look.track_id:
-            for pending, was_asked in ((self._recognizing, recognize), (self._judging, live)):
-                if was_asked:
-                    pending[look.track_id] -= 1
-                    if pending[look.track_id] <= 0:
-                        del pending[look.track_id]
         if entry.outstanding == 0 and not self._aborted:
             self._emit()
 
@@ -590,7 +398,12 @@ class Lane:
             self._unwritten += 1
             self._count(outcome)
             self._push(outcome)
-            self._tell_ended()
+            for track_id in self._faces.settle(self._referred):
+                self._push(TrackEnded(track_id))
+
+    def _referred(self) -> set[int]:
+        """Tracks that frames on their way have looks of."""
+        return {look.track_id for entry in self._entries for look in entry.looks}
 
     def _outcome(self, entry: _Entry, body: FrameResult | FrameDrop | FrameError) -> Outcome:
         frame = entry.frame
@@ -612,7 +425,7 @@ class Lane:
             if look.evidence is not None:
                 unanswered.update(look.evidence.missing)
             missing |= unanswered
-            faces.append(self._face(entry, look, unanswered))
+            faces.append(self._faces.face(look, entry.frame.stream_offset_ns, unanswered))
         return FrameResult(
             width=entry.answer.width,
             height=entry.answer.height,
@@ -621,94 +434,11 @@ class Lane:
             missing_stages=tuple(s for s in Stage if s in missing),
         )
 
-    def _face(self, entry: _Entry, look: _Look, missing: set[Stage]) -> Face:
-        evidence = look.evidence
-        now = entry.frame.stream_offset_ns
-        track = self._tracks.get(look.track_id) or self._ended.get(look.track_id)
-        if track is None:
-            evidence = evidence or Evidence()
-            identity = self._pipeline.identity(evidence, self.options.plan)
-            liveness = self._pipeline.liveness(evidence.live_score)
-            ood_score = evidence.ood_score
-        else:
-            if evidence is not None:
-                detection = tracking.Detection(look.face.box, look.face.score, look.face.landmarks)
-                if evidence.recognized and evidence.ood_score is not None:
-                    track = tracking.with_recognition(
-                        track,
-                        detection,
-                        evidence.ood_score,
-                        self._pipeline.identity(evidence, self.options.plan),
-                        now,
-                    )
-                if evidence.live_score is not None:
-                    track = tracking.with_liveness(
-                        track, evidence.live_score, now, self._pipeline.thresholds
-                    )
-                self._keep(track)
-            if not self._pipeline.remembers(track.identity, self.options.plan):
-                track = tracking.forgotten(track)
-                self._keep(track)
-            identity = tracking.identity_at(track, now, self._params)
-            liveness = track.liveness
-            ood_score = tracking.ood_score_at(track, now, self._params)
-            # What the track remembers stands only while the stage could contradict it: while
-            # its pool is gone, a photo held before a known face would inherit both verdicts.
-            if Stage.RECOGNIZER in missing and not (evidence and evidence.recognized):
-                identity, ood_score = Identity(Decision.NOT_EVALUATED), None
-            judged = evidence is not None and evidence.live_score is not None
-            if Stage.LIVENESS in missing and not judged:
-                if_live = liveness.verdict is LivenessVerdict.LIVE
-                liveness = Liveness(LivenessVerdict.UNDECIDED) if if_live else liveness
-            if identity.subject_id and self._named.get(look.track_id) != identity.subject_id:
-                self._named[look.track_id] = identity.subject_id
-                self._observer.track_decided(self, look.track_id, identity, liveness, ood_score)
-            spoof = liveness.verdict is LivenessVerdict.SPOOF
-            if spoof and look.track_id not in self._suspected:
-                self._suspected.add(look.track_id)
-                self._observer.track_suspected(self, look.track_id, identity, liveness, ood_score)
-        return Face(
-            track_id=look.track_id,
-            box=look.face.box,
-            score=look.face.score,
-            landmarks=look.face.landmarks,
-            identity=identity,
-            liveness=liveness,
-            ood_score=ood_score,
-            recognized_now=evidence is not None and evidence.recognized,
-        )
-
-    def _keep(self, track: tracking.Track) -> None:
-        if track.track_id in self._ended:
-            self._ended[track.track_id] = track
-        else:
-            self._tracks = self._tracks.replace(track)
-
-    def _tell_ended(self) -> None:
-        """Tells of ended tracks that no frame on its way can still refer to."""
-        if not self._ended:
-            return
-        referred = {look.track_id for entry in self._entries for look in entry.looks}
-        for track_id in [t for t in self._ended if t not in referred]:
-            track = self._ended.pop(track_id)
-            self._named.pop(track_id, None)
-            self._suspected.discard(track_id)
-            self._push(TrackEnded(track_id))
-            self._over(track)
-
-    def _over(self, track: tracking.Track) -> None:
-        if not self._pipeline.remembers(track.identity, self.options.plan):
-            # Nor is somebody deleted told of as a candidate for a stranger.
-            track = tracking.forgotten(track)
-        self._observer.track_ended(
-            self, track.track_id, track.identity, track.liveness, track.ood_score
-        )
-
     def _count(self, outcome: Outcome) -> None:
         body = outcome.body
         if isinstance(body, FrameResult):
             self._results += 1
-            self._faces += len(body.faces)
+            self._shown += len(body.faces)
         elif isinstance(body, FrameDrop):
             self._drops[body.reason] += 1
         else:

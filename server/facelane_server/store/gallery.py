@@ -1,222 +1,47 @@
-"""Subjects and templates at rest: SQLAlchemy Core over one SQLite file.
+"""Subjects and templates at rest, in SQLAlchemy Core.
 
 Everything here is synchronous and belongs to one thread (``gallery.Gallery`` owns it).
-A template is an embedding: biometric data. So the file is readable by its owner alone,
-deleted rows are overwritten (``secure_delete``) and leave the write-ahead log at once,
-and neither errors nor logs ever hold a subject's name or a vector.
-
-Tables (portable types only, so that another database can follow)::
-
-    schema_version  version
-    subjects        id, gallery_id, subject_id, display_name, labels, etag, created, updated
-    templates       id, template_id, subject (-> subjects.id, cascade), model_id, dim,
-                    vector (float16, unit norm), ood_score, created
-    requests        gallery_id, request_id, fingerprint, template_id, answer, created
-
-Times are nanoseconds since the epoch. ``requests`` remembers enrolments for a day, so that
-a client may repeat one safely; it is bounded by ``limits.MAX_REQUEST_IDS``.
+Neither errors nor logs ever hold a subject's name or a vector. Times are nanoseconds since
+the epoch. Enrolments are remembered for a day, so that a client may repeat one safely; their
+number is bounded by ``limits.MAX_REQUEST_IDS``.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-import errno
-import fcntl
-import os
 import secrets
-import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
-import structlog
-from sqlalchemy import exc
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.naming import check_identifier, gallery_name, is_identifier
-
-F32 = npt.NDArray[np.float32]
-F16 = npt.NDArray[np.float16]
+from facelane_server.store.records import (
+    F16,
+    Enrolled,
+    NewTemplate,
+    RequestKey,
+    StoredVector,
+    Subject,
+    Template,
+    check_display_name,
+    check_labels,
+    invalid,
+    unit_float16,
+)
+from facelane_server.store.schema import MIGRATIONS, requests, subjects, templates
+from facelane_server.store.sqlite import SqliteFile
 
 DUPLICATE_SIMILARITY: Final = 0.999
 """Two shots of one person never come so near; the same picture enrolled again does
 (float16 and another batch size move a cosine by less than 5e-4)."""
 REQUEST_MEMORY_NS: Final = 24 * 3600 * 1_000_000_000
-BUSY_TIMEOUT_MS: Final = 2_000
-
-
-log = structlog.get_logger(__name__)
-
-metadata = sa.MetaData()
-
-schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
-
-subjects = sa.Table(
-    "subjects",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("gallery_id", sa.String(limits.MAX_ID_CHARS), nullable=False),
-    sa.Column("subject_id", sa.String(limits.MAX_ID_CHARS), nullable=False),
-    sa.Column("display_name", sa.String(limits.MAX_DISPLAY_NAME_BYTES), nullable=False),
-    sa.Column("labels", sa.JSON, nullable=False),
-    sa.Column("etag", sa.String(32), nullable=False),
-    sa.Column("created_ns", sa.BigInteger, nullable=False),
-    sa.Column("updated_ns", sa.BigInteger, nullable=False),
-    sa.UniqueConstraint("gallery_id", "subject_id"),
-)
-
-templates = sa.Table(
-    "templates",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("template_id", sa.String(32), nullable=False, unique=True),
-    sa.Column(
-        "subject",
-        sa.Integer,
-        sa.ForeignKey("subjects.id", ondelete="CASCADE"),
-        nullable=False,
-        index=True,
-    ),
-    sa.Column("model_id", sa.String(256), nullable=False, index=True),
-    sa.Column("dim", sa.Integer, nullable=False),
-    sa.Column("vector", sa.LargeBinary, nullable=False),
-    sa.Column("ood_score", sa.Float, nullable=False),
-    sa.Column("created_ns", sa.BigInteger, nullable=False),
-)
-
-requests = sa.Table(
-    "requests",
-    metadata,
-    sa.Column("gallery_id", sa.String(limits.MAX_ID_CHARS), primary_key=True),
-    sa.Column("request_id", sa.String(limits.MAX_ID_CHARS), primary_key=True),
-    sa.Column("fingerprint", sa.LargeBinary, nullable=False),
-    sa.Column("template_id", sa.String(32), nullable=False, index=True),
-    sa.Column("answer", sa.JSON, nullable=True),
-    sa.Column("created_ns", sa.BigInteger, nullable=False, index=True),
-)
-
-
-def _version_1(connection: sa.Connection) -> None:
-    metadata.create_all(connection)
-
-
-MIGRATIONS: Final[tuple[Callable[[sa.Connection], None], ...]] = (_version_1,)
-"""The n-th entry brings a store from version n to n + 1; entries are only appended. Later
-ones spell out their statements: the tables above show the newest version alone."""
-
-
-# -- what goes in and out ---------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """Somebody who can be recognised. Times in nanoseconds since the epoch."""
-
-    gallery_id: str
-    subject_id: str
-    display_name: str
-    labels: Mapping[str, str]
-    etag: str
-    created_ns: int
-    updated_ns: int
-    template_count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """One enrolled face, without its vector. ``ood_score`` in [0, 1]."""
-
-    template_id: str
-    subject_id: str
-    model_id: str
-    ood_score: float
-    created_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredVector:
-    """A template as the index needs it: ``vector`` [dim] float16, unit norm."""
-
-    gallery_id: str
-    subject_id: str
-    template_id: str
-    vector: F16
-
-
-@dataclass(frozen=True, slots=True)
-class Enrolled:
-    """``created`` is false when the template was there already: an earlier call with this
-    request id, or the same picture again. ``answer`` is what was kept with the request id."""
-
-    subject: Subject
-    template: Template
-    created: bool
-    answer: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestKey:
-    """``fingerprint``: a digest of all the other arguments of the call."""
-
-    request_id: str
-    fingerprint: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class NewTemplate:
-    """``vector`` [dim] float32, any positive norm; ``ood_score`` in [0, 1]."""
-
-    model_id: str
-    vector: F32
-    ood_score: float
-
-
-# -- checks of arguments ------------------------------------------------------------------
-
-
-def _invalid(field: str, message: str) -> FacelaneError:
-    return FacelaneError(Reason.ARGUMENT_INVALID, f"{field}: {message}", metadata={"field": field})
-
-
-def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """A copy of ``labels`` if they are within the limits; else ARGUMENT_INVALID."""
-    if len(labels) > limits.MAX_LABELS:
-        raise _invalid("labels", f"at most {limits.MAX_LABELS} entries are kept")
-    for key, value in labels.items():
-        if not 1 <= len(key.encode()) <= limits.MAX_LABEL_KEY_BYTES:
-            raise _invalid("labels", f"a key has 1-{limits.MAX_LABEL_KEY_BYTES} bytes")
-        if len(value.encode()) > limits.MAX_LABEL_VALUE_BYTES:
-            raise _invalid("labels", f"a value has at most {limits.MAX_LABEL_VALUE_BYTES} bytes")
-    return dict(labels)
-
-
-def check_display_name(name: str) -> str:
-    """``name`` if it is short enough; else ARGUMENT_INVALID."""
-    if len(name.encode()) > limits.MAX_DISPLAY_NAME_BYTES:
-        raise _invalid("display_name", f"at most {limits.MAX_DISPLAY_NAME_BYTES} bytes are kept")
-    return name
-
-
-def unit_float16(vector: F32) -> F16:
-    """``vector`` scaled to unit norm, as it is stored. Raises INTERNAL for a vector of no
-    direction: that is a broken model, not a bad picture."""
-    wide = np.asarray(vector, dtype=np.float64).reshape(-1)
-    norm = float(np.linalg.norm(wide))
-    if not np.isfinite(norm) or norm < 1e-9:
-        raise FacelaneError(
-            Reason.INTERNAL,
-            "the recogniser gave an embedding of no direction; check the model package "
-            "with `facelane-server models verify`",
-        )
-    return (wide / norm).astype(np.float16)
 
 
 def _subject_missing() -> FacelaneError:
@@ -226,15 +51,11 @@ def _subject_missing() -> FacelaneError:
     )
 
 
-# -- the store ----------------------------------------------------------------------------
-
-
 class Store:
-    """One open gallery file. One thread uses it, and ``close`` ends it.
+    """All galleries of one file. One thread uses it, and ``close`` ends it.
 
     Every method is one transaction. Besides the reasons that each names, all raise
-    GALLERY_UNAVAILABLE: retryable when the file is busy or the disk is full, final when
-    it is damaged, another program's, or not ours to write.
+    GALLERY_UNAVAILABLE; see ``SqliteFile``.
     """
 
     def __init__(
@@ -244,163 +65,15 @@ class Store:
         max_templates: int = limits.MAX_TEMPLATES,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Opens or creates the file, takes it for this process, brings its schema up to date."""
+        """Opens or creates the file; see ``SqliteFile``."""
         self._path = path
         self._max_templates = max_templates
         self._clock_ns = clock_ns
-        self._log_is_full = True
-        """It may hold what was deleted and could not be emptied; a killed server left it so."""
-        self._closing = contextlib.ExitStack()
-        try:
-            self._take_file()
-            self._engine = self._connect()
-            self._closing.callback(self._engine.dispose)
-            self._migrate()
-        except BaseException:
-            self._closing.close()
-            raise
+        self._file = SqliteFile(path, MIGRATIONS)
 
     def close(self) -> None:
         """Gives the file back; idempotent."""
-        self._closing.close()
-
-    # opening
-
-    def _take_file(self) -> None:
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._closing.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FacelaneError(
-                    Reason.GALLERY_UNAVAILABLE,
-                    f"{self._path}: another server uses this gallery; stop it, or give this "
-                    "one another file in gallery.path",
-                    retryable=True,
-                ) from None
-            # SQLite gives its -wal and -shm files the mode of the main file.
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                if os.fstat(file).st_mode & 0o077:
-                    os.fchmod(file, 0o600)
-                    log.warning("gallery file was readable by others; its mode is 0600 now")
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise FacelaneError(
-                Reason.GALLERY_UNAVAILABLE,
-                f"{self._path}: the gallery cannot be opened: {error.strerror}; check the folder's "
-                "owner and mode, or set gallery.path",
-                # Space and descriptors come back by themselves, permissions do not.
-                retryable=error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
-            ) from None
-
-    def _connect(self) -> sa.Engine:
-        # hide_parameters: an SQL error must not print a vector or a name.
-        engine = sa.create_engine(
-            sa.URL.create("sqlite", database=str(self._path)),
-            hide_parameters=True,
-            pool_size=1,
-            max_overflow=0,
-        )
-
-        @sa.event.listens_for(engine, "connect")
-        def prepare(connection: sqlite3.Connection, _record: object) -> None:
-            # BEGIN is ours (below): the driver's own would start read transactions late.
-            connection.isolation_level = None
-            for pragma in (
-                f"busy_timeout = {BUSY_TIMEOUT_MS}",
-                "journal_mode = WAL",
-                "synchronous = FULL",
-                "foreign_keys = ON",
-                "secure_delete = ON",
-                "trusted_schema = OFF",
-            ):
-                connection.execute(f"PRAGMA {pragma}").close()
-
-        @sa.event.listens_for(engine, "begin")
-        def begin(connection: sa.Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-        return engine
-
-    def _migrate(self) -> None:
-        with self._transaction() as connection:
-            present = set(sa.inspect(connection).get_table_names())
-            if "schema_version" in present:
-                version = connection.scalar(sa.select(schema_version.c.version)) or 0
-            elif present:
-                raise FacelaneError(
-                    Reason.GALLERY_UNAVAILABLE,
-                    f"{self._path} is a database of another program; set gallery.path to "
-                    "another file",
-                )
-            else:
-                version = 0
-            if version > len(MIGRATIONS):
-                raise FacelaneError(
-                    Reason.GALLERY_UNAVAILABLE,
-                    f"{self._path} was made by a newer facelane (schema {version}; this one knows "
-                    f"up to {len(MIGRATIONS)}): install that one, or set gallery.path",
-                )
-            for step in MIGRATIONS[version:]:
-                step(connection)
-            if version != len(MIGRATIONS):
-                connection.execute(sa.delete(schema_version))
-                connection.execute(sa.insert(schema_version).values(version=len(MIGRATIONS)))
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except exc.DBAPIError as error:
-            raise self._unavailable(error) from error
-        if self._log_is_full:
-            self._forget_log()
-
-    def _unavailable(self, error: exc.DBAPIError) -> FacelaneError:
-        name: str = getattr(error.orig, "sqlite_errorname", "") or type(error.orig).__name__
-        told = {"cause": name}
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            message = "another process holds the gallery's file; try again"
-            return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told, retryable=True)
-        if name.startswith("SQLITE_FULL"):
-            message = f"{self._path}: the disk is full; free some space and try again"
-            return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told, retryable=True)
-        if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-            message = (
-                f"{self._path}: the gallery's file is damaged; stop the server, then restore a "
-                "backup or move the file away to start an empty gallery"
-            )
-        else:
-            message = f"{self._path}: the gallery cannot be used ({name}); see the server's log"
-        return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told)
-
-    def _forget_log(self) -> None:
-        """Empties the write-ahead log, which still holds what was just deleted.
-
-        Never raises: the deletion stands. While another process reads the file (a backup), the
-        log cannot be emptied; then the next transaction tries again.
-        """
-        # Not through a transaction: a checkpoint inside of one is refused.
-        try:
-            with contextlib.closing(self._engine.raw_connection()) as connection:
-                wait_ms = 0 if self._log_is_full else BUSY_TIMEOUT_MS
-                connection.cursor().execute(f"PRAGMA busy_timeout = {wait_ms}").close()
-                try:
-                    checkpoint = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                    [(busy, *_)] = checkpoint.fetchall()
-                finally:
-                    connection.cursor().execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}").close()
-            cause = "in use by another process" if busy else ""
-        except (sqlite3.Error, exc.SQLAlchemyError) as error:
-            cause = type(error).__name__
-        if cause and not self._log_is_full:
-            log.warning("write-ahead log not emptied; trying again", cause=cause)
-        self._log_is_full = bool(cause)
+        self._file.close()
 
     # subjects
 
@@ -412,7 +85,7 @@ class Store:
         check_identifier(subject_id, "subject_id")
         check_display_name(display_name)
         kept = check_labels(labels)
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             if self._find(connection, gallery_id, subject_id) is not None:
                 raise FacelaneError(
                     Reason.SUBJECT_EXISTS,
@@ -444,7 +117,7 @@ class Store:
 
     def get_subject(self, gallery_id: str, subject_id: str) -> Subject:
         """Raises SUBJECT_NOT_FOUND."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             return self._subject(connection, gallery_name(gallery_id), subject_id)
 
     def list_subjects(
@@ -456,7 +129,7 @@ class Store:
         """
         size = min(page_size or 100, limits.MAX_PAGE_SIZE)
         if size < 0:
-            raise _invalid("page_size", "must not be negative")
+            raise invalid("page_size", "must not be negative")
         after = _read_page_token(page_token)
         query = (
             _subject_query()
@@ -465,7 +138,7 @@ class Store:
             .order_by(subjects.c.subject_id)
             .limit(size + 1)
         )
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             found = [_as_subject(row) for row in connection.execute(query)]
         page = tuple(found[:size])
         return page, _page_token(page[-1].subject_id) if len(found) > size else ""
@@ -487,7 +160,7 @@ class Store:
             values["display_name"] = check_display_name(display_name)
         if labels is not None:
             values["labels"] = check_labels(labels)
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             current = self._subject(connection, gallery_id, subject_id)
             if etag and etag != current.etag:
                 raise FacelaneError(
@@ -502,7 +175,7 @@ class Store:
     def delete_subject(self, gallery_id: str, subject_id: str) -> int:
         """Deletes the subject and its templates; how many those were. Raises SUBJECT_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             key = self._find(connection, gallery_id, subject_id)
             if key is None:
                 raise _subject_missing()
@@ -514,7 +187,7 @@ class Store:
             )
             gone = connection.execute(sa.delete(templates).where(templates.c.subject == key))
             connection.execute(sa.delete(subjects).where(subjects.c.id == key))
-        self._forget_log()
+        self._file.forget_deleted()
         return int(gone.rowcount)
 
     def _find(self, connection: sa.Connection, gallery_id: str, subject_id: str) -> int | None:
@@ -549,7 +222,7 @@ class Store:
 
     def list_templates(self, gallery_id: str, subject_id: str) -> tuple[Template, ...]:
         """Oldest first. Raises SUBJECT_NOT_FOUND."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             key = self._find(connection, gallery_name(gallery_id), subject_id)
             if key is None:
                 raise _subject_missing()
@@ -561,7 +234,7 @@ class Store:
     def delete_template(self, gallery_id: str, template_id: str) -> Template:
         """What was deleted. Raises TEMPLATE_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             template = self._template(connection, gallery_id, template_id)
             if template is None:
                 raise FacelaneError(
@@ -575,7 +248,7 @@ class Store:
             )
             connection.execute(sa.delete(templates).where(templates.c.template_id == template_id))
             self._touch(connection, gallery_id, template.subject_id)
-        self._forget_log()
+        self._file.forget_deleted()
         return template
 
     def _template(
@@ -610,7 +283,7 @@ class Store:
         check_identifier(subject_id, "subject_id")
         check_display_name(display_name)
         vector = unit_float16(new.vector)
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             if request is not None:
                 known = self._recall(connection, gallery_id, request)
                 if known is not None:
@@ -690,7 +363,7 @@ class Store:
     def recall(self, gallery_id: str, request: RequestKey) -> Enrolled | None:
         """What an earlier enrolment with this request id gave. Raises REQUEST_ID_REUSED,
         TEMPLATE_NOT_FOUND."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             return self._recall(connection, gallery_name(gallery_id), request)
 
     def _recall(
@@ -771,7 +444,7 @@ class Store:
             .where(templates.c.model_id == model_id)
             .order_by(subjects.c.gallery_id, subjects.c.subject_id, templates.c.id)
         )
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             for row in connection.execution_options(yield_per=4096).execute(query):
                 if len(row.vector) != 2 * dim:
                     raise FacelaneError(
@@ -787,27 +460,16 @@ class Store:
                 )
 
     def check(self) -> str:
-        """Empty when the file is sound, else what is wrong; reads all of it."""
-        with self._transaction() as connection:
-            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
-        return "" if found == "ok" else str(found)
+        """See ``SqliteFile.check``."""
+        return self._file.check()
 
     def counts(self) -> tuple[int, int]:
         """(subjects, templates) of all galleries."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             return (
                 connection.scalar(sa.select(sa.func.count()).select_from(subjects)) or 0,
                 connection.scalar(sa.select(sa.func.count()).select_from(templates)) or 0,
             )
-
-    def has_gallery(self, gallery_id: str) -> bool:
-        """Whether any subject is in the gallery."""
-        query = sa.select(subjects.c.id).where(subjects.c.gallery_id == gallery_name(gallery_id))
-        with self._transaction() as connection:
-            return connection.execute(query.limit(1)).first() is not None
-
-
-# -- rows ---------------------------------------------------------------------------------
 
 
 def _subject_query() -> sa.Select[Any]:
@@ -865,5 +527,5 @@ def _read_page_token(token: str) -> str:
     except (binascii.Error, ValueError):
         subject_id = ""
     if not is_identifier(subject_id):
-        raise _invalid("page_token", "it is not one that a list call gave; start without one")
+        raise invalid("page_token", "it is not one that a list call gave; start without one")
     return subject_id

@@ -1,0 +1,27 @@
+"""One stream: its order, its window (``lane``), and the faces in it (``faces``)."""
+
+from __future__ import annotations
+
+from facelane_server.lanes.lane import Lane
+from facelane_server.lanes.types import (
+    LaneDraining,
+    LaneObserver,
+    LaneOptions,
+    LaneTotals,
+    SilentObserver,
+    StageChanged,
+    TrackEnded,
+    Update,
+)
+
+__all__ = [
+    "Lane",
+    "LaneDraining",
+    "LaneObserver",
+    "LaneOptions",
+    "LaneTotals",
+    "SilentObserver",
+    "StageChanged",
+    "TrackEnded",
+    "Update",
+]

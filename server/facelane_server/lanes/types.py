@@ -1,0 +1,95 @@
+"""What a lane is given, and what it tells besides outcomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+from facelane_server.domain import DropReason, Outcome, Overload, Sighting, Stage
+from facelane_server.pipeline import Plan
+
+if TYPE_CHECKING:
+    from facelane_server.lanes.lane import Lane
+
+_DEFAULT_PLAN: Final = Plan()
+
+
+@dataclass(frozen=True, slots=True)
+class LaneOptions:
+    """A stream's config, checked. ``weight``: share of the pools under load."""
+
+    source_id: str = ""
+    plan: Plan = _DEFAULT_PLAN
+    overload: Overload = Overload.LATEST_WINS
+    max_frame_age_ns: int = 1_000_000_000
+    weight: int = 10
+    tracking: bool = True
+    reinference_interval_ns: int = 3_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TrackEnded:
+    """A track of the stream ended."""
+
+    track_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageChanged:
+    """A stage that the stream asked for stopped answering, or answers again."""
+
+    stage: Stage
+    available: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LaneDraining:
+    """The server ends within ``grace_ns``; frames that still come are dropped."""
+
+    grace_ns: int
+
+
+Update = TrackEnded | StageChanged | LaneDraining
+
+
+@dataclass(frozen=True, slots=True)
+class LaneTotals:
+    """``received = results + drops + errors`` once a lane has settled."""
+
+    received: int
+    results: int
+    drops: int
+    errors: int
+    faces: int
+    tracks: int
+    drops_by_reason: dict[DropReason, int]
+
+
+class LaneObserver(Protocol):
+    """Who watches lanes: metrics and the event feed. Called on the event loop; must not raise."""
+
+    def outcome(self, lane: Lane, outcome: Outcome) -> None: ...
+
+    def track_decided(self, lane: Lane, sighting: Sighting) -> None:
+        """A track was named for the first time, or by another name."""
+
+    def track_suspected(self, lane: Lane, sighting: Sighting) -> None:
+        """A track was judged an attack, told once a track."""
+
+    def track_ended(self, lane: Lane, sighting: Sighting) -> None: ...
+
+
+class SilentObserver:
+    """Watches nothing."""
+
+    def outcome(self, lane: Lane, outcome: Outcome) -> None:
+        """Nothing."""
+
+    def track_decided(self, lane: Lane, sighting: Sighting) -> None:
+        """Nothing."""
+
+    def track_suspected(self, lane: Lane, sighting: Sighting) -> None:
+        """Nothing."""
+
+    def track_ended(self, lane: Lane, sighting: Sighting) -> None:
+        """Nothing."""

@@ -1,0 +1,1 @@
+"""The state that outlives the server: ``gallery`` over one ``sqlite`` file."""

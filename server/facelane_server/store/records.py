@@ -1,0 +1,116 @@
+"""What goes into the store and comes out of it, and which names and labels it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from facelane_server import limits
+from facelane_server.domain import FacelaneError, Reason
+
+F32 = npt.NDArray[np.float32]
+F16 = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Somebody who can be recognised. Times in nanoseconds since the epoch."""
+
+    gallery_id: str
+    subject_id: str
+    display_name: str
+    labels: Mapping[str, str]
+    etag: str
+    created_ns: int
+    updated_ns: int
+    template_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One enrolled face, without its vector. ``ood_score`` in [0, 1]."""
+
+    template_id: str
+    subject_id: str
+    model_id: str
+    ood_score: float
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVector:
+    """A template as the index needs it: ``vector`` [dim] float16, unit norm."""
+
+    gallery_id: str
+    subject_id: str
+    template_id: str
+    vector: F16
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """``created`` is false when the template was there already: an earlier call with this
+    request id, or the same picture again. ``answer`` is what was kept with the request id."""
+
+    subject: Subject
+    template: Template
+    created: bool
+    answer: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """``fingerprint``: a digest of all the other arguments of the call."""
+
+    request_id: str
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NewTemplate:
+    """``vector`` [dim] float32, any positive norm; ``ood_score`` in [0, 1]."""
+
+    model_id: str
+    vector: F32
+    ood_score: float
+
+
+def invalid(field: str, message: str) -> FacelaneError:
+    return FacelaneError(Reason.ARGUMENT_INVALID, f"{field}: {message}", metadata={"field": field})
+
+
+def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """A copy of ``labels`` if they are within the limits; else ARGUMENT_INVALID."""
+    if len(labels) > limits.MAX_LABELS:
+        raise invalid("labels", f"at most {limits.MAX_LABELS} entries are kept")
+    for key, value in labels.items():
+        if not 1 <= len(key.encode()) <= limits.MAX_LABEL_KEY_BYTES:
+            raise invalid("labels", f"a key has 1-{limits.MAX_LABEL_KEY_BYTES} bytes")
+        if len(value.encode()) > limits.MAX_LABEL_VALUE_BYTES:
+            raise invalid("labels", f"a value has at most {limits.MAX_LABEL_VALUE_BYTES} bytes")
+    return dict(labels)
+
+
+def check_display_name(name: str) -> str:
+    """``name`` if it is short enough; else ARGUMENT_INVALID."""
+    if len(name.encode()) > limits.MAX_DISPLAY_NAME_BYTES:
+        raise invalid("display_name", f"at most {limits.MAX_DISPLAY_NAME_BYTES} bytes are kept")
+    return name
+
+
+def unit_float16(vector: F32) -> F16:
+    """``vector`` scaled to unit norm, as it is stored. Raises INTERNAL for a vector of no
+    direction: that is a broken model, not a bad picture."""
+    wide = np.asarray(vector, dtype=np.float64).reshape(-1)
+    norm = float(np.linalg.norm(wide))
+    if not np.isfinite(norm) or norm < 1e-9:
+        raise FacelaneError(
+            Reason.INTERNAL,
+            "the recogniser gave an embedding of no direction; check the model package "
+            "with `facelane-server models verify`",
+        )
+    return (wide / norm).astype(np.float16)

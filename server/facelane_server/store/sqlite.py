@@ -1,0 +1,200 @@
+"""One SQLite file of one process: taken, opened, brought up to date, and given back.
+
+It holds biometric data. So the file is readable by its owner alone, deleted rows are
+overwritten (``secure_delete``) and leave the write-ahead log at once, and errors never
+hold a parameter of a statement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy import exc
+
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.store.schema import schema_version
+
+BUSY_TIMEOUT_MS: Final = 2_000
+
+log = structlog.get_logger(__name__)
+
+
+class SqliteFile:
+    """One open file. One thread uses it, and ``close`` ends it.
+
+    Every method raises GALLERY_UNAVAILABLE: retryable when the file is busy or the disk is
+    full, final when it is damaged, another program's, or not ours to write.
+    """
+
+    def __init__(self, path: Path, migrations: Sequence[Callable[[sa.Connection], None]]) -> None:
+        """Opens or creates the file, takes it for this process, brings its schema up to date."""
+        self._path = path
+        self._migrations = migrations
+        self._log_is_full = True
+        """It may hold what was deleted and could not be emptied; a killed server left it so."""
+        self._closing = contextlib.ExitStack()
+        try:
+            self._take_file()
+            self._engine = self._connect()
+            self._closing.callback(self._engine.dispose)
+            self._migrate()
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def close(self) -> None:
+        """Gives the file back; idempotent."""
+        self._closing.close()
+
+    def check(self) -> str:
+        """Empty when the file is sound, else what is wrong; reads all of it."""
+        with self.transaction() as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+        return "" if found == "ok" else str(found)
+
+    # opening
+
+    def _take_file(self) -> None:
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._closing.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FacelaneError(
+                    Reason.GALLERY_UNAVAILABLE,
+                    f"{self._path}: another server uses this gallery; stop it, or give this "
+                    "one another file in gallery.path",
+                    retryable=True,
+                ) from None
+            # SQLite gives its -wal and -shm files the mode of the main file.
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if os.fstat(file).st_mode & 0o077:
+                    os.fchmod(file, 0o600)
+                    log.warning("gallery file was readable by others; its mode is 0600 now")
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise FacelaneError(
+                Reason.GALLERY_UNAVAILABLE,
+                f"{self._path}: the gallery cannot be opened: {error.strerror}; check the folder's "
+                "owner and mode, or set gallery.path",
+                # Space and descriptors come back by themselves, permissions do not.
+                retryable=error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
+            ) from None
+
+    def _connect(self) -> sa.Engine:
+        # hide_parameters: an SQL error must not print a vector or a name.
+        engine = sa.create_engine(
+            sa.URL.create("sqlite", database=str(self._path)),
+            hide_parameters=True,
+            pool_size=1,
+            max_overflow=0,
+        )
+
+        @sa.event.listens_for(engine, "connect")
+        def prepare(connection: sqlite3.Connection, _record: object) -> None:
+            # BEGIN is ours (below): the driver's own would start read transactions late.
+            connection.isolation_level = None
+            for pragma in (
+                f"busy_timeout = {BUSY_TIMEOUT_MS}",
+                "journal_mode = WAL",
+                "synchronous = FULL",
+                "foreign_keys = ON",
+                "secure_delete = ON",
+                "trusted_schema = OFF",
+            ):
+                connection.execute(f"PRAGMA {pragma}").close()
+
+        @sa.event.listens_for(engine, "begin")
+        def begin(connection: sa.Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        return engine
+
+    def _migrate(self) -> None:
+        with self.transaction() as connection:
+            present = set(sa.inspect(connection).get_table_names())
+            if "schema_version" in present:
+                version = connection.scalar(sa.select(schema_version.c.version)) or 0
+            elif present:
+                raise FacelaneError(
+                    Reason.GALLERY_UNAVAILABLE,
+                    f"{self._path} is a database of another program; set gallery.path to "
+                    "another file",
+                )
+            else:
+                version = 0
+            if version > len(self._migrations):
+                raise FacelaneError(
+                    Reason.GALLERY_UNAVAILABLE,
+                    f"{self._path} was made by a newer facelane (schema {version}; this one knows "
+                    f"up to {len(self._migrations)}): install that one, or set gallery.path",
+                )
+            for step in self._migrations[version:]:
+                step(connection)
+            if version != len(self._migrations):
+                connection.execute(sa.delete(schema_version))
+                connection.execute(sa.insert(schema_version).values(version=len(self._migrations)))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except exc.DBAPIError as error:
+            raise self._unavailable(error) from error
+        if self._log_is_full:
+            self.forget_deleted()
+
+    def _unavailable(self, error: exc.DBAPIError) -> FacelaneError:
+        name: str = getattr(error.orig, "sqlite_errorname", "") or type(error.orig).__name__
+        told = {"cause": name}
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            message = "another process holds the gallery's file; try again"
+            return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told, retryable=True)
+        if name.startswith("SQLITE_FULL"):
+            message = f"{self._path}: the disk is full; free some space and try again"
+            return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told, retryable=True)
+        if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+            message = (
+                f"{self._path}: the gallery's file is damaged; stop the server, then restore a "
+                "backup or move the file away to start an empty gallery"
+            )
+        else:
+            message = f"{self._path}: the gallery cannot be used ({name}); see the server's log"
+        return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told)
+
+    def forget_deleted(self) -> None:
+        """Empties the write-ahead log, which still holds what was just deleted.
+
+        Never raises: the deletion stands. While another process reads the file (a backup), the
+        log cannot be emptied; then the next transaction tries again.
+        """
+        # Not through a transaction: a checkpoint inside of one is refused.
+        try:
+            with contextlib.closing(self._engine.raw_connection()) as connection:
+                wait_ms = 0 if self._log_is_full else BUSY_TIMEOUT_MS
+                connection.cursor().execute(f"PRAGMA busy_timeout = {wait_ms}").close()
+                try:
+                    checkpoint = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    [(busy, *_)] = checkpoint.fetchall()
+                finally:
+                    connection.cursor().execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}").close()
+            cause = "in use by another process" if busy else ""
+        except (sqlite3.Error, exc.SQLAlchemyError) as error:
+            cause = type(error).__name__
+        if cause and not self._log_is_full:
+            log.warning("write-ahead log not emptied; trying again", cause=cause)
+        self._log_is_full = bool(cause)

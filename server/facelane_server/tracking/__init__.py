@@ -1,0 +1,82 @@
+"""Faces over the frames of one stream: pure functions, tracks x detections -> tracks.
+
+Time is media time (``stream_offset`` in nanoseconds), never a clock, so a recording gives
+the same tracks however fast it is played. Nothing here waits, allocates without a bound or
+knows of a model. A track is a claim that the face in these boxes is one person; the rules
+below say how long that claim, and a name that hangs on it, may be trusted.
+
+**Linking.** A detection continues a track when it overlaps the place where the track is
+expected (constant velocity), or lies within ``max_centre_distance`` of it and has about
+its size. Of all such pairs the assignment of least total cost is taken (Hungarian). A jump
+further than that is a new track.
+
+**Suspicion.** A name must not pass silently from one person to another. Where a link is
+weaker than continuous overlap, the track becomes *suspect*: the face was not seen for a
+while; it was linked by distance alone; or its box has just come apart from another track's.
+A suspect track shows no name and no LIVE verdict until a new shot confirms them, and asks
+for that shot at once. A confirmed name is the old one again; anything else that can be
+trusted replaces it.
+
+**Names.** The best shot by OOD score speaks for the track.
+
+* A shot rejected as out of distribution says nothing of who it is: the name stays, but the
+  track asks again soon, and a name that no shot has confirmed for two
+  ``reinference_interval`` is not shown any more.
+* A match with *another* subject replaces everything at once.
+* Any other contradiction (a name becomes unknown, or the reverse) counts at once when its
+  OOD score is at least as good as the best shot's; otherwise it takes two in a row, and the
+  first makes the track ask again on the next frame.
+
+**Liveness.** The last ``limits.MAX_LIVENESS_SHOTS`` scores are kept. The fused score is the
+mean of their lower half: a high outlier cannot lift it. Attack evidence is not averaged
+away: one score below ``spoof`` in memory bars LIVE, two make the verdict SPOOF until the
+whole memory is at or above ``live``. A LIVE track stays LIVE while the fused score is in
+the upper half of the band between ``spoof`` and ``live``, so that the verdict does not
+flicker. When a name is lost or the track becomes suspect, the scores that speak for a
+living person are forgotten and those of an attack are kept; scores that come later, but of
+shots that were taken before, are treated alike.
+"""
+
+from __future__ import annotations
+
+from facelane_server.tracking.linking import Update, prepare, update
+from facelane_server.tracking.liveness import (
+    LivenessThresholds,
+    fused_score,
+    wants_liveness,
+    with_liveness,
+)
+from facelane_server.tracking.shots import (
+    forgotten,
+    frontalness,
+    identity_at,
+    ood_score_at,
+    promised_gain,
+    quality,
+    wants_recognition,
+    with_recognition,
+)
+from facelane_server.tracking.track import LivenessShot, Params, Shot, Track, Tracks
+
+__all__ = [
+    "LivenessShot",
+    "LivenessThresholds",
+    "Params",
+    "Shot",
+    "Track",
+    "Tracks",
+    "Update",
+    "forgotten",
+    "frontalness",
+    "fused_score",
+    "identity_at",
+    "ood_score_at",
+    "prepare",
+    "promised_gain",
+    "quality",
+    "update",
+    "wants_liveness",
+    "wants_recognition",
+    "with_liveness",
+    "with_recognition",
+]

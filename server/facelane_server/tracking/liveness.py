@@ -1,0 +1,83 @@
+"""Liveness scores of a track, fused into a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final, Protocol
+
+from facelane_server import limits
+from facelane_server.domain import DetectedFace, Liveness, LivenessVerdict
+from facelane_server.tracking.track import LivenessShot, Params, Track
+
+RETRY_SHARE: Final = 0.1
+"""Share of ``reinference_interval`` after which an undecided face is judged again."""
+LIVENESS_SHARE: Final = 1 / 3
+"""Share of ``reinference_interval`` after which a settled verdict is checked again."""
+SETTLED_SHOTS: Final = 3
+"""Liveness is judged on every shot until there are so many."""
+
+
+class LivenessThresholds(Protocol):
+    """Scores from ``live`` on are bona fide, scores below ``spoof`` an attack; [0, 1]."""
+
+    @property
+    def live(self) -> float: ...
+
+    @property
+    def spoof(self) -> float: ...
+
+
+def wants_liveness(track: Track, found: DetectedFace, now_ns: int, params: Params) -> bool:
+    """Whether this shot is to be judged. The caller does not ask while one is under way."""
+    del found  # attacks come in every quality: a bad shot is no reason not to look
+    if track.liveness_ns is None or len(track.liveness_shots) < SETTLED_SHOTS:
+        return True
+    undecided = track.liveness.verdict is LivenessVerdict.UNDECIDED
+    share = RETRY_SHARE if undecided else LIVENESS_SHARE
+    return now_ns - track.liveness_ns >= params.interval_ns * share
+
+
+def with_liveness(track: Track, score: float, now_ns: int, thresholds: LivenessThresholds) -> Track:
+    """The track after the liveness score, [0, 1], of a shot taken at ``now_ns``. NaN is no
+    answer and changes nothing; nor does a shot from before the track became suspect, unless it
+    shows an attack: it may be of another person."""
+    if math.isnan(score):
+        return track
+    if track.suspect_ns is not None and now_ns < track.suspect_ns and score >= thresholds.spoof:
+        return track
+    shots = (*track.liveness_shots, LivenessShot(score, score < thresholds.spoof))
+    shots = shots[-limits.MAX_LIVENESS_SHOTS :]
+    attacks = sum(shot.attack for shot in shots)
+    attacked = attacks >= 2 or (
+        track.attacked
+        and not (
+            len(shots) == limits.MAX_LIVENESS_SHOTS
+            and all(shot.score >= thresholds.live for shot in shots)
+        )
+    )
+    fused = fused_score([shot.score for shot in shots])
+    enough = thresholds.live
+    if track.liveness.verdict is LivenessVerdict.LIVE:
+        enough = (thresholds.live + thresholds.spoof) / 2
+    if attacked or fused < thresholds.spoof:
+        verdict = LivenessVerdict.SPOOF
+    elif attacks == 0 and fused >= enough:
+        verdict = LivenessVerdict.LIVE
+    else:
+        verdict = LivenessVerdict.UNDECIDED
+    return replace(
+        track,
+        liveness=Liveness(verdict, fused),
+        liveness_shots=shots,
+        liveness_ns=now_ns if track.liveness_ns is None else max(now_ns, track.liveness_ns),
+        attacked=attacked,
+    )
+
+
+def fused_score(scores: Sequence[float]) -> float:
+    """The mean of the lower half (the middle one included) of at least one score."""
+    lower = sorted(scores)[: (len(scores) + 1) // 2]
+    # Rounded, the mean of equal scores can fall below them, and so below a threshold they reach.
+    return max(lower[0], sum(lower) / len(lower))

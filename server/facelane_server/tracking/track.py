@@ -1,0 +1,148 @@
+"""What is known of a face over time, and the bounds of that knowledge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, Self
+
+from facelane_server import config
+from facelane_server.domain import Box, Decision, Identity, Liveness, LivenessVerdict
+
+SECOND: Final = 1_000_000_000
+STALE_FLOOR_NS: Final = SECOND // 5
+"""A name is shown for so long even if ``reinference_interval`` is shorter."""
+
+NOT_EVALUATED: Final = Identity(Decision.NOT_EVALUATED)
+UNDECIDED: Final = Liveness(LivenessVerdict.UNDECIDED)
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """``max_centre_distance`` is in box widths, ``min_iou`` and ``better_shot_margin`` in
+    [0, 1], times in nanoseconds of media time."""
+
+    interval_ns: int = 3 * SECOND
+    max_gap_ns: int = SECOND
+    min_iou: float = 0.2
+    max_centre_distance: float = 1.0
+    better_shot_margin: float = 0.05
+
+    @classmethod
+    def of(cls, section: config.Tracking) -> Self:
+        return cls(
+            interval_ns=int(section.reinference_interval_s * SECOND),
+            max_gap_ns=int(section.max_gap_s * SECOND),
+            min_iou=section.min_iou,
+            max_centre_distance=section.max_centre_distance,
+            better_shot_margin=section.better_shot_margin,
+        )
+
+    def with_interval(self, interval_ns: int) -> Self:
+        """The same with another re-inference interval; 0 = recognise every frame."""
+        return replace(self, interval_ns=interval_ns)
+
+    @property
+    def stale_ns(self) -> int:
+        """For how long an unconfirmed name is shown."""
+        return max(2 * self.interval_ns, STALE_FLOOR_NS)
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """What the recogniser said of one shot. ``ood_score`` in [0, 1]."""
+
+    identity: Identity
+    ood_score: float
+
+
+@dataclass(frozen=True, slots=True)
+class LivenessShot:
+    """``attack``: the score was below the spoof threshold."""
+
+    score: float
+    attack: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One face over time. ``velocity`` in pixels a nanosecond."""
+
+    track_id: int
+    box: Box
+    started_ns: int
+    seen_ns: int
+    velocity: tuple[float, float] = (0.0, 0.0)
+    missed: bool = False
+    """The last frame did not show it."""
+    crossing: bool = False
+    """Its box overlaps another track's so far that the two could be swapped."""
+    suspect_ns: int | None = None
+    """Since when it is not certain that this is still the same person."""
+
+    shot: Shot | None = None
+    """The best so far."""
+    confirmed_ns: int = 0
+    """When a shot last said what ``shot`` says."""
+    asked_ns: int | None = None
+    """When the last shot of any kind was taken."""
+    tried_quality: float = 0.0
+    """The best ``quality`` among the shots."""
+    doubts: int = 0
+    """Trustworthy shots in a row that contradict ``shot``."""
+    rejected: tuple[float, ...] = ()
+    """OOD scores of the shots in a row, at most 8, that were rejected since ``shot``."""
+
+    liveness: Liveness = UNDECIDED
+    liveness_shots: tuple[LivenessShot, ...] = ()
+    liveness_ns: int | None = None
+    attacked: bool = False
+    """Two attack scores were in memory together, and it has not been all live since."""
+
+    @property
+    def identity(self) -> Identity:
+        """What the best shot says, however old; ``identity_at`` is what may be shown."""
+        return NOT_EVALUATED if self.shot is None else self.shot.identity
+
+    @property
+    def ood_score(self) -> float | None:
+        """The best shot's."""
+        return None if self.shot is None else self.shot.ood_score
+
+
+@dataclass(frozen=True, slots=True)
+class Tracks:
+    """All tracks of a stream. ``created`` counts them since its start."""
+
+    by_id: Mapping[int, Track] = field(default_factory=dict)
+    """In the order of ids."""
+    created: int = 0
+    now_ns: int = 0
+
+    @property
+    def active(self) -> tuple[Track, ...]:
+        return tuple(self.by_id.values())
+
+    def get(self, track_id: int) -> Track | None:
+        return self.by_id.get(track_id)
+
+    def replace(self, track: Track) -> Tracks:
+        """With another state of one track; an ended track does not come back."""
+        if track.track_id not in self.by_id:
+            return self
+        return Tracks({**self.by_id, track.track_id: track}, self.created, self.now_ns)
+
+
+def suspected(track: Track, now_ns: int) -> Track:
+    return without_bona_fide(replace(track, suspect_ns=now_ns))
+
+
+def without_bona_fide(track: Track) -> Track:
+    if not track.liveness_shots:
+        return track
+    kept = tuple(shot for shot in track.liveness_shots if shot.attack)
+    if track.attacked or track.liveness.verdict is LivenessVerdict.SPOOF:
+        liveness = track.liveness
+    else:
+        liveness = UNDECIDED
+    return replace(track, liveness_shots=kept, liveness=liveness)
