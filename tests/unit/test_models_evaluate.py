@@ -17,10 +17,11 @@ from facelane_server.models.api import Detections
 from facelane_server.models.catalog import Catalog
 from facelane_server.modeltools import damage, measures
 from facelane_server.modeltools.cli import app
-from facelane_server.modeltools.evaluate import Settings, evaluate
 from facelane_server.modeltools.evaluate import _at_apcer as at_apcer
 from facelane_server.modeltools.evaluate import _Finds as Finds
-from facelane_server.modeltools.evaluate import _suggested_mapping as suggested_mapping
+from facelane_server.modeltools.evaluate import evaluate
+from facelane_server.modeltools.evaluate_recognizer import _suggested_mapping as suggested_mapping
+from facelane_server.modeltools.samples import Settings
 
 GENUINE = np.array([0.9, 0.8, 0.7, 0.4])
 IMPOSTOR = np.array([0.5, 0.3, 0.2, 0.1, 0.0])

@@ -227,9 +227,9 @@ def evaluate(
     Recogniser: subject/picture.jpg, or pairs.csv (first,second,same). Liveness: live/ and
     spoof/. Detector: boxes.json ({"path": [[x, y, width, height], ...]}), or --reference.
     """
-    from facelane_server.modeltools.evaluate import Settings
     from facelane_server.modeltools.evaluate import evaluate as evaluate_package
     from facelane_server.modeltools.report import markdown
+    from facelane_server.modeltools.samples import Settings
 
     catalog = _catalog(config_file, directory)
     package = _resolve(catalog, model)

@@ -1,0 +1,304 @@
+"""What ``evaluate`` measures of a recogniser: verification at false accept rates, and what its
+OOD score is worth, on the pictures as they are and on damaged ones."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from facelane_server.models.api import F32, U8, Embeddings, Recognizer
+from facelane_server.models.package import Package
+from facelane_server.modeltools import damage, measures
+from facelane_server.modeltools.report import Bars, Curve, Plot, Report
+from facelane_server.modeltools.samples import (
+    BATCH,
+    F64,
+    I64,
+    SEED,
+    Run,
+    batches,
+    error_plots,
+    faces_of,
+    picture_files,
+    refuse,
+)
+from facelane_server.worker.networks.load import load
+
+FARS: Final = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+
+
+@dataclass(frozen=True)
+class _Faces:
+    """What a recogniser said about all faces.
+
+    ``used`` [N]: rows of the files; ``vectors`` [N, D]; ``trust`` [N]; ``sample``: row of N ->
+    its chip, for some of them.
+    """
+
+    used: list[int]
+    vectors: F32
+    trust: F64
+    sample: dict[int, U8]
+
+
+def evaluate_recognizer(
+    package: Package, detector: Package | None, run: Run
+) -> tuple[Report, list[Plot | Bars]]:
+    files = picture_files(run.data)
+    names = _subjects(run.data, files)
+    model = load(package, run.options, batch_max=BATCH)
+    assert isinstance(model, Recognizer)
+    model.warm_up()
+    try:
+        faces = _embed(model, faces_of(package, detector, files, run), len(files), run)
+        genuine, impostor = _pairs(run.data, [files[i] for i in faces.used])
+        if not len(genuine) or not len(impostor):
+            raise refuse("it needs two pictures of one person, and a second person")
+        subject = np.array([names[i] for i in faces.used], np.int64)
+        found, plots = _verification(package, faces, subject, genuine, impostor, run)
+        if package.manifest.ood is None or package.manifest.ood.source == "none":
+            found["ood"] = {"source": "none: every face is trusted; see the manual to calibrate it"}
+        else:
+            found["ood"], more = _trust(package, model, faces, genuine, impostor, run)
+            plots += more
+    finally:
+        model.close()
+    return found, plots
+
+
+def _subjects(data: Path, files: Sequence[Path]) -> list[int]:
+    """For each file a number for the person: of its folder, or its own outside of folders."""
+    number: dict[Path, int] = {}
+    out: list[int] = []
+    for path in files:
+        parts = path.relative_to(data).parts
+        out.append(number.setdefault(data / parts[0], len(number)))
+    return out
+
+
+def _embed(
+    model: Recognizer, faces: Iterator[tuple[int, tuple[U8, ...]]], files: int, run: Run
+) -> _Faces:
+    chosen = np.random.default_rng(SEED).permutation(files)[: 2 * run.settings.damaged]
+    wanted = set(chosen.tolist())
+    used: list[int] = []
+    vectors: list[F32] = []
+    trust: list[F32] = []
+    sample: dict[int, U8] = {}
+    for indices, (chips,) in batches(faces):
+        answer = model.begin(chips).finish()
+        for row, index in enumerate(indices):
+            if index in wanted and len(sample) < run.settings.damaged:
+                sample[len(used) + row] = chips[row]
+        used += indices
+        # Copies: a runner may hand out views of buffers that it uses again.
+        vectors.append(np.array(answer.vectors, np.float32))
+        trust.append(np.array(answer.ood, np.float32))
+    if len(used) < 2:
+        raise refuse("fewer than two pictures show a face")
+    return _Faces(used, np.concatenate(vectors), np.concatenate(trust).astype(np.float64), sample)
+
+
+def _verification(
+    package: Package, faces: _Faces, subject: I64, genuine: I64, impostor: I64, run: Run
+) -> tuple[Report, list[Plot | Bars]]:
+    same = measures.similarities(faces.vectors, genuine)
+    other = measures.similarities(faces.vectors, impostor)
+    match = package.thresholds.match
+    assert match is not None
+    accuracy = measures.accuracy_10_fold(same, other, seed=SEED)
+    at_far: Report = {}
+    suggested: Report = {}
+    for far in sorted(run.settings.fars or FARS, reverse=True):
+        if far * len(other) < 1:
+            at_far[f"{far:g}"] = {"threshold": None, "true_accept_rate": None, "interval": None}
+            continue
+        threshold = measures.threshold_at_far(other, far)
+        at_far[f"{far:g}"] = {
+            "threshold": threshold,
+            "true_accept_rate": float((same >= threshold).mean()),
+            "interval": list(
+                measures.share_interval(same >= threshold, subject[genuine], seed=SEED)
+            ),
+        }
+        if far * len(other) >= 10 and far < 0.05:
+            suggested = {"thresholds.match": round(threshold, 3), "for_false_accept_rate": far}
+    eer_threshold, eer = measures.equal_error(same, other)
+    accepted, passed = float((other >= match).mean()), float((same >= match).mean())
+    found: Report = {
+        "pictures": len(faces.used),
+        "subjects": len(np.unique(subject)),
+        "genuine_pairs": len(same),
+        "impostor_pairs": len(other),
+        "accuracy_10_fold": None if np.isnan(accuracy) else accuracy,
+        "equal_error": {"threshold": eer_threshold, "rate": eer},
+        "at_package_threshold": {
+            "threshold": match,
+            "false_accept_rate": accepted,
+            "false_accept_interval": list(
+                measures.share_interval(other >= match, subject[impostor], seed=SEED)
+            ),
+            "true_accept_rate": passed,
+            "true_accept_interval": list(
+                measures.share_interval(same >= match, subject[genuine], seed=SEED)
+            ),
+        },
+        "at_false_accept_rate": at_far,
+        "suggested": suggested,
+    }
+    mark = (f"match = {match:g}", accepted, passed)
+    return found, error_plots(same, other, "false accept rate", "true accept rate", mark)
+
+
+def _trust(
+    package: Package, model: Recognizer, faces: _Faces, genuine: I64, impostor: I64, run: Run
+) -> tuple[Report, list[Plot | Bars]]:
+    """What the OOD score is worth: on the pictures as they are, and on damaged ones."""
+    least = package.thresholds.ood
+    assert least is not None
+    trust = faces.trust
+    shares = np.linspace(0, 0.5, 26)
+    kept = np.random.default_rng(SEED).permutation(len(impostor))[: max(len(genuine), 1000)]
+    both = np.concatenate((genuine, impostor[kept]))
+    same = np.arange(len(both)) < len(genuine)
+    curve = measures.reject_curve(
+        trust[both].min(1), measures.similarities(faces.vectors, both), same, shares
+    )
+    found: Report = {
+        "threshold": least,
+        "under_threshold": float((trust < least).mean()),
+        "interval": list(measures.wilson(int((trust < least).sum()), len(trust))),
+        "quantiles": {
+            f"{q:g}": float(np.quantile(trust, q)) for q in (0.01, 0.02, 0.05, 0.25, 0.5, 0.75)
+        },
+        "suggested": _suggested_mapping(package, trust),
+        "reject_curve": {"share": shares.tolist(), "error": curve.tolist()},
+    }
+    curves = [Curve("pictures as they are", shares, curve)]
+    plots: list[Plot | Bars] = []
+    if faces.sample:
+        spoilt = _damaged(model, faces, run)
+        clean = np.array([trust[row] for row in faces.sample])
+        table = {
+            kind: {
+                "auroc": measures.auroc(clean, answer.ood),
+                "under_threshold": float((answer.ood < least).mean()),
+            }
+            for kind, answer in spoilt.items()
+        }
+        found["damage"] = table
+        found["damaged_faces"] = len(clean)
+        found["damage_auroc_mean"] = float(np.mean([row["auroc"] for row in table.values()]))
+        separation = {kind: row["auroc"] for kind, row in table.items()}
+        plots.append(Bars("ood-damage", "AUROC of clean against damaged faces", separation))
+        mixed = _mixed_quality(faces, spoilt, both, same, shares)
+        if mixed is not None:
+            found["reject_curve_half_damaged"] = {
+                "share": shares.tolist(),
+                "error": mixed.tolist(),
+            }
+            curves.append(Curve("one picture of half the pairs damaged", shares, mixed))
+    rejected = "share of pairs rejected, least trusted first"
+    plots.append(Plot("ood-reject", rejected, "verification error", curves))
+    return found, plots
+
+
+def _suggested_mapping(package: Package, trust: F64) -> Report:
+    """A logistic mapping that gives the median face 0.9 and the worst 2 % less than 0.4.
+
+    The raw value is won back from the score; where that saturates, nothing is suggested.
+    """
+    ood = package.manifest.ood
+    assert ood is not None
+    low = float(np.quantile(trust, 0.02))
+    found: Report = {"thresholds.ood_with_the_mapping_as_it_is": low}
+    inside = trust.clip(1e-6, 1 - 1e-6)
+    if ood.mapping == "logistic" and float((inside == trust).mean()) > 0.95:
+        raw = ood.center + ood.scale * np.log(inside / (1 - inside))
+        median, worst = float(np.median(raw)), float(np.quantile(raw, 0.02))
+        top, bottom = float(np.log(0.9 / 0.1)), float(np.log(0.4 / 0.6))
+        if median > worst:
+            scale = (median - worst) / (top - bottom)
+            found["ood.center"] = median - top * scale
+            found["ood.scale"] = scale
+    return found
+
+
+def _damaged(model: Recognizer, faces: _Faces, run: Run) -> dict[str, Embeddings]:
+    """The model's answers about the sample, spoilt in every way."""
+    out: dict[str, Embeddings] = {}
+    chips = list(faces.sample.values())
+    for number, (kind, spoil) in enumerate(damage.KINDS.items()):
+        run.progress("damaging", number, len(damage.KINDS))
+        rng = np.random.default_rng(SEED)
+        answers = [
+            model.begin(np.stack([spoil(chip, rng) for chip in chips[at : at + BATCH]])).finish()
+            for at in range(0, len(chips), BATCH)
+        ]
+        out[kind] = Embeddings(
+            np.concatenate([np.array(a.vectors) for a in answers]),
+            np.concatenate([np.array(a.ood) for a in answers]),
+        )
+    return out
+
+
+def _mixed_quality(
+    faces: _Faces, spoilt: Mapping[str, Embeddings], both: I64, same: npt.NDArray[Any], shares: F64
+) -> F64 | None:
+    """The reject curve over pairs with a sampled face, which is damaged in half of them.
+
+    Kinds come in turns; those that leave no face in the picture stay out. None where such
+    pairs are too few to say anything.
+    """
+    rows = {row: at for at, row in enumerate(faces.sample)}
+    kinds = [answer for kind, answer in spoilt.items() if kind != "scrambled"]
+    similarity: list[float] = []
+    trust: list[float] = []
+    genuine: list[bool] = []
+    for number, ((a, b), is_same) in enumerate(zip(both.tolist(), same.tolist(), strict=True)):
+        if b not in rows:
+            a, b = b, a
+        if b not in rows:
+            continue
+        vector, score = faces.vectors[b], float(faces.trust[b])
+        if len(genuine) % 2:
+            answer = kinds[number % len(kinds)]
+            vector, score = answer.vectors[rows[b]], float(answer.ood[rows[b]])
+        similarity.append(float(faces.vectors[a] @ vector))
+        trust.append(min(score, float(faces.trust[a])))
+        genuine.append(is_same)
+    if min(sum(genuine), len(genuine) - sum(genuine)) < 20:
+        return None
+    return measures.reject_curve(
+        np.array(trust), np.array(similarity), np.array(genuine), shares
+    )  # fmt: skip
+
+
+def _pairs(data: Path, files: Sequence[Path]) -> tuple[I64, I64]:
+    """Genuine and impostor pairs, as rows of ``files``."""
+    listed = data / "pairs.csv"
+    if not listed.is_file():
+        if any(path.parent == data for path in files):
+            raise refuse("pictures lie outside of the subjects' folders; move them into one")
+        return measures.pairs(np.array(_subjects(data, files), np.int64), seed=SEED)
+    row_of = {path.resolve(): row for row, path in enumerate(files)}
+    sides: dict[str, list[tuple[int, int]]] = {"0": [], "1": []}
+    with listed.open(newline="") as stream:
+        for number, row in enumerate(csv.DictReader(stream), 2):
+            try:
+                ends = [(data / row[key]).resolve() for key in ("first", "second")]
+                side = sides[row["same"].strip()]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise refuse(
+                    f"pairs.csv, line {number}: needs the columns first, second and same (0 or 1)"
+                ) from error
+            if all(end in row_of for end in ends):
+                side.append((row_of[ends[0]], row_of[ends[1]]))
+    genuine, impostor = (np.array(sides[key], np.int64).reshape(-1, 2) for key in ("1", "0"))
+    return genuine, impostor
