@@ -202,7 +202,8 @@ async def _run_bridge(settings: Any, output: Any) -> int:
 
 
 def _check(arguments: argparse.Namespace, settings: Any) -> int:
-    from facelane_bridge.bridge import CheckResult, check_camera, check_server
+    from facelane_bridge.bridge import check_server
+    from facelane_bridge.reader import CheckResult, check_camera
 
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="check") as pool:
         try:

@@ -17,10 +17,12 @@ from tests.fakes.scripted_server import ScriptedServer
 from tests.waiting import auntil
 
 from facelane_bridge import config
-from facelane_bridge.bridge import Bridge, check_camera
+from facelane_bridge.bridge import Bridge
 from facelane_bridge.config import CameraSettings
 from facelane_bridge.output import Callback, Line, ResultLine, StateLine
-from facelane_bridge.sources import SourceError, SourceReason, jpeg_size, open_source
+from facelane_bridge.reader import check_camera
+from facelane_bridge.sources import SourceError, SourceReason, open_source
+from facelane_bridge.sources.jpeg import jpeg_size
 
 PYTHON = "/usr/bin/python3"
 SERVER = Path(__file__).parent.parent / "fakes" / "rtsp_server.py"

@@ -35,7 +35,7 @@ from tests.fakes.scripted_server import (
 from tests.waiting import auntil, until
 
 from facelane_bridge import bridge as bridge_module
-from facelane_bridge import config
+from facelane_bridge import config, runner
 from facelane_bridge.bridge import Bridge, BridgeReport
 from facelane_bridge.camera import CameraState
 from facelane_bridge.config import BridgeSettings
@@ -246,7 +246,7 @@ async def test_an_absent_server_is_given_up_after_the_wait(tmp_path: Path) -> No
 
 async def test_what_is_waited_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An absent server is waited for without an end, but not without a word."""
-    monkeypatch.setattr(bridge_module, "CONNECT_HINT", 0.05)
+    monkeypatch.setattr(runner, "CONNECT_HINT", 0.05)
     clip = write_clip(tmp_path / "clip.mp4")
     target = f"unix:{tmp_path}/server.sock"
     lines: list[Line] = []
@@ -519,7 +519,7 @@ class StuckOutput(Callback):
 async def test_whoever_reads_no_further_does_not_hold_up_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge_module, "DRAIN_TIMEOUT", 0.3)
+    monkeypatch.setattr(runner, "DRAIN_TIMEOUT", 0.3)
     monkeypatch.setattr(bridge_module, "OUTPUT_PATIENCE", 0.5)
     output = StuckOutput(lambda line: isinstance(line, ResultLine) and line.frame_id > 3)
     with ScriptedServer() as server:
@@ -537,7 +537,7 @@ async def test_a_frame_is_counted_though_a_line_before_its_own_finds_no_reader(
     stuck_on: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever waits with a frame in hand may be cancelled; the frame must not go with it."""
-    monkeypatch.setattr(bridge_module, "DRAIN_TIMEOUT", 0.3)
+    monkeypatch.setattr(runner, "DRAIN_TIMEOUT", 0.3)
     monkeypatch.setattr(bridge_module, "OUTPUT_PATIENCE", 10.0)
     noted = threading.Event()
 

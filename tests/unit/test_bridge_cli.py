@@ -16,7 +16,7 @@ from tests.fakes.cameras import jpeg, write_clip
 from tests.fakes.scripted_server import ScriptedServer, refusing
 
 import facelane
-from facelane_bridge import bridge, cli, config
+from facelane_bridge import cli, config, reader
 from facelane_bridge.bridge import new_client
 from facelane_bridge.config import ConfigError, ServerSettings
 
@@ -150,7 +150,7 @@ def test_a_check_that_breaks_is_told_and_not_called_late(
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(bridge, "open_source", lambda _: Breaking())
+    monkeypatch.setattr(reader, "open_source", lambda _: Breaking())
     assert cli.main(["check", "--source", str(clip), "--cameras-only"]) == cli.EXIT_CAMERA_FAILED
     said = capsys.readouterr()
     assert "the reader broke (ZeroDivisionError)" in said.out

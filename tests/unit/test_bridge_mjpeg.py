@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facelane_bridge.mjpeg import (
+from facelane_bridge.sources.mjpeg import (
     MAX_HEADER_BYTES,
     MAX_PREAMBLE_BYTES,
     MjpegError,

@@ -1,0 +1,90 @@
+"""What every source gives and how it fails: frames, ``SourceInfo``, ``SourceError``."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from facelane_bridge.config import SourceKind
+
+
+class SourceReason(enum.StrEnum):
+    """Why a source failed."""
+
+    CREDENTIALS_MISSING = "CREDENTIALS_MISSING"
+    AUTHENTICATION_FAILED = "AUTHENTICATION_FAILED"
+    NOT_FOUND = "NOT_FOUND"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    CONNECT_FAILED = "CONNECT_FAILED"
+    TIMED_OUT = "TIMED_OUT"
+    DISCONNECTED = "DISCONNECTED"
+    FORMAT_INVALID = "FORMAT_INVALID"
+    NO_VIDEO = "NO_VIDEO"
+    UNDECODABLE = "UNDECODABLE"
+    TLS_FAILED = "TLS_FAILED"
+    INTERRUPTED = "INTERRUPTED"
+
+
+class SourceError(Exception):
+    """A source cannot go on. ``permanent``: opening it again would fail in the same way.
+
+    ``message`` never holds credentials.
+    """
+
+    def __init__(self, reason: SourceReason, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.permanent = permanent
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """What was found when the source was opened."""
+
+    kind: SourceKind
+    codec: str
+    width: int
+    """Pixels; 0 where the source does not tell before its first frame."""
+    height: int
+    fps: float
+    """Nominal; 0 where unknown."""
+    duration: float | None
+    """Seconds; ``None`` for live sources."""
+    reencodes: bool
+    """False: the camera's own JPEG bytes are passed on."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedFrame:
+    """One frame, encoded as JPEG (PNG and WebP files stay what they are)."""
+
+    data: bytes
+    media_time: float
+    """Seconds since the source was opened, on the source's own clock; never decreases."""
+    captured_at: float
+    """Wall clock (Unix seconds) when the frame was complete here."""
+
+
+class Source(Protocol):
+    """A blocking source of frames, used by one thread; ``interrupt`` is for the others."""
+
+    def open(self) -> SourceInfo: ...
+
+    def read(self) -> CapturedFrame | None:
+        """The next frame, ``None`` at the end. Raises ``SourceError``."""
+        ...
+
+    def interrupt(self) -> None:
+        """Make a waiting ``open`` or ``read`` return soon. From any thread."""
+        ...
+
+    def close(self) -> None:
+        """Let go of sockets and files. Idempotent; from the thread that reads."""
+        ...
+
+    @property
+    def skipped(self) -> int:
+        """Frames passed over to keep to ``max_fps``."""
+        ...

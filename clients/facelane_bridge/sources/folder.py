@@ -1,0 +1,112 @@
+"""The pictures of a folder, in the order of their names."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import av
+
+from facelane_bridge.config import CameraSettings, Pace, SourceKind
+from facelane_bridge.sources.api import CapturedFrame, SourceError, SourceInfo, SourceReason
+from facelane_bridge.sources.jpeg import JpegEncoder, decode_picture
+from facelane_bridge.sources.pace import Decimator, Pacer
+
+MAX_PICTURE_FILE_BYTES = 32 * 1024 * 1024
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+
+class FolderSource:
+    """The pictures of a folder in the order of their names, at ``folder_fps``."""
+
+    def __init__(self, camera: CameraSettings) -> None:
+        self._camera = camera
+        self._interrupted = threading.Event()
+        self._paths: list[Path] = []
+        self._next = 0
+        self._pacer = Pacer(self._interrupted)
+        self._decimator = Decimator(camera.max_fps)
+        self._shrink = (
+            JpegEncoder(camera.jpeg_quality, camera.max_side) if camera.max_side else None
+        )
+
+    @property
+    def skipped(self) -> int:
+        return self._decimator.skipped
+
+    def interrupt(self) -> None:
+        self._interrupted.set()
+
+    def close(self) -> None:
+        self._paths = []
+
+    def open(self) -> SourceInfo:
+        folder = Path(self._camera.source)
+        try:
+            self._paths = sorted(
+                path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES
+            )
+        except PermissionError:
+            raise SourceError(
+                SourceReason.PERMISSION_DENIED, "the folder may not be read", permanent=True
+            ) from None
+        except OSError:
+            raise SourceError(
+                SourceReason.NOT_FOUND, "the folder does not exist", permanent=True
+            ) from None
+        if not self._paths:
+            raise SourceError(
+                SourceReason.NO_VIDEO,
+                "the folder holds no .jpg, .png or .webp picture",
+                permanent=True,
+            )
+        return SourceInfo(
+            SourceKind.FOLDER,
+            "pictures",
+            0,
+            0,
+            self._camera.folder_fps,
+            len(self._paths) / self._camera.folder_fps,
+            reencodes=self._shrink is not None,
+        )
+
+    def read(self) -> CapturedFrame | None:
+        while True:
+            if self._next >= len(self._paths) and not self._camera.loop:
+                return None
+            path = self._paths[self._next % len(self._paths)]
+            media_time = self._next / self._camera.folder_fps
+            self._next += 1
+            if not self._decimator.wants(media_time):
+                continue
+            if self._camera.pace is Pace.REALTIME:
+                self._pacer.wait_for(media_time)
+            if self._interrupted.is_set():
+                raise SourceError(SourceReason.INTERRUPTED, "the source was told to stop")
+            return CapturedFrame(self._load(path), media_time, time.time())
+
+    def _load(self, path: Path) -> bytes:
+        try:
+            with path.open("rb") as file:
+                data = _read_bounded(file)
+        except OSError:
+            return b""  # an error of this frame, which the stream outlives
+        if self._shrink is not None and data:
+            codec = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"RI": "webp"}.get(data[:2])
+            try:
+                if codec is not None:
+                    frame = decode_picture(data, codec)
+                    if max(frame.width, frame.height) > self._camera.max_side:
+                        return self._shrink.encode(frame)
+            except (av.FFmpegError, ValueError):
+                pass  # the server says what is wrong with it, frame by frame
+        return data
+
+
+def _read_bounded(file: IO[Any]) -> bytes:
+    data: bytes = file.read(MAX_PICTURE_FILE_BYTES + 1)
+    if len(data) > MAX_PICTURE_FILE_BYTES:
+        raise OSError("too large")
+    return data
