@@ -46,13 +46,9 @@ from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package, read_package
 from facelane_server.monitor import DeviceReading, Monitor
 from facelane_server.notify import Notifier
-from facelane_server.observability import (
-    GalleryReading,
-    Metrics,
-    MetricsServer,
-    Sources,
-    configure_logging,
-)
+from facelane_server.observability.http import MetricsServer
+from facelane_server.observability.logs import configure_logging
+from facelane_server.observability.metrics import GalleryReading, Metrics, Sources
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.mps import MpsDaemon

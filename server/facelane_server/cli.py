@@ -156,7 +156,7 @@ def doctor(
     import json
 
     from facelane_server import doctor as examination
-    from facelane_server.observability import configure_logging
+    from facelane_server.observability.logs import configure_logging
 
     configure_logging(configuration.Log(level="error"))
     report = asyncio.run(examination.examine(config, infer=infer))

@@ -9,7 +9,7 @@ import structlog
 from facelane_server.domain import Decision, Outcome, Sighting
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.lanes import Lane
-from facelane_server.observability import Metrics
+from facelane_server.observability.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 

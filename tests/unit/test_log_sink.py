@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from facelane_server.observability import LOG_STALL_MS, LogSink
+from facelane_server.observability.logs import LOG_STALL_MS, LogSink
 
 
 def test_a_full_disk_and_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 from tests.waiting import auntil
 
-from facelane_server import config, limits, observability
+from facelane_server import config, limits
 from facelane_server.config import AddressError
 from facelane_server.domain import (
     Box,
@@ -38,15 +38,10 @@ from facelane_server.domain import (
     StageTiming,
 )
 from facelane_server.monitor import DeviceReading
-from facelane_server.observability import (
-    WITHHELD,
-    GalleryReading,
-    Metrics,
-    MetricsServer,
-    Sources,
-    configure_logging,
-    withhold,
-)
+from facelane_server.observability import logs
+from facelane_server.observability.http import MetricsServer
+from facelane_server.observability.logs import WITHHELD, configure_logging, withhold
+from facelane_server.observability.metrics import GalleryReading, Metrics, Sources
 from facelane_server.pools.pool import PoolInfo, PoolState, WorkerInfo
 from facelane_server.pools.restart import Life
 
@@ -205,7 +200,7 @@ def test_messages_in_the_server_are_constants_and_fields_are_allowed() -> None:
     """Every logging call of the server: no f-string, no forbidden field."""
     import ast
 
-    package = Path(observability.__file__).parent
+    package = Path(config.__file__).parent
     calls = 0
     for file in package.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -222,8 +217,8 @@ def test_messages_in_the_server_are_constants_and_fields_are_allowed() -> None:
             assert node.args, where
             assert isinstance(node.args[0], ast.Constant), f"{where}: the message must be constant"
             fields = {keyword.arg for keyword in node.keywords}
-            personal = observability.PERSONAL - {"subjects", "faces", "templates"}
-            assert not fields & (personal | observability.SECRET), where
+            personal = logs.PERSONAL - {"subjects", "faces", "templates"}
+            assert not fields & (personal | logs.SECRET), where
     assert calls >= 5, "the test looks in the wrong place"
 
 

@@ -1,0 +1,115 @@
+"""The port that metrics are scraped from."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Final, Self
+
+import structlog
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from facelane_server import config, limits
+
+log = structlog.get_logger(__name__)
+
+
+class MetricsServer:
+    """``GET /metrics`` over HTTP/1.1, one request a connection. Owns its socket.
+
+    At most ``limits.MAX_METRICS_CONNECTIONS`` at a time, each within ``REQUEST_TIMEOUT_S``:
+    a scraper that hangs costs nothing but its own scrape.
+    """
+
+    REQUEST_TIMEOUT_S: Final = 5.0
+    MAX_HEADER_BYTES: Final = 8 * limits.KIB
+
+    def __init__(self, exposition: Callable[[], bytes]) -> None:
+        self._exposition = exposition
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def start(cls, section: config.Metrics, exposition: Callable[[], bytes]) -> Self | None:
+        """Listens on ``section.listen``; ``None`` when that is empty. Raises ``AddressError``."""
+        if not section.listen:
+            return None
+        host, _, port = section.listen.rpartition(":")
+        made = cls(exposition)
+        try:
+            made._server = await asyncio.start_server(
+                made._accept, host.strip("[]"), int(port), limit=cls.MAX_HEADER_BYTES
+            )
+        except OSError as error:
+            # asyncio's own text names the address once more.
+            number = error.errno or 0
+            why = os.strerror(number) if number > 0 else error.strerror
+            raise config.AddressError(
+                f"metrics.listen: cannot listen on {section.listen}: {why or 'unknown'}; choose "
+                'another port, or write listen = "" to switch metrics off'
+            ) from None
+        return made
+
+    @property
+    def port(self) -> int:
+        assert self._server is not None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def close(self) -> None:
+        """Stops listening and ends what is open; idempotent."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        for task in list(self._open):
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+        await server.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
+        # So that drain waits until all is with the kernel: nothing is left for close to wait
+        # for, which it would do for as long as the peer does not read.
+        writer.transport.set_write_buffer_limits(high=0)
+        try:
+            if len(self._open) > limits.MAX_METRICS_CONNECTIONS:
+                return
+            async with asyncio.timeout(self.REQUEST_TIMEOUT_S):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(self._answer(head))
+                await writer.drain()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass
+        except asyncio.CancelledError:
+            # Only close() cancels; asyncio's own callback would log a cancelled handler.
+            pass
+        except Exception as error:
+            log.error("metrics request failed", error=type(error).__name__)
+        finally:
+            self._open.discard(task)
+            writer.transport.abort()
+
+    def _answer(self, head: bytes) -> bytes:
+        request = head.split(b"\r\n", 1)[0].split(b" ")
+        if len(request) != 3 or not request[2].startswith(b"HTTP/1."):
+            return _response("400 Bad Request", b"")
+        method, target = request[0], request[1].split(b"?", 1)[0]
+        if target != b"/metrics":
+            return _response("404 Not Found", b"the metrics are at /metrics\n")
+        if method not in (b"GET", b"HEAD"):
+            return _response("405 Method Not Allowed", b"")
+        body = self._exposition()
+        return _response("200 OK", body, CONTENT_TYPE_PLAIN_0_0_4, head_only=method == b"HEAD")
+
+
+def _response(
+    status: str, body: bytes, kind: str = "text/plain; charset=utf-8", *, head_only: bool = False
+) -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        "Connection: close\r\n\r\n"
+    ).encode()
+    return head if head_only else head + body
