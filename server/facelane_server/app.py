@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
-import os
-import shutil
 import signal
-import socket
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final, Self
 
-import grpc
-import msgspec
 import structlog
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from facelane.v1 import (
-    admin_service_pb2_grpc,
-    analysis_service_pb2_grpc,
-    event_service_pb2_grpc,
-    gallery_service_pb2_grpc,
-    server_service_pb2_grpc,
-)
-from facelane_server import __version__, config, limits, plan, tracking
+from facelane_server import config, folders, plan, served, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.edge import errors, health
-from facelane_server.edge.analysis import AnalysisService, LaneRegistry
-from facelane_server.edge.auth import Authenticator, AuthInterceptor
-from facelane_server.edge.gallery import GalleryService
-from facelane_server.edge.operations import AdminService, EventService, ServerService
-from facelane_server.edge.tls import Certificates, Presented, validity
+from facelane_server.edge import errors
+from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventKind
-from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
-from facelane_server.models.api import CropSpec
-from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package, read_package
 from facelane_server.monitor import DeviceReading, Monitor
 from facelane_server.notify import Notifier
@@ -53,154 +28,12 @@ from facelane_server.pipeline import Pipeline
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.mps import MpsDaemon
 from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
+from facelane_server.served import ServedModels
 from facelane_server.watch import LaneWatch
 
 log = structlog.get_logger(__name__)
 
-DEFAULT_MODELS: Final = {
-    Stage.DETECTOR: "facelane-detector",
-    Stage.RECOGNIZER: "facelane-recognizer",
-    Stage.LIVENESS: "facelane-liveness",
-}
 START_POLL_S: Final = 0.2
-RUN_PREFIX: Final = "facelane-run-"
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModels:
-    """The packages that the config names, and what follows from them."""
-
-    packages: Mapping[Stage, Package]
-    crops: tuple[CropSpec, ...]
-    """What the detector cuts for each face."""
-    positions: Mapping[Stage, tuple[int, ...]]
-    """Where each stage's crops are among them."""
-    thresholds: Thresholds
-
-    @classmethod
-    def resolve(cls, settings: config.Config) -> Self:
-        """Reads the manifests. Raises ``FacelaneError(MODEL_INVALID)``."""
-        catalog = Catalog([Path(folder).expanduser() for folder in settings.models.path])
-        packages = {}
-        for name, pool in settings.stages.items():
-            stage = Stage(name)
-            package = catalog.resolve(pool.model or DEFAULT_MODELS[stage])
-            if package.task is not stage:
-                raise FacelaneError(
-                    Reason.MODEL_INVALID,
-                    f"pools.{name}.model: {package.name} is a {package.task.value}, not a {name}",
-                )
-            packages[stage] = package
-        crops: list[CropSpec] = []
-        positions: dict[Stage, tuple[int, ...]] = {}
-        for stage in (Stage.RECOGNIZER, Stage.LIVENESS):
-            if stage in packages:
-                for crop in packages[stage].crops:
-                    if crop not in crops:
-                        crops.append(crop)
-                positions[stage] = tuple(crops.index(c) for c in packages[stage].crops)
-        return cls(packages, tuple(crops), positions, _thresholds(packages, settings.identity))
-
-
-def _thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Thresholds:
-    """The packages' thresholds, with the config's overrides."""
-
-    def pick(stage: Stage, name: str, override: float | None, without: float) -> float:
-        if override is not None:
-            return override
-        if stage not in packages:
-            return without
-        value = getattr(packages[stage].thresholds, name)
-        return without if value is None else float(value)
-
-    try:
-        return Thresholds(
-            match=pick(Stage.RECOGNIZER, "match", chosen.match_threshold, 1.0),
-            margin=pick(Stage.RECOGNIZER, "margin", chosen.margin, 0.05),
-            ood=pick(Stage.RECOGNIZER, "ood", chosen.ood_threshold, 0.4),
-            live=pick(Stage.LIVENESS, "live", chosen.live_threshold, 1.0),
-            spoof=pick(Stage.LIVENESS, "spoof", chosen.spoof_threshold, 0.0),
-        )
-    except ValueError as error:
-        raise config.ConfigError(f"identity: {error}") from None
-
-
-def state_dir(settings: config.Config) -> Path:
-    """Where the gallery lives; made when it is missing (mode 0700)."""
-    chosen = settings.state_dir or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if not chosen:
-        base = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
-        chosen = str(Path(base) / "facelane")
-    return _made(
-        "state_dir", Path(chosen).expanduser(), "set state_dir to a folder that it may write to"
-    )
-
-
-def _made(name: str, folder: Path, otherwise: str) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise config.ConfigError(
-            f"{name} {folder} cannot be made: {error.strerror}; make it for this user, or "
-            f"{otherwise}"
-        ) from None
-    return folder
-
-
-@contextlib.contextmanager
-def runtime_dir(settings: config.Config) -> Iterator[Path]:
-    """Where sockets are made. A fresh private folder is removed at the end."""
-    chosen = settings.runtime_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
-    if chosen:
-        yield _made("runtime_dir", Path(chosen).expanduser(), "leave runtime_dir empty")
-        return
-    with _private_folder() as folder:
-        yield folder
-
-
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A fresh folder of mode 0700, removed at the end.
-
-    A server that is killed cannot remove its own: the next one does. A lock on the folder,
-    which the kernel gives up together with the process, tells that nobody lives there; one on
-    ``mps`` inside of it, that a daemon has still to be told to quit.
-    """
-    for left in Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"):
-        with contextlib.ExitStack() as stack:
-            for needed in (left, left / "mps"):
-                if not os.path.lexists(needed):
-                    continue
-                if (lock := _lock(needed)) is None:
-                    break
-                stack.callback(os.close, lock)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-    # A server that starts at the same moment may find ours before we hold it, and remove it.
-    while (lock := _lock(folder := Path(tempfile.mkdtemp(prefix=RUN_PREFIX)))) is None:
-        continue
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds a folder of this user; None where it is held, or gone."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with contextlib.ExitStack() as stack:
-        try:
-            lock = os.open(folder, flags)
-            stack.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.fstat(lock)
-            if held.st_uid != os.geteuid() or not os.path.samestat(held, os.lstat(folder)):
-                return None
-        except OSError:
-            return None
-        stack.pop_all()
-        return lock
 
 
 class App:
@@ -212,11 +45,7 @@ class App:
         self.models = ServedModels.resolve(settings)
         self.started_ns = time.time_ns()
         self.events = EventFeed()
-        self.lanes = LaneRegistry(settings.limits.max_streams)
-        self.health = health.Health()
-        self.authenticator = Authenticator.of(settings)
-        certificates = Certificates.read(settings.tls)
-        self.certificates = Presented(certificates) if certificates else None
+        self.edge = Edge(settings)
         self.pools: dict[Stage, Pool] = {}
         self.notifier = Notifier.from_environment()
         self.metrics = Metrics(
@@ -224,7 +53,7 @@ class App:
                 pools=lambda: [pool.info() for pool in self.pools.values()],
                 devices=lambda: self.monitor.readings,
                 gallery=self._gallery_reading,
-                streams=lambda: len(self.lanes),
+                streams=lambda: len(self.edge.streams),
                 watchers=lambda: self.events.watchers,
             )
         )
@@ -287,15 +116,13 @@ class App:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            changed = await self.health.publish(self.can_infer(), draining=self.lanes.draining)
-            self.lanes.stages_changed()
-            if changed:
+            if await self.edge.stages_changed(self.can_infer()):
                 self.notifier.status(self._status_line())
 
     def _status_line(self) -> str:
         able = self.can_infer()
         pools = ", ".join(f"{s.value} {'up' if up else 'DOWN'}" for s, up in able.items())
-        return f"{len(self.lanes)} streams; {pools}"
+        return f"{len(self.edge.streams)} streams; {pools}"
 
     # -- life ------------------------------------------------------------------------------
 
@@ -303,7 +130,7 @@ class App:
     async def running(self) -> AsyncIterator[Self]:
         """Everything started, in order; everything ended, in the opposite one."""
         async with contextlib.AsyncExitStack() as stack:
-            runtime = stack.enter_context(runtime_dir(self.settings))
+            runtime = stack.enter_context(folders.runtime_dir(self.settings))
             stack.enter_context(errors.observed(self.metrics.refused))
             await self._start_pools(stack, runtime)
             gallery = await self._open_gallery(stack)
@@ -319,7 +146,11 @@ class App:
             stack.push_async_callback(_cancel, follower)
             self._changed.set()
             stack.push_async_callback(self._end_reloads)
-            await self._start_edge(stack, pipeline, gallery)
+            watch = LaneWatch(self.metrics, self.events, gallery.is_empty)
+            self.edge.streams.on_opened = watch.opened
+            self.edge.streams.on_closed = watch.closed
+            stack.push_async_callback(self.edge.close)
+            await self.edge.open(pipeline, gallery, self.events, self, watch)
             scraped = await MetricsServer.start(self.settings.metrics, self.metrics.exposition)
             if scraped is not None:
                 stack.push_async_callback(scraped.close)
@@ -348,18 +179,17 @@ class App:
         launchers = Launchers(runtime, mps_pipe_directory=pipes)
         stack.push_async_callback(launchers.close)
         tracking.prepare()
-        for name, settings in self.settings.stages.items():
-            stage = Stage(name)
+        for stage, settings in self.settings.stages.items():
             pool = Pool(
                 stage,
                 settings,
                 self.models.packages[stage],
-                launchers.for_pool(name, settings),
+                launchers.for_pool(stage.value, settings),
                 crops=self.models.crops if stage is Stage.DETECTOR else (),
                 max_pixels=self.settings.limits.max_pixels,
                 resolve=self._resolve_subject if stage is Stage.RECOGNIZER else None,
                 on_change=self._pool_changed,
-                budget_mib=plan.process_budget_mib(self.settings, name),
+                budget_mib=plan.process_budget_mib(self.settings, stage),
             )
             self.pools[stage] = pool
         for pool in self.pools.values():
@@ -371,7 +201,9 @@ class App:
 
     async def _open_gallery(self, stack: contextlib.AsyncExitStack) -> Gallery:
         chosen = self.settings.gallery.path
-        path = Path(chosen).expanduser() if chosen else state_dir(self.settings) / "gallery.db"
+        path = (
+            Path(chosen).expanduser() if chosen else folders.state_dir(self.settings) / "gallery.db"
+        )
         gallery = await Gallery.open(path, max_templates=self.settings.gallery.max_templates)
         self._gallery = gallery
         stack.push_async_callback(gallery.close)
@@ -380,70 +212,6 @@ class App:
             package = recognizer.package
             await gallery.serve(package.model_id, package.embedding_dim, recognizer.publish_gallery)
         return gallery
-
-    async def _start_edge(
-        self, stack: contextlib.AsyncExitStack, pipeline: Pipeline, gallery: Gallery
-    ) -> None:
-        watch = LaneWatch(self.metrics, self.events, gallery.is_empty)
-        self.lanes.on_opened = watch.opened
-        self.lanes.on_closed = watch.closed
-        analysis = AnalysisService(
-            self.settings,
-            pipeline,
-            self.lanes,
-            observer=watch,
-            models=self.model_ids,
-            server_version=__version__,
-        )
-        server = grpc.aio.server(
-            interceptors=[AuthInterceptor(self.authenticator)],
-            options=[
-                ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
-                # A client that vanished without a word is noticed within a minute.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.max_pings_without_data", 0),
-                # The pings of clients that have nothing to say, at least this far apart; by
-                # default a quiet subscription would be cut off after a minute or two.
-                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
-        analysis_service_pb2_grpc.add_AnalysisServiceServicer_to_server(analysis, server)
-        gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
-            GalleryService(self.settings, gallery, analysis, pipeline), server
-        )
-        server_service_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(
-                self.settings,
-                self.pools,
-                self.lanes,
-                started_ns=self.started_ns,
-                thresholds=lambda: pipeline.thresholds,
-            ),
-            server,
-        )
-        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminService(self.pools, self.reload_model, self.request_stop), server
-        )
-        event_service_pb2_grpc.add_EventServiceServicer_to_server(EventService(self.events), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
-        if self.settings.server.reflection:
-            reflection.enable_server_reflection(
-                (*health.SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
-            )
-        if self.certificates is not None:
-            problem, _ = validity(self.settings.tls)
-            if problem:
-                log.warning("the server's certificate", problem=problem)
-        bind(server, self.settings.server.listen, self.certificates)
-        await server.start()
-        stack.push_async_callback(server.stop, 1.0)
-        listen = self.settings.server.listen
-        log.info("listening", address=listen, version=__version__)
-        if not (self.authenticator.required or config.is_local(listen)):
-            log.warning("other machines can reach the server, and need no key", address=listen)
 
     # -- while it runs -----------------------------------------------------------------------
 
@@ -470,17 +238,20 @@ class App:
         self._told_ready = False
         self.notifier.stopping("draining")
         grace_ns = int(self._grace_s * 1e9)
-        log.info("draining", streams=len(self.lanes), grace_s=self._grace_s)
-        self.lanes.drain(grace_ns)
+        log.info("draining", streams=len(self.edge.streams), grace_s=self._grace_s)
+        streams = self.edge.streams
+        streams.drain(grace_ns)
         self._changed.set()
         # Told to go, clients send what they have begun and close their side. Whoever has not
         # done so by the last quarter of the grace is ended.
         begun = time.monotonic()
         for share in (0.75, 1.0):
-            while not self.lanes.at_rest and time.monotonic() < begun + share * self._grace_s:
+            while (
+                not self.edge.streams.at_rest and time.monotonic() < begun + share * self._grace_s
+            ):
                 self.notifier.extend_timeout(self._grace_s)
                 await asyncio.sleep(0.02)
-            self.lanes.stop()
+            streams.stop()
         # Last, so that watchers are told of the streams that ended.
         self.events.close()
 
@@ -514,7 +285,7 @@ class App:
                     pool.stage: package,
                 }
                 try:
-                    thresholds = _thresholds(packages, self.settings.identity)
+                    thresholds = served.thresholds(packages, self.settings.identity)
                 except config.ConfigError as error:
                     raise FacelaneError(Reason.MODEL_INVALID, str(error)) from None
                 await pool.reload(package)
@@ -540,25 +311,7 @@ class App:
     def _read_package(self, model: str, present: Package) -> Package:
         if not model:
             return read_package(present.folder)
-        return Catalog([Path(f).expanduser() for f in self.settings.models.path]).resolve(model)
-
-    def _renew_certificates(self) -> bool:
-        """Present what the files hold now; whether it is something new."""
-        if self.certificates is None:
-            return False
-        try:
-            fresh = Certificates.read(self.settings.tls)
-        except config.ConfigError as error:
-            log.error("certificates not renewed, and the next start will fail", problem=str(error))
-            return False
-        assert fresh is not None
-        if fresh == self.certificates.current:
-            return False
-        problem, _ = validity(self.settings.tls)
-        if problem:
-            log.warning("the server's certificate", problem=problem)
-        self.certificates.current = fresh
-        return True
+        return served.catalog(self.settings).resolve(model)
 
     def reload_config(self) -> None:
         """SIGHUP: keys and renewed certificates at once; what needs a restart is named and left
@@ -568,109 +321,20 @@ class App:
             self.notifier.reloading()
         try:
             fresh = config.load(self.path)
-            # Whether clients need keys is decided by where the server listens now, not by
-            # where it would listen after a restart.
-            inforce = msgspec.structs.replace(
-                fresh, server=self.settings.server, tls=self.settings.tls
-            )
-            config.check(inforce, source=str(self.path))
-            self.authenticator.reload(inforce)
+            applied = ["log", *self.edge.reload(fresh)]
         except config.ConfigError as error:
             log.error("config not reloaded", problem=str(error))
         else:
             stale = [
-                section
-                for section in (
-                    "server",
-                    "tls",
-                    "limits",
-                    "models",
-                    "pools",
-                    "identity",
-                    "tracking",
-                    "gallery",
-                    "metrics",
-                    "monitor",
-                    "state_dir",
-                    "runtime_dir",
-                )
-                if getattr(fresh, section) != getattr(self.settings, section)
+                name
+                for name in config.Config.__struct_fields__
+                if name not in ("auth", "log")
+                and getattr(fresh, name) != getattr(self.settings, name)
             ]
-            applied = ["auth", "log"]
-            if "tls" not in stale and self._renew_certificates():
-                applied.append("tls")
             configure_logging(fresh.log)
             log.info("config reloaded", applied=applied, needs_restart=stale)
         if self._told_ready:
             self.notifier.ready(self._status_line())
-
-
-def bind(server: grpc.aio.Server, listen: str, certificates: Presented | None) -> None:
-    """Opens the port. Raises ``AddressError`` when it cannot be had now."""
-    if listen.startswith("unix:"):
-        path = _socket_path(listen)
-        if path.is_socket():
-            if _answers(path):
-                raise config.AddressError(
-                    f"server.listen: another server answers on {listen}; end it, or listen "
-                    "elsewhere"
-                )
-            # What a killed server left behind.
-            path.unlink()
-    try:
-        if certificates is not None:
-            port = server.add_secure_port(listen, certificates.credentials())
-        else:
-            port = server.add_insecure_port(listen)
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        # gRPC does not say why.
-        why = _unusable(listen)
-        raise config.AddressError(f"server.listen: cannot listen on {listen}: {why}")
-
-
-def _socket_path(listen: str) -> Path:
-    return Path(listen.removeprefix("unix:").removeprefix("//"))
-
-
-def _unusable(listen: str) -> str:
-    """Why an address cannot be listened on, and what to do."""
-    if listen.startswith("unix:"):
-        folder = _socket_path(listen).parent
-        return (
-            f"this user must be able to make a socket in {folder}, in a path of 107 bytes at most"
-        )
-    host, _, port = listen.rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        for family, kind, _protocol, _name, address in found:
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                probe.listen()
-    except socket.gaierror as error:
-        return f"{error.strerror}; write an address of this machine"
-    except PermissionError:
-        return "ports below 1024 are for root; take another"
-    except OSError as error:
-        advice = {
-            errno.EADDRINUSE: "another process has the port; end it, or take another",
-            errno.EADDRNOTAVAIL: "this machine has no such address (now); see `ip address`",
-        }.get(error.errno or 0, "take another")
-        return f"{os.strerror(error.errno) if error.errno else 'unknown'}: {advice}"
-    return "another process had the port a moment ago"
-
-
-def _answers(path: Path) -> bool:
-    """Whether somebody accepts connections on a Unix socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:

@@ -107,9 +107,9 @@ def check(config: ConfigOption = None) -> None:
     the server would not start with it."""
     loaded = _load(config)
     from facelane_server import plan as planning
-    from facelane_server.app import ServedModels
     from facelane_server.edge.auth import Authenticator
     from facelane_server.edge.tls import Certificates
+    from facelane_server.served import ServedModels
 
     lent = loaded.lent_by_systemd
     try:
@@ -130,7 +130,7 @@ def check(config: ConfigOption = None) -> None:
     if problems:
         raise typer.Exit(EX_CONFIG)
     for stage, package in models.packages.items():
-        pool = loaded.stages[stage.value]
+        pool = loaded.stages[stage]
         typer.echo(
             f"{stage.value:<11} {package.model_id}  x{pool.workers} on {', '.join(pool.devices)}"
             f"  {pool.isolation}"
@@ -155,13 +155,14 @@ def doctor(
     workers. Exit status 69 when the server could not serve."""
     import json
 
-    from facelane_server import doctor as examination
+    from facelane_server.doctor.examine import examine
+    from facelane_server.doctor.report import Status
     from facelane_server.observability.logs import configure_logging
 
     configure_logging(configuration.Log(level="error"))
-    report = asyncio.run(examination.examine(config, infer=infer))
+    report = asyncio.run(examine(config, infer=infer))
     typer.echo(json.dumps(report.as_json(), indent=2) if as_json else report.as_text())
-    if report.status is examination.Status.FAIL:
+    if report.status is Status.FAIL:
         raise typer.Exit(EX_UNAVAILABLE)
 
 
@@ -175,7 +176,7 @@ def plan(
     """Say what the workers take of each card, and refuse what does not fit (exit code 78)."""
     loaded = _load(config)
     from facelane_server import plan as planning
-    from facelane_server.app import ServedModels
+    from facelane_server.served import ServedModels
 
     try:
         models = ServedModels.resolve(loaded)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from facelane_server import limits
+from facelane_server.domain import Stage
 from facelane_server.naming import hint
 
 Isolation = Literal["process", "mps", "thread", "external"]
@@ -265,14 +266,10 @@ class Config(Section, frozen=True):
         )
 
     @property
-    def stages(self) -> dict[str, Pool]:
-        """The pools in pipeline order, by stage name."""
-        pools = {"detector": self.pools.detector}
-        if self.pools.recognizer is not None:
-            pools["recognizer"] = self.pools.recognizer
-        if self.pools.liveness is not None:
-            pools["liveness"] = self.pools.liveness
-        return pools
+    def stages(self) -> dict[Stage, Pool]:
+        """The pools in pipeline order; without stages that are switched off."""
+        pools = {Stage(name): getattr(self.pools, name) for name in Pools.__struct_fields__}
+        return {stage: pool for stage, pool in pools.items() if pool is not None}
 
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$?(?P<path>.*)`)?")
@@ -305,8 +302,8 @@ def parse(text: str, *, source: str = "<config>") -> Config:
     # TOML has no null: `[pools] liveness = false` switches a stage off.
     pools = raw.get("pools")
     if isinstance(pools, dict):
-        for stage in ("recognizer", "liveness"):
-            if pools.get(stage) is False:
+        for stage in Stage:
+            if stage is not Stage.DETECTOR and pools.get(stage) is False:
                 pools[stage] = None
     try:
         config = msgspec.convert(raw, Config)

@@ -73,7 +73,10 @@ class DropReason(enum.StrEnum):
 
 
 class Reason(enum.StrEnum):
-    """Machine-readable reasons of errors: ``ErrorInfo.reason`` on the wire (AIP-193)."""
+    """Machine-readable reasons of errors: ``ErrorInfo.reason`` on the wire (AIP-193).
+
+    ``error_reason.proto`` is the list, and says what each means; a test compares.
+    """
 
     # The picture.
     PICTURE_EMPTY = "PICTURE_EMPTY"

@@ -261,8 +261,8 @@ def _text(value: str | bytes) -> str:
 class Monitor:
     """Reads all devices every ``interval_s`` and tells of the conflict warning.
 
-    Callbacks run on the event loop. ``on_reading``: every reading. ``on_memory``: a device's
-    warning began or ended, with a line for the operator.
+    ``on_memory`` is called on the event loop: a device's warning began or ended, with a line for
+    the operator.
     """
 
     def __init__(
@@ -270,14 +270,12 @@ class Monitor:
         section: config.Monitor,
         *,
         workers: Callable[[], Mapping[int, str]] = dict,
-        on_reading: Callable[[tuple[DeviceReading, ...]], None] | None = None,
         on_memory: Callable[[DeviceReading, bool, str], None] | None = None,
         load: Callable[[], Nvml] = Nvml.load,
     ) -> None:
         """``workers``: ids of the worker processes by pid, asked for on the event loop."""
         self._section = section
         self._workers = workers
-        self._on_reading = on_reading
         self._on_memory = on_memory
         self._load = load
         self._readings: tuple[DeviceReading, ...] = ()
@@ -378,8 +376,6 @@ class Monitor:
             self._stalled = False
             log.info("NVML answers again")
         self._readings = readings
-        if self._on_reading is not None:
-            self._on_reading(readings)
         for reading in readings:
             self._judge(reading)
 

@@ -205,10 +205,10 @@ def make_plan(
     return Plan(plans, tuple(problems), tuple(remarks))
 
 
-def process_budget_mib(settings: config.Config, name: str) -> int:
+def process_budget_mib(settings: config.Config, stage: Stage) -> int:
     """What a worker process of a pool may take: its ``memory_mib``; for a thread group the sum
     over its threads, 0 (no budget) as soon as one of them has none."""
-    pool = settings.stages[name]
+    pool = settings.stages[stage]
     if pool.isolation != "thread":
         return pool.memory_mib
     members = [

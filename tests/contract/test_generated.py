@@ -19,6 +19,7 @@ from grpc._cython import cygrpc
 from facelane.v1 import (
     admin_service_pb2,
     analysis_service_pb2,
+    error_reason_pb2,
     event_service_pb2,
     face_pb2,
     gallery_service_pb2,
@@ -30,7 +31,7 @@ from facelane_server.domain import Reason
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS, SERVER = ROOT / "clients", ROOT / "server"
 MODULES = (
-    admin_service_pb2, analysis_service_pb2, event_service_pb2,
+    admin_service_pb2, analysis_service_pb2, error_reason_pb2, event_service_pb2,
     face_pb2, gallery_service_pb2, server_service_pb2,
 )  # fmt: skip
 
@@ -118,16 +119,28 @@ def test_the_configuration_page_is_current() -> None:
 def test_every_key_of_the_configuration_is_explained() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
     bare = [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")]
-    sections = {"server", "tls", "auth", "limits", "models", "pools", "identity", "tracking",
-                "gallery", "metrics", "log", "monitor"}  # fmt: skip
+    sections = set(config.SECTIONS)
     assert sections <= set(re.findall(r"\[(\w+)", page))
     assert [line for line in bare if line.split("`")[1] not in sections] == []
 
 
-def test_client_and_server_know_the_same_reasons() -> None:
+def test_client_and_server_know_the_reasons_of_the_protocol() -> None:
     import facelane
 
-    assert {reason.value for reason in Reason} <= {reason.value for reason in facelane.Reason}
+    listed = {
+        name.removeprefix("ERROR_REASON_")
+        for name, number in error_reason_pb2.ErrorReason.items()
+        if number
+    }
+    assert {reason.value for reason in Reason} == listed
+    assert listed <= {reason.value for reason in facelane.Reason}
+
+
+def test_every_reason_is_given_somewhere() -> None:
+    text = "".join(
+        path.read_text() for path in sources(SERVER) if path.name not in ("domain.py", "errors.py")
+    )
+    assert [r.name for r in Reason if not re.search(rf"\bReason\.{r.name}\b", text)] == []
 
 
 # -- imports ----------------------------------------------------------------------------------

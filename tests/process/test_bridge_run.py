@@ -205,7 +205,7 @@ async def test_a_broken_connection_comes_back_and_nothing_is_lost(tmp_path: Path
 
 async def test_a_server_that_refuses_ends_the_camera(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
-    script = refusing(grpc.StatusCode.NOT_FOUND, "SUBJECT_NOT_FOUND", "there is no such gallery")
+    script = refusing(grpc.StatusCode.NOT_FOUND, "SUBJECT_NOT_FOUND", "there is no such subject")
     with ScriptedServer(script) as server:
         report, _lines = await run(settings(server.target, {"name": "a", "source": str(clip)}))
     assert report.server_failed

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from facelane_server import config, doctor
-from facelane_server.app import ServedModels
-from facelane_server.doctor import Status
+from facelane_server import config
+from facelane_server.doctor import installation
+from facelane_server.doctor.report import Status
 from facelane_server.domain import Stage
+from facelane_server.served import ServedModels
 
 CONFIG = """
 state_dir = "{state}"
@@ -77,14 +78,15 @@ async def test_a_model_that_does_not_load(tmp_path: Path, fault: str) -> None:
     extra = f'backoff_initial_s = 0.01\noptions = {{ "{fault}" = "1" }}'
     text = written(tmp_path, extra).read_text()
     settings = config.parse(text)
-    check = await doctor.check_inference(settings, ServedModels.resolve(settings), Stage.DETECTOR)
+    models = ServedModels.resolve(settings)
+    check = await installation.check_inference(settings, models, Stage.DETECTOR)
     assert check.status is Status.FAIL
     assert "no worker was ready" in check.detail
     assert "models verify" in check.advice
 
 
 async def test_the_doctor_itself_never_imports_torch() -> None:
-    program = "import sys, facelane_server.doctor; sys.exit('torch' in sys.modules)"
+    program = "import sys, facelane_server.doctor.examine; sys.exit('torch' in sys.modules)"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
     async with asyncio.timeout(30):
         assert await process.wait() == 0

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from tests.fakes.scripted_pool import ScriptedPools
 
-from facelane_server import app, config, tracking
+from facelane_server import app, config, folders, tracking
 from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.edge import health
-from facelane_server.edge.analysis import LaneRegistry
+from facelane_server.edge import address, health
+from facelane_server.edge.streams import StreamRegistry
 from facelane_server.lanes import Lane, LaneOptions, StageChanged
+from facelane_server.served import ServedModels
 
 NULL = {stage.value: f"null-{stage.value}" for stage in Stage}
 
@@ -67,12 +68,12 @@ async def test_only_changes_of_health_are_published() -> None:
 
 
 def test_models_and_what_follows_from_them() -> None:
-    models = app.ServedModels.resolve(settings())
+    models = ServedModels.resolve(settings())
     assert [p.name for p in models.packages.values()] == list(NULL.values())
     assert len(models.crops) == 2
     assert models.positions == {Stage.RECOGNIZER: (0,), Stage.LIVENESS: (1,)}
     assert models.thresholds.match == 0.5
-    changed = app.ServedModels.resolve(
+    changed = ServedModels.resolve(
         settings(identity="[identity]\nmatch_threshold = 0.7\nood_threshold = 0.1")
     )
     assert (changed.thresholds.match, changed.thresholds.ood) == (0.7, 0.1)
@@ -83,20 +84,20 @@ def test_without_a_stage_its_thresholds_name_nobody() -> None:
     chosen = config.parse(
         '[pools]\nrecognizer = false\nliveness = false\n[pools.detector]\nmodel = "null-detector"'
     )
-    models = app.ServedModels.resolve(chosen)
+    models = ServedModels.resolve(chosen)
     assert models.crops == ()
     assert (models.thresholds.match, models.thresholds.live) == (1.0, 1.0)
 
 
 def test_thresholds_that_contradict_a_package() -> None:
     with pytest.raises(ConfigError, match="identity: "):
-        app.ServedModels.resolve(settings(identity="[identity]\nspoof_threshold = 1.0"))
+        ServedModels.resolve(settings(identity="[identity]\nspoof_threshold = 1.0"))
 
 
 def test_a_model_of_another_task() -> None:
     wrong = config.parse('[pools.detector]\nmodel = "null-liveness"')
     with pytest.raises(FacelaneError) as refused:
-        app.ServedModels.resolve(wrong)
+        ServedModels.resolve(wrong)
     assert refused.value.reason is Reason.MODEL_INVALID
     assert "null-liveness is a liveness, not a detector" in refused.value.message
 
@@ -107,29 +108,29 @@ def test_a_model_of_another_task() -> None:
 def test_where_state_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
-    assert app.state_dir(config.Config()) == tmp_path / "xdg" / "facelane"
+    assert folders.state_dir(config.Config()) == tmp_path / "xdg" / "facelane"
     monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}/systemd:/other")
-    made = app.state_dir(config.Config())
+    made = folders.state_dir(config.Config())
     assert made == tmp_path / "systemd"
     assert made.stat().st_mode & 0o777 == 0o700
     chosen = config.parse(f'state_dir = "{tmp_path}/chosen"')
-    assert app.state_dir(chosen) == tmp_path / "chosen"
+    assert folders.state_dir(chosen) == tmp_path / "chosen"
     with pytest.raises(ConfigError, match="cannot be made"):
-        app.state_dir(config.parse('state_dir = "/dev/null/x"'))
+        folders.state_dir(config.parse('state_dir = "/dev/null/x"'))
     with (
         pytest.raises(ConfigError, match="runtime_dir /dev/null/x cannot be made"),
-        app.runtime_dir(config.parse('runtime_dir = "/dev/null/x"')),
+        folders.runtime_dir(config.parse('runtime_dir = "/dev/null/x"')),
     ):
         pass
 
 
 def test_where_sockets_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
-    with app.runtime_dir(config.Config()) as folder:
+    with folders.runtime_dir(config.Config()) as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "run"))
-    with app.runtime_dir(config.Config()) as folder:
+    with folders.runtime_dir(config.Config()) as folder:
         assert folder == tmp_path / "run"
     assert folder.exists(), "systemd's folder is systemd's"
 
@@ -139,22 +140,22 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(
 ) -> None:
     monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left = tmp_path / f"{app.RUN_PREFIX}left"
+    left = tmp_path / f"{folders.RUN_PREFIX}left"
     (left / "mps").mkdir(parents=True)
     (left / "mps" / "control").touch()
     somebodys = tmp_path / "facelane-other"
     somebodys.mkdir()
-    linked = tmp_path / f"{app.RUN_PREFIX}link"
+    linked = tmp_path / f"{folders.RUN_PREFIX}link"
     linked.symlink_to(somebodys)
-    guarded = tmp_path / f"{app.RUN_PREFIX}guarded"
+    guarded = tmp_path / f"{folders.RUN_PREFIX}guarded"
     (guarded / "mps").mkdir(parents=True)
-    guard = app._lock(guarded / "mps")
+    guard = folders._lock(guarded / "mps")
     assert guard is not None
-    with app.runtime_dir(config.Config()) as first:
+    with folders.runtime_dir(config.Config()) as first:
         assert not left.exists()
         assert guarded.exists(), "its MPS daemon has not been told to quit"
         os.close(guard)
-        with app.runtime_dir(config.Config()) as second:
+        with folders.runtime_dir(config.Config()) as second:
             assert first.exists(), "its server lives"
             assert second != first
             assert not guarded.exists()
@@ -177,7 +178,7 @@ def test_a_folder_that_was_swept_before_it_was_held_is_made_anew(
         return str(made[-1])
 
     monkeypatch.setattr(tempfile, "mkdtemp", swept_at_once)
-    with app.runtime_dir(config.Config()) as folder:
+    with folders.runtime_dir(config.Config()) as folder:
         assert [str(folder)] == made[1:]
         assert folder.is_dir()
 
@@ -191,33 +192,33 @@ def test_a_folder_that_was_swept_before_it_was_held_is_made_anew(
     ],
 )
 def test_why_an_address_cannot_be_listened_on(listen: str, says: str) -> None:
-    assert says in app._unusable(listen)
+    assert says in address._unusable(listen)
 
 
 def test_a_taken_port_is_called_so() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        said = app._unusable(f"127.0.0.1:{taken.getsockname()[1]}")
+        said = address._unusable(f"127.0.0.1:{taken.getsockname()[1]}")
     assert "another process has the port" in said
 
 
 def test_a_socket_that_answers_is_somebodys(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
-    assert not app._answers(path)
+    assert not address._answers(path)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
-        assert not app._answers(path), "bound, and nobody listens"
+        assert not address._answers(path), "bound, and nobody listens"
         listener.listen()
-        assert app._answers(path)
-    assert not app._answers(path), "left behind"
+        assert address._answers(path)
+    assert not address._answers(path), "left behind"
 
 
 # -- places -----------------------------------------------------------------------------------
 
 
 def test_places_are_bounded_and_given_back() -> None:
-    lanes = LaneRegistry(2)
+    lanes = StreamRegistry(2)
     with lanes.place(), lanes.place():
         with pytest.raises(FacelaneError) as full, lanes.place():
             pass
@@ -251,7 +252,7 @@ async def test_a_stream_that_opens_into_the_end_is_told_and_one_that_opens_into_
             tracking_params=tracking.Params(),
         )
 
-    lanes = LaneRegistry(2)
+    lanes = StreamRegistry(2)
     opened = lane(1)
     # Lost while the client was being told of the opening: no change to come tells of it.
     pools.liveness.available = False
@@ -265,7 +266,7 @@ async def test_a_stream_that_opens_into_the_end_is_told_and_one_that_opens_into_
 
 
 def test_single_pictures_are_waited_for() -> None:
-    lanes = LaneRegistry(2)
+    lanes = StreamRegistry(2)
     assert lanes.at_rest
     with lanes.call():
         assert not lanes.at_rest

@@ -75,7 +75,7 @@ def test_status_is_logged_and_counted(tmp_path: Path, capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("script", "code"),
     [
-        (refusing(grpc.StatusCode.NOT_FOUND, "GALLERY_NOT_FOUND"), cli.EXIT_SERVER),
+        (refusing(grpc.StatusCode.NOT_FOUND, "SUBJECT_NOT_FOUND"), cli.EXIT_SERVER),
         (None, cli.EXIT_CAMERA_FAILED),
     ],
 )

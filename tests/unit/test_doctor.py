@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from facelane_server import config, doctor
-from facelane_server.doctor import Check, Report, Status
+from facelane_server import config
+from facelane_server.doctor import installation, machine
+from facelane_server.doctor.examine import examine
+from facelane_server.doctor.report import Finding, Report, Status
 from facelane_server.domain import Stage
 from facelane_server.edge.auth import new_key
 from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
@@ -39,11 +41,11 @@ def no_nvml() -> Nvml:
 def test_a_config_that_cannot_be_used_is_a_finding_and_the_rest_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("[server]\nlissten = 'x'\n")
-    settings, check = doctor.check_config(path)
+    settings, check = installation.check_config(path)
     assert settings == config.Config()
     assert check.status is Status.FAIL
     assert "listen" in check.detail
-    assert doctor.check_config(None)[1].status is Status.OK
+    assert installation.check_config(None)[1].status is Status.OK
 
 
 # -- devices ------------------------------------------------------------------------------------
@@ -51,9 +53,9 @@ def test_a_config_that_cannot_be_used_is_a_finding_and_the_rest_goes_on(tmp_path
 
 def test_no_driver_matters_only_where_cuda_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Nvml, "load", no_nvml)
-    [check] = doctor.check_driver(config.Config())
+    [check] = machine.check_driver(config.Config())
     assert check.status is Status.SKIP
-    [check] = doctor.check_driver(ON_CUDA)
+    [check] = machine.check_driver(ON_CUDA)
     assert check.status is Status.FAIL
     assert 'devices = ["cpu"]' in check.advice
 
@@ -74,7 +76,7 @@ def test_devices(
     changes: dict[str, Any], mode: str, workers: int, status: Status, advice: str
 ) -> None:
     facts = {"memory_used_bytes": GIB, "memory_total_bytes": 80 * GIB, **changes}
-    check = doctor._device_check(DeviceReading("0", "Card", "u", **facts), mode, workers)
+    check = machine._device_check(DeviceReading("0", "Card", "u", **facts), mode, workers)
     assert check.status is status
     assert advice in check.advice
 
@@ -112,15 +114,15 @@ def torch_of(**changes: object) -> str:
 async def test_torch_is_asked_in_a_process_of_its_own(
     settings: config.Config, says: str, code: int, status: Status
 ) -> None:
-    check = await doctor.check_torch(settings, saying(says, code))
+    check = await machine.check_torch(settings, saying(says, code))
     assert check.status is status
     assert bool(check.advice) == (status is Status.FAIL)
 
 
 async def test_a_torch_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "TORCH_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(machine, "TORCH_TIMEOUT_S", 0.1)
     sleeping = (sys.executable, "-c", "import time; time.sleep(60)")
-    check = await doctor.check_torch(config.Config(), sleeping)
+    check = await machine.check_torch(config.Config(), sleeping)
     assert check.status is Status.FAIL
 
 
@@ -136,7 +138,7 @@ async def test_a_torch_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_which_code_runs_where(capability: str, architectures: list[str], runs: bool) -> None:
-    assert doctor._runs_on(capability, architectures) is runs
+    assert machine._runs_on(capability, architectures) is runs
 
 
 def test_mps_is_needed_only_where_it_is_configured(
@@ -144,12 +146,12 @@ def test_mps_is_needed_only_where_it_is_configured(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     settings = config.parse('[pools.detector]\nisolation = "mps"\ndevices = ["cuda:0"]')
-    assert doctor.check_mps(config.Config()).status is Status.SKIP
-    assert doctor.check_mps(settings).status is Status.FAIL
+    assert machine.check_mps(config.Config()).status is Status.SKIP
+    assert machine.check_mps(settings).status is Status.FAIL
     control = tmp_path / "nvidia-cuda-mps-control"
     control.write_text("#!/bin/sh\n")
     control.chmod(0o755)
-    assert doctor.check_mps(settings).status is Status.OK
+    assert machine.check_mps(settings).status is Status.OK
 
 
 @pytest.mark.parametrize(
@@ -165,9 +167,9 @@ def test_mps_is_needed_only_where_it_is_configured(
 def test_nvjpeg_is_needed_only_where_it_is_configured(
     decode: str, version: str, status: Status, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_version_of", lambda name: version)
+    monkeypatch.setattr(machine, "_version_of", lambda name: version)
     settings = config.parse(f'[pools.detector]\ndecode = "{decode}"\ndevices = ["cuda:0"]')
-    check = doctor.check_nvjpeg(settings)
+    check = machine.check_nvjpeg(settings)
     assert check.status is status
     assert bool(check.advice) is (status in (Status.WARN, Status.FAIL))
     assert version in check.detail
@@ -177,30 +179,30 @@ def test_nvjpeg_is_needed_only_where_it_is_configured(
 
 
 @pytest.fixture
-def cgroup(tmp_path: Path) -> Callable[..., Check]:
+def cgroup(tmp_path: Path) -> Callable[..., Finding]:
     root = tmp_path / "cgroup"
     own = root / "system.slice" / "facelane.service"
     own.mkdir(parents=True)
     membership = tmp_path / "membership"
     membership.write_text("0::/system.slice/facelane.service\n")
 
-    def examine(above: dict[str, str] | None = None, **files: str) -> Check:
+    def examine(above: dict[str, str] | None = None, **files: str) -> Finding:
         for name, text in files.items():
             (own / name.replace("_", ".", 1)).write_text(text)
         for name, text in (above or {}).items():
             (own.parent / name).write_text(text)
-        return doctor.check_cgroup(root, membership)
+        return machine.check_cgroup(root, membership)
 
     return examine
 
 
-def test_no_limits(cgroup: Callable[..., Check]) -> None:
+def test_no_limits(cgroup: Callable[..., Finding]) -> None:
     check = cgroup(memory_max="max\n", cpu_max="max 100000\n", pids_max="max\n")
     assert check.status is Status.OK
     assert check.facts["memory_bytes"] is None
 
 
-def test_the_tightest_limit_on_the_way_up_counts(cgroup: Callable[..., Check]) -> None:
+def test_the_tightest_limit_on_the_way_up_counts(cgroup: Callable[..., Finding]) -> None:
     check = cgroup({"memory.max": str(8 * GIB)}, memory_max=str(16 * GIB), cpu_max="150000 100000")
     assert check.facts["memory_bytes"] == 8 * GIB
     assert check.facts["cpus"] == 1.5
@@ -216,7 +218,7 @@ def test_the_tightest_limit_on_the_way_up_counts(cgroup: Callable[..., Check]) -
     ],
 )
 def test_limits_that_are_too_tight(
-    cgroup: Callable[..., Check], files: dict[str, str], advice: str
+    cgroup: Callable[..., Finding], files: dict[str, str], advice: str
 ) -> None:
     check = cgroup(**files)
     assert check.status is Status.WARN
@@ -224,18 +226,18 @@ def test_limits_that_are_too_tight(
 
 
 def test_without_cgroups(tmp_path: Path) -> None:
-    check = doctor.check_cgroup(tmp_path, tmp_path / "missing")
+    check = machine.check_cgroup(tmp_path, tmp_path / "missing")
     assert check.status is Status.SKIP
 
 
 def test_ulimits(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_NOFILE: (256, 4096), resource.RLIMIT_CORE: (-1, -1)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
-    files, core = doctor.check_ulimits()
+    files, core = machine.check_ulimits()
     assert (files.status, core.status) == (Status.WARN, Status.WARN)
     assert "embeddings" in core.advice
     limits.update({resource.RLIMIT_NOFILE: (-1, -1), resource.RLIMIT_CORE: (0, 0)})
-    assert [c.status for c in doctor.check_ulimits()] == [Status.OK, Status.OK]
+    assert [c.status for c in machine.check_ulimits()] == [Status.OK, Status.OK]
 
 
 # -- the installation -----------------------------------------------------------------------------
@@ -247,12 +249,12 @@ def test_listen(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         settings = config.parse(f'[server]\nlisten = "127.0.0.1:{port}"')
-        assert doctor.check_listen(settings).status is Status.WARN
-    assert doctor.check_listen(settings).status is Status.OK
+        assert installation.check_listen(settings).status is Status.WARN
+    assert installation.check_listen(settings).status is Status.OK
     unix = config.parse(f'[server]\nlisten = "unix:{tmp_path}/server.sock"')
-    assert doctor.check_listen(unix).status is Status.OK
+    assert installation.check_listen(unix).status is Status.OK
     nowhere = config.parse('[server]\nlisten = "unix:/no/such/folder/server.sock"')
-    assert doctor.check_listen(nowhere).status is Status.FAIL
+    assert installation.check_listen(nowhere).status is Status.FAIL
 
 
 def test_the_address_of_the_metrics() -> None:
@@ -260,17 +262,17 @@ def test_the_address_of_the_metrics() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        check = doctor.check_metrics(config.parse(f'[metrics]\nlisten = "127.0.0.1:{port}"'))
+        check = installation.check_metrics(config.parse(f'[metrics]\nlisten = "127.0.0.1:{port}"'))
         assert check.status is Status.WARN
         assert "metrics.listen" in check.advice
-    assert doctor.check_metrics(config.parse('[metrics]\nlisten = ""')).status is Status.SKIP
-    public = doctor.check_metrics(config.parse(f'[metrics]\nlisten = "0.0.0.0:{port}"'))
+    assert installation.check_metrics(config.parse('[metrics]\nlisten = ""')).status is Status.SKIP
+    public = installation.check_metrics(config.parse(f'[metrics]\nlisten = "0.0.0.0:{port}"'))
     assert "whoever reaches it may read them" in public.detail
 
 
 def test_keys(tmp_path: Path) -> None:
-    def check(text: str) -> Check:
-        return doctor.check_keys(config.parse(text))
+    def check(text: str) -> Finding:
+        return installation.check_keys(config.parse(text))
 
     assert check("").status is Status.OK
     open_to_all = check('[server]\nlisten = "0.0.0.0:1"\n[auth]\nmode = "none"')
@@ -292,30 +294,30 @@ def gallery_settings(path: Path) -> config.Config:
 def test_the_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "gallery.db"
     settings = gallery_settings(path)
-    assert doctor.check_gallery(settings).status is Status.OK
+    assert installation.check_gallery(settings).status is Status.OK
     assert not path.exists(), "looking must not make it"
     store = Store(path)
     store.create_subject("g", "a", "", {})
-    running = doctor.check_gallery(settings)
+    running = installation.check_gallery(settings)
     assert (running.status, running.detail) == (Status.SKIP, "in use by a server that runs")
     store.close()
-    check = doctor.check_gallery(settings)
+    check = installation.check_gallery(settings)
     assert (check.status, check.facts) == (Status.OK, {"subjects": 1, "templates": 0})
-    monkeypatch.setattr(doctor, "MIN_DISK_MIB", 10**12)
-    full = doctor.check_gallery(settings)
+    monkeypatch.setattr(installation, "MIN_DISK_MIB", 10**12)
+    full = installation.check_gallery(settings)
     assert (full.status, full.advice) == (
         Status.WARN,
         "free some space: enrolments will fail",
     )
     path.write_bytes(b"nonsense" * 1000)
-    broken = doctor.check_gallery(settings)
+    broken = installation.check_gallery(settings)
     assert broken.status is Status.FAIL
     assert "damaged" in broken.detail
 
 
 def test_a_gallery_that_cannot_be_looked_at_is_a_finding(tmp_path: Path) -> None:
     # Like a folder of another user, which root's tests could enter.
-    check = doctor.check_gallery(gallery_settings(tmp_path / ("x" * 300)))
+    check = installation.check_gallery(gallery_settings(tmp_path / ("x" * 300)))
     assert check.status is Status.FAIL
     assert "File name too long" in check.detail
     assert "sudo -u" in check.advice
@@ -330,14 +332,14 @@ def test_damage_inside_of_the_gallery_is_found(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(os.urandom(8192))
-    assert doctor.check_gallery(gallery_settings(path)).status is Status.FAIL
+    assert installation.check_gallery(gallery_settings(path)).status is Status.FAIL
 
 
 def test_models(tmp_path: Path) -> None:
-    models, checks = doctor.check_models(config.parse(NULL))
+    models, checks = installation.check_models(config.parse(NULL))
     assert models is not None
     assert [c.status for c in checks] == [Status.OK] * 3
-    models, [check] = doctor.check_models(config.parse('[pools.detector]\nmodel = "no-such"'))
+    models, [check] = installation.check_models(config.parse('[pools.detector]\nmodel = "no-such"'))
     assert models is None
     assert check.status is Status.FAIL
     assert "models list" in check.advice
@@ -347,8 +349,8 @@ def test_models(tmp_path: Path) -> None:
 
 
 def test_the_worst_finding_decides() -> None:
-    ok, skip = Check("a", Status.OK, ""), Check("b", Status.SKIP, "")
-    warn, fail = Check("c", Status.WARN, "", "do"), Check("d", Status.FAIL, "", "do")
+    ok, skip = Finding("a", Status.OK, ""), Finding("b", Status.SKIP, "")
+    warn, fail = Finding("c", Status.WARN, "", "do"), Finding("d", Status.FAIL, "", "do")
     assert Report((skip,)).status is Status.OK
     assert Report((ok, warn, skip)).status is Status.WARN
     assert Report((warn, fail, ok)).status is Status.FAIL
@@ -362,9 +364,7 @@ async def test_an_examination_goes_through_all_checks(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     without = NULL[: NULL.index("[pools.liveness]")]
     path.write_text(f'state_dir = "{tmp_path}"\n[pools]\nliveness = false\n{without}')
-    heard: list[Check] = []
-    report = await doctor.examine(path, infer=False, on_check=heard.append)
-    assert tuple(heard) == report.checks
+    report = await examine(path, infer=False)
     names = [check.name for check in report.checks]
     assert names[:2] == ["system", "config"]
     assert {"torch", "cgroup", "listen", "gallery", "model detector"} <= set(names)
@@ -374,12 +374,12 @@ async def test_an_examination_goes_through_all_checks(tmp_path: Path) -> None:
 
 async def test_one_stage_is_asked_through_a_worker() -> None:
     settings = config.parse(NULL)
-    models, _ = doctor.check_models(settings)
+    models, _ = installation.check_models(settings)
     assert models is not None
-    check = await doctor.check_inference(settings, models, Stage.RECOGNIZER)
+    check = await installation.check_inference(settings, models, Stage.RECOGNIZER)
     assert check.status is Status.OK, check
     assert check.facts["answer_ms"] > 0
     text = NULL.replace('"null-detector"', '"null-detector"\nisolation = "external"')
     outside = config.parse(text)
-    check = await doctor.check_inference(outside, models, Stage.DETECTOR)
+    check = await installation.check_inference(outside, models, Stage.DETECTOR)
     assert check.status is Status.SKIP

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from facelane_server import config, doctor
+from facelane_server import config
 from facelane_server.config import ConfigError, Tls
-from facelane_server.edge.tls import Certificates, Presented, validity
+from facelane_server.doctor import installation
+from facelane_server.doctor.report import Finding, Status
+from facelane_server.edge.tls import Certificates, Presented
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command here")
 
@@ -34,6 +36,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, days in (("own", "90"), ("soon", "2"), ("expired", "-1")):
         openssl("x509", "-req", "-in", "own.csr", "-signkey", "own.key", "-days", days,
                 "-out", f"{name}.pem")  # fmt: skip
+    (folder / "names").write_text(
+        "subjectAltName = DNS:door.example, DNS:*.cameras.example, IP:10.0.0.7, IP:::1\n"
+    )
+    openssl("x509", "-req", "-in", "own.csr", "-signkey", "own.key", "-days", "90",
+            "-extfile", "names", "-out", "named.pem")  # fmt: skip
     (folder / "garbage.pem").write_text("garbage")
     (folder / "broken.pem").write_text(
         "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
@@ -57,10 +64,13 @@ def test_what_is_in_order(made: Path) -> None:
     assert read == Certificates.read(section(made, ca="own.pem"))
     assert read != Certificates.read(section(made, chain="soon.pem", ca="own.pem"))
     assert Presented(read).credentials() is not None
-    problem, ends = validity(section(made))
-    assert not problem
-    assert ends is not None
-    assert timedelta(days=89) < ends - datetime.now(UTC) < timedelta(days=91)
+    facts = read.facts()
+    assert not facts.problem
+    assert timedelta(days=89) < facts.ends - datetime.now(UTC) < timedelta(days=91)
+    assert facts.names == ()
+    named = Certificates.read(section(made, chain="named.pem"))
+    assert named is not None
+    assert named.facts().names == ("door.example", "*.cameras.example", "10.0.0.7", "::1")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +81,7 @@ def test_what_is_in_order(made: Path) -> None:
         ("garbage.pem", "own.key", "", r"tls\.cert_file .* holds no certificate in PEM"),
         ("own.pem", "garbage.pem", "", r"tls\.key_file .* holds no private key in PEM"),
         ("own.key", "own.pem", "", r"tls\.cert_file .* holds no certificate in PEM"),
-        ("broken.pem", "own.key", "", r"cannot be used"),
+        ("broken.pem", "own.key", "", r"tls\.cert_file .*no usable certificate"),
         ("own.pem", "other.key", "", r"is not the key of the certificate"),
         ("own.pem", "locked.key", "", r"passphrase.*openssl pkey"),
         ("own.pem", "own.key", "absent.pem", r"tls\.client_ca_file .*cannot be read"),
@@ -85,22 +95,41 @@ def test_what_cannot_be_used(made: Path, chain: str, key: str, ca: str, says: st
 
 
 def test_an_expired_certificate_can_be_read_and_is_told(made: Path) -> None:
-    assert Certificates.read(section(made, chain="expired.pem")) is not None
-    problem, ends = validity(section(made, chain="expired.pem"))
-    assert "has expired" in problem
-    assert ends is None
+    read = Certificates.read(section(made, chain="expired.pem"))
+    assert read is not None
+    assert "has expired" in read.facts().problem
+
+
+@pytest.mark.parametrize(
+    ("host", "covered"),
+    [
+        ("door.example", True),
+        ("DOOR.example.", True),
+        ("hall.cameras.example", True),
+        ("a.hall.cameras.example", False),
+        ("cameras.example", False),
+        ("10.0.0.7", True),
+        ("0:0::1", True),
+        ("10.0.0.8", False),
+        ("example", False),
+    ],
+)
+def test_whom_a_certificate_is_for(made: Path, host: str, covered: bool) -> None:
+    read = Certificates.read(section(made, chain="named.pem"))
+    assert read is not None
+    assert read.facts().covers(host) is covered
 
 
 def test_the_doctor_looks_at_certificates(made: Path) -> None:
-    def check(chain: str, key: str = "own.key") -> doctor.Check:
-        return doctor.check_tls(config.Config(tls=section(made, chain, key)))
+    def check(chain: str, key: str = "own.key") -> Finding:
+        return installation.check_tls(config.Config(tls=section(made, chain, key)))
 
     (made / "own.key").chmod(0o600)
     good = check("own.pem")
-    assert (good.status, good.advice) == (doctor.Status.OK, "")
+    assert (good.status, good.advice) == (Status.OK, "")
     assert "valid until" in good.detail
-    assert check("expired.pem").status is doctor.Status.FAIL
-    assert check("soon.pem").status is doctor.Status.WARN
-    assert check("own.pem", "other.key").status is doctor.Status.FAIL
+    assert check("expired.pem").status is Status.FAIL
+    assert check("soon.pem").status is Status.WARN
+    assert check("own.pem", "other.key").status is Status.FAIL
     (made / "own.key").chmod(0o644)
     assert check("own.pem").advice == f"chmod 600 {made / 'own.key'}"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -15,10 +12,14 @@ import structlog
 
 from facelane.v1 import analysis_service_pb2 as pb
 from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
-from facelane_server import limits, tracking
+from facelane_server import __version__, tracking
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Outcome, Picture, Reading, Reason, Stage
+from facelane_server.domain import FacelaneError, Outcome, Reason
 from facelane_server.edge import convert, errors
+from facelane_server.edge.controls import Controls
+from facelane_server.edge.errors import Context
+from facelane_server.edge.pictures import SinglePictures
+from facelane_server.edge.streams import StreamRegistry
 from facelane_server.lanes import (
     Lane,
     LaneDraining,
@@ -28,115 +29,9 @@ from facelane_server.lanes import (
     TrackEnded,
     Update,
 )
-from facelane_server.pipeline import Origin, Pipeline, Plan
+from facelane_server.pipeline import Pipeline
 
 log = structlog.get_logger(__name__)
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenStream:
-    """A stream that is under way; ``stop`` ends it with DRAINING once it has settled."""
-
-    lane: Lane
-    stop: asyncio.Event
-
-
-class LaneRegistry:
-    """The open lanes: their number is bounded, their ids are unique, draining reaches all."""
-
-    def __init__(self, max_streams: int) -> None:
-        self._max = max_streams
-        self._streams: dict[int, OpenStream] = {}
-        self._opening = 0
-        self._calls = 0
-        self._next = 0
-        self.draining = False
-        self.on_opened: Callable[[Lane], None] = lambda _lane: None
-        self.on_closed: Callable[[Lane], None] = lambda _lane: None
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-    def __iter__(self) -> Any:
-        return iter([stream.lane for stream in self._streams.values()])
-
-    def next_id(self) -> int:
-        """A lane id, for streams and for single calls: fairness is between lanes."""
-        self._next += 1
-        return self._next
-
-    @contextlib.contextmanager
-    def place(self) -> Any:
-        """A place among the streams, from the first byte to the last.
-
-        Raises ``FacelaneError``: STREAM_LIMIT, or DRAINING.
-        """
-        self._refuse_draining()
-        if self._opening >= self._max:
-            raise FacelaneError(
-                Reason.STREAM_LIMIT,
-                f"{self._max} streams are open, which is this server's limit; close one or "
-                "raise limits.max_streams",
-                metadata={"max_streams": str(self._max)},
-                retryable=True,
-            )
-        self._opening += 1
-        try:
-            yield
-        finally:
-            self._opening -= 1
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """A single picture under way. Raises ``FacelaneError(DRAINING)``."""
-        self._refuse_draining()
-        self._calls += 1
-        try:
-            yield
-        finally:
-            self._calls -= 1
-
-    @property
-    def at_rest(self) -> bool:
-        """No stream is open and no single picture under way."""
-        return not self._streams and not self._calls
-
-    def _refuse_draining(self) -> None:
-        if self.draining:
-            raise FacelaneError(
-                Reason.DRAINING, "the server is shutting down; reconnect later", retryable=True
-            )
-
-    def add(self, lane: Lane) -> OpenStream:
-        """Raises ``FacelaneError(DRAINING)``: nobody would tell this lane of the end."""
-        self._refuse_draining()
-        stream = OpenStream(lane, asyncio.Event())
-        self._streams[lane.lane_id] = stream
-        self.on_opened(lane)
-        lane.stages_changed()  # those that came or went while it was being opened
-        return stream
-
-    def remove(self, lane: Lane) -> None:
-        if self._streams.pop(lane.lane_id, None) is not None:
-            self.on_closed(lane)
-
-    def stages_changed(self) -> None:
-        for stream in list(self._streams.values()):
-            stream.lane.stages_changed()
-
-    def drain(self, grace_ns: int) -> None:
-        """Tells every stream; new frames are dropped with DRAINING."""
-        self.draining = True
-        for stream in list(self._streams.values()):
-            stream.lane.drain(grace_ns)
-
-    def stop(self) -> None:
-        """Ends every stream as soon as its outcomes are written."""
-        self.draining = True
-        for stream in list(self._streams.values()):
-            stream.stop.set()
 
 
 class _Patience:
@@ -178,20 +73,18 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         self,
         config: Config,
         pipeline: Pipeline,
-        lanes: LaneRegistry,
-        *,
+        streams: StreamRegistry,
+        pictures: SinglePictures,
         observer: LaneObserver,
-        models: Callable[[], dict[str, str]],
-        server_version: str,
+        controls: Controls,
     ) -> None:
         self._config = config
         self._pipeline = pipeline
-        self._lanes = lanes
+        self._streams = streams
+        self._pictures = pictures
         self._observer = observer
-        self._models = models
-        self._version = server_version
+        self._controls = controls
         self._params = tracking.Params.of(config.tracking)
-        self._calls = asyncio.Semaphore(limits.MAX_UNARY_CALLS)
 
     # -- streams -------------------------------------------------------------------------
 
@@ -200,7 +93,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
     ) -> None:
         del request_iterator  # read() and write() cost less than the iterators
         try:
-            with self._lanes.place():
+            with self._streams.place():
                 await self._serve(context)
         except FacelaneError as error:
             log.info("stream refused or ended", reason=error.reason.value)
@@ -208,7 +101,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
 
     async def _serve(self, context: Context) -> None:
         lane = await self._open(context)
-        stream = self._lanes.add(lane)
+        stream = self._streams.add(lane)
         reader = asyncio.create_task(self._read(context, lane), name="lane-reader")
         writer = asyncio.create_task(self._write(context, lane), name="lane-writer")
         stopper = asyncio.create_task(stream.stop.wait(), name="lane-stopper")
@@ -243,7 +136,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             # and a lane that stayed behind would hold its place for ever.
             lane.abort()
             lane.finish()
-            self._lanes.remove(lane)
+            self._streams.remove(lane)
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _open(self, context: Context) -> Lane:
@@ -258,7 +151,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             )
         options = convert.lane_options(first.config, self._config)
         lane = Lane(
-            self._lanes.next_id(),
+            self._streams.next_id(),
             uuid.uuid4().hex[:16],
             options,
             self._pipeline,
@@ -276,8 +169,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                 max_faces=options.plan.max_faces,
                 max_frame_age=convert.duration(options.max_frame_age_ns),
             ),
-            models=self._models(),
-            server_version=self._version,
+            models=self._controls.model_ids(),
+            server_version=__version__,
         )
         await self._say(context, pb.AnalyzeStreamResponse(opened=opened))
         return lane
@@ -352,41 +245,12 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         try:
             plan = convert.plan(request.options, self._config)
             picture = convert.picture(request.picture, self._config)
-            reading = await self.analyse(picture, plan, remaining_s=context.time_remaining())
+            reading = await self._pictures.analyse(
+                picture, plan, remaining_s=context.time_remaining()
+            )
         except FacelaneError as error:
             await errors.abort(context, error)
         return pb.AnalyzeImageResponse(result=convert.result(reading.result))
-
-    def model_id(self, stage: Stage) -> str:
-        """Of the model that serves now; empty where the stage is switched off."""
-        return self._models().get(stage.value, "")
-
-    async def analyse(
-        self, picture: Picture, plan: Plan, *, remaining_s: float | None = None
-    ) -> Reading:
-        """One picture within the server's image timeout and the caller's deadline.
-
-        Raises ``FacelaneError``; POOL_OVERLOADED when too many single calls are under way,
-        DRAINING when the server ends.
-        """
-        with self._lanes.call():
-            return await self._analyse(picture, plan, remaining_s)
-
-    async def _analyse(self, picture: Picture, plan: Plan, remaining_s: float | None) -> Reading:
-        if self._calls.locked():
-            raise FacelaneError(
-                Reason.POOL_OVERLOADED,
-                f"{limits.MAX_UNARY_CALLS} pictures are under way; try again, or use a stream",
-                retryable=True,
-            )
-        timeout_ns = self._config.limits.image_timeout_ms * 1_000_000
-        if remaining_s is not None:
-            timeout_ns = min(timeout_ns, int(remaining_s * 1e9))
-        async with self._calls:
-            origin = Origin(
-                self._lanes.next_id(), convert.DEFAULT_WEIGHT, time.monotonic_ns() + timeout_ns
-            )
-            return await self._pipeline.analyse(picture, plan, origin)
 
 
 def _summary(totals: LaneTotals) -> pb.AnalyzeStreamResponse:

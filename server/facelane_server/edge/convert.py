@@ -4,7 +4,6 @@ no state; ids and labels by whoever keeps them."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Final
 
 from google.protobuf import duration_pb2, timestamp_pb2
@@ -155,18 +154,15 @@ def timestamp_ns(message: timestamp_pb2.Timestamp, field: str) -> int:
     return message.seconds * 1_000_000_000 + message.nanos
 
 
-def _duration(ns: int) -> duration_pb2.Duration:
+def duration(ns: int) -> duration_pb2.Duration:
     seconds, nanos = divmod(ns, 1_000_000_000)
     return duration_pb2.Duration(seconds=seconds, nanos=nanos)
 
 
-duration = _duration
-
-
-def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
-    result = timestamp_pb2.Timestamp()
-    result.FromDatetime(moment.astimezone(UTC).replace(tzinfo=None))
-    return result
+def timestamp(ns: int) -> timestamp_pb2.Timestamp:
+    """Of a wall clock in nanoseconds since the epoch."""
+    seconds, nanos = divmod(ns, 1_000_000_000)
+    return timestamp_pb2.Timestamp(seconds=seconds, nanos=nanos)
 
 
 def frame(
@@ -242,8 +238,8 @@ def result(value: FrameResult) -> pb.FrameResult:
     for timing in value.timings:
         message.timings.add(
             stage=STAGES[timing.stage],
-            queue=_duration(timing.queue_ns),
-            service=_duration(timing.service_ns),
+            queue=duration(timing.queue_ns),
+            service=duration(timing.service_ns),
         )
     return message
 
@@ -255,13 +251,11 @@ def stages(values: Sequence[Stage]) -> list[pb.Stage.ValueType]:
 def outcome(value: Outcome) -> analysis_pb.FrameOutcome:
     message = analysis_pb.FrameOutcome(
         frame_id=value.frame_id,
-        stream_offset=_duration(value.stream_offset_ns),
-        age=_duration(value.age_ns),
+        stream_offset=duration(value.stream_offset_ns),
+        age=duration(value.age_ns),
     )
     if value.capture_time_ns is not None:
-        seconds, nanos = divmod(value.capture_time_ns, 1_000_000_000)
-        message.capture_time.seconds = seconds
-        message.capture_time.nanos = nanos
+        message.capture_time.CopyFrom(timestamp(value.capture_time_ns))
     body = value.body
     if isinstance(body, FrameResult):
         message.result.CopyFrom(result(body))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Final, NoReturn
+import functools
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
 import structlog
@@ -16,6 +17,11 @@ from grpc_status import rpc_status
 from facelane_server.domain import FacelaneError, Reason
 
 log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Service = TypeVar("Service")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
 
 DOMAIN: Final = "facelane"
 
@@ -99,9 +105,7 @@ def status(
     return status_pb2.Status(code=CODES[reason], message=message, details=[detail])
 
 
-async def abort(
-    context: grpc.aio.ServicerContext[object, object], error: FacelaneError
-) -> NoReturn:
+async def abort(context: Context, error: FacelaneError) -> NoReturn:
     """Ends the call with the error's status.
 
     The status travels behind what is still to be written. A peer that does not read that
@@ -121,3 +125,19 @@ async def abort(
         log.info("peer not told", reason=error.reason.value, cause=type(end).__name__)
         raise asyncio.CancelledError from None
     raise AssertionError("abort raises")
+
+
+def answers_errors(
+    method: Callable[[Service, Request, Context], Awaitable[Response]],
+) -> Callable[[Service, Request, Context], Awaitable[Response]]:
+    """``FacelaneError`` becomes the call's status."""
+
+    @functools.wraps(method)
+    async def call(self: Service, request: Request, context: Context) -> Response:
+        try:
+            return await method(self, request, context)
+        except FacelaneError as error:
+            log.info("call refused", method=method.__name__, reason=error.reason.value)
+            await abort(context, error)
+
+    return call

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any, TypeVar
-
-import grpc
-import structlog
 
 from facelane.v1 import face_pb2
 from facelane.v1 import gallery_service_pb2 as pb
@@ -17,46 +10,31 @@ from facelane.v1 import gallery_service_pb2_grpc as pb_grpc
 from facelane_server import limits
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Picture, Reading, Reason, Stage
-from facelane_server.edge import convert, errors
-from facelane_server.edge.analysis import AnalysisService
+from facelane_server.edge import convert
+from facelane_server.edge.controls import Controls
+from facelane_server.edge.errors import Context, answers_errors
+from facelane_server.edge.pictures import SinglePictures
 from facelane_server.gallery import enrolment, verification
 from facelane_server.gallery.gallery import Gallery, model_changing
 from facelane_server.naming import gallery_name
 from facelane_server.pipeline import Pipeline, Plan
 from facelane_server.store.records import Subject, Template
 
-log = structlog.get_logger(__name__)
-
-Context = grpc.aio.ServicerContext[Any, Any]
-Service = TypeVar("Service")
-Request = TypeVar("Request")
-Response = TypeVar("Response")
-
-
-def answers_errors(
-    method: Callable[[Service, Request, Context], Awaitable[Response]],
-) -> Callable[[Service, Request, Context], Awaitable[Response]]:
-    """``FacelaneError`` becomes the call's status."""
-
-    @functools.wraps(method)
-    async def call(self: Service, request: Request, context: Context) -> Response:
-        try:
-            return await method(self, request, context)
-        except FacelaneError as error:
-            log.info("call refused", method=method.__name__, reason=error.reason.value)
-            await errors.abort(context, error)
-
-    return call
-
 
 class GalleryService(pb_grpc.GalleryServiceServicer):
     def __init__(
-        self, config: Config, gallery: Gallery, analysis: AnalysisService, pipeline: Pipeline
+        self,
+        config: Config,
+        gallery: Gallery,
+        pictures: SinglePictures,
+        pipeline: Pipeline,
+        controls: Controls,
     ) -> None:
         self._config = config
         self._gallery = gallery
-        self._analysis = analysis
+        self._pictures = pictures
         self._pipeline = pipeline
+        self._controls = controls
 
     # -- subjects ------------------------------------------------------------------------
 
@@ -196,7 +174,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             )
         picture = convert.picture(request.picture, self._config)
         plan = self._plan(gallery_name(request.gallery_id), request.max_candidates)
-        reading = await self._analysis.analyse(picture, plan, remaining_s=context.time_remaining())
+        reading = await self._pictures.analyse(picture, plan, remaining_s=context.time_remaining())
         if Stage.RECOGNIZER in reading.result.missing_stages:
             raise verification.unanswered()
         return pb.IdentifyFaceResponse(faces=convert.faces(reading.result.faces))
@@ -220,17 +198,16 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             want_vectors=want_vectors,
         )
 
+    def _recogniser(self) -> str:
+        return self._controls.model_ids().get(Stage.RECOGNIZER, "")
+
     async def _read(self, picture: Picture, plan: Plan, remaining_s: float | None) -> Reading:
         """The faces of a picture, and the model that their vectors are of."""
-        model_id = self._analysis.model_id(Stage.RECOGNIZER)
-        reading = await self._analysis.analyse(picture, plan, remaining_s=remaining_s)
-        if self._analysis.model_id(Stage.RECOGNIZER) != model_id:
+        model_id = self._recogniser()
+        reading = await self._pictures.analyse(picture, plan, remaining_s=remaining_s)
+        if self._recogniser() != model_id:
             raise model_changing()  # in between: the vectors may be of either
         return replace(reading, model_id=model_id)
-
-
-def _moment(ns: int) -> datetime:
-    return datetime.fromtimestamp(ns / 1e9, UTC)
 
 
 def _subject(subject: Subject) -> face_pb2.Subject:
@@ -239,8 +216,8 @@ def _subject(subject: Subject) -> face_pb2.Subject:
         gallery_id=subject.gallery_id,
         display_name=subject.display_name,
         labels=dict(subject.labels),
-        create_time=convert.timestamp(_moment(subject.created_ns)),
-        update_time=convert.timestamp(_moment(subject.updated_ns)),
+        create_time=convert.timestamp(subject.created_ns),
+        update_time=convert.timestamp(subject.updated_ns),
         template_count=subject.template_count,
         etag=subject.etag,
     )
@@ -252,5 +229,5 @@ def _template(template: Template) -> face_pb2.Template:
         subject_id=template.subject_id,
         model_id=template.model_id,
         ood_score=template.ood_score,
-        create_time=convert.timestamp(_moment(template.created_ns)),
+        create_time=convert.timestamp(template.created_ns),
     )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
-import grpc
 import structlog
 
 from facelane.v1 import admin_service_pb2 as admin_pb
@@ -19,16 +16,15 @@ from facelane_server import __version__, limits
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import convert, errors
-from facelane_server.edge.analysis import LaneRegistry
-from facelane_server.edge.gallery import answers_errors
+from facelane_server.edge.controls import Controls
+from facelane_server.edge.errors import Context, answers_errors
+from facelane_server.edge.streams import StreamRegistry
 from facelane_server.events import Event, EventFeed, EventKind
-from facelane_server.gallery.decide import Thresholds
+from facelane_server.pipeline import Pipeline
 from facelane_server.pools.pool import Pool, PoolState
 from facelane_server.pools.restart import Life
 
 log = structlog.get_logger(__name__)
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _POOL_STATES: Final = {
     PoolState.STARTING: pb.POOL_STATE_STARTING,
@@ -47,17 +43,14 @@ class ServerService(pb_grpc.ServerServiceServicer):
     def __init__(
         self,
         config: Config,
-        pools: Mapping[Stage, Pool],
-        lanes: LaneRegistry,
-        *,
-        started_ns: int,
-        thresholds: Callable[[], Thresholds],
+        controls: Controls,
+        streams: StreamRegistry,
+        pipeline: Pipeline,
     ) -> None:
         self._config = config
-        self._pools = pools
-        self._lanes = lanes
-        self._started_ns = started_ns
-        self._thresholds = thresholds
+        self._controls = controls
+        self._streams = streams
+        self._pipeline = pipeline
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: Context
@@ -65,8 +58,8 @@ class ServerService(pb_grpc.ServerServiceServicer):
         bounds = self._config.limits
         return pb.GetServerInfoResponse(
             version=__version__,
-            start_time=convert.timestamp(datetime.fromtimestamp(self._started_ns / 1e9, UTC)),
-            models=[self._model(stage, pool) for stage, pool in self._pools.items()],
+            start_time=convert.timestamp(self._controls.started_ns),
+            models=[self._model(stage, pool) for stage, pool in self._controls.pools.items()],
             limits=pb.ServerLimits(
                 max_streams=bounds.max_streams,
                 window=bounds.window,
@@ -76,13 +69,13 @@ class ServerService(pb_grpc.ServerServiceServicer):
                 max_faces=bounds.max_faces,
                 default_max_frame_age=convert.duration(bounds.max_frame_age_ms * 1_000_000),
             ),
-            open_streams=len(self._lanes),
-            draining=self._lanes.draining,
+            open_streams=len(self._streams),
+            draining=self._streams.draining,
         )
 
     def _model(self, stage: Stage, pool: Pool) -> pb.ModelInfo:
         manifest = pool.package.manifest
-        thresholds = self._thresholds()
+        thresholds = self._pipeline.thresholds
         chosen: dict[Stage, dict[str, float | None]] = {
             Stage.DETECTOR: {"score": manifest.thresholds.score, "nms": manifest.thresholds.nms},
             Stage.RECOGNIZER: {
@@ -107,7 +100,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
         self, request: pb.ListPoolsRequest, context: Context
     ) -> pb.ListPoolsResponse:
         response = pb.ListPoolsResponse()
-        for pool in self._pools.values():
+        for pool in self._controls.pools.values():
             info = pool.info()
             message = response.pools.add(
                 pool=info.pool,
@@ -135,24 +128,15 @@ class ServerService(pb_grpc.ServerServiceServicer):
 
 
 class AdminService(admin_grpc.AdminServiceServicer):
-    """``reload``: (pool, model) → (old, new model id). ``stop``: drains within seconds."""
-
-    def __init__(
-        self,
-        pools: Mapping[Stage, Pool],
-        reload: Callable[[str, str], Awaitable[tuple[str, str]]],
-        stop: Callable[[float | None], None],
-    ) -> None:
-        self._pools = pools
-        self._reload = reload
-        self._stop = stop
+    def __init__(self, controls: Controls) -> None:
+        self._controls = controls
 
     @answers_errors
     async def RestartWorker(
         self, request: admin_pb.RestartWorkerRequest, context: Context
     ) -> admin_pb.RestartWorkerResponse:
         name = request.worker_id.partition("#")[0]
-        pool = next((p for p in self._pools.values() if p.name == name), None)
+        pool = next((p for p in self._controls.pools.values() if p.name == name), None)
         if pool is None:
             raise FacelaneError(
                 Reason.WORKER_NOT_FOUND,
@@ -166,7 +150,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
     async def ReloadModel(
         self, request: admin_pb.ReloadModelRequest, context: Context
     ) -> admin_pb.ReloadModelResponse:
-        old, new = await self._reload(request.pool, request.model)
+        old, new = await self._controls.reload_model(request.pool, request.model)
         return admin_pb.ReloadModelResponse(old_model_id=old, new_model_id=new)
 
     @answers_errors
@@ -178,7 +162,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
             grace = convert.duration_ns(request.grace, "grace") / 1e9
             if grace < 0:
                 raise convert.invalid("grace must not be negative", field="grace")
-        self._stop(grace)
+        self._controls.request_stop(grace)
         return admin_pb.DrainResponse()
 
 
@@ -214,7 +198,7 @@ def _event(event: Event) -> event_pb.Event:
     message = event_pb.Event(
         sequence=event.sequence,
         kind=_KINDS[event.kind],
-        event_time=convert.timestamp(datetime.fromtimestamp(event.time_ns / 1e9, UTC)),
+        event_time=convert.timestamp(event.time_ns),
         source_id=event.source_id,
         stream_id=event.stream_id,
         gallery_id=event.gallery_id,

@@ -1,25 +1,23 @@
 """The server's certificate: read and judged before anything is started.
 
-gRPC answers every unusable certificate with "failed to bind". So the files are tried with
-Python's own TLS first, which knows what is wrong with them.
+gRPC answers every unusable certificate with "failed to bind". So the files are read here first,
+in words that say what is wrong with them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ssl
+import ipaddress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 
 from facelane_server.config import ConfigError, Tls, lent_hint
 
-_EXPIRED: Final = 10
-_NOT_YET_VALID: Final = 9
-"""OpenSSL's X509_V_ERR_* numbers."""
+if TYPE_CHECKING:
+    from cryptography import x509
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,39 +33,83 @@ class Certificates:
         """Those that the configuration names; None = no TLS. Raises ``ConfigError``."""
         if not section.cert_file:
             return None
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
         chain = _read("cert_file", section.cert_file, b"CERTIFICATE-----")
         key = _read("key_file", section.key_file, b"PRIVATE KEY-----")
-        authority = None
-        if section.client_ca_file:
-            authority = _read("client_ca_file", section.client_ca_file, b"CERTIFICATE-----")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        own = _parse("cert_file", section.cert_file, chain)
         try:
-            context.load_cert_chain(section.cert_file, section.key_file, password=_passphrase)
-        except ssl.SSLError as error:
-            if error.reason == "KEY_VALUES_MISMATCH":
-                problem = "is not the key of the certificate in tls.cert_file"
-            else:
-                problem = f"and tls.cert_file cannot be used ({error.reason or 'damaged'})"
-            raise ConfigError(f"tls.key_file {section.key_file} {problem}") from None
-        except _PassphraseError:
+            private = load_pem_private_key(key, password=None)
+        except TypeError:
             raise ConfigError(
                 f"tls.key_file {section.key_file} is protected by a passphrase, which nobody is "
                 "there to type: store it without one (openssl pkey -in OLD -out NEW), mode 0600"
             ) from None
+        except Exception as error:  # the library raises several kinds, its own among them
+            raise ConfigError(f"tls.key_file {section.key_file} cannot be used ({error})") from None
+        if private.public_key() != own.public_key():
+            raise ConfigError(
+                f"tls.key_file {section.key_file} is not the key of the certificate in "
+                "tls.cert_file"
+            )
+        authority = None
         if section.client_ca_file:
-            try:
-                context.load_verify_locations(section.client_ca_file)
-            except ssl.SSLError as error:
-                raise ConfigError(
-                    f"tls.client_ca_file {section.client_ca_file} holds no usable certificate "
-                    f"({error.reason or 'damaged'})"
-                ) from None
+            authority = _read("client_ca_file", section.client_ca_file, b"CERTIFICATE-----")
+            _parse("client_ca_file", section.client_ca_file, authority)
         return cls(chain, key, authority)
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration(
             [(self.key, self.chain)], root_certificates=self.client_ca
         )
+
+    def facts(self) -> Facts:
+        """What clients will judge the certificate by."""
+        return Facts.of(_parse("cert_file", "", self.chain))
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """``names``: DNS names and addresses that the certificate is for; clients of today look at
+    no other place (RFC 9525)."""
+
+    begins: datetime
+    ends: datetime
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, certificate: x509.Certificate) -> Self:
+        from cryptography import x509
+
+        names: tuple[str, ...] = ()
+        try:
+            found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        except x509.ExtensionNotFound:
+            pass
+        else:
+            addresses = found.value.get_values_for_type(x509.IPAddress)
+            names = (*found.value.get_values_for_type(x509.DNSName), *map(str, addresses))
+        return cls(certificate.not_valid_before_utc, certificate.not_valid_after_utc, names)
+
+    @property
+    def problem(self) -> str:
+        """Why no client can accept it today; empty = nothing."""
+        now = datetime.now(UTC)
+        if now > self.ends:
+            return "has expired: clients refuse it; renew it"
+        if now < self.begins:
+            return "is not valid yet: is this machine's clock right?"
+        return ""
+
+    def covers(self, host: str) -> bool:
+        """Whether a client that connects to ``host`` (a name or an address) finds it here."""
+        try:
+            return str(ipaddress.ip_address(host)) in self.names
+        except ValueError:
+            pass
+        host = host.lower().rstrip(".")
+        wild = "*." + host.partition(".")[2]
+        return any(name.lower() in (host, wild) for name in self.names)
 
 
 class Presented:
@@ -96,49 +138,14 @@ class Presented:
         return current.configuration()
 
 
-def validity(section: Tls) -> tuple[str, datetime | None]:
-    """Whether clients can accept the certificate today, as far as the date goes: what is wrong
-    (empty = nothing), and when it ends where that is known.
+def _parse(name: str, path: str, content: bytes) -> x509.Certificate:
+    """The first certificate of a file."""
+    from cryptography import x509
 
-    ``section`` must be one that ``Certificates.read`` accepts.
-    """
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(section.cert_file, section.key_file, password=_passphrase)
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client.check_hostname = False
-    # The certificate vouches for itself: only its dates are of interest here.
-    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    client.load_verify_locations(section.cert_file)
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = (
-        client.wrap_bio(to_client, to_server),
-        server.wrap_bio(to_server, to_client, server_side=True),
-    )
     try:
-        for _ in range(4):  # flights of a handshake
-            for end in ends:
-                with contextlib.suppress(ssl.SSLWantReadError):
-                    end.do_handshake()
-    except ssl.SSLCertVerificationError as error:
-        if error.verify_code == _EXPIRED:
-            return "has expired: clients refuse it; renew it", None
-        if error.verify_code == _NOT_YET_VALID:
-            return "is not valid yet: is this machine's clock right?", None
-        return "", None
-    except ssl.SSLError:
-        return "", None
-    ends_at = (ends[0].getpeercert() or {}).get("notAfter")
-    if not isinstance(ends_at, str):
-        return "", None
-    return "", datetime.fromtimestamp(ssl.cert_time_to_seconds(ends_at), UTC)
-
-
-class _PassphraseError(Exception):
-    pass
-
-
-def _passphrase() -> str:
-    raise _PassphraseError
+        return x509.load_pem_x509_certificates(content)[0]
+    except ValueError:
+        raise ConfigError(f"tls.{name} {path} holds no usable certificate (damaged)") from None
 
 
 def _read(name: str, path: str, marker: bytes) -> bytes:

@@ -1,0 +1,1 @@
+"""``facelane-server doctor``: is this machine, with this config, fit to serve?"""

@@ -1,0 +1,49 @@
+"""Single pictures: how many at a time, and for how long each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from facelane_server import limits
+from facelane_server.config import Config
+from facelane_server.domain import FacelaneError, Picture, Reading, Reason
+from facelane_server.edge import convert
+from facelane_server.edge.streams import StreamRegistry
+from facelane_server.pipeline import Origin, Pipeline, Plan
+
+
+class SinglePictures:
+    """Admits pictures of unary calls, for every service alike."""
+
+    def __init__(self, config: Config, pipeline: Pipeline, streams: StreamRegistry) -> None:
+        self._timeout_ns = config.limits.image_timeout_ms * 1_000_000
+        self._pipeline = pipeline
+        self._streams = streams
+        self._room = asyncio.Semaphore(limits.MAX_UNARY_CALLS)
+
+    async def analyse(
+        self, picture: Picture, plan: Plan, *, remaining_s: float | None = None
+    ) -> Reading:
+        """One picture within the server's image timeout and the caller's deadline.
+
+        Raises ``FacelaneError``; POOL_OVERLOADED when too many single calls are under way,
+        DRAINING when the server ends.
+        """
+        with self._streams.call():
+            if self._room.locked():
+                raise FacelaneError(
+                    Reason.POOL_OVERLOADED,
+                    f"{limits.MAX_UNARY_CALLS} pictures are under way; try again, or use a stream",
+                    retryable=True,
+                )
+            timeout_ns = self._timeout_ns
+            if remaining_s is not None:
+                timeout_ns = min(timeout_ns, int(remaining_s * 1e9))
+            async with self._room:
+                origin = Origin(
+                    self._streams.next_id(),
+                    convert.DEFAULT_WEIGHT,
+                    time.monotonic_ns() + timeout_ns,
+                )
+                return await self._pipeline.analyse(picture, plan, origin)

@@ -1,0 +1,149 @@
+"""The gRPC server: its options, its services, its address, its keys and certificates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import grpc
+import msgspec
+import structlog
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from facelane.v1 import (
+    admin_service_pb2_grpc,
+    analysis_service_pb2_grpc,
+    event_service_pb2_grpc,
+    gallery_service_pb2_grpc,
+    server_service_pb2_grpc,
+)
+from facelane_server import __version__, config, limits
+from facelane_server.domain import Stage
+from facelane_server.edge import address
+from facelane_server.edge.analysis import AnalysisService
+from facelane_server.edge.auth import Authenticator, AuthInterceptor
+from facelane_server.edge.controls import Controls
+from facelane_server.edge.gallery import GalleryService
+from facelane_server.edge.health import SERVICES, Health
+from facelane_server.edge.operations import AdminService, EventService, ServerService
+from facelane_server.edge.pictures import SinglePictures
+from facelane_server.edge.streams import StreamRegistry
+from facelane_server.edge.tls import Certificates, Presented
+from facelane_server.events import EventFeed
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.lanes import LaneObserver
+from facelane_server.pipeline import Pipeline
+
+log = structlog.get_logger(__name__)
+
+OPTIONS: Final = (
+    ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+    # A client that vanished without a word is noticed within a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # The pings of clients that have nothing to say, at least this far apart; by default a quiet
+    # subscription would be cut off after a minute or two.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.so_reuseport", 0),
+)
+
+
+class Edge:
+    """What clients meet. Made before anything is started; ``open`` lets them in."""
+
+    def __init__(self, settings: config.Config) -> None:
+        """Reads keys and certificates. Raises ``ConfigError``."""
+        self._settings = settings
+        self.streams = StreamRegistry(settings.limits.max_streams)
+        self.health = Health()
+        self._authenticator = Authenticator.of(settings)
+        certificates = Certificates.read(settings.tls)
+        self._certificates = Presented(certificates) if certificates else None
+        self._server: grpc.aio.Server | None = None
+
+    async def open(
+        self,
+        pipeline: Pipeline,
+        gallery: Gallery,
+        events: EventFeed,
+        controls: Controls,
+        observer: LaneObserver,
+    ) -> None:
+        """Registers the services, binds the address and serves. Raises ``AddressError``."""
+        settings = self._settings
+        pictures = SinglePictures(settings, pipeline, self.streams)
+        server = self._server = grpc.aio.server(
+            interceptors=[AuthInterceptor(self._authenticator)], options=OPTIONS
+        )
+        analysis_service_pb2_grpc.add_AnalysisServiceServicer_to_server(
+            AnalysisService(settings, pipeline, self.streams, pictures, observer, controls), server
+        )
+        gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
+            GalleryService(settings, gallery, pictures, pipeline, controls), server
+        )
+        server_service_pb2_grpc.add_ServerServiceServicer_to_server(
+            ServerService(settings, controls, self.streams, pipeline), server
+        )
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(controls), server)
+        event_service_pb2_grpc.add_EventServiceServicer_to_server(EventService(events), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+        if settings.server.reflection:
+            reflection.enable_server_reflection(
+                (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+            )
+        if self._certificates is not None:
+            _tell_problem(self._certificates.current)
+        listen = settings.server.listen
+        address.bind(server, listen, self._certificates)
+        await server.start()
+        log.info("listening", address=listen, version=__version__)
+        if not (self._authenticator.required or config.is_local(listen)):
+            log.warning("other machines can reach the server, and need no key", address=listen)
+
+    async def close(self) -> None:
+        """Ends what is still open within a second."""
+        if self._server is not None:
+            await self._server.stop(1.0)
+
+    async def stages_changed(self, can_infer: Mapping[Stage, bool]) -> bool:
+        """Tells health and the open streams what the pools can do now; whether health changed."""
+        changed = await self.health.publish(can_infer, draining=self.streams.draining)
+        self.streams.stages_changed()
+        return bool(changed)
+
+    def reload(self, fresh: config.Config) -> list[str]:
+        """Takes over keys, and certificates where the files have changed; the sections that
+        were applied. Raises ``ConfigError``, and keeps everything then."""
+        # Whether clients need keys is decided by where the server listens now, not by where it
+        # would listen after a restart.
+        inforce = msgspec.structs.replace(
+            fresh, server=self._settings.server, tls=self._settings.tls
+        )
+        config.check(inforce, source="reload")
+        self._authenticator.reload(inforce)
+        renewed = fresh.tls == self._settings.tls and self._renew_certificates()
+        return ["auth", "tls"] if renewed else ["auth"]
+
+    def _renew_certificates(self) -> bool:
+        """Present what the files hold now; whether it is something new."""
+        if self._certificates is None:
+            return False
+        try:
+            fresh = Certificates.read(self._settings.tls)
+        except config.ConfigError as error:
+            log.error("certificates not renewed, and the next start will fail", problem=str(error))
+            return False
+        assert fresh is not None
+        if fresh == self._certificates.current:
+            return False
+        _tell_problem(fresh)
+        self._certificates.current = fresh
+        return True
+
+
+def _tell_problem(certificates: Certificates) -> None:
+    if problem := certificates.facts().problem:
+        log.warning("the server's certificate", problem=problem)

@@ -1,0 +1,100 @@
+"""Where state and sockets lie: folders that are given, or made and held."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from facelane_server import config
+
+RUN_PREFIX: Final = "facelane-run-"
+
+
+def state_dir(settings: config.Config) -> Path:
+    """Where the gallery lives; made when it is missing (mode 0700)."""
+    chosen = settings.state_dir or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if not chosen:
+        base = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+        chosen = str(Path(base) / "facelane")
+    return _made(
+        "state_dir", Path(chosen).expanduser(), "set state_dir to a folder that it may write to"
+    )
+
+
+def gallery_path(settings: config.Config) -> Path:
+    """The gallery's file; its folder is made when nothing else is said."""
+    chosen = settings.gallery.path
+    return Path(chosen).expanduser() if chosen else state_dir(settings) / "gallery.db"
+
+
+def _made(name: str, folder: Path, otherwise: str) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise config.ConfigError(
+            f"{name} {folder} cannot be made: {error.strerror}; make it for this user, or "
+            f"{otherwise}"
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def runtime_dir(settings: config.Config) -> Iterator[Path]:
+    """Where sockets are made. A fresh private folder is removed at the end."""
+    chosen = settings.runtime_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    if chosen:
+        yield _made("runtime_dir", Path(chosen).expanduser(), "leave runtime_dir empty")
+        return
+    with _private_folder() as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A fresh folder of mode 0700, removed at the end.
+
+    A server that is killed cannot remove its own: the next one does. A lock on the folder,
+    which the kernel gives up together with the process, tells that nobody lives there; one on
+    ``mps`` inside of it, that a daemon has still to be told to quit.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"):
+        with contextlib.ExitStack() as stack:
+            for needed in (left, left / "mps"):
+                if not os.path.lexists(needed):
+                    continue
+                if (lock := _lock(needed)) is None:
+                    break
+                stack.callback(os.close, lock)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+    # A server that starts at the same moment may find ours before we hold it, and remove it.
+    while (lock := _lock(folder := Path(tempfile.mkdtemp(prefix=RUN_PREFIX)))) is None:
+        continue
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds a folder of this user; None where it is held, or gone."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = os.open(folder, flags)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.fstat(lock)
+            if held.st_uid != os.geteuid() or not os.path.samestat(held, os.lstat(folder)):
+                return None
+        except OSError:
+            return None
+        stack.pop_all()
+        return lock

@@ -1,0 +1,80 @@
+"""The model packages that a config names, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from facelane_server import config
+from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.gallery.decide import Thresholds
+from facelane_server.models.api import CropSpec
+from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Package
+
+DEFAULT_MODELS: Final = {stage: f"facelane-{stage.value}" for stage in Stage}
+
+
+def catalog(settings: config.Config) -> Catalog:
+    """Where packages are looked for."""
+    return Catalog([Path(folder).expanduser() for folder in settings.models.path])
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModels:
+    """The packages that the config names, and what follows from them."""
+
+    packages: Mapping[Stage, Package]
+    crops: tuple[CropSpec, ...]
+    """What the detector cuts for each face."""
+    positions: Mapping[Stage, tuple[int, ...]]
+    """Where each stage's crops are among them."""
+    thresholds: Thresholds
+
+    @classmethod
+    def resolve(cls, settings: config.Config) -> Self:
+        """Reads the manifests. Raises ``FacelaneError(MODEL_INVALID)``."""
+        known = catalog(settings)
+        packages = {}
+        for stage, pool in settings.stages.items():
+            package = known.resolve(pool.model or DEFAULT_MODELS[stage])
+            if package.task is not stage:
+                raise FacelaneError(
+                    Reason.MODEL_INVALID,
+                    f"pools.{stage}.model: {package.name} is a {package.task.value}, not a {stage}",
+                )
+            packages[stage] = package
+        crops: list[CropSpec] = []
+        positions: dict[Stage, tuple[int, ...]] = {}
+        for stage in (Stage.RECOGNIZER, Stage.LIVENESS):
+            if stage in packages:
+                for crop in packages[stage].crops:
+                    if crop not in crops:
+                        crops.append(crop)
+                positions[stage] = tuple(crops.index(c) for c in packages[stage].crops)
+        return cls(packages, tuple(crops), positions, thresholds(packages, settings.identity))
+
+
+def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Thresholds:
+    """The packages' thresholds, with the config's overrides."""
+
+    def pick(stage: Stage, name: str, override: float | None, without: float) -> float:
+        if override is not None:
+            return override
+        if stage not in packages:
+            return without
+        value = getattr(packages[stage].thresholds, name)
+        return without if value is None else float(value)
+
+    try:
+        return Thresholds(
+            match=pick(Stage.RECOGNIZER, "match", chosen.match_threshold, 1.0),
+            margin=pick(Stage.RECOGNIZER, "margin", chosen.margin, 0.05),
+            ood=pick(Stage.RECOGNIZER, "ood", chosen.ood_threshold, 0.4),
+            live=pick(Stage.LIVENESS, "live", chosen.live_threshold, 1.0),
+            spoof=pick(Stage.LIVENESS, "spoof", chosen.spoof_threshold, 0.0),
+        )
+    except ValueError as error:
+        raise config.ConfigError(f"identity: {error}") from None
