@@ -321,10 +321,11 @@ class App:
             self.notifier.reloading()
         try:
             fresh = config.load(self.path)
-            applied = ["log", *self.edge.reload(fresh)]
+            renewed = self.edge.reload(fresh)
         except config.ConfigError as error:
             log.error("config not reloaded", problem=str(error))
         else:
+            applied = ["auth", "log", *(["tls"] if renewed else [])]
             stale = [
                 name
                 for name in config.Config.__struct_fields__

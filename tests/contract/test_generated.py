@@ -119,7 +119,14 @@ def test_the_configuration_page_is_current() -> None:
 def test_every_key_of_the_configuration_is_explained() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
     bare = [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")]
-    sections = set(config.SECTIONS)
+    sections = {
+        name
+        for name, default in zip(
+            config.Config.__struct_fields__, config.Config.__struct_defaults__, strict=True
+        )
+        if isinstance(default, config.Section)
+    }
+    assert len(sections) > 10
     assert sections <= set(re.findall(r"\[(\w+)", page))
     assert [line for line in bare if line.split("`")[1] not in sections] == []
 
@@ -183,42 +190,6 @@ def test_imports_are_quick(module: str) -> None:
         f"import time; a = time.process_time(); import {module}; print(time.process_time() - a)"
     )
     assert min(float(run(program)) for _ in range(2)) < 1.0
-
-
-def test_libraries_stay_where_they_belong() -> None:
-    server = SERVER / "facelane_server"
-    allowed = {
-        "torch": [server / "worker", server / "modeltools"],
-        "grpc": [server / "edge", server / "app.py", CLIENTS],
-        # The importer tells a damaged ONNX file, which is protobuf, from other errors.
-        "google": [
-            server / "edge",
-            server / "app.py",
-            server / "modeltools" / "importer.py",
-            CLIENTS / "facelane",
-        ],
-        "sqlalchemy": [server / "store"],
-        "sqlite3": [server / "store"],
-        "pynvml": [server / "monitor.py", server / "worker" / "device.py", server / "doctor.py"],
-        "av": [CLIENTS],
-        "cv2": [
-            server / "worker",
-            server / "modeltools",
-            CLIENTS / "facelane" / "cli",
-            CLIENTS / "facelane_bridge",
-        ],
-        "onnxruntime": [server / "worker", server / "modeltools", server / "doctor.py"],
-    }
-    for path in sources(SERVER, CLIENTS):
-        for library in imports(path) & allowed.keys():
-            homes = allowed[library]
-            assert any(path.is_relative_to(home) for home in homes), (path, library)
-
-
-def test_the_sdk_and_the_bridge_do_not_know_the_server() -> None:
-    for path in sources(CLIENTS):
-        if path.name != "demo.py":  # it starts a server, as a user would
-            assert "facelane_server" not in imports(path), path
 
 
 # -- rules ------------------------------------------------------------------------------------

@@ -114,9 +114,9 @@ class Edge:
         self.streams.stages_changed()
         return bool(changed)
 
-    def reload(self, fresh: config.Config) -> list[str]:
-        """Takes over keys, and certificates where the files have changed; the sections that
-        were applied. Raises ``ConfigError``, and keeps everything then."""
+    def reload(self, fresh: config.Config) -> bool:
+        """Takes over keys, and certificates where the files have changed; whether they had.
+        Raises ``ConfigError``, and keeps everything then."""
         # Whether clients need keys is decided by where the server listens now, not by where it
         # would listen after a restart.
         inforce = msgspec.structs.replace(
@@ -124,8 +124,7 @@ class Edge:
         )
         config.check(inforce, source="reload")
         self._authenticator.reload(inforce)
-        renewed = fresh.tls == self._settings.tls and self._renew_certificates()
-        return ["auth", "tls"] if renewed else ["auth"]
+        return fresh.tls == self._settings.tls and self._renew_certificates()
 
     def _renew_certificates(self) -> bool:
         """Present what the files hold now; whether it is something new."""
