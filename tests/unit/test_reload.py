@@ -159,7 +159,7 @@ async def test_vectors_of_either_model_are_given_up() -> None:
     both: Any = Analysis()
     service = GalleryService(config.Config(), None, both, pipeline, both)  # type: ignore[arg-type]
     with pytest.raises(FacelaneError) as changing:
-        await service._probe(None, service._plan(""), None)  # type: ignore[arg-type]
+        await service._read(None, service._plan(""), None)  # type: ignore[arg-type]
     assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
 
 
