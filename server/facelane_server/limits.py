@@ -1,6 +1,8 @@
 """Every bound of the server in one file, with the relations between them asserted.
 
-These are hard ceilings of the code; ``config.Limits`` chooses values below them.
+These are hard ceilings of the code: how many, how large, how much of a peer's data is kept.
+``config.Limits`` chooses values below them. How long something may take stands where it is waited
+for, or in the config.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ MAX_TRACKS: Final = 256
 MAX_LIVENESS_SHOTS: Final = 8
 """Liveness scores that a track remembers."""
 
+MAX_PICTURE_SEGMENTS: Final = 4_096
+"""Parts of a picture's file that are looked through for its size."""
+
 # -- pools and workers --------------------------------------------------------------
 MAX_WORKERS: Final = 64
 MAX_BATCH: Final = 32
@@ -50,9 +55,27 @@ thousands of streams; then the newest task is refused with POOL_OVERLOADED."""
 MAX_TASK_ATTEMPTS: Final = 2
 """A task whose worker died is tried once more; then it is POISONED."""
 
+MAX_WORKER_LINE_BYTES: Final = 8 * KIB
+"""A line that a worker prints; longer ones are cut."""
+MAX_WORKER_LINES_PER_S: Final = 200
+MAX_WORKER_TRACEBACK_CHARS: Final = 6_000
+"""Below ``MAX_WORKER_LINE_BYTES``, which it is sent in."""
+MAX_ATTACHING: Final = 16
+"""External workers that knock at the same time."""
+MAX_DEVICES: Final = 64
+MAX_DEVICE_PROCESSES: Final = 1_024
+MAX_MANIFEST_BYTES: Final = 64 * KIB
+MAX_WEIGHTS_BYTES: Final = 2 * KIB * MIB
+MAX_PACKAGES: Final = 1_000
+"""Folders looked at in one directory of packages."""
+
 # -- between processes ----------------------------------------------------------------
 MAX_PACKET_BYTES: Final = 192 * KIB
 """One SOCK_SEQPACKET message; the kernel's default send buffer is 208 KiB."""
+MAX_DESCRIPTORS: Final = 2
+"""Of one message: Load brings two arenas, GallerySnapshot a matrix and its table."""
+MAX_CHANNEL_BACKLOG: Final = 64
+"""Messages that a worker has not taken; it has a handful in flight, so more means it is stuck."""
 REQUEST_SLOT_BYTES: Final = 40 * MIB
 """One job's input. Sparse: only touched pages take memory."""
 RESPONSE_SLOT_BYTES: Final = 64 * MIB
@@ -90,11 +113,19 @@ out of it has lost events and is told so."""
 MAX_EVENT_WATCHERS: Final = 64
 MAX_EVENT_BATCH: Final = 256
 """Events that a watcher is given at a time."""
+
+# -- logs and metrics -----------------------------------------------------------------
 MAX_METRICS_CONNECTIONS: Final = 8
+MAX_METRICS_HEADER_BYTES: Final = 8 * KIB
+MAX_LOG_VALUE_CHARS: Final = 2_000
+MAX_TRACEBACK_CHARS: Final = 20_000
+MAX_STATUS_CHARS: Final = 256
+"""``systemctl status`` shows one line."""
 
 assert MAX_PICTURE_BYTES < MAX_MESSAGE_BYTES, "a picture must fit into a message"
 assert MAX_PICTURE_BYTES <= REQUEST_SLOT_BYTES, "a picture must fit into a slot"
 assert MAX_BATCH * MAX_ITEM_MESSAGE_BYTES <= MAX_PACKET_BYTES, "a job's answer is one packet"
+assert MAX_WORKER_TRACEBACK_CHARS < MAX_WORKER_LINE_BYTES
 assert SLOT_KEEP_BYTES % 4096 == 0
 assert MAX_FACES * MAX_CROP_RECORD_BYTES <= RESPONSE_SLOT_BYTES, "one picture's crops must fit"
 assert MAX_BATCH * MAX_EMBEDDING_DIM * 4 <= RESPONSE_SLOT_BYTES

@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from facelane_server import config
+from facelane_server import config, limits
 
 T = TypeVar("T")
 
@@ -33,8 +33,6 @@ STALL_S: Final = 10.0
 """NVML answers within milliseconds; after this time it hangs."""
 REOPEN_S: Final = 30.0
 """After an error the library is closed and opened again, so that a reset card is found."""
-MAX_DEVICES: Final = 64
-MAX_PROCESSES: Final = 1_024
 
 THROTTLE_REASONS: Final[Mapping[int, str]] = {
     0x004: "power cap",
@@ -164,7 +162,7 @@ class Nvml:
             nvml.NVML_COMPUTEMODE_PROHIBITED: "prohibited",
         }
         modes = []
-        for index in range(min(nvml.nvmlDeviceGetCount(), MAX_DEVICES)):
+        for index in range(min(nvml.nvmlDeviceGetCount(), limits.MAX_DEVICES)):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             mode = self._optional(lambda handle=handle: nvml.nvmlDeviceGetComputeMode(handle))  # type: ignore[misc]
             modes.append("unknown" if mode is None else names.get(mode, "unknown"))
@@ -172,7 +170,7 @@ class Nvml:
 
     def read(self) -> tuple[DeviceReading, ...]:
         """All devices; a few milliseconds each."""
-        count = min(self._library.nvmlDeviceGetCount(), MAX_DEVICES)
+        count = min(self._library.nvmlDeviceGetCount(), limits.MAX_DEVICES)
         return tuple(self._read(index) for index in range(count))
 
     def _read(self, index: int) -> DeviceReading:
@@ -221,7 +219,7 @@ class Nvml:
         load = self._load(handle, uuid)
         return tuple(
             ProcessReading(pid, memory.get(pid), load.get(pid))
-            for pid in sorted(memory)[:MAX_PROCESSES]
+            for pid in sorted(memory)[: limits.MAX_DEVICE_PROCESSES]
         )
 
     def _load(self, handle: Any, uuid: str) -> dict[int, float]:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Final
 
-MAX_STATUS_CHARS: Final = 256
-"""``systemctl status`` shows one line."""
+from facelane_server import limits
+
 FEEDS_PER_INTERVAL: Final = 3
 """Looks within one ``WatchdogSec``: one late turn of the loop must not kill the server."""
 _VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
@@ -88,20 +88,20 @@ class Notifier:
 
     def ready(self, status: str = "ready") -> bool:
         """The service takes calls; also the end of a reload."""
-        return self.send(ready=1, status=status[:MAX_STATUS_CHARS])
+        return self.send(ready=1, status=status[: limits.MAX_STATUS_CHARS])
 
     def status(self, text: str) -> bool:
         """One line for ``systemctl status``. Never a name of a subject or a camera."""
-        return self.send(status=text[:MAX_STATUS_CHARS])
+        return self.send(status=text[: limits.MAX_STATUS_CHARS])
 
     def reloading(self, status: str = "reloading") -> bool:
         """A reload has begun; ``ready`` ends it. The time tells it from an older one."""
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        return self.send(reloading=1, monotonic_usec=now, status=status[:MAX_STATUS_CHARS])
+        return self.send(reloading=1, monotonic_usec=now, status=status[: limits.MAX_STATUS_CHARS])
 
     def stopping(self, status: str = "stopping") -> bool:
         """The service drains and will exit."""
-        return self.send(stopping=1, status=status[:MAX_STATUS_CHARS])
+        return self.send(stopping=1, status=status[: limits.MAX_STATUS_CHARS])
 
     def extend_timeout(self, seconds: float) -> bool:
         """Start-up, reload or stop goes on: expect the next message within ``seconds``."""

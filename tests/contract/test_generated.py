@@ -201,6 +201,15 @@ def test_no_module_is_called_by_what_it_is_not() -> None:
     assert [path for path in named if path.stem in vague or path.parent.name in vague] == []
 
 
+def test_the_bounds_of_the_server_are_in_one_file() -> None:
+    """The tools for people (``modeltools``) bound their own work."""
+    named = re.compile(r"^\s*_?(MAX_\w+|\w*BACKLOG)(?:: \w+)? = [\d_]", re.MULTILINE)
+    inside = [p for p in sources(SERVER) if p.name != "limits.py" and "modeltools" not in p.parts]
+    found = {(path.stem, name) for path in inside for name in named.findall(path.read_text())}
+    # Of how faces move and how a network is built, not of what is kept.
+    assert found == {("linking", "MAX_WIDTH_RATIO"), ("mobilefacenet", "MAX_SIDE")}
+
+
 def tracked() -> list[Path]:
     done = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, timeout=30, check=False

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.running_server import NULL_POOLS, RunningServer, toml
 from tests.waiting import until
 
-from facelane_server import notify
+from facelane_server import limits, notify
 from facelane_server.notify import Notifier
 
 
@@ -131,7 +131,7 @@ class TestMessages:
 
     def test_a_long_status_is_cut(self, listener: NotifySocket) -> None:
         assert Notifier(listener.address).status("x" * 100_000)
-        assert len(listener.poll()[0]["STATUS"]) == notify.MAX_STATUS_CHARS
+        assert len(listener.poll()[0]["STATUS"]) == limits.MAX_STATUS_CHARS
 
     def test_nobody_listens(self, tmp_path: Path) -> None:
         assert Notifier(str(tmp_path / "absent")).ready() is False

@@ -32,11 +32,7 @@ from facelane_server import limits
 from facelane_server.ipc import messages
 from facelane_server.ipc.messages import FromWorker, ToWorker
 
-MAX_DESCRIPTORS: Final = 2
-"""Load brings two arenas, GallerySnapshot one matrix, nothing else any."""
-_ANCILLARY: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
-_BACKLOG: Final = 64
-"""Messages; a worker has at most a handful in flight, so more means it is stuck."""
+_ANCILLARY: Final = socket.CMSG_SPACE(limits.MAX_DESCRIPTORS * array.array("i").itemsize)
 _BURST: Final = 16
 """Packets read in one go before the loop gets its turn back."""
 
@@ -178,8 +174,8 @@ class ServerChannel:
                 self._loop.add_writer(self._sock.fileno(), self._writable)
             else:
                 return
-        if len(self._backlog) >= _BACKLOG:
-            raise ChannelClosed(f"the worker leaves {_BACKLOG} messages unread")
+        if len(self._backlog) >= limits.MAX_CHANNEL_BACKLOG:
+            raise ChannelClosed(f"the worker leaves {limits.MAX_CHANNEL_BACKLOG} messages unread")
         self._backlog.append((packet, [os.dup(fd) for fd in descriptors]))
 
     def receive_last(self) -> None:

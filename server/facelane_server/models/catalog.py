@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.package import MANIFEST, Package, read_package
 from facelane_server.naming import hint
@@ -16,9 +17,6 @@ _HERE: Final = Path(__file__).resolve().parent
 SHIPPED: Final = (_HERE / "starter", _HERE / "builtin")
 """``starter``: the models trained for this project. ``builtin``: null models, and
 networks with random weights for benchmarks."""
-
-MAX_PACKAGES: Final = 1_000
-"""Folders looked at in one directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +77,6 @@ class Catalog:
         for directory in self._directories:
             if not directory.is_dir():
                 continue
-            children = sorted(directory.iterdir())[:MAX_PACKAGES]
+            children = sorted(directory.iterdir())[: limits.MAX_PACKAGES]
             found += [child for child in children if (child / MANIFEST).is_file()]
         return found

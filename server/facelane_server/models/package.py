@@ -43,6 +43,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.models.api import AlignedCrop, ContextCrop, CropSpec
 from facelane_server.models.architectures import ARCHITECTURES
@@ -50,8 +51,6 @@ from facelane_server.naming import hint
 
 MANIFEST: Final = "model.toml"
 SCHEMA: Final = 1
-MAX_MANIFEST_BYTES: Final = 64 * 1024
-MAX_WEIGHTS_BYTES: Final = 2 * 1024**3
 DETECTOR_STRIDE: Final = 32
 """Detector inputs are padded at the right and the bottom to a multiple of this."""
 
@@ -258,8 +257,10 @@ class Package:
         """
         path = self.weights_path(part)
         try:
-            if path.stat().st_size > MAX_WEIGHTS_BYTES:
-                raise invalid(self.folder, f"{part.file} is larger than {MAX_WEIGHTS_BYTES} bytes")
+            if path.stat().st_size > limits.MAX_WEIGHTS_BYTES:
+                raise invalid(
+                    self.folder, f"{part.file} is larger than {limits.MAX_WEIGHTS_BYTES} bytes"
+                )
             data = path.read_bytes()
         except OSError as error:
             raise invalid(
@@ -303,11 +304,11 @@ def read_package(folder: Path) -> Package:
     path = folder / MANIFEST
     try:
         with path.open("rb") as stream:
-            raw = stream.read(MAX_MANIFEST_BYTES + 1)
+            raw = stream.read(limits.MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise invalid(folder, f"{MANIFEST} cannot be read ({error.strerror})") from error
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise invalid(folder, f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
+    if len(raw) > limits.MAX_MANIFEST_BYTES:
+        raise invalid(folder, f"{MANIFEST} is larger than {limits.MAX_MANIFEST_BYTES} bytes")
     try:
         table = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

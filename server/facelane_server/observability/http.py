@@ -23,7 +23,6 @@ class MetricsServer:
     """
 
     REQUEST_TIMEOUT_S: Final = 5.0
-    MAX_HEADER_BYTES: Final = 8 * limits.KIB
 
     def __init__(self, exposition: Callable[[], bytes]) -> None:
         self._exposition = exposition
@@ -39,7 +38,7 @@ class MetricsServer:
         made = cls(exposition)
         try:
             made._server = await asyncio.start_server(
-                made._accept, host.strip("[]"), int(port), limit=cls.MAX_HEADER_BYTES
+                made._accept, host.strip("[]"), int(port), limit=limits.MAX_METRICS_HEADER_BYTES
             )
         except OSError as error:
             # asyncio's own text names the address once more.

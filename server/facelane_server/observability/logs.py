@@ -21,7 +21,7 @@ from typing import Any, Final, TextIO, cast
 
 import structlog
 
-from facelane_server import config
+from facelane_server import config, limits
 
 WITHHELD: Final = "<withheld>"
 PERSONAL: Final = frozenset(
@@ -35,8 +35,6 @@ PERSONAL: Final = frozenset(
 SECRET: Final = frozenset(
     {"api_key", "authorization", "credentials", "key_hash", "password", "secret", "token"}
 )
-MAX_VALUE_CHARS: Final = 2_000
-_MAX_TRACEBACK_CHARS: Final = 20_000
 _CONTAINERS: Final = (list, tuple, set, frozenset)
 
 Event = structlog.typing.EventDict
@@ -61,7 +59,7 @@ def _clean(key: str, value: object, depth: int = 0) -> object:
         return {str(k): _clean(str(k), v, depth + 1) for k, v in value.items()}
     if isinstance(value, _CONTAINERS):
         return WITHHELD if depth >= 4 else [_clean("", v, depth + 1) for v in list(value)[:64]]
-    bound = _MAX_TRACEBACK_CHARS if key == "exception" else MAX_VALUE_CHARS
+    bound = limits.MAX_TRACEBACK_CHARS if key == "exception" else limits.MAX_LOG_VALUE_CHARS
     text = value if isinstance(value, str) else str(value)
     return text if len(text) <= bound else text[:bound] + "…"
 

@@ -34,19 +34,16 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from facelane_server import config
+from facelane_server import config, limits
 from facelane_server.ipc.channel import socket_pair
 
 log = structlog.get_logger(__name__)
 
-_LINE_BYTES: Final = 8 * 1024
 _READ_BYTES: Final = 64 * 1024
-_LINES_PER_S: Final = 200
 _TERM_S: Final = 2.0
 _DUMP_S: Final = 0.2
 """From asking for a stack dump to SIGKILL: faulthandler writes it within milliseconds."""
 _REAP_S: Final = 10.0
-_BACKLOG: Final = 16
 
 
 class Link(Protocol):
@@ -213,7 +210,7 @@ class _OutputReader:
         *lines, rest = (self._partial + data).split(b"\n")
         for line in lines:
             self._line(line)
-        if len(rest) > _LINE_BYTES:
+        if len(rest) > limits.MAX_WORKER_LINE_BYTES:
             self._line(rest)
             rest = b""
         self._partial = rest
@@ -227,10 +224,10 @@ class _OutputReader:
             self._report_suppressed()
             self._second, self._lines = second, 0
         self._lines += 1
-        if self._lines > _LINES_PER_S:
+        if self._lines > limits.MAX_WORKER_LINES_PER_S:
             self._suppressed += 1
             return
-        text = line[:_LINE_BYTES].decode("utf-8", "replace").rstrip()
+        text = line[: limits.MAX_WORKER_LINE_BYTES].decode("utf-8", "replace").rstrip()
         fields = _fields_of(text)
         if fields is None:
             self._log.warning("worker output", text=text)
@@ -487,7 +484,7 @@ class ExternalLauncher:
                     listener.bind(str(self.path))
                 finally:
                     os.umask(old)
-                listener.listen(_BACKLOG)
+                listener.listen(limits.MAX_ATTACHING)
                 listener.setblocking(False)
             except BaseException:
                 listener.close()

@@ -9,12 +9,10 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from facelane_server import limits
 from facelane_server.domain import FacelaneError
-
-_TRACEBACK_CHARS: Final = 6_000
-"""The server cuts longer lines."""
 
 
 def log_event(event: str, *, level: str = "info", **fields: Any) -> None:
@@ -27,7 +25,12 @@ def log_event(event: str, *, level: str = "info", **fields: Any) -> None:
 def log_exception(event: str, error: BaseException) -> None:
     """An error with its traceback."""
     lines = "".join(traceback.format_exception(error))
-    log_event(event, level="error", error=type(error).__name__, traceback=lines[-_TRACEBACK_CHARS:])
+    log_event(
+        event,
+        level="error",
+        error=type(error).__name__,
+        traceback=lines[-limits.MAX_WORKER_TRACEBACK_CHARS :],
+    )
 
 
 def brief(error: BaseException) -> str:

@@ -29,7 +29,6 @@ _SOF_UNSUPPORTED: Final = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0
 _SOS, _EOI, _DQT = 0xDA, 0xD9, 0xDB
 _SOF0, _APP14 = 0xC0, 0xEE
 _STANDALONE: Final = frozenset({0x01, *range(0xD0, 0xD8)})
-_MAX_SEGMENTS: Final = 4096
 
 
 def picture_size(data: memoryview, encoding: Encoding) -> tuple[int, int]:
@@ -138,7 +137,7 @@ def _jpeg(data: memoryview) -> tuple[int, int]:
     blocks = 0
     entropy = 0
     at = 2
-    for _ in range(_MAX_SEGMENTS):
+    for _ in range(limits.MAX_PICTURE_SEGMENTS):
         if data[at] != 0xFF:
             _corrupt(Encoding.JPEG, "a marker is missing")
         while data[at] == 0xFF:  # fill bytes may precede a marker
