@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint faults soak gpu-test protos bench gpu-bench wheel install-systemd clean
+.PHONY: help setup demo test test-rest test-all test-busy lint faults soak gpu-test protos bench gpu-bench wheel install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -25,8 +25,29 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 demo: setup ## faces recognised from a synthetic camera, live on this terminal
 	@$(BIN)/python -m facelane_bridge.demo
 
-test: setup lint ## lint, then all tests with branch coverage
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS)
+COVERED = --cov --cov-report=term --cov-fail-under=90
+
+test: setup lint ## lint, then the tests but the slow ones, with branch coverage (five minutes)
+	@$(PYTEST) --dist loadfile -m "not slow" $(COVERED) $(PYTEST_ARGS)
+
+TIME ?= 86400
+SEEDS ?= 3
+
+test-rest: setup ## what `make test` leaves out, as far as TIME=600 seconds go
+	@FACELANE_FAULT_SEEDS=$(SEEDS) $(PYTEST) --dist worksteal -m slow --within $(TIME) $(PYTEST_ARGS)
+
+# A real systemd is booted where that can be: it takes root and Debian's tools (CONTRIBUTING.md).
+BOOT = $(shell test "$$(id -u)" = 0 && command -v debootstrap >/dev/null && command -v systemd-nspawn >/dev/null && echo 1)
+
+test-all: setup lint ## every test: all faults, traffics and SEEDS=3 seeds, a booted systemd (half an hour)
+	@FACELANE_FAULT_SEEDS=$(SEEDS) FACELANE_BOOT_TEST=$(BOOT) $(PYTEST) --dist loadscope $(COVERED) $(PYTEST_ARGS)
+
+RUNS ?= 10
+
+# One core belongs to a neighbour who never rests; the tests must hold all the same.
+test-busy: setup ## `make test` RUNS=10 times beside a busy neighbour on every second core
+	@$(BIN)/python -m tests.busy --runs $(RUNS) -- $(PYTEST) --dist loadfile -m "not slow" -q $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy --strict (packages and benchmarks), the import rules
 	@$(BIN)/ruff check .
@@ -34,10 +55,9 @@ lint: setup ## ruff, mypy --strict (packages and benchmarks), the import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-SEEDS ?= 3
 FRAMES ?= 100000
 
-faults: setup ## every fault under every traffic alone, SEEDS=3 seeds each (about ten minutes)
+faults: setup ## every fault under every traffic, SEEDS=3 seeds each (about twenty minutes)
 	@FACELANE_FAULT_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 soak: setup ## FRAMES=100000 frames under random faults, an outcome for each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,38 @@ def shared_folder() -> Path | None:
     return folder if (folder / "models").is_dir() else None
 
 
+END_VARIABLE = "FACELANE_TESTS_END"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--within",
+        type=float,
+        metavar="SECONDS",
+        help="begin no test after that; what is left over is skipped, it does not fail",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seconds = config.getoption("--within")
+    if seconds is not None:
+        # The processes of xdist inherit it: all have one end.
+        os.environ.setdefault(END_VARIABLE, str(time.monotonic() + seconds))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > float(os.environ.get(END_VARIABLE, "inf")):
+        pytest.skip("the time was over")
+
+
+def is_last(item: pytest.Item) -> bool:
+    """One of hundreds of a kind, to be run when all others were: ``slow(last=True)``."""
+    return any(mark.kwargs.get("last", False) for mark in item.iter_markers("slow"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=is_last)
     missing = {}
     if shared_folder() is None:
         missing["shared"] = "no public models here: set FACELANE_SHARED to a folder that has them"

@@ -76,7 +76,7 @@ class RealPool:
         return task
 
     async def infer(self, **options: Any) -> Any:
-        return await asyncio.wait_for(self.submit(**options).future, 25.0)
+        return await asyncio.wait_for(self.submit(**options).future, 30)
 
     def pids(self) -> list[int]:
         return [worker.pid for worker in self.pool.info().workers]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -38,6 +41,19 @@ listen = ""
 {extra if extra.lstrip().startswith("[") else ""}
 {pools}
 """
+
+
+_ports = itertools.count(os.getpid() * 37)
+
+
+def free_port() -> int:
+    """A port of this machine for a server that must be told one. It lies below those that the
+    kernel gives to whoever asks for any, so nobody gets it by chance before the server does."""
+    while True:
+        port = 20_000 + next(_ports) % 12_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RunningServer:
@@ -97,7 +113,7 @@ class RunningServer:
                 self.process.wait(timeout)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait(10)
+                self.process.wait(30)
                 self._log_file.close()
                 raise AssertionError(f"did not stop:\n{self.text()[-4000:]}") from None
             gone, alive = psutil.wait_procs(children, timeout=5)

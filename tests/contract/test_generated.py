@@ -183,15 +183,6 @@ def test_what_an_import_does_not_bring(module: str, without: tuple[str, ...]) ->
     assert out == "[]"
 
 
-@pytest.mark.parametrize("module", ["facelane", "facelane_server.app"])
-def test_imports_are_quick(module: str) -> None:
-    """Processor time, so that a busy machine does not count."""
-    program = (
-        f"import time; a = time.process_time(); import {module}; print(time.process_time() - a)"
-    )
-    assert min(float(run(program)) for _ in range(2)) < 1.0
-
-
 # -- rules ------------------------------------------------------------------------------------
 
 

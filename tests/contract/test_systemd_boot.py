@@ -66,8 +66,8 @@ class Machine:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        self.leader = until(self._find_leader, 30, "the container's first process")
-        until(self._is_booted, 60, "a booted system")
+        self.leader = until(self._find_leader, what="the container's first process")
+        until(self._is_booted, what="a booted system")
 
     def _find_leader(self) -> int:
         assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
@@ -231,7 +231,7 @@ def test_a_killed_server_comes_back_and_leaves_no_worker(server: Machine) -> Non
     before = server.pids(SERVER)
     restarts = int(server.show(SERVER, "NRestarts"))
     server.run("kill", "-KILL", server.show(SERVER, "MainPID"))
-    until(lambda: int(server.show(SERVER, "NRestarts")) > restarts, 30, "a restart")
+    until(lambda: int(server.show(SERVER, "NRestarts")) > restarts, what="a restart")
     server.wait_active(SERVER)
     assert not before & server.pids(SERVER)
 
@@ -239,7 +239,7 @@ def test_a_killed_server_comes_back_and_leaves_no_worker(server: Machine) -> Non
 def test_a_hung_server_is_ended_by_the_watchdog(server: Machine) -> None:
     restarts = int(server.show(SERVER, "NRestarts"))
     server.run("kill", "-STOP", server.show(SERVER, "MainPID"))
-    until(lambda: int(server.show(SERVER, "NRestarts")) > restarts, 30, "a restart")
+    until(lambda: int(server.show(SERVER, "NRestarts")) > restarts, what="a restart")
     server.wait_active(SERVER)
     journal = server.journal(SERVER)
     assert "Watchdog timeout" in journal
@@ -251,7 +251,7 @@ def test_a_killed_worker_is_the_servers_own_business(server: Machine) -> None:
     before = server.pids(SERVER)
     victim = max(before - {int(main)})
     server.run("kill", "-KILL", str(victim))
-    until(lambda: len(server.pids(SERVER) - {victim}) == 4, 30, "a new worker")
+    until(lambda: len(server.pids(SERVER) - {victim}) == 4, what="a new worker")
     assert server.show(SERVER, "MainPID") == main
     assert server.show(SERVER, "ActiveState") == "active"
 
@@ -273,7 +273,7 @@ def test_stop_is_clean_and_quick(server: Machine) -> None:
 def test_a_wrong_config_is_not_tried_again(machine: Machine) -> None:
     machine.write("/etc/facelane/server.toml", "[serverr]\n")
     machine.run("systemctl", "start", SERVER, check=False)
-    until(lambda: machine.show(SERVER, "ActiveState") == "failed", 30, "failed")
+    until(lambda: machine.show(SERVER, "ActiveState") == "failed", what="failed")
     assert machine.show(SERVER, "ExecMainStatus") == "78"
     assert machine.show(SERVER, "NRestarts") == "0"
     assert "did you mean `server`" in machine.journal(SERVER)
@@ -319,14 +319,14 @@ def test_an_external_worker_attaches_dies_and_comes_back(machine: Machine) -> No
             )
             return "SERVING" in shown and "NOT_SERVING" not in shown
 
-        until(serving, 60, "the external recogniser serving")
+        until(serving, what="the external recogniser serving")
         first = machine.show(worker, "MainPID")
         machine.run("kill", "-KILL", first)
-        until(lambda: machine.show(worker, "MainPID") not in ("0", first), 30, "a new worker")
-        until(serving, 60, "the external recogniser serving again")
+        until(lambda: machine.show(worker, "MainPID") not in ("0", first), what="a new worker")
+        until(serving, what="the external recogniser serving again")
         # The end of the server is no failure of the worker: it waits for the next one.
         machine.run("systemctl", "restart", SERVER)
-        until(serving, 60, "serving after a restart of the server")
+        until(serving, what="serving after a restart of the server")
     finally:
         machine.run("systemctl", "stop", worker, SERVER, check=False)
 
@@ -351,7 +351,7 @@ def test_the_bridge_streams_and_its_results_reach_the_journal(server: Machine) -
         server.wait_active(bridge)
         main = server.show(bridge, "MainPID")
         assert server.run("ps", "-o", "user:32=", "-p", main).strip() == "facelane-bridge"
-        until(lambda: '"type":"result"' in server.journal(bridge), 30, "results in the journal")
+        until(lambda: '"type":"result"' in server.journal(bridge), what="results in the journal")
         # It must not be able to read the gallery.
         denied = server.run(
             *("setpriv", "--reuid=facelane-bridge", "--clear-groups"),

@@ -91,9 +91,9 @@ def hosted(
             yield made
             made.stop()
             # They were told to leave; nobody had to kill them.
-            assert [worker.wait(10) for worker in workers] == [0] * len(workers)
+            assert [worker.wait(30) for worker in workers] == [0] * len(workers)
         finally:
             for worker in workers:
                 if worker.poll() is None:
                     worker.kill()
-                worker.wait(10)
+                worker.wait(30)

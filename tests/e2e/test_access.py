@@ -17,16 +17,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.e2e import wire
 from tests.e2e.conftest import Start
-from tests.running_server import RunningServer
+from tests.running_server import RunningServer, free_port
 from tests.waiting import until
 
 import facelane
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def new_key(file: Path, name: str, *scopes: str) -> str:
@@ -50,7 +44,7 @@ def wait_process(target: str, token: str, tls: facelane.Tls | None = None) -> No
             except facelane.UnavailableError:
                 return False
 
-    until(answers, 60, "the server to serve")
+    until(answers, what="the server to serve")
 
 
 def with_keys(server_text: str, file: Path) -> str:
@@ -117,7 +111,7 @@ def test_keys_are_reloaded_by_sighup_and_a_broken_file_changes_nothing(
     def hup(says: str) -> None:
         before = server.text().count(says)
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: server.text().count(says) > before, 10, says)
+        until(lambda: server.text().count(says) > before, what=says)
 
     def admitted(key: str) -> bool:
         with facelane.Client(target, token=key) as client:
@@ -163,7 +157,7 @@ def test_a_public_address_wants_keys_and_tls(start: Start, tmp_path: Path) -> No
     assert "unencrypted" in server.text()
     # Knowingly, and told all the same.
     server = start(listen="0.0.0.0:0", extra='[auth]\nmode = "none"', wait=False)
-    until(lambda: "need no key" in server.text(), 30, "a warning")
+    until(lambda: "need no key" in server.text(), what="a warning")
 
 
 @pytest.fixture(scope="module")
@@ -293,11 +287,11 @@ def test_a_renewed_certificate_is_presented_after_a_reload(
         open_before.server_info()
         refused(renewed)
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: reloads() == [(["auth", "log"], [])], 10, "a reload that changes nothing")
+        until(lambda: reloads() == [(["auth", "log"], [])], what="a reload that changes nothing")
         for name in ("pem", "key"):
             shutil.copy(certificates / f"stranger.{name}", tmp_path / f"server.{name}")
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: len(reloads()) == 2, 10, "the second reload")
+        until(lambda: len(reloads()) == 2, what="the second reload")
         assert reloads()[-1] == (["auth", "log", "tls"], [])
         wait_process(target, "", renewed)
         refused(ours)
@@ -305,7 +299,7 @@ def test_a_renewed_certificate_is_presented_after_a_reload(
         open_before.server_info()
     (tmp_path / "server.pem").write_text("garbage")
     server.process.send_signal(signal.SIGHUP)
-    until(lambda: len(reloads()) == 3, 10, "the third reload")
+    until(lambda: len(reloads()) == 3, what="the third reload")
     assert reloads()[-1] == (["auth", "log"], [])
     assert "holds no certificate" in server.text()
     wait_process(target, "", renewed)

@@ -49,7 +49,7 @@ def test_a_client_that_never_reads_loses_its_stream_and_nobody_else(
         before = psutil.Process(server.process.pid).memory_info().rss
         stream.write(*(wire.frame(number) for number in range(1, 2_000)))
         # Flow control holds the rest of the frames: the server keeps a window of them.
-        until(lambda: open_streams(server) == 0, 40, "the stream to be ended")
+        until(lambda: open_streams(server) == 0, what="the stream to be ended")
         assert len(neighbour.analyze_image(wire.picture()).faces) == 32
         grown = psutil.Process(server.process.pid).memory_info().rss - before
         assert grown < 64 << 20
@@ -105,22 +105,22 @@ def test_a_client_that_is_killed_leaves_nothing_behind(server: RunningServer) ->
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "under way\n"
-            until(lambda: open_streams(server) == 4, 30)
+            until(lambda: open_streams(server) == 4)
             os.kill(process.pid, signal.SIGKILL)
         finally:
             process.kill()
-            process.wait(10)
+            process.wait(30)
             process.stdout.close()
-        until(lambda: open_streams(server) == 0, 10, "the lanes to be gone")
+        until(lambda: open_streams(server) == 0, what="the lanes to be gone")
 
     come_and_go()
     before = descriptors(server)
     for _ in range(3):
         come_and_go()
-    until(lambda: descriptors(server) <= before, 10, "no descriptor to be left")
+    until(lambda: descriptors(server) <= before, what="no descriptor to be left")
     # What the dead client had under way holds no place in the pools either.
     with server.client() as client:
-        until(lambda: not any(p.queued + p.in_flight for p in client.pools()), 10)
+        until(lambda: not any(p.queued + p.in_flight for p in client.pools()))
 
 
 def test_a_client_that_cancels_is_counted_once(start: Start) -> None:
@@ -132,7 +132,7 @@ def test_a_client_that_cancels_is_counted_once(start: Start) -> None:
                 for _ in range(5):
                     stream.send(wire.picture())
                 # Left without half-closing.
-        until(lambda: client.server_info().open_streams == 0, 10, "every place to be given back")
+        until(lambda: client.server_info().open_streams == 0, what="every place to be given back")
         assert len(client.analyze_image(wire.picture()).faces) == 1
     assert "Traceback" not in server.text()
     assert '"error"' not in server.text(), server.text()
@@ -162,12 +162,12 @@ def test_500_streams_at_once(start: Start) -> None:
             for stream in streams:
                 stream.close()
         with server.client() as client:
-            until(lambda: client.server_info().open_streams == 0, 10)
+            until(lambda: client.server_info().open_streams == 0)
             with client.analyze_stream() as again:
                 again.send(wire.picture())
                 again.close_send()
                 assert [o.result is not None for o in again] == [True]
-        until(lambda: descriptors(server) <= before + 5, 10)
+        until(lambda: descriptors(server) <= before + 5)
 
 
 def test_500_connections_at_once(start: Start) -> None:
@@ -194,7 +194,7 @@ def test_500_connections_at_once(start: Start) -> None:
         for made in channels:
             made.close()
     with server.client() as client:
-        until(lambda: client.server_info().open_streams == 0, 10)
+        until(lambda: client.server_info().open_streams == 0)
         assert len(client.analyze_image(wire.picture()).faces) == 1
 
 

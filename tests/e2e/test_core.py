@@ -163,7 +163,7 @@ def test_a_model_is_reloaded(client: facelane.Client, hosted: RunningServer) -> 
     if client.pools()[0].isolation != "thread":
         # The threads of one process stay; everybody else makes way for a fresh one, and is
         # listed until it has left.
-        until(replaced, 20, "the old workers to leave")
+        until(replaced, what="the old workers to leave")
 
 
 def test_eight_streams_side_by_side(client: facelane.Client) -> None:

@@ -53,13 +53,13 @@ def test_the_demo_names_both_people_and_leaves_nothing(tmp_path: Path) -> None:
 def test_an_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
     process = demo(tmp_path)
     try:
-        server = until(lambda: servers_in(tmp_path), 60, "the server starts")[0]
+        server = until(lambda: servers_in(tmp_path), what="the server starts")[0]
         family = [server, *server.children(recursive=True)]
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(30)
     assert process.returncode == 130
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
@@ -107,11 +107,11 @@ def test_an_interrupt_inside_grpc_is_an_interrupt(tmp_path: Path, number: str) -
 def test_a_killed_demo_takes_its_server_along(tmp_path: Path) -> None:
     process = demo(tmp_path)
     try:
-        server = until(lambda: servers_in(tmp_path), 60, "the server starts")[0]
-        until(lambda: server.children(recursive=True), 60, "its workers start")
+        server = until(lambda: servers_in(tmp_path), what="the server starts")[0]
+        until(lambda: server.children(recursive=True), what="its workers start")
         family = [server, *server.children(recursive=True)]
     finally:
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=30)
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []

@@ -147,7 +147,7 @@ def test_templates_outlive_the_server(start: Start) -> None:
     with server.client() as client:
         client.enroll("lasting", wire.picture())
     server.process.kill()
-    server.process.wait(10)
+    server.process.wait(30)
     again = type(server)(server.folder, server.config.read_text())
     with again:
         again.wait_serving()

@@ -50,7 +50,7 @@ def test_no_personal_data_in_logs_and_errors(start: Start) -> None:
 
 def test_logs_are_json_lines_with_constant_messages(start: Start) -> None:
     server = start()
-    until(lambda: '"event": "serving"' in server.text(), 10)
+    until(lambda: '"event": "serving"' in server.text())
     with server.client() as client:
         client.restart_worker("liveness#0")
         client.analyze_image(wire.picture())
@@ -102,7 +102,7 @@ def test_state_is_private(start: Start) -> None:
     state = server.folder / "state"
     assert state.stat().st_mode & 0o077 == 0
     database = state / "gallery.db"
-    until(database.exists, 5)
+    until(database.exists)
     assert database.stat().st_mode & 0o077 == 0
 
 
@@ -198,7 +198,7 @@ def test_a_model_with_a_wrong_hash_is_refused(start: Start, tmp_path: Path) -> N
     told = " ".join((done.stdout + done.stderr).split())
     assert "weights.safetensors" in told
     server = start(edit=lambda text: text.replace('"null-recognizer"', f'"{package}"'), wait=False)
-    until(lambda: "weights.safetensors has SHA-256" in server.text(), 40, "the refusal in the log")
+    until(lambda: "weights.safetensors has SHA-256" in server.text(), what="the refusal in the log")
     with server.client() as client:
         assert client.health() == "NOT_SERVING"
         assert client.health("facelane.pool.recognizer") == "NOT_SERVING"
@@ -308,7 +308,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path) -> None:
         killed.wait_serving()
         [left] = temporary.iterdir()
         killed.process.kill()
-        killed.process.wait(10)
+        killed.process.wait(30)
         assert left.exists()
     with begin() as server:
         server.wait_serving()

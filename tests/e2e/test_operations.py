@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import socket
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.e2e import wire
 from tests.e2e.conftest import Start
-from tests.running_server import RunningServer
+from tests.running_server import RunningServer, free_port
 from tests.waiting import until
 
 import facelane
@@ -75,7 +73,7 @@ class Load:
     def more(self, count: int = 20) -> None:
         """Waits for so many more outcomes."""
         wanted = len(self.outcomes) + count
-        until(lambda: len(self.outcomes) >= wanted or self.failure, 20, "more outcomes")
+        until(lambda: len(self.outcomes) >= wanted or self.failure, what="more outcomes")
 
     def finish(self) -> facelane.StreamSummary:
         """Half-closes, reads the rest, and gives the count."""
@@ -130,7 +128,7 @@ def watched_health(target: str, service: str) -> Iterator[queue.SimpleQueue[str]
             yield told
         finally:
             call.cancel()
-            reader.join(10)
+            reader.join(30)
 
 
 # -- health ---------------------------------------------------------------------------------
@@ -290,9 +288,9 @@ def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str
             else:
                 server.process.send_signal(signal.Signals[by])
             for load in (lossless, camera):
-                until(lambda load=load: load.stream.ended, 25, "the stream to end")
+                until(lambda load=load: load.stream.ended, what="the stream to end")
             summaries = [lossless.finish(), camera.finish()]
-        assert server.process.wait(15) == 0
+        assert server.process.wait(30) == 0
     for load, summary in zip((lossless, camera), summaries, strict=True):
         assert summary.received == summary.results + summary.drops + summary.errors
         ids = [outcome.frame_id for outcome in load.outcomes]
@@ -309,12 +307,11 @@ def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str
 
 
 def test_a_client_that_goes_when_told_is_not_kept_waiting(start: Start) -> None:
-    server = start(edit=lambda text: text.replace("[server]", "[server]\ndrain_grace_s = 80"))
+    server = start(edit=lambda text: text.replace("[server]", "[server]\ndrain_grace_s = 300"))
     with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
         stream.open()
         stream.write(wire.frame(1))
         stream.outcome()
-        begun = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert stream.read().update.kind == pb.STREAM_UPDATE_KIND_DRAINING
         stream.write(wire.frame(2))
@@ -322,8 +319,7 @@ def test_a_client_that_goes_when_told_is_not_kept_waiting(start: Start) -> None:
         assert outcome.outcome.drop.reason == pb.DROP_REASON_DRAINING
         assert last.summary.received == 2
         assert stream.call.code() is grpc.StatusCode.OK
-    assert server.process.wait(50) == 0
-    assert time.monotonic() - begun < 50, "less than three quarters of the grace"
+    assert server.process.wait(60) == 0, "long before the grace is over"
 
 
 def test_a_picture_under_way_is_answered_before_the_end(start: Start) -> None:
@@ -332,10 +328,10 @@ def test_a_picture_under_way_is_answered_before_the_end(start: Start) -> None:
         call = pb_grpc.AnalysisServiceStub(channel).AnalyzeImage.future(
             pb.AnalyzeImageRequest(picture=wire.pb_picture()), timeout=wire.CALL_S
         )
-        until(lambda: pool(client, "detector").in_flight, 10)
+        until(lambda: pool(client, "detector").in_flight)
         server.process.send_signal(signal.SIGTERM)
         assert len(call.result().result.faces) == 1
-    assert server.process.wait(20) == 0
+    assert server.process.wait(30) == 0
 
 
 @pytest.mark.parametrize("window", [64, 2])
@@ -355,7 +351,7 @@ def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
         with server.client() as client:
             assert len(client.analyze_image(wire.picture()).faces) == 1
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: client.server_info().draining, 20)
+            until(lambda: client.server_info().draining)
             assert client.health() == "NOT_SERVING"
             assert client.health("facelane.process") == "SERVING"
             with pytest.raises(facelane.UnavailableError) as refused:
@@ -397,7 +393,7 @@ def test_a_killed_server_leaves_no_process(start: Start) -> None:
         load.finish()
         assert load.failure is not None
     # Its socket lies there; the next server takes it over.
-    server.process.wait(10)
+    server.process.wait(30)
     path = Path(server.target.removeprefix("unix:"))
     assert path.is_socket()
     again = RunningServer(server.folder, server.config.read_text())
@@ -412,7 +408,7 @@ def test_a_second_server_does_not_take_the_socket_of_the_first(server: RunningSe
         folder,
         server.config.read_text().replace("/state", "/second/state").replace("/run", "/second/run"),
     )
-    assert second.process.wait(20) == 69
+    assert second.process.wait(30) == 69
     second.stop()
     assert "another server answers" in second.text()
     with server.client() as client:
@@ -423,9 +419,7 @@ def test_a_second_server_does_not_take_the_socket_of_the_first(server: RunningSe
 
 
 def test_metrics_over_http(start: Start) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = start(edit=lambda text: text.replace('listen = ""', f'listen = "127.0.0.1:{port}"'))
     with server.client() as client:
         for outcome in client.analyze([wire.picture()] * 10):
@@ -500,7 +494,7 @@ def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
                     seen.append(told.get(timeout=10))
             finally:
                 events.close()
-                reader.join(10)
+                reader.join(30)
         door = [event for event in seen if event.source_id == "door-1"]
         kinds = [event.kind for event in door]
         assert kinds == ["STREAM_OPENED", "SUBJECT_SEEN", "STREAM_CLOSED"]
@@ -581,6 +575,6 @@ def test_events_tell_of_a_lost_pool(start: Start) -> None:
             event = told.get(timeout=30)
         finally:
             events.close()
-            reader.join(10)
+            reader.join(30)
     assert event.pool == "recognizer"
     assert "SERVING" in event.message

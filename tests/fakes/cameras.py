@@ -65,7 +65,7 @@ class HttpServer:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(5)
+        self._thread.join(30)
 
 
 def send_stream(

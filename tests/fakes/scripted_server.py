@@ -567,7 +567,7 @@ class ScriptedServer:
     def stop(self) -> None:
         """Breaks all connections at once."""
         self.released.set()
-        assert self._server.stop(grace=None).wait(10), "the scripted server did not stop"
+        assert self._server.stop(grace=None).wait(30), "the scripted server did not stop"
 
     def __enter__(self) -> Self:
         return self

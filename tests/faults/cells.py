@@ -112,7 +112,7 @@ def site(folder: Path, pools: str = "plain") -> Iterator[Site]:
 
 
 async def _calm(_cell: Cell) -> None:
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.3)  # some traffic without a fault
 
 
 @dataclass
@@ -142,6 +142,8 @@ class Cell:
         self.stop = asyncio.Event()
         self.broken: list[str] = []
         self.extra: list[traffic.Books] = []
+        self.held_s = 0.0
+        """The longest that a call of no pool took since the probe began its picture."""
         self._admin = admin_grpc.AdminServiceStub(channel)
         self._server = server_grpc.ServerServiceStub(channel)
         self._analysis = pb_grpc.AnalysisServiceStub(channel)
@@ -252,15 +254,28 @@ class Cell:
         while not self.stop.is_set():
             await self.picture()
             if others is not None:
+                self.held_s = 0.0
                 began = time.monotonic()
                 missing, refusal = await self.picture(**others)
                 took = time.monotonic() - began
                 if missing or refusal:
                     self.broken.append(f"other pools: missing {missing}, refused {refusal!r}")
-                # Far below the timeout of a job: whoever waits for the fault exceeds it.
-                if took > 0.8 * JOB_TIMEOUT_MS / 1000:
-                    self.broken.append(f"other pools: a picture took {took:.2f} s")
-            await asyncio.sleep(0.03)
+                # Whoever waits for the fault waits for the timeout of a job, or longer. What
+                # needs no pool takes as long as this machine lets it: that is not judged.
+                if took - self.held_s > 0.9 * JOB_TIMEOUT_MS / 1000:
+                    self.broken.append(
+                        f"other pools: a picture took {took:.2f} s, a call of no pool "
+                        f"{self.held_s:.2f} s"
+                    )
+            await asyncio.sleep(0.03)  # the pace
+
+    async def control(self) -> None:
+        """What calls that need no pool take at the same time."""
+        while not self.stop.is_set():
+            began = time.monotonic()
+            await self.pools()
+            self.held_s = max(self.held_s, time.monotonic() - began)
+            await asyncio.sleep(0.05)  # the pace
 
     async def bounds(self, streams: int) -> None:
         """Queues and streams never exceed what the config allows."""
@@ -269,7 +284,7 @@ class Cell:
             for pool in await self.pools():
                 if pool.queued + pool.in_flight > most:
                     self.broken.append(f"{pool.queued} queued, {pool.in_flight} in flight")
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # the pace
 
 
 @dataclass(frozen=True)
@@ -363,9 +378,9 @@ async def run(place: Site, fault: Fault, load: str, seed: int) -> list[str]:
         ]
         probes = [asyncio.create_task(cell.bounds(len(streams)))]
         if not fault.stalls:
-            probes.append(asyncio.create_task(cell.probe()))
+            probes += [asyncio.create_task(cell.probe()), asyncio.create_task(cell.control())]
         try:
-            await auntil(lambda: all(cell.health.told.get(s) for s in SERVICES), 10.0)
+            await auntil(lambda: all(cell.health.told.get(s) for s in SERVICES))
             await asyncio.sleep(RUN_IN_S)
             await fault.act(cell)
             await auntil(cell.whole, RECOVERY_S, "a whole result and SERVING everywhere")
@@ -383,7 +398,7 @@ async def run(place: Site, fault: Fault, load: str, seed: int) -> list[str]:
         _judge(cell, fault, books, ledgers, TRAFFIC[load])
     before = place.footprint
     with contextlib.suppress(AssertionError):
-        await auntil(lambda: Footprint.of(server).within(before), 10.0)
+        await auntil(lambda: Footprint.of(server).within(before))
     after = Footprint.of(server)
     if fault.name != "warm up" and not after.within(before):
         cell.broken.append(f"left behind: {before} became {after}")

@@ -49,7 +49,7 @@ def while_on(name: str, value: str, seconds: float) -> Act:
 
 async def calm(cell: Cell) -> None:
     """Nothing happens: the harness itself must find nothing."""
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # how long it lasts
 
 
 async def sigkill(cell: Cell) -> None:
@@ -58,12 +58,12 @@ async def sigkill(cell: Cell) -> None:
 
 async def sigterm(cell: Cell) -> None:
     pid = await cell.kill(signal.SIGTERM)
-    await auntil(lambda: not os.path.exists(f"/proc/{pid}"), 10.0)
+    await auntil(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
 async def sigstop(cell: Cell) -> None:
     pid = await cell.kill(signal.SIGSTOP)
-    await auntil(lambda: not os.path.exists(f"/proc/{pid}"), 10.0, "the hung worker to be killed")
+    await auntil(lambda: not os.path.exists(f"/proc/{pid}"), what="the hung worker to be killed")
 
 
 async def storm(cell: Cell) -> None:
@@ -73,7 +73,7 @@ async def storm(cell: Cell) -> None:
             if worker.pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # the pace
 
 
 async def poison(cell: Cell) -> None:
@@ -95,7 +95,7 @@ async def starved(cell: Cell) -> None:
     with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
         now = psutil.Process(pid).memory_info().vms
         resource.prlimit(pid, resource.RLIMIT_AS, (now, resource.RLIM_INFINITY))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)  # how long it lasts
         resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 
 
@@ -115,7 +115,7 @@ async def full_disk(cell: Cell) -> None:
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, before[1]))
     try:
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(0.7)  # how long it lasts
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
@@ -126,7 +126,7 @@ async def locked(cell: Cell) -> None:
     holder = sqlite3.connect(path, isolation_level=None)
     try:
         holder.execute("BEGIN IMMEDIATE")
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(0.7)  # how long it lasts
         holder.execute("ROLLBACK")
     finally:
         holder.close()
@@ -154,7 +154,7 @@ async def babbling(cell: Cell) -> None:
             made.connect(cell.server.target.removeprefix("unix:"))
             with contextlib.suppress(OSError):
                 made.sendall([b"", b"GET / HTTP/1.0\r\n\r\n", cell.rng.randbytes(4096)][n % 3])
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # how long it lasts
 
 
 async def slow_reader(cell: Cell) -> None:
@@ -178,8 +178,7 @@ async def slow_reader(cell: Cell) -> None:
             written = len(cell.server.text())
             await auntil(
                 lambda: '"reason": "SLOW_READER"' in cell.server.text()[written:],
-                10.0,
-                "the stream of a client that never reads to be ended",
+                what="the stream of a client that never reads to be ended",
             )
         finally:
             writer.cancel()

@@ -71,7 +71,7 @@ async def soak(site: cells.Site, frames: int, seed: int) -> dict[str, object]:
     async def pictures(cell: cells.Cell) -> None:
         while not cell.stop.is_set():
             await cell.picture()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # the pace
 
     async def trouble() -> None:
         while not stop.is_set():

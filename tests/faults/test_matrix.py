@@ -1,7 +1,7 @@
 """Every fault under every traffic: the invariants hold.
 
-By default each fault meets all kinds of traffic at once, with two seeds; with
-FACELANE_FAULT_SEEDS=N (``make faults``) each kind alone as well, with N seeds.
+``make test`` lets each fault meet all kinds of traffic at once; ``make test-all`` each kind
+alone as well, with FACELANE_FAULT_SEEDS=N seeds (three).
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ import pytest
 from tests.faults import cells
 from tests.faults.faults import FAULTS
 
-SEEDS = int(os.environ.get("FACELANE_FAULT_SEEDS", "0"))
-LOADS = ("mixed",) if not SEEDS else tuple(cells.TRAFFIC)
+SEEDS = int(os.environ.get("FACELANE_FAULT_SEEDS", "3"))
+MATRIX = [
+    pytest.param(
+        fault,
+        load,
+        seed,
+        marks=() if (load, seed) == ("mixed", 0) else pytest.mark.slow(last=True),
+        id=f"{fault}-{load}-{seed}",
+    )
+    for seed in range(SEEDS)
+    for load in cells.TRAFFIC
+    for fault in FAULTS
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cells.Site]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("seed", range(SEEDS or 2))
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "load", "seed"), MATRIX)
 async def test_invariants_hold(site: cells.Site, fault: str, load: str, seed: int) -> None:
     position = len(site.server.text())
     broken = await cells.run(site, FAULTS[fault], load, seed)

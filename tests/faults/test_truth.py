@@ -1,4 +1,4 @@
-"""Health tells the truth, and in time: measured from the loss to the watcher's ear."""
+"""Health tells the truth."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import functools
 import os
 import random
 import signal
-import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from tests.e2e import wire
 from tests.faults import cells, traffic
 from tests.running_server import RunningServer, toml
 from tests.waiting import auntil, until
-
-TOLD_WITHIN_S = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,7 @@ async def watched(server: RunningServer, stage: str) -> AsyncIterator[cells.Cell
         cell = cells.Cell(server, channel, stage, random.Random(1))
         watchers = [asyncio.create_task(cell.watch(service)) for service in cells.SERVICES]
         try:
-            await auntil(lambda: all(cell.health.told.get(s) for s in cells.SERVICES), 10.0)
+            await auntil(lambda: all(cell.health.told.get(s) for s in cells.SERVICES))
             yield cell
         finally:
             for watcher in watchers:
@@ -56,32 +53,22 @@ TOUCHED = {
 
 
 @pytest.mark.parametrize("stage", cells.STAGES)
-async def test_a_killed_worker_is_told_within_100_ms(
-    site: cells.Site, stage: str, record_property: Callable[[str, object], None]
-) -> None:
-    """Every service that needs the pool, and no other, says NOT_SERVING; the median of five
-    kills counts, because a busy machine may delay one of them, or of the next five."""
-    took: list[float] = []
+async def test_a_killed_worker_is_told(site: cells.Site, stage: str) -> None:
+    """Every service that needs the pool, and no other, says NOT_SERVING; how soon is for
+    ``bench recovery`` to say."""
     site.server.wait_serving()  # whatever was done to it before
     async with watched(site.server, stage) as cell:
-        while len(took) % 5 or not took or statistics.median(took[-5:]) >= TOLD_WITHIN_S:
-            if len(took) == 15:
-                break
+        for _ in range(2):
             # From now on: what a former kill had to say is over.
-            await auntil(cell.whole, 20.0, "recovery")
+            await auntil(cell.whole, what="recovery")
             pid = await cell.pid()
             killed = time.monotonic()
             os.kill(pid, signal.SIGKILL)
-            last = 0.0
             for service in TOUCHED[stage]:
                 dip = functools.partial(cell.health.first_dip_after, service, killed)
-                last = max(last, await auntil(dip, 20.0, service) or 0.0)
-            took.append(last - killed)
+                await auntil(dip, what=service)
         for service in set(cells.SERVICES) - TOUCHED[stage]:
             assert not cell.health.dips(service), service
-    record_property("told_ms", [round(1000 * t, 1) for t in took])
-    print(f"{stage}: told after {[f'{1000 * t:.1f}' for t in took]} ms")
-    assert statistics.median(took[-5:]) < TOLD_WITHIN_S
 
 
 async def test_serving_means_that_it_infers(site: cells.Site) -> None:
@@ -93,7 +80,7 @@ async def test_serving_means_that_it_infers(site: cells.Site) -> None:
             killed = time.monotonic()
             await cell.kill(signal.SIGKILL)
             back = functools.partial(served_again_after, cell.health, pool, killed)
-            await auntil(back, 20.0, "SERVING again")
+            await auntil(back, what="SERVING again")
             assert await cell.picture() == (set(), "")
 
 
@@ -115,7 +102,7 @@ async def test_a_worker_that_loads_and_cannot_infer_never_serves(tmp_path: Path)
     with RunningServer(tmp_path, config) as server:
         server.wait_serving(service="facelane.v1.AnalysisService")
         async with watched(server, "recognizer") as cell:
-            until(lambda: "START_TIMEOUT" in server.text(), 20.0, "the hang to be seen")
+            until(lambda: "START_TIMEOUT" in server.text(), what="the hang to be seen")
             told = cell.health.told
             assert {s for _, s in told["facelane.pool.recognizer"]} == {cells.NOT_SERVING}
             assert {s for _, s in told[""]} == {cells.NOT_SERVING}
@@ -138,12 +125,12 @@ async def test_an_idle_pool_is_found_out_by_its_canary(
     quick = "canary_interval_s = 0.2\nping_interval_s = 0.1\njob_timeout_ms = 400"
     with RunningServer(tmp_path, one_pool(tmp_path, options, quick)) as server:
         # The first worker may be found out before anybody has asked: the log has it all.
-        until(lambda: f'"reason": "{reason}"' in server.text(), 20.0, reason)
+        until(lambda: f'"reason": "{reason}"' in server.text(), what=reason)
         text = server.text()
         ready = text.index('"event": "worker ready"', text.index('"pool": "recognizer"'))
         assert ready < text.index(f'"reason": "{reason}"')
         async with watched(server, "recognizer") as cell:
-            await auntil(lambda: cell.health.dips("facelane.pool.recognizer"), 10.0, "a dip")
+            await auntil(lambda: cell.health.dips("facelane.pool.recognizer"), what="a dip")
 
 
 async def test_a_missing_stage_is_named_and_says_nothing(site: cells.Site) -> None:
@@ -167,14 +154,12 @@ async def test_a_missing_stage_is_named_and_says_nothing(site: cells.Site) -> No
                 pool = f"facelane.pool.{stage}"
                 dips = cell.health.dips(pool)
                 await cell.kill(signal.SIGKILL)
-                await auntil(
-                    functools.partial(lambda p, n: cell.health.dips(p) > n, pool, dips), 10.0
-                )
+                await auntil(functools.partial(lambda p, n: cell.health.dips(p) > n, pool, dips))
                 found, refused = await cell.picture()
                 missing += found == {stage}
                 assert not refused
                 cell.arm()
-                await auntil(cell.whole, 20.0, "recovery")
+                await auntil(cell.whole, what="recovery")
         finally:
             stop.set()
         for books in await asyncio.gather(*flow):

@@ -251,7 +251,7 @@ async def enrolments(
                 ledger.templates.setdefault(subject, set()).add(answer.template.template_id)
                 ledger.unsure.discard(subject)
                 break
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # the pace of a clerk who tries again
         if subject in ledger.templates and rng.random() < 0.3:
             again = await call(stub.EnrollFace, request, subject)
             if again is not None and {again.template.template_id} != ledger.templates[subject]:

@@ -41,7 +41,7 @@ async def ask_until(pool: Pool, asked: Any, timeout_s: float = 60.0) -> int:
             if error.reason not in PASSING or time.monotonic() > deadline:
                 raise
             refused += 1
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # the pace
         else:
             return refused
 

@@ -301,7 +301,7 @@ def test_the_server_on_the_card_end_to_end(tmp_path: Path, frames: list[bytes]) 
         assert len(workers) >= len(Stage)
         # NVML, which the monitor uses, opens the driver's library and its device nodes; who
         # has a context is what the driver itself lists.
-        until(lambda: workers <= with_a_context(), 10.0, "every worker known to NVML")
+        until(lambda: workers <= with_a_context(), what="every worker known to NVML")
         assert server.process.pid not in with_a_context()
 
 

@@ -89,7 +89,7 @@ def test_an_interrupted_run_leaves_no_server_behind(tmp_path: Path) -> None:
         assert not alive
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(30)
 
 
 def test_what_was_measured_before_the_end_is_kept(tmp_path: Path) -> None:
@@ -120,4 +120,4 @@ def test_what_was_measured_before_the_end_is_kept(tmp_path: Path) -> None:
         assert not document["complete"]
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(30)

@@ -84,7 +84,7 @@ class RtspCamera:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.wait(10)
+            process.wait(30)
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.close()
@@ -160,9 +160,9 @@ def test_a_wrong_path_may_come_right() -> None:
 
 def test_nobody_at_the_port() -> None:
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        sock.bind(("127.0.0.1", 0))  # held, so that nobody else may listen there
         port = sock.getsockname()[1]
-    result = check_camera(camera(f"rtsp://127.0.0.1:{port}/live"))
+        result = check_camera(camera(f"rtsp://127.0.0.1:{port}/live"))
     assert result.error is not None
     assert result.error.reason is SourceReason.CONNECT_FAILED
 

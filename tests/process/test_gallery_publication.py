@@ -44,7 +44,7 @@ async def embed(p: RealPool, marker: bytes, gallery: str = "", **options: Any) -
         asyncio.get_running_loop().create_future(),
     )
     p.pool.submit(task)
-    answer = await asyncio.wait_for(task.future, 25)
+    answer = await asyncio.wait_for(task.future, 30)
     assert isinstance(answer, EmbedAnswer)
     return answer
 
@@ -149,7 +149,7 @@ async def test_publishing_while_workers_die_ends() -> None:
             os.kill(pid, signal.SIGKILL)
         fd = os.memfd_create("snapshot")
         SUBJECTS[3] = []
-        await asyncio.wait_for(p.pool.publish_gallery(GallerySnapshot(3, 0, DIM, ()), fd), 20)
+        await asyncio.wait_for(p.pool.publish_gallery(GallerySnapshot(3, 0, DIM, ()), fd), 30)
         os.close(fd)
         await auntil(lambda: p.pool.state is PoolState.SERVING)
         assert (await embed(p, b"ada", "staff")).candidates == ()
@@ -159,7 +159,7 @@ async def test_a_snapshot_that_lies_ends_the_worker_and_not_the_server() -> None
     async with real_pool(Stage.RECOGNIZER, resolve=resolve, restart_limit=2) as p:
         fd = os.memfd_create("snapshot")
         await asyncio.wait_for(
-            p.pool.publish_gallery(GallerySnapshot(1, 1000, DIM, (("staff", 0, 1000),)), fd), 20
+            p.pool.publish_gallery(GallerySnapshot(1, 1000, DIM, (("staff", 0, 1000),)), fd), 30
         )
         os.close(fd)
         await auntil(lambda: p.pool.info().losses >= 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -175,7 +175,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         if process.poll() is None:
             process.kill()
-        process.wait(10)
+        process.wait(30)
 
 
 async def test_a_worker_attaches_serves_and_leaves_when_the_server_stops(tmp_path: Path) -> None:
@@ -209,9 +209,10 @@ async def test_without_a_worker_the_pool_says_so_at_once_and_counts_no_loss(
         assert await refusal(p, age_s=0.2) is Reason.POOL_UNAVAILABLE
 
         async def refused_at_once() -> bool:
-            started = time.monotonic()
-            assert await refusal(p, age_s=0.5) is Reason.POOL_UNAVAILABLE
-            return time.monotonic() - started < 0.25
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    return await refusal(p, age_s=3600.0) is Reason.POOL_UNAVAILABLE
+            return False
 
         await auntil(refused_at_once)
         assert p.pool.info().losses == 0, "to wait for somebody else is no failure"
@@ -233,7 +234,7 @@ async def test_another_worker_takes_the_place_of_one_that_was_killed(tmp_path: P
             os.kill(first, signal.SIGKILL)
             await auntil(lambda: p.pool.state is PoolState.SERVING and p.pids() != [first])
             tasks.append(p.submit())
-            await asyncio.wait([task.future for task in tasks], timeout=20)
+            await asyncio.wait([task.future for task in tasks], timeout=30)
             assert {task.future.result() for task in tasks} == {LivenessAnswer(1.0)}
     finally:
         end(workers)
@@ -248,7 +249,7 @@ async def test_an_external_pool_reloads_with_the_worker_that_waits(tmp_path: Pat
             (first,) = p.pids()
             await p.pool.reload(PACKAGES[Stage.LIVENESS], 20.0)
             tasks += [p.submit() for _ in range(20)]
-            await asyncio.wait([task.future for task in tasks], timeout=20)
+            await asyncio.wait([task.future for task in tasks], timeout=30)
             assert {task.future.result() for task in tasks} == {LivenessAnswer(1.0)}
             assert p.pids() != [first]
             assert p.pool.info().losses == 0
@@ -374,7 +375,7 @@ async def main():
     options = {"fail.hang_on_job": "2"} if sys.argv[1] == "hung" else {}
     async with real_pool(Stage.DETECTOR, workers=2, job_timeout_ms=60000, options=options) as p:
         while p.pool.state != "SERVING":
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # the pace
         if options:
             p.submit(), p.submit()
         print(*p.pids(), flush=True)
@@ -404,10 +405,10 @@ def test_no_worker_outlives_a_server_that_was_killed(state: str) -> None:
         assert all(alive(pid) for pid in pids)
         assert [named_shared_memory(pid) for pid in (*pids, parent.pid)] == [[], [], []]
         parent.kill()
-        parent.wait(10)
+        parent.wait(30)
         until(lambda: not any(alive(pid) for pid in pids), timeout=30.0)
     finally:
         parent.kill()
-        parent.wait(10)
+        parent.wait(30)
         assert parent.stdout is not None
         parent.stdout.close()

@@ -68,7 +68,7 @@ async def test_it_is_started_in_a_folder_of_its_own_and_ended(
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(held)
-    until(lambda: not alive(pid), 30.0, "the daemon's end")
+    until(lambda: not alive(pid), what="the daemon's end")
 
 
 async def test_a_folder_that_the_guard_before_still_holds_can_be_used(
@@ -139,7 +139,7 @@ def test_the_daemon_ends_with_a_server_that_is_killed(
         assert alive(pid)
         server.send_signal(signal.SIGKILL)
         server.wait(30)
-        until(lambda: not alive(pid), 30.0, "the daemon's end")
+        until(lambda: not alive(pid), what="the daemon's end")
     finally:
         server.kill()
         server.wait(30)

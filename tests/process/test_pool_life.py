@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import signal
-import statistics
 import time
 from pathlib import Path
 
@@ -212,29 +211,17 @@ async def test_kill_9_under_load_loses_nothing() -> None:
         assert p.pool.info().completed == len(tasks)
 
 
-async def test_a_loss_shows_within_100_ms_and_recovery_is_the_load_time() -> None:
-    """Medians of five, because a busy machine may delay one of them; if it is busy all the
-    time, of the next five."""
-    shown: list[float] = []
-    back: list[float] = []
-    began = time.monotonic()
+async def test_every_loss_shows_and_heals() -> None:
+    """How soon is for ``bench recovery`` to say."""
     async with real_pool(restart_limit=100, backoff_max_s=0.1) as p:
-        load = time.monotonic() - began
         for _ in range(3):
-            for _ in range(5):
-                events, killed = len(p.events), time.monotonic()
-                os.kill(p.pids()[0], signal.SIGKILL)
-                await auntil(lambda: p.pool.state is not PoolState.SERVING)
-                await auntil(lambda: p.pool.state is PoolState.SERVING)
-                told = [x for x in p.events[events:] if x[1].change is PoolChange.STATE]
-                assert [e.state for _, e in told] == [PoolState.NOT_SERVING, PoolState.SERVING]
-                shown.append(told[0][0] - killed)
-                back.append(told[1][0] - killed)
+            events = len(p.events)
+            os.kill(p.pids()[0], signal.SIGKILL)
+            await auntil(lambda: p.pool.state is not PoolState.SERVING)
+            await auntil(lambda: p.pool.state is PoolState.SERVING)
+            told = [x for _, x in p.events[events:] if x.change is PoolChange.STATE]
+            assert [e.state for e in told] == [PoolState.NOT_SERVING, PoolState.SERVING]
             assert await p.infer() == LivenessAnswer(1.0)
-            if statistics.median(shown[-5:]) < 0.1:
-                break
-        assert statistics.median(shown[-5:]) < 0.1
-        assert min(back) < 3.0 + load
 
 
 async def test_a_spare_takes_over_without_a_gap() -> None:
@@ -393,9 +380,8 @@ async def test_a_start_that_fails_once_heals(tmp_path: Path) -> None:
 
 async def test_a_slow_start_is_waited_for() -> None:
     async with real_pool(wait=False, options={"fail.slow_load_ms": "500"}) as p:
-        started = time.monotonic()
+        assert p.pool.state is not PoolState.SERVING
         assert await p.infer() == LivenessAnswer(1.0)
-        assert time.monotonic() - started >= 0.5
         assert p.pool.info().losses == 0
 
 

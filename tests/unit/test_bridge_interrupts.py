@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 from tests.fakes.scripted_server import ScriptedServer
@@ -15,11 +15,22 @@ from tests.fakes.scripted_server import ScriptedServer
 BRIDGE = (sys.executable, "-m", "facelane_bridge")
 
 
-def start(silent: socket.socket, *words: str) -> tuple[subprocess.Popen[str], socket.socket]:
-    """The bridge's process, when it has called the camera."""
-    source = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/x"
+def start(
+    folder: Path, silent: socket.socket, *words: str, target: str = "127.0.0.1:1"
+) -> tuple[subprocess.Popen[str], socket.socket]:
+    """The bridge's process, when it has called the camera; which has longer to open than a
+    test may take."""
+    file = folder / "bridge.toml"
+    file.write_text(f"""
+[server]
+target = "{target}"
+[[camera]]
+name = "a"
+source = "rtsp://127.0.0.1:{silent.getsockname()[1]}/x"
+open_timeout = 600
+""")
     process = subprocess.Popen(
-        [*BRIDGE, *words, "--source", source],
+        [*BRIDGE, *words, str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -33,29 +44,25 @@ def start(silent: socket.socket, *words: str) -> tuple[subprocess.Popen[str], so
         raise
 
 
-def test_an_interrupted_check_waits_for_no_camera() -> None:
+def test_an_interrupted_check_waits_for_no_camera(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        process, call = start(silent, "check", "--cameras-only")
+        process, call = start(tmp_path, silent, "check", "--cameras-only")
         with call:
-            begun = time.monotonic()
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
-            took = time.monotonic() - begun
+            out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert (out, err) == ("", "")
-    assert took < 9.0  # a camera has 10 s to open
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_a_hanging_camera_behind(number: signal.Signals) -> None:
+def test_an_interrupted_run_leaves_a_hanging_camera_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     with ScriptedServer() as server, socket.create_server(("127.0.0.1", 0)) as silent:
-        process, call = start(silent, "run", "--target", server.target)
+        process, call = start(tmp_path, silent, "run", target=server.target)
         with call:
-            begun = time.monotonic()
             process.send_signal(number)
-            out, err = process.communicate(timeout=30)
-            took = time.monotonic() - begun
+            out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert json.loads(out.splitlines()[-1])["type"] == "summary"
-    assert took < 9.0  # a camera has 10 s to open

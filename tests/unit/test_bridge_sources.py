@@ -84,12 +84,12 @@ def test_real_time_takes_its_time(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", frames=6)
     begun = time.monotonic()
     read_all(open_source(camera(str(clip))))
-    assert 0.45 <= time.monotonic() - begun < 30
+    assert time.monotonic() - begun >= 0.45
 
 
 def test_real_time_can_be_interrupted(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "slow.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(1, 100))
+        stream = container.add_stream("libx264", rate=Fraction(1, 1000))
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for _ in range(2):
             frame = av.VideoFrame.from_ndarray(picture(), format="bgr24")
@@ -99,11 +99,9 @@ def test_real_time_can_be_interrupted(tmp_path: Path) -> None:
     source.open()
     assert source.read() is not None
     threading.Timer(0.1, source.interrupt).start()
-    begun = time.monotonic()
     with pytest.raises(SourceError) as caught:
-        source.read()
+        source.read()  # is due in a thousand seconds, longer than a test may take
     assert caught.value.reason is SourceReason.INTERRUPTED
-    assert time.monotonic() - begun < 50  # of a hundred
     source.close()
 
 

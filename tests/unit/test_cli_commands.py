@@ -461,7 +461,7 @@ def test_an_interrupt_ends_a_camera_well_and_a_file_early(
     words += [str(clip), "-f", "jsonl", *(["--realtime"] if live else [])]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
         wanted = 3 if live else 1
-        until(lambda: any(len(s) >= wanted for s in server.streams), 30, "the stream")
+        until(lambda: any(len(s) >= wanted for s in server.streams), what="the stream")
         done.send_signal(signal.SIGINT)
         out, err = done.communicate(timeout=30)
     released.set()

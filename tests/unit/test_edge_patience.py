@@ -47,5 +47,5 @@ async def test_nothing_is_left_to_fire() -> None:
     for _ in range(3):
         patience.begin()
         patience.end()
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)  # past the patience
     assert not task.cancelling()

@@ -213,7 +213,7 @@ async def test_changes_during_a_publication_are_taken_together(
     recogniser.gate.clear()
     recogniser.entered.clear()
     index.apply([add("g", "a", 1)])
-    await asyncio.wait_for(recogniser.entered.wait(), 10)
+    await asyncio.wait_for(recogniser.entered.wait(), 30)
     last = 0
     for n in range(2, 50):
         last = index.apply([add("g", f"s{n}", n)])
@@ -266,7 +266,7 @@ async def test_recreated_during_a_build_is_not_named_from_that_build(
     recogniser.entered.clear()
     revision = index.apply([RemoveSubject("g", "a"), add("g", "a", 2)])
     release.set()
-    await asyncio.wait_for(recogniser.entered.wait(), 10)
+    await asyncio.wait_for(recogniser.entered.wait(), 30)
     assert index.snapshot.version == 2
     assert index.resolve(2, 0) is None
     recogniser.gate.set()

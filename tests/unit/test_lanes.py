@@ -432,12 +432,12 @@ async def test_a_reader_that_waits_is_woken_by_the_writer_and_by_the_end() -> No
     await turns()
     assert not waiting.done()
     await s.take()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
     s.offer()
     waiting = asyncio.create_task(s.lane.wait_can_accept())
     await turns()
     s.lane.abort()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
 
 
 async def test_the_newest_frame_replaces_the_one_that_waits() -> None:
@@ -568,7 +568,7 @@ async def test_a_writer_that_waits_ends_with_the_input() -> None:
     await turns()
     assert not writer.done()
     s.lane.close_input()
-    assert await asyncio.wait_for(writer, 1) == []
+    assert await asyncio.wait_for(writer, 30) == []
     assert s.lane.settled
 
 

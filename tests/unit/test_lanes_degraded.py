@@ -116,7 +116,7 @@ class Bench:
         self.lane.close_input()
         taken: list[Outcome] = []
         while not self.lane.settled:
-            items = await asyncio.wait_for(self.lane.take(), 5.0)
+            items = await asyncio.wait_for(self.lane.take(), 30)
             taken += [item for item in items if isinstance(item, Outcome)]
         return taken
 

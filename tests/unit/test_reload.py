@@ -132,7 +132,7 @@ async def test_a_reload_ends_with_the_server() -> None:
     bench = Bench()
     caller = asyncio.create_task(bench.app.reload_model("liveness", ""))
     await bench.pools[Stage.LIVENESS].begun.wait()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await bench.app._end_reloads()
         with pytest.raises(asyncio.CancelledError):
             await caller

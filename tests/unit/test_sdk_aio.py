@@ -57,7 +57,7 @@ async def test_a_stream_from_open_to_summary(client: facelane.aio.Client) -> Non
     assert [o.frame_id for o in outcomes] == list(range(1, 101))
     assert stream.summary.results == 100
     assert await stream.recv() is None
-    await auntil(lambda: not tasks(), 30, "no task left")
+    await auntil(lambda: not tasks(), what="no task left")
 
 
 async def test_analyze_takes_both_kinds_of_iterables(client: facelane.aio.Client) -> None:
@@ -69,7 +69,7 @@ async def test_analyze_takes_both_kinds_of_iterables(client: facelane.aio.Client
     assert len([o async for o in client.analyze([PICTURE] * 40)]) == 40
     offsets = [o.stream_offset async for o in client.analyze(camera())]
     assert offsets == pytest.approx([n / 25 for n in range(40)])
-    await auntil(lambda: not tasks(), 30, "no task left")
+    await auntil(lambda: not tasks(), what="no task left")
 
 
 async def test_analyze_raises_the_iterable_s_error(client: facelane.aio.Client) -> None:
@@ -92,7 +92,7 @@ async def test_analyze_can_be_left(client: facelane.aio.Client) -> None:
         async for outcome in outcomes:
             assert outcome.frame_id == 1
             break
-    await auntil(lambda: not tasks(), 30, "no task left")
+    await auntil(lambda: not tasks(), what="no task left")
 
 
 async def test_analyze_ends_with_its_client_though_the_camera_gives_nothing(
@@ -109,7 +109,7 @@ async def test_analyze_ends_with_its_client_though_the_camera_gives_nothing(
         await asyncio.sleep(0)
         await client.close()
         assert await asyncio.wait_for(waiting, 30) is None
-    await auntil(lambda: not tasks(), 30, "no task left")
+    await auntil(lambda: not tasks(), what="no task left")
 
 
 async def test_analyze_raises_when_the_stream_breaks(
@@ -176,7 +176,7 @@ async def test_cancelling_the_user_s_task_cleans_up(
     with pytest.raises(asyncio.CancelledError):
         await task
     released.set()
-    await auntil(lambda: not tasks(), 30, "no task left")
+    await auntil(lambda: not tasks(), what="no task left")
 
 
 async def test_closing_the_client_closes_its_streams(server: fake.ScriptedServer) -> None:
@@ -225,7 +225,7 @@ async def test_a_refused_stream_raises_on_entering(
     with pytest.raises(kind, match="do this instead"):
         async with client.analyze_stream():
             pass
-    await auntil(lambda: not tasks(), 30, "no task left")
+    await auntil(lambda: not tasks(), what="no task left")
 
 
 async def test_nobody_there() -> None:
@@ -291,7 +291,7 @@ async def test_a_reader_ends_with_an_error_whatever_happens_to_it(
     with pytest.raises(facelane.ProtocolError, match="ZeroDivisionError"):
         async with client.analyze_stream(reconnect=QUICK):
             pass
-    await auntil(lambda: not tasks(), 30, "no task left")
+    await auntil(lambda: not tasks(), what="no task left")
 
 
 async def test_waiting_in_vain_leaves_nothing_behind(client: facelane.aio.Client) -> None:
@@ -350,7 +350,7 @@ async def test_a_server_that_is_killed_and_comes_back(tmp_path: Path) -> None:
         await stream.send(PICTURE)
         assert await stream.recv(timeout=30) is not None
         await asyncio.to_thread(first.stop)
-        await auntil(lambda: not stream.connected, 30, "the loss to be noticed")
+        await auntil(lambda: not stream.connected, what="the loss to be noticed")
         with fake.ScriptedServer(address=target):
             assert await stream.send(PICTURE, timeout=30) == 2
             assert await stream.recv(timeout=30) is not None

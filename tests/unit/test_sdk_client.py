@@ -6,7 +6,6 @@ import contextlib
 import math
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -116,7 +115,7 @@ def test_many_frames_through_a_small_window(
     outcomes = list(client.analyze([PICTURE] * 200))
     assert [o.frame_id for o in outcomes] == list(range(1, 201))
     assert server.streams[0][0].config.overload_policy == 2
-    until(lambda: not threads(), 30, "no thread left")
+    until(lambda: not threads(), what="no thread left")
 
 
 def test_several_threads_share_a_client(client: facelane.Client) -> None:
@@ -142,12 +141,10 @@ def test_a_full_window_holds_send_back_and_try_send_declines(
         stream.send(PICTURE)
         assert stream.try_send(PICTURE) == 2
         assert stream.try_send(PICTURE) is None
-        started = time.monotonic()
         with pytest.raises(facelane.DeadlineExceededError) as caught:
             stream.send(PICTURE, timeout=0.05)
         assert caught.value.reason == "WINDOW_FULL"
         assert isinstance(caught.value, TimeoutError)
-        assert time.monotonic() - started < 20  # not the 30 s of the client
         released.set()
         # A place comes free by the answers alone; nobody has to read for that.
         assert stream.send(PICTURE) == 3
@@ -167,7 +164,7 @@ def test_outcomes_that_nobody_reads_are_bounded(client: facelane.Client) -> None
     with client.analyze_stream(buffer=6) as stream:
         for _ in range(6):
             stream.send(PICTURE)
-        until(lambda: stream.summary.received == 6, 30)
+        until(lambda: stream.summary.received == 6)
         assert stream.try_send(PICTURE) is None
         with pytest.raises(facelane.DeadlineExceededError) as caught:
             stream.send(PICTURE, timeout=0.05)
@@ -222,7 +219,7 @@ def test_closing_the_client_closes_its_streams(server: fake.ScriptedServer) -> N
     released.set()
     assert stream.ended
     assert len(list(stream)) == 1
-    until(lambda: not threads(), 30, "no thread left")
+    until(lambda: not threads(), what="no thread left")
 
 
 def test_a_client_can_be_closed_while_others_use_it() -> None:
@@ -307,7 +304,7 @@ def test_a_refused_stream_raises_on_entering(
         pass
     assert caught.value.reason == reason
     assert caught.value.retryable is retryable
-    until(lambda: not threads(), 30, "no thread left")
+    until(lambda: not threads(), what="no thread left")
 
 
 def test_nobody_there() -> None:
@@ -360,7 +357,7 @@ def test_a_hanging_server_is_noticed_by_a_camera_that_only_tries(
     told: list[facelane.StreamUpdate] = []
     with client.analyze_stream(stall_timeout=0.1, reconnect=QUICK, on_update=told.append) as stream:
         stream.send(PICTURE)
-        until(lambda: stream.try_send(PICTURE) == 2, 30, "the stream to come back")
+        until(lambda: stream.try_send(PICTURE) == 2, what="the stream to come back")
         assert stream.summary.connections == 2
         assert [u.kind.value for u in told] == ["CONNECTION_LOST", "RECONNECTED"]
     released.set()
@@ -519,7 +516,7 @@ def test_reconnect_keeps_counting_and_loses_nothing(
         for picture in pictures:
             stream.send(picture, timeout=math.inf)
         stream.close_send()
-        reader.join(20)
+        reader.join(30)
         assert not reader.is_alive()
         summary = stream.summary
     assert [o.frame_id for o in got] == list(range(1, 31))
@@ -574,7 +571,7 @@ def test_a_server_that_is_killed_and_comes_back(tmp_path: Path) -> None:
         stream.send(PICTURE)
         assert stream.recv(timeout=30) is not None
         first.stop()
-        until(lambda: not stream.connected, 30, "the loss to be noticed")
+        until(lambda: not stream.connected, what="the loss to be noticed")
         with fake.ScriptedServer(address=target):
             assert stream.send(PICTURE, timeout=30) == 2
             outcome = stream.recv(timeout=30)
@@ -767,7 +764,7 @@ def test_analyze_can_be_left(client: facelane.Client) -> None:
     outcomes = client.analyze(endless())
     assert next(outcomes).frame_id == 1
     outcomes.close()
-    until(lambda: not threads(), 30, "no thread left")
+    until(lambda: not threads(), what="no thread left")
 
 
 def test_analyze_raises_when_the_stream_breaks(
@@ -1010,10 +1007,11 @@ def test_entering_waits_for_a_server_no_longer_than_its_timeout() -> None:
         lonely.watch_events().__enter__()
     assert caught.value.reason == "UNREACHABLE"
     forever = facelane.Reconnect(initial_delay=0.05, max_delay=0.05)
-    with facelane.Client("127.0.0.1:1", timeout=0.2) as lonely:
-        began = time.monotonic()
-        with lonely.watch_events(reconnect=forever):
-            assert time.monotonic() - began < 30
+    with (
+        facelane.Client("127.0.0.1:1", timeout=0.2) as lonely,
+        lonely.watch_events(reconnect=forever),  # which would be longer than a test may take
+    ):
+        pass
 
 
 def test_a_subscription_that_breaks_says_so(
@@ -1055,7 +1053,7 @@ def test_events_can_be_closed_from_another_thread(
     closer = threading.Timer(0.05, events.close)
     closer.start()
     assert list(events) == []
-    closer.join(5)
+    closer.join(30)
 
 
 def test_a_wrong_kind_is_told_at_once(client: facelane.Client) -> None:

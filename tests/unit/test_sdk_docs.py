@@ -95,7 +95,7 @@ async def run_async(source: str, names: dict[str, Any]) -> Any:
     code = compile(tree, "<docs>", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     result = eval(code, names)
     if inspect.isawaitable(result):
-        await asyncio.wait_for(result, 20)
+        await asyncio.wait_for(result, 30)
     return names.pop("_value", None)
 
 
@@ -132,7 +132,7 @@ async def test_pages(page: str, number: int, code: str, server: fake.ScriptedSer
             if names["client"] is not made:
                 names["client"].close()  # type: ignore[attr-defined]
 
-    await asyncio.wait_for(asyncio.to_thread(run), 20)
+    await asyncio.wait_for(asyncio.to_thread(run), 30)
 
 
 def test_options_are_told_where_they_are_given() -> None:

@@ -220,7 +220,7 @@ def test_fifteen_percent_of_the_names_are_kept_out() -> None:
 def test_a_cpu_clock_stands_still_while_its_process_does() -> None:
     clock = CpuClock(0.2)
     # Waiting costs no CPU time: the one place where a test may sleep, since it is what it tests.
-    time.sleep(0.3)
+    time.sleep(0.3)  # what is tested
     assert not clock.over
     while not clock.over:
         sum(range(1000))
