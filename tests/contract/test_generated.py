@@ -43,17 +43,6 @@ def sources(*folders: Path) -> Iterator[Path]:
                 yield path
 
 
-def imports(path: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere in it, types included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
-
-
 # -- generated --------------------------------------------------------------------------------
 
 
