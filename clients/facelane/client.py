@@ -10,9 +10,12 @@ counts: it needs 25 % less time of the processor a frame.
 
 from __future__ import annotations
 
+import atexit
 import math
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import datetime
 from types import TracebackType
@@ -53,6 +56,26 @@ _Stream = TypeVar("_Stream", "AnalyzeStream", "EventStream")
 
 _JOIN_TIMEOUT = 5.0
 """Seconds for a thread of ours to end once its call was cancelled."""
+
+_streams: weakref.WeakSet[AnalyzeStream | EventStream] = weakref.WeakSet()
+_streams_lock = threading.Lock()
+"""All streams of the process. A set of any kind must not grow while it is gone through."""
+
+
+def _let_go_of_all() -> None:
+    """Ends the calls of streams that nobody closed, while there still are threads to do it.
+
+    Later the interpreter stops every thread where it is, with whatever locks it holds, and then
+    destroys what is left: to close a stream from there would wait for ever.
+    """
+    with _streams_lock:
+        streams = list(_streams)
+    deadline = time.monotonic() + _JOIN_TIMEOUT
+    for stream in streams:
+        stream._let_go(deadline)
+
+
+atexit.register(_let_go_of_all)
 
 
 def _blocking(build: Callable[P, calls.Call[T]]) -> Callable[Concatenate[Client, P], T]:
@@ -95,13 +118,11 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
             else grpc.secure_channel(where.target, where.credentials, options=where.options)
         )
         self._stubs = calls.Stubs(self._channel)
-        # A set of any kind must not grow while it is gone through.
-        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
         self._closed = True
-        with self._lock:
+        with _streams_lock:
             streams = list(self._open)
         for stream in streams:
             stream.close()
@@ -132,8 +153,9 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
 
     def _keep(self, stream: _Stream) -> _Stream:
         """Remembers a stream that ``close`` has to close."""
-        with self._lock:
+        with _streams_lock:
             self._open.add(stream)
+            _streams.add(stream)
         return stream
 
     # Analysis.
@@ -207,7 +229,8 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
                 yield from stream
             finally:
                 stream.close()
-                pump.join(_JOIN_TIMEOUT)
+                if not sys.is_finalizing():
+                    pump.join(_JOIN_TIMEOUT)
         if failures:
             raise failures[0]
 
@@ -379,10 +402,23 @@ class AnalyzeStream(StreamBase[threading.Condition]):
 
     def close(self) -> None:
         """Lets go at once: frames in flight are settled as CANCELLED. Again is harmless."""
+        if sys.is_finalizing():
+            return
         self._abandon()
         reader = self._reader
         if reader is not None and reader is not threading.current_thread() and reader.is_alive():
             reader.join(_JOIN_TIMEOUT)
+
+    def _let_go(self, deadline: float) -> None:
+        """Ends the call without a word: whoever waits for the stream goes on waiting."""
+        with self._lock:
+            self._forsaken = True
+            call = self._detach()
+            self._turn.notify_all()
+        if call is not None:
+            call.cancel()
+        if self._reader is not None and self._reader.is_alive():
+            self._reader.join(max(0.0, deadline - time.monotonic()))
 
     def send(
         self,
@@ -505,8 +541,11 @@ class EventStream(EventStreamBase):
         self._closed.set()
         # The iterating thread may let go of it at this very moment.
         call = self._call
-        if call is not None:
+        if call is not None and not sys.is_finalizing():
             call.cancel()
+
+    def _let_go(self, _deadline: float) -> None:
+        self.close()
 
     def __iter__(self) -> Iterator[Event]:
         return self

@@ -139,6 +139,7 @@ class StreamBase(Generic[C]):
         self._reader: Any = None
         self._call: Any = None
         self._generation = 0
+        self._forsaken = False
         self._untold: StreamUpdate | None = None
 
     # State.
@@ -260,13 +261,14 @@ class StreamBase(Generic[C]):
     def _backing_off(self) -> Generator[tuple[C, float], None, int | None]:
         """Until a call is due: gives its generation, or ``None`` when the stream is over."""
         core = self._core
-        while core.phase is Phase.BACKOFF:
+        while core.phase is Phase.BACKOFF and not self._forsaken:
             remaining = core.retry_at - time.monotonic()
             if remaining <= 0:
                 core.connecting(time.monotonic())
                 break
             yield self._turn, remaining
-        return self._generation if core.phase is Phase.CONNECTING else None
+        due = core.phase is Phase.CONNECTING and not self._forsaken
+        return self._generation if due else None
 
     def _writing(self, generation: int) -> Generator[tuple[C, float], None, Request | None]:
         """Until there is something to write: ``None`` when nothing more will be."""
