@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import math
 import time
 from collections import OrderedDict
@@ -28,10 +29,11 @@ import grpc
 import grpc.aio
 
 from facelane import calls, convert, types
-from facelane.driver import ClientBase, EventStreamBase, StreamBase, failure
-from facelane.errors import FacelaneError, from_rpc
+from facelane.driver import ClientBase, EventStreamBase, StreamBase
+from facelane.errors import FacelaneError
 from facelane.stream import DEFAULT_BUFFER, DEFAULT_STALL_TIMEOUT, Phase, StreamCore
 from facelane.subscription import Subscription
+from facelane.transport import Metadata, no_token
 from facelane.types import (
     Event,
     EventKind,
@@ -45,7 +47,6 @@ from facelane.types import (
     Subject,
 )
 from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
-from facelane.v1.event_service_pb2 import WatchEventsRequest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,16 +111,36 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     ) -> None:
         await self.close()
 
-    async def _do(self, call: calls.Call[T]) -> T:
+    async def _do(self, call: calls.Call[T], *, again: bool = True) -> T:
+        self._check_open()
+        shown = await self._metadata()
         try:
             answer = await call.method(self._stubs)(
                 call.request,
                 timeout=calls.deadline(self.timeout if call.timeout is None else call.timeout),
-                metadata=self._endpoint.metadata,
+                metadata=shown,
             )
-        except grpc.RpcError as error:
-            return call.failed(from_rpc(error))
+        except grpc.RpcError as failed:
+            error = self._endpoint.failure(failed)
+            if again and self._renewed(error, shown):
+                return await self._do(call, again=False)
+            return call.failed(error)
         return call.read(answer)
+
+    async def _metadata(self) -> Metadata:
+        bearer = self._endpoint.bearer
+        if bearer.held is not None:
+            return bearer.held
+        secret = bearer.ask()
+        if inspect.isawaitable(secret):
+            try:
+                async with asyncio.timeout(self.timeout):
+                    secret = await secret
+            except FacelaneError:
+                raise
+            except Exception as error:
+                raise no_token(error) from error
+        return bearer.hold(secret)
 
     # Analysis.
 
@@ -241,12 +262,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         """As ``facelane.Client.watch_events``."""
         self._check_open()
         core = Subscription(resume_token, kinds, reconnect, self.timeout)
-        stream = EventStream(
-            lambda request: self._stubs.events.WatchEvents(
-                request, metadata=self._endpoint.metadata
-            ),
-            core,
-        )
+        stream = EventStream(self, core)
         self._open.add(stream)
         return stream
 
@@ -343,9 +359,7 @@ class AnalyzeStream(StreamBase[_Waiters]):
         on_update: Callable[[StreamUpdate], None] | None,
     ) -> None:
         # An event loop is lock enough.
-        super().__init__(
-            core, config, client.timeout, on_update, contextlib.nullcontext(), _Waiters
-        )
+        super().__init__(client, core, config, on_update, contextlib.nullcontext(), _Waiters)
         self._client = client
 
     async def _walk(self, steps: Generator[tuple[_Waiters, float], None, T]) -> T:
@@ -425,8 +439,14 @@ class AnalyzeStream(StreamBase[_Waiters]):
     async def _read(self, generation: int) -> FacelaneError | None:
         """Makes a call and reads it to its end."""
         client = self._client
+        try:
+            self._shown = await client._metadata()
+        except FacelaneError as error:
+            return error
+        if self._generation != generation:
+            return None
         analysis: Any = client._stubs.analysis
-        call = self._call = analysis.AnalyzeStream(metadata=client._endpoint.metadata)
+        call = self._call = analysis.AnalyzeStream(metadata=self._shown)
         writer = asyncio.create_task(self._write(call, generation), name="facelane-writer")
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
@@ -437,7 +457,7 @@ class AnalyzeStream(StreamBase[_Waiters]):
             if self._generation == generation or self._core.phase is Phase.ENDED:
                 raise
         except Exception as error:
-            return failure(error)
+            return self._failure(error)
         finally:
             call.cancel()
             writer.cancel()
@@ -457,8 +477,9 @@ class AnalyzeStream(StreamBase[_Waiters]):
 class EventStream(EventStreamBase):
     """An asynchronous iterator over events; made by ``Client.watch_events``."""
 
-    def __init__(self, start: Callable[[WatchEventsRequest], Any], core: Subscription) -> None:
-        super().__init__(start, core)
+    def __init__(self, client: Client, core: Subscription) -> None:
+        super().__init__(client, core)
+        self._client = client
         self._closed = asyncio.Event()
         self._reading: asyncio.Future[Any] | None = None
 
@@ -488,6 +509,9 @@ class EventStream(EventStreamBase):
     async def close(self) -> None:
         """Ends the subscription; iteration ends."""
         self._closed.set()
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
         if self._call is not None:
             self._call.cancel()
         reading, self._reading = self._reading, None
@@ -510,22 +534,24 @@ class EventStream(EventStreamBase):
         where no further try is due before ``deadline``."""
         core = self._core
         while not self._closed.is_set():
-            if self._call is None:
-                self._call = self._start(core.call(time.monotonic()))
-            if self._reading is None:
-                # A task of its own: gRPC ends a call whose reader is cancelled, and whoever
-                # waits for the next event with a timeout means to go on.
-                self._reading = asyncio.ensure_future(self._call.read())
-            patience = calls.deadline(core.patience(time.monotonic(), deadline))
             error: FacelaneError | None = None
             try:
-                async with asyncio.timeout(patience):
+                if self._call is None:
+                    await self._connect()
+                if self._reading is None:
+                    # A task of its own: gRPC ends a call whose reader is cancelled, and whoever
+                    # waits for the next event with a timeout means to go on.
+                    self._reading = asyncio.ensure_future(self._call.read())
+                async with asyncio.timeout(
+                    calls.deadline(core.patience(time.monotonic(), deadline))
+                ):
                     response = await asyncio.shield(self._reading)
             except grpc.RpcError as failed:
-                error = from_rpc(failed)
+                error = self._endpoint.failure(failed)
+            except FacelaneError as failed:
+                error = failed
             except TimeoutError:
-                self._reading.cancel()
-                self._call.cancel()
+                await self._hang_up()
                 error = core.never_began()
             except asyncio.CancelledError:
                 # gRPC says so of a call that was cancelled by close().
@@ -538,12 +564,17 @@ class EventStream(EventStreamBase):
                     core.receive(response)
                     return True
             self._reading = None
-            self._call = None
             if self._closed.is_set():
                 break
-            delay = core.failed(error, time.monotonic(), deadline)
+            delay = self._failed(error, deadline)
             if delay is None:
                 break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closed.wait(), delay)
         return False
+
+    async def _connect(self) -> None:
+        client = self._client
+        self._shown = await client._metadata()
+        events: Any = client._stubs.events
+        self._call = events.WatchEvents(self._core.call(time.monotonic()), metadata=self._shown)

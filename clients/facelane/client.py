@@ -19,22 +19,20 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
+from typing import Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 import grpc
 
 from facelane import calls, convert, types
-from facelane.driver import ClientBase, EventStreamBase, StreamBase, failure
+from facelane.driver import ClientBase, EventStreamBase, StreamBase
 from facelane.errors import (
-    DeadlineExceededError,
     FacelaneError,
     Reason,
     StreamClosedError,
-    from_rpc,
 )
 from facelane.stream import DEFAULT_BUFFER, DEFAULT_STALL_TIMEOUT, StreamCore
 from facelane.subscription import Subscription
-from facelane.transport import DEFAULT_TIMEOUT, Tls
+from facelane.transport import DEFAULT_TIMEOUT, Metadata, Tls, Token
 from facelane.types import (
     Event,
     EventKind,
@@ -48,7 +46,7 @@ from facelane.types import (
     Subject,
 )
 from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
-from facelane.v1.event_service_pb2 import WatchEventsRequest, WatchEventsResponse
+from facelane.v1.event_service_pb2 import WatchEventsResponse
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,11 +104,12 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         self,
         target: str | None = None,
         *,
-        token: str | None = None,
+        token: Token | None = None,
         tls: Tls | None = None,
         timeout: float = DEFAULT_TIMEOUT,
+        proxy: bool = True,
     ) -> None:
-        super().__init__(target, token=token, tls=tls, timeout=timeout)
+        super().__init__(target, token=token, tls=tls, timeout=timeout, proxy=proxy)
         where = self._endpoint
         self._channel: grpc.Channel = (
             grpc.insecure_channel(where.target, options=where.options)
@@ -139,17 +138,26 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     ) -> None:
         self.close()
 
-    def _do(self, call: calls.Call[T]) -> T:
+    def _do(self, call: calls.Call[T], *, again: bool = True) -> T:
         self._check_open()
+        shown = self._metadata()
         try:
             answer = call.method(self._stubs)(
                 call.request,
                 timeout=calls.deadline(self.timeout if call.timeout is None else call.timeout),
-                metadata=self._endpoint.metadata,
+                metadata=shown,
             )
-        except grpc.RpcError as error:
-            return call.failed(from_rpc(error))
+        except grpc.RpcError as failed:
+            error = self._endpoint.failure(failed)
+            if again and self._renewed(error, shown):
+                return self._do(call, again=False)
+            return call.failed(error)
         return call.read(answer)
+
+    def _metadata(self) -> Metadata:
+        bearer = self._endpoint.bearer
+        held = bearer.held
+        return bearer.hold(cast("str", bearer.ask())) if held is None else held
 
     def _keep(self, stream: _Stream) -> _Stream:
         """Remembers a stream that ``close`` has to close."""
@@ -305,14 +313,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         """
         self._check_open()
         core = Subscription(resume_token, kinds, reconnect, self.timeout)
-        return self._keep(
-            EventStream(
-                lambda request: self._stubs.events.WatchEvents(
-                    request, metadata=self._endpoint.metadata
-                ),
-                core,
-            )
-        )
+        return self._keep(EventStream(self, core))
 
     # Administration.
 
@@ -358,9 +359,7 @@ class AnalyzeStream(StreamBase[threading.Condition]):
         on_update: Callable[[StreamUpdate], None] | None,
     ) -> None:
         lock = threading.Lock()
-        super().__init__(
-            core, config, client.timeout, on_update, lock, lambda: threading.Condition(lock)
-        )
+        super().__init__(client, core, config, on_update, lock, lambda: threading.Condition(lock))
         self._client = client
 
     def _walk(self, steps: Generator[tuple[threading.Condition, float], None, T]) -> T:
@@ -477,9 +476,12 @@ class AnalyzeStream(StreamBase[threading.Condition]):
         """Makes a call and reads it to its end."""
         client = self._client
         try:
+            self._shown = client._metadata()
             call = client._stubs.analysis.AnalyzeStream(
-                self._requests(generation), metadata=client._endpoint.metadata
+                self._requests(generation), metadata=self._shown
             )
+        except FacelaneError as error:
+            return error
         except ValueError:
             # All that gRPC says when the client was closed under a stream that came back.
             return StreamClosedError(Reason.STREAM_CLOSED, "the client was closed: make another")
@@ -492,11 +494,9 @@ class AnalyzeStream(StreamBase[threading.Condition]):
             for response in call:
                 if not self._heard(response, generation):
                     break
-        except grpc.RpcError as error:
-            return from_rpc(error)
         except Exception as error:
             call.cancel()
-            return failure(error)
+            return self._failure(error)
         return None
 
     def _requests(self, generation: int) -> Iterator[Request]:
@@ -509,8 +509,9 @@ class AnalyzeStream(StreamBase[threading.Condition]):
 class EventStream(EventStreamBase):
     """An iterator over events; made by ``Client.watch_events``."""
 
-    def __init__(self, start: Callable[[WatchEventsRequest], Any], core: Subscription) -> None:
-        super().__init__(start, core)
+    def __init__(self, client: Client, core: Subscription) -> None:
+        super().__init__(client, core)
+        self._client = client
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -562,29 +563,34 @@ class EventStream(EventStreamBase):
         where no further try is due before ``deadline``."""
         core = self._core
         while not self._closed.is_set():
-            if self._call is None:
-                self._call = self._start(core.call(time.monotonic()))
-                if self._closed.is_set():
-                    self._call.cancel()
             error: FacelaneError | None
             try:
+                if self._call is None:
+                    self._connect()
                 core.receive(self._next(core.patience(time.monotonic(), deadline)))
             except StopIteration:
                 error = None
             except grpc.RpcError as failed:
-                error = from_rpc(failed)
-            except DeadlineExceededError as failed:
+                error = self._endpoint.failure(failed)
+            except FacelaneError as failed:
                 error = failed
             else:
                 return True
-            self._call = None
             if self._closed.is_set():
                 break
-            delay = core.failed(error, time.monotonic(), deadline)
+            delay = self._failed(error, deadline)
             if delay is None:
                 break
             self._closed.wait(delay)
         return False
+
+    def _connect(self) -> None:
+        client = self._client
+        self._shown = client._metadata()
+        request = self._core.call(time.monotonic())
+        self._call = client._stubs.events.WatchEvents(request, metadata=self._shown)
+        if self._closed.is_set():
+            self._call.cancel()
 
     def _next(self, patience: float) -> WatchEventsResponse:
         """The next response of this connection, which has so many seconds."""

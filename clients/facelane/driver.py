@@ -21,11 +21,10 @@ import grpc
 
 from facelane import convert, transport
 from facelane.errors import (
+    AuthenticationError,
     DeadlineExceededError,
     FacelaneError,
-    ProtocolError,
     Reason,
-    from_rpc,
 )
 from facelane.stream import (
     HalfClose,
@@ -45,7 +44,6 @@ from facelane.types import (
     StreamUpdate,
 )
 from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
-from facelane.v1.event_service_pb2 import WatchEventsRequest
 
 log = logging.getLogger("facelane")
 
@@ -75,11 +73,12 @@ class ClientBase(Generic[S]):
         self,
         target: str | None = None,
         *,
-        token: str | None = None,
+        token: transport.AsyncToken | None = None,
         tls: transport.Tls | None = None,
         timeout: float = transport.DEFAULT_TIMEOUT,
+        proxy: bool = True,
     ) -> None:
-        self._endpoint = transport.endpoint(target, token, tls)
+        self._endpoint = transport.endpoint(target, token, tls, proxy=proxy)
         self.timeout = timeout
         self._closed = False
         self._open: weakref.WeakSet[S] = weakref.WeakSet()
@@ -95,6 +94,11 @@ class ClientBase(Generic[S]):
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the client was closed: make another")
+
+    def _renewed(self, error: FacelaneError | None, shown: transport.Metadata) -> bool:
+        """Whether a call that ended like this may go through with another token."""
+        refused = isinstance(error, AuthenticationError) and not error.retryable
+        return refused and self._endpoint.bearer.refused(shown)
 
     def _new_core(
         self, reconnect: Reconnect | None, buffer: int, stall_timeout: float
@@ -120,16 +124,18 @@ class StreamBase(Generic[C]):
 
     def __init__(
         self,
+        client: ClientBase[Any],
         core: StreamCore[Request],
         config: Request,
-        timeout: float,
         on_update: Callable[[StreamUpdate], None] | None,
         lock: AbstractContextManager[Any],
         change: Callable[[], C],
     ) -> None:
+        self._endpoint = client._endpoint
+        self._renewed = client._renewed
         self._core = core
         self._config = config
-        self._timeout = timeout
+        self._timeout = client.timeout
         self._on_update = on_update
         self._lock = lock
         self._space = change()
@@ -138,6 +144,7 @@ class StreamBase(Generic[C]):
         self._turn = change()
         self._reader: Any = None
         self._call: Any = None
+        self._shown: transport.Metadata = ()
         self._generation = 0
         self._forsaken = False
         self._untold: StreamUpdate | None = None
@@ -367,12 +374,24 @@ class StreamBase(Generic[C]):
         self._tell(update)
         return True
 
+    def _failure(self, error: Exception) -> FacelaneError:
+        """What a reader met, as the error that ends its call. A reader that died in silence
+        would leave everybody waiting."""
+        if isinstance(error, grpc.RpcError):
+            return self._endpoint.failure(error)
+        if isinstance(error, FacelaneError):
+            return error
+        unforeseen = unreadable(error)
+        unforeseen.__cause__ = error
+        return unforeseen
+
     def _over(self, generation: int, error: FacelaneError | None) -> None:
         """A call has ended."""
         with self._lock:
             if self._generation == generation:
                 self._detach()
-                self._untold = self._core.disconnected(error, time.monotonic())
+                renewed = self._renewed(error, self._shown)
+                self._untold = self._core.disconnected(error, time.monotonic(), renewed=renewed)
             update, self._untold = self._untold, None
             self._wake_all()
         self._tell(update)
@@ -388,26 +407,22 @@ class StreamBase(Generic[C]):
 
 
 class EventStreamBase:
-    """An ``EventStream`` apart from its waiting; ``start`` makes a call."""
+    """An ``EventStream`` apart from its waiting."""
 
-    def __init__(self, start: Callable[[WatchEventsRequest], Any], core: Subscription) -> None:
-        self._start = start
+    def __init__(self, client: ClientBase[Any], core: Subscription) -> None:
+        self._endpoint = client._endpoint
+        self._renewed = client._renewed
         self._core = core
         self._call: Any = None
+        self._shown: transport.Metadata = ()
 
     @property
     def resume_token(self) -> str:
         """Goes on after what has arrived."""
         return self._core.resume_token
 
-
-def failure(error: Exception) -> FacelaneError:
-    """What a reader met, as the error that ends its call. A reader that died in silence would
-    leave everybody waiting."""
-    if isinstance(error, grpc.RpcError):
-        return from_rpc(error)
-    if isinstance(error, ProtocolError):
-        return error
-    unforeseen = unreadable(error)
-    unforeseen.__cause__ = error
-    return unforeseen
+    def _failed(self, error: FacelaneError | None, deadline: float) -> float | None:
+        """Seconds before the next connection, see ``Subscription.failed``."""
+        self._call = None
+        renewed = self._renewed(error, self._shown)
+        return self._core.failed(error, time.monotonic(), deadline, renewed=renewed)

@@ -320,7 +320,8 @@ def _without_reason(code: grpc.StatusCode, details: str) -> FacelaneError:
         kind, reason = PictureError, Reason.PICTURE_TOO_LARGE
     step = _NEXT_STEP.get(reason, "")
     message = f"{step} ({details})" if step and details else step or details or code.name
-    return kind(reason, message, metadata={"grpc_status": code.name})
+    metadata = {"grpc_status": code.name, "grpc_message": details}
+    return kind(reason, message, metadata=metadata)
 
 
 def _build(

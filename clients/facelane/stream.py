@@ -59,6 +59,9 @@ T = TypeVar("T")
 DEFAULT_BUFFER: Final = 1024
 """Frames in flight or unread: at 25 frames/s a reader may pause for 40 s."""
 DEFAULT_STALL_TIMEOUT: Final = 30.0
+STEADY: Final = 1.0
+"""Seconds after which a connection that breaks was one. What breaks sooner, again and again, is
+a server or a proxy that will not have it: the waits between tries go on growing."""
 UPDATES_KEPT: Final = 256
 """Updates kept for a user who does not read them; the oldest go first."""
 
@@ -159,8 +162,11 @@ class StreamCore(Generic[T]):
         self._leaving = False
         self._since = now
         self._progress_at = now
+        self._opened_at = now
         self._epoch: float | None = None
         self._attempts = 0
+        self._haste = 0
+        self._renewed = False
         self._connections = 0
 
         self._in_flight: deque[_InFlight] = deque()
@@ -317,7 +323,8 @@ class StreamCore(Generic[T]):
         # A buffer under the window would make the window a lie.
         self._buffer = max(self._buffer, self._window)
         self._since = self._progress_at = now
-        self._leaving = self._summarised = False
+        self._leaving = self._summarised = self._renewed = False
+        self._opened_at = now
         self._connection_counts = [0, 0, 0]
         self._connections += 1
         if self._epoch is None:
@@ -424,8 +431,11 @@ class StreamCore(Generic[T]):
             "flight: the server hangs, or stall_timeout is too short for its models",
         )
 
-    def disconnected(self, error: FacelaneError | None, now: float) -> StreamUpdate | None:
-        """The call is over, with its error if it failed.
+    def disconnected(
+        self, error: FacelaneError | None, now: float, *, renewed: bool = False
+    ) -> StreamUpdate | None:
+        """The call is over, with its error if it failed. ``renewed``: the token was refused,
+        and there may be another, which is tried once and at once.
 
         Afterwards the phase is ENDED, or BACKOFF and a new call is due at ``retry_at``.
         Gives the update to tell the user about, if any.
@@ -449,16 +459,12 @@ class StreamCore(Generic[T]):
             # Every frame has its outcome: there is nothing left to connect for.
             self._end(None)
             return None
-        policy = self._reconnect
-        if policy is None or (error is not None and not error.retryable):
-            self._end(error)
-            return None
-        self._attempts += 1
-        if policy.max_attempts and self._attempts > policy.max_attempts:
+        delay = self._delay(error, was_open, now, renewed)
+        if delay is None:
             self._end(error)
             return None
         self.phase = Phase.BACKOFF
-        self.retry_at = now + policy.delay(self._attempts, self._random_unit())
+        self.retry_at = now + delay
         if settled or not was_open:
             return None
         update = StreamUpdate(
@@ -466,6 +472,24 @@ class StreamCore(Generic[T]):
         )
         self.updates.append(update)
         return update
+
+    def _delay(
+        self, error: FacelaneError | None, was_open: bool, now: float, renewed: bool
+    ) -> float | None:
+        """Seconds before the next call, ``None`` for none."""
+        policy = self._reconnect
+        if renewed and not self._renewed and (policy is not None or not was_open):
+            self._renewed = True
+            return 0.0
+        if policy is None or (error is not None and not error.retryable):
+            return None
+        if was_open and not self._attempts and now - self._opened_at >= STEADY:
+            self._haste = 0
+        self._attempts += 1
+        if policy.max_attempts and self._attempts > policy.max_attempts:
+            return None
+        self._haste += 1
+        return policy.delay(self._haste, self._random_unit())
 
     def abort(self) -> None:
         """The user lets go. Frames in flight are settled as CANCELLED."""
@@ -529,8 +553,10 @@ def as_lost(error: FacelaneError) -> FacelaneError:
     status = error.metadata.get("grpc_status")
     if status not in _BROKEN_STATUSES:
         return error
+    said = error.metadata.get("grpc_message", "")
     return ConnectionLostError(
         Reason.CONNECTION_LOST,
-        f"the connection to the server broke: open it again, or give reconnect ({status})",
+        f"the connection to the server broke ({status}{': ' if said else ''}{said}): open it "
+        "again, or give reconnect; a proxy on the way may limit the size and the time of streams",
         metadata=error.metadata,
     )

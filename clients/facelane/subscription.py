@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from facelane import convert
 from facelane.errors import DeadlineExceededError, FacelaneError, Reason, UnavailableError
-from facelane.stream import as_lost
+from facelane.stream import STEADY, as_lost
 from facelane.types import Event, EventKind, Reconnect
 from facelane.v1.event_service_pb2 import WatchEventsRequest, WatchEventsResponse
 
@@ -41,6 +41,8 @@ class Subscription:
         self._begun = False
         self._called_at = 0.0
         self._attempts = 0
+        self._haste = 0
+        self._renewed = False
         self.resume_token = resume_token
         self.inbox: deque[Event] = deque()
         """Events that have arrived: at most the one that came with the subscription itself."""
@@ -67,6 +69,9 @@ class Subscription:
         """Takes a response of the server."""
         self._begun = True
         self._attempts = 0
+        self._renewed = False
+        self._haste = 0
+        self._renewed = False
         self.resume_token = response.resume_token or self.resume_token
         if response.HasField("event"):
             self.inbox.append(convert.event(response))
@@ -79,8 +84,11 @@ class Subscription:
             "health",
         )
 
-    def failed(self, error: FacelaneError | None, now: float, deadline: float) -> float | None:
-        """The connection is over, without an error where the server ended it.
+    def failed(
+        self, error: FacelaneError | None, now: float, deadline: float, *, renewed: bool = False
+    ) -> float | None:
+        """The connection is over, without an error where the server ended it. ``renewed``: the
+        token was refused, and there may be another.
 
         Gives the seconds before the next one, or ``None`` where none is due before
         ``deadline``.
@@ -92,13 +100,19 @@ class Subscription:
             error = UnavailableError(
                 Reason.DRAINING, "the server ended the subscription: it is going away"
             )
+        policy = self._reconnect
+        if renewed and not self._renewed and (policy is not None or not self._begun):
+            self._renewed = True
+            return 0.0
         if self._begun:
             error = as_lost(error)
+            if now - self._called_at >= STEADY:
+                self._haste = 0
         self._attempts += 1
-        policy = self._reconnect
+        self._haste += 1
         if policy is None or not error.retryable:
             raise error
         if policy.max_attempts and self._attempts > policy.max_attempts:
             raise error
-        delay = policy.delay(self._attempts, self._random_unit())
+        delay = policy.delay(self._haste, self._random_unit())
         return None if now + delay > deadline else delay

@@ -1,22 +1,32 @@
 """How a client reaches its server: address, credentials, channel options.
 
 What is not given comes from the environment: ``FACELANE_TARGET``, ``FACELANE_TOKEN`` or
-``FACELANE_TOKEN_FILE``, and ``FACELANE_TLS_CA`` (a file; turns TLS on).
+``FACELANE_TOKEN_FILE``, and ``FACELANE_TLS_CA`` (a file; turns TLS on). Of gRPC's own variables
+``https_proxy`` and its kin hold for other machines alone: what stays on this one goes by no proxy.
 """
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import json
 import os
+import re
 import warnings
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import grpc
 
-from facelane.errors import ArgumentError, Reason
+from facelane.errors import ArgumentError, AuthenticationError, FacelaneError, Reason, from_rpc
+
+Token: TypeAlias = str | Callable[[], str]
+"""An access token, or a function that gives the present one. It is asked before the first call
+and again when the server refuses what it gave last."""
+AsyncToken: TypeAlias = str | Callable[[], str | Awaitable[str]]
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 DEFAULT_TARGET: Final = "127.0.0.1:50151"
 DEFAULT_TIMEOUT: Final = 10.0
@@ -34,6 +44,7 @@ class Tls:
 
     ``cert_file`` and ``key_file`` (PEM) go together and show who the client is.
     ``server_name`` is the name in the server's certificate where it differs from the target.
+    To trust one certificate and no authority, give that certificate as ``ca_file``.
     """
 
     ca_file: str | os.PathLike[str] | None = None
@@ -72,40 +83,109 @@ def _read(path: str | os.PathLike[str] | None) -> bytes | None:
     return data
 
 
+class Bearer:
+    """The access token as calls carry it. It is in no repr and in no error."""
+
+    def __init__(self, token: AsyncToken) -> None:
+        self._token = token
+        self.held: Metadata | None = None
+        """What calls carry; ``None`` while the function has to be asked."""
+        if isinstance(token, str):
+            self.hold(token)
+
+    def ask(self) -> str | Awaitable[str]:
+        """The present token.
+
+        Raises:
+            AuthenticationError: the function failed, which may pass.
+        """
+        assert not isinstance(self._token, str)
+        try:
+            return self._token()
+        except FacelaneError:
+            raise
+        except Exception as error:
+            raise no_token(error) from error
+
+    def hold(self, secret: str) -> Metadata:
+        """Takes the token for the calls that follow."""
+        if not isinstance(secret, str):
+            raise ArgumentError(
+                Reason.ARGUMENT_INVALID,
+                f"the function that gives the token gave {type(secret).__name__}: give a string "
+                "(facelane.aio takes awaitables too)",
+            )
+        secret = _checked(secret)
+        self.held = (("authorization", f"Bearer {secret}"),) if secret else ()
+        return self.held
+
+    def refused(self, shown: Metadata) -> bool:
+        """The server does not know what it was shown: whether there may be another by now."""
+        if isinstance(self._token, str):
+            return False
+        if self.held is shown:
+            self.held = None
+        return True
+
+
+def no_token(error: Exception) -> AuthenticationError:
+    """The user's function gave no token; its text may hold anything, its kind does not."""
+    return AuthenticationError(
+        Reason.UNAUTHENTICATED,
+        f"the function that gives the token failed ({type(error).__name__})",
+        retryable=True,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where and as whom: everything that a channel needs. The token is not in its repr."""
+    """Where and as whom: everything that a channel needs."""
 
     target: str
     credentials: grpc.ChannelCredentials | None
     options: tuple[tuple[str, Any], ...]
-    metadata: tuple[tuple[str, str], ...]
+    bearer: Bearer
+    proxy: str
+    """The environment's variable that names the proxy on the way there, empty for none."""
 
     def __repr__(self) -> str:
         return f"Endpoint({self.target!r}, tls={self.credentials is not None})"
 
+    def failure(self, error: grpc.RpcError) -> FacelaneError:
+        """A failed call's error, which names the proxy that may be at fault."""
+        told = from_rpc(error)
+        if self.proxy and told.reason == Reason.UNREACHABLE:
+            told.message += (
+                f"; the way leads by the proxy that {self.proxy} names: list the server in "
+                "no_proxy, or give proxy=False (--no-proxy)"
+            )
+        return told
 
-def endpoint(target: str | None, token: str | None, tls: Tls | None) -> Endpoint:
+
+def endpoint(
+    target: str | None, token: AsyncToken | None, tls: Tls | None, *, proxy: bool = True
+) -> Endpoint:
     """The endpoint from what was given, completed from the environment."""
     address = target or os.environ.get("FACELANE_TARGET") or DEFAULT_TARGET
     if tls is None and (ca_file := os.environ.get("FACELANE_TLS_CA")):
         tls = Tls(ca_file=ca_file)
-    secret = _checked(_token() if token is None else token)
-    if secret and tls is None and not _is_local(address):
+    bearer = _from_environment() if token is None else Bearer(token)
+    local = _is_local(address)
+    if bearer.held != () and tls is None and not local:
         warnings.warn(
             f"the token travels in clear text to {address}: give tls=Tls(...)",
             InsecureTokenWarning,
             stacklevel=4,
         )
     options = _OPTIONS
+    variable = "" if local or not proxy else _proxy_variable(address)
+    if not variable:
+        # gRPC asks the environment even for its own machine.
+        options = (*options, ("grpc.enable_http_proxy", 0))
     if tls is not None and tls.server_name:
         options = (*options, ("grpc.ssl_target_name_override", tls.server_name))
-    return Endpoint(
-        address,
-        None if tls is None else tls.credentials(),
-        options,
-        (("authorization", f"Bearer {secret}"),) if secret else (),
-    )
+    credentials = None if tls is None else tls.credentials()
+    return Endpoint(address, credentials, options, bearer, variable)
 
 
 def _checked(secret: str) -> str:
@@ -120,12 +200,15 @@ def _checked(secret: str) -> str:
     return secret
 
 
-def _token() -> str:
+def _from_environment() -> Bearer:
     if token := os.environ.get("FACELANE_TOKEN"):
-        return token
+        return Bearer(token)
     if path := os.environ.get("FACELANE_TOKEN_FILE"):
-        return read_token(path)
-    return ""
+        # Read again when the server refuses it: keys are exchanged while programs run.
+        bearer = Bearer(functools.partial(read_token, path))
+        bearer.hold(read_token(path))
+        return bearer
+    return Bearer("")
 
 
 def read_token(path: str | os.PathLike[str]) -> str:
@@ -141,16 +224,38 @@ def read_token(path: str | os.PathLike[str]) -> str:
     return lines[0]
 
 
+def _host(target: str) -> str:
+    """The host of a gRPC target: ``host:port``, ``dns:///host``, ``ipv6:[::1]:1``, ``::1``."""
+    rest = re.sub(r"^(?:dns|ipv4|ipv6):(?://[^/]*/)?", "", target)
+    bracketed = re.match(r"\[([^]]*)\]", rest)
+    if bracketed:
+        return bracketed[1]
+    return rest if rest.count(":") > 1 else rest.partition(":")[0]
+
+
 def _is_local(target: str) -> bool:
-    if target.startswith("unix:"):
+    """Whether what goes there stays on this machine."""
+    if target.startswith(("unix:", "unix-abstract:", "vsock:")):
         return True
-    host = target.rsplit(":", 1)[0].removeprefix("dns:").strip("/[]")
-    if host == "localhost":
+    host = _host(target).rstrip(".").lower()
+    if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return False
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return mapped.is_loopback or mapped.is_unspecified
+
+
+def _proxy_variable(target: str) -> str:
+    """Which variable of the environment sends gRPC by a proxy; its own rules, in its order."""
+    variable = next(
+        (name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), ""
+    )
+    exempt = next(filter(None, map(os.environ.get, ("no_grpc_proxy", "no_proxy"))), "")
+    names = [name.strip() for name in exempt.split(",")]
+    return "" if any(name and _host(target).endswith(name) for name in names) else variable
 
 
 def _methods(service: str, *names: str) -> list[dict[str, str]]:

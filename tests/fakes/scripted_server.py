@@ -459,11 +459,11 @@ class _Admin(admin_service_pb2_grpc.AdminServiceServicer):
 
 
 class _Authenticating(grpc.ServerInterceptor):
-    def __init__(self, token: str) -> None:
-        self._expected = ("authorization", f"Bearer {token}")
+    def __init__(self, owner: ScriptedServer) -> None:
+        self._owner = owner
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
-        if self._expected in details.invocation_metadata:
+        if ("authorization", f"Bearer {self._owner.token}") in details.invocation_metadata:
             return continuation(details)
 
         def refuse(request: Any, context: Context) -> None:
@@ -488,6 +488,7 @@ class ScriptedServer:
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.scripts: deque[Script] = deque(scripts)
+        self.token = token
         self.failures: deque[tuple[grpc.StatusCode, str, str]] = deque()
         self.released = threading.Event()
         """Clear it to hold single calls back."""
@@ -509,7 +510,7 @@ class ScriptedServer:
 
         self._server = grpc.server(
             ThreadPoolExecutor(32, thread_name_prefix="scripted"),
-            interceptors=[_Authenticating(token)] if token else [],
+            interceptors=[_Authenticating(self)] if token else [],
             # A second server on a taken port must fail, not share it.
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 8 << 20)],
         )

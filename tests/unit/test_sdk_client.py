@@ -892,7 +892,7 @@ def test_a_server_that_is_not_ours(server: fake.ScriptedServer, client: facelane
     server.failures.append((grpc.StatusCode.UNIMPLEMENTED, "", "what?"))
     with pytest.raises(facelane.ServerError, match="older than the client") as caught:
         client.analyze_image(PICTURE)
-    assert caught.value.metadata == {"grpc_status": "UNIMPLEMENTED"}
+    assert caught.value.metadata == {"grpc_status": "UNIMPLEMENTED", "grpc_message": "what?"}
 
 
 def test_the_server_s_state(server: fake.ScriptedServer, client: facelane.Client) -> None:

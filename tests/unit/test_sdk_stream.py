@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from facelane import errors, types
-from facelane.stream import HALF_CLOSE, Message, Obstacle, Phase, StreamCore
+from facelane.stream import HALF_CLOSE, STEADY, Message, Obstacle, Phase, StreamCore
 
 RESULT = types.FrameResult(640, 480, ())
 LOST = errors.ConnectionLostError("CONNECTION_LOST", "gone")
@@ -350,8 +350,56 @@ def test_back_off_grows_up_to_its_bound_and_resets_on_an_outcome() -> None:
     assert delays == [1.0, 2.0, 4.0, 5.0, 5.0]
     submit(stream, now=now)
     stream.receive(outcome(1), now)
+    now += STEADY
     stream.disconnected(LOST, now)
     assert stream.retry_at - now == 1.0
+
+
+def test_what_breaks_within_a_second_backs_off_although_it_brought_outcomes() -> None:
+    """A proxy that ends every stream at its first megabyte is not knocked at five times a
+    second; and yet it is no failure in a row that ``max_attempts`` counts."""
+    policy = types.Reconnect(max_attempts=2, initial_delay=1.0, max_delay=5.0, jitter=0.0)
+    stream = core(reconnect=policy, is_open=False)
+    delays, now = [], 0.0
+    for number in range(1, 6):
+        stream.connecting(now)
+        stream.receive(opened(), now)
+        submit(stream, now=now)
+        stream.receive(outcome(number), now)
+        now += STEADY / 2
+        stream.disconnected(LOST, now)
+        delays.append(stream.retry_at - now)
+        now = stream.retry_at
+    assert delays == [1.0, 2.0, 4.0, 5.0, 5.0]
+
+
+def test_a_token_that_was_renewed_is_tried_once_and_at_once() -> None:
+    refused = errors.AuthenticationError("UNAUTHENTICATED", "who?")
+    stream = core(is_open=False)
+    stream.connecting(1.0)
+    stream.disconnected(refused, 2.0, renewed=True)
+    assert (stream.phase, stream.retry_at) == (Phase.BACKOFF, 2.0)
+    stream.connecting(2.0)
+    stream.disconnected(refused, 3.0, renewed=True)
+    assert (stream.phase, stream.error) == (Phase.ENDED, refused)
+
+
+@pytest.mark.parametrize("reconnect", [None, types.Reconnect()])
+def test_an_open_stream_whose_token_ends_comes_back_only_if_it_may(
+    reconnect: types.Reconnect | None,
+) -> None:
+    refused = errors.AuthenticationError("UNAUTHENTICATED", "who?")
+    stream = core(reconnect=reconnect, is_open=False)
+    stream.connecting(1.0)
+    stream.receive(opened(), 1.0)
+    submit(stream, now=1.0)
+    stream.disconnected(refused, 9.0, renewed=True)
+    lost = stream.take()
+    assert lost is not None
+    assert lost.error is not None
+    assert lost.error.reason == "CONNECTION_LOST"
+    assert stream.phase is (Phase.ENDED if reconnect is None else Phase.BACKOFF)
+    assert stream.error is (refused if reconnect is None else None)
 
 
 def test_jitter_stays_within_its_share() -> None:
