@@ -1,8 +1,9 @@
 """How a client reaches its server: address, credentials, channel options.
 
 What is not given comes from the environment: ``FACELANE_TARGET``, ``FACELANE_TOKEN`` or
-``FACELANE_TOKEN_FILE``, and ``FACELANE_TLS_CA`` (a file; turns TLS on). Of gRPC's own variables
-``https_proxy`` and its kin hold for other machines alone: what stays on this one goes by no proxy.
+``FACELANE_TOKEN_FILE``, and ``FACELANE_TLS_CA``, ``_CERT``, ``_KEY`` (files) and
+``_SERVER_NAME``, each of which turns TLS on. Of gRPC's own variables ``https_proxy`` and its kin
+hold for other machines alone: what stays on this one goes by no proxy.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ DEFAULT_TARGET: Final = "127.0.0.1:50151"
 DEFAULT_TIMEOUT: Final = 10.0
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Of one message, either way; above every limit that a server announces."""
+
+
+_TLS_VARIABLES: Final = ("CA", "CERT", "KEY", "SERVER_NAME")
 
 
 class InsecureTokenWarning(UserWarning):
@@ -115,7 +119,7 @@ class Bearer:
                 f"the function that gives the token gave {type(secret).__name__}: give a string "
                 "(facelane.aio takes awaitables too)",
             )
-        secret = _checked(secret)
+        secret = checked_token(secret)
         self.held = (("authorization", f"Bearer {secret}"),) if secret else ()
         return self.held
 
@@ -167,8 +171,10 @@ def endpoint(
 ) -> Endpoint:
     """The endpoint from what was given, completed from the environment."""
     address = target or os.environ.get("FACELANE_TARGET") or DEFAULT_TARGET
-    if tls is None and (ca_file := os.environ.get("FACELANE_TLS_CA")):
-        tls = Tls(ca_file=ca_file)
+    if tls is None:
+        given = {name: os.environ.get(f"FACELANE_TLS_{name}") or None for name in _TLS_VARIABLES}
+        if any(given.values()):
+            tls = Tls(given["CA"], given["CERT"], given["KEY"], given["SERVER_NAME"])
     bearer = _from_environment() if token is None else Bearer(token)
     local = _is_local(address)
     if bearer.held != () and tls is None and not local:
@@ -188,7 +194,7 @@ def endpoint(
     return Endpoint(address, credentials, options, bearer, variable)
 
 
-def _checked(secret: str) -> str:
+def checked_token(secret: str) -> str:
     """A token that a header can carry; what gRPC says of others names nothing."""
     # The line end of the file that it was read from is no part of it.
     secret = secret.strip()

@@ -17,6 +17,7 @@ camera, and reopened behind its back.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 from collections import Counter
@@ -27,6 +28,7 @@ import structlog
 
 import facelane
 from facelane import aio
+from facelane.transport import checked_token
 from facelane_bridge import notify
 from facelane_bridge.camera import CameraState
 from facelane_bridge.config import BridgeSettings, ConfigError, ServerSettings
@@ -192,19 +194,26 @@ class Bridge:
             await asyncio.sleep(interval)
 
 
+def _read_key(path: str) -> str:
+    with open(path, encoding="utf-8-sig") as file:
+        key = file.read(8192).strip()
+    if not key:
+        raise ConfigError(f"{path} is empty; it has to hold the key")
+    return key
+
+
 def new_client(server: ServerSettings) -> aio.Client:
     """A client for the server that the settings name. Raises ``ConfigError``."""
-    token: str | None = None
+    token: str | Callable[[], str] | None = None
     if server.token_env:
         token = os.environ.get(server.token_env)
         if not token:
             raise ConfigError(f"the environment variable {server.token_env} is not set")
     try:
         if server.token_file:
-            with open(server.token_file, encoding="utf-8") as file:
-                token = file.read(8192).strip()
-            if not token:
-                raise ConfigError(f"{server.token_file} is empty; it has to hold the key")
+            # Read again whenever the server refuses the key: keys change while a bridge runs.
+            checked_token(_read_key(server.token_file))
+            token = functools.partial(_read_key, server.token_file)
         tls = None
         if server.tls_ca:
             tls = facelane.Tls(
@@ -215,7 +224,7 @@ def new_client(server: ServerSettings) -> aio.Client:
             )
         # Whoever waits a second for an absent server does not want ten for the first try.
         patience = min(CONNECT_TIMEOUT, max(1.0, server.wait)) if server.wait else CONNECT_TIMEOUT
-        return aio.Client(server.target, token=token, tls=tls, timeout=patience)
+        return aio.Client(server.target, token=token, tls=tls, timeout=patience, proxy=server.proxy)
     except OSError as error:
         name = error.filename or "a file of [server]"
         raise ConfigError(f"{name} cannot be read ({error.strerror})") from None

@@ -140,13 +140,29 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
     group.add_argument("--target", help="host:port or unix:/path [127.0.0.1:50151]", **absent)
     group.add_argument("--token-file", metavar="PATH", **absent)
-    group.add_argument("--tls-ca", metavar="PATH", **absent)
+    group.add_argument("--tls-ca", metavar="PATH", help="PEM; turns TLS on", **absent)
+    group.add_argument("--client-cert", metavar="PATH", help="PEM, with --client-key", **absent)
+    group.add_argument("--client-key", metavar="PATH", **absent)
+    group.add_argument("--server-name", metavar="NAME", help="in its certificate", **absent)
+    group.add_argument(
+        "--no-proxy", dest="proxy", action="store_false", help="of the environment", **absent
+    )
     group.add_argument(
         "--wait", type=float, metavar="SECONDS", help="for an absent server; 0 = for ever", **absent
     )
 
 
-_SERVER_ARGUMENTS = ("target", "token_file", "tls_ca", "wait")
+_SERVER_ARGUMENTS = {
+    "target": "target",
+    "token_file": "token_file",
+    "tls_ca": "tls_ca",
+    "client_cert": "tls_cert",
+    "client_key": "tls_key",
+    "server_name": "tls_server_name",
+    "proxy": "proxy",
+    "wait": "wait",
+}
+"""Arguments, and the settings of ``[server]`` that they are."""
 _CAMERA_ARGUMENTS = (
     "name",
     "pace",
@@ -165,7 +181,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
     from facelane_bridge import config
 
     given = vars(arguments)
-    server = {key: given[key] for key in _SERVER_ARGUMENTS if key in given}
+    server = {name: given[key] for key, name in _SERVER_ARGUMENTS.items() if key in given}
     camera = {key: given[key] for key in _CAMERA_ARGUMENTS if key in given}
     if (arguments.config is None) == (arguments.source is None):
         raise config.ConfigError("give either a configuration file or --source")

@@ -83,6 +83,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tls_cert: str = ""
     tls_key: str = ""
     tls_server_name: str = ""
+    proxy: bool = True
+    """Whether servers on other machines may be reached by the proxy that the environment names."""
     wait: SecondsOrZero = 0.0
     """How long to wait for a server that is not there at the start; 0 = for ever."""
 

@@ -84,14 +84,37 @@ def _options(
         Path | None,
         typer.Option(envvar="FACELANE_TOKEN_FILE", help="File that holds the access token."),
     ] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="TLS, with the system's authorities unless --tls-ca.")
+    ] = False,
     tls_ca: Annotated[
         Path | None,
         typer.Option(envvar="FACELANE_TLS_CA", help="CA file (PEM); turns TLS on."),
     ] = None,
+    client_cert: Annotated[
+        Path | None,
+        typer.Option(envvar="FACELANE_TLS_CERT", help="Who we are (PEM), with --client-key."),
+    ] = None,
+    client_key: Annotated[
+        Path | None, typer.Option(envvar="FACELANE_TLS_KEY", help="The key of --client-cert.")
+    ] = None,
+    server_name: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FACELANE_TLS_SERVER_NAME",
+            help="The name in the server's certificate, where it is not that of the target.",
+        ),
+    ] = None,
+    no_proxy: Annotated[
+        bool, typer.Option("--no-proxy", help="Never by the proxy that the environment names.")
+    ] = False,
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for one call.")] = 10.0,
     _show_version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    ctx.obj = Access(target, token_file, tls_ca, timeout)
+    chosen = None
+    if tls or tls_ca or client_cert or client_key or server_name:
+        chosen = facelane.Tls(tls_ca, client_cert, client_key, server_name)
+    ctx.obj = Access(target, token_file, chosen, timeout, not no_proxy)

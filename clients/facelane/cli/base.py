@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +44,21 @@ class Access:
 
     target: str | None
     token_file: Path | None
-    tls_ca: Path | None
+    tls: facelane.Tls | None
     timeout: float
+    proxy: bool
 
     @contextlib.contextmanager
     def client(self) -> Iterator[facelane.Client]:
         """A client for one command."""
         try:
-            token = None if self.token_file is None else read_token(self.token_file)
-            tls = None if self.tls_ca is None else facelane.Tls(ca_file=self.tls_ca)
-            made = facelane.Client(self.target, token=token, tls=tls, timeout=self.timeout)
+            token = None
+            if self.token_file is not None:
+                token = functools.partial(read_token, self.token_file)
+                token()
+            made = facelane.Client(
+                self.target, token=token, tls=self.tls, timeout=self.timeout, proxy=self.proxy
+            )
         except facelane.ArgumentError as error:
             # No server has refused anything yet.
             raise SourceError(error.message) from None
