@@ -37,7 +37,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         openssl("req", "-new", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr",
                 "-subj", f"/CN={name}")  # fmt: skip
         openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", "-days", "2",
-                "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names")  # fmt: skip
+                "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+                "-extfile", "names")  # fmt: skip
     return folder
 
 
