@@ -101,6 +101,9 @@ class _ThreadLauncher:
         self._channel = channel
         self._pid = pid
 
+    def register(self, worker_id: str) -> None:
+        pass
+
     async def launch(self, worker_id: str, nice: int = 0) -> Link:  # noqa: ARG002 - there is one
         if self._channel < 0:
             raise OSError("a thread is launched once")

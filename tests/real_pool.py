@@ -15,7 +15,8 @@ from facelane_server import config
 from facelane_server.domain import Encoding, Picture, Stage
 from facelane_server.models.catalog import Catalog
 from facelane_server.pools.host import Launchers
-from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
+from facelane_server.pools.pool import Pool
+from facelane_server.pools.report import PoolChange, PoolEvent
 from facelane_server.pools.slots import SubjectResolver
 from facelane_server.pools.tasks import (
     DetectRequest,

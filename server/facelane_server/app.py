@@ -27,7 +27,8 @@ from facelane_server.observability.metrics import GalleryReading, Metrics, Sourc
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.mps import MpsDaemon
-from facelane_server.pools.pool import Pool, PoolChange, PoolEvent
+from facelane_server.pools.pool import Pool
+from facelane_server.pools.report import PoolChange, PoolEvent
 from facelane_server.served import ServedModels
 from facelane_server.watch import LaneWatch
 
@@ -172,7 +173,7 @@ class App:
         for line in planned.lines():
             log.info("memory plan", line=line)
         pipes = None
-        if any(pool.isolation == "mps" for pool in self.settings.stages.values()):
+        if any(pool.hosting.needs_mps for pool in self.settings.stages.values()):
             daemon = await MpsDaemon.start(runtime / "mps")
             stack.push_async_callback(daemon.close)
             pipes = daemon.pipe_directory

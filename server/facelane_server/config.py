@@ -101,6 +101,26 @@ class Models(Section, frozen=True):
     """Folders with model packages, searched after the packages that ship with facelane."""
 
 
+class Hosting(msgspec.Struct, frozen=True, kw_only=True):
+    """What follows from how a pool's workers are isolated."""
+
+    shares_process: bool = False
+    """They are threads of one process, and share its memory, its context and its fate."""
+    attaches: bool = False
+    """Somebody else starts their processes."""
+    can_double: bool = True
+    """A second set can run beside the first."""
+    needs_mps: bool = False
+
+
+_HOSTING: Final[dict[Isolation, Hosting]] = {
+    "process": Hosting(),
+    "mps": Hosting(needs_mps=True),
+    "thread": Hosting(shares_process=True, can_double=False),
+    "external": Hosting(attaches=True, can_double=False),
+}
+
+
 class Pool(Section, frozen=True):
     model: str = ""
     """A package's name or folder; empty = the default of the stage."""
@@ -161,6 +181,10 @@ class Pool(Section, frozen=True):
     """An idle pool runs a real inference this often."""
     options: dict[str, str] = {}
     """Passed to the worker; for fault tests and benchmarks."""
+
+    @property
+    def hosting(self) -> Hosting:
+        return _HOSTING[self.isolation]
 
 
 class Pools(Section, frozen=True):
@@ -409,9 +433,9 @@ def check(config: Config, *, source: str) -> None:
         for device in pool.devices:
             if not re.fullmatch(r"auto|cpu|cuda:\d{1,2}", device):
                 fail(f"pools.{name}.devices: `{device}` is none of auto, cpu, cuda:N")
-        if pool.isolation == "thread" and pool.spares:
+        if pool.spares and pool.hosting.shares_process:
             fail(f"pools.{name}: spares need isolation = 'process', 'mps' or 'external'")
-        if pool.isolation == "mps" and "cpu" in pool.devices:
+        if pool.hosting.needs_mps and "cpu" in pool.devices:
             fail(f"pools.{name}: isolation = 'mps' needs CUDA devices")
         if pool.backoff_initial_s > pool.backoff_max_s:
             fail(f"pools.{name}.backoff_initial_s must not exceed backoff_max_s")

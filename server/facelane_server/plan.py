@@ -83,7 +83,7 @@ class DevicePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MemoryPlan:
     """``problems``: why the configuration is refused; ``remarks``: what an operator should
     know. Both are sentences."""
 
@@ -139,7 +139,7 @@ def make_plan(
     packages: Mapping[Stage, Package],
     devices: Sequence[DeviceMemory] | None,
     measured: Mapping[str, int] | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """The plan of a configuration. Pure.
 
     ``devices``: those that CUDA shows; None = they cannot be asked. ``measured``: MiB of one
@@ -164,7 +164,7 @@ def make_plan(
                 )
                 continue
             context = CONTEXT_MIB
-            if pool.isolation == "thread":
+            if pool.hosting.shares_process:
                 if (pool.group, device) in groups:
                     context = 0
                 groups.add((pool.group, device))
@@ -202,17 +202,17 @@ def make_plan(
                 f"{plan.device}: {plan.memory.used_mib} MiB are in use by others; together with "
                 f"{plan.reserved_mib:.0f} MiB that is more than it has"
             )
-    return Plan(plans, tuple(problems), tuple(remarks))
+    return MemoryPlan(plans, tuple(problems), tuple(remarks))
 
 
 def process_budget_mib(settings: config.Config, stage: Stage) -> int:
     """What a worker process of a pool may take: its ``memory_mib``; for a thread group the sum
     over its threads, 0 (no budget) as soon as one of them has none."""
     pool = settings.stages[stage]
-    if pool.isolation != "thread":
+    if not pool.hosting.shares_process:
         return pool.memory_mib
     members = [
-        p for p in settings.stages.values() if p.isolation == "thread" and p.group == pool.group
+        p for p in settings.stages.values() if p.hosting.shares_process and p.group == pool.group
     ]
     if not all(p.memory_mib for p in members):
         return 0
@@ -285,7 +285,7 @@ def read_devices(timeout_s: float = NVML_S) -> list[DeviceMemory] | None:
     return visible(devices, chosen)
 
 
-async def check(settings: config.Config, packages: Mapping[Stage, Package]) -> Plan:
+async def check(settings: config.Config, packages: Mapping[Stage, Package]) -> MemoryPlan:
     """The plan at the start of a server. Raises ConfigError when it is refused."""
     plan = make_plan(settings, packages, await asyncio.to_thread(read_devices))
     if plan.problems:

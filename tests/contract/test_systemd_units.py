@@ -18,7 +18,7 @@ from facelane_server.domain import Stage
 from facelane_server.edge import health
 from facelane_server.monitor import DeviceReading
 from facelane_server.observability.metrics import Metrics, Sources
-from facelane_server.pools.pool import PoolInfo, PoolState, WorkerInfo
+from facelane_server.pools.report import PoolInfo, PoolState, WorkerInfo
 from facelane_server.pools.restart import Life
 from facelane_server.worker import exit_codes
 

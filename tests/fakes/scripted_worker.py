@@ -250,6 +250,9 @@ class ScriptedLauncher:
         self.refuse = False
         self.nice: list[int] = []
 
+    def register(self, worker_id: str) -> None:
+        pass
+
     async def launch(self, worker_id: str, nice: int = 0) -> Link:
         self.nice.append(nice)
         if self.refuse:

@@ -10,7 +10,7 @@ import pytest
 from tests.real_pool import real_pool
 
 from facelane_server.domain import Stage
-from facelane_server.pools.pool import PoolState
+from facelane_server.pools.report import PoolState
 from facelane_server.pools.tasks import LivenessAnswer
 
 DAY_S = 86_400.0

@@ -15,7 +15,7 @@ from tests.waiting import auntil
 
 from facelane_server.domain import Candidate, Stage
 from facelane_server.ipc.messages import GallerySnapshot
-from facelane_server.pools.pool import PoolState
+from facelane_server.pools.report import PoolState
 from facelane_server.pools.tasks import EmbedAnswer, EmbedRequest, Task
 
 DIM = 512

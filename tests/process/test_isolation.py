@@ -32,7 +32,8 @@ from facelane_server import config
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.models.package import Package
 from facelane_server.pools.host import ExternalLauncher, Launchers, mps_environment
-from facelane_server.pools.pool import Pool, PoolState
+from facelane_server.pools.pool import Pool
+from facelane_server.pools.report import PoolState
 from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer
 from facelane_server.worker import exit_codes
 

@@ -19,7 +19,7 @@ from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.limits import MIB
 from facelane_server.models.package import read_package
 from facelane_server.pools.host import ProcessLauncher
-from facelane_server.pools.pool import PoolChange, PoolState
+from facelane_server.pools.report import PoolChange, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import DetectAnswer, EmbedAnswer, LivenessAnswer, Task
 from facelane_server.worker.failpoints import POISON

@@ -11,7 +11,7 @@ import pytest
 from tests.real_pool import real_pool
 from tests.waiting import auntil
 
-from facelane_server.pools.pool import PoolChange
+from facelane_server.pools.report import PoolChange
 
 SCRIPT = """
 import ctypes, os, sys, threading

@@ -35,7 +35,7 @@ from facelane_server.domain import (
 )
 from facelane_server.edge import convert, errors, operations
 from facelane_server.events import EventKind
-from facelane_server.pools.pool import PoolState
+from facelane_server.pools.report import PoolState
 from facelane_server.pools.restart import Life
 
 CONFIG = config.Config()

@@ -42,7 +42,7 @@ from facelane_server.observability import logs
 from facelane_server.observability.http import MetricsServer
 from facelane_server.observability.logs import WITHHELD, configure_logging, withhold
 from facelane_server.observability.metrics import GalleryReading, Metrics, Sources
-from facelane_server.pools.pool import PoolInfo, PoolState, WorkerInfo
+from facelane_server.pools.report import PoolInfo, PoolState, WorkerInfo
 from facelane_server.pools.restart import Life
 
 JSON = config.Log(format="json")

@@ -34,7 +34,8 @@ from facelane_server.ipc.messages import (
 )
 from facelane_server.models.catalog import Catalog
 from facelane_server.pipeline import Origin, Pipeline, Plan
-from facelane_server.pools.pool import Pool, PoolChange, PoolEvent, PoolState
+from facelane_server.pools.pool import Pool
+from facelane_server.pools.report import PoolChange, PoolEvent, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import LivenessAnswer, LivenessRequest, Task
 
@@ -227,7 +228,7 @@ async def test_a_slow_cpu_worker_is_given_no_staged_job() -> None:
 async def test_a_batch_does_not_exceed_the_slot() -> None:
     async with bench(batch_max=32) as b:
         await b.ready()
-        b.pool._codec.cost = lambda _: (limits.REQUEST_SLOT_BYTES // 3, 0)  # type: ignore[method-assign]
+        b.pool._schedule.codec.cost = lambda _: (limits.REQUEST_SLOT_BYTES // 3, 0)  # type: ignore[method-assign]
         for _ in range(7):
             b.submit()
         await b.turn()
@@ -1166,7 +1167,9 @@ async def test_a_worker_that_leaves_by_itself_loses_nothing() -> None:
         worker.answer()
         worker.leave()
         await b.turn()
-        assert b.pool.info().losses == 0
+        info = b.pool.info()
+        assert (info.losses, info.workers[0].life) == (0, Life.BACKOFF)
+        await b.clock.advance(200)
         await b.workers[1].become_ready()
         await b.turn()
         while b.workers[1].jobs:

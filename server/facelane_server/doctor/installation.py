@@ -213,7 +213,7 @@ async def check_inference(settings: config.Config, models: ServedModels, stage: 
     """One worker of the stage, as the server starts it, and one real inference."""
     name = f"inference {stage.value}"
     chosen = settings.stages[stage]
-    if chosen.isolation in ("external", "mps"):
+    if chosen.hosting.attaches or chosen.hosting.needs_mps:
         return Finding(name, Status.SKIP, f"isolation is {chosen.isolation}: it needs the server")
     pool_settings = msgspec.structs.replace(chosen, workers=1, spares=0, isolation="process")
     package = models.packages[stage]

@@ -202,7 +202,7 @@ def _runs_on(capability: str, architectures: Sequence[str]) -> bool:
 
 
 def check_mps(settings: config.Config) -> Finding:
-    wanted = any(pool.isolation == "mps" for pool in settings.stages.values())
+    wanted = any(pool.hosting.needs_mps for pool in settings.stages.values())
     found = mps.control_program(os.environ)
     if found is None:
         if wanted:

@@ -21,7 +21,8 @@ from facelane_server.edge.errors import Context, answers_errors
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.events import Event, EventFeed, EventKind
 from facelane_server.pipeline import Pipeline
-from facelane_server.pools.pool import Pool, PoolState
+from facelane_server.pools.pool import Pool
+from facelane_server.pools.report import PoolState
 from facelane_server.pools.restart import Life
 
 log = structlog.get_logger(__name__)

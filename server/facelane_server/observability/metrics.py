@@ -36,7 +36,7 @@ from facelane_server.domain import (
     Stage,
 )
 from facelane_server.monitor import DeviceReading
-from facelane_server.pools.pool import PoolInfo, PoolState
+from facelane_server.pools.report import PoolInfo, PoolState
 
 _LATENCY_BUCKETS: Final = (
     0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1,

@@ -1,6 +1,7 @@
-"""One worker, seen from the server: an ``UnreadyWorker`` becomes a ``ReadyWorker`` or is lost.
+"""The hold on a worker's present process: an ``UnreadyHandle`` becomes a ``ReadyHandle`` or is
+lost.
 
-They are different types, and only a ``ReadyWorker`` can take a job, so that nothing can
+They are different types, and only a ``ReadyHandle`` can take a job, so that nothing can
 be dispatched to a worker that has not loaded, warmed up and answered a first inference.
 """
 
@@ -10,7 +11,6 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from facelane_server.ipc import messages
@@ -35,7 +35,7 @@ from facelane_server.ipc.messages import (
     Warming,
 )
 from facelane_server.pools.host import Link
-from facelane_server.pools.tasks import Task
+from facelane_server.pools.tasks import Job
 
 
 class WorkerLostError(Exception):
@@ -46,22 +46,12 @@ class WorkerLostError(Exception):
         self.reason = reason
         self.detail = detail
 
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A batch in one slot of one worker. ``canary``: an inference of the pool's own."""
-
-    job_id: int
-    slot: int
-    tasks: list[Task[Any]]
-    request_used: int = 0
-    started_ns: int = 0
-    """When it became the worker's first job."""
-    canary: bool = False
-    abandoned: bool = False
+    @classmethod
+    def by(cls, error: ChannelError) -> WorkerLostError:
+        return cls("PROTOCOL" if isinstance(error, ProtocolError) else "EXITED", str(error))
 
 
-class UnreadyWorker:
+class UnreadyHandle:
     """A worker that was launched. Owns the channel and the arenas until ``ready``."""
 
     def __init__(self, link: Link, worker_id: str, load: Load) -> None:
@@ -76,7 +66,7 @@ class UnreadyWorker:
         self._channel = ServerChannel(link.sock, self._on_message, self._on_lost)
         self._handed_over = False
 
-    async def ready(self, progress: Callable[[str], None]) -> ReadyWorker:
+    async def ready(self, progress: Callable[[str], None]) -> ReadyHandle:
         """Load and warm the model; ``progress`` hears HELLO and WARMING. The caller bounds
         the time. Raises WorkerLostError; then call ``close``."""
         hello = await self._next(Hello)
@@ -96,12 +86,12 @@ class UnreadyWorker:
         facts = await self._next(Ready)
         assert isinstance(facts, Ready)
         self._handed_over = True
-        return ReadyWorker(
+        return ReadyHandle(
             self.link, self.worker_id, facts, self._channel, self._request, self._response
         )
 
     def close(self) -> None:
-        """Close what a ReadyWorker has not taken over. Safe to call twice."""
+        """Close what a ReadyHandle has not taken over. Safe to call twice."""
         if self._handed_over:
             return
         self._channel.close()
@@ -127,8 +117,7 @@ class UnreadyWorker:
         self._wake()
 
     def _on_lost(self, error: ChannelError) -> None:
-        reason = "PROTOCOL" if isinstance(error, ProtocolError) else "EXITED"
-        self._error = WorkerLostError(reason, str(error))
+        self._error = WorkerLostError.by(error)
         self._wake()
 
     def _wake(self) -> None:
@@ -136,7 +125,7 @@ class UnreadyWorker:
             self._arrival.set_result(None)
 
 
-class ReadyWorker:
+class ReadyHandle:
     """A worker that takes jobs. Owns the channel and the arenas.
 
     Set the ``on_…`` callbacks before the first job. A slot is free again when its job was
@@ -155,6 +144,11 @@ class ReadyWorker:
         self.link = link
         self.worker_id = worker_id
         self.facts = facts
+        self.batch_max = facts.batch_max
+        self.overlaps = facts.device_name.startswith("cuda")
+        """It begins a job before the one before it has ended."""
+        self.service_ns = facts.latency_ms * 1e6
+        """Running mean of a job's time."""
         self.jobs: deque[Job] = deque()
         """In flight, in the order sent."""
         self.memory_mib = facts.memory_mib
@@ -164,17 +158,17 @@ class ReadyWorker:
         self.ping_sent_ns = 0
         """When the ping that is not answered yet was sent; 0 = none."""
         self.last_success_ns = 0
-        self.on_answer: Callable[[ReadyWorker, Job, InferDone | InferFailed], None] = _unset
-        self.on_gallery: Callable[[ReadyWorker], None] = _unset
-        self.on_drained: Callable[[ReadyWorker], None] = _unset
-        self.on_lost: Callable[[ReadyWorker, WorkerLostError], None] = _unset
+        self.on_answer: Callable[[ReadyHandle, Job, InferDone | InferFailed], None] = _unset
+        self.on_gallery: Callable[[ReadyHandle], None] = _unset
+        self.on_drained: Callable[[ReadyHandle], None] = _unset
+        self.on_lost: Callable[[ReadyHandle, WorkerLostError], None] = _unset
         self._channel = channel
         self._request = request
         self._response = response
         self._free = list(range(request.slots))
         self._pings = 0
         self._gallery_sent = 0
-        self._closed = False
+        self.closed = False
         channel.on_message = self._on_message
         channel.on_lost = self._on_lost
 
@@ -238,8 +232,8 @@ class ReadyWorker:
 
     def close(self) -> None:
         """Safe to call twice."""
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             self._channel.close()
             self._request.close()
             self._response.close()
@@ -286,8 +280,7 @@ class ReadyWorker:
         self.on_lost(self, WorkerLostError("PROTOCOL", detail))
 
     def _on_lost(self, error: ChannelError) -> None:
-        reason = "PROTOCOL" if isinstance(error, ProtocolError) else "EXITED"
-        self.on_lost(self, WorkerLostError(reason, str(error)))
+        self.on_lost(self, WorkerLostError.by(error))
 
 
 def _unset(*_: Any) -> None:

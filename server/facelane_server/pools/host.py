@@ -66,6 +66,9 @@ class Link(Protocol):
 class Launcher(Protocol):
     """Makes links, and owns what they need."""
 
+    def register(self, worker_id: str) -> None:
+        """A worker of this id will be launched; said before the first launch."""
+
     async def launch(self, worker_id: str, nice: int = 0) -> Link:
         """A new worker, not yet spoken to, at that priority until it is ready. Raises OSError
         when none can be started."""
@@ -292,6 +295,9 @@ class ProcessLauncher:
         self._threads = threads
         self._environment = dict(environment or {})
 
+    def register(self, worker_id: str) -> None:
+        pass
+
     async def launch(self, worker_id: str, nice: int = 0) -> Link:
         return _ProcessLink(Process(worker_id, 1, self._threads, self._environment, nice))
 
@@ -455,6 +461,9 @@ class ExternalLauncher:
         self._listener: socket.socket | None = None
         self._turn = asyncio.Lock()
 
+    def register(self, worker_id: str) -> None:
+        pass
+
     async def launch(self, worker_id: str, nice: int = 0) -> Link:  # noqa: ARG002 - whoever starts it sees to that
         loop = asyncio.get_running_loop()
         async with self._turn:
@@ -509,17 +518,18 @@ class Launchers:
     def for_pool(self, name: str, settings: config.Pool) -> Launcher:
         """The launcher for a pool; pools of one thread group share theirs."""
         launcher: Launcher
-        if settings.isolation == "thread":
+        hosting = settings.hosting
+        if hosting.shares_process:
             group = self._groups.get(settings.group)
             if group is None:
                 group = GroupLauncher(settings.group, threads=settings.threads)
                 self._groups[settings.group] = group
                 self._launchers.append(group)
             return group
-        if settings.isolation == "external":
+        if hosting.attaches:
             path = Path(settings.socket) if settings.socket else self._runtime_dir / f"{name}.sock"
             launcher = ExternalLauncher(path)
-        elif settings.isolation == "mps":
+        elif hosting.needs_mps:
             environment = mps_environment(
                 pipe_directory=self._mps_pipe_directory,
                 devices=settings.devices,

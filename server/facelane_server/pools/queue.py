@@ -18,11 +18,9 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from facelane_server.pools.tasks import Task
-
-AnyTask = Task[Any]
+from facelane_server.pools.tasks import AnyTask
 
 _SLACK: Final = 256
 """Dead heap entries and idle lanes tolerated before they are swept out."""
@@ -133,7 +131,6 @@ class FairQueue:
             self._virtual = max(self._virtual + 1.0 / self._weight, start)
             lane.finish = start + 1.0 / max(task.weight, 1)
             self._new_head(number, lane, lane.finish)
-            task.start_tag = start
             batch.append(task)
         if not self._queued:
             # Nobody competes, so nobody has anything to be fair about.

@@ -1,13 +1,13 @@
-"""The life of one worker as a pure function: ``step(worker, event, now) -> (worker, actions)``.
+"""The life of one worker as a pure function: ``step(state, notice, now) -> (state, actions)``.
 
 ::
 
       SPAWNED --HELLO--> LOADING --WARMING--> WARMING --READY--> READY
-         |                  |                    |                 | DRAIN, RESTART, STOP
+         |                  |                    |                 | RESTART, STOP, LEFT
          |  LOSS, start     |                    |                 v
          |  deadline        |                    |   LOSS      DRAINING --GONE--> EXITED
-         v                  v                    v    |            |              (or SPAWNED,
-       LOST <----------------------------------------+-------------+               if RESTART)
+         v                  v                    v    |            |              (RESTART: SPAWNED,
+       LOST <----------------------------------------+-------------+               LEFT: BACKOFF)
          | GONE (killed and reaped)
          v
       BACKOFF --TIMER--> SPAWNED          while the restart budget lasts
@@ -16,11 +16,15 @@
 The budget is ``limit`` losses within ``window_s``. A loss waits for
 ``initial_s * 2 ** (n - 1)``, n being the losses in the window, at most ``max_s``, times a
 random factor in [0.5, 1], so that workers that died together do not come back together.
-A clean exit of a ready worker is no crash: it costs no budget, only the first back-off.
-A worker that comes back from quarantine has one try.
+A ready worker that leaves in order (LEFT: it said so, as upon SIGTERM) is no loss: it
+costs no budget, only the first back-off. One that ends without a word is lost, whatever
+its exit code. A worker that comes back from quarantine has one try.
+
+The time to start counts from ATTACHED where the process is started by somebody else
+(``Policy.attaches``), and waiting for it is no failure; else from SPAWN.
 
 Nothing here waits, spawns or kills: the owner performs the actions and reports what
-happened as events. Times are seconds of any monotonic clock.
+happened as notices. Times are seconds of any monotonic clock.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ class Life(enum.StrEnum):
     LOADING = "LOADING"
     WARMING = "WARMING"
     READY = "READY"
+    """The only one in which it is given jobs."""
     DRAINING = "DRAINING"
     EXITED = "EXITED"
     LOST = "LOST"
@@ -60,16 +65,22 @@ _DOUBLINGS: Final = 64
 class Happening(enum.Enum):
     """What can happen to a worker."""
 
+    START = enum.auto()
+    """The first spawn."""
+    ATTACHED = enum.auto()
+    """There is a channel to its process."""
     HELLO = enum.auto()
     WARMING = enum.auto()
     READY = enum.auto()
     """Loaded, warmed up, and the first real inference succeeded."""
     LOSS = enum.auto()
     """Crash, hang, protocol breach, last words: it is of no use any more."""
+    LEFT = enum.auto()
+    """It has drained and ends, by our wish or by its own."""
     GONE = enum.auto()
-    """The process was reaped, whatever the reason; ``clean`` = exit code 0."""
+    """The process was reaped, whatever the reason."""
     TIMER = enum.auto()
-    """``Worker.wake_at`` has come."""
+    """``State.wake_at`` has come."""
     RESTART = enum.auto()
     """Drain and start again, by an operator or because it outgrew its budget."""
     STOP = enum.auto()
@@ -77,21 +88,19 @@ class Happening(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Notice:
+    """``reason``: of a LOSS, RESTART or STOP, one constant word; ``detail``: for the log."""
+
     what: Happening
     reason: str = ""
-    clean: bool = False
+    detail: str = ""
 
 
 class Action(enum.Enum):
     """What the owner has to do."""
 
     SPAWN = enum.auto()
-    """Start a process; answer with HELLO, or LOSS and GONE."""
-    JOIN = enum.auto()
-    """It may take jobs from now on."""
-    LEAVE = enum.auto()
-    """It takes no more jobs."""
+    """Start a process; answer with ATTACHED and HELLO, or LOSS."""
     DRAIN = enum.auto()
     """Send Drain and see to its end within the drain bound; answer with GONE."""
     KILL = enum.auto()
@@ -108,111 +117,120 @@ class Policy:
     max_s: float = 15.0
     quarantine_s: float = 60.0
     start_timeout_s: float = 120.0
-    """From SPAWNED until READY."""
+    """Until READY."""
     drain_timeout_s: float = 30.0
+    attaches: bool = False
+    """Its process is started by somebody else."""
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
-    """State of one worker. ``wake_at``: when TIMER is due, None = never."""
+class State:
+    """``wake_at``: when TIMER is due, None = never."""
 
     life: Life = Life.EXITED
     wake_at: float | None = None
     losses: tuple[float, ...] = ()
     """Times of the losses within the window, oldest first, at most ``limit``."""
+    lost: int = 0
+    """Losses in all."""
     reason: str = ""
     """Of the last loss."""
     restarts: int = 0
     """Processes after the first one."""
-    comes_back: bool = False
-    """DRAINING: start again afterwards."""
+    then: Life = Life.EXITED
+    """DRAINING: what follows, EXITED, SPAWNED or BACKOFF."""
 
 
-Step = tuple[Worker, tuple[Action, ...]]
-
-
-def start(worker: Worker, now: float, policy: Policy) -> Step:
-    """The first spawn, or one after EXITED."""
-    assert worker.life is Life.EXITED
-    return _spawn(worker, now, policy)
+Step = tuple[State, tuple[Action, ...]]
 
 
 def step(
-    worker: Worker, event: Event, now: float, policy: Policy, random: Callable[[], float]
+    state: State, notice: Notice, now: float, policy: Policy, random: Callable[[], float]
 ) -> Step:
-    """The state after ``event`` and what to do about it. An event that means nothing in the
+    """The state after ``notice`` and what to do about it. A notice that means nothing in the
     present state (a late message of a worker already lost) changes nothing.
 
     ``random`` gives numbers in [0, 1).
     """
-    match event.what:
-        case Happening.HELLO if worker.life is Life.SPAWNED:
-            return replace(worker, life=Life.LOADING), ()
-        case Happening.WARMING if worker.life is Life.LOADING:
-            return replace(worker, life=Life.WARMING), ()
-        case Happening.READY if worker.life is Life.WARMING:
-            return replace(worker, life=Life.READY, wake_at=None), (Action.JOIN,)
-        case Happening.LOSS if worker.life in ALIVE:
-            return _lose(worker, event.reason)
+    life = state.life
+    match notice.what:
+        case Happening.START if life is Life.EXITED:
+            return _spawn(state, now, policy)
+        case Happening.ATTACHED if life is Life.SPAWNED:
+            return replace(state, wake_at=now + policy.start_timeout_s), ()
+        case Happening.HELLO if life is Life.SPAWNED:
+            return replace(state, life=Life.LOADING), ()
+        case Happening.WARMING if life is Life.LOADING:
+            return replace(state, life=Life.WARMING), ()
+        case Happening.READY if life is Life.WARMING:
+            return replace(state, life=Life.READY, wake_at=None), ()
+        case Happening.LOSS if life in ALIVE:
+            return _lose(state, notice.reason)
+        case Happening.LEFT if life in STARTING:
+            return _lose(state, "EXITED")
+        case Happening.LEFT if life is Life.READY:
+            return _drain(state, Life.BACKOFF, now, policy)
         case Happening.GONE:
-            return _gone(worker, event, now, policy, random)
-        case Happening.TIMER if worker.wake_at is not None and now >= worker.wake_at:
-            return _timer(worker, now, policy)
-        case Happening.RESTART | Happening.STOP:
-            return _end(worker, event.what is Happening.RESTART, now, policy)
-    return worker, ()
+            return _gone(state, now, policy, random)
+        case Happening.TIMER if state.wake_at is not None and now >= state.wake_at:
+            return _timer(state, now, policy)
+        case Happening.RESTART:
+            return _end(state, Life.SPAWNED, now, policy)
+        case Happening.STOP:
+            return _end(state, Life.EXITED, now, policy)
+    return state, ()
 
 
-def _spawn(worker: Worker, now: float, policy: Policy, *, restarts: int = 0) -> Step:
+def can_be_ready_by(state: State, when: float) -> bool:
+    """Whether a worker may still be READY at that time, given what is known now."""
+    if state.life in WAITING:
+        return state.wake_at is not None and state.wake_at < when
+    return state.life is not Life.EXITED
+
+
+def _spawn(state: State, now: float, policy: Policy, *, restarts: int = 0) -> Step:
     spawned = replace(
-        worker,
+        state,
         life=Life.SPAWNED,
-        wake_at=now + policy.start_timeout_s,
-        restarts=worker.restarts + restarts,
-        comes_back=False,
+        wake_at=None if policy.attaches else now + policy.start_timeout_s,
+        restarts=state.restarts + restarts,
     )
     return spawned, (Action.SPAWN,)
 
 
-def _lose(worker: Worker, reason: str) -> Step:
-    actions = (Action.LEAVE, Action.KILL) if worker.life is Life.READY else (Action.KILL,)
+def _lose(state: State, reason: str) -> Step:
     # A draining worker that must not come back does not come back by dying either.
-    stays_away = worker.life is Life.DRAINING and not worker.comes_back
+    stays_away = state.life is Life.DRAINING and state.then is Life.EXITED
     lost = replace(
-        worker,
+        state,
         life=Life.DRAINING if stays_away else Life.LOST,
         wake_at=None,
         reason=reason,
-        comes_back=False,
+        lost=state.lost + 1,
     )
-    return lost, actions
+    return lost, (Action.KILL,)
 
 
-def _gone(
-    worker: Worker, event: Event, now: float, policy: Policy, random: Callable[[], float]
-) -> Step:
-    if worker.life is Life.DRAINING:
-        if worker.comes_back:
-            return _spawn(worker, now, policy, restarts=1)
-        return replace(worker, life=Life.EXITED, wake_at=None), ()
-    if worker.life is Life.LOST:
-        return _back_off(worker, worker.reason, now, policy, random)
-    if worker.life is Life.READY:
-        if event.clean:
-            pause = policy.initial_s * (0.5 + 0.5 * random())
-            waiting = replace(worker, life=Life.BACKOFF, wake_at=now + pause, reason=event.reason)
-            return waiting, (Action.LEAVE,)
-        backed_off, _ = _back_off(worker, event.reason, now, policy, random)
-        return backed_off, (Action.LEAVE,)
-    if worker.life in STARTING:
-        return _back_off(worker, event.reason, now, policy, random)
-    return worker, ()
+def _drain(state: State, then: Life, now: float, policy: Policy) -> Step:
+    wake_at = now + policy.drain_timeout_s
+    return replace(state, life=Life.DRAINING, wake_at=wake_at, then=then), (Action.DRAIN,)
 
 
-def _back_off(
-    worker: Worker, reason: str, now: float, policy: Policy, random: Callable[[], float]
-) -> Step:
-    recent = tuple(t for t in worker.losses if now - t < policy.window_s)
+def _gone(state: State, now: float, policy: Policy, random: Callable[[], float]) -> Step:
+    if state.life is Life.LOST:
+        return _back_off(state, now, policy, random)
+    if state.life is not Life.DRAINING:
+        return state, ()
+    if state.then is Life.SPAWNED:
+        return _spawn(state, now, policy, restarts=1)
+    if state.then is Life.BACKOFF:
+        pause = policy.initial_s * (0.5 + 0.5 * random())
+        return replace(state, life=Life.BACKOFF, wake_at=now + pause), ()
+    return replace(state, life=Life.EXITED, wake_at=None), ()
+
+
+def _back_off(state: State, now: float, policy: Policy, random: Callable[[], float]) -> Step:
+    recent = tuple(t for t in state.losses if now - t < policy.window_s)
     losses = (*recent, now)[-policy.limit :]
     if len(losses) >= policy.limit:
         life, pause = Life.QUARANTINED, policy.quarantine_s
@@ -221,41 +239,31 @@ def _back_off(
         doublings = min(len(losses) - 1, _DOUBLINGS)
         pause = min(policy.initial_s * 2.0**doublings, policy.max_s)
         pause *= 0.5 + 0.5 * random()
-    return replace(worker, life=life, wake_at=now + pause, losses=losses, reason=reason), ()
+    return replace(state, life=life, wake_at=now + pause, losses=losses), ()
 
 
-def _timer(worker: Worker, now: float, policy: Policy) -> Step:
-    if worker.life is Life.QUARANTINED:
+def _timer(state: State, now: float, policy: Policy) -> Step:
+    if state.life is Life.QUARANTINED:
         # One try: the budget is full but for one loss, whatever the window.
-        tried = replace(worker, losses=(now,) * (policy.limit - 1))
+        tried = replace(state, losses=(now,) * (policy.limit - 1))
         return _spawn(tried, now, policy, restarts=1)
-    if worker.life is Life.BACKOFF:
-        return _spawn(worker, now, policy, restarts=1)
-    if worker.life in STARTING:
-        return _lose(worker, "START_TIMEOUT")
-    if worker.life is Life.DRAINING:
-        return replace(worker, wake_at=None), (Action.KILL,)
-    return worker, ()
+    if state.life is Life.BACKOFF:
+        return _spawn(state, now, policy, restarts=1)
+    if state.life in STARTING:
+        return _lose(state, "START_TIMEOUT")
+    assert state.life is Life.DRAINING
+    return replace(state, wake_at=None), (Action.KILL,)
 
 
-def _end(worker: Worker, comes_back: bool, now: float, policy: Policy) -> Step:
-    if worker.life is Life.READY:
-        draining = replace(
-            worker,
-            life=Life.DRAINING,
-            wake_at=now + policy.drain_timeout_s,
-            comes_back=comes_back,
-        )
-        return draining, (Action.LEAVE, Action.DRAIN)
-    if worker.life in STARTING:
-        ended = replace(worker, life=Life.DRAINING, wake_at=None, comes_back=comes_back)
-        return ended, (Action.KILL,)
-    if worker.life is Life.DRAINING:
-        return replace(worker, comes_back=worker.comes_back and comes_back), ()
-    if worker.life is Life.LOST:
-        if comes_back:
-            return worker, ()
-        return replace(worker, life=Life.DRAINING, comes_back=False), ()
-    if comes_back:
-        return _spawn(replace(worker, losses=()), now, policy, restarts=1)
-    return replace(worker, life=Life.EXITED, wake_at=None), ()
+def _end(state: State, then: Life, now: float, policy: Policy) -> Step:
+    if state.life is Life.READY:
+        return _drain(state, then, now, policy)
+    if state.life in STARTING:
+        return replace(state, life=Life.DRAINING, wake_at=None, then=then), (Action.KILL,)
+    if state.life in WAITING:
+        if then is Life.SPAWNED:
+            return _spawn(replace(state, losses=()), now, policy, restarts=1)
+        return replace(state, life=Life.EXITED, wake_at=None), ()
+    if then is Life.EXITED and state.life in (Life.LOST, Life.DRAINING):
+        return replace(state, life=Life.DRAINING, then=Life.EXITED), ()
+    return state, ()  # it comes back anyway, or was stopped

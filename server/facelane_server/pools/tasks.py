@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from facelane_server.domain import Candidate, DetectedFace, Picture
 
@@ -77,5 +77,23 @@ class Task(Generic[A]):
     dispatched_ns: int = 0
     finished_ns: int = 0
     attempts: int = 0
-    start_tag: float = field(default=0.0)
-    """Virtual start time; the pool's own."""
+    """Workers that ended, or failed whole, over it."""
+    canary: bool = False
+    """The pool's own: nobody asked for it."""
+
+
+AnyTask = Task[Any]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A batch in one slot of one worker."""
+
+    job_id: int
+    slot: int
+    tasks: list[AnyTask]
+    request_used: int = 0
+    started_ns: int = 0
+    """When it became the worker's first job."""
+    abandoned: bool = False
+    """Nobody waits for it any more, and the worker was told."""

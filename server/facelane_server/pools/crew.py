@@ -1,0 +1,598 @@
+"""The workers of a pool: brought up, watched, ended and brought up again.
+
+``restart`` decides what a worker's life does next; here it is done. A worker is in
+service only after it did what it is for: it has loaded, warmed up, answered a canary
+inference and loaded the newest gallery; when idle, the canary is repeated.
+
+Workers serve in generations: those that serve, those that a reload warms beside them,
+and those that retire. Of those that serve and are ready, at most ``workers`` are active;
+the others are spares.
+
+Everything here runs on one event loop and never blocks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import structlog
+
+from facelane_server import config
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.ipc.channel import ChannelError
+from facelane_server.ipc.messages import InferDone, InferFailed
+from facelane_server.models.package import Package
+from facelane_server.pools import host, restart
+from facelane_server.pools.briefing import Briefing
+from facelane_server.pools.clock import Clock, Timer
+from facelane_server.pools.feed import GalleryFeed
+from facelane_server.pools.handle import ReadyHandle, UnreadyHandle, WorkerLostError
+from facelane_server.pools.hang import HangWatch
+from facelane_server.pools.host import Launcher, Link
+from facelane_server.pools.report import PoolChange, WorkerInfo
+from facelane_server.pools.restart import Action, Happening, Life, Notice
+from facelane_server.pools.slots import Codec
+from facelane_server.pools.tasks import AnyTask, Job, Task
+
+log = structlog.get_logger(__name__)
+
+_MS: Final = 1_000_000
+_S: Final = 1_000_000_000
+_ATTACH_NS: Final = 2 * _S
+"""What systemd or a container's runtime needs to start an external worker again."""
+_CANARY_LANE: Final = -1
+_NICE_BESIDE: Final = 15
+_NICE_AGAIN: Final = 5
+
+
+class Worker:
+    """One worker of the pool over all its processes."""
+
+    def __init__(self, worker_id: str, device: str, package: Package) -> None:
+        self.worker_id = worker_id
+        self.device = device
+        self.package = package
+        """That its next process will load."""
+        self.codec: Codec | None = None
+        """For the package that the present process has loaded."""
+        self.state = restart.State()
+        self.link: Link | None = None
+        self.handle: ReadyHandle | None = None
+        """Of a process that has loaded: its life may still be WARMING, or already DRAINING."""
+        self.spawned_ns = 0
+        self.ready_since_ns = 0
+        self.timer: Timer | None = None
+        self.hang: HangWatch | None = None
+        self.bring_up: asyncio.Task[None] | None = None
+        self.endings: set[asyncio.Task[None]] = set()
+
+    @property
+    def life(self) -> Life:
+        return self.state.life
+
+    @property
+    def pid(self) -> int:
+        """0 = there is no process."""
+        return self.link.pid if self.link else 0
+
+    def came_back(self, restarts: int) -> bool:
+        """Ready in a later life than the one after so many restarts."""
+        return self.state.restarts > restarts and self.life is Life.READY
+
+    def was_lost(self, before: int) -> bool:
+        """More often than that, and the process is reaped."""
+        return self.state.lost > before and self.life in restart.WAITING
+
+
+class Owner(Protocol):
+    """What a crew reports to its pool."""
+
+    def worker_answered(self, worker: Worker, job: Job, message: InferDone | InferFailed) -> None:
+        """Call ``finish`` when the answer was read."""
+
+    def jobs_came_back(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> None:
+        """The worker that had them is gone."""
+
+    def crew_changed(self) -> None:
+        """A life went on."""
+
+    def tell(self, change: PoolChange, worker: Worker | None, reason: str) -> None: ...
+
+
+class Crew:
+    """See the module. ``budget_mib``: of a worker's process; 0 = none."""
+
+    def __init__(
+        self,
+        pool: str,
+        settings: config.Pool,
+        launcher: Launcher,
+        briefing: Briefing,
+        feed: GalleryFeed,
+        owner: Owner,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        budget_mib: int,
+    ) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._hosting = settings.hosting
+        self._launcher = launcher
+        self._briefing = briefing
+        self._feed = feed
+        self._owner = owner
+        self._clock = clock
+        self._random = rng.random
+        self._budget_mib = budget_mib
+        self.policy = restart.Policy(
+            limit=settings.restart_limit,
+            window_s=settings.restart_window_s,
+            initial_s=settings.backoff_initial_s,
+            max_s=settings.backoff_max_s,
+            quarantine_s=settings.quarantine_s,
+            start_timeout_s=settings.load_timeout_s,
+            drain_timeout_s=max(2 * settings.job_timeout_ms / 1000, 1.0),
+            attaches=self._hosting.attaches,
+        )
+        self._job_timeout_ns = settings.job_timeout_ms * _MS
+        self.serving: list[Worker] = []
+        self.warming: list[Worker] = []
+        """Of a reload under way."""
+        self._retiring: list[Worker] = []
+        self.active: list[Worker] = []
+        """Those that are given tasks."""
+        self.losses = 0
+        self._numbers = 0
+        self._jobs = 0
+        self._tick_timer: Timer | None = None
+        self._ticked_ns = 0
+        for number in range(settings.workers):
+            launcher.register(f"{self._pool}#{number}")
+
+    # -- who there is ---------------------------------------------------------------------
+
+    def everyone(self) -> list[Worker]:
+        return [*self.serving, *self.warming, *self._retiring]
+
+    @property
+    def has_lost(self) -> bool:
+        """Some worker of those that serve was lost before."""
+        return any(w.state.lost for w in self.serving)
+
+    @property
+    def in_flight(self) -> int:
+        handles = [w.handle for w in self.everyone() if w.handle]
+        return sum(len(job.tasks) for handle in handles for job in handle.jobs)
+
+    def seats(self) -> list[ReadyHandle]:
+        """Of those that are given tasks."""
+        return [w.handle for w in self.active if w.handle]
+
+    def info(self) -> tuple[WorkerInfo, ...]:
+        now = self._clock.now_ns()
+        return tuple(
+            WorkerInfo(
+                worker_id=w.worker_id,
+                pid=w.pid,
+                life=w.life,
+                device=w.handle.facts.device_name if w.handle else w.device,
+                restarts=w.state.restarts,
+                last_loss=w.state.reason,
+                memory_mib=w.handle.memory_mib if w.handle else 0,
+                uptime_s=(now - w.ready_since_ns) / _S if w.handle else 0.0,
+                spare=w.life is Life.READY and w not in self.active,
+            )
+            for w in self.everyone()
+        )
+
+    def can_serve_by(self, deadline_ns: int) -> bool:
+        """Some worker can infer now, or may be able to by then."""
+        return bool(self.active) or any(
+            restart.can_be_ready_by(w.state, deadline_ns / _S) and not self._is_forsaken(w)
+            for w in (*self.serving, *self.warming)
+        )
+
+    def _is_forsaken(self, worker: Worker) -> bool:
+        """It should have attached by now, and did not."""
+        waited = self._clock.now_ns() - worker.spawned_ns
+        starting = worker.life is Life.SPAWNED and worker.link is None
+        return self._hosting.attaches and starting and waited >= _ATTACH_NS
+
+    # -- generations ----------------------------------------------------------------------
+
+    def start(self, package: Package) -> None:
+        self.serving = self.recruit(package)
+        for worker in self.serving:
+            self.happen(worker, Happening.START)
+        self._tick()
+
+    def recruit(self, package: Package) -> list[Worker]:
+        """A new generation, not started."""
+        devices = self._settings.devices
+        found = []
+        for _ in range(self._settings.workers + self._settings.spares):
+            number, self._numbers = self._numbers, self._numbers + 1
+            device = devices[number % len(devices)]
+            found.append(Worker(f"{self._pool}#{number}", device, package))
+        return found
+
+    def retire(self, workers: list[Worker]) -> None:
+        self._retiring += workers
+        for worker in workers:
+            self.happen(worker, Happening.STOP, "STOPPED")
+
+    def dismiss(self) -> None:
+        """Begin the end of all workers; see ``gone``."""
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+        for worker in self.everyone():
+            self.happen(worker, Happening.STOP, "STOPPED")
+
+    def gone(self) -> bool:
+        return all(w.life is Life.EXITED for w in self.everyone())
+
+    async def close(self) -> None:
+        """After ``dismiss``: no timer and no task stays behind."""
+        for worker in self.everyone():
+            if worker.timer is not None:
+                worker.timer.cancel()
+            for ending in list(worker.endings):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([ending], timeout=5.0)
+
+    def _settle(self) -> None:
+        """After any change of a life: who is active."""
+        ready = [w for w in self.serving if w.life is Life.READY]
+        kept = [w for w in self.active if w in ready]
+        spare = [w for w in ready if w not in kept]
+        self.active = kept + spare[: max(self._settings.workers - len(kept), 0)]
+        self._retiring = [w for w in self._retiring if w.life is not Life.EXITED]
+        self._owner.crew_changed()
+
+    def promote(self, fresh: list[Worker]) -> None:
+        """A generation that has warmed up takes over; the one before it retires."""
+        old, self.serving = self.serving, fresh
+        self._settle()
+        self.retire(old)
+
+    # -- lives ----------------------------------------------------------------------------
+
+    def happen(self, worker: Worker, what: Happening, reason: str = "", detail: str = "") -> None:
+        """Feed the state machine and do what it says."""
+        before = worker.state
+        notice = Notice(what, reason, detail)
+        now = self._clock.now_ns() / _S
+        state, actions = restart.step(before, notice, now, self.policy, self._random)
+        worker.state = state
+        lost = state.lost > before.lost
+        if lost:
+            self.losses += 1
+            self._log_loss(worker, before.life, notice)
+        for action in actions:
+            self._perform(worker, action, state.reason if lost else reason or "STOPPED")
+        if state.wake_at != before.wake_at or actions:
+            self._arm_life(worker)
+        if state.life is Life.QUARANTINED is not before.life:
+            self._quarantined(worker)
+        self._settle()
+        if lost:
+            self._owner.tell(PoolChange.WORKER_LOST, worker, state.reason)
+
+    def lost(self, worker: Worker, error: WorkerLostError) -> None:
+        """A worker is of no use any more, by whatever sign."""
+        self.happen(worker, Happening.LOSS, error.reason, error.detail)
+
+    def _log_loss(self, worker: Worker, life: Life, notice: Notice) -> None:
+        log.warning(
+            "worker lost",
+            pool=self._pool,
+            worker=worker.worker_id,
+            worker_pid=worker.pid,
+            reason=worker.state.reason,
+            detail=notice.detail,
+            life=life,
+        )
+
+    def _quarantined(self, worker: Worker) -> None:
+        log.error(
+            "worker quarantined",
+            pool=self._pool,
+            worker=worker.worker_id,
+            reason=worker.state.reason,
+            losses=len(worker.state.losses),
+            retry_in_s=round(self.policy.quarantine_s, 1),
+        )
+        self._owner.tell(PoolChange.WORKER_QUARANTINED, worker, worker.state.reason)
+
+    def _arm_life(self, worker: Worker) -> None:
+        if worker.timer is not None:
+            worker.timer.cancel()
+            worker.timer = None
+        if worker.state.wake_at is not None:
+            worker.timer = self._clock.call_at(
+                int(worker.state.wake_at * _S) + 1, lambda: self.happen(worker, Happening.TIMER)
+            )
+
+    def _perform(self, worker: Worker, action: Action, reason: str) -> None:
+        if action is Action.SPAWN:
+            worker.spawned_ns = self._clock.now_ns()
+            worker.bring_up = asyncio.get_running_loop().create_task(
+                self._bring_up(worker), name=f"bring up {worker.worker_id}"
+            )
+        elif action is Action.DRAIN:
+            assert worker.handle is not None
+            worker.handle.drain()
+            self._end(worker, grace_s=self.policy.drain_timeout_s, reason="DRAINED")
+        elif action is Action.KILL:
+            self._end(worker, grace_s=0.0, reason=reason)
+
+    async def _bring_up(self, worker: Worker) -> None:
+        """From SPAWNED to READY. Cancelled when the life ends before."""
+        unready: UnreadyHandle | None = None
+        try:
+            link = worker.link = await self._launcher.launch(worker.worker_id, self._nice(worker))
+            self.happen(worker, Happening.ATTACHED)
+            load = self._briefing.load(worker.package, worker.worker_id, worker.device)
+            unready = UnreadyHandle(link, worker.worker_id, load)
+            handle = await unready.ready(lambda what: self.happen(worker, Happening[what]))
+            self._take_over(worker, handle)
+            await self._send_canary(worker)
+            while not self._feed.is_current(handle):
+                self._feed.send(handle, self._clock.now_ns())
+                await self._feed.loaded([handle], self._feed.version)
+        except WorkerLostError as error:
+            self.lost(worker, error)
+        except ChannelError as error:
+            self.lost(worker, WorkerLostError.by(error))
+        except FacelaneError as error:
+            self.lost(worker, WorkerLostError("CANARY_FAILED", error.message))
+        except OSError as error:
+            self.lost(worker, WorkerLostError("NOT_STARTED", error.strerror or str(error)))
+        except Exception as error:
+            log.exception("worker not brought up", pool=self._pool, worker=worker.worker_id)
+            self.lost(worker, WorkerLostError("NOT_STARTED", type(error).__name__))
+        else:
+            self._welcome(worker, handle)
+        finally:
+            if unready is not None:
+                unready.close()
+
+    def _take_over(self, worker: Worker, handle: ReadyHandle) -> None:
+        worker.handle = handle
+        hung = WorkerLostError("HUNG", "a job exceeded job_timeout_ms")
+        worker.hang = HangWatch(
+            handle, self._clock, self._job_timeout_ns, lambda: self.lost(worker, hung)
+        )
+        handle.on_answer = lambda _, job, message: self._owner.worker_answered(worker, job, message)
+        handle.on_gallery = lambda _: self._owner.crew_changed()
+        handle.on_drained = lambda _: self._left(worker)
+        handle.on_lost = lambda _, error: self.lost(worker, error)
+        self._briefing.check(worker.package, handle.facts)
+        if self._is_over_budget(handle):
+            raise WorkerLostError("OVER_BUDGET", "the model alone exceeds memory_mib")
+        worker.codec = self._briefing.codec(worker.package)
+
+    def _welcome(self, worker: Worker, handle: ReadyHandle) -> None:
+        facts = handle.facts
+        log.info(
+            "worker ready",
+            pool=self._pool,
+            worker=worker.worker_id,
+            worker_pid=worker.pid,
+            device=facts.device_name,
+            model=facts.model_id,
+            load_ms=round(facts.load_ms, 1),
+            warm_ms=round(facts.warm_ms, 1),
+            latency_ms=round(facts.latency_ms, 3),
+            memory_mib=facts.memory_mib,
+        )
+        worker.ready_since_ns = handle.last_success_ns = self._clock.now_ns()
+        self.happen(worker, Happening.READY)
+        self._owner.tell(PoolChange.WORKER_READY, worker, "")
+
+    def _nice(self, worker: Worker) -> int:
+        """While it loads: nobody waits for one that comes beside workers of this pool; for one
+        that comes back alone somebody does, but other pools' frames pass first."""
+        if self.active:
+            return _NICE_BESIDE
+        return _NICE_AGAIN if worker.state.restarts else 0
+
+    def _left(self, worker: Worker) -> None:
+        """Drained: by our wish, or by its own (SIGTERM from outside)."""
+        log.info("worker leaves", pool=self._pool, worker=worker.worker_id)
+        self.happen(worker, Happening.LEFT, detail="it left before it was ready")
+        if worker.life is not Life.DRAINING:
+            return  # that was a loss
+        self._let_go(worker, "DRAINED")
+        if worker.link is not None:
+            worker.link.release()
+        self._settle()
+
+    def _end(self, worker: Worker, *, grace_s: float, reason: str) -> None:
+        """See to the end of the present process, and report GONE."""
+        if grace_s == 0:
+            if worker.bring_up is not None and worker.bring_up is not asyncio.current_task():
+                worker.bring_up.cancel()
+            worker.bring_up = None
+            self._let_go(worker, reason)
+        ending = asyncio.get_running_loop().create_task(
+            self._see_to_end(worker, worker.link, grace_s, reason), name=f"end {worker.worker_id}"
+        )
+        worker.endings.add(ending)
+        ending.add_done_callback(worker.endings.discard)
+
+    async def _see_to_end(
+        self, worker: Worker, link: Link | None, grace_s: float, reason: str
+    ) -> None:
+        code: int | None = None
+        if link is not None:
+            hung = reason in ("HUNG", "START_TIMEOUT", "GALLERY_STALE")
+            await host.end(link, grace_s=grace_s, dump=hung or grace_s > 0)
+            code = link.exited.result()
+        if worker.link is not link:
+            return  # another ending of the same life was faster
+        worker.link = None
+        self._let_go(worker, reason)
+        log.info("worker gone", pool=self._pool, worker=worker.worker_id, exit_code=code)
+        self.happen(worker, Happening.GONE)
+
+    def _let_go(self, worker: Worker, reason: str) -> None:
+        """Of the present process: its jobs go back to the pool."""
+        handle, worker.handle = worker.handle, None
+        if handle is None:
+            return
+        if worker.hang is not None:
+            worker.hang.close()
+        jobs = list(handle.jobs)
+        handle.jobs.clear()
+        handle.close()
+        self._owner.jobs_came_back(jobs, reason, overlaps=handle.overlaps)
+
+    # -- jobs -----------------------------------------------------------------------------
+
+    def give(self, handle: ReadyHandle, tasks: list[AnyTask]) -> None:
+        """Send a job; if the worker is gone, its tasks come back. Raises ValueError or
+        OverflowError for a request that no message can carry."""
+        worker = next(w for w in self.everyone() if w.handle is handle)
+        assert worker.codec is not None
+        self._jobs += 1
+        slot, view = handle.request_slot()
+        now = self._clock.now_ns()
+        for task in tasks:
+            task.dispatched_ns = now
+        job = Job(self._jobs, slot, tasks)
+        if not handle.jobs:
+            job.started_ns = now
+        try:
+            items, job.request_used = worker.codec.write([task.request for task in tasks], view)
+            handle.send(job, items)
+        except ChannelError as error:
+            self._owner.jobs_came_back([job], "NOT_SENT", overlaps=False)
+            # It may have left in order, or said why it ends: that counts, not our EPIPE.
+            handle.receive_last()
+            if worker.handle is handle:
+                self.lost(worker, WorkerLostError.by(error))
+            return
+        assert worker.hang is not None
+        worker.hang.begin()
+
+    def finish(self, worker: Worker, job: Job, message: InferDone | InferFailed, used: int) -> None:
+        """A job's answer was read: its place is free. ``used``: bytes of the response slot."""
+        handle, now = worker.handle, self._clock.now_ns()
+        if handle is None:
+            return
+        if isinstance(message, InferDone):
+            handle.last_success_ns = now
+        handle.done(job, used)
+        if job.started_ns:
+            handle.service_ns += 0.125 * (now - job.started_ns - handle.service_ns)
+        if handle.jobs and not handle.jobs[0].started_ns:
+            handle.jobs[0].started_ns = now
+        # Before the next dispatch: what is retried shall not meet the same full memory.
+        if self._is_over_budget(handle) or self._is_at_its_cap(message):
+            self._recycle(worker, "OVER_BUDGET")
+
+    def cancel_if_abandoned(self, task: AnyTask) -> None:
+        """Whoever waited for the task is gone: a staged job that is waited for by nobody need
+        not be begun."""
+        for handle in (w.handle for w in self.everyone() if w.handle):
+            for job in list(handle.jobs)[1:]:
+                if task in job.tasks:
+                    if not job.abandoned and all(t.future.done() for t in job.tasks):
+                        job.abandoned = True
+                        handle.cancel(job)
+                    return
+
+    def _send_canary(self, worker: Worker) -> asyncio.Future[Any]:
+        """One built-in item through the worker; a failure loses the worker."""
+        now = self._clock.now_ns()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        task: AnyTask = Task(
+            self._briefing.canary(worker.package),
+            lane=_CANARY_LANE,
+            weight=1,
+            deadline_ns=now + self._job_timeout_ns,
+            future=future,
+            submitted_ns=now,
+            canary=True,
+        )
+        handle = worker.handle
+        assert handle is not None
+
+        def judge(done: asyncio.Future[Any]) -> None:
+            if not done.cancelled() and done.exception() is not None and worker.handle is handle:
+                self.lost(worker, WorkerLostError("CANARY_FAILED"))
+
+        future.add_done_callback(judge)
+        self.give(handle, [task])
+        return future
+
+    # -- troubles -------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Ping idle workers, and have them infer now and then."""
+        interval = int(self._settings.ping_interval_s * _S)
+        now = self._clock.now_ns()
+        # If this process stood still (a paused machine), what it waits for may have come, and
+        # is read after this.
+        stood_still = now - self._ticked_ns > 2 * interval
+        self._ticked_ns = now
+        self._tick_timer = self._clock.call_at(now + interval, self._tick)
+        for worker in [*self.serving, *self.warming]:
+            if worker.life is Life.READY and worker.handle is not None:
+                if stood_still:
+                    worker.handle.wait_anew(now)
+                self._examine(worker, worker.handle, now)
+
+    def _examine(self, worker: Worker, handle: ReadyHandle, now: int) -> None:
+        if self._feed.is_late(handle, now):
+            self.lost(worker, WorkerLostError("GALLERY_STALE"))
+        elif handle.ping_sent_ns:
+            if not handle.jobs and now - handle.ping_sent_ns >= self._job_timeout_ns:
+                self.lost(worker, WorkerLostError("HUNG", "no pong in time"))
+        elif not handle.jobs:
+            if now - handle.last_success_ns >= self._settings.canary_interval_s * _S:
+                self._send_canary(worker)
+            else:
+                handle.ping(now)
+            if self._is_over_budget(handle):
+                self._recycle(worker, "OVER_BUDGET")
+
+    def _is_over_budget(self, handle: ReadyHandle) -> bool:
+        return 0 < self._budget_mib < handle.memory_mib
+
+    def _is_at_its_cap(self, message: InferDone | InferFailed) -> bool:
+        """Out of memory inside a budget: the model fitted when it warmed up, so something grew
+        since, and a process of its own has its cap just there."""
+        return (
+            self._budget_mib > 0
+            and isinstance(message, InferFailed)
+            and message.reason == Reason.OUT_OF_MEMORY
+        )
+
+    def _recycle(self, worker: Worker, reason: str) -> None:
+        if worker.life is not Life.READY:
+            return
+        if self._hosting.shares_process:
+            # Memory belongs to the process: only its end gives it back.
+            self.lost(worker, WorkerLostError(reason, "the group's process grew too large"))
+            return
+        log.warning(
+            "worker recycled",
+            pool=self._pool,
+            worker=worker.worker_id,
+            reason=reason,
+            memory_mib=worker.handle.memory_mib if worker.handle else 0,
+            budget_mib=self._budget_mib,
+        )
+        self.restart(worker, reason)
+
+    def restart(self, worker: Worker, reason: str) -> None:
+        """Drain it and start it again; on purpose."""
+        self._owner.tell(PoolChange.WORKER_RESTARTING, worker, reason)
+        self.happen(worker, Happening.RESTART, reason)

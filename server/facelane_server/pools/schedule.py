@@ -1,0 +1,295 @@
+"""What goes next, to whom, and who is to blame: the decisions of a pool, pure.
+
+Pull, not push: when a worker has room, it is given the best batch that exists now
+(``queue``), up to ``batch_max`` and the bytes of a slot. Nothing waits for a batch to
+fill. Idle workers come first; a second job is staged on a busy worker only while all are
+busy, and only where overlap pays (a device, or jobs so short that the hop counts).
+
+What a loss costs: the tasks in flight on the lost worker are tried once more, each
+alone, in front of the queue and with their old deadline; a task that kills a second
+worker is POISONED. Tasks that wait are not touched. When no worker can be back before a
+task's deadline, it is refused at once instead of waiting.
+
+Nothing here knows a loop, a clock or a socket: times are arguments, and what has ended
+is handed back (``Ended``) for the pool to tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Final, Protocol, TypeVar
+
+import structlog
+
+from facelane_server import limits
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.ipc.channel import ProtocolError
+from facelane_server.ipc.messages import InferDone, InferFailed
+from facelane_server.pools.queue import FairQueue
+from facelane_server.pools.slots import Codec, failure_of
+from facelane_server.pools.tasks import Answer, AnyTask, Job
+
+log = structlog.get_logger(__name__)
+
+Ended = list[tuple[AnyTask, Answer | FacelaneError]]
+"""Tasks and what became of them; futures that are done already (given up) stay as they are."""
+
+_OVERLAP_NS: Final = 5_000_000
+"""A CPU worker whose jobs are longer gains nothing from a staged one: the hop is short
+beside them, and a staged frame can no longer be replaced by a newer one."""
+_NOT_TO_BLAME: Final = frozenset(
+    {"NOT_SENT", "STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE", "OVER_BUDGET"}
+)
+"""Losses that the tasks in flight have nothing to do with."""
+
+
+class Seat(Protocol):
+    """A ready worker, as far as what it is given depends on it."""
+
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """In flight, in the order sent."""
+
+    @property
+    def free_slots(self) -> int: ...
+
+    @property
+    def batch_max(self) -> int: ...
+
+    @property
+    def overlaps(self) -> bool:
+        """It begins a job before the one before it has ended."""
+
+    @property
+    def service_ns(self) -> float:
+        """Running mean of a job's time."""
+
+
+S = TypeVar("S", bound=Seat)
+
+
+class Schedule:
+    """The tasks of one pool that wait, and the rules by which they go and end.
+
+    ``codec`` knows what a request takes in the slots; it changes with a reload.
+    """
+
+    def __init__(self, pool: str, codec: Codec) -> None:
+        self.codec = codec
+        self.retried = 0
+        self._pool = pool
+        self._queue = FairQueue()
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    # -- in and out -----------------------------------------------------------------------
+
+    def submit(
+        self, task: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
+    ) -> FacelaneError | None:
+        """Queue a task, or say why not. ``can_be_served``: by that deadline."""
+        refusal = self._refusal(task, now_ns, can_be_served)
+        if refusal is None:
+            self._queue.put(task)
+        return refusal
+
+    def _refusal(
+        self, task: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
+    ) -> FacelaneError | None:
+        if len(self._queue) >= limits.MAX_POOL_QUEUE:
+            return FacelaneError(
+                Reason.POOL_OVERLOADED,
+                f"the {self._pool} pool has {limits.MAX_POOL_QUEUE} tasks waiting; send less, or "
+                "add workers",
+                retryable=True,
+                metadata={"pool": self._pool},
+            )
+        try:
+            request, response = self.codec.cost(task.request)
+        except FacelaneError as error:
+            return error
+        if request > limits.REQUEST_SLOT_BYTES or response > limits.RESPONSE_SLOT_BYTES:
+            return FacelaneError(
+                Reason.PICTURE_TOO_LARGE, "the picture does not fit between the processes"
+            )
+        if task.deadline_ns <= now_ns:
+            return self._too_late()
+        if not can_be_served(task.deadline_ns):
+            return unavailable(self._pool, "has no worker and none comes back in time")
+        return None
+
+    def withdraw(self, task: AnyTask) -> bool:
+        """Take a task out that still waits."""
+        return self._queue.withdraw(task)
+
+    def next_deadline(self) -> int | None:
+        return self._queue.next_deadline()
+
+    def expire(self, now_ns: int, *, serving: bool) -> Ended:
+        """What has waited until its deadline. ``serving``: some worker can infer."""
+        if serving:
+            return [(task, self._too_late()) for task in self._queue.expire(now_ns)]
+        why = unavailable(self._pool, "had no worker until the deadline")
+        return [(task, why) for task in self._queue.expire(now_ns)]
+
+    def refuse_hopeless(self, can_be_served: Callable[[int], bool]) -> Ended:
+        """After a loss: what cannot be served in time is told so now."""
+        hopeless = [t for t in self._queue.tasks() if not can_be_served(t.deadline_ns)]
+        for task in hopeless:
+            self._queue.withdraw(task)
+        why = unavailable(self._pool, "has no worker and none is back in time")
+        return [(task, why) for task in hopeless]
+
+    def close(self) -> Ended:
+        """Everything that waits, refused."""
+        why = unavailable(self._pool, "is shutting down")
+        return [(task, why) for task in self._queue.clear()]
+
+    # -- what goes next -------------------------------------------------------------------
+
+    def next(self, seats: Collection[S]) -> tuple[S, list[AnyTask]] | None:
+        """Whom to give which batch now; None when nothing waits or nobody has room."""
+        while len(self._queue):
+            seat = self._next_seat(seats, alone=self._queue.next_is_alone)
+            if seat is None:
+                return None
+            # A caller that gave up (cancelled future) costs no inference.
+            tasks = [t for t in self._take_batch(seat.batch_max) if not t.future.done()]
+            if tasks:
+                return seat, tasks
+        return None
+
+    def _next_seat(self, seats: Iterable[S], *, alone: bool) -> S | None:
+        """An idle worker; else, all being busy, the one whose staged place is free and whose
+        first job began longest ago. Where jobs overlap, the end of a worker is blamed on both:
+        ``alone`` = a task that may be the guilty one shares it with no other."""
+        best: S | None = None
+        for seat in seats:
+            jobs = seat.jobs
+            if not jobs:
+                return seat
+            if len(jobs) >= limits.JOBS_PER_WORKER or not seat.free_slots:
+                continue
+            if not seat.overlaps and seat.service_ns > _OVERLAP_NS:
+                continue
+            if seat.overlaps and (alone or any(task.attempts for task in jobs[0].tasks)):
+                continue
+            if best is None or jobs[0].started_ns < best.jobs[0].started_ns:
+                best = seat
+        return best
+
+    def _take_batch(self, most: int) -> list[AnyTask]:
+        room = [limits.REQUEST_SLOT_BYTES, limits.RESPONSE_SLOT_BYTES]
+
+        def accept(task: AnyTask) -> bool:
+            request, response = self.codec.cost(task.request)
+            if request > room[0] or response > room[1]:
+                return False
+            room[0] -= request
+            room[1] -= response
+            return True
+
+        return self._queue.take(most, accept)
+
+    # -- what came of it ------------------------------------------------------------------
+
+    def cannot_be_sent(self, tasks: list[AnyTask]) -> Ended:
+        """A request that no message can carry: its own failure, and nobody else's."""
+        if len(tasks) > 1:
+            for task in reversed(tasks):
+                self._retry(task, alone=True)
+            return []
+        log.error("request cannot be sent to a worker", pool=self._pool)
+        return [(tasks[0], FacelaneError(Reason.INTERNAL, "the request cannot be sent"))]
+
+    def answered(
+        self, job: Job, message: InferDone, codec: Codec, slot: memoryview
+    ) -> tuple[Ended, int]:
+        """A job's answers, and the bytes that they took in the response slot. ``codec``: of
+        the worker that answers. Raises ProtocolError for what cannot be an answer."""
+        if len(message.items) != len(job.tasks):
+            raise ProtocolError("another number of answers than of items")
+        read = [
+            (task, *codec.read(task.request, item, slot))
+            for task, item in zip(job.tasks, message.items, strict=True)
+        ]
+        return [(task, answer) for task, answer, _ in read], max(end for _, _, end in read)
+
+    def failed(self, job: Job, message: InferFailed) -> Ended:
+        """A job failed whole: its tasks are tried once more, or end."""
+        ended: Ended = []
+        alone = len(job.tasks) == 1
+        for task in reversed(job.tasks):
+            if task.future.done():
+                continue
+            task.attempts += 1
+            # Out of memory may pass; an error that nobody foresaw may be one item's fault.
+            again = message.retryable or (message.reason == Reason.INTERNAL and not alone)
+            if not task.canary and again and task.attempts < limits.MAX_TASK_ATTEMPTS:
+                self._retry(task, alone=True)
+            else:
+                ended.append((task, failure_of(message, task.attempts)))
+        return ended
+
+    def taken_back(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> Ended:
+        """The jobs in flight of a worker that is gone for this reason: their tasks are tried
+        once more, or end."""
+        ended: Ended = []
+        for place, job in reversed(list(enumerate(jobs))):
+            # A staged job has not been begun by a worker that computes in order.
+            blamed = reason not in _NOT_TO_BLAME and (place == 0 or overlaps)
+            for task in reversed(job.tasks):
+                if task.future.done():
+                    continue
+                if task.canary:
+                    ended.append((task, self._worker_lost()))
+                    continue
+                task.attempts += blamed
+                if task.attempts < limits.MAX_TASK_ATTEMPTS:
+                    self._retry(task, alone=blamed)
+                else:
+                    ended.append((task, self._poisoned()))
+        return ended
+
+    def _retry(self, task: AnyTask, *, alone: bool) -> None:
+        self.retried += 1
+        task.dispatched_ns = 0
+        # Once a suspect, always one: two of them in a batch would be condemned together.
+        self._queue.put_back(task, alone=alone or task.attempts > 0)
+
+    # -- errors ---------------------------------------------------------------------------
+
+    def _too_late(self) -> FacelaneError:
+        return FacelaneError(
+            Reason.DEADLINE_EXCEEDED,
+            f"no worker of the {self._pool} pool was free before the deadline; send less, or add "
+            "workers",
+            retryable=True,
+            metadata={"pool": self._pool},
+        )
+
+    def _worker_lost(self) -> FacelaneError:
+        return FacelaneError(
+            Reason.WORKER_LOST,
+            f"a worker of the {self._pool} pool ended; try again",
+            retryable=True,
+            metadata={"pool": self._pool},
+        )
+
+    def _poisoned(self) -> FacelaneError:
+        return FacelaneError(
+            Reason.POISONED,
+            f"two workers of the {self._pool} pool ended over this item; it is not tried again",
+            metadata={"pool": self._pool},
+        )
+
+
+def unavailable(pool: str, why: str) -> FacelaneError:
+    return FacelaneError(
+        Reason.POOL_UNAVAILABLE,
+        f"the {pool} pool {why}; try again later",
+        retryable=True,
+        metadata={"pool": pool},
+    )
