@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
+from concurrent.futures import Future
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from facelane_server.pools.queue import AnyTask, FairQueue
-from facelane_server.pools.tasks import LivenessRequest, Task
+from facelane_server.pools.queue import FairQueue, _Level
+from facelane_server.pools.tasks import ANYBODY, AnyTask, LivenessRequest, Sender, Task
 
 REQUEST = LivenessRequest(())
 
 
-def task(lane: int, *, weight: int = 1, deadline: int = 1000) -> AnyTask:
-    loop = asyncio.new_event_loop()
-    try:
-        return Task(REQUEST, lane, weight, deadline, loop.create_future())
-    finally:
-        loop.close()
+def task(lane: int, *, weight: int = 1, deadline: int = 1000, sender: Sender = ANYBODY) -> AnyTask:
+    future: Any = Future()  # only asked whether it is done
+    return Task(REQUEST, lane, weight, deadline, future, sender=sender)
 
 
 def take(queue: FairQueue, most: int) -> list[AnyTask]:
@@ -171,6 +169,90 @@ def test_backlogged_lanes_get_their_shares(plan: list[tuple[int, int]], batch: i
                     assert gap <= 1 / weights[a] + 1 / weights[b] + 1e-9
 
 
+# -- keys ---------------------------------------------------------------------------------
+
+
+def test_a_clients_weight_divides_its_own_keys_share() -> None:
+    """Eight streams of weight 100 with one key, against one of weight 1 with another."""
+    queue = FairQueue()
+    for _ in range(200):
+        for lane in range(8):
+            queue.put(task(lane, weight=100, sender=Sender("greedy")))
+        queue.put(task(9, weight=1, sender=Sender("modest")))
+    served = Counter(item.lane for item in take(queue, 200))
+    assert 98 <= served[9] <= 102
+    assert all(11 <= served[lane] <= 14 for lane in range(8))
+
+
+def test_a_keys_weight_is_its_share() -> None:
+    queue = FairQueue()
+    for _ in range(200):
+        queue.put(task(1, weight=100, sender=Sender("visitors", 1)))
+        queue.put(task(2, weight=1, sender=Sender("doors", 3)))
+    served = Counter(item.lane for item in take(queue, 200))
+    assert 148 <= served[2] <= 152
+
+
+def test_single_pictures_cannot_take_the_streams_share_nor_streams_theirs() -> None:
+    """A hundred calls, each a lane of its own, however many keys they come with."""
+    queue = FairQueue()
+    for number in range(1000):
+        queue.put(task(number, sender=Sender(f"caller{number % 50}", live=False)))
+        queue.put(task(-1 - number % 3, sender=Sender(f"camera{number % 2}")))
+    served = Counter(item.sender.live for item in take(queue, 500))
+    assert 398 <= served[True] <= 402
+    assert served[False] == 500 - served[True]
+
+
+def test_a_share_that_nobody_uses_is_everybodys() -> None:
+    queue = FairQueue()
+    for _ in range(20):
+        queue.put(task(1, sender=Sender("a", live=False)))
+    assert len(take(queue, 20)) == 20
+
+
+def test_what_waits_of_a_key_is_known() -> None:
+    queue = FairQueue()
+    first, second = (task(lane, sender=Sender("a")) for lane in (1, 2))
+    for item in (first, second, task(1, sender=Sender("b"))):
+        queue.put(item)
+    assert (queue.waiting_of("a"), queue.waiting_of("b"), queue.waiting_of("c")) == (2, 1, 0)
+    queue.withdraw(first)
+    assert queue.waiting_of("a") == 1
+    take(queue, 2)
+    assert queue.waiting_of("a") == queue.waiting_of("b") == 0
+
+
+SENDERS = st.builds(Sender, st.sampled_from("abc"), st.integers(1, 4), st.booleans())
+
+
+@given(st.lists(st.tuples(SENDERS, st.integers(0, 3), st.integers(1, 100)), max_size=120))
+def test_nobody_waits_longer_than_the_keys_before_it(
+    plan: list[tuple[Sender, int, int]],
+) -> None:
+    """Bounded waiting: whatever a key's streams claim, between two turns of a backlogged key
+    another of its kind has at most as many as their weights say, and one."""
+    queue = FairQueue()
+    weights = {(s.live, s.key): s.weight for s, _, _ in plan}
+    left: Counter[tuple[bool, str]] = Counter()
+    for sender, lane, weight in plan:
+        name = (sender.live, sender.key)
+        left[name] += 1
+        fixed = Sender(sender.key, weights[name], sender.live)
+        queue.put(task(lane, weight=weight, sender=fixed))
+    served: Counter[tuple[bool, str]] = Counter()
+    while len(queue):
+        (item,) = take(queue, 1)
+        name = (item.sender.live, item.sender.key)
+        served[name] += 1
+        left[name] -= 1
+        for a in left:
+            for b in left:
+                if left[a] and left[b] and a[0] == b[0]:
+                    gap = served[a] / weights[a] - served[b] / weights[b]
+                    assert gap <= 1 / weights[a] + 1 / weights[b] + 1e-9
+
+
 class QueueMachine(RuleBasedStateMachine):
     """Against a plain set: nothing is lost, nothing comes twice, order in a lane holds."""
 
@@ -180,9 +262,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.model: list[AnyTask] = []
         self.gone: list[AnyTask] = []
 
-    @rule(lane=st.integers(0, 4), weight=st.integers(1, 3), deadline=st.integers(0, 100))
-    def put(self, lane: int, weight: int, deadline: int) -> None:
-        item = task(lane, weight=weight, deadline=deadline)
+    @rule(
+        lane=st.integers(0, 4),
+        weight=st.integers(1, 3),
+        deadline=st.integers(0, 100),
+        sender=st.builds(Sender, st.just("k"), st.just(1), st.booleans()),
+    )
+    def put(self, lane: int, weight: int, deadline: int, sender: Sender) -> None:
+        item = task(10 * lane + sender.live, weight=weight, deadline=deadline, sender=sender)
         self.queue.put(item)
         self.model.append(item)
 
@@ -244,5 +331,10 @@ def test_memory_does_not_grow_with_what_has_passed() -> None:
         for item in take(queue, 1):
             if item is kept:
                 queue.put(kept)
-    held = [queue._lanes, queue._heads, queue._deadlines]
-    assert max(map(len, held)) < 1_500
+    levels = [queue._root]
+    for level in levels:
+        levels += [c for c in level.children.values() if isinstance(c, _Level)]
+        assert max(len(level.children), len(level.heads)) < 1_500
+    assert len(levels) == 3
+    assert len(queue._deadlines) < 1_500
+    assert len(queue._by_key) == 1

@@ -1,13 +1,17 @@
-"""Which tasks go next: weighted fair over lanes, earliest deadline first among equals.
+"""Which tasks go next: weighted fair on three levels, earliest deadline first among equals.
 
-Start-time fair queueing. Every lane's next task has a start tag in virtual time,
-``max(virtual time, the lane's last finish tag)``; taking it moves the lane's finish tag to
-``start + 1 / weight``. Virtual time moves on by ``1 / W`` for every task taken, W being the
-weights of the lanes that wait, and never lags behind the start tag taken: so a stream of
-ever new lanes, each with one task, cannot starve those that were there before. A lane that
-was silent gets its turn at once but no credit for its silence, and a lane that floods waits
-for its share.
-A task that is withdrawn before it is taken costs its lane nothing.
+Streams and single pictures share the pool first, then the keys of each among one another,
+then the lanes of each key. A key's weight is the operator's; a lane's weight, which the
+client chooses, divides its own key's share and nobody else's. A share that nobody uses is
+everybody's.
+
+Every level is start-time fair queueing. Each child's next task has a start tag in the
+level's virtual time, ``max(virtual time, the child's last finish tag)``; taking it moves
+the finish tag to ``start + 1 / weight``. Virtual time moves on by ``1 / W`` for every task
+taken, W being the weights of the children that wait, and never lags behind the start tag
+taken: so a stream of ever new lanes, each with one task, cannot starve those that were
+there before. Who was silent gets its turn at once but no credit for the silence, and who
+floods waits for its share. A task that is withdrawn before it is taken costs nothing.
 
 Pure: no clock, no loop. All operations are O(log n) but the removal of a task out of the
 middle of its lane, which is short (a lane holds at most its window).
@@ -17,42 +21,121 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Hashable
+from typing import Final, TypeVar
 
 from facelane_server.pools.tasks import AnyTask
 
 _SLACK: Final = 256
-"""Dead heap entries and idle lanes tolerated before they are swept out."""
+"""Dead heap entries and idle children tolerated before they are swept out."""
+_STREAMS_SHARE: Final = 4
+"""Of the streams, against single pictures' 1, while both wait."""
+
+C = TypeVar("C", bound="_Lane")
 
 
 class _Lane:
-    __slots__ = ("finish", "start", "turn", "waiting", "weight")
+    """What waits of one lane. Like a ``_Level``, a child of one."""
 
     def __init__(self, finish: float) -> None:
-        self.finish = finish
-        self.start = finish
+        self.start = self.finish = finish
         self.turn = 0
         """Changes with the head; heap entries of another turn are dead."""
-        self.waiting: deque[AnyTask] = deque()
         self.weight = 0
-        """Of its head; 0 while nothing waits."""
+        """As counted in the level above; 0 while nothing waits."""
+        self.waiting: deque[AnyTask] = deque()
+
+    def head(self) -> AnyTask | None:
+        return self.waiting[0] if self.waiting else None
+
+    def weight_of(self, head: AnyTask) -> int:
+        return head.weight
+
+
+class _Level(_Lane):
+    """Children that share; ``waiting`` stays empty."""
+
+    def __init__(self, finish: float = 0.0) -> None:
+        super().__init__(finish)
+        self.children: dict[Hashable, _Lane] = {}
+        self.heads: list[tuple[float, int, int, Hashable]] = []
+        """(start tag, deadline, turn, child)"""
+        self.virtual = 0.0
+        self.total = 0
+        """Weight of the children that wait."""
+
+    def head(self) -> AnyTask | None:
+        first = self.first()
+        return None if first is None else first[1].head()
+
+    def first(self) -> tuple[Hashable, _Lane] | None:
+        """The child whose turn it is."""
+        heads = self.heads
+        while heads:
+            _, _, turn, name = heads[0]
+            child = self.children.get(name)
+            if child is not None and child.turn == turn:
+                return name, child
+            heapq.heappop(heads)
+        return None
+
+    def child(self, name: Hashable, kind: type[C]) -> C:
+        found = self.children.get(name)
+        if found is None:
+            if len(self.children) > 2 * len(self.heads) + _SLACK:
+                self.children = {
+                    n: c for n, c in self.children.items() if c.weight or c.finish > self.virtual
+                }
+            found = self.children[name] = kind(self.virtual)
+        assert isinstance(found, kind)
+        return found
+
+    def renew(self, name: Hashable, child: _Lane, start: float, turn: int) -> None:
+        """The child has another head, or none any more."""
+        child.turn = turn
+        head = child.head()
+        weight = 0 if head is None else max(child.weight_of(head), 1)
+        self.total += weight - child.weight
+        child.weight = weight
+        if head is None:
+            if child.finish <= self.virtual:
+                del self.children[name]
+            return
+        child.start = start
+        if len(self.heads) > 2 * len(self.children) + _SLACK:
+            self.heads = [e for e in self.heads if self._is_live(e)]
+            heapq.heapify(self.heads)
+        heapq.heappush(self.heads, (start, head.deadline_ns, turn, name))
+
+    def _is_live(self, entry: tuple[float, int, int, Hashable]) -> bool:
+        child = self.children.get(entry[3])
+        return child is not None and child.turn == entry[2]
+
+
+class _Key(_Level):
+    """The lanes of one key."""
+
+    def weight_of(self, head: AnyTask) -> int:
+        return head.sender.weight
+
+
+class _Kind(_Level):
+    """The keys of the streams, or of single pictures."""
+
+    def weight_of(self, head: AnyTask) -> int:
+        return _STREAMS_SHARE if head.sender.live else 1
 
 
 class FairQueue:
     """The tasks of one pool that wait for a worker."""
 
     def __init__(self) -> None:
-        self._lanes: dict[int, _Lane] = {}
-        self._heads: list[tuple[float, int, int, int, int]] = []
-        """(start tag, deadline, sequence, lane, turn)"""
+        self._root = _Level()
         self._front: deque[tuple[AnyTask, bool]] = deque()
         """Tasks that come back from a lost worker; True = to be taken alone."""
         self._queued: set[AnyTask] = set()
+        self._by_key: dict[str, int] = {}
         self._deadlines: list[tuple[int, int, AnyTask]] = []
-        self._virtual = 0.0
-        self._weight = 0
-        """Sum over the lanes that wait."""
         self._sequence = 0
 
     def __len__(self) -> int:
@@ -61,6 +144,10 @@ class FairQueue:
     def __contains__(self, task: AnyTask) -> bool:
         return task in self._queued
 
+    def waiting_of(self, key: str) -> int:
+        """Tasks that wait of a key."""
+        return self._by_key.get(key, 0)
+
     @property
     def next_is_alone(self) -> bool:
         """The next task came back to be taken alone."""
@@ -68,15 +155,11 @@ class FairQueue:
 
     def put(self, task: AnyTask) -> None:
         """Queue a task behind those of its lane."""
-        lane = self._lanes.get(task.lane)
-        if lane is None:
-            if len(self._lanes) > 2 * len(self._heads) + _SLACK:
-                self._sweep_lanes()
-            lane = self._lanes[task.lane] = _Lane(self._virtual)
+        *_, (_, _, lane) = self._path(task)
         lane.waiting.append(task)
         self._register(task)
         if len(lane.waiting) == 1:
-            self._new_head(task.lane, lane, max(self._virtual, lane.finish))
+            self._renew(task)
 
     def put_back(self, task: AnyTask, *, alone: bool) -> None:
         """Queue a task that was taken before in front of all others; ``alone`` = it must not
@@ -88,16 +171,16 @@ class FairQueue:
         """Take a task out. False when it is not queued."""
         if task not in self._queued:
             return False
-        self._queued.remove(task)
+        self._forget(task)
         for entry in self._front:
             if entry[0] is task:
                 self._front.remove(entry)
                 return True
-        lane = self._lanes[task.lane]
+        *_, (_, _, lane) = self._path(task)
         was_head = lane.waiting[0] is task
         lane.waiting.remove(task)
         if was_head:
-            self._new_head(task.lane, lane, lane.start)
+            self._renew(task)
         return True
 
     def take(self, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
@@ -111,34 +194,19 @@ class FairQueue:
             if not batch:
                 accept(task)
             self._front.popleft()
-            self._queued.remove(task)
+            self._forget(task)
             batch.append(task)
             if alone:
                 return batch
-        heads = self._heads
-        while heads and len(batch) < most:
-            start, _, _, number, turn = heads[0]
-            lane = self._lanes.get(number)
-            if lane is None or lane.turn != turn:
-                heapq.heappop(heads)
-                continue
-            task = lane.waiting[0]
-            if not accept(task) and batch:
+        while len(batch) < most and (head := self._root.head()) is not None:
+            if not accept(head) and batch:
                 break
-            heapq.heappop(heads)
-            lane.waiting.popleft()
-            self._queued.remove(task)
-            self._virtual = max(self._virtual + 1.0 / self._weight, start)
-            lane.finish = start + 1.0 / max(task.weight, 1)
-            self._new_head(number, lane, lane.finish)
-            batch.append(task)
+            self._take(head)
+            batch.append(head)
         if not self._queued:
             # Nobody competes, so nobody has anything to be fair about.
-            self._lanes.clear()
-            heads.clear()
+            self._root = _Level()
             self._deadlines.clear()
-            self._virtual = 0.0
-            self._weight = 0
         return batch
 
     def next_deadline(self) -> int | None:
@@ -167,39 +235,45 @@ class FairQueue:
         """All that is queued, in no order."""
         return list(self._queued)
 
+    def _path(self, task: AnyTask) -> list[tuple[_Level, Hashable, _Lane]]:
+        """From the root down to the task's lane: level, child's name, child."""
+        sender = task.sender
+        kind = self._root.child(sender.live, _Kind)
+        key = kind.child(sender.key, _Key)
+        lane = key.child(task.lane, _Lane)
+        return [(self._root, sender.live, kind), (kind, sender.key, key), (key, task.lane, lane)]
+
     def _register(self, task: AnyTask) -> None:
         self._queued.add(task)
+        key = task.sender.key
+        self._by_key[key] = self._by_key.get(key, 0) + 1
         self._sequence += 1
         if len(self._deadlines) > 2 * len(self._queued) + _SLACK:
             self._deadlines = [e for e in self._deadlines if e[2] in self._queued]
             heapq.heapify(self._deadlines)
         heapq.heappush(self._deadlines, (task.deadline_ns, self._sequence, task))
 
-    def _new_head(self, number: int, lane: _Lane, start: float) -> None:
-        self._sequence += 1
-        lane.turn = self._sequence
-        weight = max(lane.waiting[0].weight, 1) if lane.waiting else 0
-        self._weight += weight - lane.weight
-        lane.weight = weight
-        if not lane.waiting:
-            if lane.finish <= self._virtual:
-                del self._lanes[number]
-            return
-        lane.start = start
-        if len(self._heads) > 2 * len(self._lanes) + _SLACK:
-            self._heads = [e for e in self._heads if self._is_live(e)]
-            heapq.heapify(self._heads)
-        heapq.heappush(
-            self._heads,
-            (start, lane.waiting[0].deadline_ns, self._sequence, number, lane.turn),
-        )
+    def _forget(self, task: AnyTask) -> None:
+        self._queued.remove(task)
+        key = task.sender.key
+        self._by_key[key] -= 1
+        if not self._by_key[key]:
+            del self._by_key[key]
 
-    def _is_live(self, entry: tuple[float, int, int, int, int]) -> bool:
-        lane = self._lanes.get(entry[3])
-        return lane is not None and lane.turn == entry[4]
+    def _renew(self, task: AnyTask) -> None:
+        """The lane of a task has another head, at no cost."""
+        for level, name, child in reversed(self._path(task)):
+            waited = child.weight > 0
+            start = child.start if waited else max(level.virtual, child.finish)
+            self._sequence += 1
+            level.renew(name, child, start, self._sequence)
 
-    def _sweep_lanes(self) -> None:
-        idle = [n for n, lane in self._lanes.items() if not lane.waiting]
-        for number in idle:
-            if self._lanes[number].finish <= self._virtual:
-                del self._lanes[number]
+    def _take(self, task: AnyTask) -> None:
+        path = self._path(task)
+        path[-1][2].waiting.popleft()
+        self._forget(task)
+        for level, name, child in reversed(path):
+            level.virtual = max(level.virtual + 1.0 / level.total, child.start)
+            child.finish = child.start + 1.0 / child.weight
+            self._sequence += 1
+            level.renew(name, child, child.finish, self._sequence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from facelane_server.domain import Candidate, DetectedFace, Picture
 
@@ -52,6 +52,19 @@ class LivenessAnswer:
     score: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who asks, for fairness and for blame. ``key``: name of the caller's key, empty = unknown;
+    ``weight``: that key's share, the operator's to choose. ``live``: a stream, else a single
+    picture."""
+
+    key: str = ""
+    weight: int = 1
+    live: bool = True
+
+
+ANYBODY: Final = Sender()
+
 Request = DetectRequest | EmbedRequest | LivenessRequest
 Answer = DetectAnswer | EmbedAnswer | LivenessAnswer
 
@@ -64,7 +77,7 @@ class Task(Generic[A]):
     with a ``FacelaneError`` (DEADLINE_EXCEEDED, POOL_UNAVAILABLE, POOL_OVERLOADED,
     WORKER_LOST, POISONED, OUT_OF_MEMORY, CANCELLED, or the picture's own fault).
 
-    ``lane``: fairness is between lanes, ``weight`` its share. Times are
+    ``lane``: fairness is between the lanes of a ``sender``, ``weight`` its share. Times are
     ``time.monotonic_ns``; ``dispatched_ns`` is 0 until a worker has it.
     """
 
@@ -78,6 +91,7 @@ class Task(Generic[A]):
     finished_ns: int = 0
     attempts: int = 0
     """Workers that ended, or failed whole, over it."""
+    sender: Sender = ANYBODY
     canary: bool = False
     """The pool's own: nobody asked for it."""
 
