@@ -14,6 +14,7 @@ import pytest
 
 import facelane
 from tests.fakes import scripted_server as fake
+from tests.running_server import free_port
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -48,13 +49,6 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def swap(text: str, swaps: dict[str, str]) -> str:
     for old, new in swaps.items():
         assert old in text, f"the example does not say {old!r} any more"
@@ -74,11 +68,11 @@ def running(words: list[str], port: int, folder: Path) -> Iterator[str]:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         try:
-            until(listens, 20, "the proxy listens")
+            until(listens, what="the proxy listens")
             yield f"127.0.0.1:{port}"
         finally:
             process.kill()
-            process.wait(10)
+            process.wait(30)
 
 
 @contextmanager
