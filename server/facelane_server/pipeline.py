@@ -35,12 +35,14 @@ from facelane_server.domain import (
 from facelane_server.gallery import decide
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.pools.tasks import (
+    ANYBODY,
     DetectAnswer,
     DetectRequest,
     EmbedAnswer,
     EmbedRequest,
     LivenessAnswer,
     LivenessRequest,
+    Sender,
     Task,
 )
 
@@ -76,6 +78,7 @@ class Origin:
     lane: int
     weight: int
     deadline_ns: int
+    sender: Sender = ANYBODY
 
 
 @dataclass(slots=True)
@@ -149,6 +152,7 @@ class Pipeline:
             origin.weight,
             origin.deadline_ns,
             asyncio.get_running_loop().create_future(),
+            sender=origin.sender,
         )
         self._detector.submit(task)
         return task
@@ -211,7 +215,12 @@ class Pipeline:
             else:
                 request = LivenessRequest(crops)
             task: Task[Any] = Task(
-                request, origin.lane, origin.weight, origin.deadline_ns, loop.create_future()
+                request,
+                origin.lane,
+                origin.weight,
+                origin.deadline_ns,
+                loop.create_future(),
+                sender=origin.sender,
             )
             tasks.append((stage, task))
         if not tasks:

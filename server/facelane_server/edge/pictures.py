@@ -11,6 +11,7 @@ from facelane_server.domain import FacelaneError, Picture, Reading, Reason
 from facelane_server.edge import convert
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.pipeline import Origin, Pipeline, Plan
+from facelane_server.pools.tasks import Sender
 
 
 class SinglePictures:
@@ -45,5 +46,6 @@ class SinglePictures:
                     self._streams.next_id(),
                     convert.DEFAULT_WEIGHT,
                     time.monotonic_ns() + timeout_ns,
+                    Sender(live=False),
                 )
                 return await self._pipeline.analyse(picture, plan, origin)

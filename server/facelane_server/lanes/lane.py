@@ -51,7 +51,7 @@ from facelane_server.lanes.types import (
     Update,
 )
 from facelane_server.pipeline import Evidence, Origin, Pipeline, Timings, error_of
-from facelane_server.pools.tasks import DetectAnswer, Task
+from facelane_server.pools.tasks import ANYBODY, DetectAnswer, Sender, Task
 
 
 class _Entry:
@@ -110,12 +110,14 @@ class Lane:
         window: int,
         window_bytes: int,
         tracking_params: tracking.Params,
+        sender: Sender = ANYBODY,
         observer: LaneObserver | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.lane_id = lane_id
         self.stream_id = stream_id
         self.options = options
+        self._sender = sender
         self._pipeline = pipeline
         self._window = window
         self._window_bytes = window_bytes
@@ -372,7 +374,7 @@ class Lane:
 
     def _origin(self, entry: _Entry) -> Origin:
         deadline_ns = entry.received_ns + self.options.max_frame_age_ns
-        return Origin(self.lane_id, self.options.weight, deadline_ns)
+        return Origin(self.lane_id, self.options.weight, deadline_ns, self._sender)
 
     def _appraised(self, entry: _Entry, look: Look, evidence: Evidence) -> None:
         self._faces.answered(look, evidence)
