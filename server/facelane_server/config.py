@@ -193,11 +193,31 @@ class Pools(Section, frozen=True):
     liveness: Pool | None = Pool()
 
 
+Share = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+
+
+class Naming(Section, frozen=True):
+    """Other naming for one gallery or one source; unset = what holds for all."""
+
+    false_naming: Share | None = None
+    match_threshold: Ratio | None = None
+
+
 class Identity(Section, frozen=True):
     """Overrides of what the packages say; unset = the package's value."""
 
+    false_naming: Share = 0.001
+    """The share of strangers that may be named. The match threshold follows from it, from the
+    number of templates that are searched and from the face's OOD score, where the recogniser's
+    package says how similar different people are to it; `facelane-server gallery check` shows
+    what comes of it."""
     match_threshold: Ratio | None = None
-    """Least cosine of a match."""
+    """Least cosine of a match, in place of `false_naming`."""
+    galleries: dict[str, Naming] = {}
+    """`[identity.galleries.NAME]`: `false_naming` or `match_threshold` for one gallery."""
+    sources: dict[str, Naming] = {}
+    """`[identity.sources.NAME]`: the same for streams with this source id; it comes before the
+    gallery's."""
     margin: Ratio | None = None
     """Least distance in cosine between the best subject and the next."""
     ood_threshold: Ratio | None = None

@@ -221,6 +221,8 @@ class Identity:
     similarity: float | None = None
     """Cosine to the best candidate; ``None`` when nothing was compared."""
     candidates: tuple[Candidate, ...] = ()
+    threshold: float | None = None
+    """What ``similarity`` was compared with."""
 
 
 @dataclass(frozen=True, slots=True)

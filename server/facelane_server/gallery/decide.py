@@ -22,13 +22,15 @@ from facelane_server.domain import (
     Liveness,
     LivenessVerdict,
 )
+from facelane_server.gallery.promise import Promise
 
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
     """What the decisions compare with; from the model packages, or the config's overrides.
 
-    ``match``: least cosine of a match, [-1, 1]. ``margin``: least distance in cosine
+    ``match``: least cosine of a match, [-1, 1], where there is no ``promise`` that it follows
+    from (``match_at``). ``margin``: least distance in cosine
     between the best subject and the next, [0, 2]. ``ood``: least OOD score, [0, 1].
     ``live``: scores from here on are LIVE. ``spoof``: scores below are SPOOF;
     0 <= spoof <= live <= 1. Raises ``ValueError`` outside of these ranges.
@@ -39,6 +41,7 @@ class Thresholds:
     ood: float = 0.4
     live: float = 0.5
     spoof: float = 0.5
+    promise: Promise | None = None
 
     def __post_init__(self) -> None:
         if not -1.0 <= self.match <= 1.0:
@@ -52,6 +55,13 @@ class Thresholds:
                 f"liveness thresholds spoof {self.spoof} and live {self.live} "
                 "must satisfy 0 <= spoof <= live <= 1"
             )
+
+
+    def match_at(self, ood_score: float, searched: int) -> float:
+        """Least cosine of a match for a probe of this OOD score among ``searched`` templates."""
+        if self.promise is None:
+            return self.match
+        return self.promise.match(ood_score, searched)
 
 
 def best_first(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
@@ -71,15 +81,16 @@ def identify(
     candidates: Iterable[Candidate],
     thresholds: Thresholds,
     *,
+    searched: int = 1,
     keep: int = 0,
 ) -> Identity:
-    """The identity of one face.
+    """The identity of one face among ``searched`` templates.
 
     ``ood_score`` in [0, 1]; ``None`` means that the recogniser did not answer and gives
     NOT_EVALUATED. ``candidates`` may come in any order and with several entries a subject.
     ``keep``: how many of them the answer carries, at most ``limits.MAX_CANDIDATES``.
 
-    MATCH when ``best >= match`` and ``best - second >= margin``, where ``second`` is the best
+    MATCH when ``best >= match_at(...)``, which the answer tells, and ``best - second >= margin``, where ``second`` is the best
     similarity of *another* subject; AMBIGUOUS when only the first holds.
     """
     if ood_score is None:
@@ -91,11 +102,12 @@ def identify(
         return Identity(Decision.UNKNOWN)
     shown = ranked[: max(0, min(keep, limits.MAX_CANDIDATES))]
     best = ranked[0]
-    if best.similarity < thresholds.match:
-        return Identity(Decision.UNKNOWN, "", best.similarity, shown)
+    needed = thresholds.match_at(ood_score, searched)
+    if best.similarity < needed:
+        return Identity(Decision.UNKNOWN, "", best.similarity, shown, needed)
     if len(ranked) > 1 and best.similarity - ranked[1].similarity < thresholds.margin:
-        return Identity(Decision.AMBIGUOUS, "", best.similarity, shown)
-    return Identity(Decision.MATCH, best.subject_id, best.similarity, shown)
+        return Identity(Decision.AMBIGUOUS, "", best.similarity, shown, needed)
+    return Identity(Decision.MATCH, best.subject_id, best.similarity, shown, needed)
 
 
 def verify(ood_score: float | None, similarity: float, thresholds: Thresholds) -> Decision:
@@ -104,7 +116,8 @@ def verify(ood_score: float | None, similarity: float, thresholds: Thresholds) -
         return Decision.NOT_EVALUATED
     if not ood_score >= thresholds.ood:
         return Decision.REJECTED_OOD
-    return Decision.MATCH if similarity >= thresholds.match else Decision.UNKNOWN
+    needed = thresholds.match_at(ood_score, 1)
+    return Decision.MATCH if similarity >= needed else Decision.UNKNOWN
 
 
 def liveness(score: float | None, thresholds: Thresholds) -> Liveness:

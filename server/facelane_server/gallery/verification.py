@@ -66,5 +66,6 @@ async def verify(
     decision = decide.verify(found.face.ood_score, similarity, thresholds)
     verified = decision is Decision.MATCH
     shown = None if decision is Decision.REJECTED_OOD else similarity
-    identity = Identity(decision, subject_id if verified else "", shown)
-    return Verification(replace(found.face, identity=identity), verified, shown, thresholds.match)
+    needed = thresholds.match_at(found.face.ood_score or 0.0, 1)
+    identity = Identity(decision, subject_id if verified else "", shown, threshold=needed)
+    return Verification(replace(found.face, identity=identity), verified, shown, needed)

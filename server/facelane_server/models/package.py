@@ -151,6 +151,24 @@ class Ood(_Table, frozen=True):
     scale: float = 1.0
 
 
+class Impostors(_Table, frozen=True):
+    """How similar different people are to a recogniser (``models evaluate --write``).
+
+    For probes whose OOD score is at least ``ood``, up to the next row's: ``similarity[k]`` is
+    the cosine that a share of 10 ** -(k + 1) of ``pairs`` pairs reaches. Where the pairs are
+    too few to count, ``measured`` tells from which share on, the row is a fitted tail.
+    """
+
+    ood: float
+    pairs: int
+    measured: float
+    similarity: tuple[float, ...]
+
+
+IMPOSTOR_DECADES: Final = 6
+"""A row of ``Impostors`` goes from 10 % to one in a million."""
+
+
 class Memory(_Table, frozen=True):
     """Estimates for the start-up plan, in MiB of device memory."""
 
@@ -177,6 +195,7 @@ class Manifest(_Table, frozen=True):
     output: Output = Output()
     thresholds: PackageThresholds = PackageThresholds()
     ood: Ood | None = None
+    impostors: tuple[Impostors, ...] = ()
     memory: Memory = Memory()
     provenance: dict[str, Any] = {}
 
@@ -389,6 +408,7 @@ def _check(folder: Path, m: Manifest) -> None:
     if m.card and not _is_inside(m.card):
         refuse("card must be a file inside the package")
     _check_task(m, refuse)
+    _check_impostors(m, refuse)
 
 
 def _check_task(m: Manifest, refuse: typing.Callable[[str], typing.NoReturn]) -> None:
@@ -417,6 +437,24 @@ def _check_task(m: Manifest, refuse: typing.Callable[[str], typing.NoReturn]) ->
             refuse("a liveness model needs input.crops rows of kind context")
         if (m.thresholds.spoof or 0.0) > (m.thresholds.live or 0.0):
             refuse("thresholds.spoof must not be above thresholds.live")
+
+
+def _check_impostors(m: Manifest, refuse: typing.Callable[[str], typing.NoReturn]) -> None:
+    if not m.impostors:
+        return
+    if m.task is not Stage.RECOGNIZER:
+        refuse("impostors are for recognisers")
+    scores = [row.ood for row in m.impostors]
+    if scores != sorted(set(scores)) or not 0.0 <= scores[0] <= scores[-1] <= 1.0:
+        refuse("impostors.ood must be in [0, 1] and rise from row to row")
+    for row in m.impostors:
+        cosines = list(row.similarity)
+        if len(cosines) != IMPOSTOR_DECADES or cosines != sorted(set(cosines)):
+            refuse(f"impostors.similarity must be {IMPOSTOR_DECADES} rising cosines")
+        if not -1.0 <= cosines[0] <= cosines[-1] <= 1.0:
+            refuse("impostors.similarity must be in [-1, 1]")
+        if row.pairs < 1 or not 0.0 < row.measured <= 1.0:
+            refuse("impostors.pairs must be positive and impostors.measured in (0, 1]")
 
 
 def _check_weights(m: Manifest, refuse: typing.Callable[[str], typing.NoReturn]) -> None:
