@@ -48,9 +48,11 @@ def type_name(kind: Any) -> str:
     choices = [a for a in get_args(kind) if isinstance(a, str)]
     if choices:
         return " \\| ".join(f"`{c}`" for c in choices)
-    for base in ("int", "float", "bool", "str", "tuple", "dict"):
+    if str(kind).startswith("dict"):
+        return "table"
+    for base in ("int", "float", "bool", "str", "tuple"):
         if base in str(kind) or name == base:
-            return {"tuple": "list of strings", "dict": "table", "str": "string"}.get(base, base)
+            return {"tuple": "list of strings", "str": "string"}.get(base, base)
     return name
 
 

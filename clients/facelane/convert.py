@@ -258,6 +258,7 @@ def _identity(pb: face_pb2.Identity) -> types.Identity:
         pb.subject_id if decision is types.Decision.MATCH else "",
         pb.similarity if pb.HasField("similarity") else None,
         tuple([types.Candidate(c.subject_id, c.similarity) for c in pb.candidates]),
+        pb.threshold if pb.HasField("threshold") else None,
     )
 
 

@@ -141,6 +141,7 @@ class App:
                 thresholds=self.models.thresholds,
                 max_pixels=self.settings.limits.max_pixels,
                 known=gallery.knows,
+                searched=gallery.searched,
             )
             self._pipeline = pipeline
             follower = asyncio.create_task(self._publish_health(), name="health")

@@ -18,7 +18,7 @@ import msgspec
 
 from facelane_server import limits
 from facelane_server.domain import Stage
-from facelane_server.naming import hint
+from facelane_server.naming import hint, is_name
 
 Isolation = Literal["process", "mps", "thread", "external"]
 Precision = Literal["auto", "fp32", "fp16"]
@@ -322,8 +322,7 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `
 def _fields_at(path: str) -> tuple[str, ...]:
     """Names that are known at a msgspec path such as ``.pools.detector``."""
     kind: Any = Config
-    for part in filter(None, path.split(".")):
-        name = part.split("[")[0]
+    for name in filter(None, re.sub(r"\[[^]]*\]", "", path).split(".")):
         hints = {f.name: f.type for f in msgspec.structs.fields(kind)}
         found = hints.get(name)
         if found is None:
@@ -444,6 +443,10 @@ def check(config: Config, *, source: str) -> None:
             )
     if config.monitor.memory_warning_clear > config.monitor.memory_warning:
         fail("monitor.memory_warning_clear must not exceed monitor.memory_warning")
+    for kind in ("galleries", "sources"):
+        for key in getattr(config.identity, kind):
+            if not is_name(key):
+                fail(f"identity.{kind}.{key}: the name must be 1-64 of letters, digits, and - _ .")
     live, spoof = config.identity.live_threshold, config.identity.spoof_threshold
     if live is not None and spoof is not None and spoof > live:
         fail("identity.spoof_threshold must not exceed identity.live_threshold")

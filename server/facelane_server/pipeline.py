@@ -65,6 +65,7 @@ class Plan:
     recognize: bool = True
     liveness: bool = True
     gallery_id: str = "default"
+    source_id: str = ""
     max_faces: int = 16
     max_candidates: int = 0
     min_face_size: int = 0
@@ -131,13 +132,16 @@ class Pipeline:
         thresholds: Thresholds,
         max_pixels: int,
         known: Callable[[str, str], bool] = lambda _gallery_id, _subject_id: True,
+        searched: Callable[[str], int] = lambda _gallery_id: 1,
     ) -> None:
-        """``known``: whether (gallery id, subject id) can be recognised at this moment."""
+        """``known``: whether (gallery id, subject id) can be recognised at this moment.
+        ``searched``: the number of templates in a gallery."""
         if Stage.DETECTOR not in pools:
             raise ValueError("the detector stage is required")
         self.pools = dict(pools)
         self.thresholds = thresholds
         self.known = known
+        self.searched = searched
         self._crops = dict(crops)
         self._max_pixels = max_pixels
         self._detector = pools[Stage.DETECTOR]
@@ -270,7 +274,8 @@ class Pipeline:
         return decide.identify(
             evidence.ood_score,
             evidence.candidates,
-            self.thresholds,
+            self.thresholds.at(plan.gallery_id, plan.source_id),
+            searched=self.searched(plan.gallery_id),
             keep=plan.max_candidates,
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
 from facelane_server import config
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.decide import Thresholds
+from facelane_server.gallery.promise import Promise
 from facelane_server.models.api import CropSpec
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package
@@ -58,7 +59,12 @@ class ServedModels:
 
 
 def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Thresholds:
-    """The packages' thresholds, with the config's overrides."""
+    """The packages' thresholds, with the config's overrides.
+
+    The match threshold follows from ``false_naming`` where the recogniser's package says how
+    similar different people are to it; else, or where the config has ``match_threshold``, it is
+    a bare cosine.
+    """
 
     def pick(stage: Stage, name: str, override: float | None, without: float) -> float:
         if override is not None:
@@ -68,13 +74,29 @@ def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Th
         value = getattr(packages[stage].thresholds, name)
         return without if value is None else float(value)
 
+    recognizer = packages.get(Stage.RECOGNIZER)
+    bands = () if recognizer is None else recognizer.manifest.impostors
+
+    def naming(general: Thresholds, own: config.Naming | config.Identity) -> Thresholds:
+        if own.match_threshold is not None:
+            return replace(general, match=own.match_threshold, promise=None)
+        if own.false_naming is not None and bands:
+            return replace(general, promise=Promise(own.false_naming, bands))
+        return general
+
     try:
-        return Thresholds(
-            match=pick(Stage.RECOGNIZER, "match", chosen.match_threshold, 1.0),
+        plain = Thresholds(
+            match=pick(Stage.RECOGNIZER, "match", None, 1.0),
             margin=pick(Stage.RECOGNIZER, "margin", chosen.margin, 0.05),
             ood=pick(Stage.RECOGNIZER, "ood", chosen.ood_threshold, 0.4),
             live=pick(Stage.LIVENESS, "live", chosen.live_threshold, 1.0),
             spoof=pick(Stage.LIVENESS, "spoof", chosen.spoof_threshold, 0.0),
+        )
+        general = naming(plain, chosen)
+        return replace(
+            general,
+            galleries={name: naming(general, own) for name, own in chosen.galleries.items()},
+            sources={name: naming(general, own) for name, own in chosen.sources.items()},
         )
     except ValueError as error:
         raise config.ConfigError(f"identity: {error}") from None

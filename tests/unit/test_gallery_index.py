@@ -441,6 +441,21 @@ async def test_which_galleries_are_empty(gallery: Gallery) -> None:
     assert gallery.is_empty("b")
 
 
+async def test_how_many_templates_a_face_is_compared_with(gallery: Gallery) -> None:
+    assert [gallery.searched(name) for name in ("a", "b", "")] == [0, 0, 0]
+    for gallery_id, subject_id, number in (
+        ("a", "x", 0),
+        ("a", "x", 1),
+        ("a", "y", 2),
+        ("b", "x", 3),
+    ):
+        await gallery.enroll(
+            gallery_id, subject_id, vector=np.eye(DIM, dtype=np.float32)[number % DIM],
+            ood_score=0.9, create_subject=True,
+        )  # fmt: skip
+    assert [gallery.searched(name) for name in ("a", "b", "ab", "")] == [3, 1, 0, 0]
+
+
 async def test_a_caller_that_goes_away_leaves_store_and_index_in_step(
     gallery: Gallery, recogniser: Recogniser
 ) -> None:

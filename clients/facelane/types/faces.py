@@ -55,13 +55,15 @@ class Identity:
     """Who a face is, as far as the evidence carries.
 
     ``subject_id`` is empty unless the decision is MATCH. ``similarity`` is the cosine to
-    the best candidate in [-1, 1], ``None`` when nothing was compared.
+    the best candidate in [-1, 1], ``threshold`` what it was compared with; both ``None`` when
+    nothing was compared.
     """
 
     decision: Decision = Decision.NOT_EVALUATED
     subject_id: str = ""
     similarity: float | None = None
     candidates: tuple[Candidate, ...] = ()
+    threshold: float | None = None
 
     @property
     def matched(self) -> bool:

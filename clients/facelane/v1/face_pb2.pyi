@@ -255,11 +255,17 @@ class Identity(_message.Message):
     SUBJECT_ID_FIELD_NUMBER: _builtins.int
     SIMILARITY_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
     decision: Global___Decision.ValueType
     subject_id: _builtins.str
     """Set for DECISION_MATCH alone."""
     similarity: _builtins.float
     """Cosine to the best candidate, in [-1, 1]. Unset when nothing was compared."""
+    threshold: _builtins.float
+    """What the similarity was compared with, in [-1, 1]: it follows from the share of strangers
+    that may be named, from the size of the gallery and from the OOD score. Unset when nothing
+    was compared.
+    """
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """The nearest subjects, best first, when the request asked for them. Never filled for
@@ -273,14 +279,20 @@ class Identity(_message.Message):
         subject_id: _builtins.str = ...,
         similarity: _builtins.float | None = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
+        threshold: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_similarity", b"_similarity", "similarity", b"similarity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_similarity", b"_similarity", "_threshold", b"_threshold", "similarity", b"similarity", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_similarity", b"_similarity", "candidates", b"candidates", "decision", b"decision", "similarity", b"similarity", "subject_id", b"subject_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_similarity", b"_similarity", "_threshold", b"_threshold", "candidates", b"candidates", "decision", b"decision", "similarity", b"similarity", "subject_id", b"subject_id", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__similarity: _TypeAlias = _typing.Literal["similarity"]  # noqa: Y015
     _WhichOneofArgType__similarity: _TypeAlias = _typing.Literal["_similarity", b"_similarity"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__similarity) -> _WhichOneofReturnType__similarity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
 
 Global___Identity: _TypeAlias = Identity  # noqa: Y015
 

@@ -4,6 +4,7 @@ no state; ids and labels by whoever keeps them."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from google.protobuf import duration_pb2, timestamp_pb2
@@ -127,7 +128,7 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config) -> LaneOptio
                 raise invalid("reinference_interval must not be negative")
         return LaneOptions(
             source_id=message.source_id,
-            plan=plan(message.options, config),
+            plan=replace(plan(message.options, config), source_id=message.source_id),
             overload=Overload.LOSSLESS if lossless else Overload.LATEST_WINS,
             max_frame_age_ns=age_ns,
             weight=message.weight or DEFAULT_WEIGHT,
@@ -195,6 +196,8 @@ def identity(value: Identity, *, candidates: bool = True) -> pb.Identity:
     message = pb.Identity(decision=DECISIONS[value.decision], subject_id=value.subject_id)
     if value.similarity is not None:
         message.similarity = value.similarity
+    if value.threshold is not None:
+        message.threshold = value.threshold
     if candidates:
         for candidate in value.candidates:
             message.candidates.add(subject_id=candidate.subject_id, similarity=candidate.similarity)

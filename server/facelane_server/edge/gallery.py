@@ -155,7 +155,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             request.subject_id,
             convert.picture(request.picture, self._config),
             analyse=lambda picture: self._read(picture, plan, remaining),
-            thresholds=self._pipeline.thresholds,
+            thresholds=self._pipeline.thresholds.at(gallery_name(request.gallery_id)),
         )
         return pb.VerifyFaceResponse(
             verified=found.verified,

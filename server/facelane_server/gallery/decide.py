@@ -11,8 +11,8 @@ A score that is not a number never passes a threshold: NaN is no evidence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from facelane_server import limits
 from facelane_server.domain import (
@@ -42,6 +42,10 @@ class Thresholds:
     live: float = 0.5
     spoof: float = 0.5
     promise: Promise | None = None
+    galleries: Mapping[str, Thresholds] = field(default_factory=dict)
+    """By gallery id: what holds there instead."""
+    sources: Mapping[str, Thresholds] = field(default_factory=dict)
+    """By source id: what holds for its streams instead; before ``galleries``."""
 
     def __post_init__(self) -> None:
         if not -1.0 <= self.match <= 1.0:
@@ -56,6 +60,9 @@ class Thresholds:
                 "must satisfy 0 <= spoof <= live <= 1"
             )
 
+    def at(self, gallery_id: str, source_id: str = "") -> Thresholds:
+        """What holds for this gallery and source."""
+        return self.sources.get(source_id) or self.galleries.get(gallery_id) or self
 
     def match_at(self, ood_score: float, searched: int) -> float:
         """Least cosine of a match for a probe of this OOD score among ``searched`` templates."""
@@ -90,8 +97,9 @@ def identify(
     NOT_EVALUATED. ``candidates`` may come in any order and with several entries a subject.
     ``keep``: how many of them the answer carries, at most ``limits.MAX_CANDIDATES``.
 
-    MATCH when ``best >= match_at(...)``, which the answer tells, and ``best - second >= margin``, where ``second`` is the best
-    similarity of *another* subject; AMBIGUOUS when only the first holds.
+    MATCH when ``best >= match_at(...)``, which the answer tells, and ``best - second >= margin``,
+    where ``second`` is the best similarity of *another* subject; AMBIGUOUS when only the first
+    holds.
     """
     if ood_score is None:
         return Identity(Decision.NOT_EVALUATED)

@@ -150,7 +150,11 @@ class Gallery:
 
     def is_empty(self, gallery_id: str) -> bool:
         """Whether faces are searched in it and nobody can be found: all are UNKNOWN there."""
-        return self._index is not None and not self._index.snapshot.holds(gallery_id)
+        return self._index is not None and not self._index.snapshot.searched(gallery_id)
+
+    def searched(self, gallery_id: str) -> int:
+        """Templates that a face is compared with in this gallery."""
+        return 0 if self._index is None else self._index.snapshot.searched(gallery_id)
 
     def knows(self, gallery_id: str, subject_id: str) -> bool:
         """Whether the subject can be found at this moment: not from its deletion on."""

@@ -111,10 +111,11 @@ class Snapshot:
         at = bisect.bisect_left(self.keys, key)
         return at if at < len(self.keys) and self.keys[at] == key else None
 
-    def holds(self, gallery_id: str) -> bool:
-        """Whether any template is in the gallery."""
-        at = bisect.bisect_left(self.keys, gallery_id, key=lambda key: key[0])
-        return at < len(self.keys) and self.keys[at][0] == gallery_id
+    def searched(self, gallery_id: str) -> int:
+        """Templates of the gallery."""
+        first = bisect.bisect_left(self.keys, gallery_id, key=lambda key: key[0])
+        end = bisect.bisect_right(self.keys, gallery_id, lo=first, key=lambda key: key[0])
+        return int(self.starts[end] - self.starts[first])
 
     def vectors(self, key: SubjectKey) -> F16:
         """[n, dim] the subject's templates; n may be 0."""
