@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"the demo needs {error.name}: pip install 'facelane[demo]'", file=sys.stderr)
         return EXIT_CANNOT
     # Logs and pipes have no width of their own; the table needs this much.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(
+        markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120
+    )
     with contextlib.ExitStack() as stack:
         folder = _folder(arguments.folder, keep=arguments.keep, stack=stack)
         try:
@@ -83,16 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (DemoError, demo_clip.MissingPhotoError) as error:
             if interruption.happened:  # and failed for it: Ctrl-C goes to the commands too
                 return EXIT_INTERRUPTED
-            console.print(f"demo: {error}", markup=False, soft_wrap=True)
+            console.print(f"demo: {error}", soft_wrap=True)
             return EXIT_CANNOT
         except facelane.FacelaneError as error:
             if interruption.happened:
                 return EXIT_INTERRUPTED
-            console.print(f"demo: {error}", markup=False, soft_wrap=True)
+            console.print(f"demo: {error}", soft_wrap=True)
             return EXIT_FAILED
         finally:
             if arguments.keep or arguments.folder:
-                console.print(f"kept: {folder}", markup=False)
+                console.print(f"kept: {folder}")
 
 
 class _Interruption:
@@ -173,7 +175,7 @@ class _Demo:
         return EXIT_FAILED if problems else EXIT_OK
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     # --- models and server ---
 
@@ -254,7 +256,9 @@ class _Demo:
     @contextlib.contextmanager
     def _status(self, text: str) -> Iterator[None]:
         if self._console.is_terminal:
-            with self._console.status(text):
+            from rich.text import Text
+
+            with self._console.status(Text(text)):
                 yield
         else:
             self._say(text + " ...")
@@ -547,7 +551,7 @@ class _Show:
                 stretch = SCRIPT[number]
                 who = " and ".join(stretch.subjects) or "nobody"
                 self._console.print(
-                    f"-- {stretch.start:4.1f} s  {stretch.kind.value}: {who} in view", markup=False
+                    f"-- {stretch.start:4.1f} s  {stretch.kind.value}: {who} in view"
                 )
         await self._table.emit(line)
 

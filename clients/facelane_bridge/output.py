@@ -411,7 +411,7 @@ class Table:
                     os.close(null)
                 raise OutputClosedError
 
-        self._console = console or ClosingConsole()
+        self._console = console or ClosingConsole(markup=False, emoji=False, highlight=False)
         self._cameras: dict[str, CameraView] = {}
         self._live: Live | None = None
         self._printed_at = 0.0
@@ -449,13 +449,11 @@ class Table:
                 self._live.update(self._render(), refresh=True)
         elif isinstance(line, StateLine):
             change = f"{line.camera}: {line.previous} → {line.state} {line.reason} {line.message}"
-            self._console.print(change.rstrip(), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(change.rstrip(), soft_wrap=True)
         elif now - self._printed_at >= PLAIN_INTERVAL:
             self._printed_at = now
             for name, view in self._cameras.items():
-                self._console.print(
-                    plain_line(name, view, now), markup=False, highlight=False, soft_wrap=True
-                )
+                self._console.print(plain_line(name, view, now), soft_wrap=True)
 
     def _render(self) -> RenderableType:
         from rich.table import Table as RichTable
@@ -489,8 +487,6 @@ class Table:
             self._console.print(
                 f"{name}: {totals.frames} frames = {totals.results} results + "
                 f"{totals.drops} drops + {totals.errors} errors, {totals.faces} faces",
-                markup=False,
-                highlight=False,
                 soft_wrap=True,
             )
 

@@ -68,6 +68,17 @@ def test_show_of_what_is_not_there() -> None:
     assert "did you mean null-detector?" in result.stderr.replace("\n", " ")
 
 
+@pytest.mark.parametrize("name", ["x[onnx]", "[/x]", "[red]x", ":warning:"])
+def test_messages_keep_their_brackets(name: str, tmp_path: Path) -> None:
+    shown = name.rpartition("/")[2]
+    assert shown in run("show", name).stderr.replace("\n", " ")
+    folder = tmp_path / name.replace("/", ".")
+    folder.mkdir()
+    (folder / "model.toml").write_text(f"schema = '{name}'\n")
+    listed = run("list", "-d", str(tmp_path))
+    assert folder.name in listed.stdout.replace("\n", "")
+
+
 def test_verify_passes_and_fails_by_exit_status(broken: Path, tmp_path: Path) -> None:
     good = run("verify", "null-detector", "null-liveness", "--json")
     assert good.exit_code == 0, good.stderr

@@ -264,5 +264,5 @@ def _analyze(
             console.print(book.table())
         console.print(output.summary_words(summary, seconds, feeder.not_sent))
     for name, words in failures[:10]:
-        err.print(f"facelane: {name}: {words}", markup=False)
+        err.print(f"facelane: {name}: {words}")
     return bool(failures or summary.errors)

@@ -77,7 +77,7 @@ def progress(what: str, total: int) -> tuple[Progress, Any]:
     _, err = output.consoles()
     bar = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

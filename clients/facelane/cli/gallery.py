@@ -52,13 +52,12 @@ def enroll(
                 )
             except (facelane.EnrollmentRefusedError, facelane.PictureError) as error:
                 refused += 1
-                err.print(f"facelane: {path}: {error}", markup=False)
+                err.print(f"facelane: {path}: {error}")
             else:
                 console.print(
                     f"{path}: enrolled as {done.subject.subject_id} "
                     f"(template {done.template.template_id}, OOD {done.template.ood_score:.2f}, "
                     f"{done.subject.template_count} in all)",
-                    markup=False,
                 )
             bar.advance(task)
     if refused:
@@ -84,7 +83,7 @@ def identify(
                 )
             except facelane.PictureError as error:
                 failed = True
-                err.print(f"facelane: {path}: {error}", markup=False)
+                err.print(f"facelane: {path}: {error}")
                 continue
             rows.extend((str(path), face) for face in faces)
             if output_format is Format.jsonl:

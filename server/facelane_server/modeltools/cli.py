@@ -9,9 +9,15 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
+from rich.text import Text
 
 from facelane_server import config
 from facelane_server.domain import FacelaneError, Stage
@@ -45,8 +51,13 @@ def _catalog(config_file: Path | None, directories: list[Path] | None) -> Catalo
     return Catalog([*(Path(folder).expanduser() for folder in configured), *(directories or [])])
 
 
+def _console(*, stderr: bool = False) -> Console:
+    """Prints text as it is: names and messages may hold anything, `[onnx]` for one."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def _failed(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False)
+    _console(stderr=True).print(Text.assemble(("error:", "red"), f" {message}"))
     return typer.Exit(1)
 
 
@@ -87,10 +98,10 @@ def list_packages(
         table.add_row(
             package.model_id, manifest.task.value, runs_by, manifest.license, manifest.description
         )
-    console = Console()
+    console = _console()
     console.print(table)
     for item in broken:
-        console.print(f"[red]broken:[/red] {item.error.message}", highlight=False)
+        console.print(Text.assemble(("broken:", "red"), f" {item.error.message}"))
 
 
 @app.command()
@@ -105,9 +116,9 @@ def show(
     if as_json:
         _print_json({**_summary(package), "manifest": msgspec.to_builtins(package.manifest)})
         return
-    console = Console()
+    console = _console()
     if package.random_weights:
-        console.print("[yellow]random weights: timings only, results mean nothing[/yellow]")
+        console.print("random weights: timings only, results mean nothing", style="yellow")
     table = Table("key", "value", title=package.model_id)
     for key, value in _flat(msgspec.to_builtins(package.manifest), ""):
         table.add_row(key, value)
@@ -141,10 +152,10 @@ def verify(
     broken: list[Broken] = []
     if not model:
         packages, broken = catalog.scan()
-    console = Console(stderr=as_json)
+    console = _console(stderr=as_json)
     results = []
     for package in packages:
-        with console.status(f"verifying {package.name}"):
+        with console.status(Text(f"verifying {package.name}")):
             if record:
                 try:
                     reference.record(package, DeviceOptions(device=device))
@@ -177,13 +188,13 @@ def verify(
         table = Table(Column("model", no_wrap=True), "check", "result", "detail")
         for result in results:
             for check in result.checks:
-                mark = "[green]ok[/green]" if check.passed else "[red]failed[/red]"
+                mark = Text("ok", "green") if check.passed else Text("failed", "red")
                 table.add_row(result.model_id, check.name, mark, check.detail)
             if result.latency_ms is not None:
                 table.add_row(result.model_id, "latency", "", f"{result.latency_ms} ms an item")
         console.print(table)
         for item in broken:
-            console.print(f"[red]broken:[/red] {item.error.message}", highlight=False)
+            console.print(Text.assemble(("broken:", "red"), f" {item.error.message}"))
     if broken or not all(result.passed for result in results):
         raise typer.Exit(1)
 
@@ -239,9 +250,14 @@ def evaluate(
         fars = tuple(float(part) for part in far.split(",") if part.strip())
     except ValueError as error:
         raise _failed("--far takes numbers with commas between them, such as 1e-2,1e-3") from error
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
             task = bar.add_task(f"evaluating {package.name}", total=None)
             report = evaluate_package(
                 package,
@@ -262,7 +278,7 @@ def evaluate(
     if as_json:
         _print_json(report)
         return
-    Console().print(Markdown(markdown(report)))
+    typer.echo(markdown(report))
     typer.echo(f"written to {out}: report.md, report.json, left_out.csv" + ", plots" * plots)
 
 
