@@ -24,6 +24,25 @@ MIN_SIDE: Final = 16
 """Smaller pictures cannot hold a face."""
 MAX_SIDE: Final = 16_384
 
+MAX_PICTURE_SCANS: Final = 64
+"""Scans of a JPEG; each goes over its whole plane again. Encoders write up to 12."""
+MAX_PICTURE_SAMPLES: Final = 800_000_000
+"""Samples that a JPEG's scans go over, counted again in each: 50 megapixels without chroma
+subsampling in the ten scans of libjpeg's own script are 700 million."""
+MAX_PICTURE_SEGMENTS: Final = 4_096
+"""Segments of a JPEG. A profile or a preview of 32 MiB takes 512."""
+MAX_PICTURE_STRAYS: Final = 256
+"""Places between a JPEG's segments where bytes lie that belong to none."""
+MAX_PICTURE_CHUNKS: Final = 16_384
+"""Chunks of a PNG. Encoders write IDATs of 8 KiB or more: 4,096 for a picture of 32 MiB."""
+MAX_PNG_BYTES: Final = 208_000_000
+"""A PNG's rows, inflated: 50 megapixels with alpha."""
+DECODE_SECONDS: Final = 2.0
+"""What one picture may take once it is found worth decoding; a job_timeout_ms under 5,000
+lowers it to two fifths of that. More than the slowest picture within the bounds above."""
+MAX_ABANDONED_DECODERS: Final = 2
+"""Decodings given up that still run; with one more the worker answers and ends."""
+
 # -- a stream ---------------------------------------------------------------------
 MAX_STREAMS: Final = 4_096
 MAX_WINDOW: Final = 256
@@ -38,9 +57,6 @@ MAX_TRACKS: Final = 256
 
 MAX_LIVENESS_SHOTS: Final = 8
 """Liveness scores that a track remembers."""
-
-MAX_PICTURE_SEGMENTS: Final = 4_096
-"""Parts of a picture's file that are looked through for its size."""
 
 # -- pools and workers --------------------------------------------------------------
 MAX_WORKERS: Final = 64

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from facelane_server.domain import Encoding, FacelaneError, Reason
 from facelane_server.modeltools.verify import synthetic_picture
-from facelane_server.worker.decoding.headers import picture_size, sniff
+from facelane_server.worker.decoding.headers import examine, sniff
 from facelane_server.worker.decoding.pictures import decode, silence_opencv
 
 PICTURE = synthetic_picture(96, 128, 3)
@@ -80,7 +80,8 @@ def test_what_is_whole_is_decoded(encoding: Encoding) -> None:
 )
 def test_variants_of_the_formats(encoding: Encoding, parameters: tuple[int, ...]) -> None:
     data = encoded(encoding, PICTURE, *parameters)
-    assert picture_size(memoryview(data), encoding) == (128, 96)
+    header = examine(memoryview(data), encoding)
+    assert (header.width, header.height) == (128, 96)
     assert decode(memoryview(data), encoding).shape == (96, 128, 3)
 
 

@@ -31,6 +31,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """It is too small to hold a face."""
     ERROR_REASON_PICTURE_TOO_LARGE: _ErrorReason.ValueType  # 4
     """It has more bytes or pixels than this server takes."""
+    ERROR_REASON_PICTURE_TOO_COSTLY: _ErrorReason.ValueType  # 44
+    """Decoding it would take, or took, more work than a picture may."""
     ERROR_REASON_ENCODING_UNSUPPORTED: _ErrorReason.ValueType  # 5
     """No such encoding is read here."""
     ERROR_REASON_ENCODING_MISMATCH: _ErrorReason.ValueType  # 6
@@ -125,6 +127,8 @@ ERROR_REASON_PICTURE_TOO_SMALL: ErrorReason.ValueType  # 3
 """It is too small to hold a face."""
 ERROR_REASON_PICTURE_TOO_LARGE: ErrorReason.ValueType  # 4
 """It has more bytes or pixels than this server takes."""
+ERROR_REASON_PICTURE_TOO_COSTLY: ErrorReason.ValueType  # 44
+"""Decoding it would take, or took, more work than a picture may."""
 ERROR_REASON_ENCODING_UNSUPPORTED: ErrorReason.ValueType  # 5
 """No such encoding is read here."""
 ERROR_REASON_ENCODING_MISMATCH: ErrorReason.ValueType  # 6

@@ -104,7 +104,10 @@ class LivenessDone(Packed, frozen=True, tag="l"):
 
 
 class ItemFailed(Packed, frozen=True, tag="x"):
-    """This item alone failed (a broken picture); the rest of its batch did not."""
+    """This item alone failed (a broken picture); the rest of its batch did not.
+
+    PICTURE_TOO_COSTLY: decoding it would take, or took, more than a picture may. That is the
+    picture's doing: it is never tried again, and who sends such pictures can be told by it."""
 
     reason: str
     message: str
@@ -130,6 +133,7 @@ class Load(Message, frozen=True):
     With two descriptors: the request and the response arena, each
     ``slots * slot bytes`` long. ``options`` are architecture-independent extras for
     fault tests and benchmarks (for example ``fail_load``); empty in production.
+    ``job_timeout_ms``: when a job counts as hung; pictures are given up well before.
     """
 
     worker_id: str
@@ -150,6 +154,7 @@ class Load(Message, frozen=True):
     max_pixels: int = 0
     decode: str = "cpu"
     options: dict[str, str] = {}
+    job_timeout_ms: int = 5_000
 
 
 class Infer(Message, frozen=True):
@@ -253,7 +258,7 @@ class Drained(Message, frozen=True):
 
 class Fatal(Message, frozen=True):
     """The worker ends now. ``reason``: LOAD_FAILED, WARM_UP_FAILED, DEVICE_POISONED,
-    OUT_OF_MEMORY, PROTOCOL, INTERNAL."""
+    OUT_OF_MEMORY, WORN_OUT, PROTOCOL, INTERNAL."""
 
     reason: str
     message: str

@@ -124,7 +124,7 @@ class Detector(Model):
     decodes: bool = False
 
     def decode(self, jpegs: Sequence[memoryview]) -> list[DevicePicture | None]:
-        """JPEG files of checked sizes, decoded on the device; None for those that it leaves
+        """Plain JPEG files of checked sizes, decoded on the device; None for those that it leaves
         to the worker, broken ones among them."""
         return [None] * len(jpegs)
 

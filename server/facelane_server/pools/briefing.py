@@ -56,6 +56,7 @@ class Briefing:
             max_pixels=self._max_pixels,
             decode=settings.decode,
             options=dict(settings.options),
+            job_timeout_ms=settings.job_timeout_ms,
         )
 
     def check(self, package: Package, facts: Ready) -> None:

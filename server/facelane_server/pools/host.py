@@ -177,6 +177,18 @@ class Process:
             self.exited.set_result(code)
 
 
+_OF_PICTURES: Final = (
+    b"Corrupt JPEG data",
+    b"Premature end of JPEG",
+    b"Inconsistent progression sequence",
+    b"Invalid SOS parameters",
+    b"Unknown Adobe color transform",
+    b"Warning: unknown JFIF revision",
+    b"libpng ",
+)
+"""What decoders write to stderr about a client's picture, whose outcome says what matters."""
+
+
 class _OutputReader:
     """Turns a worker's stderr into log lines."""
 
@@ -220,7 +232,7 @@ class _OutputReader:
         return True
 
     def _line(self, line: bytes) -> None:
-        if not line.strip():
+        if not line.strip() or line.startswith(_OF_PICTURES):
             return
         second = int(time.monotonic())
         if second != self._second:

@@ -18,6 +18,8 @@ INTERNAL: Final = 70
 """An exception that nobody foresaw, in the worker's own code."""
 OUT_OF_MEMORY: Final = 71
 """Device memory ran out repeatedly; a fresh process starts with empty memory."""
+WORN_OUT: Final = 72
+"""Several pictures were given up, and their decoding still runs on."""
 DEVICE_POISONED: Final = 74
 """A sticky CUDA error: the context of this process is lost for good."""
 PROTOCOL: Final = 76
@@ -31,6 +33,7 @@ NAMES: Final = {
     CANNOT_ATTACH: "cannot attach",
     INTERNAL: "internal error",
     OUT_OF_MEMORY: "out of memory",
+    WORN_OUT: "stuck in decoding",
     DEVICE_POISONED: "device poisoned",
     PROTOCOL: "protocol error",
     LOAD_FAILED: "model not loaded",

@@ -293,6 +293,10 @@ class Loop:
             self._send(answer)
         else:
             self._channel.send_packet(self._fail.answer(messages.encode(answer)))
+        if self._work.worn_out:
+            self._finish_begun()
+            message = "pictures that were given up are still being decoded"
+            raise Quit(exit_codes.WORN_OUT, Fatal("WORN_OUT", message))
 
     def _job_failed(self, job_id: int, error: Exception) -> None:
         answer, leave = self._faults.failed(job_id, error)

@@ -7,9 +7,9 @@ not keep to the protocol raises ``ProtocolError``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -57,6 +57,11 @@ class Work:
         """Milliseconds of one synthetic item, the best of a few."""
         raise NotImplementedError
 
+    @property
+    def worn_out(self) -> bool:
+        """Whether the process should end once its jobs are answered."""
+        return False
+
     def payloads(self, job: Infer) -> list[memoryview]:
         view = self._views[job.slot]
         return [view[a : a + n] for item in job.items for a, n in self.spans(item)]
@@ -80,20 +85,24 @@ class Work:
 class DetectWork(Work):
     def __init__(self, model: api.Detector, load: Load, request: Arena, response: Arena) -> None:
         super().__init__(request, response)
-        from facelane_server.worker.decoding import headers, pictures
-
-        self._check_bounds = headers.check_bounds
+        from facelane_server.worker.decoding import headers, patience, pictures
 
         self._model = model
         self._max_pixels = load.max_pixels
         self._needs_pixels = bool(getattr(model, "needs_pixels", True))
         pictures.silence_opencv(load.threads)
         self._decode = pictures.decode
-        self._size = headers.picture_size
+        self._examine = headers.examine
         self._record = sum(spec.size * spec.size * 3 for spec in model.crops)
         self._blank: U8 = np.zeros((1, 1, 3), np.uint8)
-        # cv2 releases the GIL while it decodes.
-        self._pool = ThreadPoolExecutor(load.threads, "decode") if load.threads > 1 else None
+        timeout_s = load.job_timeout_ms / 1000
+        self._decoders = patience.Decoders(
+            load.threads, min(limits.DECODE_SECONDS, 0.4 * timeout_s), 0.6 * timeout_s
+        )
+
+    @property
+    def worn_out(self) -> bool:
+        return self._decoders.worn_out
 
     def spans(self, item: Item) -> list[tuple[int, int]]:
         assert isinstance(item, DetectItem)
@@ -107,32 +116,15 @@ class DetectWork(Work):
         for item in items:
             self._bytes(job.slot, item.offset, item.length)
 
-        def read(item: DetectItem) -> U8 | tuple[int, int] | FacelaneError:
-            data = view[item.offset : item.offset + item.length]
-            try:
-                encoding = Encoding(item.encoding)
-                if not self._needs_pixels:
-                    if encoding.is_raw:
-                        return item.width, item.height
-                    return self._size(data, encoding)
-                return self._decode(
-                    data,
-                    encoding,
-                    width=item.width,
-                    height=item.height,
-                    stride=item.stride,
-                    max_pixels=item.max_pixels or self._max_pixels,
-                )
-            except FacelaneError as error:
-                return error
-
         on_device = self._on_device(view, items) if self._model.decodes else {}
         others = [item for i, item in enumerate(items) if i not in on_device]
-        if self._pool is not None and len(others) > 1:
-            read_others = iter(list(self._pool.map(read, others)))
+        read: Iterator[U8 | tuple[int, int] | FacelaneError]
+        if self._needs_pixels:
+            calls = [functools.partial(self._read, view, item) for item in others]
+            read = iter(self._decoders.run(calls))
         else:
-            read_others = iter([read(item) for item in others])
-        read_items = [on_device.get(i) or next(read_others) for i in range(len(items))]
+            read = (self._look_at(view, item) for item in others)
+        read_items = [on_device.get(i) or next(read) for i in range(len(items))]
         pictures: list[U8 | api.DevicePicture] = []
         max_faces: list[int] = []
         outcome: list[tuple[int, int] | FacelaneError] = []
@@ -168,6 +160,34 @@ class DetectWork(Work):
 
         return finish, isinstance(pending, api.Immediate)
 
+    def _read(self, view: memoryview, item: DetectItem) -> U8 | FacelaneError:
+        data = view[item.offset : item.offset + item.length]
+        try:
+            encoding = Encoding(item.encoding)
+            return self._decode(
+                # A copy: a decoding that was given up must not see the slot's next content.
+                data if encoding.is_raw else memoryview(bytes(data)),
+                encoding,
+                width=item.width,
+                height=item.height,
+                stride=item.stride,
+                max_pixels=item.max_pixels or self._max_pixels,
+            )
+        except FacelaneError as error:
+            return error
+
+    def _look_at(self, view: memoryview, item: DetectItem) -> tuple[int, int] | FacelaneError:
+        """The size alone, for a model that looks at no pixels."""
+        encoding = Encoding(item.encoding)
+        if encoding.is_raw:
+            return item.width, item.height
+        data = view[item.offset : item.offset + item.length]
+        try:
+            header = self._examine(data, encoding, item.max_pixels or self._max_pixels)
+        except FacelaneError as error:
+            return error
+        return header.width, header.height
+
     def _on_device(
         self, view: memoryview, items: Sequence[DetectItem]
     ) -> dict[int, api.DevicePicture]:
@@ -179,9 +199,8 @@ class DetectWork(Work):
             if item.encoding != Encoding.JPEG.value:
                 continue
             with contextlib.suppress(FacelaneError):
-                size = self._size(data, Encoding.JPEG)
-                self._check_bounds(*size, item.max_pixels or self._max_pixels)
-                jpegs[i] = data
+                if self._examine(data, Encoding.JPEG, item.max_pixels or self._max_pixels).plain:
+                    jpegs[i] = data
         decoded = self._model.decode(list(jpegs.values())) if jpegs else []
         return {i: p for i, p in zip(jpegs, decoded, strict=True) if p is not None}
 

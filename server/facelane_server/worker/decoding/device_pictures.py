@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.api import F32, U8, CropSpec, DevicePicture
 from facelane_server.worker.decoding import device_crops
-from facelane_server.worker.decoding.headers import plain_jpeg
 from facelane_server.worker.faults import Fault, classify
 from facelane_server.worker.journal import log_event
 
@@ -103,14 +102,11 @@ class DevicePictures:
             raise _unusable(f"a picture decoded on the card differs from the host's by {apart:.1f}")
 
     def decode(self, jpegs: Sequence[memoryview]) -> list[DevicePicture | None]:
-        """Decoded pictures; None for those that the host should decode. The caller has checked
-        their sizes. Raises only what costs the device: no memory, a poisoned context."""
-        chosen = [i for i, data in enumerate(jpegs) if plain_jpeg(data)]
+        """Decoded pictures; None for those that the host should decode. The caller has examined
+        them: they are plain. Raises only what costs the device: no memory, a poisoned context."""
         found: list[DevicePicture | None] = [None] * len(jpegs)
-        if not chosen:
-            return found
         try:
-            pixels = self._decode_all([np.frombuffer(jpegs[i], np.uint8) for i in chosen])
+            pixels = self._decode_all([np.frombuffer(data, np.uint8) for data in jpegs])
             ends = self._plain_ends(pixels)
         except Exception as error:
             if classify(error) is not Fault.ORDINARY:
@@ -121,10 +117,10 @@ class DevicePictures:
                 log_event(
                     "JPEG not decoded on the device; decoding on the host",
                     error=type(error).__name__,
-                    pictures=len(chosen),
+                    pictures=len(jpegs),
                 )
             return found
-        for i, picture, plain in zip(chosen, pixels, ends, strict=True):
+        for i, (picture, plain) in enumerate(zip(pixels, ends, strict=True)):
             if not plain:
                 found[i] = OnDevice(picture)
         return found
