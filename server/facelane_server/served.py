@@ -10,10 +10,10 @@ from typing import Final, Self
 from facelane_server import config
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.decide import Thresholds
-from facelane_server.gallery.promise import Promise
 from facelane_server.models.api import CropSpec
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package
+from facelane_server.models.promise import Promise
 
 DEFAULT_MODELS: Final = {stage: f"facelane-{stage.value}" for stage in Stage}
 

@@ -13,9 +13,9 @@ from facelane_server import config, served
 from facelane_server.domain import Candidate, Decision, FacelaneError, Stage
 from facelane_server.gallery import decide
 from facelane_server.gallery.decide import Thresholds
-from facelane_server.gallery.promise import Promise, similarity_at
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Impostors, Package, read_package
+from facelane_server.models.promise import Promise, similarity_at
 
 GOOD = Impostors(0.8, 10**7, 1e-6, (0.10, 0.20, 0.28, 0.35, 0.41, 0.46))
 POOR = Impostors(0.4, 10**6, 1e-5, (0.12, 0.23, 0.32, 0.40, 0.47, 0.53))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.api import Detections
 from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import read_package
 from facelane_server.modeltools import damage, measures
 from facelane_server.modeltools.cli import app
 from facelane_server.modeltools.evaluate import _at_apcer as at_apcer
@@ -415,3 +417,52 @@ def test_an_onnx_recognizer_is_brought_as_the_manual_says(tmp_path: Path) -> Non
     assert calibrated["under_threshold"] <= 0.05
     checks = json.loads(run("verify", "mine", "-d", str(models), "--record", "--json"))
     assert checks["results"][0]["checks"][-1]["name"] == "reference"
+
+
+def test_what_was_measured_of_strangers_is_written_into_the_package(tmp_path: Path) -> None:
+    folder = tmp_path / "null-recognizer"
+    shutil.copytree(Catalog().resolve("null-recognizer").folder, folder)
+    rng = np.random.default_rng(1)
+    for person in range(40):
+        for shot in range(2):
+            chip = rng.integers(0, 256, (112, 112, 3), np.uint8)
+            write(tmp_path / "people" / str(person) / f"{shot}.png", chip)
+    command = [
+        "evaluate", str(folder), "--data", str(tmp_path / "people"), "--out",
+        str(tmp_path / "out"), "--aligned", "--damaged", "20", "--no-plots",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert read_package(folder).manifest.impostors == ()
+    done = CliRunner().invoke(app, [*command, "--write"])
+    assert done.exit_code == 0, done.output
+    rows = read_package(folder).manifest.impostors
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row.similarity for row in rows] == [
+        tuple(row["similarity"]) for row in report["impostors"].values()
+    ]
+    assert rows[0].pairs > 80 * 78
+    table = report["naming"]
+    thresholds = [table[size]["threshold"] for size in ("1", "10", "100", "1000", "10000")]
+    assert thresholds == sorted(thresholds)
+    for row in table.values():
+        low, high = row["strangers_interval"]
+        assert low <= row["strangers_named"] <= high
+
+
+def test_nothing_is_written_of_too_few(tmp_path: Path) -> None:
+    folder = tmp_path / "null-recognizer"
+    shutil.copytree(Catalog().resolve("null-recognizer").folder, folder)
+    rng = np.random.default_rng(1)
+    for person in range(2):
+        for shot in range(2):
+            chip = rng.integers(0, 256, (112, 112, 3), np.uint8)
+            write(tmp_path / "people" / str(person) / f"{shot}.png", chip)
+    done = CliRunner().invoke(
+        app,
+        ["evaluate", str(folder), "--data", str(tmp_path / "people"), "--out",
+         str(tmp_path / "out"), "--aligned", "--damaged", "0", "--no-plots", "--write"],
+    )  # fmt: skip
+    assert done.exit_code == 1
+    assert "nothing was written" in done.output
+    assert read_package(folder).manifest.impostors == ()

@@ -22,7 +22,7 @@ from facelane_server.domain import (
     Liveness,
     LivenessVerdict,
 )
-from facelane_server.gallery.promise import Promise
+from facelane_server.models.promise import Promise
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,13 @@ def evaluate(
     ] = 24.0,
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     plots: Annotated[bool, typer.Option(help="Draw PNG and SVG (needs matplotlib).")] = True,
+    write: Annotated[
+        bool,
+        typer.Option(
+            "--write",
+            help="Put the recogniser's similarities of different people into its package.",
+        ),
+    ] = False,
     config_file: ConfigOption = None,
     directory: DirectoryOption = None,
     as_json: JsonOption = False,
@@ -238,6 +245,10 @@ def evaluate(
     Recogniser: subject/picture.jpg, or pairs.csv (first,second,same). Liveness: live/ and
     spoof/. Detector: boxes.json ({"path": [[x, y, width, height], ...]}), or --reference.
     """
+    import msgspec
+
+    from facelane_server.models.package import Impostors
+    from facelane_server.modeltools import impostors
     from facelane_server.modeltools.evaluate import evaluate as evaluate_package
     from facelane_server.modeltools.report import markdown
     from facelane_server.modeltools.samples import Settings
@@ -273,12 +284,22 @@ def evaluate(
                     task, description=f"{what} {package.name}", completed=done, total=total
                 ),
             )
+        if write:
+            rows = msgspec.convert(list(report.get("impostors", {}).values()), list[Impostors])
+            if not rows:
+                raise _failed(
+                    "nothing was written: --write is for recognisers, and takes pictures of more "
+                    "people than these"
+                )
+            impostors.write(package, rows)
     except FacelaneError as error:
         raise _failed(error.message) from error
     if as_json:
         _print_json(report)
         return
     typer.echo(markdown(report))
+    if write:
+        typer.echo(f"written into {package.folder}: false_naming holds by these pictures from now")
     typer.echo(f"written to {out}: report.md, report.json, left_out.csv" + ", plots" * plots)
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from facelane_server.models.api import F32, U8, Embeddings, Recognizer
 from facelane_server.models.package import Package
-from facelane_server.modeltools import damage, measures
+from facelane_server.models.promise import Promise
+from facelane_server.modeltools import damage, impostors, measures
 from facelane_server.modeltools.report import Bars, Curve, Plot, Report
 from facelane_server.modeltools.samples import (
     BATCH,
@@ -31,6 +33,10 @@ from facelane_server.modeltools.samples import (
 from facelane_server.worker.networks.load import load
 
 FARS: Final = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+PROMISE: Final = 0.001
+"""The share of strangers named that the table of thresholds is for: the config's default."""
+SEARCHED: Final = (1, 10, 100, 1_000, 10_000)
+"""Sizes of galleries in that table."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,12 @@ def evaluate_recognizer(
             raise refuse("it needs two pictures of one person, and a second person")
         subject = np.array([names[i] for i in faces.used], np.int64)
         found, plots = _verification(package, faces, subject, genuine, impostor, run)
+        spoilt = _damaged(model, faces, run) if faces.sample else {}
+        found |= _naming(package, faces, spoilt, subject, genuine, impostor)
         if package.manifest.ood is None or package.manifest.ood.source == "none":
             found["ood"] = {"source": "none: every face is trusted; see the manual to calibrate it"}
         else:
-            found["ood"], more = _trust(package, model, faces, genuine, impostor, run)
+            found["ood"], more = _trust(package, faces, spoilt, genuine, impostor)
             plots += more
     finally:
         model.close()
@@ -156,8 +164,65 @@ def _verification(
     return found, error_plots(same, other, "false accept rate", "true accept rate", mark)
 
 
+def _naming(
+    package: Package,
+    faces: _Faces,
+    spoilt: Mapping[str, Embeddings],
+    subject: I64,
+    genuine: I64,
+    impostor: I64,
+) -> Report:
+    """How similar different people are, and what follows from it for ``PROMISE``.
+
+    Damaged looks take part, so that bad looks are measured too; pairs are those of all people.
+    """
+    least = package.thresholds.ood
+    assert least is not None
+    # What leaves no face in the picture is no look at anybody.
+    bad = [answer for kind, answer in spoilt.items() if kind != "scrambled"]
+    rows_of_bad = np.array(list(faces.sample), np.int64)
+    good = faces.trust >= least
+    try:
+        rows = impostors.measure(
+            np.concatenate([faces.vectors, *(answer.vectors for answer in bad)]),
+            np.concatenate([faces.trust, *(answer.ood for answer in bad)]).astype(np.float64),
+            np.concatenate([subject, *(subject[rows_of_bad] for _ in bad)]),
+            faces.vectors[good],
+            subject[good],
+            least,
+        )
+    except impostors.TooFewError as error:
+        return {"naming": {"not_measured": str(error)}}
+    promise = Promise(PROMISE, rows)
+    same = measures.similarities(faces.vectors, genuine)
+    other = measures.similarities(faces.vectors, impostor)
+    table: Report = {}
+    for searched in SEARCHED:
+        needed = np.array([promise.match(score, searched) for score in faces.trust])
+        needed[~good] = np.inf
+        named = same >= needed[genuine[:, 0]]
+        wrong = other >= needed[impostor[:, 0]]
+        low, high = measures.share_interval(wrong, subject[impostor], seed=SEED)
+        table[f"{searched}"] = {
+            "threshold": promise.match(1.0, searched),
+            "of_the_worst_look": promise.match(least, searched),
+            "strangers_named": min(1.0, float(wrong.mean()) * searched),
+            "strangers_interval": [min(1.0, low * searched), min(1.0, high * searched)],
+            "enrolled_over_it": float(named.mean()),
+            "enrolled_interval": list(measures.share_interval(named, subject[genuine], seed=SEED)),
+        }
+    return {
+        "naming": table,
+        "impostors": {f"{row.ood:g}": msgspec.to_builtins(row) for row in rows},
+    }
+
+
 def _trust(
-    package: Package, model: Recognizer, faces: _Faces, genuine: I64, impostor: I64, run: Run
+    package: Package,
+    faces: _Faces,
+    spoilt: Mapping[str, Embeddings],
+    genuine: I64,
+    impostor: I64,
 ) -> tuple[Report, list[Plot | Bars]]:
     """What the OOD score is worth: on the pictures as they are, and on damaged ones."""
     least = package.thresholds.ood
@@ -183,7 +248,6 @@ def _trust(
     curves = [Curve("pictures as they are", shares, curve)]
     plots: list[Plot | Bars] = []
     if faces.sample:
-        spoilt = _damaged(model, faces, run)
         clean = np.array([trust[row] for row in faces.sample])
         table = {
             kind: {

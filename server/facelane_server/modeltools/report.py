@@ -118,6 +118,8 @@ _TITLES = {
     "at_score": "At other score thresholds",
     "recall_by_side": "Recall by the face's size, in pixels",
     "ood": "OOD score",
+    "naming": "Match thresholds for false_naming = 0.001, by the number of templates searched",
+    "impostors": "How similar different people are (report.json), by the least OOD score",
     "suggested": "Suggested for model.toml",
     "left_out": "Left out (left_out.csv names the pictures)",
     "damage": "Clean faces against damaged ones",
