@@ -80,7 +80,7 @@ class RunningServer:
         return f"unix:{self.folder}/grpc.sock"
 
     def client(self, **options: object) -> facelane.Client:
-        return facelane.Client(self.target, **options)  # type: ignore[arg-type]
+        return facelane.Client(self.target, **{"timeout": 100.0} | options)  # type: ignore[arg-type]
 
     def wait_serving(self, timeout: float = 60.0, service: str = "") -> None:
         """Until health answers SERVING."""

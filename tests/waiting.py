@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 STEP_S = 0.01
-WAIT_S = 60.0
+WAIT_S = 100.0
 """Where the test does not say: long, because it is only waited out by a test that fails."""
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 import structlog
 
-from facelane_server import config, folders, plan, served, tracking
+from facelane_server import config, folders, limits, plan, served, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.server import Edge
@@ -160,9 +160,23 @@ class App:
             stack.callback(self.monitor.close)
             lag = asyncio.create_task(self.metrics.watch_loop(), name="loop-lag")
             stack.push_async_callback(_cancel, lag)
+            guard = asyncio.create_task(self._watch_gallery(gallery), name="gallery-file")
+            stack.push_async_callback(_cancel, guard)
             keeper = asyncio.create_task(self.notifier.keep_alive(self._alive), name="watchdog")
             stack.push_async_callback(_cancel, keeper)
             yield self
+
+    async def _watch_gallery(self, gallery: Gallery) -> None:
+        """Tells when the gallery's file is removed or replaced: what is searched stays in
+        memory, and every change would be lost."""
+        while gallery.keeps_changes:
+            await asyncio.sleep(limits.GALLERY_WATCH_S)
+        log.error(
+            "the gallery's file was removed or replaced: changes are refused; put it back or "
+            "restore a backup, then restart the server"
+        )
+        self.edge.health.keeps_changes = False
+        self._changed.set()
 
     def _alive(self) -> bool:
         """What feeds systemd's watchdog: the detector can infer. A pool says so only after a

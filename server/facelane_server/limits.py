@@ -117,6 +117,8 @@ MAX_LABEL_KEY_BYTES: Final = 64
 MAX_LABEL_VALUE_BYTES: Final = 512
 MAX_ID_CHARS: Final = 128
 MAX_DISPLAY_NAME_BYTES: Final = 256
+GALLERY_WATCH_S: Final = 1.0
+"""Between two looks whether the gallery's file is still where it was."""
 MAX_GALLERY_CALLS: Final = 1_024
 """Store calls that wait for the store's one thread; then GALLERY_UNAVAILABLE."""
 MAX_REQUEST_IDS: Final = 10_000

@@ -70,7 +70,7 @@ def test_scopes_over_tcp(start: Start, tmp_path: Path) -> None:
         "admin": {"analyze", "gallery", "admin", "any"},
     }
     for name, key in keys.items():
-        with facelane.Client(target, token=key) as client:
+        with facelane.Client(target, token=key, timeout=100) as client:
             for scope, call in calls.items():
                 if scope in allowed[name]:
                     call(client)
@@ -114,7 +114,7 @@ def test_keys_are_reloaded_by_sighup_and_a_broken_file_changes_nothing(
         until(lambda: server.text().count(says) > before, what=says)
 
     def admitted(key: str) -> bool:
-        with facelane.Client(target, token=key) as client:
+        with facelane.Client(target, token=key, timeout=100) as client:
             try:
                 client.server_info()
             except facelane.AuthenticationError:

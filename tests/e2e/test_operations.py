@@ -185,7 +185,14 @@ def test_a_lost_second_stage_degrades_in_band_and_is_told(start: Start) -> None:
 # -- workers and models -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["detector", "recognizer", "liveness"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("detector", marks=pytest.mark.slow),
+        "recognizer",
+        pytest.param("liveness", marks=pytest.mark.slow),
+    ],
+)
 def test_a_worker_is_restarted_under_load_and_no_frame_is_lost(start: Start, name: str) -> None:
     server = start()
     with server.client() as client, Load(client) as load:
@@ -216,6 +223,7 @@ def test_no_such_worker_pool_or_model(server: RunningServer) -> None:
         assert len(client.analyze_image(wire.picture()).faces) == 1
 
 
+@pytest.mark.slow
 def test_a_model_is_reloaded_under_load_and_no_frame_is_lost(start: Start, tmp_path: Path) -> None:
     server = start()
     two = wire.null_detector(tmp_path, 2)

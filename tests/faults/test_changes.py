@@ -44,6 +44,8 @@ async def begin(
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_restarts_reloads_and_hangups_lose_nothing(tmp_path: Path) -> None:
     """RestartWorker and ReloadModel for every pool, and SIGHUP in between, twice."""
     with RunningServer(tmp_path, toml(tmp_path, wire.pools())) as server:
@@ -76,6 +78,8 @@ async def test_restarts_reloads_and_hangups_lose_nothing(tmp_path: Path) -> None
             assert set(book.errors) <= cells.LATE
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_reload_alone_costs_no_result(tmp_path: Path) -> None:
     """The new workers stand beside the old ones: not even a stage goes missing."""
     with RunningServer(tmp_path, toml(tmp_path, wire.pools())) as server:
@@ -124,6 +128,7 @@ async def test_a_drain_under_faults_gives_every_frame_an_outcome(tmp_path: Path,
         assert set(book.errors) <= cells.LATE
 
 
+@pytest.mark.slow
 def test_the_sdk_goes_on_with_the_next_server(tmp_path: Path) -> None:
     """A stream with ``reconnect`` outlives a drained server and a killed one: each frame has
     one outcome, in order, those in flight at the cut as lost."""

@@ -37,7 +37,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cells.Site]:
         assert grown < cells.MEMORY_GROWTH
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("fault", "load", "seed"), MATRIX)
 async def test_invariants_hold(site: cells.Site, fault: str, load: str, seed: int) -> None:
     position = len(site.server.text())

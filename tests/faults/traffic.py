@@ -26,7 +26,7 @@ from facelane.v1 import face_pb2
 from facelane.v1 import gallery_service_pb2 as gallery_pb
 from facelane.v1 import gallery_service_pb2_grpc as gallery_grpc
 
-CALL_S = 60.0
+CALL_S = 200.0
 STAGES = {face_pb2.STAGE_DETECTOR: "detector", face_pb2.STAGE_RECOGNIZER: "recognizer",
           face_pb2.STAGE_LIVENESS: "liveness"}  # fmt: skip
 

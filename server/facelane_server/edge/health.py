@@ -6,7 +6,8 @@ service name                            SERVING when
 ``""``                                  every configured pool can infer
 ``facelane.v1.AnalysisService``         the detector pool can infer (other stages degrade
                                         in-band)
-``facelane.v1.GalleryService``          the detector and the recogniser pool can infer
+``facelane.v1.GalleryService``          the detector and the recogniser pool can infer, and
+                                        the gallery's file is where it was
 ``facelane.pool.<stage>``               that pool can infer
 ``facelane.process``                    always, while the process answers (liveness probe)
 ======================================  =================================================
@@ -51,14 +52,17 @@ def pool_service(stage: Stage) -> str:
     return f"facelane.pool.{stage.value}"
 
 
-def derive(can_infer: Mapping[Stage, bool], *, draining: bool) -> dict[str, bool]:
-    """Which services serve, given which of the configured pools can infer. Pure."""
+def derive(
+    can_infer: Mapping[Stage, bool], *, draining: bool, keeps_changes: bool = True
+) -> dict[str, bool]:
+    """Which services serve, given which of the configured pools can infer, and whether the
+    gallery keeps what is changed. Pure."""
     detector = can_infer.get(Stage.DETECTOR, False)
     recognizer = can_infer.get(Stage.RECOGNIZER, False)
     serving = {
         "": all(can_infer.values()) and detector,
         "facelane.v1.AnalysisService": detector,
-        "facelane.v1.GalleryService": detector and recognizer,
+        "facelane.v1.GalleryService": detector and recognizer and keeps_changes,
         "facelane.v1.EventService": True,
         "facelane.v1.ServerService": True,
         "facelane.v1.AdminService": True,
@@ -76,6 +80,8 @@ class Health:
     def __init__(self) -> None:
         self.servicer = health_aio.HealthServicer()
         self._published: dict[str, bool] = {}
+        self.keeps_changes = True
+        """Of the gallery; told with the next ``publish``."""
 
     @property
     def serving(self) -> bool:
@@ -84,7 +90,7 @@ class Health:
 
     async def publish(self, can_infer: Mapping[Stage, bool], *, draining: bool) -> list[str]:
         """Returns the names whose status changed."""
-        wanted = derive(can_infer, draining=draining)
+        wanted = derive(can_infer, draining=draining, keeps_changes=self.keeps_changes)
         changed = [n for n, able in wanted.items() if self._published.get(n) is not able]
         self._published = wanted
         for name in changed:

@@ -191,6 +191,12 @@ class Gallery:
             )
         return found
 
+    @property
+    def keeps_changes(self) -> bool:
+        """False once the file was removed or replaced: what is searched stays, changes are
+        refused."""
+        return not self._store.is_gone()
+
     # subjects
 
     async def create_subject(

@@ -41,6 +41,8 @@ from facelane_server.store.sqlite import SqliteFile
 DUPLICATE_SIMILARITY: Final = 0.999
 """Two shots of one person never come so near; the same picture enrolled again does
 (float16 and another batch size move a cosine by less than 5e-4)."""
+UNIT_TOLERANCE: Final = 0.01
+"""Stored vectors have unit norm up to the rounding of float16."""
 REQUEST_MEMORY_NS: Final = 24 * 3600 * 1_000_000_000
 
 
@@ -452,16 +454,24 @@ class Store:
                         f"{self._path}: a template of the serving model has {len(row.vector)} "
                         f"bytes instead of {2 * dim}; restore a backup of the gallery",
                     )
-                yield StoredVector(
-                    row.gallery_id,
-                    row.subject_id,
-                    row.template_id,
-                    np.frombuffer(row.vector, np.float16),
-                )
+                vector = np.frombuffer(row.vector, np.float16)
+                length = float(np.linalg.norm(vector.astype(np.float32)))
+                if not abs(length - 1.0) < UNIT_TOLERANCE:
+                    raise FacelaneError(
+                        Reason.GALLERY_UNAVAILABLE,
+                        f"{self._path}: the gallery's file is damaged: a template's vector is "
+                        "none; restore a backup of the gallery, or delete that template",
+                        metadata={"template_id": row.template_id},
+                    )
+                yield StoredVector(row.gallery_id, row.subject_id, row.template_id, vector)
 
     def check(self) -> str:
         """See ``SqliteFile.check``."""
         return self._file.check()
+
+    def is_gone(self) -> bool:
+        """See ``SqliteFile.is_gone``. From any thread."""
+        return self._file.is_gone()
 
     def counts(self) -> tuple[int, int]:
         """(subjects, templates) of all galleries."""

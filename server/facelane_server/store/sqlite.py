@@ -24,6 +24,8 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store.schema import schema_version
 
 BUSY_TIMEOUT_MS: Final = 2_000
+_MARK: Final = b"a gallery lies beside this file\n"
+"""In the lock's file, once there is one: an empty gallery file is then a damaged one."""
 
 log = structlog.get_logger(__name__)
 
@@ -42,11 +44,18 @@ class SqliteFile:
         self._log_is_full = True
         """It may hold what was deleted and could not be emptied; a killed server left it so."""
         self._closing = contextlib.ExitStack()
+        self._is_open = False
         try:
             self._take_file()
             self._engine = self._connect()
             self._closing.callback(self._engine.dispose)
             self._migrate()
+            wrong = self.check()
+            if wrong:
+                raise self._damaged(wrong)
+            with contextlib.suppress(OSError):  # no room: the next start tries again
+                os.pwrite(self._lock, _MARK, 0)
+            self._is_open = True
         except BaseException:
             self._closing.close()
             raise
@@ -58,8 +67,24 @@ class SqliteFile:
     def check(self) -> str:
         """Empty when the file is sound, else what is wrong; reads all of it."""
         with self.transaction() as connection:
-            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
-        return "" if found == "ok" else str(found)
+            found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one())
+            if found != "ok":
+                return found
+            # Rows whose owner is gone would be missing from every join, without a word.
+            lone = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+        return "" if lone is None else f"rows of {lone[0]} belong to none of {lone[2]}"
+
+    def is_gone(self) -> bool:
+        """Whether the path leads to this file no more: removed, replaced, emptied, or its folder
+        is away. What is written now would be lost."""
+        try:
+            there = os.stat(self._path)
+            mine = os.fstat(self._held)
+        except OSError:
+            return True
+        # A new file is empty until the first transaction has written to it.
+        emptied = self._is_open and not there.st_size
+        return emptied or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino)
 
     # opening
 
@@ -68,6 +93,7 @@ class SqliteFile:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._closing.callback(os.close, lock)
+            self._lock = lock
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -77,8 +103,17 @@ class SqliteFile:
                     "one another file in gallery.path",
                     retryable=True,
                 ) from None
+            if os.fstat(lock).st_size:
+                if not self._path.exists():
+                    log.warning("the gallery's file is gone; a new one is begun")
+                elif not self._path.stat().st_size:
+                    raise self._damaged("the file is empty")
             # SQLite gives its -wal and -shm files the mode of the main file.
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # Not opened, so that closing it takes no lock of SQLite's along; held, so that no
+            # other file gets its number.
+            self._held = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
+            self._closing.callback(os.close, self._held)
             try:
                 if os.fstat(file).st_mode & 0o077:
                     os.fchmod(file, 0o600)
@@ -150,6 +185,14 @@ class SqliteFile:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
+        if self.is_gone():
+            raise FacelaneError(
+                Reason.GALLERY_UNAVAILABLE,
+                f"{self._path}: the gallery's file was removed or replaced while the server ran, "
+                "so nothing can be changed; put it back or restore a backup, then restart the "
+                "server",
+                metadata={"cause": "FILE_GONE"},
+            )
         try:
             with self._engine.begin() as connection:
                 yield connection
@@ -168,13 +211,17 @@ class SqliteFile:
             message = f"{self._path}: the disk is full; free some space and try again"
             return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told, retryable=True)
         if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-            message = (
-                f"{self._path}: the gallery's file is damaged; stop the server, then restore a "
-                "backup or move the file away to start an empty gallery"
-            )
-        else:
-            message = f"{self._path}: the gallery cannot be used ({name}); see the server's log"
+            return self._damaged(name)
+        message = f"{self._path}: the gallery cannot be used ({name}); see the server's log"
         return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told)
+
+    def _damaged(self, cause: str) -> FacelaneError:
+        return FacelaneError(
+            Reason.GALLERY_UNAVAILABLE,
+            f"{self._path}: the gallery's file is damaged; stop the server, then restore a "
+            "backup or move the file away to start an empty gallery",
+            metadata={"cause": cause[:200]},
+        )
 
     def forget_deleted(self) -> None:
         """Empties the write-ahead log, which still holds what was just deleted.
