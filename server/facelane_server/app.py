@@ -169,14 +169,19 @@ class App:
     async def _watch_gallery(self, gallery: Gallery) -> None:
         """Tells when the gallery's file is removed or replaced: what is searched stays in
         memory, and every change would be lost."""
-        while gallery.keeps_changes:
+        health = self.edge.health
+        while True:
+            if gallery.keeps_changes is not health.keeps_changes:
+                health.keeps_changes = gallery.keeps_changes
+                self._changed.set()
+                if health.keeps_changes:
+                    log.info("the gallery's file is back: changes are taken")
+                else:
+                    log.error(
+                        "the gallery's file was removed or replaced: changes are refused; put it "
+                        "back, or restore a backup and restart the server"
+                    )
             await asyncio.sleep(limits.GALLERY_WATCH_S)
-        log.error(
-            "the gallery's file was removed or replaced: changes are refused; put it back or "
-            "restore a backup, then restart the server"
-        )
-        self.edge.health.keeps_changes = False
-        self._changed.set()
 
     def _alive(self) -> bool:
         """What feeds systemd's watchdog: the detector can infer. A pool says so only after a

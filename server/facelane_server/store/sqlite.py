@@ -189,7 +189,7 @@ class SqliteFile:
             raise FacelaneError(
                 Reason.GALLERY_UNAVAILABLE,
                 f"{self._path}: the gallery's file was removed or replaced while the server ran, "
-                "so nothing can be changed; put it back or restore a backup, then restart the "
+                "so nothing can be changed; put it back, or restore a backup and restart the "
                 "server",
                 metadata={"cause": "FILE_GONE"},
             )
