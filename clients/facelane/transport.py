@@ -8,6 +8,7 @@ hold for other machines alone: what stays on this one goes by no proxy.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import ipaddress
 import json
@@ -78,7 +79,8 @@ class Tls:
 def _read(path: str | os.PathLike[str] | None) -> bytes | None:
     if path is None:
         return None
-    data = Path(path).read_bytes()
+    # A byte order mark would hide the first line from gRPC.
+    data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     if b"-----BEGIN " not in data:
         # gRPC would take it, and then reach nobody.
         raise ArgumentError(
@@ -224,7 +226,10 @@ def read_token(path: str | os.PathLike[str]) -> str:
         OSError: the file cannot be read.
         ArgumentError: it is empty, has more than one line, or is no text.
     """
-    lines = Path(path).read_text(errors="replace").split()
+    data = Path(path).read_bytes()
+    # As editors of Windows save it.
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    lines = data.decode("utf-16" if wide else "utf-8-sig", "replace").split()
     if len(lines) != 1:
         raise ArgumentError(Reason.ARGUMENT_INVALID, f"{path} must hold one token and nothing else")
     return lines[0]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from facelane.cli import output, sources
-from facelane.cli.sources import SourceError, exif_orientation, load_picture, open_source
+from facelane.cli.sources import SourceError, open_source
+from facelane.cli.stills import exif_orientation, load_picture
 from facelane.errors import PictureError
 from facelane.types import Encoding, Face, FrameResult, Identity, Liveness, Outcome
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 
+from facelane.cli.streams import settle, steady
+
 _INTERRUPTED = 130
+_USAGE = 2
 _EXTRA = frozenset({"typer", "rich", "cv2", "av", "numpy"})
 
 
 def main() -> None:
     """The console script. Never returns: see ``facelane --help`` for its exit codes."""
+    steady()
     try:
         from facelane.cli.app import app
 
@@ -24,11 +28,9 @@ def main() -> None:
         )
         sys.exit(2)
     except SystemExit as end:
-        if end.code == _INTERRUPTED:
+        code = end.code if settle() or end.code else _USAGE
+        if code == _INTERRUPTED:
             # Threads may be inside of gRPC or FFmpeg, where nothing can stop them; to tear the
             # interpreter down around them ends in a crash now and then.
-            for stream in (sys.stdout, sys.stderr):
-                if stream is not None:
-                    stream.flush()
             os._exit(_INTERRUPTED)
-        raise
+        sys.exit(code)

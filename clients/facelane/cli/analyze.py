@@ -20,11 +20,13 @@ from facelane.cli.sources import (
     Source,
     SourceError,
     open_source,
+    passed_over_words,
     without_credentials,
 )
 
 _STREAM_BUFFER = 32
 """Frames that are kept for drawing until their outcome is there, at least the window."""
+_WRITTEN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _JOIN_TIMEOUT = 12.0
 """Seconds for the reading thread to end; above the read timeout of a camera."""
 
@@ -108,7 +110,11 @@ class _PictureSink(_Sink):
             path.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, pixels: Any) -> None:
-        target = self._path / Path(name).name if self._folder else self._path
+        target = self._path
+        if self._folder:
+            target /= Path(name).name
+            if target.suffix.lower() not in _WRITTEN_SUFFIXES:
+                target = target.with_name(f"{target.name}.jpg")
         output.write_picture(target, pixels)
 
 
@@ -133,7 +139,7 @@ def _sink(source: Source, text: str, out: Path | None) -> _Sink:
             raise SourceError(f"{out.parent} does not exist: create the folder first")
         return _VideoSink(out, source.fps)
     folder = Path(text).is_dir()
-    if not folder and out.suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp"):
+    if not folder and out.suffix.lower() not in _WRITTEN_SUFFIXES:
         raise SourceError(f"{out}: an annotated picture is written as .jpg, .png or .webp")
     return _PictureSink(out, folder)
 
@@ -255,7 +261,10 @@ def _analyze(
     if as_lines:
         for item in feeder.unreadable:
             output.json_line("unreadable", source=item.name, error=item.error)
-        output.json_line("summary", summary, not_sent=feeder.not_sent, seconds=seconds)
+        over = [{"source": name, "why": why} for name, why in source.passed_over]
+        output.json_line(
+            "summary", summary, not_sent=feeder.not_sent, seconds=seconds, passed_over=over
+        )
     else:
         if source.stills:
             several = source.total > 1
@@ -265,4 +274,6 @@ def _analyze(
         console.print(output.summary_words(summary, seconds, feeder.not_sent))
     for name, words in failures[:10]:
         err.print(f"facelane: {name}: {words}")
+    if source.passed_over:
+        err.print(f"facelane: {passed_over_words(source.passed_over).removeprefix('; ')}")
     return bool(failures or summary.errors)

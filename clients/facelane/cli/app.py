@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,7 +25,9 @@ _EPILOG = (
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"facelane: {' '.join(message.split())}\n")
+    with contextlib.suppress(OSError):
+        # Whoever reads errors may have gone: the exit code still says it.
+        sys.stderr.write(f"facelane: {' '.join(message.split())}\n")
     raise typer.Exit(code)
 
 
@@ -44,6 +47,8 @@ class _Commands(TyperGroup):
             _fail(str(error), UNREACHABLE)
         except facelane.FacelaneError as error:
             _fail(str(error), REFUSED)
+        except UnicodeEncodeError as error:
+            _fail(f"{error.object!r} is not UTF-8: the server takes no such text", USAGE)
         except (SourceError, OSError) as error:
             _fail(str(error), USAGE)
 

@@ -9,19 +9,23 @@ import typer
 
 import facelane
 from facelane import types
-from facelane.cli import output
-from facelane.cli.base import OK, PARTLY, REFUSED, Format, FormatOption, GalleryOption, progress
-from facelane.cli.sources import (
-    load_picture,
-)
+from facelane.cli import enrolment, output
+from facelane.cli.base import OK, PARTLY, Format, FormatOption, GalleryOption, progress
+from facelane.cli.sources import SourceError
+from facelane.cli.stills import load_picture
+from facelane.cli.streams import shown
 
 subjects_app = typer.Typer(no_args_is_help=True, help="Who can be recognised.")
 
 
 def enroll(
     ctx: typer.Context,
-    subject: Annotated[str, typer.Argument(help="The subject's id.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures with the subject's face.")],
+    subject: Annotated[
+        str, typer.Argument(metavar="SUBJECT|FOLDER", help="The subject's id; or a folder.")
+    ],
+    pictures: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures with the subject's face.")
+    ] = None,
     display_name: Annotated[str, typer.Option(help="A name for people.")] = "",
     gallery: GalleryOption = "default",
     must_exist: Annotated[
@@ -33,35 +37,43 @@ def enroll(
     skip_liveness: Annotated[
         bool, typer.Option("--skip-liveness", help="For pictures of documents.")
     ] = False,
+    output_format: FormatOption = Format.table,
 ) -> None:
-    """Teach the server a face. What is refused is told with its reason; the rest is kept."""
-    console, err = output.consoles()
-    refused = 0
-    bar, task = progress("enrolling", len(pictures))
+    """Teach the server faces. What is refused is told with its reason; the rest is kept.
+
+    A folder alone holds one folder a subject, called as its id: FOLDER/grace/any.jpg. Done
+    again, it adds what is new.
+    """
+    if pictures:
+        plan = enrolment.plan_of(subject, display_name, pictures)
+    elif not Path(subject).is_dir():
+        raise SourceError(
+            f"{subject} is no folder, and no pictures are given: say  facelane enroll SUBJECT "
+            "PICTURE...  or  facelane enroll FOLDER  with a folder for each subject in it"
+        )
+    elif display_name:
+        raise SourceError("--display-name is one subject's: give its id and its pictures")
+    else:
+        plan = enrolment.plan(Path(subject))
+    bar, task = progress("enrolling", len(plan.wanted))
+    report = enrolment.Report(plan, as_lines=output_format is Format.jsonl, grouped=not pictures)
     with ctx.obj.client() as client, bar:
-        for path in pictures:
-            try:
-                done = client.enroll(
-                    subject,
-                    load_picture(path),
+        serving = enrolment.serving(client) if not pictures else ""
+        for wanted in plan.wanted:
+            report.take(
+                enrolment.enrol(
+                    client,
+                    wanted,
+                    serving,
                     create_subject=not must_exist,
-                    display_name=display_name,
                     gallery=gallery,
                     allow_multiple_faces=allow_multiple_faces,
                     skip_liveness=skip_liveness,
                 )
-            except (facelane.EnrollmentRefusedError, facelane.PictureError) as error:
-                refused += 1
-                err.print(f"facelane: {path}: {error}")
-            else:
-                console.print(
-                    f"{path}: enrolled as {done.subject.subject_id} "
-                    f"(template {done.template.template_id}, OOD {done.template.ood_score:.2f}, "
-                    f"{done.subject.template_count} in all)",
-                )
+            )
             bar.advance(task)
-    if refused:
-        raise typer.Exit(PARTLY if refused < len(pictures) else REFUSED)
+    report.close()
+    raise typer.Exit(report.exit_code)
 
 
 def identify(
@@ -81,14 +93,14 @@ def identify(
                 faces = client.identify(
                     load_picture(path), max_candidates=candidates, gallery=gallery
                 )
-            except facelane.PictureError as error:
+            except (facelane.PictureError, OSError) as error:
                 failed = True
-                err.print(f"facelane: {path}: {error}")
+                err.print(f"facelane: {shown(path)}: {error}")
                 continue
-            rows.extend((str(path), face) for face in faces)
+            rows.extend((shown(path), face) for face in faces)
             if output_format is Format.jsonl:
                 for face in faces:
-                    output.json_line("face", face, source=str(path))
+                    output.json_line("face", face, source=shown(path))
     if output_format is Format.table:
         several = len(pictures) > 1
         console.print(output.faces_table(rows, names=several) if rows else "no faces")

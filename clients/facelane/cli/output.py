@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from facelane import types
+from facelane.cli.streams import speaks_unicode
 
 _COLOURS: Final = {
     # Blue, green, red.
@@ -89,7 +90,8 @@ def json_line(kind: str, value: object = None, **more: object) -> None:
     """One line on stdout, flushed: the reader may be a pipe that waits for it."""
     body = plain(value) if value is not None else {}
     line = {"type": kind, **plain(more), **body}
-    sys.stdout.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+    escaped = not speaks_unicode()
+    sys.stdout.write(json.dumps(line, ensure_ascii=escaped, separators=(",", ":")) + "\n")
     sys.stdout.flush()
 
 

@@ -1,32 +1,26 @@
 """What ``facelane analyze`` can read: pictures, folders, videos, cameras and URLs.
 
-Stills go to the server as they are where it can read them; others, and JPEG with an EXIF
-rotation (which the server does not apply), are decoded and sent as JPEG. Frames of videos
-are sent as JPEG.
+Frames of videos are sent as JPEG; for stills see ``stills``.
 """
 
 from __future__ import annotations
 
 import re
-import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from facelane.errors import PictureError, Reason
+from facelane.cli.stills import decode, encode, is_picture, load_picture, look_through, upright
+from facelane.cli.streams import shown
+from facelane.errors import PictureError
 from facelane.types import Picture
 
-PICTURE_SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2"}
-)
 _OPEN_TIMEOUT: Final = 10.0
 _READ_TIMEOUT: Final = 10.0
 _QUALITY: Final = 92
-_STILL_QUALITY: Final = 95
-_EXIF_ORIENTATION: Final = 0x0112
 
 
 class SourceError(Exception):
@@ -50,14 +44,15 @@ class Item:
 class Source:
     """``live``: frames come at their own pace and are dropped rather than kept waiting.
     ``stills``: pictures that have nothing to do with each other. ``total`` is 0 where
-    unknown. Draw ``items`` once; close the source after the last."""
+    unknown. ``passed_over``: what of a folder is no picture, and why. Draw ``items`` once;
+    close the source after the last."""
 
-    name: str
     items: Callable[[], Iterator[Item]]
     live: bool = False
     stills: bool = False
     total: int = 0
     fps: float = 25.0
+    passed_over: tuple[tuple[str, str], ...] = ()
     close: Callable[[], None] = lambda: None
 
 
@@ -75,21 +70,37 @@ def open_source(text: str, *, realtime: bool = False, want_pixels: bool = False)
     if path.is_char_device():
         return _video(text, live=True, realtime=False, want_pixels=want_pixels)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
-        if not found:
-            raise SourceError(f"{path} holds no pictures: give a folder of JPEG, PNG or WebP")
-        return _pictures(str(path), found, want_pixels)
-    if not path.is_file():
+        found = look_through(path)
+        if not found.pictures:
+            raise SourceError(
+                f"{shown(path)} holds no pictures: give a folder of JPEG, PNG or WebP"
+                f"{passed_over_words(found.passed_over)}"
+            )
+        return _pictures(found.pictures, want_pixels, tuple(found.passed_over))
+    if not path.exists():
         raise SourceError(
-            f"{path} does not exist: give a picture, a video, a folder, a camera (0 or "
+            f"{shown(path)} does not exist: give a picture, a video, a folder, a camera (0 or "
             "/dev/video0) or a URL"
         )
-    if path.suffix.lower() in PICTURE_SUFFIXES:
-        return _pictures(str(path), [path], want_pixels)
-    return _video(text, live=False, realtime=realtime, want_pixels=want_pixels)
+    if path.is_file() and is_picture(path):
+        return _pictures([path], want_pixels)
+    if path.is_file() or path.is_fifo():
+        return _video(text, live=False, realtime=realtime, want_pixels=want_pixels)
+    raise SourceError(f"{shown(path)} is neither a file, a folder nor a camera")
 
 
-def _pictures(name: str, paths: list[Path], want_pixels: bool) -> Source:
+def passed_over_words(passed_over: Sequence[tuple[str, str]]) -> str:
+    """What of a folder was passed over, the first few by name."""
+    if not passed_over:
+        return ""
+    named = ", ".join(f"{name} ({why})" for name, why in passed_over[:10])
+    more = len(passed_over) - 10
+    return f"; passed over: {named}{f' and {more} more' if more > 0 else ''}"
+
+
+def _pictures(
+    paths: list[Path], want_pixels: bool, passed_over: tuple[tuple[str, str], ...] = ()
+) -> Source:
     def items() -> Iterator[Item]:
         for path in paths:
             try:
@@ -97,90 +108,11 @@ def _pictures(name: str, paths: list[Path], want_pixels: bool) -> Source:
                 pixels = decode(picture.data) if want_pixels else None
             except (OSError, PictureError) as error:
                 words = error.message if isinstance(error, PictureError) else str(error)
-                yield Item(str(path), None, error=words)
+                yield Item(shown(path), None, error=words)
             else:
-                yield Item(str(path), picture, pixels=pixels)
+                yield Item(shown(path), picture, pixels=pixels)
 
-    return Source(name, items, stills=True, total=len(paths))
-
-
-def load_picture(path: str | Path) -> Picture:
-    """A still, upright.
-
-    Raises:
-        OSError: the file cannot be read.
-        PictureError: it is no picture.
-    """
-    data = Path(path).read_bytes()
-    try:
-        picture = Picture.encoded(data)
-    except PictureError as error:
-        if error.reason != Reason.ENCODING_UNSUPPORTED:
-            raise
-        return _encode(decode(data), _STILL_QUALITY)
-    if exif_orientation(data) > 1:
-        return _encode(decode(data), _STILL_QUALITY)
-    return picture
-
-
-def decode(data: bytes) -> Any:
-    """Pixels as BGR uint8 (height, width, 3), with an EXIF rotation applied.
-
-    Raises:
-        PictureError: OpenCV cannot read it (PICTURE_CORRUPT).
-    """
-    import cv2
-    import numpy as np
-
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise PictureError(
-            Reason.PICTURE_CORRUPT, "not a picture, or damaged: save it again as JPEG or PNG"
-        )
-    return pixels
-
-
-def _encode(pixels: Any, quality: int) -> Picture:
-    import cv2
-
-    done, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not done:
-        raise PictureError(Reason.PICTURE_CORRUPT, "the picture cannot be written as JPEG")
-    return Picture.encoded(data.tobytes())
-
-
-def exif_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1-8; 1 (upright) when there is none to be read."""
-    position = 2
-    while data[:2] == b"\xff\xd8" and position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        size = int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == 0xDA or size < 2:
-            break
-        body = data[position + 4 : position + 2 + size]
-        if marker == 0xE1 and body[:6] == b"Exif\x00\x00":
-            return _tiff_orientation(body[6:])
-        position += 2 + size
-    return 1
-
-
-def _tiff_orientation(tiff: bytes) -> int:
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    try:
-        if order is None:
-            return 1
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        for index in range(count):
-            tag, _kind, _count, value = struct.unpack_from(
-                f"{order}HHIH", tiff, start + 2 + 12 * index
-            )
-            if tag == _EXIF_ORIENTATION:
-                return int(value) if 1 <= value <= 8 else 1
-    except struct.error:
-        # Cut off or nonsense: cameras write such; the picture itself may still be good.
-        return 1
-    return 1
+    return Source(items, stills=True, total=len(paths), passed_over=passed_over)
 
 
 def without_credentials(url: str) -> str:
@@ -191,7 +123,7 @@ def without_credentials(url: str) -> str:
 def _video(text: str, *, live: bool, realtime: bool, want_pixels: bool) -> Source:
     import av
 
-    shown = without_credentials(text)
+    address = shown(without_credentials(text))
     options: dict[str, str] = {}
     container_format = None
     if text.startswith(("rtsp:", "rtsps:")):
@@ -208,10 +140,10 @@ def _video(text: str, *, live: bool, realtime: bool, want_pixels: bool) -> Sourc
     except (av.FFmpegError, OSError, ValueError) as error:
         # FFmpeg's own text repeats the URL, credentials included.
         why = getattr(error, "strerror", None) or type(error).__name__
-        raise SourceError(f"{shown} cannot be opened: {why}") from None
+        raise SourceError(f"{address} cannot be opened: {why}") from None
     if not container.streams.video:
         container.close()
-        raise SourceError(f"{shown} has no video")
+        raise SourceError(f"{address} has no video")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     rate = float(stream.average_rate or 0) or 25.0
@@ -227,18 +159,18 @@ def _video(text: str, *, live: bool, realtime: bool, want_pixels: bool) -> Sourc
                 offset = max(0.0, moment - first)
                 if pace is not None:
                     pace.wait(offset)
-                pixels = frame.to_ndarray(format="bgr24")
+                pixels = upright(frame.to_ndarray(format="bgr24"), frame.rotation)
                 yield Item(
-                    shown,
-                    _encode(pixels, _QUALITY),
+                    address,
+                    encode(pixels, _QUALITY),
                     stream_offset=None if live else offset,
                     capture_time=datetime.now(UTC) if live else None,
                     pixels=pixels if want_pixels else None,
                 )
         except av.FFmpegError as error:
-            raise SourceError(f"{shown} broke off: {error.strerror}") from None
+            raise SourceError(f"{address} broke off: {error.strerror}") from None
 
-    return Source(shown, items, live=live or realtime, total=total, fps=rate, close=container.close)
+    return Source(items, live=live or realtime, total=total, fps=rate, close=container.close)
 
 
 def _estimate(container: Any, rate: float) -> float:
