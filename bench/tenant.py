@@ -89,6 +89,9 @@ class _Thread:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
+    def halted(self) -> bool:
+        return False
+
     def release(self) -> None:
         if not self.exited.done():
             asyncio.get_running_loop().remove_reader(self._pidfd)

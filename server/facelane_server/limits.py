@@ -68,8 +68,21 @@ JOBS_PER_WORKER: Final = 2
 MAX_POOL_QUEUE: Final = 8_192
 """Tasks that wait in a pool. A lane holds at most its window, so this is met only by
 thousands of streams; then the newest task is refused with POOL_OVERLOADED."""
+MAX_KEY_QUEUE: Final = MAX_POOL_QUEUE // 2
+"""Of those, tasks of one key."""
 MAX_TASK_ATTEMPTS: Final = 2
 """A task whose worker died is tried once more; then it is POISONED."""
+BAD_PICTURES: Final = 3
+"""Pictures of one stream, or single pictures of one key, that cost too much within
+``BAD_PICTURES_S``; then all of them are refused for as long."""
+BAD_PICTURES_OF_KEY: Final = 12
+"""The same, of all streams and calls of a key."""
+BAD_PICTURES_S: Final = 60
+MAX_OFFENDERS: Final = 1_024
+"""Streams and keys whose bad pictures are remembered."""
+MAX_ACCUSERS: Final = 3
+"""When pictures of so many different senders have ended workers within ``BAD_PICTURES_S``, it
+is the worker that is to blame."""
 
 MAX_WORKER_LINE_BYTES: Final = 8 * KIB
 """A line that a worker prints; longer ones are cut."""
@@ -147,5 +160,6 @@ assert MAX_WORKER_TRACEBACK_CHARS < MAX_WORKER_LINE_BYTES
 assert SLOT_KEEP_BYTES % 4096 == 0
 assert MAX_FACES * MAX_CROP_RECORD_BYTES <= RESPONSE_SLOT_BYTES, "one picture's crops must fit"
 assert MAX_BATCH * MAX_EMBEDDING_DIM * 4 <= RESPONSE_SLOT_BYTES
-assert MAX_WINDOW * 8 <= MAX_POOL_QUEUE
+assert MAX_WINDOW * 8 <= MAX_KEY_QUEUE
+assert BAD_PICTURES <= BAD_PICTURES_OF_KEY
 assert MAX_TRACKS >= 2 * MAX_FACES

@@ -121,6 +121,7 @@ class ScriptedWorker:
         self.draining = False
         self.obeys_sigkill = True
         self.answers_pings = True
+        self.is_halted = False
         self._request: Arena | None = None
         self._response: Arena | None = None
 
@@ -130,6 +131,9 @@ class ScriptedWorker:
         self.signals.append(number)
         if number is signal.SIGKILL and self.obeys_sigkill:
             self.die(-9)
+
+    def halted(self) -> bool:
+        return self.is_halted
 
     def release(self) -> None:
         self.die(0)

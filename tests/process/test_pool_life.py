@@ -238,14 +238,14 @@ async def test_a_spare_takes_over_without_a_gap() -> None:
         await auntil(lambda: sum(w.spare for w in p.pool.info().workers) == 1)
 
 
-async def test_sigstop_is_a_hang_and_is_seen_by_ping() -> None:
-    async with real_pool(job_timeout_ms=1000, ping_interval_s=0.1) as p:
+async def test_a_stopped_process_is_seen_without_a_job_or_a_ping() -> None:
+    async with real_pool(job_timeout_ms=60_000, ping_interval_s=60.0) as p:
         pid = p.pids()[0]
         os.kill(pid, signal.SIGSTOP)
         await auntil(lambda: p.pool.state is PoolState.NOT_SERVING)
         await auntil(lambda: not alive(pid))
         await auntil(lambda: p.pool.state is PoolState.SERVING)
-        assert p.pool.info().workers[0].last_loss == "HUNG"
+        assert p.pool.info().workers[0].last_loss == "HALTED"
 
 
 async def test_sigterm_from_outside_is_a_polite_leave() -> None:

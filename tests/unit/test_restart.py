@@ -112,6 +112,21 @@ def test_a_ready_worker_that_leaves_costs_no_budget_only_the_first_back_off() ->
     assert (worker.life, actions, worker.restarts) == (Life.SPAWNED, (Action.SPAWN,), 1)
 
 
+def test_a_loss_that_is_somebody_elses_fault_costs_no_budget() -> None:
+    worker = ready()
+    for now in range(10):
+        worker, _ = run(
+            worker,
+            (Notice(Happening.LOSS, "HUNG", excused=True), float(now)),
+            (Notice(Happening.GONE), float(now)),
+        )
+        assert (worker.life, worker.losses, worker.lost) == (Life.BACKOFF, (), now + 1)
+        assert worker.wake_at == pytest.approx(now + 0.75), "and does not grow"
+        worker = replace(worker, life=Life.READY, wake_at=None)
+    worker, _ = run(worker, (Notice(Happening.LOSS), 11.0), (Notice(Happening.GONE), 11.0))
+    assert worker.losses == (11.0,), "the next one is its own"
+
+
 def test_one_that_leaves_before_it_is_ready_is_lost() -> None:
     worker, _ = run(State(), (Notice(Happening.START), 0.0))
     worker, actions = run(worker, (Notice(Happening.LEFT), 1.0))

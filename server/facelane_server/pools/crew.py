@@ -35,6 +35,8 @@ from facelane_server.pools.hang import HangWatch
 from facelane_server.pools.host import Launcher, Link
 from facelane_server.pools.report import PoolChange, WorkerInfo
 from facelane_server.pools.restart import Action, Happening, Life, Notice
+from facelane_server.pools.rounds import Rounds
+from facelane_server.pools.schedule import HUNG
 from facelane_server.pools.slots import Codec
 from facelane_server.pools.tasks import AnyTask, Job, Task
 
@@ -97,6 +99,9 @@ class Owner(Protocol):
     def jobs_came_back(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> None:
         """The worker that had them is gone."""
 
+    def excuses(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> bool:
+        """Whether what a worker was lost over is not the worker's fault."""
+
     def crew_changed(self) -> None:
         """A life went on."""
 
@@ -149,8 +154,7 @@ class Crew:
         self.losses = 0
         self._numbers = 0
         self._jobs = 0
-        self._tick_timer: Timer | None = None
-        self._ticked_ns = 0
+        self._rounds = Rounds(self, settings, feed, clock)
         for number in range(settings.workers):
             launcher.register(f"{self._pool}#{number}")
 
@@ -209,7 +213,7 @@ class Crew:
         self.serving = self.recruit(package)
         for worker in self.serving:
             self.happen(worker, Happening.START)
-        self._tick()
+        self._rounds.begin()
 
     def recruit(self, package: Package) -> list[Worker]:
         """A new generation, not started."""
@@ -228,8 +232,7 @@ class Crew:
 
     def dismiss(self) -> None:
         """Begin the end of all workers; see ``gone``."""
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
+        self._rounds.close()
         for worker in self.everyone():
             self.happen(worker, Happening.STOP, "STOPPED")
 
@@ -263,9 +266,11 @@ class Crew:
     # -- lives ----------------------------------------------------------------------------
 
     def happen(self, worker: Worker, what: Happening, reason: str = "", detail: str = "") -> None:
+        self._happen(worker, Notice(what, reason, detail))
+
+    def _happen(self, worker: Worker, notice: Notice) -> None:
         """Feed the state machine and do what it says."""
-        before = worker.state
-        notice = Notice(what, reason, detail)
+        before, reason = worker.state, notice.reason
         now = self._clock.now_ns() / _S
         state, actions = restart.step(before, notice, now, self.policy, self._random)
         worker.state = state
@@ -285,7 +290,13 @@ class Crew:
 
     def lost(self, worker: Worker, error: WorkerLostError) -> None:
         """A worker is of no use any more, by whatever sign."""
-        self.happen(worker, Happening.LOSS, error.reason, error.detail)
+        handle = worker.handle
+        excused = (
+            handle is not None
+            and worker.life is Life.READY
+            and self._owner.excuses(handle.jobs, error.reason, overlaps=handle.overlaps)
+        )
+        self._happen(worker, Notice(Happening.LOSS, error.reason, error.detail, excused))
 
     def _log_loss(self, worker: Worker, life: Life, notice: Notice) -> None:
         log.warning(
@@ -295,6 +306,7 @@ class Crew:
             worker_pid=worker.pid,
             reason=worker.state.reason,
             detail=notice.detail,
+            excused=notice.excused,
             life=life,
         )
 
@@ -364,7 +376,7 @@ class Crew:
 
     def _take_over(self, worker: Worker, handle: ReadyHandle) -> None:
         worker.handle = handle
-        hung = WorkerLostError("HUNG", "a job exceeded job_timeout_ms")
+        hung = WorkerLostError(HUNG, "a job exceeded job_timeout_ms")
         worker.hang = HangWatch(
             handle, self._clock, self._job_timeout_ns, lambda: self.lost(worker, hung)
         )
@@ -431,7 +443,7 @@ class Crew:
     ) -> None:
         code: int | None = None
         if link is not None:
-            hung = reason in ("HUNG", "START_TIMEOUT", "GALLERY_STALE")
+            hung = reason in (HUNG, "START_TIMEOUT", "GALLERY_STALE")
             await host.end(link, grace_s=grace_s, dump=hung or grace_s > 0)
             code = link.exited.result()
         if worker.link is not link:
@@ -458,7 +470,7 @@ class Crew:
     def give(self, handle: ReadyHandle, tasks: list[AnyTask]) -> None:
         """Send a job; if the worker is gone, its tasks come back. Raises ValueError or
         OverflowError for a request that no message can carry."""
-        worker = next(w for w in self.everyone() if w.handle is handle)
+        worker = self._whose(handle)
         assert worker.codec is not None
         self._jobs += 1
         slot, view = handle.request_slot()
@@ -534,34 +546,23 @@ class Crew:
 
     # -- troubles -------------------------------------------------------------------------
 
-    def _tick(self) -> None:
-        """Ping idle workers, and have them infer now and then."""
-        interval = int(self._settings.ping_interval_s * _S)
-        now = self._clock.now_ns()
-        # If this process stood still (a paused machine), what it waits for may have come, and
-        # is read after this.
-        stood_still = now - self._ticked_ns > 2 * interval
-        self._ticked_ns = now
-        self._tick_timer = self._clock.call_at(now + interval, self._tick)
-        for worker in [*self.serving, *self.warming]:
-            if worker.life is Life.READY and worker.handle is not None:
-                if stood_still:
-                    worker.handle.wait_anew(now)
-                self._examine(worker, worker.handle, now)
+    def in_service(self) -> list[ReadyHandle]:
+        ready = [w for w in (*self.serving, *self.warming) if w.life is Life.READY]
+        return [w.handle for w in ready if w.handle]
 
-    def _examine(self, worker: Worker, handle: ReadyHandle, now: int) -> None:
-        if self._feed.is_late(handle, now):
-            self.lost(worker, WorkerLostError("GALLERY_STALE"))
-        elif handle.ping_sent_ns:
-            if not handle.jobs and now - handle.ping_sent_ns >= self._job_timeout_ns:
-                self.lost(worker, WorkerLostError("HUNG", "no pong in time"))
-        elif not handle.jobs:
-            if now - handle.last_success_ns >= self._settings.canary_interval_s * _S:
-                self._send_canary(worker)
-            else:
-                handle.ping(now)
-            if self._is_over_budget(handle):
-                self._recycle(worker, "OVER_BUDGET")
+    def handle_lost(self, handle: ReadyHandle, error: WorkerLostError) -> None:
+        if not handle.closed:
+            self.lost(self._whose(handle), error)
+
+    def ask_canary(self, handle: ReadyHandle) -> None:
+        self._send_canary(self._whose(handle))
+
+    def recycle_if_too_large(self, handle: ReadyHandle) -> None:
+        if not handle.closed and self._is_over_budget(handle):
+            self._recycle(self._whose(handle), "OVER_BUDGET")
+
+    def _whose(self, handle: ReadyHandle) -> Worker:
+        return next(w for w in self.everyone() if w.handle is handle)
 
     def _is_over_budget(self, handle: ReadyHandle) -> bool:
         return 0 < self._budget_mib < handle.memory_mib

@@ -59,6 +59,9 @@ class Link(Protocol):
     def signal(self, number: signal.Signals) -> None:
         """Does nothing when the process is gone."""
 
+    def halted(self) -> bool:
+        """Somebody has stopped the process (SIGSTOP), as far as the kernel tells."""
+
     def release(self) -> None:
         """The worker was drained, or its channel is closed: nothing more is asked of it."""
 
@@ -96,6 +99,15 @@ async def end(link: Link, *, grace_s: float, dump: bool) -> None:
     if not await _within(link.exited, _REAP_S):
         log.error("worker cannot be killed, the kernel holds it", pid=link.pid)
         await asyncio.shield(link.exited)
+
+
+def is_halted(pid: int) -> bool:
+    """False too for a process that is gone, or of which nothing can be known."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return stat[stat.rfind(b")") + 2 :].startswith(b"T")
 
 
 async def _within(future: asyncio.Future[int | None], seconds: float) -> bool:
@@ -296,6 +308,9 @@ class _ProcessLink:
     def signal(self, number: signal.Signals) -> None:
         self._process.signal(number)
 
+    def halted(self) -> bool:
+        return is_halted(self.pid)
+
     def release(self) -> None:
         pass
 
@@ -361,6 +376,9 @@ class _GroupLink:
     def signal(self, number: signal.Signals) -> None:
         if not self.exited.done():
             self._process.signal(number)
+
+    def halted(self) -> bool:
+        return is_halted(self.pid)
 
     def release(self) -> None:
         """Drained: the thread waits for the next Load on the same channel."""
@@ -449,6 +467,9 @@ class _ExternalLink:
             # Somebody else's process: closing the channel is all that we can do.
             if number is signal.SIGKILL:
                 self._gone()
+
+    def halted(self) -> bool:
+        return self._pidfd >= 0 and is_halted(self.pid)
 
     def release(self) -> None:
         if self._pidfd < 0:

@@ -233,7 +233,9 @@ class Pool:
             return
         if isinstance(message, InferDone):
             try:
-                ended, used = self._schedule.answered(job, message, codec, handle.response(job))
+                ended, used = self._schedule.answered(
+                    job, message, codec, handle.response(job), self._clock.now_ns()
+                )
             except ProtocolError as error:
                 handle.jobs.appendleft(job)
                 self._crew.lost(worker, WorkerLostError.by(error))
@@ -246,8 +248,12 @@ class Pool:
         self._dispatch()
 
     def jobs_came_back(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> None:
-        self._resolve(self._schedule.taken_back(jobs, reason, overlaps=overlaps))
+        now = self._clock.now_ns()
+        self._resolve(self._schedule.taken_back(jobs, reason, now, overlaps=overlaps))
         self._arm_deadline()
+
+    def excuses(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> bool:
+        return self._schedule.excuses(jobs, reason, self._clock.now_ns(), overlaps=overlaps)
 
     def _refuse_hopeless(self) -> None:
         if not self.available:

@@ -18,7 +18,8 @@ The budget is ``limit`` losses within ``window_s``. A loss waits for
 random factor in [0.5, 1], so that workers that died together do not come back together.
 A ready worker that leaves in order (LEFT: it said so, as upon SIGTERM) is no loss: it
 costs no budget, only the first back-off. One that ends without a word is lost, whatever
-its exit code. A worker that comes back from quarantine has one try.
+its exit code. A loss that is somebody else's fault (``excused``: a picture's, over which it
+hung) costs no budget either. A worker that comes back from quarantine has one try.
 
 The time to start counts from ATTACHED where the process is started by somebody else
 (``Policy.attaches``), and waiting for it is no failure; else from SPAWN.
@@ -89,11 +90,13 @@ class Happening(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """``reason``: of a LOSS, RESTART or STOP, one constant word; ``detail``: for the log."""
+    """``reason``: of a LOSS, RESTART or STOP, one constant word; ``detail``: for the log;
+    ``excused``: a LOSS that is not the worker's fault."""
 
     what: Happening
     reason: str = ""
     detail: str = ""
+    excused: bool = False
 
 
 class Action(enum.Enum):
@@ -139,6 +142,8 @@ class State:
     """Processes after the first one."""
     then: Life = Life.EXITED
     """DRAINING: what follows, EXITED, SPAWNED or BACKOFF."""
+    excused: bool = False
+    """LOST: at no cost."""
 
 
 Step = tuple[State, tuple[Action, ...]]
@@ -165,7 +170,7 @@ def step(
         case Happening.READY if life is Life.WARMING:
             return replace(state, life=Life.READY, wake_at=None), ()
         case Happening.LOSS if life in ALIVE:
-            return _lose(state, notice.reason)
+            return _lose(state, notice.reason, excused=notice.excused)
         case Happening.LEFT if life in STARTING:
             return _lose(state, "EXITED")
         case Happening.LEFT if life is Life.READY:
@@ -198,7 +203,7 @@ def _spawn(state: State, now: float, policy: Policy, *, restarts: int = 0) -> St
     return spawned, (Action.SPAWN,)
 
 
-def _lose(state: State, reason: str) -> Step:
+def _lose(state: State, reason: str, *, excused: bool = False) -> Step:
     # A draining worker that must not come back does not come back by dying either.
     stays_away = state.life is Life.DRAINING and state.then is Life.EXITED
     lost = replace(
@@ -207,6 +212,7 @@ def _lose(state: State, reason: str) -> Step:
         wake_at=None,
         reason=reason,
         lost=state.lost + 1,
+        excused=excused,
     )
     return lost, (Action.KILL,)
 
@@ -217,6 +223,8 @@ def _drain(state: State, then: Life, now: float, policy: Policy) -> Step:
 
 
 def _gone(state: State, now: float, policy: Policy, random: Callable[[], float]) -> Step:
+    if state.life is Life.LOST and state.excused:
+        return _pause(state, now, policy, random)
     if state.life is Life.LOST:
         return _back_off(state, now, policy, random)
     if state.life is not Life.DRAINING:
@@ -224,9 +232,14 @@ def _gone(state: State, now: float, policy: Policy, random: Callable[[], float])
     if state.then is Life.SPAWNED:
         return _spawn(state, now, policy, restarts=1)
     if state.then is Life.BACKOFF:
-        pause = policy.initial_s * (0.5 + 0.5 * random())
-        return replace(state, life=Life.BACKOFF, wake_at=now + pause), ()
+        return _pause(state, now, policy, random)
     return replace(state, life=Life.EXITED, wake_at=None), ()
+
+
+def _pause(state: State, now: float, policy: Policy, random: Callable[[], float]) -> Step:
+    """The first back-off, at no cost."""
+    wake_at = now + policy.initial_s * (0.5 + 0.5 * random())
+    return replace(state, life=Life.BACKOFF, wake_at=wake_at), ()
 
 
 def _back_off(state: State, now: float, policy: Policy, random: Callable[[], float]) -> Step:

@@ -7,8 +7,14 @@ busy, and only where overlap pays (a device, or jobs so short that the hop count
 
 What a loss costs: the tasks in flight on the lost worker are tried once more, each
 alone, in front of the queue and with their old deadline; a task that kills a second
-worker is POISONED. Tasks that wait are not touched. When no worker can be back before a
-task's deadline, it is refused at once instead of waiting.
+worker is POISONED. A picture that was alone on a worker that hung is the one over which
+it hung: it is not tried again (PICTURE_TOO_COSTLY). Tasks that wait are not touched. When
+no worker can be back before a task's deadline, it is refused at once instead of waiting.
+
+Whose pictures end workers, or cost too much, is refused for a while (``offenders``), and
+what they end costs the worker's restart budget nothing (``excuses``), or three pictures
+would put a pool into quarantine. Only when pictures of many senders do so, it is the
+worker's fault after all.
 
 Nothing here knows a loop, a clock or a socket: times are arguments, and what has ended
 is handed back (``Ended``) for the pool to tell.
@@ -16,6 +22,7 @@ is handed back (``Ended``) for the pool to tell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Protocol, TypeVar
 
@@ -25,20 +32,23 @@ from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.ipc.channel import ProtocolError
 from facelane_server.ipc.messages import InferDone, InferFailed
+from facelane_server.pools.offenders import Offenders
 from facelane_server.pools.queue import FairQueue
 from facelane_server.pools.slots import Codec, failure_of
-from facelane_server.pools.tasks import Answer, AnyTask, Job
+from facelane_server.pools.tasks import Answer, AnyTask, DetectRequest, Job
 
 log = structlog.get_logger(__name__)
 
 Ended = list[tuple[AnyTask, Answer | FacelaneError]]
 """Tasks and what became of them; futures that are done already (given up) stay as they are."""
 
+_S: Final = 1_000_000_000
 _OVERLAP_NS: Final = 5_000_000
 """A CPU worker whose jobs are longer gains nothing from a staged one: the hop is short
 beside them, and a staged frame can no longer be replaced by a newer one."""
+HUNG: Final = "HUNG"
 _NOT_TO_BLAME: Final = frozenset(
-    {"NOT_SENT", "STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE", "OVER_BUDGET"}
+    {"NOT_SENT", "STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE", "OVER_BUDGET", "HALTED"}
 )
 """Losses that the tasks in flight have nothing to do with."""
 
@@ -77,6 +87,9 @@ class Schedule:
     def __init__(self, pool: str, codec: Codec) -> None:
         self.codec = codec
         self.retried = 0
+        self.offenders = Offenders()
+        self._accusers: dict[str | int, int] = {}
+        """Senders whose picture ended a worker, and when."""
         self._pool = pool
         self._queue = FairQueue()
 
@@ -106,6 +119,16 @@ class Schedule:
                 retryable=True,
                 metadata={"pool": self._pool},
             )
+        key = task.sender.key
+        if key and self._queue.waiting_of(key) >= limits.MAX_KEY_QUEUE:
+            return FacelaneError(
+                Reason.POOL_OVERLOADED,
+                f"the {self._pool} pool has {limits.MAX_KEY_QUEUE} tasks of this key; send less",
+                retryable=True,
+                metadata={"pool": self._pool},
+            )
+        if (refused_s := self.offenders.refused_s(task, now_ns)) > 0:
+            return _too_many(refused_s)
         try:
             request, response = self.codec.cost(task.request)
         except FacelaneError as error:
@@ -205,7 +228,7 @@ class Schedule:
         return [(tasks[0], FacelaneError(Reason.INTERNAL, "the request cannot be sent"))]
 
     def answered(
-        self, job: Job, message: InferDone, codec: Codec, slot: memoryview
+        self, job: Job, message: InferDone, codec: Codec, slot: memoryview, now_ns: int
     ) -> tuple[Ended, int]:
         """A job's answers, and the bytes that they took in the response slot. ``codec``: of
         the worker that answers. Raises ProtocolError for what cannot be an answer."""
@@ -215,6 +238,9 @@ class Schedule:
             (task, *codec.read(task.request, item, slot))
             for task, item in zip(job.tasks, message.items, strict=True)
         ]
+        for task, answer, _ in read:
+            if isinstance(answer, FacelaneError) and answer.reason is Reason.PICTURE_TOO_COSTLY:
+                self.offenders.strike(task, now_ns)
         return [(task, answer) for task, answer, _ in read], max(end for _, _, end in read)
 
     def failed(self, job: Job, message: InferFailed) -> Ended:
@@ -233,24 +259,38 @@ class Schedule:
                 ended.append((task, failure_of(message, task.attempts)))
         return ended
 
-    def taken_back(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> Ended:
+    def excuses(self, jobs: Sequence[Job], reason: str, now_ns: int, *, overlaps: bool) -> bool:
+        """Whether a worker with these jobs, lost for this reason, is not to blame for it: one
+        picture is, and its like have not come from everywhere."""
+        guilty = _guilty(_suspects(jobs, reason, overlaps=overlaps), reason)
+        if guilty is None:
+            return False
+        since = now_ns - limits.BAD_PICTURES_S * _S
+        self._accusers = {who: at for who, at in self._accusers.items() if at > since}
+        self._accusers[guilty.sender.key or guilty.lane] = now_ns
+        return len(self._accusers) < limits.MAX_ACCUSERS
+
+    def taken_back(self, jobs: Sequence[Job], reason: str, now_ns: int, *, overlaps: bool) -> Ended:
         """The jobs in flight of a worker that is gone for this reason: their tasks are tried
         once more, or end."""
         ended: Ended = []
-        for place, job in reversed(list(enumerate(jobs))):
-            # A staged job has not been begun by a worker that computes in order.
-            blamed = reason not in _NOT_TO_BLAME and (place == 0 or overlaps)
-            for task in reversed(job.tasks):
-                if task.future.done():
-                    continue
-                if task.canary:
-                    ended.append((task, self._worker_lost()))
-                    continue
-                task.attempts += blamed
-                if task.attempts < limits.MAX_TASK_ATTEMPTS:
-                    self._retry(task, alone=blamed)
-                else:
-                    ended.append((task, self._poisoned()))
+        suspects = _suspects(jobs, reason, overlaps=overlaps)
+        guilty = _guilty(suspects, reason)
+        if guilty is not None:
+            self.offenders.strike(guilty, now_ns)  # also when its sender has gone since
+        for task in suspects:
+            task.attempts += 1
+        for task in reversed([task for job in jobs for task in job.tasks]):
+            if task.future.done():
+                continue
+            if task.canary:
+                ended.append((task, self._worker_lost()))
+            elif task is guilty:
+                ended.append((task, self._hung() if reason == HUNG else self._poisoned()))
+            elif task.attempts < limits.MAX_TASK_ATTEMPTS:
+                self._retry(task, alone=task in suspects)
+            else:
+                ended.append((task, self._poisoned()))
         return ended
 
     def _retry(self, task: AnyTask, *, alone: bool) -> None:
@@ -278,12 +318,48 @@ class Schedule:
             metadata={"pool": self._pool},
         )
 
+    def _hung(self) -> FacelaneError:
+        return FacelaneError(
+            Reason.PICTURE_TOO_COSTLY,
+            f"a worker of the {self._pool} pool hung over this picture; it is not tried again",
+            metadata={"pool": self._pool},
+        )
+
     def _poisoned(self) -> FacelaneError:
         return FacelaneError(
             Reason.POISONED,
             f"two workers of the {self._pool} pool ended over this item; it is not tried again",
             metadata={"pool": self._pool},
         )
+
+
+def _suspects(jobs: Sequence[Job], reason: str, *, overlaps: bool) -> list[AnyTask]:
+    """Who may have ended a worker. A staged job has not been begun by a worker that computes in
+    order."""
+    if reason in _NOT_TO_BLAME:
+        return []
+    begun = list(jobs) if overlaps else list(jobs)[:1]
+    return [task for job in begun for task in job.tasks if not task.canary]
+
+
+def _guilty(suspects: Sequence[AnyTask], reason: str) -> AnyTask | None:
+    """The picture that has ended a worker, where that is known: it was alone on one that hung,
+    or on a second one that ended."""
+    if len(suspects) != 1 or not isinstance(suspects[0].request, DetectRequest):
+        return None
+    ended_before = suspects[0].attempts + 1 >= limits.MAX_TASK_ATTEMPTS
+    return suspects[0] if reason == HUNG or ended_before else None
+
+
+def _too_many(refused_s: float) -> FacelaneError:
+    seconds = math.ceil(refused_s)
+    return FacelaneError(
+        Reason.TOO_MANY_BAD_PICTURES,
+        "too many pictures of this sender cost too much; they are refused for another "
+        f"{seconds} s. Send baseline JPEG, or let the bridge encode anew",
+        retryable=True,
+        metadata={"retry_after_s": str(seconds)},
+    )
 
 
 def unavailable(pool: str, why: str) -> FacelaneError:

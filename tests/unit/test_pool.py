@@ -37,7 +37,13 @@ from facelane_server.pipeline import Origin, Pipeline, Plan
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolChange, PoolEvent, PoolState
 from facelane_server.pools.restart import Life
-from facelane_server.pools.tasks import LivenessAnswer, LivenessRequest, Task
+from facelane_server.pools.tasks import (
+    DetectRequest,
+    LivenessAnswer,
+    LivenessRequest,
+    Request,
+    Task,
+)
 
 PACKAGE = Catalog().resolve("null-liveness")
 CROPS = tuple(b"\0" * (spec.size * spec.size * 3) for spec in PACKAGE.crops)
@@ -77,8 +83,11 @@ class Bench:
             await worker.become_ready()
 
     def submit(self, lane: int = 1, *, weight: int = 1, age_ms: float = 1000.0) -> Task[Any]:
+        request: Request = LivenessRequest(CROPS)
+        if self.pool.stage is Stage.DETECTOR:
+            request = DetectRequest(Picture(Encoding.JPEG, b"\0" * 100), 1, 10**6)
         task: Task[Any] = Task(
-            LivenessRequest(CROPS),
+            request,
             lane,
             weight,
             self.clock.now_ns() + int(age_ms * 1e6),
@@ -558,6 +567,44 @@ async def test_a_job_over_its_time_means_a_hung_worker() -> None:
         await b.answer(survivor)
         assert task.future.result() == LivenessAnswer(1.0)
         assert [e.reason for e in b.events if e.change is PoolChange.WORKER_LOST] == ["HUNG"]
+
+
+async def test_a_hang_over_a_picture_is_the_pictures_and_costs_no_budget() -> None:
+    async with bench(stage=Stage.DETECTOR, job_timeout_ms=100, restart_limit=1, batch_max=1) as b:
+        await b.ready()
+        for life in range(limits.BAD_PICTURES):
+            task = b.submit(7, age_ms=60_000)
+            await b.turn()
+            await b.clock.advance(101)
+            assert reason_of(task) is Reason.PICTURE_TOO_COSTLY
+            await asyncio.wait([b.workers[life].exited], timeout=30)
+            await b.turn()
+            info = b.pool.info().workers[0]
+            assert (info.life, info.last_loss) == (Life.BACKOFF, "HUNG")
+            await b.clock.advance(200)
+            await b.workers[life + 1].become_ready()
+            assert b.pool.state is PoolState.SERVING
+        assert reason_of(b.submit(7)) is Reason.TOO_MANY_BAD_PICTURES
+        honest = b.submit(8)
+        await b.turn()
+        await b.answer(b.workers[limits.BAD_PICTURES])
+        assert honest.future.exception() is None
+
+
+async def test_a_stopped_process_is_seen_within_a_second() -> None:
+    async with bench(workers=2) as b:
+        await b.ready()
+        b.workers[0].is_halted = True
+        await b.clock.advance(401)
+        b.workers[0].is_halted = False
+        await b.clock.advance(2000)
+        assert b.pool.state is PoolState.SERVING, "continued at once: no loss"
+        for worker in b.workers:
+            worker.is_halted = True
+        await b.clock.advance(900)
+        assert b.pool.state is PoolState.NOT_SERVING
+        assert {w.last_loss for w in b.pool.info().workers} == {"HALTED"}
+        assert all(worker.exited.done() for worker in b.workers[:2])
 
 
 async def test_the_second_job_is_timed_from_when_it_is_first() -> None:
