@@ -215,7 +215,9 @@ def test_of_a_batch_that_hung_each_is_tried_alone_and_the_guilty_one_found() -> 
     assert (told, reason(why)) == (guilty, Reason.PICTURE_TOO_COSTLY)
 
 
-@pytest.mark.parametrize("why", ["STOPPED", "DRAINED", "OVER_BUDGET", "HALTED", "NOT_SENT"])
+@pytest.mark.parametrize(
+    "why", ["STOPPED", "DRAINED", "OVER_BUDGET", "HALTED", "WORN_OUT", "NOT_SENT"]
+)
 def test_nobody_is_blamed_for_what_the_pool_or_an_operator_did(why: str) -> None:
     made = schedule(innocent := task())
     job = give(made, Seat())
@@ -236,6 +238,13 @@ def test_a_sender_that_hangs_up_is_blamed_all_the_same() -> None:
         assert made.excuses([job], "HUNG", 0, overlaps=False)
         assert made.taken_back([job], "HUNG", 0, overlaps=False) == []
     assert reason(made.submit(task(), 0, always)) is Reason.TOO_MANY_BAD_PICTURES
+
+
+def test_a_worker_that_bad_pictures_wore_out_is_excused() -> None:
+    made = schedule()
+    assert not made.excuses([], "WORN_OUT", 0, overlaps=False), "by nobody's pictures"
+    costly(made, CAMERA, 1, 0)
+    assert made.excuses([], "WORN_OUT", 0, overlaps=False)
 
 
 def test_when_everybodys_pictures_end_workers_it_is_the_worker() -> None:

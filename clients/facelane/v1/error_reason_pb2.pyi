@@ -61,6 +61,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """No worker of a stage can infer now."""
     ERROR_REASON_POOL_OVERLOADED: _ErrorReason.ValueType  # 18
     """More work waits than is kept."""
+    ERROR_REASON_TOO_MANY_BAD_PICTURES: _ErrorReason.ValueType  # 45
+    """Pictures of this sender took too much to decode; for a while none is taken from it."""
     ERROR_REASON_WORKER_LOST: _ErrorReason.ValueType  # 19
     """The worker was lost while it worked on this."""
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 20
@@ -157,6 +159,8 @@ ERROR_REASON_POOL_UNAVAILABLE: ErrorReason.ValueType  # 17
 """No worker of a stage can infer now."""
 ERROR_REASON_POOL_OVERLOADED: ErrorReason.ValueType  # 18
 """More work waits than is kept."""
+ERROR_REASON_TOO_MANY_BAD_PICTURES: ErrorReason.ValueType  # 45
+"""Pictures of this sender took too much to decode; for a while none is taken from it."""
 ERROR_REASON_WORKER_LOST: ErrorReason.ValueType  # 19
 """The worker was lost while it worked on this."""
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 20

@@ -47,8 +47,19 @@ _OVERLAP_NS: Final = 5_000_000
 """A CPU worker whose jobs are longer gains nothing from a staged one: the hop is short
 beside them, and a staged frame can no longer be replaced by a newer one."""
 HUNG: Final = "HUNG"
+_WORN_OUT: Final = "WORN_OUT"
+"""It has given up decodings that go on for ever; their pictures have been answered."""
 _NOT_TO_BLAME: Final = frozenset(
-    {"NOT_SENT", "STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE", "OVER_BUDGET", "HALTED"}
+    {
+        "NOT_SENT",
+        "STOPPED",
+        "RESTARTED",
+        "DRAINED",
+        "GALLERY_STALE",
+        "OVER_BUDGET",
+        "HALTED",
+        _WORN_OUT,
+    }
 )
 """Losses that the tasks in flight have nothing to do with."""
 
@@ -262,6 +273,8 @@ class Schedule:
     def excuses(self, jobs: Sequence[Job], reason: str, now_ns: int, *, overlaps: bool) -> bool:
         """Whether a worker with these jobs, lost for this reason, is not to blame for it: one
         picture is, and its like have not come from everywhere."""
+        if reason == _WORN_OUT and len(self.offenders):
+            return True
         guilty = _guilty(_suspects(jobs, reason, overlaps=overlaps), reason)
         if guilty is None:
             return False
@@ -357,7 +370,6 @@ def _too_many(refused_s: float) -> FacelaneError:
         Reason.TOO_MANY_BAD_PICTURES,
         "too many pictures of this sender cost too much; they are refused for another "
         f"{seconds} s. Send baseline JPEG, or let the bridge encode anew",
-        retryable=True,
         metadata={"retry_after_s": str(seconds)},
     )
 
