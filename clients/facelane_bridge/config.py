@@ -200,7 +200,7 @@ _NOT_DEFAULTS = frozenset({"name", "source"})
 def load(path: str | Path) -> BridgeSettings:
     """The settings in a TOML file. Raises ``ConfigError``."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except UnicodeDecodeError:

@@ -131,7 +131,10 @@ class App:
     async def running(self) -> AsyncIterator[Self]:
         """Everything started, in order; everything ended, in the opposite one."""
         async with contextlib.AsyncExitStack() as stack:
-            runtime = stack.enter_context(folders.runtime_dir(self.settings))
+            hosting = [pool.hosting for pool in self.settings.stages.values()]
+            runtime = None
+            if any(kind.needs_mps or kind.attaches for kind in hosting):
+                runtime = stack.enter_context(folders.runtime_dir(self.settings))
             stack.enter_context(errors.observed(self.metrics.refused))
             await self._start_pools(stack, runtime)
             gallery = await self._open_gallery(stack)
@@ -188,12 +191,13 @@ class App:
         real inference, repeated while it is idle."""
         return self.pools[Stage.DETECTOR].available
 
-    async def _start_pools(self, stack: contextlib.AsyncExitStack, runtime: Path) -> None:
+    async def _start_pools(self, stack: contextlib.AsyncExitStack, runtime: Path | None) -> None:
         planned = await plan.check(self.settings, self.models.packages)
         for line in planned.lines():
             log.info("memory plan", line=line)
         pipes = None
         if any(pool.hosting.needs_mps for pool in self.settings.stages.values()):
+            assert runtime is not None
             daemon = await MpsDaemon.start(runtime / "mps")
             stack.push_async_callback(daemon.close)
             pipes = daemon.pipe_directory

@@ -276,6 +276,20 @@ def _attach_models() -> None:
     app.add_typer(models_app, name="models")
 
 
+def _open_standard_streams() -> None:
+    """Whoever starts us may have closed them: else the next file that is opened, the gallery's
+    for instance, would get their number and be written to by whatever prints."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
 def main() -> None:
+    _open_standard_streams()
     _attach_models()
     app()

@@ -373,7 +373,7 @@ def load(path: Path | None) -> Config:
         check(config, source="defaults")
         return config
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -46,7 +46,11 @@ def _made(name: str, folder: Path, otherwise: str) -> Path:
 
 @contextlib.contextmanager
 def runtime_dir(settings: config.Config) -> Iterator[Path]:
-    """Where sockets are made. A fresh private folder is removed at the end."""
+    """Where sockets are made. A fresh private folder is removed at the end.
+
+    Raises ``ConfigError`` for a folder that is named, and ``AddressError`` where there is no room
+    for a fresh one now.
+    """
     chosen = settings.runtime_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
     if chosen:
         yield _made("runtime_dir", Path(chosen).expanduser(), "leave runtime_dir empty")
@@ -63,7 +67,7 @@ def _private_folder() -> Iterator[Path]:
     which the kernel gives up together with the process, tells that nobody lives there; one on
     ``mps`` inside of it, that a daemon has still to be told to quit.
     """
-    for left in Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"):
+    for left in _fresh_folders():
         with contextlib.ExitStack() as stack:
             for needed in (left, left / "mps"):
                 if not os.path.lexists(needed):
@@ -74,13 +78,31 @@ def _private_folder() -> Iterator[Path]:
             else:
                 shutil.rmtree(left, ignore_errors=True)
     # A server that starts at the same moment may find ours before we hold it, and remove it.
-    while (lock := _lock(folder := Path(tempfile.mkdtemp(prefix=RUN_PREFIX)))) is None:
+    while (lock := _lock(folder := _fresh_folder())) is None:
         continue
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _fresh_folders() -> list[Path]:
+    """All that are there, whoever made them."""
+    try:
+        return list(Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"))
+    except OSError:
+        return []  # no temporary folder at all: ``_fresh_folder`` says what to do
+
+
+def _fresh_folder() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=RUN_PREFIX))
+    except OSError as error:
+        raise config.AddressError(
+            f"no folder for sockets can be made among the temporary files: {error.strerror}; set "
+            "runtime_dir (or $RUNTIME_DIRECTORY) to a folder that can be written to"
+        ) from None
 
 
 def _lock(folder: Path) -> int | None:

@@ -26,7 +26,7 @@ def load_credentials(camera: CameraSettings) -> Credentials | None:
     elif camera.credentials_file:
         where = f"the file {camera.credentials_file}"
         try:
-            with open(camera.credentials_file, encoding="utf-8") as file:
+            with open(camera.credentials_file, encoding="utf-8-sig") as file:
                 text = file.read(4096)
         except (OSError, UnicodeDecodeError):
             raise SourceError(

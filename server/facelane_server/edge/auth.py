@@ -65,7 +65,7 @@ def new_key(name: str, scopes: tuple[Scope, ...]) -> tuple[str, str]:
 def read_keys(path: Path, *, may_be_empty: bool = False) -> tuple[Key, ...]:
     """The keys of a file. Raises ``ConfigError``."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         keys = msgspec.convert(raw, KeysFile).keys
     except OSError as error:
         raise ConfigError(f"auth.keys_file {path}: cannot be read: {error.strerror}") from None

@@ -329,7 +329,7 @@ def read_package(folder: Path) -> Package:
     if len(raw) > limits.MAX_MANIFEST_BYTES:
         raise invalid(folder, f"{MANIFEST} is larger than {limits.MAX_MANIFEST_BYTES} bytes")
     try:
-        table = tomllib.loads(raw.decode())
+        table = tomllib.loads(raw.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise invalid(folder, f"{MANIFEST} is not valid TOML: {error}") from error
     _refuse_unknown_keys(folder, table, Manifest, "")

@@ -360,7 +360,7 @@ def _detection_report(
 def _boxes(data: Path) -> Mapping[str, list[list[float]]]:
     path = data / "boxes.json"
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         out = {
             str(name): [[float(v) for v in box] for box in boxes] for name, boxes in found.items()
         }

@@ -353,7 +353,7 @@ def _pairs(data: Path, files: Sequence[Path]) -> tuple[I64, I64]:
         return measures.pairs(np.array(_subjects(data, files), np.int64), seed=SEED)
     row_of = {path.resolve(): row for row, path in enumerate(files)}
     sides: dict[str, list[tuple[int, int]]] = {"0": [], "1": []}
-    with listed.open(newline="") as stream:
+    with listed.open(newline="", encoding="utf-8-sig") as stream:
         for number, row in enumerate(csv.DictReader(stream), 2):
             try:
                 ends = [(data / row[key]).resolve() for key in ("first", "second")]

@@ -119,7 +119,7 @@ def write(package: Package, rows: Sequence[Impostors]) -> Package:
     """
     path = package.folder / MANIFEST
     try:
-        text = _BLOCK.sub("\n", path.read_text(encoding="utf-8")).rstrip("\n") + "\n"
+        text = _BLOCK.sub("\n", path.read_text(encoding="utf-8-sig")).rstrip("\n") + "\n"
         for row in rows:
             cosines = ", ".join(f"{cosine:g}" for cosine in row.similarity)
             text += (

@@ -538,13 +538,15 @@ class ExternalLauncher:
 class Launchers:
     """The launchers of all pools, by their isolation. Owns them.
 
-    ``runtime_dir``: where the sockets of external pools are made. ``mps_pipe_directory``:
-    of the MPS control daemon, for pools with ``isolation = "mps"``.
+    ``runtime_dir``: where the sockets of external pools are made; None where there are none.
+    ``mps_pipe_directory``: of the MPS control daemon, for pools with ``isolation = "mps"``.
     """
 
-    def __init__(self, runtime_dir: Path, *, mps_pipe_directory: Path | None = None) -> None:
+    def __init__(self, runtime_dir: Path | None, *, mps_pipe_directory: Path | None = None) -> None:
         self._runtime_dir = runtime_dir
-        self._mps_pipe_directory = mps_pipe_directory or runtime_dir / "mps"
+        if mps_pipe_directory is None and runtime_dir is not None:
+            mps_pipe_directory = runtime_dir / "mps"
+        self._mps_pipe_directory = mps_pipe_directory
         self._groups: dict[str, GroupLauncher] = {}
         self._launchers: list[Launcher] = []
 
@@ -560,9 +562,14 @@ class Launchers:
                 self._launchers.append(group)
             return group
         if hosting.attaches:
-            path = Path(settings.socket) if settings.socket else self._runtime_dir / f"{name}.sock"
+            if settings.socket:
+                path = Path(settings.socket)
+            else:
+                assert self._runtime_dir is not None
+                path = self._runtime_dir / f"{name}.sock"
             launcher = ExternalLauncher(path)
         elif hosting.needs_mps:
+            assert self._mps_pipe_directory is not None
             environment = mps_environment(
                 pipe_directory=self._mps_pipe_directory,
                 devices=settings.devices,

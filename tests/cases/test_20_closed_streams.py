@@ -1,0 +1,51 @@
+"""A server whose standard streams were closed runs as with /dev/null, and nothing that prints
+writes into a file of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import facelane
+from facelane_server.store.gallery import Store
+from tests.e2e import wire
+from tests.running_server import toml
+
+
+def closed(folder: Path, command: str, streams: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["/bin/sh", "-c", f'exec "$0" -m facelane_server {command} {streams}', sys.executable],
+        cwd=folder,
+    )
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_the_server_runs_without_them(tmp_path: Path, streams: str) -> None:
+    (tmp_path / "server.toml").write_text(toml(tmp_path, wire.pools()))
+    for name in ("state", "run"):
+        (tmp_path / name).mkdir(mode=0o700)
+    process = closed(tmp_path, "run --config server.toml", streams)
+    try:
+        with facelane.Client(f"unix:{tmp_path}/grpc.sock", timeout=60) as client:
+            client.wait_until_serving(timeout=60)
+            client.enroll("grace", wire.picture())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait(30)
+    with closing(Store(tmp_path / "state" / "gallery.db")) as store:
+        assert store.counts() == (1, 1)
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_commands_end_as_they_would(tmp_path: Path, streams: str) -> None:
+    (tmp_path / "good.toml").write_text(toml(tmp_path))
+    (tmp_path / "bad.toml").write_text("[serve]\n")
+    assert closed(tmp_path, "check --config good.toml", streams).wait(60) == 0
+    assert closed(tmp_path, "check --config bad.toml", streams).wait(60) == 78
