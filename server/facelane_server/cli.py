@@ -41,6 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+gallery_app = typer.Typer(help="Galleries at rest.", no_args_is_help=True)
 keys_app = typer.Typer(help="Keys that clients authenticate with.", no_args_is_help=True)
 
 
@@ -63,6 +64,7 @@ def _options(
 
 
 app.add_typer(keys_app, name="keys")
+app.add_typer(gallery_app, name="gallery")
 
 
 def _load(path: Path | None) -> configuration.Config:
@@ -191,6 +193,60 @@ def plan(
         typer.echo(line)
     if made.problems:
         raise typer.Exit(EX_CONFIG)
+
+
+@gallery_app.command("check")
+def gallery_check(
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Say which match threshold each gallery gets, and which of its subjects are too alike to be
+    told apart. Reads the file alone, also while the server runs. Exit status 69 when it cannot."""
+    import json
+
+    loaded = _load(config)
+    from facelane_server.domain import Stage
+    from facelane_server.folders import gallery_path
+    from facelane_server.gallery.examine import examine
+    from facelane_server.served import ServedModels
+    from facelane_server.store.gallery import Store
+
+    try:
+        models = ServedModels.resolve(loaded)
+        package = models.packages.get(Stage.RECOGNIZER)
+        if package is None:
+            raise configuration.ConfigError("this server runs without a recogniser")
+        store = Store(gallery_path(loaded), look=True)
+        try:
+            rows = store.vectors(package.model_id, package.embedding_dim)
+            found = examine(rows, models.thresholds)
+            others = store.counts()[1] - sum(one.templates for one in found)
+        finally:
+            store.close()
+    except (FacelaneError, configuration.ConfigError) as error:
+        typer.echo(f"facelane-server: {error}", err=True)
+        raise typer.Exit(EX_UNAVAILABLE) from None
+    if as_json:
+        whole = {"galleries": [one.as_json() for one in found], "of_other_models": others}
+        typer.echo(json.dumps(whole, indent=2))
+        return
+    for one in found:
+        rule = (
+            "match_threshold" if one.false_naming is None else f"false_naming {one.false_naming:g}"
+        )
+        typer.echo(
+            f"{one.gallery_id}: {one.subjects} subjects, {one.templates} templates; {rule}: named "
+            f"from {one.threshold:.3f} on, a look that is just trusted from "
+            f"{one.worst_threshold:.3f}"
+        )
+        for pair in one.pairs:
+            typer.echo(f"  too alike: {pair.first}, {pair.second}: {pair.similarity:.3f}")
+        if one.alike > len(one.pairs):
+            typer.echo(f"  and {one.alike - len(one.pairs)} more")
+    if others:
+        typer.echo(f"{others} templates of other models are not searched: enrol them again")
+    if not found:
+        typer.echo("nobody is enrolled")
 
 
 @keys_app.command("new")

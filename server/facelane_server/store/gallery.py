@@ -66,12 +66,13 @@ class Store:
         *,
         max_templates: int = limits.MAX_TEMPLATES,
         clock_ns: Callable[[], int] = time.time_ns,
+        look: bool = False,
     ) -> None:
-        """Opens or creates the file; see ``SqliteFile``."""
+        """Opens or creates the file, or only looks at it; see ``SqliteFile``."""
         self._path = path
         self._max_templates = max_templates
         self._clock_ns = clock_ns
-        self._file = SqliteFile(path, MIGRATIONS)
+        self._file = SqliteFile(path, MIGRATIONS, look=look)
 
     def close(self) -> None:
         """Gives the file back; idempotent."""

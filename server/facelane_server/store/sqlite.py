@@ -37,24 +37,38 @@ class SqliteFile:
     full, final when it is damaged, another program's, or not ours to write.
     """
 
-    def __init__(self, path: Path, migrations: Sequence[Callable[[sa.Connection], None]]) -> None:
-        """Opens or creates the file, takes it for this process, brings its schema up to date."""
+    def __init__(
+        self,
+        path: Path,
+        migrations: Sequence[Callable[[sa.Connection], None]],
+        *,
+        look: bool = False,
+    ) -> None:
+        """Opens or creates the file, takes it for this process, brings its schema up to date.
+
+        ``look``: only reads what is there, also beside a server that has taken the file.
+        """
         self._path = path
+        self._look = look
         self._migrations = migrations
         self._log_is_full = True
         """It may hold what was deleted and could not be emptied; a killed server left it so."""
         self._closing = contextlib.ExitStack()
         self._is_open = False
         try:
-            self._take_file()
+            if look:
+                self._hold_file()
+            else:
+                self._take_file()
             self._engine = self._connect()
             self._closing.callback(self._engine.dispose)
             self._migrate()
             wrong = self.check()
             if wrong:
                 raise self._damaged(wrong)
-            with contextlib.suppress(OSError):  # no room: the next start tries again
-                os.pwrite(self._lock, _MARK, 0)
+            if not look:
+                with contextlib.suppress(OSError):  # no room: the next start tries again
+                    os.pwrite(self._lock, _MARK, 0)
             self._is_open = True
         except BaseException:
             self._closing.close()
@@ -110,10 +124,7 @@ class SqliteFile:
                     raise self._damaged("the file is empty")
             # SQLite gives its -wal and -shm files the mode of the main file.
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            # Not opened, so that closing it takes no lock of SQLite's along; held, so that no
-            # other file gets its number.
-            self._held = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
-            self._closing.callback(os.close, self._held)
+            self._hold_file()
             try:
                 if os.fstat(file).st_mode & 0o077:
                     os.fchmod(file, 0o600)
@@ -129,10 +140,25 @@ class SqliteFile:
                 retryable=error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
             ) from None
 
+    def _hold_file(self) -> None:
+        """Not opened, so that closing it takes no lock of SQLite's along; held, so that no other
+        file gets its number."""
+        try:
+            self._held = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise FacelaneError(
+                Reason.GALLERY_UNAVAILABLE, f"{self._path}: there is no gallery yet"
+            ) from None
+        self._closing.callback(os.close, self._held)
+
     def _connect(self) -> sa.Engine:
         # hide_parameters: an SQL error must not print a vector or a name.
+        url = sa.URL.create("sqlite", database=str(self._path))
+        if self._look:
+            query = {"mode": "ro", "uri": "true"}
+            url = sa.URL.create("sqlite", database=self._path.absolute().as_uri(), query=query)
         engine = sa.create_engine(
-            sa.URL.create("sqlite", database=str(self._path)),
+            url,
             hide_parameters=True,
             pool_size=1,
             max_overflow=0,
@@ -144,17 +170,16 @@ class SqliteFile:
             connection.isolation_level = None
             for pragma in (
                 f"busy_timeout = {BUSY_TIMEOUT_MS}",
-                "journal_mode = WAL",
+                *(() if self._look else ("journal_mode = WAL", "secure_delete = ON")),
                 "synchronous = FULL",
                 "foreign_keys = ON",
-                "secure_delete = ON",
                 "trusted_schema = OFF",
             ):
                 connection.execute(f"PRAGMA {pragma}").close()
 
         @sa.event.listens_for(engine, "begin")
         def begin(connection: sa.Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.exec_driver_sql("BEGIN" if self._look else "BEGIN IMMEDIATE")
 
         return engine
 
@@ -171,6 +196,11 @@ class SqliteFile:
                 )
             else:
                 version = 0
+            if self._look and version != len(self._migrations):
+                raise FacelaneError(
+                    Reason.GALLERY_UNAVAILABLE,
+                    f"{self._path} was not made by this version of facelane: start the server once",
+                )
             if version > len(self._migrations):
                 raise FacelaneError(
                     Reason.GALLERY_UNAVAILABLE,
@@ -198,7 +228,7 @@ class SqliteFile:
                 yield connection
         except exc.DBAPIError as error:
             raise self._unavailable(error) from error
-        if self._log_is_full:
+        if self._log_is_full and not self._look:
             self.forget_deleted()
 
     def _unavailable(self, error: exc.DBAPIError) -> FacelaneError:
