@@ -281,6 +281,8 @@ def face(pb: face_pb2.Face) -> types.Face:
         _liveness(pb.liveness),
         pb.ood_score if pb.HasField("ood_score") else None,
         pb.recognized_now,
+        seconds(pb.evidence_age) if pb.HasField("evidence_age") else None,
+        pb.links_since_evidence,
     )
 
 
@@ -353,6 +355,7 @@ def _outcome(pb: analysis_service_pb2.FrameOutcome) -> types.Outcome:
         _moment(pb.capture_time) if pb.HasField("capture_time") else None,
         _body(pb),
         seconds(pb.age),
+        stream_id=pb.stream_id,
     )
 
 
@@ -519,4 +522,21 @@ def event(pb: event_service_pb2.WatchEventsResponse) -> types.Event:
         e.ood_score if e.HasField("ood_score") else None,
         e.pool,
         e.message,
+        _track_report(e.track) if e.HasField("track") else None,
+    )
+
+
+def _track_report(pb: event_service_pb2.TrackReport) -> types.TrackReport:
+    first, last = pb.first_capture_time, pb.last_capture_time
+    return types.TrackReport(
+        pb.global_track_id,
+        seconds(pb.first_offset),
+        seconds(pb.last_offset),
+        _moment(first) if pb.HasField("first_capture_time") else None,
+        _moment(last) if pb.HasField("last_capture_time") else None,
+        types.BoundingBox(pb.box.x, pb.box.y, pb.box.width, pb.box.height),
+        pb.best_ood_score if pb.HasField("best_ood_score") else None,
+        pb.looks,
+        pb.display_name,
+        dict(pb.labels),
     )

@@ -151,7 +151,12 @@ class App:
             stack.push_async_callback(_cancel, follower)
             self._changed.set()
             stack.push_async_callback(self._end_reloads)
-            watch = LaneWatch(self.metrics, self.events, gallery.is_empty)
+            watch = LaneWatch(
+                self.metrics,
+                self.events,
+                gallery,
+                settings=self.settings.events,
+            )
             self.edge.streams.on_opened = watch.opened
             self.edge.streams.on_closed = watch.closed
             stack.push_async_callback(self.edge.close)

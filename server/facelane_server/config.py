@@ -239,6 +239,9 @@ class Tracking(Section, frozen=True):
     """In box widths."""
     better_shot_margin: Ratio = 0.05
     """A new shot of a track is embedded only if it promises this much more OOD score."""
+    identity_max_age_s: Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)] = 0.0
+    """What a look has said of a track is shown for so long (media time), then it is
+    NOT_EVALUATED until the face is seen again. 0 = twice ``reinference_interval_s``."""
 
 
 class Gallery(Section, frozen=True):
@@ -246,6 +249,13 @@ class Gallery(Section, frozen=True):
     """SQLite file; empty = ``<state dir>/gallery.db``."""
     max_templates: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_TEMPLATES)] = 100_000
     """Templates in all galleries together; more enrolments are refused with GALLERY_FULL."""
+
+
+class Events(Section, frozen=True):
+    unknown_after_s: Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)] = 1.0
+    """UNKNOWN_SEEN is told of a trusted face that nobody knows after this media time."""
+    hidden_after_s: Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)] = 2.0
+    """FACE_HIDDEN is told of a face that is not trusted after this media time."""
 
 
 class Metrics(Section, frozen=True):
@@ -279,6 +289,7 @@ class Config(Section, frozen=True):
     identity: Identity = Identity()
     tracking: Tracking = Tracking()
     gallery: Gallery = Gallery()
+    events: Events = Events()
     metrics: Metrics = Metrics()
     log: Log = Log()
     monitor: Monitor = Monitor()

@@ -171,12 +171,14 @@ the picture's left, the other mouth corner (the order of the ArcFace template)."
 @dataclass(frozen=True, slots=True)
 class DetectedFace:
     """A face of one picture before any model behind the detector has seen it. ``score`` in
-    [0, 1]; ``crops`` in the order that the detector pool was configured with."""
+    [0, 1]; ``crops`` in the order that the detector pool was configured with;
+    ``signature``: how it looks, roughly (``limits.SIGNATURE_BYTES``), or empty."""
 
     box: Box
     score: float
     landmarks: Landmarks
     crops: tuple[bytes, ...] = ()
+    signature: bytes = b""
 
 
 class Decision(enum.StrEnum):
@@ -226,6 +228,12 @@ class Identity:
     threshold: float | None = None
     """What ``similarity`` was compared with."""
 
+    @property
+    def subjects(self) -> set[str]:
+        """Whoever is named, candidates included."""
+        named = {candidate.subject_id for candidate in self.candidates}
+        return named | {self.subject_id} if self.subject_id else named
+
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
@@ -237,12 +245,40 @@ class Liveness:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """What is known of one track at one moment. ``ood_score`` in [0, 1]."""
+    """A track in one picture: where it is and what is known of it.
+
+    ``at_ns``: media time. ``capture_time_ns``: the camera's clock, since the epoch.
+    ``looked``: the recogniser ran on this very picture. ``ood_score`` in [0, 1].
+    """
 
     track_id: int
+    box: Box
+    at_ns: int
+    capture_time_ns: int | None
     identity: Identity
     liveness: Liveness
     ood_score: float | None = None
+    looked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrackReport:
+    """A track as far as it has come. Offsets: media time; capture times: the camera's clock.
+
+    ``best_ood_score``: of the looks that were trusted. ``looks``: of the recogniser.
+    """
+
+    track_id: int
+    first_ns: int
+    last_ns: int
+    first_capture_ns: int | None
+    last_capture_ns: int | None
+    box: Box
+    identity: Identity
+    liveness: Liveness
+    ood_score: float | None = None
+    best_ood_score: float | None = None
+    looks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +294,10 @@ class Face:
     ood_score: float | None = None
     recognized_now: bool = False
     """The recogniser ran on this very frame; else the values are the track's."""
+    evidence_age_ns: int | None = None
+    """Media time since the look that says what is shown; ``None`` = nothing is."""
+    links_since_evidence: int = 0
+    """Pictures of the track since that look."""
 
 
 @dataclass(frozen=True, slots=True)

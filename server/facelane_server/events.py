@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from facelane_server import limits
-from facelane_server.domain import FacelaneError, Reason, Sighting
+from facelane_server.domain import FacelaneError, Reason, TrackReport
 
 _TOKEN: Final = struct.Struct(">8sQ")
 
@@ -41,6 +41,10 @@ class EventKind(enum.StrEnum):
     STREAM_CLOSED = "STREAM_CLOSED"
     POOL_CHANGED = "POOL_CHANGED"
     DEVICE_MEMORY = "DEVICE_MEMORY"
+    TRACK_STARTED = "TRACK_STARTED"
+    TRACK_UPDATED = "TRACK_UPDATED"
+    TRACK_ENDED = "TRACK_ENDED"
+    FACE_HIDDEN = "FACE_HIDDEN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Event:
     source_id: str = ""
     stream_id: str = ""
     gallery_id: str = ""
-    sighting: Sighting | None = None
+    track: TrackReport | None = None
     pool: str = ""
     message: str = ""
 
@@ -95,7 +99,7 @@ class EventFeed:
         source_id: str = "",
         stream_id: str = "",
         gallery_id: str = "",
-        sighting: Sighting | None = None,
+        track: TrackReport | None = None,
         pool: str = "",
         message: str = "",
     ) -> Event:
@@ -108,7 +112,7 @@ class EventFeed:
             source_id,
             stream_id,
             gallery_id,
-            sighting,
+            track,
             pool,
             message,
         )

@@ -111,8 +111,12 @@ RESPONSE_SLOT_BYTES: Final = 64 * MIB
 """One job's output: crops of every face, or embeddings. Sparse too."""
 SLOT_KEEP_BYTES: Final = 8 * MIB
 """Pages of a slot that stay resident between jobs; those beyond are given back."""
-FACE_RECORD_FLOATS: Final = 15
-"""A detected face in the response slot: box (4), score (1), landmarks (10), float32."""
+FACE_FLOATS: Final = 15
+"""Of a detected face: box (4), score (1), landmarks (10), float32."""
+SIGNATURE_BYTES: Final = 260
+"""What a face looks like, roughly (``worker.appearance``): no biometric template."""
+FACE_RECORD_BYTES: Final = 4 * FACE_FLOATS + SIGNATURE_BYTES
+"""A detected face in the response slot."""
 MAX_ITEM_MESSAGE_BYTES: Final = 4 * KIB
 """One item of a job in a packet; faces, crops and embeddings lie in the slots."""
 MAX_CROP_RECORD_BYTES: Final = 512 * KIB
@@ -158,6 +162,7 @@ assert MAX_PICTURE_BYTES <= REQUEST_SLOT_BYTES, "a picture must fit into a slot"
 assert MAX_BATCH * MAX_ITEM_MESSAGE_BYTES <= MAX_PACKET_BYTES, "a job's answer is one packet"
 assert MAX_WORKER_TRACEBACK_CHARS < MAX_WORKER_LINE_BYTES
 assert SLOT_KEEP_BYTES % 4096 == 0
+assert FACE_RECORD_BYTES % 4 == 0, "records are read as float32"
 assert MAX_FACES * MAX_CROP_RECORD_BYTES <= RESPONSE_SLOT_BYTES, "one picture's crops must fit"
 assert MAX_BATCH * MAX_EMBEDDING_DIM * 4 <= RESPONSE_SLOT_BYTES
 assert MAX_WINDOW * 8 <= MAX_KEY_QUEUE

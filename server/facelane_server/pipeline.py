@@ -265,10 +265,7 @@ class Pipeline:
     def remembers(self, identity: Identity, plan: Plan) -> bool:
         """Whether everybody whom an identity names is still in the gallery: a subject that was
         deleted is named no more, whatever was seen before."""
-        named = {candidate.subject_id for candidate in identity.candidates}
-        if identity.subject_id:
-            named.add(identity.subject_id)
-        return all(self.known(plan.gallery_id, subject_id) for subject_id in named)
+        return all(self.known(plan.gallery_id, subject_id) for subject_id in identity.subjects)
 
     def identity(self, evidence: Evidence, plan: Plan) -> Identity:
         return decide.identify(
@@ -334,6 +331,7 @@ class Pipeline:
                     liveness=self.liveness(evidence.live_score),
                     ood_score=evidence.ood_score,
                     recognized_now=evidence.recognized,
+                    evidence_age_ns=0 if evidence.recognized else None,
                 ),
                 evidence.vector,
             )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import structlog
 
-from facelane_server.domain import Decision, Outcome, Sighting
+from facelane_server import config
+from facelane_server.domain import Outcome, Sighting
 from facelane_server.events import EventFeed, EventKind
+from facelane_server.gallery.gallery import Gallery
 from facelane_server.lanes import Lane
 from facelane_server.observability.metrics import Metrics
+from facelane_server.presence import Presence, Telling
 
 log = structlog.get_logger(__name__)
 
@@ -18,20 +21,30 @@ class LaneWatch:
     """A ``LaneObserver``."""
 
     def __init__(
-        self, metrics: Metrics, events: EventFeed, is_empty: Callable[[str], bool]
+        self,
+        metrics: Metrics,
+        events: EventFeed,
+        gallery: Gallery,
+        *,
+        settings: config.Events,
     ) -> None:
-        """``is_empty``: whether nobody is in a gallery."""
         self._metrics = metrics
         self._events = events
-        self._is_empty = is_empty
+        self._gallery = gallery
+        self._unknown_after_ns = int(settings.unknown_after_s * 1e9)
+        self._hidden_after_ns = int(settings.hidden_after_s * 1e9)
+        self._present: dict[int, Presence] = {}
 
     def opened(self, lane: Lane) -> None:
         plan = lane.options.plan
-        if plan.recognize and self._is_empty(plan.gallery_id):
+        if plan.recognize and self._gallery.is_empty(plan.gallery_id):
             # Right before the first enrolment; else a name that was mistyped, and nobody
             # would ever be recognised without a word about it.
             log.warning("a stream searches an empty gallery", gallery=plan.gallery_id)
         self._metrics.streams_opened.inc()
+        self._present[lane.lane_id] = Presence(
+            unknown_after_ns=self._unknown_after_ns, hidden_after_ns=self._hidden_after_ns
+        )
         self._events.publish(
             EventKind.STREAM_OPENED,
             source_id=lane.options.source_id,
@@ -39,6 +52,7 @@ class LaneWatch:
         )
 
     def closed(self, lane: Lane) -> None:
+        self._present.pop(lane.lane_id, None)
         self._events.publish(
             EventKind.STREAM_CLOSED,
             source_id=lane.options.source_id,
@@ -49,22 +63,25 @@ class LaneWatch:
         del lane  # metrics are not kept a stream: their number would grow without a bound
         self._metrics.outcome(outcome)
 
-    def track_decided(self, lane: Lane, sighting: Sighting) -> None:
-        self._publish(EventKind.SUBJECT_SEEN, lane, sighting)
+    def sighted(self, lane: Lane, sighting: Sighting) -> None:
+        present = self._present.get(lane.lane_id)
+        if present is not None:
+            self._publish(lane, present.sighted(sighting))
 
-    def track_suspected(self, lane: Lane, sighting: Sighting) -> None:
-        self._publish(EventKind.SPOOF_SUSPECTED, lane, sighting)
-
-    def track_ended(self, lane: Lane, sighting: Sighting) -> None:
+    def track_ended(self, lane: Lane, track_id: int) -> None:
         self._metrics.tracks_ended.inc()
-        if sighting.identity.decision in (Decision.UNKNOWN, Decision.AMBIGUOUS):
-            self._publish(EventKind.UNKNOWN_SEEN, lane, sighting)
+        present = self._present.get(lane.lane_id)
+        if present is not None and (report := present.report(track_id)) is not None:
+            gallery_id, named = lane.options.plan.gallery_id, report.identity.subjects
+            gone = not all(self._gallery.knows(gallery_id, subject) for subject in named)
+            self._publish(lane, present.ended(track_id, forget=gone))
 
-    def _publish(self, kind: EventKind, lane: Lane, sighting: Sighting) -> None:
-        self._events.publish(
-            kind,
-            source_id=lane.options.source_id,
-            stream_id=lane.stream_id,
-            gallery_id=lane.options.plan.gallery_id,
-            sighting=sighting,
-        )
+    def _publish(self, lane: Lane, tellings: Iterable[Telling]) -> None:
+        for kind, report in tellings:
+            self._events.publish(
+                kind,
+                source_id=lane.options.source_id,
+                stream_id=lane.stream_id,
+                gallery_id=lane.options.plan.gallery_id,
+                track=report,
+            )

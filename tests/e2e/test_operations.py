@@ -487,7 +487,7 @@ def test_the_server_says_what_it_is(server: RunningServer) -> None:
 def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
     server = start()
     with server.client() as client:
-        client.enroll("ada-of-the-events", wire.picture(1))
+        client.enroll("ada-of-the-events", wire.picture(1), display_name="Ada")
         told: queue.SimpleQueue[facelane.Event] = queue.SimpleQueue()
         with client.watch_events() as events:
             reader = threading.Thread(target=lambda: [told.put(event) for event in events])
@@ -505,8 +505,16 @@ def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
                 reader.join(30)
         door = [event for event in seen if event.source_id == "door-1"]
         kinds = [event.kind for event in door]
-        assert kinds == ["STREAM_OPENED", "SUBJECT_SEEN", "STREAM_CLOSED"]
-        named = door[1]
+        told = ["STREAM_OPENED", "TRACK_STARTED", "SUBJECT_SEEN", "TRACK_ENDED", "STREAM_CLOSED"]
+        assert kinds == told
+        named = door[2]
+        assert all(event.track for event in door[1:4])
+        over = door[3].track
+        assert over is not None
+        assert over.global_track_id == f"{named.stream_id}/{named.track_id}"
+        assert over.last_offset - over.first_offset == pytest.approx(1.1)
+        assert over.looks >= 1
+        assert over.display_name == "Ada"
         assert named.identity.subject_id == "ada-of-the-events"
         assert named.liveness.verdict == "LIVE"
         assert named.track_id
@@ -514,7 +522,7 @@ def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
         assert [e.sequence for e in seen] == sorted(e.sequence for e in seen)
         # Resumed after the opening: the rest again, the same.
         with client.watch_events(resume_token=door[0].resume_token) as again:
-            assert [next(again).sequence for _ in range(2)] == [e.sequence for e in door[1:]]
+            assert [next(again).sequence for _ in range(4)] == [e.sequence for e in door[1:]]
         with client.watch_events(
             resume_token=door[0].resume_token, kinds=["SUBJECT_SEEN"]
         ) as again:

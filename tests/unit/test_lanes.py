@@ -57,15 +57,19 @@ class Recorder(SilentObserver):
         self.outcomes: list[Outcome] = []
         self.decided: list[tuple[int, str]] = []
         self.ended: list[tuple[int, Decision]] = []
+        self.last: dict[int, Decision] = {}
 
     def outcome(self, lane: Lane, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
 
-    def track_decided(self, lane: Lane, sighting: Sighting) -> None:
-        self.decided.append((sighting.track_id, sighting.identity.subject_id))
+    def sighted(self, lane: Lane, sighting: Sighting) -> None:
+        said = (sighting.track_id, sighting.identity.subject_id)
+        if sighting.identity.subject_id and said not in self.decided:
+            self.decided.append(said)
+        self.last[sighting.track_id] = sighting.identity.decision
 
-    def track_ended(self, lane: Lane, sighting: Sighting) -> None:
-        self.ended.append((sighting.track_id, sighting.identity.decision))
+    def track_ended(self, lane: Lane, track_id: int) -> None:
+        self.ended.append((track_id, self.last[track_id]))
 
 
 def unwritten(lane: Lane) -> int:
@@ -547,19 +551,6 @@ async def test_who_was_deleted_is_named_no_more() -> None:
     s.pools.answer_second()
     (body,) = await s.bodies()
     assert body.faces[0].identity == Identity(Decision.UNKNOWN)
-
-
-async def test_an_ended_track_tells_nobody_of_who_was_deleted() -> None:
-    s = Stream()
-    for _ in range(2):
-        s.offer()
-        s.pools.detector.answer(faces(1))
-        await turns()
-        s.pools.answer_second("ada")
-        await s.bodies()
-    s.pools.pipeline.known = lambda gallery, subject: (gallery, subject) != ("default", "ada")
-    s.lane.finish()
-    assert s.seen.ended == [(1, Decision.NOT_EVALUATED)]
 
 
 async def test_a_writer_that_waits_ends_with_the_input() -> None:

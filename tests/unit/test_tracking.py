@@ -84,7 +84,7 @@ def test_a_walking_face_is_one_track() -> None:
     updates = play([[at(10 + 6 * n)] for n in range(50)])
     assert {u.assignments for u in updates} == {(1,)}
     assert not any(u.ended for u in updates)
-    assert one(updates).suspect_ns is None
+    assert one(updates).suspect is None
 
 
 def test_a_fast_face_is_followed_by_its_velocity() -> None:
@@ -138,14 +138,14 @@ def test_two_faces_that_cross_keep_their_tracks() -> None:
     assert {u.assignments for u in updates} == {(1, 2)}
     # They were near enough to be swapped, so both names must be confirmed.
     for track in updates[-1].tracks.active:
-        assert track.suspect_ns is not None
+        assert track.suspect is not None
         assert not track.crossing
 
 
 def test_faces_side_by_side_are_no_suspects() -> None:
     updates = play([[at(100 + n), at(165 + n), at(230 + n)] for n in range(30)])
     assert {u.assignments for u in updates} == {(1, 2, 3)}
-    assert all(t.suspect_ns is None for t in updates[-1].tracks.active)
+    assert all(t.suspect is None for t in updates[-1].tracks.active)
 
 
 def test_the_assignment_is_the_best_in_all_not_greedy() -> None:
@@ -289,9 +289,15 @@ def test_the_linking_costs_as_little_as_any(rows: int, columns: int, random: obj
 
 
 def recognized(
-    track: Track, identity: Identity, ood: float, now_ns: int, found: DetectedFace | None = None
+    track: Track,
+    identity: Identity,
+    ood: float,
+    now_ns: int,
+    found: DetectedFace | None = None,
+    *,
+    link: int = 0,
 ) -> Track:
-    return tracking.with_recognition(track, found or at(10), ood, identity, now_ns)
+    return tracking.with_recognition(track, found or at(10), ood, identity, now_ns, link=link)
 
 
 def shown(track: Track, now_ns: int) -> Identity:
@@ -438,9 +444,9 @@ def test_somebody_else_after_an_occlusion_does_not_inherit_the_name() -> None:
     assert tracking.wants_recognition(track, at(10), now, PARAMS)
     assert tracking.wants_liveness(track, at(10), now, PARAMS)
     # What was shot before the gap does not settle it.
-    late = recognized(track, match("ada"), 0.9, 4 * FRAME)
+    late = recognized(track, match("ada"), 0.9, 4 * FRAME, link=5)
     assert shown(late, now).decision is Decision.NOT_EVALUATED
-    assert shown(late, 4 * FRAME) == match("ada")
+    assert tracking.identity_at(late, 4 * FRAME, PARAMS, link=5) == match("ada")
     # A stranger, even in a worse shot than the best of the one before.
     stranger = recognized(track, UNKNOWN, 0.5, now)
     assert shown(stranger, now) == UNKNOWN
@@ -472,7 +478,7 @@ def test_a_face_that_vanished_behind_another_makes_both_suspect() -> None:
     seen = [u for u in updates if u.ended]
     assert len(seen) == 1
     survivor = one(updates)
-    assert survivor.suspect_ns is not None
+    assert survivor.suspect is not None
 
 
 def test_without_the_recogniser_the_name_fades(fresh: Track) -> None:
@@ -660,10 +666,11 @@ def test_preparing_imports_the_solver() -> None:
 
 def test_a_late_answer_from_before_the_suspicion_makes_nobody_live() -> None:
     """It was under way when the face was swapped; what it says of an attack still counts."""
-    suspect = replace(one(update(Tracks(), [at(0)], 0, PARAMS)), suspect_ns=2 * FRAME)
-    assert tracking.with_liveness(suspect, 0.99, FRAME, Thresholds()) == suspect
-    after = tracking.with_liveness(suspect, 0.99, 2 * FRAME, Thresholds())
+    seen = one(play([[at(10)]] * 3))
+    suspect = replace(seen, suspect=3, suspect_last=3)
+    assert tracking.with_liveness(suspect, 0.99, FRAME, Thresholds(), link=2) == suspect
+    after = tracking.with_liveness(suspect, 0.99, 2 * FRAME, Thresholds(), link=3)
     assert after.liveness.verdict is LivenessVerdict.LIVE
-    attacked = tracking.with_liveness(suspect, 0.1, FRAME, Thresholds())
+    attacked = tracking.with_liveness(suspect, 0.1, FRAME, Thresholds(), link=2)
     assert attacked.liveness.verdict is LivenessVerdict.SPOOF
     assert attacked.liveness_shots

@@ -96,7 +96,9 @@ class Face:
     ``ood_score`` is in [0, 1], higher = more trustworthy, ``None`` when the recogniser did
     not answer. ``track_id`` is stable over the frames of one stream and 0 for single
     pictures. ``recognized_now``: the recogniser ran on this very frame; otherwise identity
-    and OOD score are the best of the track so far.
+    and OOD score are the best of the track so far. ``evidence_age``: seconds of media time
+    since the look that says what is shown, ``None`` when nothing is;
+    ``links_since_evidence``: pictures of the track since then.
     """
 
     track_id: int
@@ -107,6 +109,8 @@ class Face:
     liveness: Liveness
     ood_score: float | None = None
     recognized_now: bool = False
+    evidence_age: float | None = None
+    links_since_evidence: int = 0
 
 
 class Stage(enum.StrEnum):

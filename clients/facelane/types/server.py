@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from facelane.types.faces import Identity, Liveness, Stage
+from facelane.types.faces import BoundingBox, Identity, Liveness, Stage
 
 
 class HealthStatus(enum.StrEnum):
@@ -119,15 +119,44 @@ class EventKind(enum.StrEnum):
 
     UNSPECIFIED = "UNSPECIFIED"
     SUBJECT_SEEN = "SUBJECT_SEEN"
-    """A track was given a name."""
+    """A track was given a name; told again when it is LIVE with that name."""
     UNKNOWN_SEEN = "UNKNOWN_SEEN"
-    """A track ended without one."""
+    """A track has had a trusted face without a name for a while."""
     SPOOF_SUSPECTED = "SPOOF_SUSPECTED"
     STREAM_OPENED = "STREAM_OPENED"
     STREAM_CLOSED = "STREAM_CLOSED"
     POOL_CHANGED = "POOL_CHANGED"
     DEVICE_MEMORY = "DEVICE_MEMORY"
     """A device is above its memory warning level, or below it again."""
+    TRACK_STARTED = "TRACK_STARTED"
+    """A face came into a stream: one for every track, as TRACK_ENDED is."""
+    TRACK_UPDATED = "TRACK_UPDATED"
+    """A track's identity, its liveness or the trust in it changed."""
+    TRACK_ENDED = "TRACK_ENDED"
+    FACE_HIDDEN = "FACE_HIDDEN"
+    """A face has not been trusted for a while: covered, turned away, blurred."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrackReport:
+    """A track as far as it has come.
+
+    ``global_track_id`` is unique over streams and restarts. Offsets are seconds of the
+    stream's media time, capture times the camera's clock, ``best_ood_score`` that of the
+    best trusted look, ``looks`` those of the recogniser. ``display_name`` and ``labels`` are
+    of the subject that is named, for keys that may read the gallery.
+    """
+
+    global_track_id: str
+    first_offset: float
+    last_offset: float
+    first_capture_time: datetime | None
+    last_capture_time: datetime | None
+    box: BoundingBox
+    best_ood_score: float | None = None
+    looks: int = 0
+    display_name: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +176,7 @@ class Event:
     ood_score: float | None = None
     pool: str = ""
     message: str = ""
+    track: TrackReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,8 @@ class Outcome:
 
     ``stream_offset`` and ``capture_time`` are the frame's own. ``age`` is from receipt of
     the frame to its outcome by the server's clock, ``round_trip`` from ``send`` to arrival
-    by this machine's; both in seconds.
+    by this machine's; both in seconds. ``stream_id``: of the stream on the server; track
+    ids are unique within it, and a stream that reconnects is another one.
     """
 
     frame_id: int
@@ -61,6 +62,7 @@ class Outcome:
     body: FrameResult | FrameDrop | FrameError
     age: float = 0.0
     round_trip: float = 0.0
+    stream_id: str = ""
 
     @property
     def result(self) -> FrameResult | None:

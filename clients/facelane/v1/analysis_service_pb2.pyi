@@ -381,7 +381,10 @@ class FrameOutcome(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     DROP_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    STREAM_ID_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
+    stream_id: _builtins.str
+    """The stream's id as `opened` gave it. Track ids are unique within it."""
     @_builtins.property
     def stream_offset(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -408,10 +411,11 @@ class FrameOutcome(_message.Message):
         result: _face_pb2.FrameResult | None = ...,
         drop: Global___FrameDrop | None = ...,
         error: _status_pb2.Status | None = ...,
+        stream_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "capture_time", b"capture_time", "drop", b"drop", "error", b"error", "outcome", b"outcome", "result", b"result", "stream_offset", b"stream_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "capture_time", b"capture_time", "drop", b"drop", "error", b"error", "frame_id", b"frame_id", "outcome", b"outcome", "result", b"result", "stream_offset", b"stream_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "capture_time", b"capture_time", "drop", b"drop", "error", b"error", "frame_id", b"frame_id", "outcome", b"outcome", "result", b"result", "stream_id", b"stream_id", "stream_offset", b"stream_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "drop", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

@@ -23,24 +23,31 @@ _sym_db = _symbol_database.Default()
 
 
 from facelane.v1 import face_pb2 as facelane_dot_v1_dot_face__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x61\x63\x65lane/v1/event_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd2\x02\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.facelane.v1.EventKind\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsource_id\x18\x04 \x01(\t\x12\x11\n\tstream_id\x18\x05 \x01(\t\x12\x10\n\x08track_id\x18\x06 \x01(\x04\x12\x12\n\ngallery_id\x18\x07 \x01(\t\x12\'\n\x08identity\x18\x08 \x01(\x0b\x32\x15.facelane.v1.Identity\x12\'\n\x08liveness\x18\t \x01(\x0b\x32\x15.facelane.v1.Liveness\x12\x16\n\tood_score\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04pool\x18\x0b \x01(\t\x12\x0f\n\x07message\x18\x0c \x01(\tB\x0c\n\n_ood_score\"Q\n\x12WatchEventsRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\x12%\n\x05kinds\x18\x02 \x03(\x0e\x32\x16.facelane.v1.EventKind\"N\n\x13WatchEventsResponse\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x12.facelane.v1.Event\x12\x14\n\x0cresume_token\x18\x02 \x01(\t*\xf8\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VENT_KIND_SUBJECT_SEEN\x10\x01\x12\x1b\n\x17\x45VENT_KIND_UNKNOWN_SEEN\x10\x02\x12\x1e\n\x1a\x45VENT_KIND_SPOOF_SUSPECTED\x10\x03\x12\x1c\n\x18\x45VENT_KIND_STREAM_OPENED\x10\x04\x12\x1c\n\x18\x45VENT_KIND_STREAM_CLOSED\x10\x05\x12\x1b\n\x17\x45VENT_KIND_POOL_CHANGED\x10\x06\x12\x1c\n\x18\x45VENT_KIND_DEVICE_MEMORY\x10\x07\x32\x62\n\x0c\x45ventService\x12R\n\x0bWatchEvents\x12\x1f.facelane.v1.WatchEventsRequest\x1a .facelane.v1.WatchEventsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x61\x63\x65lane/v1/event_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd7\x03\n\x0bTrackReport\x12\x17\n\x0fglobal_track_id\x18\x01 \x01(\t\x12/\n\x0c\x66irst_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0blast_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x12\x66irst_capture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11last_capture_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x03\x62ox\x18\x06 \x01(\x0b\x32\x18.facelane.v1.BoundingBox\x12\x1b\n\x0e\x62\x65st_ood_score\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05looks\x18\x08 \x01(\r\x12\x14\n\x0c\x64isplay_name\x18\t \x01(\t\x12\x34\n\x06labels\x18\n \x03(\x0b\x32$.facelane.v1.TrackReport.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_best_ood_score\"\xfb\x02\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.facelane.v1.EventKind\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsource_id\x18\x04 \x01(\t\x12\x11\n\tstream_id\x18\x05 \x01(\t\x12\x10\n\x08track_id\x18\x06 \x01(\x04\x12\x12\n\ngallery_id\x18\x07 \x01(\t\x12\'\n\x08identity\x18\x08 \x01(\x0b\x32\x15.facelane.v1.Identity\x12\'\n\x08liveness\x18\t \x01(\x0b\x32\x15.facelane.v1.Liveness\x12\x16\n\tood_score\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04pool\x18\x0b \x01(\t\x12\x0f\n\x07message\x18\x0c \x01(\t\x12\'\n\x05track\x18\r \x01(\x0b\x32\x18.facelane.v1.TrackReportB\x0c\n\n_ood_score\"Q\n\x12WatchEventsRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\x12%\n\x05kinds\x18\x02 \x03(\x0e\x32\x16.facelane.v1.EventKind\"N\n\x13WatchEventsResponse\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x12.facelane.v1.Event\x12\x14\n\x0cresume_token\x18\x02 \x01(\t*\xec\x02\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VENT_KIND_SUBJECT_SEEN\x10\x01\x12\x1b\n\x17\x45VENT_KIND_UNKNOWN_SEEN\x10\x02\x12\x1e\n\x1a\x45VENT_KIND_SPOOF_SUSPECTED\x10\x03\x12\x1c\n\x18\x45VENT_KIND_STREAM_OPENED\x10\x04\x12\x1c\n\x18\x45VENT_KIND_STREAM_CLOSED\x10\x05\x12\x1b\n\x17\x45VENT_KIND_POOL_CHANGED\x10\x06\x12\x1c\n\x18\x45VENT_KIND_DEVICE_MEMORY\x10\x07\x12\x1c\n\x18\x45VENT_KIND_TRACK_STARTED\x10\x08\x12\x1c\n\x18\x45VENT_KIND_TRACK_UPDATED\x10\t\x12\x1a\n\x16\x45VENT_KIND_TRACK_ENDED\x10\n\x12\x1a\n\x16\x45VENT_KIND_FACE_HIDDEN\x10\x0b\x32\x62\n\x0c\x45ventService\x12R\n\x0bWatchEvents\x12\x1f.facelane.v1.WatchEventsRequest\x1a .facelane.v1.WatchEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'facelane.v1.event_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENTKIND']._serialized_start=610
-  _globals['_EVENTKIND']._serialized_end=858
-  _globals['_EVENT']._serialized_start=106
-  _globals['_EVENT']._serialized_end=444
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=446
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=527
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=529
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=607
-  _globals['_EVENTSERVICE']._serialized_start=860
-  _globals['_EVENTSERVICE']._serialized_end=958
+  _globals['_TRACKREPORT_LABELSENTRY']._loaded_options = None
+  _globals['_TRACKREPORT_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_EVENTKIND']._serialized_start=1157
+  _globals['_EVENTKIND']._serialized_end=1521
+  _globals['_TRACKREPORT']._serialized_start=138
+  _globals['_TRACKREPORT']._serialized_end=609
+  _globals['_TRACKREPORT_LABELSENTRY']._serialized_start=545
+  _globals['_TRACKREPORT_LABELSENTRY']._serialized_end=590
+  _globals['_EVENT']._serialized_start=612
+  _globals['_EVENT']._serialized_end=991
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=993
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1074
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1076
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1154
+  _globals['_EVENTSERVICE']._serialized_start=1523
+  _globals['_EVENTSERVICE']._serialized_end=1621
 # @@protoc_insertion_point(module_scope)

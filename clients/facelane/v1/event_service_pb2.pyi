@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from facelane.v1 import face_pb2 as _face_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -29,9 +30,9 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     DESCRIPTOR: _descriptor.EnumDescriptor
     EVENT_KIND_UNSPECIFIED: _EventKind.ValueType  # 0
     EVENT_KIND_SUBJECT_SEEN: _EventKind.ValueType  # 1
-    """A track was given a name."""
+    """A track was given a name; told again when it is LIVE with that name."""
     EVENT_KIND_UNKNOWN_SEEN: _EventKind.ValueType  # 2
-    """A track ended without one."""
+    """A track has had a trusted face without a name for `events.unknown_after_s`."""
     EVENT_KIND_SPOOF_SUSPECTED: _EventKind.ValueType  # 3
     """A track was judged an attack."""
     EVENT_KIND_STREAM_OPENED: _EventKind.ValueType  # 4
@@ -40,14 +41,25 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """A pool's health changed; `message` says how."""
     EVENT_KIND_DEVICE_MEMORY: _EventKind.ValueType  # 7
     """A device is above its memory warning level, or below it again."""
+    EVENT_KIND_TRACK_STARTED: _EventKind.ValueType  # 8
+    """A face came into a stream. Every track has exactly one TRACK_STARTED and one
+    TRACK_ENDED, whether it was ever trusted or not; `track` says all that is known.
+    """
+    EVENT_KIND_TRACK_UPDATED: _EventKind.ValueType  # 9
+    """Its identity, its liveness or the trust in it changed. A state that is new to
+    the track is told at once, a return to an earlier one at most five times a second.
+    """
+    EVENT_KIND_TRACK_ENDED: _EventKind.ValueType  # 10
+    EVENT_KIND_FACE_HIDDEN: _EventKind.ValueType  # 11
+    """A face has not been trusted for `events.hidden_after_s`: covered, turned away, blurred."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
 
 EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
 EVENT_KIND_SUBJECT_SEEN: EventKind.ValueType  # 1
-"""A track was given a name."""
+"""A track was given a name; told again when it is LIVE with that name."""
 EVENT_KIND_UNKNOWN_SEEN: EventKind.ValueType  # 2
-"""A track ended without one."""
+"""A track has had a trusted face without a name for `events.unknown_after_s`."""
 EVENT_KIND_SPOOF_SUSPECTED: EventKind.ValueType  # 3
 """A track was judged an attack."""
 EVENT_KIND_STREAM_OPENED: EventKind.ValueType  # 4
@@ -56,7 +68,102 @@ EVENT_KIND_POOL_CHANGED: EventKind.ValueType  # 6
 """A pool's health changed; `message` says how."""
 EVENT_KIND_DEVICE_MEMORY: EventKind.ValueType  # 7
 """A device is above its memory warning level, or below it again."""
+EVENT_KIND_TRACK_STARTED: EventKind.ValueType  # 8
+"""A face came into a stream. Every track has exactly one TRACK_STARTED and one
+TRACK_ENDED, whether it was ever trusted or not; `track` says all that is known.
+"""
+EVENT_KIND_TRACK_UPDATED: EventKind.ValueType  # 9
+"""Its identity, its liveness or the trust in it changed. A state that is new to
+the track is told at once, a return to an earlier one at most five times a second.
+"""
+EVENT_KIND_TRACK_ENDED: EventKind.ValueType  # 10
+EVENT_KIND_FACE_HIDDEN: EventKind.ValueType  # 11
+"""A face has not been trusted for `events.hidden_after_s`: covered, turned away, blurred."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
+
+@_typing.final
+class TrackReport(_message.Message):
+    """A track as far as it has come. Offsets are media time of its stream; capture times are
+    the camera's clock, unset when the client gave none.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    GLOBAL_TRACK_ID_FIELD_NUMBER: _builtins.int
+    FIRST_OFFSET_FIELD_NUMBER: _builtins.int
+    LAST_OFFSET_FIELD_NUMBER: _builtins.int
+    FIRST_CAPTURE_TIME_FIELD_NUMBER: _builtins.int
+    LAST_CAPTURE_TIME_FIELD_NUMBER: _builtins.int
+    BOX_FIELD_NUMBER: _builtins.int
+    BEST_OOD_SCORE_FIELD_NUMBER: _builtins.int
+    LOOKS_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    global_track_id: _builtins.str
+    """`<stream id>/<track id>`: unlike track_id, unique over streams and restarts."""
+    best_ood_score: _builtins.float
+    """The best of a look that was trusted, in [0, 1]."""
+    looks: _builtins.int
+    """Looks of the recogniser."""
+    display_name: _builtins.str
+    """Of the subject that is named; for keys that may read the gallery."""
+    @_builtins.property
+    def first_offset(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def last_offset(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def first_capture_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def last_capture_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def box(self) -> _face_pb2.BoundingBox:
+        """Where it was last, in pixels."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        global_track_id: _builtins.str = ...,
+        first_offset: _duration_pb2.Duration | None = ...,
+        last_offset: _duration_pb2.Duration | None = ...,
+        first_capture_time: _timestamp_pb2.Timestamp | None = ...,
+        last_capture_time: _timestamp_pb2.Timestamp | None = ...,
+        box: _face_pb2.BoundingBox | None = ...,
+        best_ood_score: _builtins.float | None = ...,
+        looks: _builtins.int = ...,
+        display_name: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_ood_score", b"_best_ood_score", "best_ood_score", b"best_ood_score", "box", b"box", "first_capture_time", b"first_capture_time", "first_offset", b"first_offset", "last_capture_time", b"last_capture_time", "last_offset", b"last_offset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_ood_score", b"_best_ood_score", "best_ood_score", b"best_ood_score", "box", b"box", "display_name", b"display_name", "first_capture_time", b"first_capture_time", "first_offset", b"first_offset", "global_track_id", b"global_track_id", "labels", b"labels", "last_capture_time", b"last_capture_time", "last_offset", b"last_offset", "looks", b"looks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__best_ood_score: _TypeAlias = _typing.Literal["best_ood_score"]  # noqa: Y015
+    _WhichOneofArgType__best_ood_score: _TypeAlias = _typing.Literal["_best_ood_score", b"_best_ood_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_ood_score) -> _WhichOneofReturnType__best_ood_score | None: ...
+
+Global___TrackReport: _TypeAlias = TrackReport  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
@@ -74,6 +181,7 @@ class Event(_message.Message):
     OOD_SCORE_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    TRACK_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     kind: Global___EventKind.ValueType
     source_id: _builtins.str
@@ -89,6 +197,10 @@ class Event(_message.Message):
     def identity(self) -> _face_pb2.Identity: ...
     @_builtins.property
     def liveness(self) -> _face_pb2.Liveness: ...
+    @_builtins.property
+    def track(self) -> Global___TrackReport:
+        """For the kinds that are about a track."""
+
     def __init__(
         self,
         *,
@@ -104,10 +216,11 @@ class Event(_message.Message):
         ood_score: _builtins.float | None = ...,
         pool: _builtins.str = ...,
         message: _builtins.str = ...,
+        track: Global___TrackReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "identity", b"identity", "liveness", b"liveness", "ood_score", b"ood_score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "identity", b"identity", "liveness", b"liveness", "ood_score", b"ood_score", "track", b"track"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "gallery_id", b"gallery_id", "identity", b"identity", "kind", b"kind", "liveness", b"liveness", "message", b"message", "ood_score", b"ood_score", "pool", b"pool", "sequence", b"sequence", "source_id", b"source_id", "stream_id", b"stream_id", "track_id", b"track_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "gallery_id", b"gallery_id", "identity", b"identity", "kind", b"kind", "liveness", b"liveness", "message", b"message", "ood_score", b"ood_score", "pool", b"pool", "sequence", b"sequence", "source_id", b"source_id", "stream_id", b"stream_id", "track", b"track", "track_id", b"track_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ood_score: _TypeAlias = _typing.Literal["ood_score"]  # noqa: Y015
     _WhichOneofArgType__ood_score: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score"]  # noqa: Y015

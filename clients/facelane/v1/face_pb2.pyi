@@ -337,6 +337,8 @@ class Face(_message.Message):
     LIVENESS_FIELD_NUMBER: _builtins.int
     OOD_SCORE_FIELD_NUMBER: _builtins.int
     RECOGNIZED_NOW_FIELD_NUMBER: _builtins.int
+    EVIDENCE_AGE_FIELD_NUMBER: _builtins.int
+    LINKS_SINCE_EVIDENCE_FIELD_NUMBER: _builtins.int
     track_id: _builtins.int
     """Stable over the frames of one stream; 0 for single pictures."""
     score: _builtins.float
@@ -345,6 +347,8 @@ class Face(_message.Message):
     """In [0, 1], higher = more trustworthy. Unset when the recogniser did not answer."""
     recognized_now: _builtins.bool
     """The recogniser ran on this very frame; otherwise the values are the track's best."""
+    links_since_evidence: _builtins.int
+    """Pictures of this track since that look."""
     @_builtins.property
     def box(self) -> Global___BoundingBox: ...
     @_builtins.property
@@ -357,6 +361,13 @@ class Face(_message.Message):
     def identity(self) -> Global___Identity: ...
     @_builtins.property
     def liveness(self) -> Global___Liveness: ...
+    @_builtins.property
+    def evidence_age(self) -> _duration_pb2.Duration:
+        """Media time since the look of the recogniser that says what is shown. Unset when
+        nothing is shown: never looked at, too long ago, or not since it became doubtful that
+        this is still the same face.
+        """
+
     def __init__(
         self,
         *,
@@ -368,10 +379,12 @@ class Face(_message.Message):
         liveness: Global___Liveness | None = ...,
         ood_score: _builtins.float | None = ...,
         recognized_now: _builtins.bool = ...,
+        evidence_age: _duration_pb2.Duration | None = ...,
+        links_since_evidence: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "box", b"box", "identity", b"identity", "liveness", b"liveness", "ood_score", b"ood_score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "box", b"box", "evidence_age", b"evidence_age", "identity", b"identity", "liveness", b"liveness", "ood_score", b"ood_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "box", b"box", "identity", b"identity", "landmarks", b"landmarks", "liveness", b"liveness", "ood_score", b"ood_score", "recognized_now", b"recognized_now", "score", b"score", "track_id", b"track_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "box", b"box", "evidence_age", b"evidence_age", "identity", b"identity", "landmarks", b"landmarks", "links_since_evidence", b"links_since_evidence", "liveness", b"liveness", "ood_score", b"ood_score", "recognized_now", b"recognized_now", "score", b"score", "track_id", b"track_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ood_score: _TypeAlias = _typing.Literal["ood_score"]  # noqa: Y015
     _WhichOneofArgType__ood_score: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score"]  # noqa: Y015

@@ -205,7 +205,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         while items := await lane.take():
             for item in items:
                 message = (
-                    pb.AnalyzeStreamResponse(outcome=convert.outcome(item))
+                    pb.AnalyzeStreamResponse(outcome=convert.outcome(item, lane.stream_id))
                     if isinstance(item, Outcome)
                     else _update(item)
                 )

@@ -14,6 +14,7 @@ from facelane.v1 import face_pb2 as pb
 from facelane_server import limits
 from facelane_server.config import Config
 from facelane_server.domain import (
+    Box,
     Decision,
     DropReason,
     Encoding,
@@ -211,19 +212,25 @@ def liveness(value: Liveness) -> pb.Liveness:
     return message
 
 
+def box(value: Box) -> pb.BoundingBox:
+    return pb.BoundingBox(x=value.x, y=value.y, width=value.width, height=value.height)
+
+
 def face(value: Face) -> pb.Face:
-    box = value.box
     message = pb.Face(
         track_id=value.track_id,
-        box=pb.BoundingBox(x=box.x, y=box.y, width=box.width, height=box.height),
+        box=box(value.box),
         score=value.score,
         landmarks=[pb.Point(x=x, y=y) for x, y in value.landmarks],
         identity=identity(value.identity),
         liveness=liveness(value.liveness),
         recognized_now=value.recognized_now,
+        links_since_evidence=value.links_since_evidence,
     )
     if value.ood_score is not None:
         message.ood_score = value.ood_score
+    if value.evidence_age_ns is not None:
+        message.evidence_age.CopyFrom(duration(value.evidence_age_ns))
     return message
 
 
@@ -251,9 +258,10 @@ def stages(values: Sequence[Stage]) -> list[pb.Stage.ValueType]:
     return [STAGES[value] for value in values]
 
 
-def outcome(value: Outcome) -> analysis_pb.FrameOutcome:
+def outcome(value: Outcome, stream_id: str) -> analysis_pb.FrameOutcome:
     message = analysis_pb.FrameOutcome(
         frame_id=value.frame_id,
+        stream_id=stream_id,
         stream_offset=duration(value.stream_offset_ns),
         age=duration(value.age_ns),
     )

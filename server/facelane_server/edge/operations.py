@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Final
 
 import structlog
@@ -14,12 +15,14 @@ from facelane.v1 import server_service_pb2 as pb
 from facelane.v1 import server_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, limits
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.domain import FacelaneError, Reason, Stage, TrackReport
 from facelane_server.edge import convert, errors
+from facelane_server.edge.auth import Authenticator
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context, answers_errors
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.events import Event, EventFeed, EventKind
+from facelane_server.gallery.gallery import Gallery
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolState
@@ -168,8 +171,10 @@ class AdminService(admin_grpc.AdminServiceServicer):
 
 
 class EventService(event_grpc.EventServiceServicer):
-    def __init__(self, feed: EventFeed) -> None:
+    def __init__(self, feed: EventFeed, gallery: Gallery, keys: Authenticator) -> None:
         self._feed = feed
+        self._gallery = gallery
+        self._keys = keys
 
     async def WatchEvents(  # type: ignore[override]
         self, request: event_pb.WatchEventsRequest, context: Context
@@ -186,13 +191,26 @@ class EventService(event_grpc.EventServiceServicer):
                 # connection breaks.
                 await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))
                 async for event in watcher:
+                    message = _event(event)
+                    # Asked each time: a key may lose its scope while it watches.
+                    if message.identity.subject_id and self._keys.may_read_gallery(context):
+                        await self._describe(message)
                     await context.write(
                         event_pb.WatchEventsResponse(
-                            event=_event(event), resume_token=self._feed.token(event)
+                            event=message, resume_token=self._feed.token(event)
                         )
                     )
         except FacelaneError as error:
             await errors.abort(context, error)
+
+    async def _describe(self, message: event_pb.Event) -> None:
+        """Adds what the gallery says of the subject; nothing when it cannot be asked."""
+        with contextlib.suppress(FacelaneError):
+            subject = await self._gallery.get_subject(
+                message.gallery_id, message.identity.subject_id
+            )
+            message.track.display_name = subject.display_name
+            message.track.labels.update(subject.labels)
 
 
 def _event(event: Event) -> event_pb.Event:
@@ -206,11 +224,28 @@ def _event(event: Event) -> event_pb.Event:
         pool=event.pool,
         message=event.message,
     )
-    if event.sighting is not None:
-        seen = event.sighting
-        message.track_id = seen.track_id
-        message.identity.CopyFrom(convert.identity(seen.identity))
-        message.liveness.CopyFrom(convert.liveness(seen.liveness))
-        if seen.ood_score is not None:
-            message.ood_score = seen.ood_score
+    if event.track is not None:
+        track = event.track
+        message.track_id = track.track_id
+        message.identity.CopyFrom(convert.identity(track.identity))
+        message.liveness.CopyFrom(convert.liveness(track.liveness))
+        if track.ood_score is not None:
+            message.ood_score = track.ood_score
+        message.track.CopyFrom(_track_report(event.stream_id, track))
     return message
+
+
+def _track_report(stream_id: str, track: TrackReport) -> event_pb.TrackReport:
+    report = event_pb.TrackReport(
+        global_track_id=f"{stream_id}/{track.track_id}",
+        first_offset=convert.duration(track.first_ns),
+        last_offset=convert.duration(track.last_ns),
+        box=convert.box(track.box),
+        best_ood_score=track.best_ood_score,
+        looks=track.looks,
+    )
+    if track.first_capture_ns is not None:
+        report.first_capture_time.CopyFrom(convert.timestamp(track.first_capture_ns))
+    if track.last_capture_ns is not None:
+        report.last_capture_time.CopyFrom(convert.timestamp(track.last_capture_ns))
+    return report

@@ -88,7 +88,9 @@ class Edge:
             ServerService(settings, controls, self.streams, pipeline), server
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(controls), server)
-        event_service_pb2_grpc.add_EventServiceServicer_to_server(EventService(events), server)
+        event_service_pb2_grpc.add_EventServiceServicer_to_server(
+            EventService(events, gallery, self._authenticator), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         if settings.server.reflection:
             reflection.enable_server_reflection(

@@ -79,8 +79,9 @@ class LivenessItem(Packed, frozen=True, tag="L"):
 
 class DetectDone(Packed, frozen=True, tag="d"):
     """``count`` faces at ``offset`` of the response slot: first ``count`` records of
-    ``limits.FACE_RECORD_FLOATS`` float32, then, at ``crops_offset``, ``count`` crop
-    records (the crops of one face, one behind the other, in the order of Load.crops)."""
+    ``limits.FACE_FLOATS`` float32 and ``limits.SIGNATURE_BYTES`` bytes, then, at
+    ``crops_offset``, ``count`` crop records (the crops of one face, one behind the other, in
+    the order of Load.crops)."""
 
     width: int
     height: int

@@ -8,7 +8,7 @@ the order of receipt: ``turn`` for each detected frame, later ``face`` for each 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -17,6 +17,7 @@ from facelane_server.domain import (
     Decision,
     DetectedFace,
     Face,
+    Frame,
     Identity,
     Liveness,
     LivenessVerdict,
@@ -25,17 +26,21 @@ from facelane_server.domain import (
 )
 from facelane_server.pipeline import Evidence, Pipeline, Plan
 
-_NOT_EVALUATED: Final = Identity(Decision.NOT_EVALUATED)
+_NOTHING: Final = tracking.Shown(Identity(Decision.NOT_EVALUATED))
 
 
 class Look:
     """One detected face of one frame, and what was learnt of it on this frame."""
 
-    __slots__ = ("evidence", "face", "live", "recognize", "take_back", "track_id")
+    __slots__ = ("evidence", "face", "link", "live", "recognize", "take_back", "track_id")
 
-    def __init__(self, face: DetectedFace, track_id: int, *, recognize: bool, live: bool) -> None:
+    def __init__(
+        self, face: DetectedFace, track_id: int, link: int, *, recognize: bool, live: bool
+    ) -> None:
         self.face = face
         self.track_id = track_id
+        """As the tracker had it; the track may have been succeeded since."""
+        self.link = link
         self.recognize = recognize
         self.live = live
         self.evidence: Evidence | None = None
@@ -50,11 +55,37 @@ class Look:
 class FaceListener(Protocol):
     """What is told of tracks; see ``LaneObserver``."""
 
-    def decided(self, sighting: Sighting) -> None: ...
+    def sighted(self, sighting: Sighting) -> None: ...
 
-    def suspected(self, sighting: Sighting) -> None: ...
+    def ended(self, track_id: int) -> None: ...
 
-    def ended(self, sighting: Sighting) -> None: ...
+
+class _UnderWay:
+    """Looks of one stage without an answer, by track."""
+
+    def __init__(self) -> None:
+        self._count: Counter[int] = Counter()
+        self._newest: dict[int, int] = {}
+
+    def begin(self, track_id: int, link: int) -> None:
+        self._count[track_id] += 1
+        self._newest[track_id] = link
+
+    def end(self, track_id: int) -> None:
+        self._count[track_id] -= 1
+        if self._count[track_id] <= 0:
+            del self._count[track_id]
+            del self._newest[track_id]
+
+    def since_doubt(self, track: tracking.Track) -> bool:
+        """Whether one is under way that will tell who the face is by now."""
+        newest = self._newest.get(track.track_id, 0)
+        return newest > 0 and (track.suspect is None or newest >= track.suspect_last)
+
+    def rename(self, old: int, new: int) -> None:
+        if old in self._count:
+            self._count[new] = self._count.pop(old)
+            self._newest[new] = self._newest.pop(old)
 
 
 class Faces:
@@ -72,11 +103,11 @@ class Faces:
         self._params = params
         self._listener = listener
         self._tracks = tracking.Tracks()
-        self._recognizing: Counter[int] = Counter()
-        self._judging: Counter[int] = Counter()
-        self._named: dict[int, str] = {}
-        self._suspected: set[int] = set()
+        self._recognizing = _UnderWay()
+        self._judging = _UnderWay()
         self._ended: dict[int, tracking.Track] = {}
+        self._succeeded: dict[int, int] = {}
+        """Tracks that ended by a contradiction -> those that go on in their place."""
 
     @property
     def created(self) -> int:
@@ -95,32 +126,34 @@ class Faces:
         recognizer = plan.recognize and Stage.RECOGNIZER not in missing
         judge = plan.liveness and Stage.LIVENESS not in missing
         if params is None:
-            return [Look(face, 0, recognize=recognizer, live=judge) for face in faces]
+            return [Look(face, 0, 0, recognize=recognizer, live=judge) for face in faces]
         update = tracking.update(self._tracks, faces, now_ns, params)
         self._tracks = update.tracks
         for gone in update.ended:
             self._ended[gone.track_id] = gone
         looks = []
         for face, track_id in zip(faces, update.assignments, strict=True):
-            recognize, live = recognizer, judge
+            recognize, live, link = recognizer, judge, 0
             # A track beyond the tracker's bound has id 0: it is treated as a picture.
             track = self._tracks.get(track_id)
             if track is not None:
+                link = track.links
                 recognize = (
                     recognizer
-                    and not self._recognizing[track_id]
+                    and not self._recognizing.since_doubt(track)
                     and tracking.wants_recognition(track, face, now_ns, params)
                 )
                 live = (
                     judge
-                    and not self._judging[track_id]
+                    and not self._judging.since_doubt(track)
                     and tracking.wants_liveness(track, face, now_ns, params)
                 )
-            if recognize:
-                self._recognizing[track_id] += 1
-            if live:
-                self._judging[track_id] += 1
-            looks.append(Look(face, track_id, recognize=recognize, live=live))
+                if recognize:
+                    self._recognizing.begin(track_id, link)
+                    self._tracks = self._tracks.replace(tracking.looking(track, face))
+                if live:
+                    self._judging.begin(track_id, link)
+            looks.append(Look(face, track_id, link, recognize=recognize, live=live))
         return looks
 
     def answered(self, look: Look, evidence: Evidence) -> None:
@@ -128,123 +161,150 @@ class Faces:
         look.evidence = evidence
         look.take_back = None  # lets go of the crops
         look.face = replace(look.face, crops=())
-        if look.track_id:
-            for pending, was_asked in (
-                (self._recognizing, look.recognize),
-                (self._judging, look.live),
-            ):
-                if was_asked:
-                    pending[look.track_id] -= 1
-                    if pending[look.track_id] <= 0:
-                        del pending[look.track_id]
+        if look.link:
+            track_id = self._now_called(look.track_id)
+            if look.recognize:
+                self._recognizing.end(track_id)
+            if look.live:
+                self._judging.end(track_id)
 
-    def face(self, look: Look, now_ns: int, missing: Collection[Stage]) -> Face:
+    def _now_called(self, track_id: int) -> int:
+        while track_id in self._succeeded:
+            track_id = self._succeeded[track_id]
+        return track_id
+
+    def face(self, look: Look, frame: Frame, missing: Collection[Stage]) -> Face:
         """The look's evidence fused into its track, then the track's state read.
 
-        ``now_ns``: media time of the look's frame. ``missing``: stages that did not answer.
+        ``missing``: stages that did not answer.
         """
-        track = self._tracks.get(look.track_id) or self._ended.get(look.track_id)
+        now_ns = frame.stream_offset_ns
+        track_id = self._now_called(look.track_id)
+        track = self._tracks.get(track_id) or self._ended.get(track_id)
         evidence = look.evidence or Evidence()
         if track is None or self._params is None:
-            seen = Sighting(
-                look.track_id,
-                self._pipeline.identity(evidence, self._plan),
-                self._pipeline.liveness(evidence.live_score),
-                evidence.ood_score,
-            )
+            age_ns = 0 if evidence.recognized else None
+            identity = self._pipeline.identity(evidence, self._plan)
+            shown = tracking.Shown(identity, evidence.ood_score, age_ns)
+            liveness = self._pipeline.liveness(evidence.live_score)
         else:
             track = self._fused(track, look, evidence, now_ns)
-            self._keep(track)
-            seen = self._shown(track, evidence, now_ns, self._params, missing)
-            self._tell(seen)
+            track_id = track.track_id
+            shown, liveness = self._shown(track, look.link, evidence, now_ns, self._params, missing)
+            self._listener.sighted(
+                Sighting(
+                    track_id,
+                    look.face.box,
+                    now_ns,
+                    frame.capture_time_ns,
+                    shown.identity,
+                    liveness,
+                    shown.ood_score,
+                    evidence.recognized,
+                )
+            )
         return Face(
-            track_id=look.track_id,
+            track_id=track_id,
             box=look.face.box,
             score=look.face.score,
             landmarks=look.face.landmarks,
-            identity=seen.identity,
-            liveness=seen.liveness,
-            ood_score=seen.ood_score,
+            identity=shown.identity,
+            liveness=liveness,
+            ood_score=shown.ood_score,
             recognized_now=evidence.recognized,
+            evidence_age_ns=shown.age_ns,
+            links_since_evidence=shown.links,
         )
 
     def _fused(
         self, track: tracking.Track, look: Look, evidence: Evidence, now_ns: int
     ) -> tracking.Track:
+        """The track, or its successor, with what this look has taught; kept."""
+        link = look.link
+        if not self._pipeline.remembers(track.identity, self._plan):
+            track = tracking.forgotten(track)
         if evidence.recognized and evidence.ood_score is not None:
             identity = self._pipeline.identity(evidence, self._plan)
+            if tracking.contradicts(track, evidence.ood_score, identity, link=link):
+                track = self._succeed(track, now_ns, link)
             track = tracking.with_recognition(
-                track, look.face, evidence.ood_score, identity, now_ns
+                track, look.face, evidence.ood_score, identity, now_ns, link=link
             )
         if evidence.live_score is not None:
             track = tracking.with_liveness(
-                track, evidence.live_score, now_ns, self._pipeline.thresholds
+                track, evidence.live_score, now_ns, self._pipeline.thresholds, link=link
             )
-        return self._remembered(track)
-
-    def _remembered(self, track: tracking.Track) -> tracking.Track:
-        """Somebody who was deleted is named no more, nor as a candidate for a stranger."""
-        known = self._pipeline.remembers(track.identity, self._plan)
-        return track if known else tracking.forgotten(track)
-
-    def _shown(
-        self,
-        track: tracking.Track,
-        evidence: Evidence,
-        now_ns: int,
-        params: tracking.Params,
-        missing: Collection[Stage],
-    ) -> Sighting:
-        identity = tracking.identity_at(track, now_ns, params)
-        ood_score = tracking.ood_score_at(track, now_ns, params)
-        liveness = track.liveness
-        # What the track remembers stands only while the stage could contradict it: while
-        # its pool is gone, a photo held before a known face would inherit both verdicts.
-        if Stage.RECOGNIZER in missing and not evidence.recognized:
-            identity, ood_score = _NOT_EVALUATED, None
-        lost = Stage.LIVENESS in missing and evidence.live_score is None
-        if lost and liveness.verdict is LivenessVerdict.LIVE:
-            liveness = Liveness(LivenessVerdict.UNDECIDED)
-        return Sighting(track.track_id, identity, liveness, ood_score)
-
-    def _tell(self, seen: Sighting) -> None:
-        subject = seen.identity.subject_id
-        if subject and self._named.get(seen.track_id) != subject:
-            self._named[seen.track_id] = subject
-            self._listener.decided(seen)
-        spoof = seen.liveness.verdict is LivenessVerdict.SPOOF
-        if spoof and seen.track_id not in self._suspected:
-            self._suspected.add(seen.track_id)
-            self._listener.suspected(seen)
-
-    def _keep(self, track: tracking.Track) -> None:
+        if not self._pipeline.remembers(track.identity, self._plan):
+            # Deleted while it was being looked for: named no more, nor as a candidate.
+            track = tracking.forgotten(track)
         if track.track_id in self._ended:
             self._ended[track.track_id] = track
         else:
             self._tracks = self._tracks.replace(track)
+        return track
 
-    def settle(self, referred: Callable[[], Collection[int]]) -> list[int]:
+    def _succeed(self, track: tracking.Track, now_ns: int, link: int) -> tracking.Track:
+        """Another's face has taken this track's place: from this picture on a new track has
+        it, also in the pictures on their way."""
+        new_id = self._tracks.created + 1
+        follows = tracking.successor(track, new_id, now_ns, link=link)
+        if track.track_id in self._ended:
+            self._tracks = replace(self._tracks, created=new_id)
+            self._ended[new_id] = follows
+        else:
+            self._tracks = self._tracks.succeeded(track.track_id, follows)
+            self._ended[track.track_id] = track
+        self._succeeded[track.track_id] = new_id
+        self._recognizing.rename(track.track_id, new_id)
+        self._judging.rename(track.track_id, new_id)
+        return follows
+
+    def _shown(
+        self,
+        track: tracking.Track,
+        link: int,
+        evidence: Evidence,
+        now_ns: int,
+        params: tracking.Params,
+        missing: Collection[Stage],
+    ) -> tuple[tracking.Shown, Liveness]:
+        shown = tracking.shown_at(track, now_ns, params, link=link)
+        liveness = tracking.liveness_at(track, now_ns, params, link=link)
+        # What the track remembers stands only while the stage could contradict it: while
+        # its pool is gone, a photo held before a known face would inherit both verdicts.
+        if Stage.RECOGNIZER in missing and not evidence.recognized:
+            shown = _NOTHING
+        lost = Stage.LIVENESS in missing and evidence.live_score is None
+        if lost and liveness.verdict is LivenessVerdict.LIVE:
+            liveness = Liveness(LivenessVerdict.UNDECIDED)
+        return shown, liveness
+
+    def settle(self, under_way: Callable[[], Iterable[Look]]) -> list[int]:
         """Tells of ended tracks, and gives their ids: of those that no look on its way can
-        still refer to (``referred``)."""
-        if not self._ended:
+        still refer to (``under_way``)."""
+        if not self._ended and not self._succeeded:
             return []
-        held = referred()
+        looks = list(under_way())
+        held = {self._now_called(look.track_id) for look in looks}
         gone = [track_id for track_id in self._ended if track_id not in held]
         for track_id in gone:
-            self._over(self._ended.pop(track_id))
+            del self._ended[track_id]
+            self._listener.ended(track_id)
+        if self._succeeded:
+            self._forget_names({look.track_id for look in looks})
         return gone
+
+    def _forget_names(self, in_use: set[int]) -> None:
+        needed: set[int] = set()
+        for track_id in in_use:
+            while track_id in self._succeeded:
+                needed.add(track_id)
+                track_id = self._succeeded[track_id]
+        self._succeeded = {k: v for k, v in self._succeeded.items() if k in needed}
 
     def finish(self) -> None:
         """The stream is over: its remaining tracks end. Safe to call twice."""
-        for track in (*self._ended.values(), *self._tracks.active):
-            self._over(track)
+        for track_id in (*self._ended, *self._tracks.by_id):
+            self._listener.ended(track_id)
         self._ended.clear()
         self._tracks = tracking.Tracks(created=self._tracks.created)
-
-    def _over(self, track: tracking.Track) -> None:
-        self._named.pop(track.track_id, None)
-        self._suspected.discard(track.track_id)
-        track = self._remembered(track)
-        self._listener.ended(
-            Sighting(track.track_id, track.identity, track.liveness, track.ood_score)
-        )

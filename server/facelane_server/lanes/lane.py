@@ -23,7 +23,7 @@ import asyncio
 import functools
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from facelane_server import tracking
@@ -89,8 +89,7 @@ class _Told:
     """What the faces tell, as the lane's observer hears it."""
 
     def __init__(self, lane: Lane, observer: LaneObserver) -> None:
-        self.decided = functools.partial(observer.track_decided, lane)
-        self.suspected = functools.partial(observer.track_suspected, lane)
+        self.sighted = functools.partial(observer.sighted, lane)
         self.ended = functools.partial(observer.track_ended, lane)
 
 
@@ -400,12 +399,12 @@ class Lane:
             self._unwritten += 1
             self._count(outcome)
             self._push(outcome)
-            for track_id in self._faces.settle(self._referred):
+            for track_id in self._faces.settle(self._looks):
                 self._push(TrackEnded(track_id))
 
-    def _referred(self) -> set[int]:
-        """Tracks that frames on their way have looks of."""
-        return {look.track_id for entry in self._entries for look in entry.looks}
+    def _looks(self) -> Iterator[Look]:
+        """Those of frames on their way."""
+        return (look for entry in self._entries for look in entry.looks)
 
     def _outcome(self, entry: _Entry, body: FrameResult | FrameDrop | FrameError) -> Outcome:
         frame = entry.frame
@@ -427,7 +426,7 @@ class Lane:
             if look.evidence is not None:
                 unanswered.update(look.evidence.missing)
             missing |= unanswered
-            faces.append(self._faces.face(look, entry.frame.stream_offset_ns, unanswered))
+            faces.append(self._faces.face(look, entry.frame, unanswered))
         return FrameResult(
             width=entry.answer.width,
             height=entry.answer.height,

@@ -70,13 +70,10 @@ class LaneObserver(Protocol):
 
     def outcome(self, lane: Lane, outcome: Outcome) -> None: ...
 
-    def track_decided(self, lane: Lane, sighting: Sighting) -> None:
-        """A track was named for the first time, or by another name."""
+    def sighted(self, lane: Lane, sighting: Sighting) -> None:
+        """A track is in a picture whose outcome is about to be given; told in their order."""
 
-    def track_suspected(self, lane: Lane, sighting: Sighting) -> None:
-        """A track was judged an attack, told once a track."""
-
-    def track_ended(self, lane: Lane, sighting: Sighting) -> None: ...
+    def track_ended(self, lane: Lane, track_id: int) -> None: ...
 
 
 class SilentObserver:
@@ -85,11 +82,8 @@ class SilentObserver:
     def outcome(self, lane: Lane, outcome: Outcome) -> None:
         """Nothing."""
 
-    def track_decided(self, lane: Lane, sighting: Sighting) -> None:
+    def sighted(self, lane: Lane, sighting: Sighting) -> None:
         """Nothing."""
 
-    def track_suspected(self, lane: Lane, sighting: Sighting) -> None:
-        """Nothing."""
-
-    def track_ended(self, lane: Lane, sighting: Sighting) -> None:
+    def track_ended(self, lane: Lane, track_id: int) -> None:
         """Nothing."""

@@ -40,7 +40,7 @@ SubjectResolver = Callable[[int, int], tuple[str, str] | None]
 """(snapshot version, subject index) → (gallery id, subject id); None for a subject that was
 deleted since the snapshot was made: it is no candidate any more."""
 
-_FACE: Final = struct.Struct(f"={limits.FACE_RECORD_FLOATS}f")
+_FACE: Final = struct.Struct(f"={limits.FACE_FLOATS}f{limits.SIGNATURE_BYTES}s")
 _REASONS: Final = {reason.value: reason for reason in Reason}
 
 
@@ -158,13 +158,14 @@ class Codec:
                 crops.append(bytes(slot[crops_at : crops_at + size]))
                 crops_at += size
             x, y, width, height, score = values[:5]
-            points = values[5:]
+            points = values[5 : limits.FACE_FLOATS]
             faces.append(
                 DetectedFace(
                     Box(x, y, width, height),
                     score,
                     tuple(zip(points[0::2], points[1::2], strict=True)),
                     tuple(crops),
+                    values[-1],
                 )
             )
         return DetectAnswer(done.width, done.height, tuple(faces)), end

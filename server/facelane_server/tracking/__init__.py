@@ -10,19 +10,21 @@ expected (constant velocity), or lies within ``max_centre_distance`` of it and h
 its size. Of all such pairs the assignment of least total cost is taken (Hungarian). A jump
 further than that is a new track.
 
-**Suspicion.** A name must not pass silently from one person to another. Where a link is
-weaker than continuous overlap, the track becomes *suspect*: the face was not seen for a
-while; it was linked by distance alone; or its box has just come apart from another track's.
-A suspect track shows no name and no LIVE verdict until a new shot confirms them, and asks
-for that shot at once. A confirmed name is the old one again; anything else that can be
-trusted replaces it.
+**Doubt.** A name must not pass silently from one person to another. A link is doubtful where
+the face was not seen for a while; was linked by distance alone; looks unlike the picture
+before, or unlike the one that the recogniser saw last (``appearance``: a cut of the scene,
+somebody else in the same place); or where its box has just come apart from another track's.
+From a doubtful link on the track is *suspect*: it shows no name, no verdict and no OOD score
+of before, and asks for a look at once. What that look says is shown. If it says the same as
+before, the track goes on; if it says another name, or twice that this is nobody known, the
+track has ended there and another begins (``contradicts``, ``successor``).
 
 **Names.** The best shot by OOD score speaks for the track.
 
 * A shot rejected as out of distribution says nothing of who it is: the name stays, but the
-  track asks again soon, and a name that no shot has confirmed for two
-  ``reinference_interval`` is not shown any more.
-* A match with *another* subject replaces everything at once.
+  track asks again soon, and a name that no shot has confirmed for ``identity_max_age`` is
+  not shown any more.
+* A match with *another* subject ends the track at once.
 * Any other contradiction (a name becomes unknown, or the reverse) counts at once when its
   OOD score is at least as good as the best shot's; otherwise it takes two in a row, and the
   first makes the track ask again on the next frame.
@@ -43,16 +45,22 @@ from facelane_server.tracking.linking import Update, prepare, update
 from facelane_server.tracking.liveness import (
     LivenessThresholds,
     fused_score,
+    liveness_at,
     wants_liveness,
     with_liveness,
 )
 from facelane_server.tracking.shots import (
+    Shown,
+    contradicts,
     forgotten,
     frontalness,
     identity_at,
+    looking,
     ood_score_at,
     promised_gain,
     quality,
+    shown_at,
+    successor,
     wants_recognition,
     with_recognition,
 )
@@ -63,17 +71,23 @@ __all__ = [
     "LivenessThresholds",
     "Params",
     "Shot",
+    "Shown",
     "Track",
     "Tracks",
     "Update",
+    "contradicts",
     "forgotten",
     "frontalness",
     "fused_score",
     "identity_at",
+    "liveness_at",
+    "looking",
     "ood_score_at",
     "prepare",
     "promised_gain",
     "quality",
+    "shown_at",
+    "successor",
     "update",
     "wants_liveness",
     "wants_recognition",

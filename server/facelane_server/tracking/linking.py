@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from facelane_server import limits
 from facelane_server.domain import Box, DetectedFace
+from facelane_server.tracking.appearance import SAME_LINK, SAME_LOOK, changed
 from facelane_server.tracking.track import SECOND, Params, Track, Tracks, suspected
 
 MAX_WIDTH_RATIO: Final = 2.0
@@ -75,7 +76,7 @@ def update(
         at, near = link
         found = detections[order[at]]
         assignments[order[at]] = track.track_id
-        state[track.track_id] = _moved(track, found.box, now_ns, params, near=near)
+        state[track.track_id] = _moved(track, found, now_ns, params, near=near)
 
     created = tracks.created
     for at, i in enumerate(order):
@@ -90,13 +91,15 @@ def update(
             ended.append(state.pop(lost.track_id))
         created += 1
         assignments[i] = created
-        state[created] = Track(created, detections[i].box, now_ns, now_ns)
+        state[created] = Track(
+            created, detections[i].box, now_ns, now_ns, signature=detections[i].signature
+        )
     if len(state) > 1:
         _mark_crossings(state, now_ns)
     elif state:
         [only] = state.values()
         if only.crossing:
-            state[only.track_id] = suspected(replace(only, crossing=False), now_ns)
+            state[only.track_id] = _parted(only)
     return Update(Tracks(state, created, now_ns), tuple(assignments), tuple(ended))
 
 
@@ -220,7 +223,8 @@ def _iou(a: Box, b: Box) -> float:
     return shared / (a.width * a.height + b.width * b.height - shared)
 
 
-def _moved(track: Track, box: Box, now_ns: int, params: Params, *, near: bool) -> Track:
+def _moved(track: Track, found: DetectedFace, now_ns: int, params: Params, *, near: bool) -> Track:
+    box = found.box
     elapsed = now_ns - track.seen_ns
     velocity = track.velocity
     if elapsed > PREDICTION_NS:
@@ -234,10 +238,28 @@ def _moved(track: Track, box: Box, now_ns: int, params: Params, *, near: bool) -
             velocity[1] + VELOCITY_GAIN * (vy - velocity[1]),
         )
     share = UNSEEN_SHARE if track.missed else SKIPPED_SHARE
-    moved = replace(track, box=box, seen_ns=now_ns, velocity=velocity, missed=False)
-    if not near or elapsed > share * params.max_gap_ns:
-        return suspected(moved, now_ns)
+    moved = replace(
+        track,
+        box=box,
+        seen_ns=now_ns,
+        velocity=velocity,
+        missed=False,
+        links=track.links + 1,
+        signature=found.signature,
+    )
+    if (
+        not near
+        or elapsed > share * params.max_gap_ns
+        or changed(track.signature, found.signature, SAME_LINK)
+        or changed(track.looking or track.reference, found.signature, SAME_LOOK)
+    ):
+        return suspected(moved, moved.links)
     return moved
+
+
+def _parted(track: Track) -> Track:
+    """Its box has come apart from another's: either may be the other from here on."""
+    return suspected(replace(track, crossing=False), track.links + track.missed)
 
 
 def _mark_crossings(state: dict[int, Track], now_ns: int) -> None:
@@ -257,4 +279,4 @@ def _mark_crossings(state: dict[int, Track], now_ns: int) -> None:
             if not track.crossing:
                 state[track.track_id] = replace(track, crossing=True)
         elif track.crossing:
-            state[track.track_id] = suspected(replace(track, crossing=False), now_ns)
+            state[track.track_id] = _parted(track)

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from facelane_server import limits
 from facelane_server.domain import DetectedFace, Liveness, LivenessVerdict
-from facelane_server.tracking.track import LivenessShot, Params, Track
+from facelane_server.tracking.track import UNDECIDED, LivenessShot, Params, Track
 
 RETRY_SHARE: Final = 0.1
 """Share of ``reinference_interval`` after which an undecided face is judged again."""
@@ -39,13 +39,16 @@ def wants_liveness(track: Track, found: DetectedFace, now_ns: int, params: Param
     return now_ns - track.liveness_ns >= params.interval_ns * share
 
 
-def with_liveness(track: Track, score: float, now_ns: int, thresholds: LivenessThresholds) -> Track:
+def with_liveness(
+    track: Track, score: float, now_ns: int, thresholds: LivenessThresholds, *, link: int = 0
+) -> Track:
     """The track after the liveness score, [0, 1], of a shot taken at ``now_ns``. NaN is no
     answer and changes nothing; nor does a shot from before the track became suspect, unless it
     shows an attack: it may be of another person."""
     if math.isnan(score):
         return track
-    if track.suspect_ns is not None and now_ns < track.suspect_ns and score >= thresholds.spoof:
+    link = link or track.links
+    if link < track.suspect_last and score >= thresholds.spoof:
         return track
     shots = (*track.liveness_shots, LivenessShot(score, score < thresholds.spoof))
     shots = shots[-limits.MAX_LIVENESS_SHOTS :]
@@ -73,7 +76,23 @@ def with_liveness(track: Track, score: float, now_ns: int, thresholds: LivenessT
         liveness_shots=shots,
         liveness_ns=now_ns if track.liveness_ns is None else max(now_ns, track.liveness_ns),
         attacked=attacked,
+        judged_link=link,
     )
+
+
+def liveness_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> Liveness:
+    """What may be said of the picture ``link`` (0 = the last) at ``now_ns``: nothing while it
+    is not certain whose face it is, unless an attack was seen since, and no LIVE from a score
+    that is too old."""
+    link = link or track.links
+    suspect = track.suspect is not None and link >= track.suspect
+    if suspect and track.judged_link < min(link, track.suspect_last):
+        return UNDECIDED
+    if track.liveness.verdict is LivenessVerdict.LIVE:
+        old = track.liveness_ns is None or now_ns - track.liveness_ns > params.stale_ns
+        if suspect or old:
+            return UNDECIDED
+    return track.liveness
 
 
 def fused_score(scores: Sequence[float]) -> float:

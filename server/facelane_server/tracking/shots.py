@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from facelane_server.domain import Decision, DetectedFace, Identity, Landmarks
@@ -12,17 +12,18 @@ from facelane_server.tracking.track import (
     Params,
     Shot,
     Track,
+    settled,
     without_bona_fide,
 )
 
 RETRY_SHARE: Final = 0.1
 """Share of ``reinference_interval`` after which a rejected face is tried again; doubles
 with every further rejection, up to the whole interval."""
+SUSPECT_RETRY_SHARE: Final = RETRY_SHARE / 3
+"""The same while it is not certain whose face it is: nothing is shown of it until then."""
 
 CHIP_SIDE: Final = 112.0
 """A face of this width fills the recogniser's input without enlargement."""
-
-_REJECTED: Final = Identity(Decision.REJECTED_OOD)
 
 
 def quality(found: DetectedFace) -> float:
@@ -75,36 +76,90 @@ def promised_gain(track: Track, found: DetectedFace) -> float:
 
 
 def wants_recognition(track: Track, found: DetectedFace, now_ns: int, params: Params) -> bool:
-    """Whether this shot is worth embedding. The caller does not ask while one is under way."""
+    """Whether this shot is worth embedding. The caller does not ask while one is under way
+    that was taken since the last doubt."""
     if track.asked_ns is None or track.doubts:
         return True
-    if track.suspect_ns is not None and track.asked_ns < track.suspect_ns:
+    suspect = track.suspect is not None
+    if suspect and track.asked_link < track.suspect_last:
         return True
     since = now_ns - track.asked_ns
     if since >= params.interval_ns:
         return True
     if track.rejected:
-        retry = params.interval_ns * RETRY_SHARE * 2 ** (len(track.rejected) - 1)
-        if since >= retry:
+        share = SUSPECT_RETRY_SHARE if suspect else RETRY_SHARE
+        if since >= params.interval_ns * share * 2 ** (len(track.rejected) - 1):
             return True
     return promised_gain(track, found) > params.better_shot_margin
 
 
-def with_recognition(
-    track: Track, found: DetectedFace, ood_score: float, identity: Identity, now_ns: int
-) -> Track:
-    """The track after the recogniser's answer to a shot taken at ``now_ns``.
+def looking(track: Track, found: DetectedFace) -> Track:
+    """The track when the recogniser was asked for this shot."""
+    return replace(track, looking=found.signature)
 
-    An answer of NOT_EVALUATED changes nothing. See the module for the rules.
+
+def contradicts(track: Track, ood_score: float, identity: Identity, *, link: int = 0) -> bool:
+    """Whether the recogniser's answer to the picture ``link`` (0 = the last) shows that the
+    track's face has become another person's: another subject at any time, and nobody known
+    where the link was doubtful (two looks in a row, or a better one than that which named it)."""
+    best = track.shot
+    if best is None or best.identity.decision is not Decision.MATCH:
+        return False
+    if identity.decision is Decision.MATCH:
+        return identity.subject_id != best.identity.subject_id
+    doubtful = track.suspect is not None and (link or track.links) >= track.suspect
+    sure = ood_score >= best.ood_score or track.doubts > 0
+    return identity.decision is Decision.UNKNOWN and doubtful and sure
+
+
+def successor(track: Track, track_id: int, now_ns: int, *, link: int = 0) -> Track:
+    """The track of the face that the picture ``link`` shows in the place of another."""
+    link = link or track.links
+    later = track.suspect_last > link
+    return Track(
+        track_id,
+        track.box,
+        now_ns,
+        track.seen_ns,
+        velocity=track.velocity,
+        missed=track.missed,
+        crossing=track.crossing,
+        links=track.links,
+        signature=track.signature,
+        suspect=max(link + 1, track.suspect or 0) if later else None,
+        suspect_last=track.suspect_last if later else link,
+        looking=track.looking,
+    )
+
+
+def with_recognition(
+    track: Track,
+    found: DetectedFace,
+    ood_score: float,
+    identity: Identity,
+    now_ns: int,
+    *,
+    link: int = 0,
+) -> Track:
+    """The track after the recogniser's answer to its picture ``link`` (0 = the last), taken
+    at ``now_ns``.
+
+    An answer of NOT_EVALUATED changes nothing. See the package for the rules. An answer that
+    ``contradicts`` the track belongs to its ``successor``.
     """
     if identity.decision is Decision.NOT_EVALUATED:
         return track
+    link = link or track.links
+    shot = Shot(identity, ood_score)
+    doubtful = track.suspect is not None and link >= track.suspect
     asked = replace(
         track,
+        latest=shot,
         asked_ns=now_ns if track.asked_ns is None else max(now_ns, track.asked_ns),
+        asked_link=max(link, track.asked_link),
         tried_quality=max(track.tried_quality, quality(found)),
+        looking=b"" if track.looking == found.signature else track.looking,
     )
-    shot = Shot(identity, ood_score)
     best = track.shot
     if identity.decision is Decision.REJECTED_OOD:
         rejected = (*track.rejected, ood_score)[-8:]
@@ -112,27 +167,29 @@ def with_recognition(
             best.identity.decision is Decision.REJECTED_OOD and ood_score > best.ood_score
         )
         return replace(asked, rejected=rejected, shot=shot if better else best)
-    settles = track.suspect_ns is None or now_ns >= track.suspect_ns
-    accepted = replace(
-        asked,
-        shot=shot,
-        confirmed_ns=max(now_ns, track.confirmed_ns),
-        doubts=0,
-        rejected=(),
-        suspect_ns=None if settles else track.suspect_ns,
+    accepted = settled(
+        replace(
+            asked,
+            shot=shot,
+            confirmed_ns=max(now_ns, track.confirmed_ns),
+            confirmed_link=max(link, track.confirmed_link),
+            reference=found.signature,
+            doubts=0,
+            rejected=(),
+        ),
+        link,
     )
     if best is None or best.identity.decision is Decision.REJECTED_OOD:
         return accepted
     old = best.identity
     if (old.decision, old.subject_id) == (identity.decision, identity.subject_id):
         return accepted if ood_score >= best.ood_score else replace(accepted, shot=best)
-    somebody_else = old.decision is identity.decision is Decision.MATCH
-    gone = track.suspect_ns is not None and settles
-    if not (somebody_else or gone or ood_score >= best.ood_score or track.doubts):
+    matched = identity.decision is Decision.MATCH
+    named = matched and (doubtful or old.decision is Decision.MATCH)
+    if not (named or ood_score >= best.ood_score or track.doubts):
         return replace(asked, doubts=1, rejected=())
-    if old.decision is Decision.MATCH or gone:
-        # Another person, or one who is not who it seemed: what was seen of the first one
-        # is no evidence for this one.
+    if old.decision is Decision.MATCH or doubtful:
+        # One who is not who it seemed: what was seen before is no evidence for this one.
         accepted = without_bona_fide(replace(accepted, tried_quality=quality(found)))
     return accepted
 
@@ -140,36 +197,61 @@ def with_recognition(
 def forgotten(track: Track) -> Track:
     """The track as if no shot had been recognised: whom it named is in the gallery no more."""
     return replace(
-        track, shot=None, confirmed_ns=0, asked_ns=None, tried_quality=0.0, doubts=0, rejected=()
+        track,
+        shot=None,
+        latest=None,
+        confirmed_ns=0,
+        confirmed_link=0,
+        reference=b"",
+        asked_ns=None,
+        tried_quality=0.0,
+        doubts=0,
+        rejected=(),
     )
 
 
-def identity_at(track: Track, now_ns: int, params: Params) -> Identity:
-    """What may be said at ``now_ns``: the best shot's identity while it is confirmed often
-    enough and the track is not suspect; else REJECTED_OOD when the newest shots were
-    rejected, else NOT_EVALUATED."""
-    return _shown(track, now_ns, params)[0]
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What may be said of one picture of a track. ``age_ns`` and ``links`` since the look
+    that says so; 0 for a look at this very picture."""
+
+    identity: Identity
+    ood_score: float | None = None
+    age_ns: int | None = None
+    links: int = 0
 
 
-def ood_score_at(track: Track, now_ns: int, params: Params) -> float | None:
-    """The OOD score that belongs to ``identity_at``."""
-    return _shown(track, now_ns, params)[1]
+NOTHING: Final = Shown(NOT_EVALUATED)
 
 
-def _shown(track: Track, now_ns: int, params: Params) -> tuple[Identity, float | None]:
+def shown_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> Shown:
+    """What may be said of the picture ``link`` (0 = the last) at ``now_ns``.
+
+    What the best shot says, while a look has said so since the last doubt and within
+    ``max_age``; else what the newest look says, if it names nobody; else nothing.
+    """
+    link = link or track.links
+    suspect = track.suspect is not None and link >= track.suspect
     shot = track.shot
-    if shot is None:
-        return NOT_EVALUATED, None
-    suspect = track.suspect_ns is not None and now_ns >= track.suspect_ns
-    if shot.identity.decision is Decision.REJECTED_OOD:
-        trusted = not suspect
-    else:
-        trusted = not suspect and now_ns - track.confirmed_ns <= params.stale_ns
-    if trusted:
-        return shot.identity, shot.ood_score
-    asked_since = not suspect or (
-        track.suspect_ns is not None and (track.asked_ns or 0) >= track.suspect_ns
-    )
-    if track.rejected and asked_since:
-        return _REJECTED, track.rejected[-1]
-    return NOT_EVALUATED, None
+    if shot is not None and shot.identity.decision is not Decision.REJECTED_OOD and not suspect:
+        age_ns = max(0, now_ns - track.confirmed_ns)
+        if age_ns <= params.stale_ns:
+            return Shown(shot.identity, shot.ood_score, age_ns, max(0, link - track.confirmed_link))
+    latest = track.latest
+    if latest is None or latest.identity.decision is Decision.MATCH or track.asked_ns is None:
+        return NOTHING
+    age_ns = max(0, now_ns - track.asked_ns)
+    doubted_since = suspect and track.asked_link < min(link, track.suspect_last)
+    if doubted_since or age_ns > params.stale_ns:
+        return NOTHING
+    return Shown(latest.identity, latest.ood_score, age_ns, max(0, link - track.asked_link))
+
+
+def identity_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> Identity:
+    """The identity of ``shown_at``."""
+    return shown_at(track, now_ns, params, link=link).identity
+
+
+def ood_score_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> float | None:
+    """The OOD score of ``shown_at``."""
+    return shown_at(track, now_ns, params, link=link).ood_score

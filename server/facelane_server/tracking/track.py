@@ -27,6 +27,8 @@ class Params:
     min_iou: float = 0.2
     max_centre_distance: float = 1.0
     better_shot_margin: float = 0.05
+    max_age_ns: int = 0
+    """0 = twice ``interval_ns``."""
 
     @classmethod
     def of(cls, section: config.Tracking) -> Self:
@@ -36,6 +38,7 @@ class Params:
             min_iou=section.min_iou,
             max_centre_distance=section.max_centre_distance,
             better_shot_margin=section.better_shot_margin,
+            max_age_ns=int(section.identity_max_age_s * SECOND),
         )
 
     def with_interval(self, interval_ns: int) -> Self:
@@ -44,8 +47,8 @@ class Params:
 
     @property
     def stale_ns(self) -> int:
-        """For how long an unconfirmed name is shown."""
-        return max(2 * self.interval_ns, STALE_FLOOR_NS)
+        """For how long the evidence of a look is shown."""
+        return max(self.max_age_ns or 2 * self.interval_ns, STALE_FLOOR_NS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,11 @@ class LivenessShot:
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One face over time. ``velocity`` in pixels a nanosecond."""
+    """One face over time. ``velocity`` in pixels a nanosecond.
+
+    A *link* is the number of a picture of this track, from 1: what came before what is
+    told by links, because a client may give two pictures one time.
+    """
 
     track_id: int
     box: Box
@@ -77,15 +84,30 @@ class Track:
     """The last frame did not show it."""
     crossing: bool = False
     """Its box overlaps another track's so far that the two could be swapped."""
-    suspect_ns: int | None = None
-    """Since when it is not certain that this is still the same person."""
+    links: int = 1
+    """Pictures so far."""
+    signature: bytes = b""
+    """Of the last picture."""
+    suspect: int | None = None
+    """The first link from which on it is not certain that this is still the same person,
+    and no look has made it certain since."""
+    suspect_last: int = 0
+    """The last doubtful link, whether settled or not."""
 
     shot: Shot | None = None
     """The best so far."""
     confirmed_ns: int = 0
     """When a shot last said what ``shot`` says."""
+    confirmed_link: int = 0
+    reference: bytes = b""
+    """The signature of that shot."""
+    looking: bytes = b""
+    """The signature of the newest shot that was asked for and has no answer yet."""
+    latest: Shot | None = None
+    """The last shot that was answered."""
     asked_ns: int | None = None
-    """When the last shot of any kind was taken."""
+    """When that was taken."""
+    asked_link: int = 0
     tried_quality: float = 0.0
     """The best ``quality`` among the shots."""
     doubts: int = 0
@@ -96,6 +118,7 @@ class Track:
     liveness: Liveness = UNDECIDED
     liveness_shots: tuple[LivenessShot, ...] = ()
     liveness_ns: int | None = None
+    judged_link: int = 0
     attacked: bool = False
     """Two attack scores were in memory together, and it has not been all live since."""
 
@@ -132,9 +155,24 @@ class Tracks:
             return self
         return Tracks({**self.by_id, track.track_id: track}, self.created, self.now_ns)
 
+    def succeeded(self, track_id: int, by: Track) -> Tracks:
+        """With a new track in the place of another."""
+        others = {k: t for k, t in self.by_id.items() if k != track_id}
+        return Tracks({**others, by.track_id: by}, max(self.created, by.track_id), self.now_ns)
 
-def suspected(track: Track, now_ns: int) -> Track:
-    return without_bona_fide(replace(track, suspect_ns=now_ns))
+
+def suspected(track: Track, link: int) -> Track:
+    """The track when it is not certain that from ``link`` on it is the same face."""
+    since = link if track.suspect is None else min(track.suspect, link)
+    doubted = replace(track, suspect=since, suspect_last=max(link, track.suspect_last), rejected=())
+    return without_bona_fide(doubted)
+
+
+def settled(track: Track, link: int) -> Track:
+    """The track when it is certain who the face of ``link`` is; doubts behind it stay."""
+    if track.suspect is None or link < track.suspect:
+        return track
+    return replace(track, suspect=link + 1 if link < track.suspect_last else None)
 
 
 def without_bona_fide(track: Track) -> Track:

@@ -85,7 +85,10 @@ class Work:
 class DetectWork(Work):
     def __init__(self, model: api.Detector, load: Load, request: Arena, response: Arena) -> None:
         super().__init__(request, response)
+        from facelane_server.worker.appearance import signatures
         from facelane_server.worker.decoding import headers, patience, pictures
+
+        self._signatures = signatures
 
         self._model = model
         self._max_pixels = load.max_pixels
@@ -208,13 +211,14 @@ class DetectWork(Work):
         self, slot: int, offset: int, size: tuple[int, int], faces: api.Detections
     ) -> tuple[DetectDone, int]:
         count = len(faces.scores)
-        width = limits.FACE_RECORD_FLOATS
-        records = self._room(slot, offset, count * width * 4).view(np.float32)
-        table = records.reshape(count, width)
+        room = self._room(slot, offset, count * limits.FACE_RECORD_BYTES)
+        records = room.reshape(count, limits.FACE_RECORD_BYTES)
+        table = records.view(np.float32)
         table[:, 0:4] = faces.boxes
         table[:, 4] = faces.scores
         table[:, 5:15] = faces.landmarks.reshape(count, 10)
-        crops_offset = aligned(offset + count * width * 4)
+        records[:, 4 * limits.FACE_FLOATS :] = self._appearance(faces)
+        crops_offset = aligned(offset + count * limits.FACE_RECORD_BYTES)
         crops = self._room(slot, crops_offset, count * self._record).reshape(count, self._record)
         column = 0
         for crop in faces.crops:
@@ -223,6 +227,15 @@ class DetectWork(Work):
             column += flat.shape[1]
         end = aligned(crops_offset + count * self._record)
         return DetectDone(size[0], size[1], count, offset, crops_offset), end
+
+    def _appearance(self, faces: api.Detections) -> U8:
+        """[N, SIGNATURE_BYTES]; of nothing where no aligned chips are cut, or nobody looks
+        at pixels."""
+        if self._needs_pixels:
+            for spec, chips in zip(self._model.crops, faces.crops, strict=True):
+                if isinstance(spec, api.AlignedCrop):
+                    return self._signatures(chips)
+        return np.zeros((len(faces.scores), limits.SIGNATURE_BYTES), np.uint8)
 
     def rehearse(self) -> float:
         picture = np.full((240, 320, 3), 96, np.uint8)

@@ -1,0 +1,51 @@
+"""Whether two pictures of a track may show the same face, by what ``worker.appearance`` saw.
+
+Pairs of aligned chips of different people (CelebA, 6,000 pairs): correlation of the fields
+at most 0.81 in 99 of 100 pairs, 0.87 in 999 of 1,000. Of one face from one picture to the
+next at 25 a second: 0.99 at the median, 0.88 in 95 of 100. Blurring a chip with a sigma of 2
+pixels takes 3.5 octaves of detail or more; of one face, 99 of 100 links change it by less
+than 0.7.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from facelane_server import limits
+
+SAME_LINK: Final = 0.88
+"""Least correlation of two pictures in a row."""
+SAME_LOOK: Final = 0.80
+"""Least correlation with the picture that the recogniser saw last: what changes little by
+little (a dissolve, a turning head) is looked at again."""
+DETAIL_OCTAVES: Final = 2.0
+"""A face does not become so much sharper or softer from one picture to the next."""
+COLOUR_LEVELS: Final = 40
+"""Nor so much brighter, darker or of another colour, in any channel's mean of 256 levels."""
+
+_FIELDS: Final = limits.SIGNATURE_BYTES - 4
+
+
+def changed(before: bytes, now: bytes, least: float) -> bool:
+    """Whether the face looks like another one. Without a signature nothing is known, and
+    nothing said."""
+    if not before or not now or before == now:
+        return False
+    detail = abs(before[_FIELDS] - now[_FIELDS]) / 16.0
+    if detail > DETAIL_OCTAVES:
+        return True
+    if any(abs(before[-k] - now[-k]) > COLOUR_LEVELS for k in (1, 2, 3)):
+        return True
+    return correlation(before, now) < least
+
+
+def correlation(before: bytes, now: bytes) -> float:
+    """Of the fields, [-1, 1]; two flat chips are alike, a flat one and another are not."""
+    a = np.frombuffer(before, np.int8, _FIELDS).astype(np.float32)
+    b = np.frombuffer(now, np.int8, _FIELDS).astype(np.float32)
+    scale = float(a @ a) * float(b @ b)
+    if scale == 0.0:
+        return 1.0 if not a.any() and not b.any() else 0.0
+    return float(a @ b) / float(np.sqrt(scale))

@@ -1,0 +1,240 @@
+"""A name belongs to one person: no name without a look at that face since the last doubt."""
+
+from __future__ import annotations
+
+import random
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.fakes.faces import Stage, detected, evidence, signature
+
+from facelane_server import limits, tracking
+from facelane_server.domain import Decision, Face, LivenessVerdict
+from facelane_server.pipeline import Evidence
+from facelane_server.tracking.appearance import (
+    SAME_LINK,
+    changed,
+    correlation,
+)
+from facelane_server.worker.appearance import signatures
+
+MS = 1_000_000
+ADA, BOB, STRANGER = "ada", "bob", None
+
+
+def chip(seed: int, size: int = 112) -> np.ndarray:
+    """Soft blobs, as faces are at this size."""
+    noise = np.random.default_rng(seed).integers(0, 256, (14, 14, 3), np.uint8)
+    soft = cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
+    fine = np.random.default_rng(seed).integers(-12, 13, soft.shape)
+    return np.clip(soft.astype(int) + fine, 0, 255).astype(np.uint8)
+
+
+def of(picture: np.ndarray) -> bytes:
+    return signatures(picture[None]).tobytes()
+
+
+# -- appearance ------------------------------------------------------------------------------
+
+
+def test_a_signature_tells_faces_apart_and_one_face_from_its_own_blur() -> None:
+    one, other = chip(1), chip(2)
+    assert len(of(one)) == limits.SIGNATURE_BYTES
+    moved = np.roll(one, 1, axis=1)
+    assert not changed(of(one), of(one), SAME_LINK)
+    assert not changed(of(one), of(moved), SAME_LINK)
+    assert changed(of(one), of(other), SAME_LINK)
+    assert changed(of(one), of(cv2.GaussianBlur(one, (0, 0), 3)), SAME_LINK)
+    assert changed(of(one), of(np.clip(one.astype(int) + 60, 0, 255).astype(np.uint8)), SAME_LINK)
+
+
+def test_flat_chips_are_alike_and_unlike_all_others() -> None:
+    flat = np.full((112, 112, 3), 90, np.uint8)
+    assert correlation(of(flat), of(flat)) == 1.0
+    assert correlation(of(flat), of(chip(1))) == 0.0
+
+
+def test_without_signatures_nothing_is_said() -> None:
+    assert not changed(b"", of(chip(1)), SAME_LINK)
+    assert not changed(of(chip(1)), b"", SAME_LINK)
+
+
+def test_no_faces_have_no_signatures() -> None:
+    none = signatures(np.zeros((0, 112, 112, 3), np.uint8))
+    assert none.shape == (0, limits.SIGNATURE_BYTES)
+
+
+# -- swaps in place --------------------------------------------------------------------------
+
+
+def watch(
+    stage: Stage, who: str | None, seed: int, frames: int, step_ms: int, **said: float
+) -> list[Face]:
+    """So many pictures of one face in the same place, each look answered at once."""
+    faces = []
+    for _ in range(frames):
+        stage.now = getattr(stage, "now", 0) + step_ms * MS
+        for look in stage.turn([detected(100, signature(seed))], stage.now):
+            stage.answer(look, evidence(who, **said))
+        faces.extend(stage.emit())
+    return faces
+
+
+@pytest.mark.parametrize("fps", [5, 10, 25])
+@pytest.mark.parametrize(
+    ("who", "said"),
+    [(BOB, {}), (STRANGER, {}), (STRANGER, {"ood": 0.1}), (BOB, {"live": 0.05})],
+    ids=["enrolled", "stranger", "blurred", "spoof"],
+)
+def test_a_face_swapped_in_place_never_has_the_old_name(
+    fps: int, who: str | None, said: dict[str, float]
+) -> None:
+    stage = Stage()
+    before = watch(stage, ADA, 1, 3 * fps, 1000 // fps)
+    assert all(face.identity.subject_id == ADA for face in before)
+    assert before[-1].liveness.verdict is LivenessVerdict.LIVE
+    after = watch(stage, who, 2, 3 * fps, 1000 // fps, **said)
+    assert all(face.identity.subject_id != ADA for face in after)
+    if who == BOB:
+        assert all(face.identity.subject_id == BOB for face in after)
+        assert after[0].track_id != before[0].track_id
+        assert stage.gone == [before[0].track_id]
+    if said.get("live", 1.0) < 0.3:
+        assert all(face.liveness.verdict is not LivenessVerdict.LIVE for face in after)
+    if said.get("ood", 1.0) < 0.4:
+        assert {face.identity.decision for face in after} == {Decision.REJECTED_OOD}
+
+
+def test_the_same_face_after_a_doubt_goes_on_as_the_same_track() -> None:
+    stage = Stage()
+    before = watch(stage, ADA, 1, 5, 40)
+    after = watch(stage, ADA, 2, 5, 40)  # it has turned, say
+    assert {f.track_id for f in before + after} == {1}
+    assert all(f.identity.subject_id == ADA for f in after)
+    assert after[0].recognized_now
+    assert after[0].evidence_age_ns == 0
+    assert (after[3].evidence_age_ns, after[3].links_since_evidence) == (120 * MS, 3)
+
+
+def test_while_looks_are_late_the_doubt_shows() -> None:
+    """The look at the swapped face gets no answer: nothing is shown until one does."""
+    stage = Stage()
+    watch(stage, ADA, 1, 5, 40)
+    for k in range(3):
+        [look] = stage.turn([detected(100, signature(2))], (300 + 40 * k) * MS)
+        stage.answer(look, Evidence())
+        [face] = stage.emit()
+        assert face.identity.decision is Decision.NOT_EVALUATED
+        assert face.ood_score is None
+        assert face.evidence_age_ns is None
+        assert face.liveness.verdict is LivenessVerdict.UNDECIDED
+
+
+def test_a_look_that_was_under_way_before_the_swap_does_not_settle_it() -> None:
+    stage = Stage()
+    [early] = stage.turn([detected(100, signature(1))], 0)
+    [late] = stage.turn([detected(100, signature(2))], 40 * MS)
+    stage.turn([detected(100, signature(2))], 80 * MS)
+    stage.answer(late, evidence(BOB))
+    stage.answer(early, evidence(ADA))
+    shown = [stage.emit()[0] for _ in range(3)]
+    assert [f.identity.subject_id for f in shown] == [ADA, BOB, BOB]
+    assert [f.track_id for f in shown] == [1, 2, 2]
+
+
+def test_a_slow_dissolve_is_looked_at() -> None:
+    """Each picture is like the one before; the last is nobody's that was looked at."""
+    first, last = chip(1).astype(float), chip(2).astype(float)
+    stage, faces = Stage(), []
+    for k in range(26):
+        share = min(k, 25) / 25
+        blend = np.rint((1 - share) * first + share * last).astype(np.uint8)
+        for look in stage.turn([detected(100, of(blend))], k * 40 * MS):
+            who = ADA if share < 0.5 else BOB
+            stage.answer(look, evidence(who))
+        faces.extend(stage.emit())
+    assert faces[-1].identity.subject_id == BOB
+    named = [f.identity.subject_id for f in faces]
+    assert ADA not in named[22:]
+
+
+def test_what_was_seen_expires() -> None:
+    stage = Stage(tracking.Params(max_age_ns=500 * MS))
+    watch(stage, ADA, 1, 1, 40)
+    stage.turn([detected(100, signature(1))], 540 * MS)
+    [face] = stage.emit()
+    assert face.identity.subject_id == ADA
+    for look in stage.turn([detected(100, signature(1))], 541 * MS):
+        stage.answer(look, Evidence())
+    [face] = stage.emit()
+    assert face.identity.decision is Decision.NOT_EVALUATED
+    assert face.liveness.verdict is LivenessVerdict.UNDECIDED
+
+
+# -- any sequence ----------------------------------------------------------------------------
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from([ADA, ADA, ADA, BOB, STRANGER]),  # who is before the camera
+        st.sampled_from([0, 40, 40, 200, 400]),  # ms since the last picture
+        st.sampled_from([0, 0, 0, 30, 60]),  # pixels that the face has moved
+        st.booleans(),  # whether another doubt comes with it: it looks otherwise
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps, st.integers(0, 2**32 - 1), st.integers(1, 6))
+def test_no_name_without_a_look_at_that_face_since_the_last_doubt(
+    walk: list[tuple[str | None, int, int, bool]], seed: int, depth: int
+) -> None:
+    """Answers come late, in any order, or not at all; ``depth`` frames are on their way."""
+    chance = random.Random(seed)
+    stage, now, x, look_of = Stage(), 0, 100.0, 0
+    truth: list[str | None] = []
+    emitted = 0
+    last: str | None = ""
+
+    def finish() -> None:
+        nonlocal emitted
+        _, looks = stage.under_way[0]
+        for look in looks:
+            if look.asked and look.evidence is None:
+                stage.answer(look, chance.choice([Evidence(), said[id(look)]]))
+        [face] = stage.emit()
+        named = face.identity.subject_id
+        assert named in ("", truth[emitted]), f"picture {emitted} shows {truth[emitted]}"
+        emitted += 1
+
+    said: dict[int, Evidence] = {}
+    for who, elapsed, moved, turned in walk:
+        now += elapsed * MS
+        x += moved
+        if who != last or turned:
+            look_of += 1  # who is swapped looks otherwise
+        last = who
+        truth.append(who)
+        for look in stage.turn([detected(x, signature(look_of))], now):
+            ood = chance.choice([0.1, 0.5, 0.8, 0.95])
+            said[id(look)] = evidence(who, ood=ood, live=chance.choice([0.05, 0.5, 0.99]))
+        waiting = [
+            look
+            for _, looks in stage.under_way
+            for look in looks
+            if look.asked and look.evidence is None
+        ]
+        for look in chance.sample(waiting, chance.randint(0, len(waiting))):
+            stage.answer(look, said[id(look)])
+        while len(stage.under_way) >= depth:
+            finish()
+    while stage.under_way:
+        finish()
+    stage.faces.finish()
+    started = {s.track_id for s in stage.sightings}
+    assert set(stage.gone) == started, "every track that was seen has ended, once"
+    assert len(stage.gone) == len(set(stage.gone))
