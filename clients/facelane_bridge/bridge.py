@@ -17,6 +17,7 @@ camera, and reopened behind its back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import random
@@ -48,6 +49,8 @@ log = structlog.get_logger("facelane_bridge")
 OUTPUT_PATIENCE = DRAIN_TIMEOUT + 1.0
 """Seconds from the order to stop for which a line waits for whoever reads the lines. With
 the times above and the output's own it stays below the 20 s that systemd gives."""
+CAMERAS_PER_CONNECTION = 64
+"""A server bounds the streams of one connection; the next would wait without a word."""
 CONNECT_TIMEOUT = 10.0
 
 
@@ -105,17 +108,23 @@ class Bridge:
 
     async def run(self) -> BridgeReport:
         """Run to the end. Raises ``ConfigError`` when the server's credentials cannot be read."""
-        async with new_client(self._settings.server) as client, self._output:
+        cameras = self._settings.cameras
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._output)
+            clients = [
+                await stack.enter_async_context(new_client(self._settings.server))
+                for _ in range(0, len(cameras), CAMERAS_PER_CONNECTION)
+            ]
             self._runners = [
                 CameraRunner(
                     camera,
                     self._settings.server,
-                    client,
+                    clients[number // CAMERAS_PER_CONNECTION],
                     self._emit,
                     self._random_unit,
                     self._open_source,
                 )
-                for camera in self._settings.cameras
+                for number, camera in enumerate(cameras)
             ]
             if self._stopping.is_set():
                 self.stop()

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import os
+import re
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 try:
     import typer
@@ -20,9 +22,12 @@ except ImportError:  # pragma: no cover - the bare install
     sys.stderr.write("facelane-server needs the server extra: pip install 'facelane[server]'\n")
     sys.exit(2)
 
-from facelane_server import __version__
+from facelane_server import __version__, limits
 from facelane_server import config as configuration
 from facelane_server.domain import FacelaneError, Reason
+
+if TYPE_CHECKING:
+    from facelane_server.edge.auth import Key
 
 EX_UNAVAILABLE: Final = 69
 EX_CONFIG: Final = 78
@@ -140,6 +145,13 @@ def check(config: ConfigOption = None) -> None:
     encryption = "TLS" if loaded.tls.cert_file else "no TLS"
     keys = "keys" if loaded.wants_keys else "no keys"
     metrics = loaded.metrics.listen or "none"
+    if loaded.wants_keys:
+        share = loaded.quotas
+        typer.echo(
+            f"a key may have {share.streams} streams, {share.calls} calls, {share.watchers} "
+            f"watchers, {share.held_mib} MiB of pictures; 1 in {limits.OPERATORS_PART} places is "
+            "kept for admin keys"
+        )
     typer.echo(f"listens on {loaded.server.listen}, {encryption}, {keys}; metrics on {metrics}")
     if lent:
         typer.echo(f"not looked at: {', '.join(lent)}: systemd lends them to the running service")
@@ -256,66 +268,132 @@ def keys_new(
     ],
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="analyze, gallery or admin; may be given several times."),
+        typer.Option(
+            help="analyze (the default), gallery, admin, scores, reassign or waive-liveness; may "
+            "be given several times."
+        ),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="A source that it may send as, * for any letters; several times."),
+    ] = None,
+    gallery: Annotated[
+        list[str] | None,
+        typer.Option(help="A gallery that it may search and change; several times."),
+    ] = None,
+    expires: Annotated[
+        datetime | None, typer.Option(help="Until when it counts, in UTC.", formats=["%Y-%m-%d"])
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Append the entry to this keys file (made with mode 0600).")
     ] = None,
 ) -> None:
     """Make a key. The secret is printed once; the file holds its hash."""
-    from facelane_server.edge.auth import new_key, read_keys
+    from facelane_server.edge.auth import SCOPES, new_key
+    from facelane_server.naming import hint
 
     scopes = scope or ["analyze"]
-    unknown = [s for s in scopes if s not in ("analyze", "gallery", "admin")]
-    if unknown:
-        raise typer.BadParameter(f"unknown scope {unknown[0]}: use analyze, gallery or admin")
+    for wrong in set(scopes) - set(SCOPES):
+        raise typer.BadParameter(f"unknown scope {wrong}: {hint(wrong, SCOPES)}")
     try:
-        secret, entry = new_key(name, tuple(scopes))  # type: ignore[arg-type]
+        secret, key = new_key(
+            name,
+            tuple(s for s in SCOPES if s in scopes),
+            sources=tuple(source or ()),
+            galleries=tuple(gallery or ()),
+            expires=expires and expires.replace(tzinfo=UTC),
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if file is None:
-        typer.echo(entry, err=True)
+        typer.echo(key.entry(), err=True)
     else:
+        # An entry in a file that the server refuses would take the other keys along.
+        present = _keys_of(file, may_be_empty=True) if file.exists() else ()
         try:
-            # An entry in a file that the server refuses would take the other keys along.
-            present = read_keys(file, may_be_empty=True) if file.exists() else ()
             with open(file, "a", encoding="utf-8", opener=_private) as stream:
-                stream.write(("\n" if stream.tell() else "") + entry)
-        except configuration.ConfigError as error:
-            typer.echo(f"facelane-server: nothing was added: {error}", err=True)
-            raise typer.Exit(EX_CONFIG) from None
+                stream.write(("\n" if stream.tell() else "") + key.entry())
         except OSError as error:
             typer.echo(f"facelane-server: {file}: cannot be written: {error.strerror}", err=True)
             raise typer.Exit(EX_CONFIG) from None
-        same = sum(key.name == name for key in present)
+        same = sum(other.name == name for other in present)
         if same:
             typer.echo(f"{name} has {same + 1} keys now; each counts until it is removed", err=True)
-        typer.echo(
-            f"added to {file}; it counts after a reload (SIGHUP) of the server, or after a restart "
-            "where systemd lends it the file",
-            err=True,
-        )
+        typer.echo(f"added to {file}; it counts after {_AFTER}", err=True)
     typer.echo(secret)
+
+
+_AFTER: Final = (
+    "a reload (SIGHUP) of the server, or after a restart where systemd lends it a copy of the file"
+)
 
 
 @keys_app.command("list")
 def keys_list(file: Annotated[Path, typer.Argument(help="The keys file.")]) -> None:
-    """Who has a key, and for what. To take one away, delete its entry and reload the server."""
+    """Who has a key, for what, and until when."""
+    keys = _keys_of(file)
+    width = max(len(key.name) for key in keys)
+    for key in keys:
+        bounds = [
+            f"{what} {', '.join(names)}"
+            for what, names in (("sources", key.sources), ("galleries", key.galleries))
+            if names
+        ]
+        if key.expires is not None:
+            bounds.append(f"{'expired' if key.expired else 'until'} {key.expires:%Y-%m-%d}")
+        line = f"{key.name:<{width}}  {', '.join(key.scopes):<24}  sha256 {key.sha256[:12]}"
+        typer.echo("  ".join([line, *bounds]))
+
+
+@keys_app.command("remove")
+def keys_remove(
+    name: Annotated[str, typer.Argument(help="Whose keys to remove.")],
+    file: Annotated[Path, typer.Argument(help="The keys file.")],
+    sha256: Annotated[
+        str, typer.Option(help="Only the key whose hash begins so (`keys list` shows it).")
+    ] = "",
+) -> None:
+    """Take a key away. Its open streams end within a second of the reload."""
+    keys = _keys_of(file)
+    gone = [key for key in keys if key.name == name and key.sha256.startswith(sha256)]
+    if not gone:
+        typer.echo(f"facelane-server: {file} has no such key; see `keys list`", err=True)
+        raise typer.Exit(EX_CONFIG)
+    hashes = {key.sha256 for key in gone}
+    # By blocks, so that what people noted beside the others stays.
+    head, *blocks = re.split(r"(?m)^(?=\s*\[\[keys\]\])", file.read_text(encoding="utf-8"))
+    kept = [b for b in blocks if not any(f'"{digest}"' in b for digest in hashes)]
+    left = head + "".join(kept)
+    fresh = file.with_name(f".{file.name}.new")
+    try:
+        status = file.stat()
+        with open(fresh, "w", encoding="utf-8", opener=_private) as stream:
+            stream.write(left)
+            os.fchmod(stream.fileno(), status.st_mode & 0o777)
+            if os.geteuid() == 0:
+                os.fchown(stream.fileno(), status.st_uid, status.st_gid)
+            os.fsync(stream.fileno())
+        fresh.replace(file)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        typer.echo(f"facelane-server: {file}: cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    typer.echo(f"removed {len(gone)} of {len(keys)}; gone after {_AFTER}", err=True)
+    if not kept:
+        typer.echo("none is left: the server refuses a file without keys", err=True)
+
+
+def _keys_of(file: Path, *, may_be_empty: bool = False) -> tuple[Key, ...]:
     from facelane_server.edge.auth import read_keys
 
     try:
-        keys = read_keys(file)
+        return read_keys(file, may_be_empty=may_be_empty)
     except configuration.ConfigError as error:
         typer.echo(f"facelane-server: {error}", err=True)
         raise typer.Exit(EX_CONFIG) from None
-    width = max(len(key.name) for key in keys)
-    for key in keys:
-        typer.echo(f"{key.name:<{width}}  {', '.join(key.scopes):<24}  sha256 {key.sha256[:12]}")
 
 
 def _private(path: str, flags: int) -> int:
-    import os
-
     return os.open(path, flags, 0o600)
 
 

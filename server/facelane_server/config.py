@@ -93,7 +93,22 @@ class Limits(Section, frozen=True):
     slow_reader_s: Seconds = 30.0
     """A client that does not read its outcomes for so long loses its stream."""
     first_message_s: Seconds = 10.0
-    """A stream must send its config within this time."""
+    """A stream must send its config, a single call its request, within this time."""
+
+
+class Quotas(Section, frozen=True):
+    """What the calls of one key may take at a time; keys can have more or less of their own.
+    Where no keys are wanted there is one caller, and only ``limits`` count."""
+
+    streams: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_STREAMS)] = 64
+    """Streams open; more are refused with QUOTA_EXCEEDED."""
+    calls: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_CALLS)] = 32
+    """Single calls under way."""
+    watchers: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_EVENT_WATCHERS)] = 16
+    """Calls that watch events or health."""
+    held_mib: Annotated[int, msgspec.Meta(ge=16, le=65_536)] = 256
+    """Picture bytes that all streams and calls of the key hold; more is held back by flow
+    control. Every stream may hold one picture."""
 
 
 class Models(Section, frozen=True):
@@ -284,6 +299,7 @@ class Config(Section, frozen=True):
     tls: Tls = Tls()
     auth: Auth = Auth()
     limits: Limits = Limits()
+    quotas: Quotas = Quotas()
     models: Models = Models()
     pools: Pools = Pools()
     identity: Identity = Identity()

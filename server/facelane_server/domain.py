@@ -116,6 +116,7 @@ class Reason(enum.StrEnum):
     MULTIPLE_FACES = "MULTIPLE_FACES"
     OOD_REJECTED = "OOD_REJECTED"
     SPOOF_SUSPECTED = "SPOOF_SUSPECTED"
+    FACE_OF_ANOTHER = "FACE_OF_ANOTHER"
     NO_TEMPLATES = "NO_TEMPLATES"
     REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
     ARGUMENT_INVALID = "ARGUMENT_INVALID"
@@ -123,6 +124,7 @@ class Reason(enum.StrEnum):
     # The caller.
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
     # Events and administration.
     RESUME_TOKEN_INVALID = "RESUME_TOKEN_INVALID"  # noqa: S105 - a reason, not a secret
     HISTORY_LOST = "HISTORY_LOST"
@@ -331,6 +333,8 @@ class FaceReading:
 
     face: Face
     vector: bytes = b""
+    candidates: tuple[Candidate, ...] = ()
+    """Of the gallery that was searched, if any; for those who decide, not for callers."""
 
 
 @dataclass(frozen=True, slots=True)

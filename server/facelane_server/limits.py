@@ -52,6 +52,17 @@ MAX_FACES: Final = 64
 MAX_CANDIDATES: Final = 10
 MAX_UNARY_CALLS: Final = 128
 """Single pictures (analysis, enrolment, identification) under way at one time."""
+MAX_CALLS: Final = 256
+"""Single calls of every kind under way at one time."""
+MAX_RECEIVING: Final = 16
+"""Requests of single calls that are being received; the others wait unread."""
+OPERATORS_PART: Final = 8
+"""One in so many places is kept for keys with the ``admin`` scope."""
+MAX_STREAMS_PER_CONNECTION: Final = 100
+"""HTTP/2 streams; further calls of a connection wait at its client."""
+MAX_CONNECTIONS: Final = 4_096
+RESERVED_DESCRIPTORS: Final = 256
+"""Kept back from connections: workers that come back, files, the gallery."""
 MAX_TRACKS: Final = 256
 """Tracks a lane; more than ``MAX_FACES`` because lost tracks linger for a while."""
 

@@ -334,6 +334,7 @@ class Pipeline:
                     evidence_age_ns=0 if evidence.recognized else None,
                 ),
                 evidence.vector,
+                evidence.candidates,
             )
             for face, evidence in zip(found, evidences, strict=True)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -141,9 +142,11 @@ def test_a_client_that_cancels_is_counted_once(start: Start) -> None:
 def test_500_streams_at_once(start: Start) -> None:
     server = start(extra="[limits]\nmax_streams = 100")
     taken: list[wire.RawStream] = []
-    with wire.channel(server.target) as channel:
+    with contextlib.ExitStack() as stack:
+        # A connection carries 100; further calls would wait at their client.
+        channels = [stack.enter_context(wire.channel(server.target)) for _ in range(5)]
         before = descriptors(server)
-        streams = [wire.RawStream(channel) for _ in range(500)]
+        streams = [wire.RawStream(channels[n % 5]) for n in range(500)]
         try:
             for stream in streams:
                 stream.write(wire.config(), wire.frame(1))
@@ -213,13 +216,16 @@ def test_single_calls_are_bounded(start: Start) -> None:
     server = start(wire.pools(detector='options = { "fail.slow_load_ms" = "3000" }'))
     with server.client() as client:
         (worker,) = client.pools()[0].workers
-        with wire.channel(server.target) as channel:
-            stub = pb_grpc.AnalysisServiceStub(channel)
+        with wire.channel(server.target) as one, wire.channel(server.target) as other:
+            # A connection carries 100; further calls would wait at their client.
+            stubs = [pb_grpc.AnalysisServiceStub(channel) for channel in (one, other)]
             request = pb.AnalyzeImageRequest(picture=wire.pb_picture())
             # None is answered before all have been asked: the worker has to start again.
             os.kill(worker.pid, signal.SIGKILL)
             until(lambda: client.pools()[0].workers[0].pid != worker.pid, what="the loss")
-            calls = [stub.AnalyzeImage.future(request, timeout=wire.CALL_S) for _ in range(200)]
+            calls = [
+                stubs[n % 2].AnalyzeImage.future(request, timeout=wire.CALL_S) for n in range(200)
+            ]
             codes = Counter(call.code() for call in calls)
     assert codes == {EXHAUSTED: 200 - 128, grpc.StatusCode.OK: 128}
     with server.client() as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -12,14 +13,14 @@ from structlog.testing import capture_logs
 from facelane_server import config
 from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.edge.auth import Authenticator, new_key, read_keys
+from facelane_server.edge.auth import ANYBODY, Authenticator, Caller, Key, new_key, read_keys
 from facelane_server.edge.health import SERVICES
 
 
 def authenticator(tmp_path: Path, *scopes: str) -> tuple[Authenticator, str]:
-    secret, entry = new_key("k", scopes)  # type: ignore[arg-type]
+    secret, key = new_key("k", scopes)  # type: ignore[arg-type]
     file = tmp_path / "keys.toml"
-    file.write_text(entry)
+    file.write_text(key.entry())
     settings = msgspec.convert({"auth": {"mode": "keys", "keys_file": str(file)}}, config.Config)
     return Authenticator.of(settings), secret
 
@@ -102,7 +103,7 @@ def test_without_keys_everybody_may() -> None:
 
 def test_keys_on_loopback_count_when_a_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
-    file.write_text(new_key("k", ("admin",))[1])
+    file.write_text(new_key("k", ("admin",))[1].entry())
     text = f'[auth]\nkeys_file = "{file}"'
     assert Authenticator.of(config.parse(text)).required
     assert not Authenticator.of(config.parse(text + '\nmode = "none"')).required
@@ -118,6 +119,11 @@ def test_keys_on_loopback_count_when_a_file_is_named(tmp_path: Path) -> None:
         ('[[keys]]\nname = "a"\nsha256 = "' + "0" * 64 + '"\nscopes = ["root"]', "root"),
         ('[[keys]]\nname = "a"\nsha256 = "' + "0" * 64 + '"\nscope = []', "scope"),
         ("[[key]]\n", "key"),
+        ("a = " + "[" * 9_999, "nested too deeply"),
+        (
+            '[[keys]]\nname = "a"\nsha256 = "' + "0" * 64 + '"\nscopes = []\nexpires = 2030-01-01',
+            "expires",
+        ),
     ],
 )
 def test_key_files_that_cannot_be_used(tmp_path: Path, text: str, says: str) -> None:
@@ -135,3 +141,77 @@ def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError):
         read_keys(binary)
+
+
+def method(service: str) -> str:
+    return f"/facelane.v1.{service}/Anything"
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    until = datetime(2031, 5, 1, tzinfo=UTC)
+    _, key = new_key("k", ("analyze",), sources=("door-*",), galleries=("staff",), expires=until)
+    full = msgspec.structs.replace(key, weight=30, streams=200)
+    file = tmp_path / "keys.toml"
+    file.write_text(full.entry())
+    assert read_keys(file) == (full,)
+    for wrong in ('a"b', "a\nb", "", "x" * 129):
+        with pytest.raises(ValueError, match="1-128"):
+            new_key("k", (), sources=(wrong,))
+
+
+def test_a_key_that_has_expired_is_no_key() -> None:
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    secret, key = new_key("k", ("analyze",), expires=past)
+    made = Authenticator((key,))
+    assert refused(made, method("AnalysisService"), f"Bearer {secret}") is Reason.UNAUTHENTICATED
+    assert key.expired
+    assert not new_key("k", (), expires=past + timedelta(hours=1))[1].expired
+
+
+def test_what_ends_a_call_that_was_let_in(tmp_path: Path) -> None:
+    _, key = new_key("k", ("analyze", "gallery"))
+    call = method("AnalysisService")
+
+    def after(*keys: Key) -> Reason | None:
+        try:
+            Authenticator(keys).recheck(call, Caller(key))
+        except FacelaneError as error:
+            return error.reason
+        return None
+
+    changed = msgspec.structs.replace
+    assert after(key) is None
+    assert after(changed(key, scopes=("analyze", "gallery", "scores"))) is None, "it may more"
+    assert after(changed(key, scopes=("admin",))) is None
+    assert after(changed(key, name="renamed")) is None
+    assert after() is Reason.UNAUTHENTICATED
+    assert after(changed(key, expires=datetime(2020, 1, 1, tzinfo=UTC))) is Reason.UNAUTHENTICATED
+    assert after(changed(key, scopes=("gallery",))) is Reason.PERMISSION_DENIED
+    assert after(changed(key, scopes=("analyze",))) is Reason.PERMISSION_DENIED, "it may less"
+    assert after(changed(key, sources=("door",))) is Reason.PERMISSION_DENIED
+    Authenticator(None).recheck(call, Caller(key))
+    with pytest.raises(FacelaneError):
+        Authenticator((key,)).recheck(call, ANYBODY)
+
+
+def test_what_a_bound_key_hears() -> None:
+    def hears(source: str, gallery: str, **bound: tuple[str, ...]) -> bool:
+        return Caller(Key("k", "0" * 64, ("analyze",), **bound)).may_hear(source, gallery)  # type: ignore[arg-type]
+
+    assert hears("", "")
+    assert ANYBODY.may_hear("", "")
+    assert hears("door-1", "staff", sources=("door-*",))
+    assert not hears("vault", "staff", sources=("door-*",))
+    assert not hears("", "", sources=("door-*",)), "pools and devices"
+    assert hears("door-1", "", sources=("door-*",), galleries=("staff",)), "a stream that opened"
+    assert not hears("door-1", "board", sources=("door-*",), galleries=("staff",))
+    assert not hears("", "", galleries=("staff",))
+
+
+def test_liveness_is_waived_by_name_alone() -> None:
+    def waives(*scopes: str) -> bool:
+        return Caller(Key("k", "0" * 64, scopes)).waives_liveness  # type: ignore[arg-type]
+
+    assert waives("gallery", "waive-liveness")
+    assert not waives("admin")
+    assert not ANYBODY.waives_liveness

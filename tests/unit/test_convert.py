@@ -34,10 +34,12 @@ from facelane_server.domain import (
     StageTiming,
 )
 from facelane_server.edge import convert, errors, operations
+from facelane_server.edge.auth import ANYBODY, Caller, Key
 from facelane_server.events import EventKind
 from facelane_server.pools.report import PoolState
 from facelane_server.pools.restart import Life
 
+ALL = convert.View(exact=True)
 CONFIG = config.Config()
 
 
@@ -93,8 +95,41 @@ FACE = Face(
 )
 
 
+def test_similarities_are_for_those_who_may_see_them() -> None:
+    key = Key("door", "0" * 64, ("analyze",))
+    view = convert.View.of(Caller(key))
+    seen = convert.identity(
+        Identity(Decision.MATCH, "ada", 0.7654, FACE.identity.candidates, threshold=0.43), view
+    )
+    assert round(seen.similarity, 6) == 0.77
+    assert [c.subject_id for c in seen.candidates] == ["ada"]
+    below = Identity(Decision.UNKNOWN, "", 0.42, (Candidate("ada", 0.42),), threshold=0.43)
+    hidden = convert.identity(below, view)
+    assert not hidden.HasField("similarity")
+    assert not hidden.candidates
+    for scope in ("scores", "admin"):
+        exact = convert.View.of(Caller(Key("k", "0" * 64, (scope,))))  # type: ignore[arg-type]
+        assert round(convert.identity(below, exact).similarity, 6) == 0.42
+    assert convert.View.of(ANYBODY).exact
+
+
+def test_a_key_is_bound_to_its_sources_and_galleries() -> None:
+    bound = Caller(Key("k", "0" * 64, ("analyze",), sources=("door",), galleries=("staff",)))
+    config_of = analysis_pb.StreamConfig
+    options = convert.lane_options(config_of(), CONFIG, bound)
+    assert (options.source_id, options.plan.gallery_id) == ("door", "staff"), "the only ones"
+    for wrong in (
+        config_of(source_id="vault"),
+        config_of(source_id="door", options=analysis_pb.AnalysisOptions(gallery_id="board")),
+    ):
+        with pytest.raises(FacelaneError) as refused:
+            convert.lane_options(wrong, CONFIG, bound)
+        assert refused.value.reason is Reason.PERMISSION_DENIED
+        assert "vault" not in refused.value.message + "board"
+
+
 def test_a_face() -> None:
-    message = convert.face(FACE)
+    message = convert.face(FACE, ALL)
     assert (message.box.x, message.box.height) == (-1.5, 40)
     assert [(p.x, p.y) for p in message.landmarks] == list(FACE.landmarks)
     # A score of zero is a score, and not the absence of one.
@@ -104,7 +139,7 @@ def test_a_face() -> None:
     unknown = Face(
         0, Box(0, 0, 1, 1), 0, (), Identity(Decision.UNKNOWN), Liveness(LivenessVerdict.UNDECIDED)
     )
-    message = convert.face(unknown)
+    message = convert.face(unknown, ALL)
     assert not message.HasField("ood_score")
     assert not message.liveness.HasField("score")
     assert not message.identity.HasField("similarity")
@@ -114,21 +149,21 @@ def test_outcomes() -> None:
     result = FrameResult(
         4, 3, (FACE,), (StageTiming(Stage.LIVENESS, 5, 1_500_000_007),), (Stage.RECOGNIZER,)
     )
-    message = convert.outcome(Outcome(2**63, 3_000_000_001, -1, result, 9), "s")
+    message = convert.outcome(Outcome(2**63, 3_000_000_001, -1, result, 9), "s", ALL)
     assert message.frame_id == 2**63
     assert (message.stream_offset.seconds, message.stream_offset.nanos) == (3, 1)
     assert (message.capture_time.seconds, message.capture_time.nanos) == (-1, 999_999_999)
     assert message.result.timings[0].service.ToNanoseconds() == 1_500_000_007
     assert list(message.result.missing_stages) == [pb.STAGE_RECOGNIZER]
-    message = convert.outcome(Outcome(1, 0, None, FrameDrop(DropReason.TOO_OLD), 9), "s")
+    message = convert.outcome(Outcome(1, 0, None, FrameDrop(DropReason.TOO_OLD), 9), "s", ALL)
     assert message.drop.reason == analysis_pb.DROP_REASON_TOO_OLD
     assert not message.HasField("capture_time")
-    message = convert.outcome(Outcome(1, 0, None, FrameError(Reason.POISONED, "why"), 9), "s")
+    message = convert.outcome(Outcome(1, 0, None, FrameError(Reason.POISONED, "why"), 9), "s", ALL)
     assert message.error.message == "why"
 
 
 def test_a_config_has_defaults() -> None:
-    options = convert.lane_options(analysis_pb.StreamConfig(), CONFIG)
+    options = convert.lane_options(analysis_pb.StreamConfig(), CONFIG, ANYBODY)
     assert options.overload is Overload.LATEST_WINS
     assert options.max_frame_age_ns == 1_000_000_000
     assert options.weight == 10
@@ -145,6 +180,7 @@ def test_a_config_has_defaults() -> None:
             disable_tracking=True,
         ),
         CONFIG,
+        ANYBODY,
     )
     assert lossless.max_frame_age_ns == 60_000_000_000
     assert lossless.plan.max_faces == CONFIG.limits.max_faces, "the server's limit holds"

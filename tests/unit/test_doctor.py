@@ -280,7 +280,7 @@ def test_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     named = f'[auth]\nkeys_file = "{file}"'
     assert check(named).status is Status.FAIL
-    file.write_text(new_key("door", ("analyze",))[1])
+    file.write_text(new_key("door", ("analyze",))[1].entry())
     assert (check(named).status, check(named).detail) == (Status.OK, f"{file}: 1 key(s)")
     # It exists inside of the running service alone: here nothing can be said about it.
     lent = check('[auth]\nkeys_file = "/run/credentials/no.service/keys.toml"')

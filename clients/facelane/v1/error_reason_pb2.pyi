@@ -91,6 +91,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The face is not one that the recogniser can be trusted on."""
     ERROR_REASON_SPOOF_SUSPECTED: _ErrorReason.ValueType  # 32
     """The face may be a picture of a face."""
+    ERROR_REASON_FACE_OF_ANOTHER: _ErrorReason.ValueType  # 47
+    """The face matches another subject."""
     ERROR_REASON_NO_TEMPLATES: _ErrorReason.ValueType  # 33
     """The subject has no template of the serving model."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 34
@@ -103,6 +105,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """No key, or one that the server does not know."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 38
     """The key may not do this."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 46
+    """The key has as much under way as is its share."""
     ERROR_REASON_RESUME_TOKEN_INVALID: _ErrorReason.ValueType  # 39
     """The resume token is not one that the server gave."""
     ERROR_REASON_HISTORY_LOST: _ErrorReason.ValueType  # 40
@@ -189,6 +193,8 @@ ERROR_REASON_OOD_REJECTED: ErrorReason.ValueType  # 31
 """The face is not one that the recogniser can be trusted on."""
 ERROR_REASON_SPOOF_SUSPECTED: ErrorReason.ValueType  # 32
 """The face may be a picture of a face."""
+ERROR_REASON_FACE_OF_ANOTHER: ErrorReason.ValueType  # 47
+"""The face matches another subject."""
 ERROR_REASON_NO_TEMPLATES: ErrorReason.ValueType  # 33
 """The subject has no template of the serving model."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 34
@@ -201,6 +207,8 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 37
 """No key, or one that the server does not know."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 38
 """The key may not do this."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 46
+"""The key has as much under way as is its share."""
 ERROR_REASON_RESUME_TOKEN_INVALID: ErrorReason.ValueType  # 39
 """The resume token is not one that the server gave."""
 ERROR_REASON_HISTORY_LOST: ErrorReason.ValueType  # 40

@@ -15,7 +15,7 @@ from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, tracking
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Outcome, Reason
-from facelane_server.edge import convert, errors
+from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.pictures import SinglePictures
@@ -30,6 +30,7 @@ from facelane_server.lanes import (
     Update,
 )
 from facelane_server.pipeline import Pipeline
+from facelane_server.pools.tasks import Sender
 
 log = structlog.get_logger(__name__)
 
@@ -92,12 +93,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         self, request_iterator: Any, context: Context
     ) -> None:
         del request_iterator  # read() and write() cost less than the iterators
-        try:
-            with self._streams.place():
-                await self._serve(context)
-        except FacelaneError as error:
-            log.info("stream refused or ended", reason=error.reason.value)
-            await errors.abort(context, error)
+        self._streams.refuse_draining()
+        await self._serve(context)
 
     async def _serve(self, context: Context) -> None:
         lane = await self._open(context)
@@ -149,7 +146,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             raise FacelaneError(
                 Reason.CONFIG_MISSING, "the first message of a stream must be its config"
             )
-        options = convert.lane_options(first.config, self._config)
+        caller = gate.caller()
+        options = convert.lane_options(first.config, self._config, caller)
         lane = Lane(
             self._streams.next_id(),
             uuid.uuid4().hex[:16],
@@ -159,6 +157,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             window_bytes=self._config.limits.window_bytes,
             tracking_params=self._params.with_interval(options.reinference_interval_ns),
             observer=self._observer,
+            sender=Sender(caller.name, caller.weight),
+            allowance=gate.allowance(),
         )
         opened = pb.StreamOpened(
             stream_id=lane.stream_id,
@@ -203,9 +203,10 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         assert task is not None
         patience = _Patience(task, self._config.limits.slow_reader_s)
         while items := await lane.take():
+            view = convert.View.of(gate.caller())
             for item in items:
                 message = (
-                    pb.AnalyzeStreamResponse(outcome=convert.outcome(item, lane.stream_id))
+                    pb.AnalyzeStreamResponse(outcome=convert.outcome(item, lane.stream_id, view))
                     if isinstance(item, Outcome)
                     else _update(item)
                 )
@@ -242,15 +243,12 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
     async def AnalyzeImage(
         self, request: pb.AnalyzeImageRequest, context: Context
     ) -> pb.AnalyzeImageResponse:
-        try:
-            plan = convert.plan(request.options, self._config)
-            picture = convert.picture(request.picture, self._config)
-            reading = await self._pictures.analyse(
-                picture, plan, remaining_s=context.time_remaining()
-            )
-        except FacelaneError as error:
-            await errors.abort(context, error)
-        return pb.AnalyzeImageResponse(result=convert.result(reading.result))
+        plan = convert.plan(request.options, self._config, gate.caller())
+        picture = convert.picture(request.picture, self._config)
+        reading = await self._pictures.analyse(picture, plan, remaining_s=context.time_remaining())
+        return pb.AnalyzeImageResponse(
+            result=convert.result(reading.result, convert.View.of(gate.caller()))
+        )
 
 
 def _summary(totals: LaneTotals) -> pb.AnalyzeStreamResponse:

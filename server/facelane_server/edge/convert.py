@@ -4,8 +4,8 @@ no state; ids and labels by whoever keeps them."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Self
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
@@ -33,9 +33,10 @@ from facelane_server.domain import (
     Reason,
     Stage,
 )
+from facelane_server.edge.auth import Caller
 from facelane_server.edge.errors import status
 from facelane_server.lanes import LaneOptions
-from facelane_server.naming import gallery_name, is_name
+from facelane_server.naming import DEFAULT_GALLERY, gallery_name, is_name
 from facelane_server.pipeline import Plan
 
 ENCODINGS: Final = {
@@ -65,6 +66,12 @@ def invalid(message: str, **metadata: str) -> FacelaneError:
     return FacelaneError(Reason.ARGUMENT_INVALID, message, metadata=metadata)
 
 
+def gallery(gallery_id: str, caller: Caller) -> str:
+    """The gallery meant. Raises ARGUMENT_INVALID, and PERMISSION_DENIED for one that the
+    caller's key is not for."""
+    return gallery_name(caller.gallery(gallery_id, DEFAULT_GALLERY))
+
+
 def picture(message: pb.Picture, config: Config) -> Picture:
     """A picture whose bytes are bounded and whose encoding is known."""
     encoding = ENCODINGS.get(message.encoding)
@@ -88,23 +95,25 @@ def picture(message: pb.Picture, config: Config) -> Picture:
     return Picture(encoding, data)
 
 
-def plan(options: analysis_pb.AnalysisOptions, config: Config) -> Plan:
-    """What to run behind the detector."""
+def plan(options: analysis_pb.AnalysisOptions, config: Config, caller: Caller) -> Plan:
+    """What to run behind the detector. Raises ``FacelaneError``; PERMISSION_DENIED for a gallery
+    that the caller's key is not for."""
     if options.max_candidates > limits.MAX_CANDIDATES:
         raise invalid(f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates")
     ceiling = config.limits.max_faces
     return Plan(
         recognize=not options.skip_recognition,
         liveness=not options.skip_liveness,
-        gallery_id=gallery_name(options.gallery_id),
+        gallery_id=gallery(options.gallery_id, caller),
         max_faces=min(options.max_faces or ceiling, ceiling),
         max_candidates=options.max_candidates,
         min_face_size=options.min_face_size,
     )
 
 
-def lane_options(message: analysis_pb.StreamConfig, config: Config) -> LaneOptions:
-    """A stream's config. Raises ``FacelaneError(CONFIG_INVALID)``."""
+def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Caller) -> LaneOptions:
+    """A stream's config. Raises ``FacelaneError``: CONFIG_INVALID, or PERMISSION_DENIED for a
+    source or a gallery that the caller's key is not for."""
     try:
         if message.source_id and not is_name(message.source_id):
             raise invalid("source_id must be 0-64 of letters, digits, and - _ .")
@@ -127,9 +136,10 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config) -> LaneOptio
             interval_ns = duration_ns(message.reinference_interval, "reinference_interval")
             if interval_ns < 0:
                 raise invalid("reinference_interval must not be negative")
+        source_id = caller.source(message.source_id)
         return LaneOptions(
-            source_id=message.source_id,
-            plan=replace(plan(message.options, config), source_id=message.source_id),
+            source_id=source_id,
+            plan=replace(plan(message.options, config, caller), source_id=source_id),
             overload=Overload.LOSSLESS if lossless else Overload.LATEST_WINS,
             max_frame_age_ns=age_ns,
             weight=message.weight or DEFAULT_WEIGHT,
@@ -137,6 +147,8 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config) -> LaneOptio
             reinference_interval_ns=interval_ns,
         )
     except FacelaneError as error:
+        if error.reason is Reason.PERMISSION_DENIED:
+            raise
         raise FacelaneError(
             Reason.CONFIG_INVALID, f"stream config: {error.message}", metadata=error.metadata
         ) from None
@@ -193,15 +205,33 @@ def frame(
     return Frame(message.frame_id, body, offset_ns, capture_ns), fault
 
 
-def identity(value: Identity, *, candidates: bool = True) -> pb.Identity:
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a caller may see of similarities: all (``exact``), or nothing below the threshold of a
+    match and two digits above. Of strangers' faces, asked for often enough, they rebuild a
+    template."""
+
+    exact: bool
+
+    @classmethod
+    def of(cls, caller: Caller) -> Self:
+        return cls(caller.may("scores"))
+
+    def similarity(self, value: float | None, of: Identity) -> float | None:
+        if self.exact or value is None:
+            return value
+        return round(value, 2) if of.threshold is not None and value >= of.threshold else None
+
+
+def identity(value: Identity, view: View) -> pb.Identity:
     message = pb.Identity(decision=DECISIONS[value.decision], subject_id=value.subject_id)
-    if value.similarity is not None:
-        message.similarity = value.similarity
+    if (shown := view.similarity(value.similarity, value)) is not None:
+        message.similarity = shown
     if value.threshold is not None:
         message.threshold = value.threshold
-    if candidates:
-        for candidate in value.candidates:
-            message.candidates.add(subject_id=candidate.subject_id, similarity=candidate.similarity)
+    for candidate in value.candidates:
+        if (shown := view.similarity(candidate.similarity, value)) is not None:
+            message.candidates.add(subject_id=candidate.subject_id, similarity=shown)
     return message
 
 
@@ -216,13 +246,13 @@ def box(value: Box) -> pb.BoundingBox:
     return pb.BoundingBox(x=value.x, y=value.y, width=value.width, height=value.height)
 
 
-def face(value: Face) -> pb.Face:
+def face(value: Face, view: View) -> pb.Face:
     message = pb.Face(
         track_id=value.track_id,
         box=box(value.box),
         score=value.score,
         landmarks=[pb.Point(x=x, y=y) for x, y in value.landmarks],
-        identity=identity(value.identity),
+        identity=identity(value.identity, view),
         liveness=liveness(value.liveness),
         recognized_now=value.recognized_now,
         links_since_evidence=value.links_since_evidence,
@@ -234,15 +264,15 @@ def face(value: Face) -> pb.Face:
     return message
 
 
-def faces(values: Iterable[Face]) -> list[pb.Face]:
-    return [face(value) for value in values]
+def faces(values: Iterable[Face], view: View) -> list[pb.Face]:
+    return [face(value, view) for value in values]
 
 
-def result(value: FrameResult) -> pb.FrameResult:
+def result(value: FrameResult, view: View) -> pb.FrameResult:
     message = pb.FrameResult(
         width=value.width,
         height=value.height,
-        faces=faces(value.faces),
+        faces=faces(value.faces, view),
         missing_stages=stages(value.missing_stages),
     )
     for timing in value.timings:
@@ -258,7 +288,7 @@ def stages(values: Sequence[Stage]) -> list[pb.Stage.ValueType]:
     return [STAGES[value] for value in values]
 
 
-def outcome(value: Outcome, stream_id: str) -> analysis_pb.FrameOutcome:
+def outcome(value: Outcome, stream_id: str, view: View) -> analysis_pb.FrameOutcome:
     message = analysis_pb.FrameOutcome(
         frame_id=value.frame_id,
         stream_id=stream_id,
@@ -269,7 +299,7 @@ def outcome(value: Outcome, stream_id: str) -> analysis_pb.FrameOutcome:
         message.capture_time.CopyFrom(timestamp(value.capture_time_ns))
     body = value.body
     if isinstance(body, FrameResult):
-        message.result.CopyFrom(result(body))
+        message.result.CopyFrom(result(body, view))
     elif isinstance(body, FrameDrop):
         message.drop.reason = DROPS[body.reason]
     else:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NoReturn
 
 import grpc
 import structlog
@@ -19,9 +18,6 @@ from facelane_server.domain import FacelaneError, Reason
 log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Service = TypeVar("Service")
-Request = TypeVar("Request")
-Response = TypeVar("Response")
 
 DOMAIN: Final = "facelane"
 
@@ -48,6 +44,7 @@ _INVALID = (
 CODES: Final[dict[Reason, int]] = {
     **dict.fromkeys(_INVALID, code_pb2.INVALID_ARGUMENT),
     Reason.SLOW_READER: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.QUOTA_EXCEEDED: code_pb2.RESOURCE_EXHAUSTED,
     Reason.STREAM_LIMIT: code_pb2.RESOURCE_EXHAUSTED,
     Reason.POOL_OVERLOADED: code_pb2.RESOURCE_EXHAUSTED,
     Reason.TOO_MANY_BAD_PICTURES: code_pb2.RESOURCE_EXHAUSTED,
@@ -70,6 +67,7 @@ CODES: Final[dict[Reason, int]] = {
     Reason.MULTIPLE_FACES: code_pb2.FAILED_PRECONDITION,
     Reason.OOD_REJECTED: code_pb2.FAILED_PRECONDITION,
     Reason.SPOOF_SUSPECTED: code_pb2.FAILED_PRECONDITION,
+    Reason.FACE_OF_ANOTHER: code_pb2.FAILED_PRECONDITION,
     Reason.NO_TEMPLATES: code_pb2.FAILED_PRECONDITION,
     Reason.ETAG_MISMATCH: code_pb2.ABORTED,
     Reason.UNAUTHENTICATED: code_pb2.UNAUTHENTICATED,
@@ -127,19 +125,3 @@ async def abort(context: Context, error: FacelaneError) -> NoReturn:
         log.info("peer not told", reason=error.reason.value, cause=type(end).__name__)
         raise asyncio.CancelledError from None
     raise AssertionError("abort raises")
-
-
-def answers_errors(
-    method: Callable[[Service, Request, Context], Awaitable[Response]],
-) -> Callable[[Service, Request, Context], Awaitable[Response]]:
-    """``FacelaneError`` becomes the call's status."""
-
-    @functools.wraps(method)
-    async def call(self: Service, request: Request, context: Context) -> Response:
-        try:
-            return await method(self, request, context)
-        except FacelaneError as error:
-            log.info("call refused", method=method.__name__, reason=error.reason.value)
-            await abort(context, error)
-
-    return call

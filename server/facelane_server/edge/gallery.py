@@ -1,4 +1,5 @@
-"""``GalleryService``: the gallery and the pipeline behind protobuf."""
+"""``GalleryService``: the gallery and the pipeline behind protobuf. The gate turns a
+``FacelaneError`` into the call's status."""
 
 from __future__ import annotations
 
@@ -10,13 +11,12 @@ from facelane.v1 import gallery_service_pb2_grpc as pb_grpc
 from facelane_server import limits
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Picture, Reading, Reason, Stage
-from facelane_server.edge import convert
+from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
-from facelane_server.edge.errors import Context, answers_errors
+from facelane_server.edge.errors import Context
 from facelane_server.edge.pictures import SinglePictures
 from facelane_server.gallery import enrolment, verification
 from facelane_server.gallery.gallery import Gallery, model_changing
-from facelane_server.naming import gallery_name
 from facelane_server.pipeline import Pipeline, Plan
 from facelane_server.store.records import Subject, Template
 
@@ -38,34 +38,33 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
 
     # -- subjects ------------------------------------------------------------------------
 
-    @answers_errors
     async def CreateSubject(
         self, request: pb.CreateSubjectRequest, context: Context
     ) -> pb.CreateSubjectResponse:
         subject = await self._gallery.create_subject(
-            request.gallery_id, request.subject_id, request.display_name, dict(request.labels)
+            _gallery(request.gallery_id),
+            request.subject_id,
+            request.display_name,
+            dict(request.labels),
         )
         return pb.CreateSubjectResponse(subject=_subject(subject))
 
-    @answers_errors
     async def GetSubject(
         self, request: pb.GetSubjectRequest, context: Context
     ) -> pb.GetSubjectResponse:
-        subject = await self._gallery.get_subject(request.gallery_id, request.subject_id)
+        subject = await self._gallery.get_subject(_gallery(request.gallery_id), request.subject_id)
         return pb.GetSubjectResponse(subject=_subject(subject))
 
-    @answers_errors
     async def ListSubjects(
         self, request: pb.ListSubjectsRequest, context: Context
     ) -> pb.ListSubjectsResponse:
         subjects, token = await self._gallery.list_subjects(
-            request.gallery_id, page_size=request.page_size, page_token=request.page_token
+            _gallery(request.gallery_id), page_size=request.page_size, page_token=request.page_token
         )
         return pb.ListSubjectsResponse(
             subjects=[_subject(s) for s in subjects], next_page_token=token
         )
 
-    @answers_errors
     async def UpdateSubject(
         self, request: pb.UpdateSubjectRequest, context: Context
     ) -> pb.UpdateSubjectResponse:
@@ -78,7 +77,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             )
         wanted = request.subject
         subject = await self._gallery.update_subject(
-            wanted.gallery_id,
+            _gallery(wanted.gallery_id),
             wanted.subject_id,
             display_name=wanted.display_name if "display_name" in paths else None,
             labels=dict(wanted.labels) if "labels" in paths else None,
@@ -86,44 +85,44 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         )
         return pb.UpdateSubjectResponse(subject=_subject(subject))
 
-    @answers_errors
     async def DeleteSubject(
         self, request: pb.DeleteSubjectRequest, context: Context
     ) -> pb.DeleteSubjectResponse:
-        count = await self._gallery.delete_subject(request.gallery_id, request.subject_id)
+        count = await self._gallery.delete_subject(_gallery(request.gallery_id), request.subject_id)
         return pb.DeleteSubjectResponse(templates_deleted=count)
 
     # -- templates -----------------------------------------------------------------------
 
-    @answers_errors
     async def ListTemplates(
         self, request: pb.ListTemplatesRequest, context: Context
     ) -> pb.ListTemplatesResponse:
-        templates = await self._gallery.list_templates(request.gallery_id, request.subject_id)
+        templates = await self._gallery.list_templates(
+            _gallery(request.gallery_id), request.subject_id
+        )
         return pb.ListTemplatesResponse(templates=[_template(t) for t in templates])
 
-    @answers_errors
     async def DeleteTemplate(
         self, request: pb.DeleteTemplateRequest, context: Context
     ) -> pb.DeleteTemplateResponse:
-        await self._gallery.delete_template(request.gallery_id, request.template_id)
+        await self._gallery.delete_template(_gallery(request.gallery_id), request.template_id)
         return pb.DeleteTemplateResponse()
 
-    @answers_errors
     async def EnrollFace(
         self, request: pb.EnrollFaceRequest, context: Context
     ) -> pb.EnrollFaceResponse:
         remaining = context.time_remaining()
+        gallery_id = _gallery(request.gallery_id)
+        may_reassign = gate.caller().may("reassign")
         plan = Plan(
             liveness=not request.skip_liveness,
-            gallery_id="",
+            gallery_id="" if may_reassign else gallery_id,
             max_faces=self._config.limits.max_faces,
             want_vectors=True,
         )
         enrolled = await enrolment.enroll(
             self._gallery,
             enrolment.Request(
-                gallery_id=request.gallery_id,
+                gallery_id=gallery_id,
                 subject_id=request.subject_id,
                 picture=convert.picture(request.picture, self._config),
                 request_id=request.request_id,
@@ -131,6 +130,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 display_name=request.display_name,
                 allow_multiple_faces=request.allow_multiple_faces,
                 skip_liveness=request.skip_liveness,
+                may_reassign=may_reassign,
             ),
             analyse=lambda picture: self._read(picture, plan, remaining),
             thresholds=self._pipeline.thresholds,
@@ -139,32 +139,33 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         return pb.EnrollFaceResponse(
             subject=_subject(enrolled.subject),
             template=_template(enrolled.template),
-            face=convert.face(enrolled.face),
+            face=convert.face(enrolled.face, convert.View.of(gate.caller())),
         )
 
     # -- 1:1 and 1:N -----------------------------------------------------------------------
 
-    @answers_errors
     async def VerifyFace(
         self, request: pb.VerifyFaceRequest, context: Context
     ) -> pb.VerifyFaceResponse:
         plan, remaining = self._plan("", want_vectors=True), context.time_remaining()
+        gallery_id = _gallery(request.gallery_id)
         found = await verification.verify(
             self._gallery,
-            request.gallery_id,
+            gallery_id,
             request.subject_id,
             convert.picture(request.picture, self._config),
             analyse=lambda picture: self._read(picture, plan, remaining),
-            thresholds=self._pipeline.thresholds.at(gallery_name(request.gallery_id)),
+            thresholds=self._pipeline.thresholds.at(gallery_id),
+            liveness=plan.liveness and not gate.caller().waives_liveness,
         )
+        view = convert.View.of(gate.caller())
         return pb.VerifyFaceResponse(
             verified=found.verified,
-            similarity=found.similarity,
+            similarity=view.similarity(found.similarity, found.face.identity),
             threshold=found.threshold,
-            face=convert.face(found.face),
+            face=convert.face(found.face, view),
         )
 
-    @answers_errors
     async def IdentifyFace(
         self, request: pb.IdentifyFaceRequest, context: Context
     ) -> pb.IdentifyFaceResponse:
@@ -173,11 +174,13 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates"
             )
         picture = convert.picture(request.picture, self._config)
-        plan = self._plan(gallery_name(request.gallery_id), request.max_candidates)
+        plan = self._plan(_gallery(request.gallery_id), request.max_candidates)
         reading = await self._pictures.analyse(picture, plan, remaining_s=context.time_remaining())
         if Stage.RECOGNIZER in reading.result.missing_stages:
             raise verification.unanswered()
-        return pb.IdentifyFaceResponse(faces=convert.faces(reading.result.faces))
+        return pb.IdentifyFaceResponse(
+            faces=convert.faces(reading.result.faces, convert.View.of(gate.caller()))
+        )
 
     def _plan(
         self, gallery_id: str, max_candidates: int = 0, *, want_vectors: bool = False
@@ -208,6 +211,10 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         if self._recogniser() != model_id:
             raise model_changing()  # in between: the vectors may be of either
         return replace(reading, model_id=model_id)
+
+
+def _gallery(gallery_id: str) -> str:
+    return convert.gallery(gallery_id, gate.caller())
 
 
 def _subject(subject: Subject) -> face_pb2.Subject:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -16,10 +17,9 @@ from facelane.v1 import server_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, limits
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Reason, Stage, TrackReport
-from facelane_server.edge import convert, errors
-from facelane_server.edge.auth import Authenticator
+from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
-from facelane_server.edge.errors import Context, answers_errors
+from facelane_server.edge.errors import Context
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.events import Event, EventFeed, EventKind
 from facelane_server.gallery.gallery import Gallery
@@ -135,7 +135,6 @@ class AdminService(admin_grpc.AdminServiceServicer):
     def __init__(self, controls: Controls) -> None:
         self._controls = controls
 
-    @answers_errors
     async def RestartWorker(
         self, request: admin_pb.RestartWorkerRequest, context: Context
     ) -> admin_pb.RestartWorkerResponse:
@@ -150,14 +149,12 @@ class AdminService(admin_grpc.AdminServiceServicer):
         old, new = await pool.restart_worker(request.worker_id)
         return admin_pb.RestartWorkerResponse(old_pid=old, new_pid=new)
 
-    @answers_errors
     async def ReloadModel(
         self, request: admin_pb.ReloadModelRequest, context: Context
     ) -> admin_pb.ReloadModelResponse:
         old, new = await self._controls.reload_model(request.pool, request.model)
         return admin_pb.ReloadModelResponse(old_model_id=old, new_model_id=new)
 
-    @answers_errors
     async def Drain(
         self, request: admin_pb.DrainRequest, context: Context
     ) -> admin_pb.DrainResponse:
@@ -171,10 +168,10 @@ class AdminService(admin_grpc.AdminServiceServicer):
 
 
 class EventService(event_grpc.EventServiceServicer):
-    def __init__(self, feed: EventFeed, gallery: Gallery, keys: Authenticator) -> None:
+    def __init__(self, config: Config, feed: EventFeed, gallery: Gallery) -> None:
+        self._patience_s = config.limits.slow_reader_s
         self._feed = feed
         self._gallery = gallery
-        self._keys = keys
 
     async def WatchEvents(  # type: ignore[override]
         self, request: event_pb.WatchEventsRequest, context: Context
@@ -182,26 +179,30 @@ class EventService(event_grpc.EventServiceServicer):
         try:
             kinds = [_KINDS_BACK[kind] for kind in request.kinds if kind]
         except KeyError:
-            await errors.abort(
-                context, convert.invalid("kinds: there is no such kind of event", field="kinds")
-            )
-        try:
-            with self._feed.watch(request.resume_token, kinds) as watcher:
-                # Whoever has heard this misses nothing, even if nothing happens before its
-                # connection breaks.
-                await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))
-                async for event in watcher:
-                    message = _event(event)
-                    # Asked each time: a key may lose its scope while it watches.
-                    if message.identity.subject_id and self._keys.may_read_gallery(context):
+            raise convert.invalid("kinds: there is no such kind of event", field="kinds") from None
+        caller = gate.caller()
+
+        async def tell(**fields: Any) -> None:
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await context.write(event_pb.WatchEventsResponse(**fields))
+            except TimeoutError:
+                raise FacelaneError(
+                    Reason.SLOW_READER,
+                    f"nothing could be written for {self._patience_s:g} s; read the events as "
+                    "they come",
+                ) from None
+
+        with self._feed.watch(request.resume_token, kinds) as watcher:
+            # Whoever has heard this misses nothing, even if nothing happens before its
+            # connection breaks.
+            await tell(resume_token=watcher.resume_token)
+            async for event in watcher:
+                if caller.may_hear(event.source_id, event.gallery_id):
+                    message = _event(event, convert.View.of(caller))
+                    if message.identity.subject_id and caller.may("gallery"):
                         await self._describe(message)
-                    await context.write(
-                        event_pb.WatchEventsResponse(
-                            event=message, resume_token=self._feed.token(event)
-                        )
-                    )
-        except FacelaneError as error:
-            await errors.abort(context, error)
+                    await tell(event=message, resume_token=self._feed.token(event))
 
     async def _describe(self, message: event_pb.Event) -> None:
         """Adds what the gallery says of the subject; nothing when it cannot be asked."""
@@ -213,7 +214,7 @@ class EventService(event_grpc.EventServiceServicer):
             message.track.labels.update(subject.labels)
 
 
-def _event(event: Event) -> event_pb.Event:
+def _event(event: Event, view: convert.View) -> event_pb.Event:
     message = event_pb.Event(
         sequence=event.sequence,
         kind=_KINDS[event.kind],
@@ -227,7 +228,7 @@ def _event(event: Event) -> event_pb.Event:
     if event.track is not None:
         track = event.track
         message.track_id = track.track_id
-        message.identity.CopyFrom(convert.identity(track.identity))
+        message.identity.CopyFrom(convert.identity(track.identity, view))
         message.liveness.CopyFrom(convert.liveness(track.liveness))
         if track.ood_score is not None:
             message.ood_score = track.ood_score

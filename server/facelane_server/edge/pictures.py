@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from facelane_server import limits
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Picture, Reading, Reason
-from facelane_server.edge import convert
+from facelane_server.edge import convert, gate
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.pipeline import Origin, Pipeline, Plan
 from facelane_server.pools.tasks import Sender
@@ -29,7 +30,7 @@ class SinglePictures:
         """One picture within the server's image timeout and the caller's deadline.
 
         Raises ``FacelaneError``; POOL_OVERLOADED when too many single calls are under way,
-        DRAINING when the server ends.
+        QUOTA_EXCEEDED when the key holds its share of bytes, DRAINING when the server ends.
         """
         with self._streams.call():
             if self._room.locked():
@@ -41,11 +42,15 @@ class SinglePictures:
             timeout_ns = self._timeout_ns
             if remaining_s is not None:
                 timeout_ns = min(timeout_ns, int(remaining_s * 1e9))
+            allowance = gate.allowance()
+            held = contextlib.nullcontext() if not allowance else allowance.hold(len(picture.data))
             async with self._room:
+                caller = gate.caller()
                 origin = Origin(
                     self._streams.next_id(),
                     convert.DEFAULT_WEIGHT,
                     time.monotonic_ns() + timeout_ns,
-                    Sender(live=False),
+                    Sender(caller.name, caller.weight, live=False),
                 )
-                return await self._pipeline.analyse(picture, plan, origin)
+                with held:
+                    return await self._pipeline.analyse(picture, plan, origin)

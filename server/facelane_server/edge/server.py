@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import resource
 from collections.abc import Mapping
 from typing import Final
 
@@ -22,12 +24,14 @@ from facelane_server import __version__, config, limits
 from facelane_server.domain import Stage
 from facelane_server.edge import address
 from facelane_server.edge.analysis import AnalysisService
-from facelane_server.edge.auth import Authenticator, AuthInterceptor
+from facelane_server.edge.auth import Authenticator
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.gallery import GalleryService
+from facelane_server.edge.gate import Gate
 from facelane_server.edge.health import SERVICES, Health
 from facelane_server.edge.operations import AdminService, EventService, ServerService
 from facelane_server.edge.pictures import SinglePictures
+from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.edge.tls import Certificates, Presented
 from facelane_server.events import EventFeed
@@ -48,7 +52,20 @@ OPTIONS: Final = (
     # subscription would be cut off after a minute or two.
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.so_reuseport", 0),
+    # What a stranger holds is little, and for a short time.
+    ("grpc.max_concurrent_streams", limits.MAX_STREAMS_PER_CONNECTION),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 60_000),
 )
+
+
+def _options() -> list[tuple[str, int]]:
+    """With a bound on connections that leaves descriptors for everything else."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < 0:
+        files = limits.MAX_CONNECTIONS + limits.RESERVED_DESCRIPTORS
+    room = max(files - limits.RESERVED_DESCRIPTORS, files // 2)
+    return [*OPTIONS, ("grpc.max_allowed_incoming_connections", min(room, limits.MAX_CONNECTIONS))]
 
 
 class Edge:
@@ -57,11 +74,16 @@ class Edge:
     def __init__(self, settings: config.Config) -> None:
         """Reads keys and certificates. Raises ``ConfigError``."""
         self._settings = settings
-        self.streams = StreamRegistry(settings.limits.max_streams)
+        self.quotas = Quotas(settings)
+        self.streams = StreamRegistry()
         self.health = Health()
         self._authenticator = Authenticator.of(settings)
         certificates = Certificates.read(settings.tls)
         self._certificates = Presented(certificates) if certificates else None
+        self._gate = Gate(
+            self._authenticator, self.quotas, first_message_s=settings.limits.first_message_s
+        )
+        self._expiry: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
 
     async def open(
@@ -75,9 +97,7 @@ class Edge:
         """Registers the services, binds the address and serves. Raises ``AddressError``."""
         settings = self._settings
         pictures = SinglePictures(settings, pipeline, self.streams)
-        server = self._server = grpc.aio.server(
-            interceptors=[AuthInterceptor(self._authenticator)], options=OPTIONS
-        )
+        server = self._server = grpc.aio.server(interceptors=[self._gate], options=_options())
         analysis_service_pb2_grpc.add_AnalysisServiceServicer_to_server(
             AnalysisService(settings, pipeline, self.streams, pictures, observer, controls), server
         )
@@ -89,7 +109,7 @@ class Edge:
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(controls), server)
         event_service_pb2_grpc.add_EventServiceServicer_to_server(
-            EventService(events, gallery, self._authenticator), server
+            EventService(settings, events, gallery), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         if settings.server.reflection:
@@ -101,12 +121,15 @@ class Edge:
         listen = settings.server.listen
         address.bind(server, listen, self._certificates)
         await server.start()
+        self._expiry = asyncio.create_task(self._gate.watch_expiry(), name="key-expiry")
         log.info("listening", address=listen, version=__version__)
         if not (self._authenticator.required or config.is_local(listen)):
             log.warning("other machines can reach the server, and need no key", address=listen)
 
     async def close(self) -> None:
         """Ends what is still open within a second."""
+        if self._expiry is not None:
+            self._expiry.cancel()
         if self._server is not None:
             await self._server.stop(1.0)
 
@@ -126,6 +149,7 @@ class Edge:
         )
         config.check(inforce, source="reload")
         self._authenticator.reload(inforce)
+        self._gate.recheck()
         return fresh.tls == self._settings.tls and self._renew_certificates()
 
     def _renew_certificates(self) -> bool:

@@ -20,12 +20,10 @@ class OpenStream:
 
 
 class StreamRegistry:
-    """The open lanes: their number is bounded, their ids are unique, draining reaches all."""
+    """The open lanes: their ids are unique, draining reaches all."""
 
-    def __init__(self, max_streams: int) -> None:
-        self._max = max_streams
+    def __init__(self) -> None:
         self._streams: dict[int, OpenStream] = {}
-        self._opening = 0
         self._calls = 0
         self._next = 0
         self.draining = False
@@ -41,30 +39,9 @@ class StreamRegistry:
         return self._next
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """A place among the streams, from the first byte to the last.
-
-        Raises ``FacelaneError``: STREAM_LIMIT, or DRAINING.
-        """
-        self._refuse_draining()
-        if self._opening >= self._max:
-            raise FacelaneError(
-                Reason.STREAM_LIMIT,
-                f"{self._max} streams are open, which is this server's limit; close one or "
-                "raise limits.max_streams",
-                metadata={"max_streams": str(self._max)},
-                retryable=True,
-            )
-        self._opening += 1
-        try:
-            yield
-        finally:
-            self._opening -= 1
-
-    @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """A single picture under way. Raises ``FacelaneError(DRAINING)``."""
-        self._refuse_draining()
+        self.refuse_draining()
         self._calls += 1
         try:
             yield
@@ -76,7 +53,8 @@ class StreamRegistry:
         """No stream is open and no single picture under way."""
         return not self._streams and not self._calls
 
-    def _refuse_draining(self) -> None:
+    def refuse_draining(self) -> None:
+        """Raises ``FacelaneError(DRAINING)`` once the server ends."""
         if self.draining:
             raise FacelaneError(
                 Reason.DRAINING, "the server is shutting down; reconnect later", retryable=True
@@ -84,7 +62,7 @@ class StreamRegistry:
 
     def add(self, lane: Lane) -> OpenStream:
         """Raises ``FacelaneError(DRAINING)``: nobody would tell this lane of the end."""
-        self._refuse_draining()
+        self.refuse_draining()
         stream = OpenStream(lane, asyncio.Event())
         self._streams[lane.lane_id] = stream
         self.on_opened(lane)

@@ -58,6 +58,7 @@ class Request:
     display_name: str = ""
     allow_multiple_faces: bool = False
     skip_liveness: bool = False
+    may_reassign: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ async def enroll(
     which takes the largest; OOD_REJECTED; SPOOF_SUSPECTED when the verdict is SPOOF; and
     POOL_UNAVAILABLE (retryable) when a configured recogniser or liveness stage did not
     answer, because no answer is no proof, and while the recogniser's model is being changed.
-    ``skip_liveness`` lifts the last two for the
+    FACE_OF_ANOTHER unless ``may_reassign``. ``skip_liveness`` lifts the last two for the
     liveness stage. UNDECIDED is let through: the verdict of a single still picture often is.
     Further SUBJECT_NOT_FOUND, GALLERY_FULL, REQUEST_ID_REUSED, TEMPLATE_NOT_FOUND,
     ARGUMENT_INVALID, GALLERY_UNAVAILABLE as the store says, and the picture's own errors.
@@ -122,6 +123,8 @@ async def enroll(
         allow_multiple_faces=request.allow_multiple_faces,
         liveness_required=liveness_configured and not request.skip_liveness,
     )
+    if not request.may_reassign:
+        refuse_others(chosen, request.subject_id, thresholds)
     assert chosen.face.ood_score is not None
     enrolled = await gallery.enroll(
         gallery_id,
@@ -181,6 +184,18 @@ def choose(
                 metadata={"score": f"{live.score:.3f}", "threshold": f"{thresholds.spoof:.3f}"},
             )
     return chosen
+
+
+def refuse_others(found: FaceReading, subject_id: str, thresholds: Thresholds) -> None:
+    """Raises FACE_OF_ANOTHER, which does not say whose, when the face matches somebody else:
+    enrolled, it would take that subject's name, or make both AMBIGUOUS. Pure."""
+    match = thresholds.match_at(found.face.ood_score or 0.0, 1)
+    if any(c.subject_id != subject_id and c.similarity >= match for c in found.candidates):
+        raise FacelaneError(
+            Reason.FACE_OF_ANOTHER,
+            "the face matches another subject; enrol it there, delete that subject first, or use "
+            "a key with the `reassign` scope",
+        )
 
 
 def _no_answer(stage: Stage, otherwise: str) -> FacelaneError:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from facelane_server.domain import Decision, Face, FacelaneError, Identity, Picture, Reason, Stage
+from facelane_server.domain import (
+    Decision,
+    Face,
+    FacelaneError,
+    Identity,
+    LivenessVerdict,
+    Picture,
+    Reason,
+    Stage,
+)
 from facelane_server.gallery import decide
 from facelane_server.gallery.enrolment import Analyse
 from facelane_server.gallery.gallery import Gallery
@@ -39,8 +48,10 @@ async def verify(
     *,
     analyse: Analyse,
     thresholds: decide.Thresholds,
+    liveness: bool,
 ) -> Verification:
-    """Whether the picture's face is the subject's.
+    """Whether the picture's face is the subject's, and that of a person who is there: with
+    ``liveness``, a face is verified when its verdict is LIVE alone.
 
     Raises ``FacelaneError``: SUBJECT_NOT_FOUND, NO_FACE, MULTIPLE_FACES, NO_TEMPLATES,
     POOL_UNAVAILABLE (retryable) when the recogniser did not answer, and the picture's own.
@@ -64,8 +75,9 @@ async def verify(
         raise unanswered()
     similarity = gallery.similarity(gallery_id, subject_id, found.vector, model_id=reading.model_id)
     decision = decide.verify(found.face.ood_score, similarity, thresholds)
-    verified = decision is Decision.MATCH
+    matches = decision is Decision.MATCH
+    verified = matches and (not liveness or found.face.liveness.verdict is LivenessVerdict.LIVE)
     shown = None if decision is Decision.REJECTED_OOD else similarity
     needed = thresholds.match_at(found.face.ood_score or 0.0, 1)
-    identity = Identity(decision, subject_id if verified else "", shown, threshold=needed)
+    identity = Identity(decision, subject_id if matches else "", shown, threshold=needed)
     return Verification(replace(found.face, identity=identity), verified, shown, needed)

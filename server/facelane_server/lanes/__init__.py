@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from facelane_server.lanes.allowance import Allowance
 from facelane_server.lanes.lane import Lane
 from facelane_server.lanes.types import (
     LaneDraining,
@@ -15,6 +16,7 @@ from facelane_server.lanes.types import (
 )
 
 __all__ = [
+    "Allowance",
     "Lane",
     "LaneDraining",
     "LaneObserver",

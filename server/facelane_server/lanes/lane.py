@@ -39,6 +39,7 @@ from facelane_server.domain import (
     Reason,
     Stage,
 )
+from facelane_server.lanes.allowance import Allowance
 from facelane_server.lanes.faces import Faces, Look
 from facelane_server.lanes.types import (
     LaneDraining,
@@ -110,6 +111,7 @@ class Lane:
         window_bytes: int,
         tracking_params: tracking.Params,
         sender: Sender = ANYBODY,
+        allowance: Allowance | None = None,
         observer: LaneObserver | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -120,6 +122,7 @@ class Lane:
         self._pipeline = pipeline
         self._window = window
         self._window_bytes = window_bytes
+        self._allowance = allowance
         self._observer: LaneObserver = observer or SilentObserver()
         self._clock = clock
         self._plan = options.plan
@@ -160,13 +163,17 @@ class Lane:
         backlog = len(self._entries) + self._unwritten
         if backlog == 0:
             return True
-        return backlog < self._window and self._held < self._window_bytes
+        if backlog >= self._window or self._held >= self._window_bytes:
+            return False
+        return self._allowance is None or self._held == 0 or not self._allowance.full
 
     async def wait_can_accept(self) -> None:
         """Returns when a frame may be read. The writer's progress, bounded by its own
         deadline, is what it waits for."""
         while not self.can_accept and not self._aborted:
             self._wake_reader.clear()
+            if self._allowance is not None:
+                self._allowance.wake(self._wake_reader)
             await self._wake_reader.wait()
 
     def offer(self, frame: Frame, fault: FacelaneError | None = None) -> None:
@@ -203,6 +210,8 @@ class Lane:
             self._advance()
             return
         self._held += entry.size
+        if self._allowance is not None:
+            self._allowance.take(entry.size)
         if self.options.overload is Overload.LATEST_WINS:
             self._supersede()
         self._waiting = entry
@@ -305,6 +314,8 @@ class Lane:
         """Lets go of the picture's bytes as soon as nobody needs them."""
         if entry.task is not None and entry.size:
             self._held -= entry.size
+            if self._allowance is not None:
+                self._allowance.give(entry.size)
             entry.size = 0
         picture = entry.frame.picture
         if picture.data is not _EMPTY:

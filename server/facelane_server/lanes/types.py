@@ -16,7 +16,8 @@ _DEFAULT_PLAN: Final = Plan()
 
 @dataclass(frozen=True, slots=True)
 class LaneOptions:
-    """A stream's config, checked. ``weight``: share of the pools under load."""
+    """A stream's config, checked. ``weight``: share of the pools under load
+    among the lanes of one sender."""
 
     source_id: str = ""
     plan: Plan = _DEFAULT_PLAN

@@ -1,0 +1,213 @@
+"""The gate: every call passes it before anything of it is read.
+
+Whoever has no key that is good for a method is refused by a handler that reads nothing: no
+message is received, decompressed or parsed. Whoever has one takes a place of its key's share, and
+is given so many seconds for a request. A call whose key goes away, or may less than before, ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any, Final
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from facelane_server import limits
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.edge import errors
+from facelane_server.edge.auth import Authenticator, Caller
+from facelane_server.edge.errors import Context
+from facelane_server.edge.quotas import Kind, Quotas
+from facelane_server.lanes import Allowance
+
+log = structlog.get_logger(__name__)
+
+EXPIRY_S: Final = 0.5
+"""Keys that expire end their calls within this time."""
+
+_caller: ContextVar[Caller] = ContextVar("caller")
+_allowance: ContextVar[Allowance | None] = ContextVar("allowance")
+
+
+def caller() -> Caller:
+    """Who makes the call that this code answers; ``LookupError`` outside of one."""
+    return _caller.get()
+
+
+def allowance() -> Allowance | None:
+    """The bytes that the caller's pictures may hold together; None = no bound of its own."""
+    return _allowance.get()
+
+
+_STRANGERS: Final = (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED)
+
+
+class _Call:
+    """A call that was let in; ``ended``: why it may not go on."""
+
+    __slots__ = ("caller", "ended", "method", "task")
+
+    def __init__(self, method: str, caller: Caller) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self.method = method
+        self.caller = caller
+        self.ended: FacelaneError | None = None
+
+
+class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
+    """Lets calls in, and ends those that may not go on."""
+
+    def __init__(
+        self, authenticator: Authenticator, quotas: Quotas, *, first_message_s: float
+    ) -> None:
+        self._authenticator = authenticator
+        self._quotas = quotas
+        self._first_message_s = first_message_s
+        self._receiving = asyncio.Semaphore(limits.MAX_RECEIVING)
+        self._calls: set[_Call] = set()
+        self._handlers: dict[str, Any] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        method = handler_call_details.method
+        guarded = self._handlers.get(method)
+        if guarded is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None  # no such method: gRPC says so, and reads nothing either
+            guarded = self._handlers[method] = self._guarded(method, handler)
+        return guarded
+
+    def recheck(self) -> None:
+        """Ends the calls whose keys are gone, have expired or may less than before."""
+        for call in list(self._calls):
+            try:
+                self._authenticator.recheck(call.method, call.caller)
+            except FacelaneError as error:
+                call.ended = error
+                call.task.cancel()
+
+    async def watch_expiry(self) -> None:
+        """Ends calls as their keys expire, until it is cancelled."""
+        while True:
+            await asyncio.sleep(EXPIRY_S)
+            if any(call.caller.key and call.caller.key.expired for call in self._calls):
+                self.recheck()
+
+    def _guarded(self, method: str, handler: Any) -> Any:
+        """A handler of streams, whatever the method's own kind: on the wire a single message is
+        a stream of one, and only so can it be left unread."""
+        if handler.request_streaming:
+            serve, kind = _streamed(handler.stream_stream), Kind.STREAMS
+        elif handler.response_streaming:
+            serve, kind = self._single(_answered(handler.unary_stream)), Kind.WATCHERS
+        else:
+            serve, kind = self._single(_returned(handler.unary_unary)), Kind.CALLS
+        if method.startswith("/grpc.reflection."):
+            kind = Kind.WATCHERS
+
+        async def enter(requests: AsyncIterator[Any], context: Context) -> None:
+            try:
+                metadata = {
+                    key: value
+                    for key, value in context.invocation_metadata() or ()
+                    if isinstance(value, str)
+                }
+                let_in = self._authenticator.check(method, metadata)
+                with self._quotas.place(kind, let_in) as allowed:
+                    _caller.set(let_in)
+                    _allowance.set(allowed)
+                    await self._serve(_Call(method, let_in), serve(requests, context))
+            except FacelaneError as error:
+                told = log.warning if error.reason in _STRANGERS else log.info
+                told("call refused or ended", method=method, reason=error.reason.value)
+                await errors.abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(
+            enter,
+            request_deserializer=_parser(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _serve(self, call: _Call, served: Awaitable[None]) -> None:
+        self._calls.add(call)
+        try:
+            await served
+        except asyncio.CancelledError:
+            if call.ended is None:
+                raise
+            call.task.uncancel()
+            raise call.ended from None
+        finally:
+            self._calls.discard(call)
+
+    def _single(
+        self, serve: Callable[[Any, Context], Awaitable[None]]
+    ) -> Callable[[Any, Context], Awaitable[None]]:
+        """Reads the one request of a call, and no more of them at a time than memory is for."""
+
+        async def single(_requests: Any, context: Context) -> None:
+            try:
+                async with asyncio.timeout(self._first_message_s), self._receiving:
+                    request = await context.read()
+            except TimeoutError:
+                request = grpc.aio.EOF
+            if request is grpc.aio.EOF:
+                raise FacelaneError(
+                    Reason.DEADLINE_EXCEEDED,
+                    f"no request came within {self._first_message_s:g} s",
+                    retryable=True,
+                )
+            await serve(request, context)
+
+        return single
+
+
+def _returned(behaviour: Any) -> Callable[[Any, Context], Awaitable[None]]:
+    async def serve(request: Any, context: Context) -> None:
+        await context.write(await behaviour(request, context))
+
+    return serve
+
+
+def _answered(behaviour: Any) -> Callable[[Any, Context], Awaitable[None]]:
+    async def serve(request: Any, context: Context) -> None:
+        await behaviour(request, context)
+
+    return serve
+
+
+def _streamed(behaviour: Any) -> Callable[[Any, Context], Awaitable[None]]:
+    if not inspect.isasyncgenfunction(behaviour):
+        return behaviour  # type: ignore[no-any-return]
+
+    async def serve(requests: Any, context: Context) -> None:
+        async for response in behaviour(requests, context):
+            await context.write(response)
+
+    return serve
+
+
+def _parser(parse: Any) -> Callable[[bytes], Any]:
+    """Protobuf's own error is a kilobyte of traceback in the log, for any stranger's bytes."""
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            raise FacelaneError(
+                Reason.ARGUMENT_INVALID,
+                "the message is not one of this method; is the client made from the same protocol?",
+            ) from None
+
+    return parsed

@@ -1,0 +1,128 @@
+"""What each key may take at a time, and the share that is kept for operators.
+
+Pure counting on the event loop. A place is held by a ``with`` block, from the first byte to the
+last. Without keys there is one caller, an operator, and only the server's own bounds count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections import Counter
+from collections.abc import Iterator
+
+from facelane_server import limits
+from facelane_server.config import Config
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.edge.auth import Caller
+from facelane_server.lanes import Allowance
+
+
+class Kind(enum.StrEnum):
+    """What a call takes a place of."""
+
+    STREAMS = "streams"
+    CALLS = "calls"
+    WATCHERS = "watchers"
+
+
+_ADVICE = {
+    Kind.STREAMS: "close one or raise limits.max_streams",
+    Kind.CALLS: "try again, or use a stream",
+    Kind.WATCHERS: "end one, or share its events",
+}
+
+
+class Quotas:
+    """Places by key, and the bytes that a key's pictures may hold."""
+
+    def __init__(self, config: Config) -> None:
+        chosen = config.quotas
+        self._each = {
+            Kind.STREAMS: chosen.streams,
+            Kind.CALLS: chosen.calls,
+            Kind.WATCHERS: chosen.watchers,
+        }
+        self._all = {
+            Kind.STREAMS: config.limits.max_streams,
+            Kind.CALLS: limits.MAX_CALLS,
+            Kind.WATCHERS: limits.MAX_EVENT_WATCHERS,
+        }
+        self._held_bytes = chosen.held_mib * limits.MIB
+        self._taken: Counter[Kind] = Counter()
+        self._by_key: Counter[tuple[str, Kind]] = Counter()
+        self._allowances: dict[str, tuple[Allowance, int]] = {}
+
+    @contextlib.contextmanager
+    def place(self, kind: Kind, caller: Caller) -> Iterator[Allowance | None]:
+        """A place among those of the kind, and the allowance of bytes that goes with the key.
+
+        Raises ``FacelaneError`` (retryable): QUOTA_EXCEEDED when the key has its share already,
+        STREAM_LIMIT or POOL_OVERLOADED when nobody's is left.
+        """
+        self._refuse(kind, caller)
+        name = caller.name
+        self._taken[kind] += 1
+        self._by_key[name, kind] += 1
+        try:
+            with self._allowance(caller) as allowance:
+                yield allowance
+        finally:
+            self._taken[kind] -= 1
+            self._by_key[name, kind] -= 1
+            if not self._by_key[name, kind]:
+                del self._by_key[name, kind]
+
+    def taken(self, kind: Kind) -> int:
+        return self._taken[kind]
+
+    def full(self, kind: Kind) -> bool:
+        """Whether nobody but operators finds a place."""
+        return self._taken[kind] >= self._all[kind] - _kept(self._all[kind])
+
+    def _refuse(self, kind: Kind, caller: Caller) -> None:
+        key = caller.key
+        if key is not None:
+            mine = self._each[kind]
+            if kind is Kind.STREAMS and key.streams is not None:
+                mine = key.streams
+            if self._by_key[caller.name, kind] >= mine:
+                raise FacelaneError(
+                    Reason.QUOTA_EXCEEDED,
+                    f"the key `{key.name}` has {mine} {kind.value} under way, which is its share; "
+                    "end one, or ask for more",
+                    metadata={"quota": kind.value, "limit": str(mine)},
+                    retryable=True,
+                )
+        most = self._all[kind]
+        room = most if caller.may("admin") else most - _kept(most)
+        if self._taken[kind] >= room:
+            raise FacelaneError(
+                Reason.POOL_OVERLOADED if kind is Kind.CALLS else Reason.STREAM_LIMIT,
+                f"{room} {kind.value} are under way, which is this server's limit; {_ADVICE[kind]}",
+                metadata={"limit": str(room)},
+                retryable=True,
+            )
+
+    @contextlib.contextmanager
+    def _allowance(self, caller: Caller) -> Iterator[Allowance | None]:
+        """One for all that a key has under way; forgotten with the last of it."""
+        if caller.key is None:
+            yield None
+            return
+        name = caller.name
+        allowance, users = self._allowances.get(name, (Allowance(self._held_bytes), 0))
+        self._allowances[name] = (allowance, users + 1)
+        try:
+            yield allowance
+        finally:
+            users = self._allowances[name][1] - 1
+            if users:
+                self._allowances[name] = (allowance, users)
+            else:
+                del self._allowances[name]
+
+
+def _kept(most: int) -> int:
+    """Places that only operators (``admin``) get."""
+    return most // limits.OPERATORS_PART

@@ -1,0 +1,130 @@
+"""Places by key, bytes by key, and what is kept for operators."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from facelane_server import config, limits
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.edge.auth import ANYBODY, Caller, Key
+from facelane_server.edge.quotas import Kind, Quotas
+from facelane_server.lanes import Allowance
+
+CONFIG = config.parse("""
+[limits]
+max_streams = 16
+[quotas]
+streams = 4
+calls = 2
+watchers = 1
+held_mib = 16
+""")
+
+
+def caller(name: str, *scopes: str, **fields: int) -> Caller:
+    return Caller(Key(name, "0" * 64, scopes or ("analyze",), **fields))  # type: ignore[arg-type]
+
+
+def take(quotas: Quotas, stack: contextlib.ExitStack, kind: Kind, who: Caller, count: int) -> int:
+    """How many of ``count`` places were given."""
+    for given in range(count):
+        try:
+            stack.enter_context(quotas.place(kind, who))
+        except FacelaneError:
+            return given
+    return count
+
+
+def why(quotas: Quotas, kind: Kind, who: Caller) -> tuple[Reason, dict[str, str]] | None:
+    try:
+        with quotas.place(kind, who):
+            return None
+    except FacelaneError as error:
+        return (error.reason, error.metadata) if error.retryable else None
+
+
+def test_a_key_has_its_share_and_others_theirs() -> None:
+    quotas = Quotas(CONFIG)
+    with contextlib.ExitStack() as stack:
+        greedy, honest = caller("greedy"), caller("honest")
+        assert take(quotas, stack, Kind.STREAMS, greedy, 9) == 4
+        assert why(quotas, Kind.STREAMS, greedy) == (
+            Reason.QUOTA_EXCEEDED,
+            {"quota": "streams", "limit": "4"},
+        )
+        assert take(quotas, stack, Kind.STREAMS, honest, 1) == 1
+        assert why(quotas, Kind.CALLS, greedy) is None, "another kind"
+    assert why(quotas, Kind.STREAMS, greedy) is None, "given back"
+    assert quotas.taken(Kind.STREAMS) == 0
+
+
+def test_a_key_may_have_more_or_less_of_its_own() -> None:
+    quotas = Quotas(CONFIG)
+    with contextlib.ExitStack() as stack:
+        assert take(quotas, stack, Kind.STREAMS, caller("large", streams=9), 99) == 9
+        assert take(quotas, stack, Kind.STREAMS, caller("small", streams=1), 99) == 1
+
+
+def test_operators_find_a_place_when_others_have_taken_theirs() -> None:
+    quotas = Quotas(CONFIG)
+    kept = 16 // limits.OPERATORS_PART
+    with contextlib.ExitStack() as stack:
+        for name in "abcd":
+            take(quotas, stack, Kind.STREAMS, caller(name), 9)
+        assert quotas.taken(Kind.STREAMS) == 16 - kept
+        assert quotas.full(Kind.STREAMS)
+        assert why(quotas, Kind.STREAMS, caller("e")) == (Reason.STREAM_LIMIT, {"limit": "14"})
+        operator = caller("ops", "admin")
+        assert take(quotas, stack, Kind.STREAMS, operator, 9) == kept
+        assert why(quotas, Kind.STREAMS, operator) == (Reason.STREAM_LIMIT, {"limit": "16"})
+    assert not quotas.full(Kind.STREAMS)
+
+
+def test_without_keys_the_bounds_of_the_server_alone_count() -> None:
+    quotas = Quotas(CONFIG)
+    with contextlib.ExitStack() as stack:
+        assert take(quotas, stack, Kind.STREAMS, ANYBODY, 99) == 16
+        with quotas.place(Kind.CALLS, ANYBODY) as allowance:
+            assert allowance is None
+
+
+def test_a_place_is_given_back_when_a_call_fails() -> None:
+    quotas = Quotas(CONFIG)
+    with pytest.raises(ZeroDivisionError), quotas.place(Kind.CALLS, caller("a")):
+        raise ZeroDivisionError
+    assert quotas.taken(Kind.CALLS) == 0
+    assert quotas._allowances == {}, "nothing grows with keys"
+    assert not quotas._by_key
+
+
+def test_one_allowance_for_all_that_a_key_has_under_way() -> None:
+    quotas = Quotas(CONFIG)
+    with (
+        quotas.place(Kind.STREAMS, caller("a")) as first,
+        quotas.place(Kind.CALLS, caller("a")) as second,
+        quotas.place(Kind.CALLS, caller("b")) as others,
+    ):
+        assert first is second
+        assert first is not others
+        assert first is not None
+        with first.hold(16 * limits.MIB):
+            assert first.full
+            with pytest.raises(FacelaneError) as refused, first.hold(1):
+                pass
+            assert refused.value.reason is Reason.QUOTA_EXCEEDED
+        assert not first.full
+
+
+async def test_who_waits_for_room_is_woken_by_whoever_gives_it() -> None:
+    allowance = Allowance(10)
+    waiting = asyncio.Event()
+    allowance.take(10)
+    allowance.wake(waiting)
+    allowance.take(5)
+    allowance.give(4)
+    assert not waiting.is_set()
+    allowance.give(2)
+    assert waiting.is_set()
