@@ -25,6 +25,7 @@ from msgspec import Meta
 from facelane_bridge.camera import Policy
 
 MAX_CAMERAS = 256
+FINGERPRINT_PATTERN = r"^$|^(?i:sha-?256[:=/ ]?)?(?:[0-9A-Fa-f]{2}[: ]?){31}[0-9A-Fa-f]{2}$"
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 
 
@@ -101,7 +102,12 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     credentials_file: str = ""
     """Path of a file that holds ``user:password``."""
     tls_ca_file: str = ""
-    """rtsps and https: PEM of the authority that signed the camera's certificate."""
+    """rtsps and https: PEM of the authority that signed the camera's certificate, or of that
+    certificate itself, which may then be made out to any name."""
+    tls_server_name: str = ""
+    """The name in the camera's certificate, where it is not that of the address."""
+    tls_fingerprint: Annotated[str, Meta(pattern=FINGERPRINT_PATTERN)] = ""
+    """SHA-256 of the camera's certificate; whatever else it says, it is trusted."""
     pace: Pace = Pace.REALTIME
     loop: bool = False
     folder_fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
@@ -129,11 +135,13 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_face_size: Annotated[int, Meta(ge=0, le=8192)] = 0
 
     open_timeout: Seconds = 10.0
-    read_timeout: Seconds = 10.0
+    read_timeout: Seconds = 30.0
     stall_after: Seconds = 5.0
     stall_limit: Seconds = 15.0
     backoff_initial: Seconds = 0.5
-    backoff_max: Seconds = 30.0
+    backoff_max: Seconds = 15.0
+    credentials_backoff: Seconds = 120.0
+    """After a password that has worked was refused twice; doubled up to five times this."""
     max_attempts: Annotated[int, Meta(ge=0)] = 0
     """Failed attempts in a row before the camera is given up; 0 = never."""
 
@@ -173,6 +181,7 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             stall_limit=self.stall_limit,
             backoff_initial=self.backoff_initial,
             backoff_max=self.backoff_max,
+            refused_backoff=self.credentials_backoff,
             max_attempts=self.max_attempts,
         )
 
@@ -309,6 +318,10 @@ def _camera(values: Mapping[str, Any], where: str) -> CameraSettings:
         raise ConfigError(
             f"{where}: {scheme}:// addresses are not supported; use rtsp://, rtsps://, http://, "
             "https:// or the path of a file, a folder or a device"
+        )
+    if camera.tls_fingerprint and (camera.tls_ca_file or camera.tls_server_name):
+        raise ConfigError(
+            f"{where}: tls_fingerprint says it all; leave tls_ca_file and tls_server_name out"
         )
     if camera.is_live and camera.loop:
         raise ConfigError(f"{where}: loop is for files and folders")

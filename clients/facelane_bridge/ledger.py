@@ -20,6 +20,7 @@ from facelane_bridge.output import (
     percentile,
     utc,
 )
+from facelane_bridge.sources import Refusal
 
 LATENCIES_KEPT = 20_000
 """For the percentiles: the newest, 13 minutes of 25 frames/s."""
@@ -70,6 +71,11 @@ class Ledger:
             self._in_flight[taken.frame.frame_id] = taken.frame
         if taken.replaced:
             await self.dropped(taken.first_replaced, taken.replaced, "SUPERSEDED", where="bridge")
+
+    async def refused(self, frame_id: int, refusal: Refusal) -> None:
+        """A picture of the camera's goes no further than here."""
+        del self._in_flight[frame_id]
+        await self.failed(frame_id, refusal.reason, refusal.message, False)
 
     async def not_sent(self, frame_id: int, error: facelane.FacelaneError) -> None:
         """A frame could not be sent; the next one may."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from facelane_bridge.camera import OPENING_STRETCH
 from facelane_bridge.config import CameraSettings
 from facelane_bridge.handover import Handover
 from facelane_bridge.sources import Source, SourceError, SourceInfo, SourceReason, open_source
@@ -69,12 +70,14 @@ def check_camera(settings: CameraSettings) -> CheckResult:
     """Open a camera, read one frame, close it. Blocks up to its opening time and a second."""
     begun = time.monotonic()
     result: list[CheckResult] = []
+    source = open_source(settings)
 
     def probe() -> None:
-        source = open_source(settings)
         try:
             info = source.open()
             frame = source.read()
+            if frame is not None and frame.refused is not None:
+                raise SourceError(SourceReason.FORMAT_INVALID, frame.refused.message)
             size = 0 if frame is None else len(frame.data)
             result.append(CheckResult(settings.name, info, size, time.monotonic() - begun))
         except SourceError as error:
@@ -91,7 +94,11 @@ def check_camera(settings: CameraSettings) -> CheckResult:
     thread = threading.Thread(target=probe, name=f"check {settings.name}", daemon=True)
     thread.start()
     thread.join(settings.open_timeout + 1.0)
+    if not result and source.connected:
+        thread.join((OPENING_STRETCH - 1.0) * settings.open_timeout)
     if result:
         return result[0]
-    error = SourceError(SourceReason.TIMED_OUT, "the source gave no frame in its opening time")
+    what = source.seen or "is the camera on and reachable?"
+    source.interrupt()
+    error = SourceError(SourceReason.TIMED_OUT, f"no frame came within the opening time; {what}")
     return CheckResult(settings.name, None, 0, time.monotonic() - begun, error)

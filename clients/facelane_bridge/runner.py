@@ -21,6 +21,7 @@ from facelane_bridge.camera import (
     Event,
     FrameArrived,
     HeldBack,
+    Outlook,
     Policy,
     SourceEnded,
     SourceFailed,
@@ -241,7 +242,7 @@ class CameraRunner:
         now = time.monotonic()
         if self._camera is None:
             self._camera, _ = start(now)
-        await self._step(SourceFailed(now, reason, message, permanent=True))
+        await self._step(SourceFailed(now, reason, message, Outlook.HOPELESS))
         self._wake.set()
 
     def _stream_options(self) -> facelane.StreamConfigOptions:
@@ -311,6 +312,9 @@ class CameraRunner:
             if numbered is None:
                 return
             frame = numbered.frame
+            if frame.refused is not None:
+                await self._ledger.refused(numbered.frame_id, frame.refused)
+                continue
             try:
                 await stream.send(
                     facelane.Picture.encoded(frame.data),
@@ -376,7 +380,10 @@ class CameraRunner:
         if events:
             return events
         now = time.monotonic()
-        return [HeldBack(now) if self._handover.is_holding else Tick(now)]
+        if self._handover.is_holding:
+            return [HeldBack(now)]
+        source = None if self._reader is None else self._reader.source
+        return [Tick(now) if source is None else Tick(now, source.connected, source.seen)]
 
     def _collect(self) -> list[Event]:
         events: list[Event] = []
@@ -408,7 +415,7 @@ class CameraRunner:
                 )
                 return None
             case SourceError():
-                return SourceFailed(now, said.reason.value, said.message, said.permanent)
+                return SourceFailed(now, said.reason.value, said.message, said.outlook)
             case _:
                 return SourceEnded(now)
 

@@ -18,11 +18,12 @@ from tests.waiting import auntil
 
 from facelane_bridge import config
 from facelane_bridge.bridge import Bridge
+from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings
 from facelane_bridge.output import Callback, Line, ResultLine, StateLine
 from facelane_bridge.reader import check_camera
 from facelane_bridge.sources import SourceError, SourceReason, open_source
-from facelane_bridge.sources.jpeg import jpeg_size
+from facelane_bridge.sources.jpeg import read_header
 
 PYTHON = "/usr/bin/python3"
 SERVER = Path(__file__).parent.parent / "fakes" / "rtsp_server.py"
@@ -130,7 +131,8 @@ def test_codecs_and_transports(codec: str, transport: str) -> None:
         # A busy machine may lose a packet, and a frame with it; the clock goes on.
         steps = [step / max(1, round(step / 0.04)) for step in steps]
     assert steps == pytest.approx([0.04] * 9, abs=0.005), "the camera's own clock"
-    assert {jpeg_size(frame.data) for frame in frames if frame is not None} == {(320, 240)}
+    headers = [read_header(frame.data) for frame in frames if frame is not None]
+    assert {(found.width, found.height) for found in headers if found} == {(320, 240)}
 
 
 @pytest.mark.parametrize("scheme", ["basic", "digest"])
@@ -143,7 +145,8 @@ def test_credentials(credentials: None, scheme: str, capfd: pytest.CaptureFixtur
             wrong = check_camera(camera(rtsp.url, **options))
             assert wrong.error is not None
             assert wrong.error.reason is SourceReason.AUTHENTICATION_FAILED
-            assert wrong.error.permanent
+            refused = options.get("credentials_env") == "WRONG"
+            assert wrong.error.outlook is (Outlook.REFUSED if refused else Outlook.UNPROVEN)
             assert "hunter2" not in repr(wrong.error) + str(wrong.error.__cause__)
             assert wrong.error.__suppress_context__
     written = "".join(capfd.readouterr())
@@ -155,7 +158,7 @@ def test_a_wrong_path_may_come_right() -> None:
     with RtspCamera() as rtsp, pytest.raises(SourceError) as caught:
         open_source(camera(rtsp.url + "/none")).open()
     assert caught.value.reason is SourceReason.NOT_FOUND
-    assert not caught.value.permanent
+    assert caught.value.outlook is Outlook.PASSING
 
 
 def test_nobody_at_the_port() -> None:

@@ -291,6 +291,8 @@ class ScriptedSource:
         self.closed = threading.Event()
         self.given = 0
         self.skipped = 0
+        self.connected = False
+        self.seen = ""
 
     def open(self) -> SourceInfo:
         return SourceInfo(config.SourceKind.RTSP, "test", 64, 48, 25.0, None, reencodes=False)
@@ -423,7 +425,8 @@ async def test_a_frozen_camera_is_noticed_and_opened_again() -> None:
 async def test_a_reader_that_hangs_is_left_behind() -> None:
     cameras = Cameras(hanging, steady)
     with ScriptedServer() as server:
-        given = settings(server.target, LIVE | {"stall_after": 0.2, "stall_limit": 0.2})
+        patience = {"open_timeout": 0.5, "stall_after": 0.2, "stall_limit": 0.2}
+        given = settings(server.target, LIVE | patience)
         async with Running(given, open_source=cameras) as running:
             await auntil(lambda: len(cameras.opened) == 2 and cameras.opened[1].given > 5)
             assert not cameras.opened[0].closed.is_set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from facelane_bridge.camera import (
     Event,
     FrameArrived,
     HeldBack,
+    Outlook,
     Policy,
     SourceEnded,
     SourceFailed,
@@ -28,6 +30,9 @@ from facelane_bridge.camera import (
 )
 
 POLICY = Policy(open_timeout=10, stall_after=5, stall_limit=15, backoff_initial=1, backoff_max=30)
+
+
+TWO: list[Event] = [FrameArrived(0, 0.0), FrameArrived(0, 0.01)]
 
 
 def run(events: list[Event], policy: Policy = POLICY, jitter: float = 1.0) -> Camera:
@@ -47,7 +52,9 @@ def test_starts_by_opening() -> None:
 def test_the_first_frame_makes_it_stream() -> None:
     camera = run([FrameArrived(1.0, 0.0)])
     assert camera.state is CameraState.STREAMING
-    assert deadline(camera, POLICY) == 6.0
+    assert deadline(camera, POLICY) == 13.0, "how far frames are apart is not known yet"
+    camera, _ = step(camera, FrameArrived(1.5, 0.5), POLICY, 1.0)
+    assert deadline(camera, POLICY) == 6.5
 
 
 def test_no_frame_in_time_is_a_failed_attempt() -> None:
@@ -72,14 +79,14 @@ def test_a_frozen_media_clock_stalls_although_frames_arrive() -> None:
 
 
 def test_a_stalled_camera_whose_clock_moves_again_streams_again() -> None:
-    camera = run([FrameArrived(0, 0.0), Tick(5.0), FrameArrived(6.0, 0.0)])
+    camera = run([*TWO, Tick(5.0), FrameArrived(6.0, 0.0)])
     assert camera.state is CameraState.STALLED, "the same timestamp is no sign of life"
     camera, actions = step(camera, FrameArrived(7.0, 0.04), POLICY, 1.0)
     assert (camera.state, actions) == (CameraState.STREAMING, ())
 
 
 def test_a_camera_stalled_for_too_long_is_opened_again() -> None:
-    camera = run([FrameArrived(0, 0.0), Tick(5.0)])
+    camera = run([*TWO, Tick(5.0)])
     camera, actions = step(camera, Tick(20.0), POLICY, 0.0)
     assert camera.state is CameraState.BACKOFF
     assert actions == (Action.CLOSE,)
@@ -87,20 +94,88 @@ def test_a_camera_stalled_for_too_long_is_opened_again() -> None:
 
 
 def test_being_held_back_is_no_stall() -> None:
-    camera = run([FrameArrived(0, 0.0), HeldBack(4.0), Tick(8.0)])
+    camera = run([*TWO, HeldBack(4.0), Tick(8.0)])
     assert camera.state is CameraState.STREAMING
-    assert run([FrameArrived(0, 0.0), HeldBack(4.0), Tick(9.0)]).state is CameraState.STALLED
+    assert run([*TWO, HeldBack(4.0), Tick(9.0)]).state is CameraState.STALLED
 
 
 def test_being_held_back_before_any_frame_does_not_extend_the_opening() -> None:
     assert run([HeldBack(9.0), Tick(10.0)]).state is CameraState.BACKOFF
 
 
-def test_a_permanent_failure_ends_it() -> None:
-    camera = run([SourceFailed(1.0, "AUTHENTICATION_FAILED", "no", permanent=True)])
-    assert camera.state is CameraState.FAILED
-    assert camera.reason == "AUTHENTICATION_FAILED"
-    assert deadline(camera, POLICY) is None
+@pytest.mark.parametrize(
+    ("outlook", "at_first", "proven"),
+    [
+        (Outlook.PASSING, "BACKOFF", "BACKOFF"),
+        (Outlook.SELDOM, "BACKOFF", "BACKOFF"),
+        (Outlook.UNPROVEN, "FAILED", "BACKOFF"),
+        (Outlook.REFUSED, "FAILED", "BACKOFF"),
+        (Outlook.HOPELESS, "FAILED", "FAILED"),
+    ],
+)
+def test_an_end_is_for_good_by_what_was_before(
+    outlook: Outlook, at_first: str, proven: str
+) -> None:
+    failed = SourceFailed(1.0, "AUTHENTICATION_FAILED", "no", outlook)
+    assert run([failed]).state == at_first
+    camera = run([FrameArrived(0.5, 0.0), failed])
+    assert (camera.state, camera.reason) == (proven, "AUTHENTICATION_FAILED")
+    assert camera.is_terminal == (deadline(camera, POLICY) is None)
+
+
+def test_a_password_that_has_worked_is_sent_again_twice_in_the_first_minutes_and_then_seldom() -> (
+    None
+):
+    refused = SourceFailed(0.0, "AUTHENTICATION_FAILED", "no", Outlook.REFUSED)
+    camera = run([FrameArrived(0, 0.0)])
+    now, waits = 0.0, []
+    for _ in range(7):
+        camera, _ = step(camera, replace(refused, now=now), POLICY, 0.0)
+        assert camera.retry_at is not None
+        waits.append(camera.retry_at - now)
+        now = camera.retry_at
+        camera, _ = step(camera, Tick(now), POLICY, 0.0)
+    assert waits == [0.5, 60, 120, 240, 300, 300, 300]
+    camera, _ = step(camera, FrameArrived(now, 0.0), POLICY, 0.0)
+    assert camera.refusals == 0
+
+
+def test_a_camera_that_answers_has_more_time_to_open_and_the_reason_says_what_came() -> None:
+    camera, _ = start(0.0)
+    camera, _ = step(camera, Tick(10.0, connected=True), POLICY, 1.0)
+    assert camera.state is CameraState.CONNECTING
+    assert deadline(camera, POLICY) == 25.0
+    camera, _ = step(camera, Tick(25.0, True, "packets came, and no key frame"), POLICY, 1.0)
+    assert camera.reason == "OPEN_TIMEOUT"
+    assert camera.message.endswith("packets came, and no key frame")
+    assert "is the camera on" in run([Tick(10.0)]).message
+
+
+@pytest.mark.parametrize("apart", [1.0, 10.0])
+def test_a_slow_camera_is_not_stalled(apart: float) -> None:
+    camera, _ = start(0.0)
+    for index in range(10):
+        due = deadline(camera, POLICY)
+        assert due is not None
+        assert due > index * apart or index == 0
+        camera, _ = step(camera, FrameArrived(index * apart, index * apart), POLICY, 1.0)
+    assert camera.state is CameraState.STREAMING
+    assert camera.openings == 1
+    due = deadline(camera, POLICY)
+    assert due is not None
+    assert due <= 9 * apart + 25.0
+
+
+def test_a_camera_that_ends_its_connections_is_not_left_longer_than_it_streamed() -> None:
+    events: list[Event] = []
+    now = 0.0
+    for _ in range(6):
+        events += [FrameArrived(now, 0.0), FrameArrived(now + 3, 3.0)]
+        events += [SourceFailed(now + 3, "DISCONNECTED", ""), Tick(now + 6.0)]
+        now += 6.0
+    camera = run([*events, FrameArrived(now, 0.0), SourceFailed(now + 3, "DISCONNECTED", "")])
+    assert camera.attempts == 7
+    assert camera.retry_at == now + 6
 
 
 def test_attempts_are_counted_and_spent() -> None:
@@ -189,7 +264,7 @@ def test_terminal_states_are_those_without_a_way_out() -> None:
 
 EVENTS = st.one_of(
     st.floats(0, 60).map(lambda media: ("frame", media)),
-    st.tuples(st.just("fail"), st.booleans()),
+    st.tuples(st.just("fail"), st.integers(0, len(Outlook) - 1)),
     st.just(("tick", 0.0)),
     st.just(("due", 0.0)),
     st.just(("held", 0.0)),
@@ -217,7 +292,7 @@ def test_whatever_happens_the_invariants_hold(
             case "frame":
                 event = FrameArrived(now, value)
             case "fail":
-                event = SourceFailed(now, "X", "", permanent=bool(value))
+                event = SourceFailed(now, "X", "", list(Outlook)[int(value)])
             case "due":
                 due = deadline(camera, policy)
                 now = max(now, due) if due is not None and math.isfinite(due) else now

@@ -6,15 +6,16 @@ files) are passed on as they are; everything else is decoded and encoded once, i
 decoder's own 4:2:0 planes, without a detour over BGR.
 
 Every wait inside has a deadline (``read_timeout``), and every failure is a
-``SourceError`` with a reason. Credentials come from the environment or a file; they are
-put into the address at the last moment, and no text of an underlying library, which
-might repeat that address, ever gets into an error message.
+``SourceError`` with a reason and an outlook. Credentials come from the environment or a
+file, are never part of an address, and no text of an underlying library, which might repeat
+one, ever gets into an error message.
 """
 
 from __future__ import annotations
 
 from facelane_bridge.config import CameraSettings, SourceKind
 from facelane_bridge.sources.api import CapturedFrame as CapturedFrame
+from facelane_bridge.sources.api import Refusal as Refusal
 from facelane_bridge.sources.api import Source as Source
 from facelane_bridge.sources.api import SourceError as SourceError
 from facelane_bridge.sources.api import SourceInfo as SourceInfo

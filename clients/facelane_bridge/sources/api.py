@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
+from facelane_bridge.camera import Outlook
 from facelane_bridge.config import SourceKind
 
 
@@ -27,16 +28,18 @@ class SourceReason(enum.StrEnum):
 
 
 class SourceError(Exception):
-    """A source cannot go on. ``permanent``: opening it again would fail in the same way.
+    """A source cannot go on. ``outlook``: what this says about opening it again.
 
     ``message`` never holds credentials.
     """
 
-    def __init__(self, reason: SourceReason, message: str, *, permanent: bool = False) -> None:
+    def __init__(
+        self, reason: SourceReason, message: str, outlook: Outlook = Outlook.PASSING
+    ) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
-        self.permanent = permanent
+        self.outlook = outlook
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +60,24 @@ class SourceInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a picture goes no further than the bridge."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class CapturedFrame:
     """One frame, encoded as JPEG (PNG and WebP files stay what they are)."""
 
     data: bytes
+    """Empty for a picture that is not sent on: ``refused`` says why."""
     media_time: float
     """Seconds since the source was opened, on the source's own clock; never decreases."""
     captured_at: float
     """Wall clock (Unix seconds) when the frame was complete here."""
+    refused: Refusal | None = None
 
 
 class Source(Protocol):
@@ -82,6 +95,16 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of sockets and files. Idempotent; from the thread that reads."""
+        ...
+
+    @property
+    def connected(self) -> bool:
+        """Whether somebody answered since it was opened. From any thread."""
+        ...
+
+    @property
+    def seen(self) -> str:
+        """What came that was no frame, in words; empty where nothing did. From any thread."""
         ...
 
     @property

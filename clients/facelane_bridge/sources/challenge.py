@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 MAX_CHALLENGE_CHARS = 4096
+MAX_STALE_NONCES = 2
+"""How often a camera may call a nonce stale that it gave a moment ago."""
 # The strongest first. Without a name it is MD5 (RFC 2069).
 _ALGORITHMS = {"SHA-512-256": "sha512_256", "SHA-256": "sha256", "MD5": "md5"}
 _PIECE = re.compile(r'[\s,]*([^\s=,"]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]*))?')
@@ -82,18 +84,41 @@ def challenges(headers: Iterable[str]) -> list[Challenge]:
 
 
 class Authenticator:
-    """Answers one camera's challenges. One for each connection to it."""
+    """Answers one camera's challenges. One for each connection to it.
+
+    Cameras lock accounts after a few wrong passwords, so a password is sent once for each
+    algorithm that the camera offers, and again only when the camera calls the nonce stale.
+    (Some firmware offers SHA-256 and computes MD5.)
+    """
 
     def __init__(self, credentials: Credentials) -> None:
         self._credentials = credentials
         self._challenge: Challenge | None = None
+        self._tried: set[tuple[str, str]] = set()
+        self._stale = 0
+        self._proven = False
         self._count = 0
 
+    def accepted(self) -> None:
+        """The camera has taken the password: what it refuses from now on is the nonce."""
+        self._proven, self._stale = True, 0
+
     def take(self, offered: Iterable[Challenge]) -> bool:
-        """Choose the challenge to answer from now on. False: none of them is known here."""
-        best = max(offered, key=lambda challenge: challenge.strength, default=None)
-        if best is None or not best.strength:
+        """After a 401: choose the challenge to answer from now on. False: there is no more
+        to be said."""
+        known = [challenge for challenge in offered if challenge.strength]
+        if any(challenge.is_stale for challenge in known) or self._proven:
+            self._stale += 1
+            if self._stale > MAX_STALE_NONCES:
+                return False
+        else:
+            known = [c for c in known if (c.scheme, c.algorithm) not in self._tried]
+            if self._tried:  # never in clear after it went as a digest
+                known = [c for c in known if c.scheme == "digest"]
+        best = max(known, key=lambda challenge: challenge.strength, default=None)
+        if best is None:
             return False
+        self._tried.add((best.scheme, best.algorithm))
         self._challenge, self._count = best, 0
         return True
 

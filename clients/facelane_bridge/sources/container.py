@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,26 +12,35 @@ from pathlib import Path
 import av
 import av.error
 import av.logging
+import structlog
 from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from facelane_bridge.camera import OPENING_STRETCH, Outlook
 from facelane_bridge.config import CameraSettings, Pace, SourceKind, Transport
-from facelane_bridge.sources.access import (
-    NO_SUCH_HOST,
-    is_known,
-    load_credentials,
-    trusting,
-    with_userinfo,
+from facelane_bridge.sources.api import (
+    CapturedFrame,
+    Refusal,
+    SourceError,
+    SourceInfo,
+    SourceReason,
 )
-from facelane_bridge.sources.api import CapturedFrame, SourceError, SourceInfo, SourceReason
-from facelane_bridge.sources.jpeg import MAX_PIXELS, JpegEncoder, is_self_contained_jpeg
+from facelane_bridge.sources.jpeg import MAX_PIXELS, JpegEncoder, JpegGate
 from facelane_bridge.sources.pace import Decimator, MediaClock, Pacer
+from facelane_bridge.sources.rtsp import RtspRelay
 
 # FFmpeg writes addresses, with what they carry, to stderr when it is in the mood.
 av.logging.set_level(None)
 
 MAX_BAD_PACKETS = 250
 """Undecodable packets in a row (10 s of a camera) before the source is given up."""
+
+
+MAX_REDIRECTS = 5
+
+log = structlog.get_logger("facelane_bridge")
 
 
 class ContainerSource:
@@ -43,10 +53,14 @@ class ContainerSource:
         self._container: InputContainer | None = None
         self._stream: VideoStream | None = None
         self._frames: Iterator[CapturedFrame] | None = None
+        self._relay: RtspRelay | None = None
         self._clock = MediaClock(live=self._is_live)
+        self._told_clock = False
+        self._numbered = 0
         self._pacer = Pacer(self._interrupted)
         self._decimator = Decimator(camera.max_fps)
         self._encoder = JpegEncoder(camera.jpeg_quality, camera.max_side)
+        self._gate = JpegGate(camera.jpeg_quality, camera.max_side)
         self._loop_offset = 0.0
         self._media_time = 0.0
         self._pass_through = False
@@ -56,11 +70,35 @@ class ContainerSource:
         return self._decimator.skipped
 
     @property
+    def connected(self) -> bool:
+        relay = self._relay
+        return self._container is not None or (relay is not None and relay.answered)
+
+    @property
+    def seen(self) -> str:
+        relay = self._relay
+        if relay is None or not relay.answered:
+            return ""
+        if relay.packets or (self._container is not None and not relay.playing):
+            return (
+                "packets came, and no key frame: the camera's key frames are further apart than "
+                "open_timeout; raise it, or let the camera send them more often"
+            )
+        if not relay.playing:
+            return "the camera answers, and has not begun to play"
+        if self._camera.transport is Transport.UDP:
+            return 'the camera plays; is UDP stopped by a firewall? transport = "tcp" helps'
+        return "the camera agreed to play, and sent nothing"
+
+    @property
     def _is_live(self) -> bool:
         return self._kind is not SourceKind.FILE
 
     def interrupt(self) -> None:
         self._interrupted.set()
+        relay = self._relay
+        if relay is not None:
+            relay.interrupt()
 
     def close(self) -> None:
         frames, self._frames = self._frames, None
@@ -69,6 +107,9 @@ class ContainerSource:
             del frames
         if container is not None:
             container.close()
+        relay, self._relay = self._relay, None
+        if relay is not None:
+            relay.close()
 
     def open(self) -> SourceInfo:
         container = self._open_container()
@@ -90,33 +131,48 @@ class ContainerSource:
         )
 
     def _open_container(self) -> InputContainer:
-        address, input_format, options = self._address()
-        begun = time.monotonic()
+        address = self._camera.source
+        for _ in range(MAX_REDIRECTS):
+            opened = self._open_at(address)
+            if not isinstance(opened, str):
+                return opened
+            address = opened
+            if not re.match("rtsps?://[^/]", address):
+                break
+        raise SourceError(
+            SourceReason.CONNECT_FAILED, "the camera redirects to nowhere; check its address"
+        )
+
+    def _open_at(self, address: str) -> InputContainer | str:
+        """The source, opened, or the address that the camera names instead."""
+        opened, input_format, options = self._address(address)
         try:
             container = av.open(
-                address,
+                opened,
                 "r",
                 format=input_format,
                 options=options,
-                timeout=(self._camera.open_timeout, self._camera.read_timeout),
+                # Whether a camera that answers is given up is the state machine's to say.
+                timeout=(
+                    OPENING_STRETCH * self._camera.open_timeout,
+                    self._camera.read_timeout,
+                ),
             )
         except (av.FFmpegError, OSError, ValueError) as error:
-            patience = min(self._camera.open_timeout, self._camera.read_timeout)
-            if (
-                self._kind is SourceKind.RTSP
-                and isinstance(error, av.error.InvalidDataError)
-                and time.monotonic() - begun > 0.9 * patience
-            ):
-                # FFmpeg calls it invalid data when a port takes the connection and then
-                # says nothing.
-                raise self._as_source_error(TimeoutError(), "opened") from None
-            raise self._as_source_error(error, "opened") from None
+            relay, self._relay = self._relay, None
+            if relay is not None:
+                relay.close()
+                if relay.redirect:
+                    return relay.redirect
+            raise self._as_source_error(error, "opened", relay) from None
         try:
-            if not container.streams.video:
+            stream = self._best_stream(container)
+            if stream is None:
                 raise SourceError(
-                    SourceReason.NO_VIDEO, "the source has no video stream", permanent=True
+                    SourceReason.NO_VIDEO,
+                    "the source has no video stream",
+                    Outlook.PASSING if self._is_live else Outlook.HOPELESS,
                 )
-            stream = container.streams.video[0]
             stream.thread_type = "AUTO" if not self._is_live else "SLICE"
             stream.codec_context.thread_count = 1 if self._is_live else 2
             # Before the first allocation, not after: a lying header costs nothing.
@@ -130,32 +186,54 @@ class ContainerSource:
             raise SourceError(
                 SourceReason.FORMAT_INVALID,
                 f"the video has more than {MAX_PIXELS} pixels a frame",
-                permanent=True,
+                Outlook.UNPROVEN,
             )
         self._pass_through = stream.codec_context.name == "mjpeg" and not self._camera.max_side
         return container
 
-    def _address(self) -> tuple[str, str | None, dict[str, str]]:
+    @staticmethod
+    def _best_stream(container: InputContainer) -> VideoStream | None:
+        """The film, not its cover: no attached picture, no single frame, the default track,
+        the larger one, the first one."""
+
+        def rank(stream: VideoStream) -> tuple[bool, bool, bool, int, int]:
+            marks = stream.disposition
+            return (
+                not marks & (Disposition.attached_pic | Disposition.timed_thumbnails),
+                stream.frames != 1,
+                bool(marks & Disposition.default),
+                stream.codec_context.width * stream.codec_context.height,
+                -stream.index,
+            )
+
+        return max(container.streams.video, key=rank, default=None)
+
+    def _address(self, address: str) -> tuple[str, str | None, dict[str, str]]:
         camera = self._camera
         match self._kind:
             case SourceKind.RTSP:
-                url = with_userinfo(camera.source, load_credentials(camera))
-                micros = str(int(camera.read_timeout * 1e6))
+                self._relay = relay = RtspRelay(camera)
+                if self._interrupted.is_set():
+                    raise SourceError(SourceReason.INTERRUPTED, "the source was told to stop")
+                try:
+                    url = relay.open(address)
+                except SourceError:
+                    relay.close()
+                    raise
+                udp = camera.transport is Transport.UDP and not address.startswith("rtsps")
                 options = {
-                    "rtsp_transport": camera.transport.value,
-                    "timeout": micros,
-                    # Half a second of looking instead of five: a camera says in its SDP
-                    # what it sends (1.2 s -> 0.3 s until the first frame).
+                    "rtsp_transport": "udp" if udp else "tcp",
+                    "allowed_media_types": "video",
+                    "timeout": str(int(camera.read_timeout * 1e6)),
+                    # A camera says in its SDP what it sends: no looking for seconds, and no
+                    # waiting for twenty frames of one that sends one in ten seconds.
                     "probesize": "32768",
                     "analyzeduration": "100000",
-                    "fflags": "nobuffer",
+                    "fpsprobesize": "0",
                     "max_delay": "500000",
                 }
-                if camera.transport is Transport.UDP:
+                if udp:
                     options["buffer_size"] = str(2 * 1024 * 1024)
-                if camera.tls_ca_file:
-                    trusting(camera)
-                    options |= {"tls_verify": "1", "ca_file": camera.tls_ca_file}
                 return url, None, options
             case SourceKind.DEVICE:
                 options = {}
@@ -174,49 +252,39 @@ class ContainerSource:
                 path = Path(camera.source)
                 if not path.exists():
                     raise SourceError(
-                        SourceReason.NOT_FOUND, "the file does not exist", permanent=True
+                        SourceReason.NOT_FOUND, "the file does not exist", Outlook.HOPELESS
                     )
                 # A playlist or an SDP file must not make us open anything but files.
                 return f"file:{path.absolute()}", None, {"protocol_whitelist": "file"}
 
-    def _as_source_error(self, error: BaseException, doing: str) -> SourceError:
+    def _as_source_error(
+        self, error: BaseException, doing: str, relay: RtspRelay | None = None
+    ) -> SourceError:
         """Our own words for FFmpeg's errors, whose text repeats the address."""
         if self._interrupted.is_set():
             return SourceError(SourceReason.INTERRUPTED, "the source was told to stop")
-        file = self._kind is SourceKind.FILE
+        relay = relay or self._relay
+        if relay is not None and relay.error is not None and not relay.playing:
+            return relay.error
+        # A file will not change; whatever lives may.
+        outlook = Outlook.PASSING if self._is_live else Outlook.HOPELESS
         match error:
-            case av.error.HTTPUnauthorizedError() | av.error.HTTPForbiddenError():
-                hint = (
-                    "check them"
-                    if self._camera.credentials_env or self._camera.credentials_file
-                    else "name them with credentials_env or credentials_file"
-                )
-                # Not tried again: cameras lock accounts after a few wrong passwords.
-                return SourceError(
-                    SourceReason.AUTHENTICATION_FAILED,
-                    f"the camera refuses the credentials; {hint}",
-                    permanent=True,
-                )
-            case av.error.HTTPNotFoundError():
-                return SourceError(
-                    SourceReason.NOT_FOUND,
-                    "the camera has no such stream; check the path of its address",
-                )
+            case av.error.InvalidDataError() if relay is not None and not relay.answered:
+                return SourceError(SourceReason.FORMAT_INVALID, "the camera does not speak RTSP")
             case TimeoutError() | av.error.ExitError():
                 return SourceError(
                     SourceReason.TIMED_OUT,
-                    f"the source could not be {doing} in time; is it on and reachable?",
+                    f"the source could not be {doing} in time; "
+                    + (self.seen or "is it on and reachable?"),
                 )
             case PermissionError():
                 return SourceError(
                     SourceReason.PERMISSION_DENIED,
                     "the source may not be read; check its permissions",
-                    permanent=file,
+                    outlook,
                 )
             case FileNotFoundError():
-                return SourceError(
-                    SourceReason.NOT_FOUND, "the source does not exist", permanent=file
-                )
+                return SourceError(SourceReason.NOT_FOUND, "the source does not exist", outlook)
             case ConnectionError():
                 return SourceError(
                     SourceReason.CONNECT_FAILED, "the camera refuses or broke the connection"
@@ -225,19 +293,16 @@ class ContainerSource:
                 return SourceError(
                     SourceReason.FORMAT_INVALID,
                     "the source is no video that can be read",
-                    permanent=file,
+                    outlook,
                 )
             case av.error.EOFError():
                 return SourceError(SourceReason.DISCONNECTED, "the camera ended the stream")
             case _:
-                # FFmpeg calls a name that nobody knows an input/output error.
-                if self._kind is SourceKind.RTSP and not is_known(self._camera.source):
-                    return SourceError(SourceReason.CONNECT_FAILED, NO_SUCH_HOST)
                 kind = type(error).__name__
                 return SourceError(
                     SourceReason.CONNECT_FAILED,
                     f"the source could not be {doing} ({kind})",
-                    permanent=file,
+                    outlook,
                 )
 
     def read(self) -> CapturedFrame | None:
@@ -258,7 +323,7 @@ class ContainerSource:
                 return
             if last is None:
                 raise SourceError(
-                    SourceReason.UNDECODABLE, "not one frame could be decoded", permanent=True
+                    SourceReason.UNDECODABLE, "not one frame could be decoded", Outlook.HOPELESS
                 )
             # One frame's time between the last frame of one round and the first of the
             # next, or the tracker sees two frames at one instant.
@@ -266,6 +331,7 @@ class ContainerSource:
             rate = float(stream.average_rate or 25) if stream is not None else 25.0
             self._loop_offset = last.media_time + 1.0 / rate
             self._clock = MediaClock(live=False)
+            self._numbered = 0
             self._close_container()
             self._open_container()
 
@@ -280,6 +346,7 @@ class ContainerSource:
         assert stream is not None
         bad = 0
         packets = container.demux(stream)
+        before: bytes | None = None
         while not self._interrupted.is_set():
             try:
                 packet = next(packets, None)
@@ -287,14 +354,13 @@ class ContainerSource:
                 raise self._as_source_error(error, "read") from None
             if packet is None:
                 return
-            stamp = packet.pts
-            if self._pass_through and packet.size:
+            differs = False
+            if self._is_live and not self._clock.moves:
                 data = bytes(packet)
-                if is_self_contained_jpeg(data):
-                    seconds = float(stamp * packet.time_base) if stamp is not None else None
-                    if self._take(seconds) is not None:
-                        yield self._captured(data)
-                    continue
+                differs, before = before is not None and data != before, data
+            if stream.codec_context.name == "mjpeg" and packet.size:
+                yield from self._pictures(packet, differs)
+                continue
             try:
                 frames = stream.decode(packet)
                 bad = 0
@@ -311,23 +377,46 @@ class ContainerSource:
             except (av.FFmpegError, OSError) as error:
                 raise self._as_source_error(error, "decoded") from None
             for frame in frames:
-                if self._take(frame.time) is None:
+                if self._take(frame.time, differs) is None:
                     continue
                 try:
                     data = self._encoder.encode(frame)
                 except (av.FFmpegError, ValueError) as error:
                     raise self._as_source_error(error, "encoded") from None
-                yield self._captured(data)
+                yield CapturedFrame(data, self._media_time, time.time())
 
-    def _take(self, stamp: float | None) -> float | None:
+    def _pictures(self, packet: Packet[VideoStream], differs: bool) -> Iterator[CapturedFrame]:
+        """A packet of MJPEG is a picture, and passes through the gate for pictures."""
+        stamp = packet.pts
+        seconds = float(stamp * packet.time_base) if stamp is not None else None
+        if self._take(seconds, differs) is None:
+            return
+        taken = self._gate.take(bytes(packet))
+        if isinstance(taken, Refusal):
+            yield CapturedFrame(b"", self._media_time, time.time(), taken)
+        else:
+            yield CapturedFrame(taken, self._media_time, time.time())
+
+    def _take(self, stamp: float | None, differs: bool) -> float | None:
         """Advance the media clock; the frame's media time, or ``None`` to pass it over."""
-        media_time = self._loop_offset + self._clock.media_time(stamp, time.monotonic())
+        if stamp is None and self._kind is SourceKind.RTSP and not self._numbered:
+            stamp = 0.0  # FFmpeg counts from the first packet, and does not say so with it
+        if not self._is_live:
+            # Files without time stamps play at their nominal rate.
+            rate = self._stream.average_rate if self._stream is not None else None
+            stamp = self._numbered / float(rate or 25) if stamp is None else stamp
+        self._numbered += 1
+        clock = self._clock
+        moment = clock.media_time(stamp, time.monotonic(), differs=differs)
+        if clock.is_useless and not self._told_clock:
+            self._told_clock = True
+            log.info(
+                "the camera's time stamps stand still; arrival counts", camera=self._camera.name
+            )
+        media_time = self._loop_offset + moment
         if not self._decimator.wants(media_time):
             return None
         if not self._is_live and self._camera.pace is Pace.REALTIME:
             self._pacer.wait_for(media_time)
         self._media_time = media_time
         return media_time
-
-    def _captured(self, data: bytes) -> CapturedFrame:
-        return CapturedFrame(data, self._media_time, time.time())

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import av
 
+from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings, Pace, SourceKind
 from facelane_bridge.sources.api import CapturedFrame, SourceError, SourceInfo, SourceReason
 from facelane_bridge.sources.jpeg import JpegEncoder, decode_picture
@@ -36,6 +37,14 @@ class FolderSource:
     def skipped(self) -> int:
         return self._decimator.skipped
 
+    @property
+    def connected(self) -> bool:
+        return bool(self._paths)
+
+    @property
+    def seen(self) -> str:
+        return ""
+
     def interrupt(self) -> None:
         self._interrupted.set()
 
@@ -50,17 +59,17 @@ class FolderSource:
             )
         except PermissionError:
             raise SourceError(
-                SourceReason.PERMISSION_DENIED, "the folder may not be read", permanent=True
+                SourceReason.PERMISSION_DENIED, "the folder may not be read", Outlook.HOPELESS
             ) from None
         except OSError:
             raise SourceError(
-                SourceReason.NOT_FOUND, "the folder does not exist", permanent=True
+                SourceReason.NOT_FOUND, "the folder does not exist", Outlook.HOPELESS
             ) from None
         if not self._paths:
             raise SourceError(
                 SourceReason.NO_VIDEO,
                 "the folder holds no .jpg, .png or .webp picture",
-                permanent=True,
+                Outlook.HOPELESS,
             )
         return SourceInfo(
             SourceKind.FOLDER,

@@ -1,4 +1,9 @@
-"""HTTP-MJPEG: a camera's ``multipart/x-mixed-replace`` address; its JPEGs pass untouched."""
+"""HTTP-MJPEG: a camera's stream of pictures, or one picture a connection.
+
+The body decides what it is, not the header: cameras announce multipart and send none, or
+the other way round. A page instead of pictures is told as what it is and asked for again:
+cameras serve such while they start.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +14,74 @@ import ssl
 import threading
 import time
 import urllib.parse
+from collections import deque
 
-import av
+import structlog
 import urllib3.exceptions
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.response import HTTPResponse
 
 from facelane_bridge.config import CameraSettings, SourceKind
-from facelane_bridge.sources.access import NO_SUCH_HOST, load_credentials, trusting
-from facelane_bridge.sources.api import CapturedFrame, SourceError, SourceInfo, SourceReason
+from facelane_bridge.sources.access import (
+    NO_SUCH_HOST,
+    Trust,
+    load_credentials,
+    refused,
+    untrusted,
+)
+from facelane_bridge.sources.api import (
+    CapturedFrame,
+    Refusal,
+    SourceError,
+    SourceInfo,
+    SourceReason,
+)
 from facelane_bridge.sources.challenge import Authenticator, challenges
-from facelane_bridge.sources.jpeg import MAX_PIXELS, JpegEncoder, decode_picture, jpeg_size
-from facelane_bridge.sources.mjpeg import MjpegError, MjpegParser, boundary_of
+from facelane_bridge.sources.jpeg import JpegGate, read_header
+from facelane_bridge.sources.mjpeg import MjpegError, MjpegSplitter, media_type
 from facelane_bridge.sources.pace import Decimator, MediaClock
 
 READ_CHUNK_BYTES = 64 * 1024
 MAX_REDIRECTS = 5
-MAX_STALE_NONCES = 2
-"""How often a camera may call a nonce stale that it gave a moment ago."""
+MAX_PAGE_BYTES = 256 * 1024
+"""Of an answer that announces no pictures, until one has to come."""
+SINGLE_INTERVAL = 0.1
+"""Seconds between two connections to a camera that gives one picture each, at least."""
 _FAILURES = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError)
 _BROKEN = "the camera refuses or broke the connection"
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+log = structlog.get_logger("facelane_bridge")
 
 
 class MjpegSource:
-    """A camera's ``multipart/x-mixed-replace`` address; its JPEGs pass untouched."""
+    """A camera's HTTP address; its plain JPEGs pass untouched."""
 
     def __init__(self, camera: CameraSettings) -> None:
         self._camera = camera
         self._interrupted = threading.Event()
         self._connection: HTTPConnection | None = None
         self._response: HTTPResponse | None = None
-        self._parser: MjpegParser | None = None
-        self._ready: list[bytes] = []
+        self._type = ""
+        self._splitter = MjpegSplitter()
+        self._ready: deque[bytes] = deque()
+        self._asked_at = 0.0
+        self._told_lengths = False
         self._clock = MediaClock()
         self._decimator = Decimator(camera.max_fps)
-        self._shrink = (
-            JpegEncoder(camera.jpeg_quality, camera.max_side) if camera.max_side else None
-        )
+        self._gate = JpegGate(camera.jpeg_quality, camera.max_side)
 
     @property
     def skipped(self) -> int:
         return self._decimator.skipped
+
+    @property
+    def connected(self) -> bool:
+        return self._response is not None
+
+    @property
+    def seen(self) -> str:
+        return self._splitter.describe()
 
     def interrupt(self) -> None:
         self._interrupted.set()
@@ -66,89 +98,121 @@ class MjpegSource:
             if open_one is not None:
                 open_one.close()
 
+    # --- opening ---
+
     def open(self) -> SourceInfo:
-        response = self._response = self._request()
-        try:
-            boundary = boundary_of(response.headers.get("Content-Type", ""))
-        except MjpegError as error:
-            self.close()
-            raise SourceError(SourceReason.FORMAT_INVALID, error.message, permanent=True) from None
-        self._parser = MjpegParser(boundary)
+        self._connect()
+        if self._type.partition("/")[0] not in ("multipart", "image"):
+            # It does not announce pictures: it may give some all the same.
+            while not self._ready:
+                self._receive()
+        header = read_header(self._ready[0]) if self._ready else None
         return SourceInfo(
-            SourceKind.MJPEG, "mjpeg", 0, 0, 0.0, None, reencodes=self._shrink is not None
+            SourceKind.MJPEG,
+            "mjpeg",
+            0 if header is None else header.width,
+            0 if header is None else header.height,
+            0.0,
+            None,
+            reencodes=self._gate.scales,
         )
+
+    def _connect(self) -> None:
+        self._asked_at = time.monotonic()
+        response = self._request()
+        self._type, boundary = media_type(response.headers.get("Content-Type", ""))
+        self._splitter = MjpegSplitter(boundary)
+        # From here on it is the camera's pictures that have to come in time.
+        connection = self._connection
+        if connection is not None and connection.sock is not None:
+            connection.sock.settimeout(self._camera.read_timeout)
 
     def _request(self) -> HTTPResponse:
         """The camera's answer of 200, after redirects and one word of authentication.
 
         Credentials go to the camera's own host alone, and never from https to http.
         """
-        url, redirects, stale = self._camera.source, 0, 0
+        own = urllib.parse.urlsplit(self._camera.source)
+        url, redirects = self._camera.source, 0
         credentials = load_credentials(self._camera)
         authenticator = None if credentials is None else Authenticator(credentials)
-        answered = False
         while True:
             parts = urllib.parse.urlsplit(url)
-            own = urllib.parse.urlsplit(self._camera.source)
             trusted = parts.hostname == own.hostname and parts.scheme in (own.scheme, "https")
             path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
             answer = authenticator.answer("GET", path) if authenticator and trusted else None
             response = self._ask(parts, path, answer)
             location = response.headers.get("Location")
-            if response.status in (301, 302, 303, 307, 308) and location:
+            if response.status in _REDIRECTS and location:
                 redirects += 1
-                url = urllib.parse.urljoin(url, location)
-                if redirects > MAX_REDIRECTS or urllib.parse.urlsplit(url).scheme not in (
-                    "http",
-                    "https",
-                ):
-                    self.close()
-                    raise SourceError(
-                        SourceReason.CONNECT_FAILED,
-                        "the camera redirects to nowhere; check its address",
-                    )
-            elif response.status == 401 and authenticator is not None and trusted:
+                url = self._redirected(url, location, redirects)
+            elif response.status == 401:
                 offered = challenges(response.headers.getlist("WWW-Authenticate"))
-                stale += any(challenge.is_stale for challenge in offered)
-                # Cameras lock accounts after a few wrong passwords: it is sent once.
-                if answered and not 0 < stale <= MAX_STALE_NONCES:
+                if authenticator is None or not trusted or not authenticator.take(offered):
                     self.close()
-                    raise self._refused(401, had_credentials=True)
-                if not authenticator.take(offered):
-                    self.close()
-                    raise SourceError(
-                        SourceReason.AUTHENTICATION_FAILED,
-                        "the camera asks for an authentication that is not known here; "
-                        "set it to digest or to basic",
-                        permanent=True,
-                    )
-                answered = True
+                    schemes = [challenge.scheme for challenge in offered]
+                    raise refused(self._camera, 401, answered=answer is not None, asked_for=schemes)
             elif response.status != 200:
                 self.close()
-                raise self._refused(response.status, credentials is not None)
+                raise self._turned_away(response.status, answer is not None)
             else:
                 return response
             self.close()
 
+    def _redirected(self, url: str, location: str, count: int) -> str:
+        try:
+            url = urllib.parse.urljoin(url, location)
+            parts = urllib.parse.urlsplit(url)
+            nowhere = parts.scheme not in ("http", "https") or not parts.hostname
+            _ = parts.port
+        except ValueError:
+            nowhere = True
+        if nowhere or count > MAX_REDIRECTS:
+            self.close()
+            raise SourceError(
+                SourceReason.CONNECT_FAILED, "the camera redirects to nowhere; check its address"
+            )
+        return url
+
+    def _turned_away(self, status: int, answered: bool) -> SourceError:
+        match status:
+            case 403:
+                return refused(self._camera, 403, answered=answered)
+            case 404 | 410:
+                return SourceError(
+                    SourceReason.NOT_FOUND, "the camera has no such stream; check its address"
+                )
+            case 503:
+                message = "the camera is busy or still starts (HTTP 503)"
+            case _:
+                message = f"the camera answers HTTP {status}"
+        return SourceError(SourceReason.CONNECT_FAILED, message)
+
     def _ask(
         self, parts: urllib.parse.SplitResult, path: str, authorization: str | None
     ) -> HTTPResponse:
-        camera = self._camera
-        timeout = min(camera.open_timeout, camera.read_timeout)
-        assert parts.hostname is not None
-        # A camera on the local network is not behind the proxy of the environment.
-        connection = (
-            HTTPSConnection(
-                parts.hostname, parts.port, timeout=timeout, ssl_context=trusting(camera)
-            )
-            if parts.scheme == "https"
-            else HTTPConnection(parts.hostname, parts.port, timeout=timeout)
-        )
-        self._connection = connection
         headers = {"User-Agent": "facelane-bridge", "Connection": "close"}
         if authorization is not None:
             headers["Authorization"] = authorization
+        trust = Trust(self._camera)
+        first: ssl.SSLError | None = None
+        while True:
+            connection = self._new_connection(parts, trust)
+            self._connection = connection
+            try:
+                connection.connect()
+                break
+            except ssl.SSLCertVerificationError as error:
+                self.close()
+                first = first or error
+                if not trust.fall_back():
+                    raise untrusted(self._camera, first) from None
+            except _FAILURES as error:
+                self.close()
+                raise self._unreachable(error) from None
         try:
+            if self._interrupted.is_set():
+                raise OSError
             connection.request(
                 "GET",
                 path,
@@ -164,19 +228,21 @@ class MjpegSource:
         self._response = response
         return response
 
-    def _refused(self, status: int, had_credentials: bool) -> SourceError:
-        if status in (401, 403):
-            hint = "check them" if had_credentials else "name them with credentials_env or _file"
-            return SourceError(
-                SourceReason.AUTHENTICATION_FAILED,
-                f"the camera refuses the credentials; {hint}",
-                permanent=True,
-            )
-        if status in (404, 410):
-            return SourceError(
-                SourceReason.NOT_FOUND, "the camera has no such stream; check its address"
-            )
-        return SourceError(SourceReason.CONNECT_FAILED, f"the camera answers HTTP {status}")
+    def _new_connection(self, parts: urllib.parse.SplitResult, trust: Trust) -> HTTPConnection:
+        assert parts.hostname is not None
+        timeout = min(self._camera.open_timeout, self._camera.read_timeout)
+        # A camera on the local network is not behind the proxy of the environment.
+        if parts.scheme == "http":
+            return HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+        context = trust.context()
+        return HTTPSConnection(
+            parts.hostname,
+            parts.port,
+            timeout=timeout,
+            ssl_context=context,
+            cert_reqs=context.verify_mode,
+            server_hostname=self._camera.tls_server_name or None,
+        )
 
     def _unreachable(self, error: BaseException) -> SourceError:
         if self._interrupted.is_set():
@@ -187,14 +253,9 @@ class MjpegSource:
             case urllib3.exceptions.NewConnectionError():  # of urllib3's time-outs, too
                 return SourceError(SourceReason.CONNECT_FAILED, _BROKEN)
             case TimeoutError() | urllib3.exceptions.TimeoutError():
-                return SourceError(
-                    SourceReason.TIMED_OUT, "the camera does not answer in time; is it on?"
-                )
+                return SourceError(SourceReason.TIMED_OUT, self._silence())
             case ssl.SSLError() | urllib3.exceptions.SSLError():
-                return SourceError(
-                    SourceReason.TLS_FAILED,
-                    "the camera's certificate is not trusted; name its authority in tls_ca_file",
-                )
+                return untrusted(self._camera, error)
             case http.client.RemoteDisconnected() | urllib3.exceptions.ProtocolError():
                 return SourceError(SourceReason.CONNECT_FAILED, _BROKEN)
             case http.client.HTTPException():
@@ -202,40 +263,77 @@ class MjpegSource:
             case _:
                 return SourceError(SourceReason.CONNECT_FAILED, _BROKEN)
 
+    def _silence(self) -> str:
+        if not self.connected:
+            return "the camera does not answer in time; is it on?"
+        return f"the camera answered and fell silent; {self.seen}".rstrip("; ")
+
+    # --- reading ---
+
     def read(self) -> CapturedFrame | None:
         while True:
             while self._ready:
-                data = self._ready.pop(0)
+                data = self._ready.popleft()
                 media_time = self._clock.media_time(None, time.monotonic())
                 if not self._decimator.wants(media_time):
                     continue
-                return CapturedFrame(self._shrunk(data), media_time, time.time())
-            if self._interrupted.is_set():
-                raise SourceError(SourceReason.INTERRUPTED, "the source was told to stop")
+                taken = self._gate.take(data)
+                if isinstance(taken, Refusal):
+                    return CapturedFrame(b"", media_time, time.time(), taken)
+                return CapturedFrame(taken, media_time, time.time())
             self._receive()
 
     def _receive(self) -> None:
-        response, parser = self._response, self._parser
+        if self._interrupted.is_set():
+            raise SourceError(SourceReason.INTERRUPTED, "the source was told to stop")
+        response, splitter = self._response, self._splitter
         assert response is not None, "open() comes before read()"
-        assert parser is not None
         try:
             data = response.read1(READ_CHUNK_BYTES)
         except _FAILURES as error:
             raise self._unreachable(error) from None
-        if not data or parser.ended:
-            raise SourceError(SourceReason.DISCONNECTED, "the camera ended the stream")
         try:
-            self._ready += parser.feed(data)
+            self._ready += splitter.feed(data) if data else splitter.finish()
         except MjpegError as error:
             raise SourceError(SourceReason.FORMAT_INVALID, error.message) from None
+        if splitter.lengths_wrong and not self._told_lengths:
+            self._told_lengths = True
+            log.info(
+                "the camera's parts are not as long as they say; their own markers count",
+                camera=self._camera.name,
+            )
+        if not data:
+            self._ended()
+        elif not splitter.pictures and splitter.passed > MAX_PAGE_BYTES and not self._announced:
+            raise self._no_pictures()
 
-    def _shrunk(self, data: bytes) -> bytes:
-        if self._shrink is None:
-            return data
-        size = jpeg_size(data)
-        if size is None or max(size) <= self._camera.max_side or size[0] * size[1] > MAX_PIXELS:
-            return data  # what cannot be read is the server's to refuse, frame by frame
-        try:
-            return self._shrink.encode(decode_picture(data, "mjpeg"))
-        except (av.FFmpegError, ValueError):
-            return data
+    @property
+    def _announced(self) -> bool:
+        return self._type.startswith(("multipart/", "image/"))
+
+    def _ended(self) -> None:
+        """The camera has closed the connection: what that means follows from what it gave."""
+        match self._splitter.pictures:
+            case 0:
+                raise self._no_pictures()
+            case 1:
+                # A picture a connection: the next one is asked for at the camera's own pace.
+                if not self._ready:
+                    interval = max(SINGLE_INTERVAL, 0.9 / (self._camera.max_fps or 1000))
+                    self._interrupted.wait(self._asked_at + interval - time.monotonic())
+                    self.close()
+                    self._connect()
+            case _:
+                if not self._ready:
+                    raise SourceError(SourceReason.DISCONNECTED, "the camera ended the stream")
+
+    def _no_pictures(self) -> SourceError:
+        if self._announced:
+            what = self.seen or "it ended without a picture"
+            return SourceError(SourceReason.FORMAT_INVALID, f"the camera gives no picture: {what}")
+        kind = f"{self._type!r}" if self._type else "something that it gives no type of"
+        return SourceError(
+            SourceReason.FORMAT_INVALID,
+            f"the address answers {kind}, and no pictures; use the camera's MJPEG stream "
+            "address, or wait until it has started",
+        )

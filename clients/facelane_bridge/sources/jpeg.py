@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from fractions import Fraction
 
 import av
@@ -10,41 +12,119 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from facelane_bridge.sources.api import Refusal
+
 MAX_PIXELS = 8192 * 8192
 """A header may promise any size; nothing larger than this is decoded."""
+MAX_SCANS = 64
+"""Of a picture that is decoded. Progressive ones of real programs have ten."""
+MAX_COST = 128_000_000
+"""Pixels times scans: 4K with fifteen scans."""
+MAX_SEGMENTS = 256
+"""Before the first scan."""
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xda-\xfe]")
+_SCAN = re.compile(rb"\xff\xda")
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) from a JPEG's frame header, ``None`` if it has none."""
-    at = 2
-    while at + 9 <= len(data):
-        if data[at] != 0xFF:
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """What a JPEG says of itself before anything is decoded."""
+
+    width: int
+    height: int
+    scans: int
+    is_plain: bool
+    """Baseline, 8 bits, one or three components, its own tables, no scan too many: what
+    every decoder reads at a cost that follows from its size."""
+
+    @property
+    def cost(self) -> int:
+        """Pixels to be gone over."""
+        return self.width * self.height * max(1, self.scans)
+
+
+def read_header(data: bytes) -> JpegHeader | None:
+    """The header of a JPEG; ``None`` where there is none. Looks at each byte once."""
+    frame, tables, at = 0, False, 2
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    for _ in range(MAX_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if found is None or found.end() + 2 > len(data):
             return None
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7])
-        elif marker == 0xDA:
-            return None
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        at, marker = found.end(), data[found.end() - 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and not frame:
+            frame, kind = at, marker
+        tables = tables or marker == 0xC4
+        if marker == 0xDA:
+            break
+        at += max(2, int.from_bytes(data[at : at + 2]))
+    else:
+        return None
+    if not frame or frame + 8 > len(data):
+        return None
+    components = data[frame + 7]
+    scans = len(_SCAN.findall(data, at - 2))
+    return JpegHeader(
+        width=int.from_bytes(data[frame + 5 : frame + 7]),
+        height=int.from_bytes(data[frame + 3 : frame + 5]),
+        scans=scans,
+        # Some webcams leave the Huffman tables (DHT) out, which only MJPEG decoders know.
+        is_plain=kind == 0xC0
+        and data[frame + 2] == 8
+        and components in (1, 3)
+        and tables
+        and scans <= components,
+    )
+
+
+def too_costly(header: JpegHeader) -> Refusal | None:
+    """Why a picture is not even decoded, if it is not."""
+    if header.width * header.height > MAX_PIXELS:
+        return Refusal("PICTURE_TOO_LARGE", f"the picture has more than {MAX_PIXELS} pixels")
+    if header.scans > MAX_SCANS or header.cost > MAX_COST:
+        return Refusal(
+            "PICTURE_TOO_COSTLY",
+            f"the picture takes {header.scans} scans; set the camera to plain (baseline) JPEG",
+        )
     return None
 
 
-def is_self_contained_jpeg(data: bytes) -> bool:
-    """Whether these bytes are a JPEG that any decoder reads: some webcams leave the
-    Huffman tables (DHT) out to save bandwidth, which only MJPEG decoders know."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return False
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        if data[at + 1] == 0xC4:
-            return True
-        if data[at + 1] == 0xDA:
-            return False
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return False
+class JpegGate:
+    """Which pictures of a camera go on, and how.
+
+    Plain ones pass untouched where they are not too large. Everything else (progressive,
+    arithmetic, without tables, with scans without end) is nothing that the server has to
+    decode for a stranger: it is decoded here, within bounds, and encoded anew.
+    """
+
+    def __init__(self, quality: int, max_side: int) -> None:
+        self._encoder = JpegEncoder(quality, max_side)
+        self._max_side = max_side
+
+    @property
+    def scales(self) -> bool:
+        return self._max_side > 0
+
+    def passes(self, header: JpegHeader) -> bool:
+        """Whether the camera's own bytes go on."""
+        fits = not self._max_side or max(header.width, header.height) <= self._max_side
+        return header.is_plain and fits
+
+    def take(self, data: bytes) -> bytes | Refusal:
+        """The picture as it goes on, or why it does not."""
+        header = read_header(data)
+        if header is None:
+            return Refusal("PICTURE_CORRUPT", "the camera's picture has no header of a JPEG")
+        refusal = too_costly(header)
+        if refusal is not None:
+            return refusal
+        if self.passes(header):
+            return data
+        try:
+            return self._encoder.encode(decode_picture(data, "mjpeg"))
+        except (av.FFmpegError, ValueError):
+            return Refusal("PICTURE_CORRUPT", "the camera's picture cannot be decoded")
 
 
 class JpegEncoder:

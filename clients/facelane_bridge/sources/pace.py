@@ -12,23 +12,44 @@ class MediaClock:
 
     A timestamp that stands still stays still: this is how a frozen camera is seen. One
     that jumps (a camera that set its clock, a stream that started again) is rebased on
-    the arrival time, so that one jump is not taken for a stall of hours.
+    the arrival time, so that one jump is not taken for a stall of hours. One that never
+    moved while the frames did says nothing at all: arrival counts instead.
     """
 
     MAX_FORWARD = 10.0
     MAX_BACKWARD = 0.5
+    STANDING = 3
+    """Frames that differ at one timestamp, from the first on, that make a clock useless."""
 
     def __init__(self, *, live: bool = True) -> None:
         # A file may well have a minute between two frames.
         self._max_forward = self.MAX_FORWARD if live else math.inf
+        self._live = live
         self._base: float | None = None
+        self._first: float | None = None
+        self._standing = 0
         self._last_stamp = 0.0
         self._last_media = 0.0
         self._last_arrival = 0.0
+        self.moves = False
+        """The source's own clock has moved since the first frame."""
 
-    def media_time(self, stamp: float | None, arrival: float) -> float:
-        """Seconds since the first frame. ``arrival`` is monotonic; ``stamp`` may be absent."""
-        if stamp is None:
+    @property
+    def is_useless(self) -> bool:
+        """The source's clock never moved, and its frames did."""
+        return self._standing >= self.STANDING
+
+    def media_time(self, stamp: float | None, arrival: float, *, differs: bool = False) -> float:
+        """Seconds since the first frame. ``arrival`` is monotonic; ``stamp`` may be absent.
+
+        ``differs``: the frame is not the one before; of interest while the clock stands.
+        """
+        if stamp is not None and self._live and not self.moves and not self.is_useless:
+            if self._first is None:
+                self._first = stamp
+            self.moves = stamp != self._first
+            self._standing += differs and not self.moves
+        if stamp is None or self.is_useless:
             stamp = arrival
         if self._base is None:
             self._base = stamp
