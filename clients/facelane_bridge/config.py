@@ -228,6 +228,8 @@ def parse(text: str) -> BridgeSettings:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError("not valid TOML: nested too deeply") from None
     return from_mapping(document)
 
 

@@ -369,6 +369,8 @@ def parse(text: str, *, source: str = "<config>") -> Config:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid TOML: nested too deeply") from None
     # TOML has no null: `[pools] liveness = false` switches a stage off.
     pools = raw.get("pools")
     if isinstance(pools, dict):

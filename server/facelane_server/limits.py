@@ -163,6 +163,10 @@ MAX_EVENT_BATCH: Final = 256
 # -- logs and metrics -----------------------------------------------------------------
 MAX_METRICS_CONNECTIONS: Final = 8
 MAX_METRICS_HEADER_BYTES: Final = 8 * KIB
+MAX_LOG_LINES_PER_S: Final = 20
+"""Of one event."""
+MAX_LOG_EVENTS: Final = 256
+"""Kinds of lines that are told apart within a second."""
 MAX_LOG_VALUE_CHARS: Final = 2_000
 MAX_TRACEBACK_CHARS: Final = 20_000
 MAX_STATUS_CHARS: Final = 256

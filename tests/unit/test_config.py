@@ -196,3 +196,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         config.Config().limits.window = 3  # type: ignore[misc]
+
+
+def test_a_hostile_file_is_refused_in_a_line() -> None:
+    for text in ("a = " + "[" * 9_999, "a = " + "{b = " * 9_999):
+        with pytest.raises(ConfigError, match="not valid TOML"):
+            config.parse(text)

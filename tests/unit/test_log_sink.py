@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import select
 from pathlib import Path
 
 import pytest
+import structlog
 
-from facelane_server.observability.logs import LOG_STALL_MS, LogSink
+from facelane_server import config, limits
+from facelane_server.observability.logs import LOG_STALL_MS, LogSink, Ration, configure_logging
 
 
 def test_a_full_disk_and_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,3 +86,36 @@ def test_a_reader_that_left_and_a_closed_stream() -> None:
     sink = LogSink(memory)
     sink.write("nobody\n")
     assert sink.lost == 1
+
+
+def test_one_event_does_not_fill_the_log() -> None:
+    now = 100.0
+    ration = Ration(lambda: now)
+    most = limits.MAX_LOG_LINES_PER_S
+    told = [ration.left_out("call refused") for _ in range(1_000)]
+    assert told == [0] * most + [None] * (1_000 - most)
+    assert ration.left_out("worker lost") == 0, "others are told"
+    now += 1
+    assert ration.left_out("call refused") == 1_000 - most
+    assert ration.left_out("call refused") == 0
+    for number in range(100_000):
+        ration.left_out(f"made up {number}")
+    assert len(ration._counts) <= limits.MAX_LOG_EVENTS + 1
+    assert len(ration._left_out) <= limits.MAX_LOG_EVENTS + 1
+
+
+def test_lines_are_rationed_whoever_writes_them() -> None:
+    stream = io.StringIO()
+    root = logging.getLogger()
+    before = (list(root.handlers), root.level)
+    try:
+        configure_logging(config.Log(format="json"), stream=stream, environ={})
+        for _ in range(500):
+            structlog.get_logger().info("call refused")
+            logging.getLogger("asyncio").error("socket.accept() out of system resource")
+        lines = stream.getvalue().splitlines()
+        assert 2 * limits.MAX_LOG_LINES_PER_S <= len(lines) < 500
+        assert sum("call refused" in line for line in lines) < 250
+    finally:
+        root.handlers, root.level = before
+        structlog.reset_defaults()

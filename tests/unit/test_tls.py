@@ -121,15 +121,25 @@ def test_whom_a_certificate_is_for(made: Path, host: str, covered: bool) -> None
 
 
 def test_the_doctor_looks_at_certificates(made: Path) -> None:
-    def check(chain: str, key: str = "own.key") -> Finding:
-        return installation.check_tls(config.Config(tls=section(made, chain, key)))
+    def check(chain: str, key: str = "own.key", listen: str = "door.example:50151") -> Finding:
+        server = config.Server(listen=listen)
+        return installation.check_tls(config.Config(server=server, tls=section(made, chain, key)))
 
     (made / "own.key").chmod(0o600)
-    good = check("own.pem")
+    good = check("named.pem")
     assert (good.status, good.advice) == (Status.OK, "")
     assert "valid until" in good.detail
+    for listen in ("10.0.0.7:1", "[::1]:1", "hall.cameras.example:1"):
+        assert check("named.pem", listen=listen).status is Status.OK, listen
+    elsewhere = check("named.pem", listen="10.0.0.8:1")
+    assert elsewhere.status is Status.WARN
+    assert "not for 10.0.0.8" in elsewhere.detail
+    assert "door.example" in elsewhere.advice
+    assert check("named.pem", listen="0.0.0.0:1").status is Status.WARN
+    nameless = check("own.pem")
+    assert "no alternative names" in nameless.detail
     assert check("expired.pem").status is Status.FAIL
     assert check("soon.pem").status is Status.WARN
-    assert check("own.pem", "other.key").status is Status.FAIL
+    assert check("named.pem", "other.key").status is Status.FAIL
     (made / "own.key").chmod(0o644)
-    assert check("own.pem").advice == f"chmod 600 {made / 'own.key'}"
+    assert check("named.pem").advice == f"chmod 600 {made / 'own.key'}"

@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -108,7 +108,7 @@ def check_keys(settings: config.Config) -> Finding:
 
 
 def check_tls(settings: config.Config) -> Finding:
-    """The certificate, its key, and its dates."""
+    """The certificate, its key, its dates, and whom it is for."""
     section = settings.tls
     if not section.cert_file:
         if config.is_local(settings.server.listen):
@@ -130,10 +130,33 @@ def check_tls(settings: config.Config) -> Finding:
     detail = f"{section.cert_file}: valid until {facts.ends:%Y-%m-%d}"
     if facts.ends - datetime.now(UTC) < timedelta(days=MIN_CERTIFICATE_DAYS):
         return Finding("tls", Status.WARN, detail, "renew it: clients refuse it afterwards")
+    if not facts.names:
+        advice = (
+            "most clients look at nothing else: make it again with subjectAltName = DNS:..., IP:..."
+        )
+        return Finding("tls", Status.WARN, f"{detail}; it has no alternative names", advice)
+    hosts = _reached_by(settings.server.listen)
+    if not any(map(facts.covers, hosts)):
+        advice = f"clients that come to one of those names refuse it; it is for {_few(facts.names)}"
+        return Finding("tls", Status.WARN, f"{detail}; it is not for {_few(hosts)}", advice)
     if Path(section.key_file).stat().st_mode & 0o007:
         advice = f"chmod 600 {section.key_file}"
         return Finding("tls", Status.WARN, f"{section.key_file} can be read by others", advice)
     return Finding("tls", Status.OK, detail)
+
+
+def _reached_by(listen: str) -> tuple[str, ...]:
+    """Names and addresses that clients may connect to."""
+    if listen.startswith("unix:"):
+        return ("localhost",)
+    host = listen.rpartition(":")[0].strip("[]")
+    if host in ("0.0.0.0", "::", "*"):  # noqa: S104
+        return tuple(dict.fromkeys((socket.gethostname(), socket.getfqdn())))
+    return (host,)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def check_gallery(settings: config.Config) -> Finding:

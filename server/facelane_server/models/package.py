@@ -332,6 +332,8 @@ def read_package(folder: Path) -> Package:
         table = tomllib.loads(raw.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise invalid(folder, f"{MANIFEST} is not valid TOML: {error}") from error
+    except RecursionError:
+        raise invalid(folder, f"{MANIFEST} is not valid TOML: nested too deeply") from None
     _refuse_unknown_keys(folder, table, Manifest, "")
     try:
         manifest = msgspec.convert(table, Manifest)

@@ -16,7 +16,9 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TextIO, cast
 
 import structlog
@@ -142,6 +144,47 @@ class LogSink:
             data = data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
 
 
+class Ration:
+    """So many lines of one event a second, and no more: strangers can make a server write as
+    fast as they can knock. The next line that is let through says how many were left out."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun = 0.0
+        self._counts: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+
+    def left_out(self, event: str) -> int | None:
+        """How many lines like this were left out before it; None = leave this one out too."""
+        now = self._clock()
+        if now - self._begun >= 1.0:
+            self._begun = now
+            self._counts.clear()
+        # Messages are constants; those of other libraries are cut, and few enough.
+        event = event[:64]
+        if len(self._counts) >= limits.MAX_LOG_EVENTS:
+            event = ""
+        self._counts[event] += 1
+        if self._counts[event] > limits.MAX_LOG_LINES_PER_S:
+            if len(self._left_out) < limits.MAX_LOG_EVENTS or event in self._left_out:
+                self._left_out[event] += 1
+            return None
+        return self._left_out.pop(event, 0)
+
+    def process(self, _logger: object, _method: str, event: Event) -> Event:
+        """For structlog."""
+        missing = self.left_out(str(event.get("event", "")))
+        if missing is None:
+            raise structlog.DropEvent
+        if missing:
+            event["left_out"] = missing
+        return event
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """For the standard library's handlers."""
+        return self.left_out(str(record.msg)) is not None
+
+
 def configure_logging(
     section: config.Log,
     *,
@@ -176,13 +219,15 @@ def configure_logging(
         *traceback,
     ]
     sink = LogSink(stream)
+    ration = Ration()
     structlog.configure(
-        processors=[*shared, _withhold_all, renderer],
+        processors=[ration.process, *shared, _withhold_all, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", sink)),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(cast("TextIO", sink))
+    handler.addFilter(ration.filter)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
