@@ -33,11 +33,13 @@ from facelane.transport import checked_token
 from facelane_bridge import notify
 from facelane_bridge.camera import CameraState
 from facelane_bridge.config import BridgeSettings, ConfigError, ServerSettings
+from facelane_bridge.metrics import serve_metrics
 from facelane_bridge.output import (
     CameraTotals,
     Line,
     Output,
     OutputClosedError,
+    Selection,
     SummaryLine,
     merge,
 )
@@ -52,6 +54,9 @@ the times above and the output's own it stays below the 20 s that systemd gives.
 CAMERAS_PER_CONNECTION = 64
 """A server bounds the streams of one connection; the next would wait without a word."""
 CONNECT_TIMEOUT = 10.0
+RESTART_PAUSE = 120.0
+"""Seconds that a service whose cameras failed for good stays before it ends, to be started
+again: often enough for a camera that comes right, seldom enough for its account."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +84,14 @@ class Bridge:
         *,
         random_unit: Callable[[], float] = random.random,
         open_source: OpenSource = open_source,
+        restart_pause: float = 0.0,
     ) -> None:
         self._settings = settings
         self._output = output
         self._random_unit = random_unit
         self._open_source = open_source
+        self._restart_pause = restart_pause
+        self._selection = Selection(settings.results)
         self._stopping = asyncio.Event()
         self._output_closed = False
         self._emitting: set[asyncio.Timeout] = set()
@@ -128,22 +136,30 @@ class Bridge:
             ]
             if self._stopping.is_set():
                 self.stop()
-            notify.notify("READY=1")
-            background = [
-                asyncio.create_task(self._report_status(), name="status"),
-                asyncio.create_task(self._feed_watchdog(), name="watchdog"),
-            ]
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for runner in self._runners:
-                        group.create_task(runner.run(), name=f"camera {runner.name}")
-            finally:
-                notify.notify("STOPPING=1")
-                for task in background:
-                    task.cancel()
-                await asyncio.gather(*background, return_exceptions=True)
-            summary = merge(self.totals)
-            await self._emit(summary)
+            stack.enter_context(serve_metrics(self._settings.metrics, self._snapshot))
+            return await self._run()
+
+    async def _snapshot(self) -> dict[str, CameraTotals]:
+        return self.totals
+
+    async def _run(self) -> BridgeReport:
+        notify.notify("READY=1")
+        background = [
+            asyncio.create_task(self._report_status(), name="status"),
+            asyncio.create_task(self._feed_watchdog(), name="watchdog"),
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for runner in self._runners:
+                    group.create_task(runner.run(), name=f"camera {runner.name}")
+            await self._pause()
+        finally:
+            notify.notify("STOPPING=1")
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+        summary = merge(self.totals)
+        await self._emit(summary)
         return BridgeReport(
             summary=summary,
             failed=tuple(r.name for r in self._runners if r.state is CameraState.FAILED),
@@ -151,8 +167,20 @@ class Bridge:
             output_closed=self._output_closed,
         )
 
+    async def _pause(self) -> None:
+        """Before the service manager starts again what failed."""
+        failed = [runner.name for runner in self._runners if runner.state is CameraState.FAILED]
+        if not failed or not self._restart_pause or self._stopping.is_set():
+            return
+        pause = self._restart_pause
+        log.warning("failed for good; ends soon, to be started again", cameras=failed, in_s=pause)
+        notify.notify(f"STATUS=failed: {', '.join(failed)}; ends in {pause:g} s to start again")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._stopping.wait()
+
     async def _emit(self, line: Line) -> None:
-        if self._output_closed:
+        if self._output_closed or not self._selection.wants(line):
             return
         try:
             async with asyncio.timeout_at(self._emit_until) as limit:

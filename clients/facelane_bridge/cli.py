@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import facelane
+from facelane.cli.streams import steady
 
 EXIT_OK = 0
 EXIT_FAULT = 1
@@ -48,10 +49,12 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit code."""
+    steady()
     arguments = _parser().parse_args(argv)
     try:
         import av  # noqa: F401
         import msgspec  # noqa: F401
+        import prometheus_client  # noqa: F401
         import structlog
     except ImportError as error:
         print(
@@ -107,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("config", nargs="?", type=Path, help="TOML file with the cameras")
     run.add_argument(
         "--source", metavar="X", help="one source instead of a file: address, file, folder, device"
+    )
+    run.add_argument(
+        "--results",
+        choices=("off", "events", "all"),
+        help="which lines: all, those in which something changed, or states and the summary; "
+        "default: events under a service manager, else all",
     )
     run.add_argument("--table", action="store_true", help="a table for people, no JSON lines")
     _add_server_arguments(run)
@@ -194,16 +203,24 @@ def _settings(arguments: argparse.Namespace) -> Any:
 
 
 def _run(arguments: argparse.Namespace, settings: Any) -> int:
+    import msgspec
+
+    from facelane_bridge.config import Results
     from facelane_bridge.output import JsonLines, Table
 
+    if arguments.table:
+        settings = msgspec.structs.replace(settings, results=Results.ALL)
+    elif arguments.results:
+        settings = msgspec.structs.replace(settings, results=Results(arguments.results))
     output = Table() if arguments.table else JsonLines()
     return asyncio.run(_run_bridge(settings, output))
 
 
 async def _run_bridge(settings: Any, output: Any) -> int:
-    from facelane_bridge.bridge import Bridge
+    from facelane_bridge.bridge import RESTART_PAUSE, Bridge
+    from facelane_bridge.config import is_service
 
-    bridge = Bridge(settings, output)
+    bridge = Bridge(settings, output, restart_pause=RESTART_PAUSE if is_service() else 0.0)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, bridge.stop)

@@ -67,6 +67,14 @@ class OverloadChoice(enum.StrEnum):
     LOSSLESS = "lossless"
 
 
+class Results(enum.StrEnum):
+    """Which lines are told. ``events``: those in which something has changed."""
+
+    ALL = "all"
+    EVENTS = "events"
+    OFF = "off"
+
+
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=86_400)]
@@ -193,6 +201,9 @@ class BridgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cameras: tuple[CameraSettings, ...]
     status_interval: Seconds = 10.0
     """How often the counters of every camera are logged."""
+    results: Results = Results.ALL
+    metrics: str = ""
+    """``host:port`` where Prometheus finds the cameras' metrics; empty = nowhere."""
 
     @property
     def exposed_files(self) -> tuple[str, ...]:
@@ -202,7 +213,7 @@ class BridgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return tuple(sorted(path for path in named if path and _is_readable_by_all(path)))
 
 
-TOP_LEVEL_KEYS = ("server", "defaults", "camera", "status_interval")
+TOP_LEVEL_KEYS = ("server", "defaults", "camera", "status_interval", "results", "metrics")
 _NOT_DEFAULTS = frozenset({"name", "source"})
 
 
@@ -265,13 +276,29 @@ def from_mapping(document: Mapping[str, Any]) -> BridgeSettings:
         "server": _convert(server, ServerSettings, "in [server]"),
         "cameras": tuple(merged),
     }
-    if "status_interval" in document:
-        settings["status_interval"] = _convert(
-            document["status_interval"], Seconds, "status_interval"
-        )
+    for key, kind in (("status_interval", Seconds), ("results", Results), ("metrics", str)):
+        if key in document:
+            settings[key] = _convert(document[key], kind, key)
+    if "results" not in settings and is_service():
+        settings["results"] = Results.EVENTS
     result = BridgeSettings(**settings)
     _check_server(result.server)
+    if result.metrics:
+        host_and_port(result.metrics)
     return result
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of ``host:port``. Raises ``ConfigError``."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"metrics: write host:port, for instance 127.0.0.1:9153, not {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def is_service() -> bool:
+    """Whether a service manager started us, whose journal keeps what we write."""
+    return bool(os.environ.get("NOTIFY_SOCKET") or os.environ.get("SUPERVISOR_ENABLED"))
 
 
 def single(

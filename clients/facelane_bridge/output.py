@@ -26,12 +26,15 @@ from typing import TYPE_CHECKING, Protocol, Self
 import msgspec
 
 import facelane
+from facelane_bridge.config import Results
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
 MAX_QUEUED_LINES = 1024
+MAX_TRACKS_KEPT = 256
+"""A camera; the newest ones."""
 MAX_BATCH_LINES = 256
 FLUSH_TIMEOUT = 5.0
 """Seconds that the last lines may take when the reader of standard output is stuck."""
@@ -143,6 +146,8 @@ class CameraTotals(msgspec.Struct, kw_only=True):
     decisions: dict[str, int] = {}
     p50_ms: float | None = None
     p99_ms: float | None = None
+    age_s: float | None = None
+    """Seconds since the newest frame; null before the first."""
     state: str = "CONNECTING"
     reason: str = ""
 
@@ -208,6 +213,47 @@ def percentile(values: list[float], share: float) -> float | None:
         return None
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+class Selection:
+    """Which lines are told: all, those in which something has changed, or hardly any.
+
+    ``events`` is for journals: a result is told when a face in it is new, or its decision,
+    name or liveness is another than before; an error when its reason is. Whatever is not
+    told is counted all the same.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self._faces: dict[str, dict[int, tuple[str, str, str]]] = {}
+        self._reasons: dict[str, str] = {}
+
+    def wants(self, line: Line) -> bool:
+        """Whether a line is told. Remembers what it lets pass."""
+        if self._results is Results.ALL or isinstance(line, StateLine | SummaryLine):
+            return True
+        if self._results is Results.OFF or isinstance(line, DropLine):
+            return False
+        match line:
+            case ResultLine():
+                return self._has_changed(line)
+            case ErrorLine():
+                before = self._reasons.get(line.camera)
+                self._reasons[line.camera] = line.reason
+                return line.reason != before
+            case _:
+                return True
+
+    def _has_changed(self, line: ResultLine) -> bool:
+        known = self._faces.setdefault(line.camera, {})
+        changed = False
+        for face in line.faces:
+            now = (face.decision, face.subject_id, face.liveness)
+            changed = changed or known.pop(face.track_id, None) != now
+            known[face.track_id] = now
+        while len(known) > MAX_TRACKS_KEPT:
+            del known[next(iter(known))]
+        return changed
 
 
 class Output(Protocol):

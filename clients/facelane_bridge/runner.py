@@ -120,6 +120,8 @@ class CameraRunner:
         totals.state = self.state.value
         if camera is not None:
             totals.openings, totals.reason = camera.openings, camera.reason
+            if camera.media_time is not None:
+                totals.age_s = round(time.monotonic() - camera.progress_at, 3)
         return totals
 
     @property

@@ -344,6 +344,7 @@ def test_the_bridge_streams_and_its_results_reach_the_journal(server: Machine) -
     (frames / "0.jpg").write_bytes(data.tobytes())
     server.write(
         "/etc/facelane/bridge-front-door.toml",
+        'results = "all"\n'
         '[[camera]]\nname = "front-door"\nsource = "/srv/frames"\nkind = "folder"\nloop = true\n',
     )
     try:

@@ -282,7 +282,7 @@ class TestOtherSupervisors:
         # SIGTERM to the server alone; SIGKILL to what is left of the group.
         assert server["stopasgroup"] == "false"
         assert server["killasgroup"] == "true"
-        # A camera that refuses its password must not be asked again and again.
+        # The bridge itself waits before it is started again after a refused password.
         bridge = parser["program:facelane-bridge-front-door"]
         never_again = settings(SYSTEM / "facelane-bridge@.service")["RestartPreventExitStatus"]
         assert set(bridge["exitcodes"].split(",")) == {"0", *never_again[0].split()}
