@@ -83,7 +83,11 @@ class ServerService(pb_grpc.ServerServiceServicer):
         chosen: dict[Stage, dict[str, float | None]] = {
             Stage.DETECTOR: {"score": manifest.thresholds.score, "nms": manifest.thresholds.nms},
             Stage.RECOGNIZER: {
-                "match": thresholds.match,
+                **(
+                    {"match": thresholds.match}
+                    if thresholds.promise is None
+                    else {"false_naming": thresholds.promise.false_naming}
+                ),
                 "margin": thresholds.margin,
                 "ood": thresholds.ood,
             },
