@@ -107,7 +107,7 @@ class _ThreadLauncher:
     def register(self, worker_id: str) -> None:
         pass
 
-    async def launch(self, worker_id: str, nice: int = 0) -> Link:  # noqa: ARG002 - there is one
+    async def launch(self, worker_id: str, nice: int = 0, folder: object = None) -> Link:  # noqa: ARG002 - there is one
         if self._channel < 0:
             raise OSError("a thread is launched once")
         sock = socket.socket(fileno=self._channel)

@@ -492,6 +492,7 @@ def pools(pb: server_service_pb2.ListPoolsResponse) -> list[types.PoolInfo]:
                     w.last_loss,
                     w.memory_bytes,
                     seconds(w.uptime),
+                    w.sandbox,
                 )
                 for w in p.workers
             ),

@@ -206,7 +206,7 @@ class App:
             daemon = await MpsDaemon.start(runtime / "mps")
             stack.push_async_callback(daemon.close)
             pipes = daemon.pipe_directory
-        launchers = Launchers(runtime, mps_pipe_directory=pipes)
+        launchers = Launchers(runtime, mps_pipe_directory=pipes, models=self.settings.models.path)
         stack.push_async_callback(launchers.close)
         tracking.prepare()
         for stage, settings in self.settings.stages.items():

@@ -23,6 +23,7 @@ from facelane_server.naming import hint, is_name
 Isolation = Literal["process", "mps", "thread", "external"]
 Precision = Literal["auto", "fp32", "fp16"]
 Decode = Literal["auto", "cpu", "cuda"]
+Sandbox = Literal["auto", "off", "required"]
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -194,6 +195,9 @@ class Pool(Section, frozen=True):
     """A quarantined worker is given one more try after this time."""
     canary_interval_s: Seconds = 10.0
     """An idle pool runs a real inference this often."""
+    sandbox: Sandbox = "auto"
+    """``auto``: workers are confined as far as this machine can (Landlock, seccomp, a user
+    without rights where root starts them). ``required``: or they do not start. ``off``."""
     options: dict[str, str] = {}
     """Passed to the worker; for fault tests and benchmarks."""
 

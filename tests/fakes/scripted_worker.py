@@ -257,7 +257,12 @@ class ScriptedLauncher:
     def register(self, worker_id: str) -> None:
         pass
 
-    async def launch(self, worker_id: str, nice: int = 0) -> Link:
+    async def launch(
+        self,
+        worker_id: str,
+        nice: int = 0,
+        folder: object = None,
+    ) -> Link:
         self.nice.append(nice)
         if self.refuse:
             raise OSError(12, "scripted")

@@ -52,7 +52,7 @@ def server_pools(ctx: typer.Context, output_format: FormatOption = Format.table)
         "pool", "state", "queued", "done", "failed", "model", right=("queued", "done", "failed")
     )
     workers = output.table_of(
-        "worker", "state", "device", "pid", "restarts", "memory", "last loss",
+        "worker", "state", "device", "pid", "restarts", "memory", "last loss", "sandbox",
         right=("pid", "restarts", "memory"),
     )  # fmt: skip
     for pool in pools:
@@ -67,6 +67,7 @@ def server_pools(ctx: typer.Context, output_format: FormatOption = Format.table)
                 str(worker.restarts),
                 f"{worker.memory_bytes >> 20} MiB",
                 worker.last_loss,
+                worker.sandbox,
             )
     console.print(table)
     console.print()

@@ -96,6 +96,8 @@ class WorkerInfo:
     last_loss: str = ""
     memory_bytes: int = 0
     uptime: float = 0.0
+    sandbox: str = ""
+    """What its process is confined by, such as ``landlock 7, seccomp``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,7 @@ class WorkerInfo(_message.Message):
     LAST_LOSS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     UPTIME_FIELD_NUMBER: _builtins.int
+    SANDBOX_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """pool#index."""
     pid: _builtins.int
@@ -253,6 +254,8 @@ class WorkerInfo(_message.Message):
     restarts: _builtins.int
     last_loss: _builtins.str
     memory_bytes: _builtins.int
+    sandbox: _builtins.str
+    """What its process is confined by, such as "landlock 7, seccomp"."""
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration: ...
     def __init__(
@@ -266,10 +269,11 @@ class WorkerInfo(_message.Message):
         last_loss: _builtins.str = ...,
         memory_bytes: _builtins.int = ...,
         uptime: _duration_pb2.Duration | None = ...,
+        sandbox: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "last_loss", b"last_loss", "memory_bytes", b"memory_bytes", "pid", b"pid", "restarts", b"restarts", "state", b"state", "uptime", b"uptime", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "last_loss", b"last_loss", "memory_bytes", b"memory_bytes", "pid", b"pid", "restarts", b"restarts", "sandbox", b"sandbox", "state", b"state", "uptime", b"uptime", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

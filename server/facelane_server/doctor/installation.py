@@ -291,12 +291,14 @@ async def _infer(name: str, pool: Pool, request: Request) -> Finding:
     return Finding(
         name,
         Status.OK,
-        f"{worker.device}: ready in {started:.1f} s, answered in {took_ms:.1f} ms{memory}",
+        f"{worker.device}: ready in {started:.1f} s, answered in {took_ms:.1f} ms{memory}; "
+        f"sandbox: {worker.sandbox}",
         facts={
             "device": worker.device,
             "start_s": round(started, 3),
             "answer_ms": round(took_ms, 3),
             "memory_mib": worker.memory_mib,
+            "sandbox": worker.sandbox,
         },
     )
 

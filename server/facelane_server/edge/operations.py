@@ -131,6 +131,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
                     last_loss=worker.last_loss,
                     memory_bytes=worker.memory_mib * limits.MIB,
                     uptime=convert.duration(int(worker.uptime_s * 1e9)),
+                    sandbox=worker.sandbox,
                 )
         return response
 

@@ -217,7 +217,8 @@ class Warming(Message, frozen=True):
 class Ready(Message, frozen=True):
     """``memory_mib`` on the device by NVML or the allocator, context included; resident on
     a CPU. ``latency_ms``: one item, measured after warm-up. ``embedding_dim``: of
-    recognisers, else 0. ``batch_max``: the largest job that it takes."""
+    recognisers, else 0. ``batch_max``: the largest job that it takes. ``sandbox``: what the
+    worker's process is confined by."""
 
     model_id: str
     load_ms: float
@@ -227,6 +228,7 @@ class Ready(Message, frozen=True):
     device_name: str = ""
     embedding_dim: int = 0
     batch_max: int = limits.BATCH
+    sandbox: str = "off"
 
 
 class GalleryLoaded(Message, frozen=True):

@@ -65,6 +65,8 @@ class Briefing:
             raise ProtocolError("the model is not what its package says")
         if not 1 <= facts.batch_max <= (self._settings.batch_max or limits.MAX_BATCH):
             raise ProtocolError("it takes other batches than it was told")
+        if self._settings.sandbox == "required" and not facts.sandbox.startswith("landlock"):
+            raise ProtocolError(f"sandbox = 'required', but its sandbox is: {facts.sandbox}")
 
     def codec(self, package: Package) -> Codec:
         return Codec(

@@ -190,6 +190,7 @@ class Crew:
                 memory_mib=w.handle.memory_mib if w.handle else 0,
                 uptime_s=(now - w.ready_since_ns) / _S if w.handle else 0.0,
                 spare=w.life is Life.READY and w not in self.active,
+                sandbox=w.handle.facts.sandbox if w.handle else "",
             )
             for w in self.everyone()
         )
@@ -347,7 +348,9 @@ class Crew:
         """From SPAWNED to READY. Cancelled when the life ends before."""
         unready: UnreadyHandle | None = None
         try:
-            link = worker.link = await self._launcher.launch(worker.worker_id, self._nice(worker))
+            link = worker.link = await self._launcher.launch(
+                worker.worker_id, self._nice(worker), worker.package.folder
+            )
             self.happen(worker, Happening.ATTACHED)
             load = self._briefing.load(worker.package, worker.worker_id, worker.device)
             unready = UnreadyHandle(link, worker.worker_id, load)

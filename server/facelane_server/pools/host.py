@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -72,9 +73,9 @@ class Launcher(Protocol):
     def register(self, worker_id: str) -> None:
         """A worker of this id will be launched; said before the first launch."""
 
-    async def launch(self, worker_id: str, nice: int = 0) -> Link:
-        """A new worker, not yet spoken to, at that priority until it is ready. Raises OSError
-        when none can be started."""
+    async def launch(self, worker_id: str, nice: int = 0, folder: Path | None = None) -> Link:
+        """A new worker, not yet spoken to, at that priority until it is ready, which may read
+        the ``folder`` of its package. Raises OSError when none can be started."""
 
     async def close(self) -> None:
         """After all links are gone."""
@@ -120,6 +121,36 @@ _NO_MPS: Final = {"CUDA_MPS_PIPE_DIRECTORY": "/nonexistent"}
 it share the fate of its clients; pools with ``isolation = "mps"`` name their daemon."""
 
 
+@dataclass(frozen=True)
+class Confined:
+    """What a worker's process may do (see ``worker.sandbox``). ``read``: folders with models;
+    ``write``: of fault tests. ``mps``: it talks to an MPS daemon, as the user that it is."""
+
+    sandbox: config.Sandbox = "auto"
+    read: tuple[Path, ...] = ()
+    write: tuple[Path, ...] = ()
+    mps: Path | None = None
+
+    def with_folder(self, folder: Path | None) -> Confined:
+        return self if folder is None else replace(self, read=(*self.read, folder))
+
+    def with_member(self, other: Confined) -> Confined:
+        """Of a process that serves both."""
+        modes = {self.sandbox, other.sandbox}
+        strictest = next(mode for mode in _MODES if mode in modes)
+        read, write = (*self.read, *other.read), (*self.write, *other.write)
+        return replace(self, sandbox=strictest, read=read, write=write)
+
+    def arguments(self) -> list[str]:
+        found = [f"--sandbox={self.sandbox}", "--read="]
+        found += [f"--read={path.resolve()}" for path in self.read]
+        found += [f"--write={path.resolve()}" for path in self.write]
+        return found if self.mps is None else [*found, f"--mps={self.mps}"]
+
+
+_MODES: Final[tuple[config.Sandbox, ...]] = ("required", "auto", "off")
+
+
 class Process:
     """One child process: spawned, watched by pidfd, its stderr read, reaped."""
 
@@ -130,6 +161,7 @@ class Process:
         threads: int,
         environment: Mapping[str, str],
         nice: int = 0,
+        confined: Confined = Confined(),
     ) -> None:
         """Raises OSError when it cannot be started."""
         self._loop = asyncio.get_running_loop()
@@ -139,6 +171,7 @@ class Process:
         command = [sys.executable, "-P", "-m", "facelane_server.worker"]
         command += [f"--threads={threads}", f"--nice={nice}"]
         command += [f"--channel={fd}" for fd in theirs]
+        command += confined.arguments()
         try:
             self._child = subprocess.Popen(
                 command,
@@ -318,15 +351,23 @@ class _ProcessLink:
 class ProcessLauncher:
     """A process for every worker."""
 
-    def __init__(self, *, threads: int, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
+        confined: Confined = Confined(),
+    ) -> None:
         self._threads = threads
         self._environment = dict(environment or {})
+        self._confined = confined
 
     def register(self, worker_id: str) -> None:
         pass
 
-    async def launch(self, worker_id: str, nice: int = 0) -> Link:
-        return _ProcessLink(Process(worker_id, 1, self._threads, self._environment, nice))
+    async def launch(self, worker_id: str, nice: int = 0, folder: Path | None = None) -> Link:
+        confined = self._confined.with_folder(folder)
+        return _ProcessLink(Process(worker_id, 1, self._threads, self._environment, nice, confined))
 
     async def close(self) -> None:
         pass
@@ -398,9 +439,10 @@ class GroupLauncher:
     ``register`` every worker before the first ``launch``.
     """
 
-    def __init__(self, name: str, *, threads: int) -> None:
+    def __init__(self, name: str, *, threads: int, confined: Confined = Confined()) -> None:
         self._name = name
         self._threads = threads
+        self.confined = confined
         self._channels: dict[str, int] = {}
         self._process: Process | None = None
 
@@ -410,11 +452,22 @@ class GroupLauncher:
             raise RuntimeError("the group's process is running already")
         self._channels[worker_id] = len(self._channels)
 
-    async def launch(self, worker_id: str, nice: int = 0) -> Link:  # noqa: ARG002 - one process, of which others serve
+    async def launch(
+        self,
+        worker_id: str,
+        nice: int = 0,  # noqa: ARG002 - one process, of which others serve
+        folder: Path | None = None,
+    ) -> Link:
         process = self._process
         if process is None or process.exited.done():
             self._drop()
-            process = Process(f"group {self._name}", len(self._channels), self._threads, {})
+            process = Process(
+                f"group {self._name}",
+                len(self._channels),
+                self._threads,
+                {},
+                confined=self.confined.with_folder(folder),
+            )
             self._process = process
         return _GroupLink(process, process.sockets[self._channels[worker_id]])
 
@@ -497,7 +550,12 @@ class ExternalLauncher:
     def register(self, worker_id: str) -> None:
         pass
 
-    async def launch(self, worker_id: str, nice: int = 0) -> Link:  # noqa: ARG002 - whoever starts it sees to that
+    async def launch(
+        self,
+        worker_id: str,
+        nice: int = 0,  # noqa: ARG002 - whoever starts it sees to that
+        folder: Path | None = None,  # noqa: ARG002 - and to this
+    ) -> Link:
         loop = asyncio.get_running_loop()
         async with self._turn:
             listener = self._listen()
@@ -540,10 +598,18 @@ class Launchers:
 
     ``runtime_dir``: where the sockets of external pools are made; None where there are none.
     ``mps_pipe_directory``: of the MPS control daemon, for pools with ``isolation = "mps"``.
+    ``models``: folders with packages, which workers may read beside the one that they serve.
     """
 
-    def __init__(self, runtime_dir: Path | None, *, mps_pipe_directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        runtime_dir: Path | None,
+        *,
+        mps_pipe_directory: Path | None = None,
+        models: Sequence[str] = (),
+    ) -> None:
         self._runtime_dir = runtime_dir
+        self._models = tuple(Path(path).expanduser() for path in models)
         if mps_pipe_directory is None and runtime_dir is not None:
             mps_pipe_directory = runtime_dir / "mps"
         self._mps_pipe_directory = mps_pipe_directory
@@ -554,12 +620,14 @@ class Launchers:
         """The launcher for a pool; pools of one thread group share theirs."""
         launcher: Launcher
         hosting = settings.hosting
+        confined = self._confined(settings)
         if hosting.shares_process:
             group = self._groups.get(settings.group)
             if group is None:
-                group = GroupLauncher(settings.group, threads=settings.threads)
+                group = GroupLauncher(settings.group, threads=settings.threads, confined=confined)
                 self._groups[settings.group] = group
                 self._launchers.append(group)
+            group.confined = group.confined.with_member(confined)
             return group
         if hosting.attaches:
             if settings.socket:
@@ -577,11 +645,23 @@ class Launchers:
                 memory_mib=settings.memory_mib,
                 stream_priority=settings.stream_priority,
             )
-            launcher = ProcessLauncher(threads=settings.threads, environment=environment)
+            confined = replace(confined, mps=self._mps_pipe_directory)
+            launcher = ProcessLauncher(
+                threads=settings.threads, environment=environment, confined=confined
+            )
         else:
-            launcher = ProcessLauncher(threads=settings.threads)
+            launcher = ProcessLauncher(threads=settings.threads, confined=confined)
         self._launchers.append(launcher)
         return launcher
+
+    def _confined(self, settings: config.Pool) -> Confined:
+        own = [Path(settings.model).expanduser()] if os.sep in settings.model else []
+        faults = [
+            Path(settings.options[name]).parent
+            for name in ("fail.only_file", "fail.from_file")
+            if name in settings.options
+        ]
+        return Confined(settings.sandbox, (*self._models, *own), tuple(faults))
 
     async def close(self) -> None:
         """After all pools have stopped."""

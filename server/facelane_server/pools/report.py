@@ -60,6 +60,8 @@ class WorkerInfo:
     memory_mib: int
     uptime_s: float
     spare: bool
+    sandbox: str = ""
+    """What its process is confined by, as it says itself."""
 
 
 @dataclass(frozen=True, slots=True)

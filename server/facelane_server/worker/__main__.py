@@ -19,9 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, get_args
 
-from facelane_server.worker import exit_codes
+from facelane_server.worker import exit_codes, sandbox
 from facelane_server.worker.priority import step_back
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--attach-timeout", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operator")
     parser.add_argument("--nice", type=int, default=0, help="until ready, for others' sake")
+    parser.add_argument("--sandbox", choices=get_args(sandbox.Mode), default="auto")
+    parser.add_argument("--read", action="append", metavar="PATH", help="none: everything")
+    parser.add_argument("--write", action="append", default=[], metavar="FOLDER")
+    parser.add_argument("--mps", default="", metavar="FOLDER", help="of the daemon's pipes")
     try:
         options = parser.parse_args(arguments)
     except SystemExit as leave:
@@ -63,8 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     stopping, wake = _stop_on_sigterm()
 
+    try:
+        held = _confine(options)
+    except sandbox.SandboxError as error:
+        sys.stderr.write(f"{error}; set sandbox = 'auto' to go without\n")
+        return exit_codes.NOT_CONFINED
     if not options.attach:
-        _die_with_parent()
+        _die_with_parent()  # after the change of user, which forgets it
     ready = step_back(options.nice) if options.nice else _nothing
     # Now, and not after an attach: from there on the server is waiting.
     from facelane_server.worker import loop  # noqa: F401
@@ -83,7 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
         sockets = [socket.socket(fileno=fd) for fd in options.channel]
         for sock in sockets:
             os.set_inheritable(sock.fileno(), False)
-    return _serve(sockets, stopping, wake, ready)
+    sandbox.close_doors(held, unix=bool(options.mps))
+    return _serve(sockets, stopping, wake, ready, str(held))
+
+
+def _confine(options: argparse.Namespace) -> sandbox.Confinement:
+    mps = [options.mps, "/dev/shm"] if options.mps else []  # noqa: S108 - CUDA's own place
+    read = None if options.read is None else [path for path in options.read if path]
+    # A daemon serves one user, the server's; a worker of another user could not attach.
+    keep_user = bool(options.mps or options.attach)
+    return sandbox.enter(options.sandbox, read, [*options.write, *mps], keep_user=keep_user)
 
 
 def _nothing() -> None:
@@ -95,6 +113,7 @@ def _serve(
     stopping: threading.Event,
     wake: int,
     ready: Callable[[], None],
+    held: str,
 ) -> int:
     from facelane_server.ipc.channel import WorkerChannel
     from facelane_server.worker.journal import log_exception
@@ -105,7 +124,7 @@ def _serve(
         try:
             channel = WorkerChannel(sock, wake_fd=wake)
             while True:
-                loop = Loop(channel, stopping.is_set, ready)
+                loop = Loop(channel, stopping.is_set, ready, sandbox=held)
                 code = loop.run()
                 if not (again and loop.drained) or stopping.is_set():
                     return code

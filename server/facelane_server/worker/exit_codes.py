@@ -24,6 +24,8 @@ DEVICE_POISONED: Final = 74
 """A sticky CUDA error: the context of this process is lost for good."""
 PROTOCOL: Final = 76
 """The server sent what it must not."""
+NOT_CONFINED: Final = 77
+"""``sandbox = "required"``, and this machine cannot."""
 LOAD_FAILED: Final = 78
 """The model package cannot be loaded or warmed up."""
 
@@ -36,5 +38,6 @@ NAMES: Final = {
     WORN_OUT: "stuck in decoding",
     DEVICE_POISONED: "device poisoned",
     PROTOCOL: "protocol error",
+    NOT_CONFINED: "no sandbox here",
     LOAD_FAILED: "model not loaded",
 }

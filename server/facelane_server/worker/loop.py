@@ -76,6 +76,7 @@ class Loop:
 
     ``stopping`` is asked when the channel wakes without a message: True = finish what
     was received and leave (SIGTERM). ``on_ready`` is called when the model is warm.
+    ``sandbox``: what holds, as ``Ready`` says it.
     """
 
     def __init__(
@@ -83,10 +84,12 @@ class Loop:
         channel: WorkerChannel,
         stopping: Callable[[], bool],
         on_ready: Callable[[], None] = lambda: None,
+        sandbox: str = "off",
     ) -> None:
         self._channel = channel
         self._stopping = stopping
         self._on_ready = on_ready
+        self._sandbox = sandbox
         self._jobs: deque[Infer] = deque()
         self._begun: deque[_Begun] = deque()
         self.drained = False
@@ -187,6 +190,7 @@ class Loop:
                 device_name=device.device_name(on),
                 embedding_dim=getattr(model, "embedding_dim", 0),
                 batch_max=self._batch_max,
+                sandbox=self._sandbox,
             )
         )
 

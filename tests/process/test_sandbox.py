@@ -1,0 +1,179 @@
+"""What the code of a worker can do, tried from inside of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.real_pool import real_pool
+
+from facelane_server.domain import Stage
+from facelane_server.ipc.channel import socket_pair
+from facelane_server.pools.host import Confined
+from facelane_server.worker import exit_codes, sandbox
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"),
+    reason="a sandbox is Linux's",
+)
+
+INSIDE = """
+import ctypes, json, os, pathlib, signal, socket, subprocess, sys, threading
+import facelane_server.worker.__main__ as worker
+
+secret, weights, scratch, parent, victim = sys.argv[1:6]
+
+def attempts():
+    libc = ctypes.CDLL(None, use_errno=True)
+    def call(*arguments):
+        if libc.syscall(*arguments) < 0:
+            raise OSError(ctypes.get_errno(), "denied")
+    buffer = ctypes.create_string_buffer(8)
+    vector = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 8)
+    arm = os.uname().machine == "aarch64"
+    yield "read the gallery", lambda: open(secret).read()
+    yield "list its folder", lambda: os.listdir(os.path.dirname(secret))
+    yield "write", lambda: open(scratch + "/new", "w")
+    yield "delete", lambda: os.unlink(secret)
+    yield "the server's memory", lambda: open(f"/proc/{parent}/mem", "rb")
+    yield "the server's environment", lambda: open(f"/proc/{parent}/environ", "rb").read()
+    yield "a TCP socket", lambda: socket.socket()
+    yield "a UDP socket", lambda: socket.socket(type=socket.SOCK_DGRAM)
+    yield "a Unix socket", lambda: socket.socket(socket.AF_UNIX)
+    yield "a netlink socket", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+    yield "a program", lambda: subprocess.run(["/bin/true"])
+    yield "a process", lambda: os._exit(9) if os.fork() == 0 else None
+    yield "ptrace", lambda: call(117 if arm else 101, 16, int(victim), 0, 0)
+    yield "others' memory", lambda: call(
+        270 if arm else 310, int(victim), ctypes.byref(vector), 1, ctypes.byref(vector), 1, 0
+    )
+    yield "a signal", lambda: os.kill(int(victim), signal.SIGTERM)
+    yield "a pidfd", lambda: os.pidfd_open(int(victim))
+    yield "a namespace", lambda: call(97 if arm else 272, 0x10000000)
+    yield "io_uring", lambda: call(425, 1, 0)
+    yield "bpf", lambda: call(280 if arm else 321, 0, 0, 0)
+    # And what it needs:
+    yield "+ its weights", lambda: open(weights).read()
+    yield "+ its memory", lambda: open("/proc/self/statm").read()
+    yield "+ a thread", lambda: threading.Thread(target=int).start()
+    yield "+ a signal to itself", lambda: os.kill(os.getpid(), 0)
+    yield "+ random numbers", lambda: open("/dev/urandom", "rb").read(1)
+
+def probe(*_):
+    done = {}
+    for name, attempt in attempts():
+        try:
+            attempt()
+            done[name] = "done"
+        except (OSError, RuntimeError) as error:
+            done[name] = type(error).__name__
+    done["in a thread"] = "done"
+    def thread():
+        try:
+            open(secret)
+        except OSError as error:
+            done["in a thread"] = type(error).__name__
+    running = threading.Thread(target=thread)
+    running.start()
+    running.join()
+    print(json.dumps(done))
+    sys.stdout.flush()
+    return 0
+
+worker._serve = probe
+sys.exit(worker.main(sys.argv[6:]))
+"""
+
+
+def inside(tmp_path: Path, mode: str, **changes: Any) -> tuple[dict[str, str], int, str]:
+    for folder in ("gallery", "models", "scratch"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "gallery" / "gallery.db").write_text("templates")
+    (tmp_path / "models" / "weights").write_text("weights")
+    tmp_path.chmod(0o755)
+    confined = Confined(mode, read=(tmp_path / "models",), **changes)  # type: ignore[arg-type]
+    ours, theirs = socket_pair()
+    victim = subprocess.Popen(["sleep", "60"])
+    try:
+        run = subprocess.run(
+            [
+                *(sys.executable, "-P", "-c", INSIDE),
+                str(tmp_path / "gallery" / "gallery.db"),
+                str(tmp_path / "models" / "weights"),
+                str(tmp_path / "scratch"),
+                *(str(os.getpid()), str(victim.pid)),
+                *(f"--channel={theirs.fileno()}", *confined.arguments()),
+            ],
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert victim.poll() is None, "nobody ended it"
+    finally:
+        victim.kill()
+        victim.wait()
+        for sock in (ours, theirs):
+            sock.close()
+    return json.loads(run.stdout or "{}"), run.returncode, run.stderr
+
+
+def test_from_inside_a_worker_all_that_it_does_not_need_is_denied(tmp_path: Path) -> None:
+    found, code, errors = inside(tmp_path, "required")
+    if code == exit_codes.NOT_CONFINED:
+        pytest.skip(errors)
+    assert code == 0, errors
+    needed = {name: how for name, how in found.items() if name.startswith("+")}
+    assert set(needed.values()) == {"done"}, needed
+    denied = {name: how for name, how in found.items() if name not in needed}
+    assert {name for name, how in denied.items() if how == "done"} == set()
+    assert len(denied) >= 20
+
+
+def test_without_a_sandbox_all_of_it_works(tmp_path: Path) -> None:
+    """Else the test above would show nothing."""
+    found, code, errors = inside(tmp_path, "off")
+    assert code == 0, errors
+    assert found["read the gallery"] == found["a program"] == found["a TCP socket"] == "done"
+    assert found["a pidfd"] == found["the server's environment"] == "done"
+
+
+async def test_a_pool_says_what_its_workers_are_confined_by() -> None:
+    async with real_pool(Stage.LIVENESS, sandbox="auto") as p:
+        (worker,) = p.pool.info().workers
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        assert ("Seccomp:\t2" in status) is (", seccomp" in worker.sandbox)
+        assert "NoNewPrivs:\t1" in status
+    async with real_pool(Stage.LIVENESS, sandbox="off") as p:
+        (worker,) = p.pool.info().workers
+        assert worker.sandbox == "off"
+        assert "Seccomp:\t0" in Path(f"/proc/{worker.pid}/status").read_text()
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (sandbox.Confinement("off"), "off"),
+        (sandbox.Confinement("auto"), "no landlock, no seccomp"),
+        (sandbox.Confinement("auto", 6, True, "nobody"), "landlock 6, seccomp, user nobody"),
+        (
+            sandbox.Confinement("auto", 1, files=False),
+            "landlock 1, no seccomp, every file readable",
+        ),
+    ],
+)
+def test_what_holds_in_words(held: sandbox.Confinement, said: str) -> None:
+    assert str(held) == said
+
+
+def test_members_of_a_group_are_confined_as_the_strictest_says() -> None:
+    merged = Confined("off", (Path("/a"),)).with_member(Confined("required", (Path("/b"),)))
+    assert merged.arguments() == ["--sandbox=required", "--read=", "--read=/a", "--read=/b"]
+    assert Confined("auto").with_member(Confined("off")).sandbox == "auto"
