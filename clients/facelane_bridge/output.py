@@ -1,10 +1,8 @@
-"""What the bridge tells the world: one schema of JSON lines, or a live table for people.
+"""What the bridge tells the world: JSON lines (``facelane.lines``), or a live table for people.
 
-Every line is one of the structs below, told apart by ``type``; ``docs/bridge.md`` is
-their description. Lines go through a bounded queue to one writer thread. When whoever
-reads standard output is slow the queue fills, outcomes are not fetched any more, the
-stream's window closes, and the newest-wins rule at the camera drops frames and counts
-them: nothing grows.
+Lines go through a bounded queue to one writer thread. When whoever reads standard output is slow
+the queue fills, outcomes are not fetched any more, the stream's window closes, and the
+newest-wins rule at the camera drops frames and counts them: nothing grows.
 """
 
 from __future__ import annotations
@@ -19,18 +17,45 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 import msgspec
 
-import facelane
+from facelane.lines import (
+    CameraTotals,
+    DropLine,
+    ErrorLine,
+    FaceLine,
+    Line,
+    ResultLine,
+    StateLine,
+    SummaryLine,
+    UpdateLine,
+    face_line,
+    now_utc,
+    utc,
+)
 from facelane_bridge.config import Results
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
+
+__all__ = [
+    "CameraTotals",
+    "DropLine",
+    "ErrorLine",
+    "FaceLine",
+    "Line",
+    "ResultLine",
+    "StateLine",
+    "SummaryLine",
+    "UpdateLine",
+    "face_line",
+    "now_utc",
+    "utc",
+]
 
 MAX_QUEUED_LINES = 1024
 MAX_TRACKS_KEPT = 256
@@ -40,171 +65,6 @@ FLUSH_TIMEOUT = 5.0
 """Seconds that the last lines may take when the reader of standard output is stuck."""
 TABLE_HZ = 4.0
 PLAIN_INTERVAL = 1.0
-
-
-class _Line(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    time: str
-    """UTC, ISO 8601, when the line was made."""
-    camera: str
-
-
-class FaceLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One face of a result. Pixels of the frame as sent, origin at the top left."""
-
-    track_id: int
-    box: tuple[float, float, float, float]
-    """x, y, width, height."""
-    score: float
-    landmarks: tuple[tuple[float, float], ...]
-    decision: str
-    subject_id: str
-    similarity: float | None
-    ood_score: float | None
-    liveness: str
-    liveness_score: float | None
-    recognized_now: bool
-    candidates: tuple[tuple[str, float], ...] = ()
-
-
-class ResultLine(_Line, frozen=True, kw_only=True, tag="result"):
-    """A frame that was analysed."""
-
-    frame_id: int
-    offset_s: float
-    """Media time since the camera's first frame."""
-    captured: str
-    """UTC, ISO 8601, when the frame had arrived at the bridge."""
-    latency_ms: float
-    """From the frame's arrival at the bridge to its result."""
-    age_ms: float
-    """The part of it that was spent on the server."""
-    width: int
-    height: int
-    faces: tuple[FaceLine, ...]
-    missing_stages: tuple[str, ...] = ()
-
-
-class DropLine(_Line, frozen=True, kw_only=True, tag="drop"):
-    """Frames that were given up before they were analysed."""
-
-    frame_id: int
-    """The first of them."""
-    count: int
-    """How many, with consecutive ids."""
-    reason: str
-    where: str
-    """``server``, or ``bridge``: the window was full and a newer frame came."""
-
-
-class ErrorLine(_Line, frozen=True, kw_only=True, tag="error"):
-    """A frame that could not be analysed."""
-
-    frame_id: int
-    reason: str
-    message: str
-    retryable: bool
-
-
-class StateLine(_Line, frozen=True, kw_only=True, tag="state"):
-    """A camera's state changed."""
-
-    state: str
-    previous: str
-    reason: str = ""
-    message: str = ""
-    retry_in_s: float | None = None
-
-
-class UpdateLine(_Line, frozen=True, kw_only=True, tag="update"):
-    """Something about the server's stream that is not about one frame."""
-
-    kind: str
-    stage: str = ""
-    track_id: int = 0
-    message: str = ""
-
-
-class CameraTotals(msgspec.Struct, kw_only=True):
-    """One camera's counters since the start. ``frames = results + drops + errors``, except
-    for the frames that are on their way (``in_flight``)."""
-
-    frames: int = 0
-    """Frames that the camera gave, without those skipped by ``max_fps``."""
-    results: int = 0
-    drops: int = 0
-    errors: int = 0
-    faces: int = 0
-    skipped: int = 0
-    """Passed over to keep to ``max_fps``."""
-    in_flight: int = 0
-    openings: int = 0
-    """How often the camera was opened."""
-    connections: int = 0
-    """How often a stream to the server was opened."""
-    drops_by_reason: dict[str, int] = {}
-    errors_by_reason: dict[str, int] = {}
-    decisions: dict[str, int] = {}
-    p50_ms: float | None = None
-    p99_ms: float | None = None
-    age_s: float | None = None
-    """Seconds since the newest frame; null before the first."""
-    state: str = "CONNECTING"
-    reason: str = ""
-
-    @property
-    def balanced(self) -> bool:
-        """Every frame has exactly one outcome."""
-        return self.frames == self.results + self.drops + self.errors and not self.in_flight
-
-
-class SummaryLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="summary"):
-    """The last line: every camera's totals, and their sum."""
-
-    time: str
-    cameras: dict[str, CameraTotals]
-    frames: int
-    results: int
-    drops: int
-    errors: int
-    faces: int
-
-
-Line = ResultLine | DropLine | ErrorLine | StateLine | UpdateLine | SummaryLine
-
-
-def utc(seconds: float) -> str:
-    """Unix seconds as ISO 8601 in UTC with milliseconds."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-
-
-def now_utc() -> str:
-    return utc(time.time())
-
-
-def face_line(face: facelane.Face) -> FaceLine:
-    """The SDK's face as it is written out; figures rounded to what they are worth."""
-    box = face.box
-    return FaceLine(
-        track_id=face.track_id,
-        box=(round(box.x, 1), round(box.y, 1), round(box.width, 1), round(box.height, 1)),
-        score=round(face.score, 4),
-        landmarks=tuple((round(point.x, 1), round(point.y, 1)) for point in face.landmarks),
-        decision=face.identity.decision.value,
-        subject_id=face.identity.subject_id,
-        similarity=_rounded(face.identity.similarity),
-        ood_score=_rounded(face.ood_score),
-        liveness=face.liveness.verdict.value,
-        liveness_score=_rounded(face.liveness.score),
-        recognized_now=face.recognized_now,
-        candidates=tuple(
-            (candidate.subject_id, round(candidate.similarity, 4))
-            for candidate in face.identity.candidates
-        ),
-    )
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
 
 
 def percentile(values: list[float], share: float) -> float | None:

@@ -84,16 +84,17 @@ def test_a_picture(server: fake.ScriptedServer, photo: Path) -> None:
 
 
 def test_a_picture_as_json_lines(server: fake.ScriptedServer, photo: Path) -> None:
-    outcome, summary = lines(run(server, "analyze", photo, "--format", "jsonl").stdout)
-    assert outcome["type"] == "outcome"
-    assert outcome["source"] == str(photo)
-    assert outcome["frame_id"] == 1
-    face = outcome["result"]["faces"][0]
-    assert face["identity"]["subject_id"] == "grace"
-    assert face["box"] == {"x": 10.0, "y": 20.0, "width": 60.0, "height": 80.0}
+    result, summary = lines(run(server, "analyze", photo, "--format", "jsonl").stdout)
+    assert result["type"] == "result"
+    assert (result["source"], result["camera"]) == (str(photo), "photo")
+    assert result["frame_id"] == 1
+    face = result["faces"][0]
+    assert (face["decision"], face["subject_id"]) == ("MATCH", "grace")
+    assert face["box"] == [10.0, 20.0, 60.0, 80.0]
     assert face["ood_score"] == 0.8
     assert summary["type"] == "summary"
-    assert summary["received"] == 1
+    assert summary["frames"] == summary["results"] == 1
+    assert server.streams[0][0].config.source_id == "photo"
 
 
 def test_a_folder_with_a_damaged_picture(
@@ -114,7 +115,8 @@ def test_a_folder_with_a_damaged_picture(
     # The ids on the wire tell which were left out.
     assert [r.frame.frame_id for r in server.streams[0][1:]] == [1, 3]
     unreadable = lines(run(server, "analyze", folder, "-f", "jsonl", code=1).stdout)
-    assert [u["type"] for u in unreadable] == ["outcome", "outcome", "unreadable", "summary"]
+    kinds = [u["type"] for u in unreadable]
+    assert kinds == ["result", "error", "result", "passed_over", "summary"]
 
 
 def test_an_annotated_picture_differs_where_the_face_is(
@@ -146,7 +148,7 @@ def test_a_video_with_an_annotated_copy(
 
 
 def test_a_video_at_its_own_pace_drops_at_the_source(
-    server: fake.ScriptedServer, clip: Path
+    server: fake.ScriptedServer, clip: Path, tmp_path: Path
 ) -> None:
     released = threading.Event()
     server.scripts.append(fake.silent(released, window=2))
@@ -159,12 +161,19 @@ def test_a_video_at_its_own_pace_drops_at_the_source(
 
     opener = threading.Thread(target=hold_back)
     opener.start()
-    result = run(server, "analyze", clip, "--realtime", "-f", "jsonl")
+    out = tmp_path / "out.mp4"
+    result = run(server, "analyze", clip, "--realtime", "-f", "jsonl", "-o", out)
     opener.join(30)
-    summary = lines(result.stdout)[-1]
+    *told, summary = lines(result.stdout)
     assert server.streams[0][0].config.overload_policy == 1
-    assert summary["not_sent"] > 0
-    assert summary["received"] + summary["not_sent"] == 30
+    not_sent = [line for line in told if line["type"] == "drop"]
+    assert {(line["where"], line["reason"]) for line in not_sent} == {("client", "WINDOW_FULL")}
+    assert sum(line["count"] for line in not_sent) == summary["drops"] > 0
+    assert summary["frames"] == summary["results"] + summary["drops"] == 30
+    # Frames are missing from the copy; not a moment is.
+    with av.open(str(clip)) as given, av.open(str(out)) as made:
+        assert made.duration == pytest.approx(given.duration, abs=1e6 / 15)
+        assert sum(1 for _ in made.decode(video=0)) < 30
 
 
 def test_max_frames_and_options(server: fake.ScriptedServer, clip: Path) -> None:
@@ -470,7 +479,7 @@ def test_an_interrupt_ends_a_camera_well_and_a_file_early(
     if live:
         summary = json.loads(out.splitlines()[-1])
         assert summary["type"] == "summary"
-        assert 0 < summary["received"] < 200
+        assert 0 < summary["frames"] < 200
 
 
 def test_a_reader_of_a_table_that_goes_away_is_no_error(server: fake.ScriptedServer) -> None:

@@ -148,13 +148,41 @@ def test_a_video_file_has_even_sides(tmp_path: Path) -> None:
     import av
 
     writer = output.VideoWriter(tmp_path / "a.mp4", 25.0)
-    writer.write(np.zeros((51, 101, 3), np.uint8))
-    writer.write(np.zeros((60, 120, 3), np.uint8))
+    writer.write(np.zeros((51, 101, 3), np.uint8), 0.0)
+    writer.write(np.zeros((60, 120, 3), np.uint8), 0.0)
     writer.close()
     writer.close()
     with av.open(str(tmp_path / "a.mp4")) as made:
         sizes = {(f.width, f.height) for f in made.decode(video=0)}
     assert sizes == {(100, 50)}
+
+
+def test_frames_lie_at_their_own_time(tmp_path: Path) -> None:
+    import av
+
+    writer = output.VideoWriter(tmp_path / "a.mp4", 25.0)
+    for offset in (3.0, 3.04, 5.0):
+        writer.write(np.zeros((48, 64, 3), np.uint8), offset)
+    writer.close(end=7.0)
+    with av.open(str(tmp_path / "a.mp4")) as made:
+        times = [frame.time for frame in made.decode(video=0)]
+    assert times == pytest.approx([0.0, 0.04, 2.0, 4.0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("0", "video0"),
+        ("/dev/video3", "video3"),
+        ("rtsp://user:s3cret@10.0.0.5:554/stream1?a=b", "10.0.0.5-554-stream1"),
+        ("clips/short clip.mp4", "short-clip"),
+        ("photos/", "photos"),
+        ("画.jpg", "source"),
+        ("http://[::1]:80/" + "x" * 90, "1-80-" + "x" * 59),
+    ],
+)
+def test_a_source_has_a_name(source: str, name: str) -> None:
+    assert sources.name_of(source) == name
 
 
 def test_writing_a_picture_where_it_cannot_be(tmp_path: Path) -> None:

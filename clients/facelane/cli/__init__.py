@@ -9,7 +9,7 @@ from facelane.cli.streams import settle, steady
 
 _INTERRUPTED = 130
 _USAGE = 2
-_EXTRA = frozenset({"typer", "rich", "cv2", "av", "numpy"})
+_EXTRA = frozenset({"msgspec", "typer", "rich", "cv2", "av", "numpy"})
 
 
 def main() -> None:

@@ -6,19 +6,24 @@ import contextlib
 import math
 import threading
 import time
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import typer
+from rich.console import Console
+from rich.live import Live
 
 import facelane
-from facelane import types
+from facelane import lines, types
 from facelane.cli import output
 from facelane.cli.base import OK, PARTLY, Format, FormatOption, GalleryOption, progress
 from facelane.cli.sources import (
     Item,
     Source,
     SourceError,
+    name_of,
     open_source,
     passed_over_words,
     without_credentials,
@@ -26,6 +31,8 @@ from facelane.cli.sources import (
 
 _STREAM_BUFFER = 32
 """Frames that are kept for drawing until their outcome is there, at least the window."""
+_LOOK_INTERVAL = 0.25
+_LOOK_TRACKS = 20
 _WRITTEN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _JOIN_TIMEOUT = 12.0
 """Seconds for the reading thread to end; above the read timeout of a camera."""
@@ -43,6 +50,9 @@ def analyze(
             "--out", "-o", help="Annotated copy: .mp4, .jpg, .png; a folder for a folder."
         ),
     ] = None,
+    source_id: Annotated[
+        str, typer.Option(help="What the source is called in results, events and logs.")
+    ] = "",
     overload: Annotated[
         types.Overload | None,
         typer.Option(help="Lossless for files, latest_wins for live sources unless given."),
@@ -75,6 +85,7 @@ def analyze(
         opened.close()
         raise
     options: types.StreamOptions = {
+        "source_id": source_id or name_of(source),
         "gallery": gallery,
         "max_faces": max_faces,
         "max_candidates": max_candidates,
@@ -95,7 +106,10 @@ def analyze(
 class _Sink:
     """Where annotated frames go: nowhere."""
 
-    def write(self, _name: str, _pixels: Any) -> None:
+    end = 0.0
+    """Media time of the last frame that there was, in seconds."""
+
+    def write(self, _name: str, _pixels: Any, _offset: float) -> None:
         """Takes one frame."""
 
     def close(self) -> None:
@@ -109,7 +123,7 @@ class _PictureSink(_Sink):
         if folder:
             path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, name: str, pixels: Any) -> None:
+    def write(self, name: str, pixels: Any, _offset: float) -> None:
         target = self._path
         if self._folder:
             target /= Path(name).name
@@ -122,11 +136,11 @@ class _VideoSink(_Sink):
     def __init__(self, path: Path, fps: float) -> None:
         self._writer = output.VideoWriter(path, fps)
 
-    def write(self, _name: str, pixels: Any) -> None:
-        self._writer.write(pixels)
+    def write(self, _name: str, pixels: Any, offset: float) -> None:
+        self._writer.write(pixels, offset)
 
     def close(self) -> None:
-        self._writer.close()
+        self._writer.close(self.end)
 
 
 def _sink(source: Source, text: str, out: Path | None) -> _Sink:
@@ -151,14 +165,26 @@ class _Feeder:
     takes a place, and taken out with its outcome.
     """
 
-    def __init__(self, source: Source, stream: facelane.AnalyzeStream, limit: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        stream: facelane.AnalyzeStream,
+        limit: int,
+        camera: str,
+    ) -> None:
         self._source = source
         self._stream = stream
         self._limit = limit
+        self._camera = camera
         self.pending: dict[int, Item] = {}
+        self.aside: deque[lines.DropLine | lines.ErrorLine] = deque()
+        """What became of frames that were not sent, in their order."""
+        self.read = 0
+        self.end = 0.0
         self.not_sent = 0
-        self.unreadable: list[Item] = []
+        self.unreadable: list[tuple[str, str]] = []
         self.failure: BaseException | None = None
+        self._missed = 0
         self._thread = threading.Thread(target=self._run, name="facelane-feeder", daemon=True)
 
     def __enter__(self) -> Self:
@@ -172,9 +198,12 @@ class _Feeder:
     def _run(self) -> None:
         try:
             for number, item in enumerate(self._source.items(), 1):
+                self.read = number
+                self.end = item.stream_offset or self.end
                 self._send(number, item)
                 if number == self._limit:
                     break
+            self._tell_missed(self.read + 1)
         except facelane.FacelaneError as error:
             if not self._stream.ended:
                 self.failure = error
@@ -184,32 +213,77 @@ class _Feeder:
 
     def _send(self, number: int, item: Item) -> None:
         if item.picture is None:
-            self.unreadable.append(item)
+            self._unreadable(number, item.name, facelane.Reason.PICTURE_CORRUPT, item.error)
             return
         self.pending[number] = item
+        given: Any = {
+            "stream_offset": item.stream_offset,
+            "capture_time": item.capture_time,
+            "frame_id": number,
+        }
         try:
             if not self._source.live:
-                self._stream.send(
-                    item.picture,
-                    stream_offset=item.stream_offset,
-                    capture_time=item.capture_time,
-                    frame_id=number,
-                    timeout=math.inf,
-                )
+                self._stream.send(item.picture, **given, timeout=math.inf)
                 return
-            sent = self._stream.try_send(
-                item.picture,
-                stream_offset=item.stream_offset,
-                capture_time=item.capture_time,
-                frame_id=number,
-            )
+            sent = self._stream.try_send(item.picture, **given)
         except facelane.PictureError as error:
             del self.pending[number]
-            self.unreadable.append(Item(item.name, None, error=error.message))
+            self._unreadable(number, item.name, error.reason, error.message)
             return
         if sent is None:
             del self.pending[number]
             self.not_sent += 1
+            self._missed += 1
+        else:
+            self._tell_missed(number)
+
+    def before(self, number: float) -> Iterator[lines.Line]:
+        """Takes what became of frames before ``number``."""
+        while self.aside and self.aside[0].frame_id < number:
+            yield self.aside.popleft()
+
+    def _unreadable(self, number: int, name: str, reason: str, message: str) -> None:
+        self.unreadable.append((name, message))
+        self.aside.append(
+            lines.ErrorLine(
+                time=lines.now_utc(), camera=self._camera, frame_id=number, reason=reason,
+                message=message, retryable=False, source=name,
+            )
+        )  # fmt: skip
+
+    def _tell_missed(self, number: int) -> None:
+        """Frames before ``number`` were dropped here."""
+        missed, self._missed = self._missed, 0
+        if missed:
+            self.aside.append(
+                lines.DropLine(
+                    time=lines.now_utc(), camera=self._camera, frame_id=number - missed,
+                    count=missed, reason=facelane.Reason.WINDOW_FULL, where="client",
+                )
+            )  # fmt: skip
+
+
+class _Watch:
+    """What people see while a camera runs: the tracks seen last, a few times a second."""
+
+    def __init__(self, console: Console, book: output.TrackBook) -> None:
+        self._book = book
+        self._due = 0.0
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._live.stop()
+
+    def look(self) -> None:
+        """There may be something new."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + _LOOK_INTERVAL
+            self._live.update(self._book.table(_LOOK_TRACKS), refresh=True)
 
 
 def _analyze(
@@ -223,48 +297,64 @@ def _analyze(
     """Runs a source through a stream; true when something of it failed."""
     console, err = output.consoles()
     as_lines = output_format is Format.jsonl
+    camera = options["source_id"]
     book = output.TrackBook()
     rows: list[tuple[str, types.Face]] = []
     failures: list[tuple[str, str]] = []
+    reasons: Counter[str] = Counter()
+    decisions: Counter[str] = Counter()
     started = time.monotonic()
-    bar, task = progress("analysing", min(source.total, limit) if limit else source.total)
+
+    def tell(line: lines.Line) -> None:
+        if as_lines:
+            output.write_line(line)
+
     with client.analyze_stream(**options) as stream:
-        feeder = _Feeder(source, stream, limit)
+        feeder = _Feeder(source, stream, limit, camera)
+        watched = source.live and not as_lines and console.is_terminal
+        watch = _Watch(console, book) if watched else None
+        bar, task = progress("analysing", min(source.total, limit) if limit else source.total)
         try:
-            with feeder, bar:
+            with feeder, watch or bar:
                 for outcome in stream:
                     item = feeder.pending.pop(outcome.frame_id)
                     bar.advance(task)
-                    if as_lines:
-                        output.outcome_line(outcome, item.name if source.stills else "")
+                    for line in feeder.before(outcome.frame_id):
+                        tell(line)
+                    tell(output.outcome_line(outcome, camera, item.name if source.stills else ""))
                     if outcome.error is not None:
+                        reasons[outcome.error.reason] += 1
                         words = f"{outcome.error.reason}: {outcome.error.message}"
                         failures.append((item.name, words))
                         del failures[100:]
                     if outcome.result is None:
                         continue
+                    decisions.update(f.identity.decision.value for f in outcome.result.faces)
                     if source.stills:
                         rows.extend((item.name, face) for face in outcome.result.faces)
                     else:
                         book.add(outcome)
+                    if watch is not None:
+                        watch.look()
                     if item.pixels is not None:
-                        sink.write(item.name, output.draw(item.pixels, outcome.result))
+                        pixels = output.draw(item.pixels, outcome.result)
+                        sink.write(item.name, pixels, outcome.stream_offset)
         except KeyboardInterrupt:
             # A camera has no end of its own: this is how people end it.
             if not source.live:
                 raise
+        sink.end = feeder.end
         summary = stream.summary
     seconds = time.monotonic() - started
     if feeder.failure is not None:
         raise feeder.failure
-    failures.extend((item.name, item.error) for item in feeder.unreadable)
+    failures.extend(feeder.unreadable)
+    for line in feeder.before(math.inf):
+        tell(line)
     if as_lines:
-        for item in feeder.unreadable:
-            output.json_line("unreadable", source=item.name, error=item.error)
-        over = [{"source": name, "why": why} for name, why in source.passed_over]
-        output.json_line(
-            "summary", summary, not_sent=feeder.not_sent, seconds=seconds, passed_over=over
-        )
+        for name, why in source.passed_over:
+            tell(lines.PassedOverLine(time=lines.now_utc(), camera=camera, source=name, why=why))
+        tell(_totals(camera, summary, feeder, reasons, decisions))
     else:
         if source.stills:
             several = source.total > 1
@@ -277,3 +367,33 @@ def _analyze(
     if source.passed_over:
         err.print(f"facelane: {passed_over_words(source.passed_over).removeprefix('; ')}")
     return bool(failures or summary.errors)
+
+
+def _totals(
+    camera: str,
+    summary: types.StreamSummary,
+    feeder: _Feeder,
+    reasons: Counter[str],
+    decisions: Counter[str],
+) -> lines.SummaryLine:
+    drops = dict(summary.drops_by_reason)
+    if feeder.not_sent:
+        drops[facelane.Reason.WINDOW_FULL.value] = feeder.not_sent
+    unreadable = len(feeder.unreadable)
+    counts: Any = {
+        "frames": summary.received + feeder.not_sent + unreadable,
+        "results": summary.results,
+        "drops": summary.drops + feeder.not_sent,
+        "errors": summary.errors + unreadable,
+        "faces": summary.faces,
+    }
+    totals = lines.CameraTotals(
+        **counts,
+        openings=1,
+        connections=summary.connections,
+        drops_by_reason=drops,
+        errors_by_reason=dict(reasons),
+        decisions=dict(decisions),
+        state="STOPPED",
+    )
+    return lines.SummaryLine(time=lines.now_utc(), cameras={camera: totals}, **counts)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import facelane
+from facelane import lines
 from facelane.cli import output
 from facelane.cli.base import OK, PARTLY, REFUSED, USAGE
 from facelane.cli.sources import SourceError, passed_over_words
@@ -172,17 +173,19 @@ class Report:
             self.enrolled += 1
             self._subjects[wanted.subject_id] += 1
         if self._as_lines:
-            output.json_line(
-                "enrollment",
-                source=name,
-                subject_id=wanted.subject_id,
-                enrolled=done is not None,
-                template_id=done.template.template_id if done else "",
-                ood_score=done.template.ood_score if done else None,
-                template_count=done.subject.template_count if done else None,
-                reason=outcome.reason,
-                message=outcome.message,
-            )
+            made: dict[str, Any] = {}
+            if done is not None:
+                made = {
+                    "template_id": done.template.template_id,
+                    "ood_score": round(done.template.ood_score, 4),
+                    "template_count": done.subject.template_count,
+                }
+            output.write_line(
+                lines.EnrollmentLine(
+                    source=name, subject_id=wanted.subject_id, enrolled=done is not None,
+                    reason=outcome.reason, message=outcome.message, **made,
+                )
+            )  # fmt: skip
         elif done is None:
             self._err.print(f"facelane: {name}: {outcome.reason}: {outcome.message}")
         else:
@@ -197,8 +200,7 @@ class Report:
         without = sorted(name for name, count in self._subjects.items() if not count)
         over = self._plan.passed_over
         if self._as_lines:
-            output.json_line(
-                "enrollment_summary",
+            line = lines.EnrollmentSummaryLine(
                 pictures=len(self._plan.wanted),
                 enrolled=self.enrolled,
                 refused_by_reason=dict(self._reasons),
@@ -206,6 +208,7 @@ class Report:
                 subjects_without=without,
                 passed_over=[{"source": name, "why": why} for name, why in over],
             )
+            output.write_line(line)
         elif self._grouped:
             reasons = ", ".join(f"{count} {name}" for name, count in self._reasons.most_common())
             self._console.print(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 import facelane
-from facelane import types
+from facelane import lines, types
 from facelane.cli import enrolment, output
 from facelane.cli.base import OK, PARTLY, Format, FormatOption, GalleryOption, progress
 from facelane.cli.sources import SourceError
@@ -100,7 +101,8 @@ def identify(
             rows.extend((shown(path), face) for face in faces)
             if output_format is Format.jsonl:
                 for face in faces:
-                    output.json_line("face", face, source=shown(path))
+                    flat = msgspec.structs.asdict(lines.face_line(face))
+                    output.write_line(lines.IdentifiedFaceLine(source=shown(path), **flat))
     if output_format is Format.table:
         several = len(pictures) > 1
         console.print(output.faces_table(rows, names=several) if rows else "no faces")
@@ -119,7 +121,14 @@ def verify(
     with ctx.obj.client() as client:
         answer = client.verify(subject, load_picture(picture), gallery=gallery)
     if output_format is Format.jsonl:
-        output.json_line("verification", answer)
+        output.write_line(
+            lines.VerificationLine(
+                verified=answer.verified,
+                similarity=answer.similarity,
+                threshold=answer.threshold,
+                face=lines.face_line(answer.face),
+            )
+        )
     else:
         face = answer.face
         console.print(

@@ -1,8 +1,4 @@
-"""How results look: tables for people, JSON lines for programs, boxes on pictures.
-
-A JSON line is ``{"type": "outcome" | "summary" | "face" | "event" | …, …}`` with the field
-names of ``facelane.types``; times are ISO 8601, durations seconds, boxes pixels.
-"""
+"""How results look: tables for people, JSON lines for programs, boxes on pictures."""
 
 from __future__ import annotations
 
@@ -10,16 +6,19 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from facelane import types
+from facelane import lines, types
 from facelane.cli.streams import speaks_unicode
 
 _COLOURS: Final = {
@@ -86,28 +85,46 @@ def plain(value: object) -> Any:
     return value
 
 
-def json_line(kind: str, value: object = None, **more: object) -> None:
-    """One line on stdout, flushed: the reader may be a pipe that waits for it."""
-    body = plain(value) if value is not None else {}
-    line = {"type": kind, **plain(more), **body}
-    escaped = not speaks_unicode()
-    sys.stdout.write(json.dumps(line, ensure_ascii=escaped, separators=(",", ":")) + "\n")
+def json_line(kind: str, value: object) -> None:
+    """A value of ``facelane.types`` as one JSON line."""
+    _write({"type": kind, **plain(value)})
+
+
+def write_line(line: msgspec.Struct) -> None:
+    """One of ``facelane.lines``."""
+    _write(msgspec.to_builtins(line))
+
+
+def _write(line: object) -> None:
+    # Flushed: the reader may be a pipe that waits for it.
+    text = json.dumps(line, ensure_ascii=not speaks_unicode(), separators=(",", ":"))
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
-def outcome_line(outcome: types.Outcome, name: str = "") -> None:
-    """An outcome as one JSON line: exactly one of result, drop, error is there."""
-    body: dict[str, object] = {
-        "frame_id": outcome.frame_id,
-        "stream_offset": outcome.stream_offset,
-        "capture_time": outcome.capture_time,
-        "age": outcome.age,
-        "round_trip": outcome.round_trip,
-    }
-    if name:
-        body["source"] = name
-    kind = "result" if outcome.result else "drop" if outcome.drop else "error"
-    json_line("outcome", None, **body, **{kind: outcome.body})
+def outcome_line(outcome: types.Outcome, camera: str, source: str) -> lines.Line:
+    """The outcome of a frame; ``source`` is the file of a still."""
+    common: Any = {"time": lines.now_utc(), "camera": camera, "frame_id": outcome.frame_id}
+    match outcome.body:
+        case types.FrameResult() as result:
+            return lines.ResultLine(
+                **common,
+                offset_s=round(outcome.stream_offset, 3),
+                captured=lines.utc(time.time() - outcome.round_trip),
+                latency_ms=round(outcome.round_trip * 1e3, 2),
+                age_ms=round(outcome.age * 1e3, 2),
+                width=result.width,
+                height=result.height,
+                faces=tuple([lines.face_line(face) for face in result.faces]),
+                missing_stages=tuple(stage.value for stage in result.missing_stages),
+                source=source,
+            )
+        case types.FrameDrop(reason):
+            return lines.DropLine(**common, count=1, reason=reason.value, where="server")
+        case types.FrameError(reason, message, retryable):
+            return lines.ErrorLine(
+                **common, reason=reason, message=message, retryable=retryable, source=source
+            )
 
 
 def table_of(*titles: str, right: Sequence[str] = ()) -> Table:
@@ -179,11 +196,14 @@ class TrackBook:
             else:
                 self.uncounted += 1
 
-    def table(self) -> Table:
-        """One row a track, with its last word on who it is."""
+    def table(self, latest: int = 0) -> Table:
+        """One row a track, with its last word on who it is; of ``latest`` those seen last."""
+        shown = sorted(self._rows.items())
+        if latest:
+            shown = sorted(sorted(shown, key=lambda pair: pair[1].last)[-latest:])
         titles = ("track", "seen", "frames", "decision", "subject", "similarity", "OOD", "liveness")
         table = table_of(*titles, right=("track", "frames", "similarity", "OOD"))
-        for track_id, row in sorted(self._rows.items()):
+        for track_id, row in shown:
             face = row.face
             table.add_row(
                 str(track_id),
@@ -272,37 +292,53 @@ def write_picture(path: Path, pixels: Any) -> None:
 
 
 class VideoWriter:
-    """An H.264 file, opened at the first frame since only that tells the size."""
+    """An H.264 file, opened at the first frame since only that tells the size. Each frame lies at
+    its own time: where frames are missing the one before stands, and the length stays."""
+
+    _TICKS: Final = 90_000
 
     def __init__(self, path: Path, fps: float) -> None:
         self._path = path
         self._fps = fps
         self._container: Any = None
         self._stream: Any = None
+        self._image: Any = None
+        self._start = 0.0
+        self._last = -1
 
-    def write(self, pixels: Any) -> None:
-        """Appends a BGR frame; later ones are scaled to the size of the first."""
+    def write(self, pixels: Any, offset: float) -> None:
+        """Adds a BGR frame at ``offset`` seconds; later ones are scaled to the size of the
+        first."""
         import av
 
         # yuv420 needs even sides.
         height, width = (side - side % 2 for side in pixels.shape[:2])
         if self._container is None:
             self._container = av.open(str(self._path), "w")
-            from fractions import Fraction
-
             self._stream = self._container.add_stream(
                 "libx264", rate=Fraction(self._fps).limit_denominator(1000)
             )
             self._stream.width, self._stream.height = width, height
             self._stream.pix_fmt = "yuv420p"
             self._stream.options = {"preset": "veryfast", "crf": "21"}
-        image = av.VideoFrame.from_ndarray(pixels[:height, :width].copy(), format="bgr24").reformat(
-            self._stream.width, self._stream.height, "yuv420p"
-        )
-        self._container.mux(self._stream.encode(image))
+            self._stream.codec_context.time_base = Fraction(1, self._TICKS)
+            self._start = offset
+        self._image = av.VideoFrame.from_ndarray(
+            pixels[:height, :width].copy(), format="bgr24"
+        ).reformat(self._stream.width, self._stream.height, "yuv420p")
+        self._put(offset)
 
-    def close(self) -> None:
+    def _put(self, offset: float) -> None:
+        self._last = max(self._last + 1, round((offset - self._start) * self._TICKS))
+        self._image.pts = self._last
+        self._image.time_base = Fraction(1, self._TICKS)
+        self._container.mux(self._stream.encode(self._image))
+
+    def close(self, end: float = 0.0) -> None:
+        """Finishes the file; what was written last stands until the frame at ``end`` seconds."""
         if self._container is not None:
+            if round((end - self._start) * self._TICKS) > self._last:
+                self._put(end)
             self._container.mux(self._stream.encode())
             self._container.close()
             self._container = None

@@ -115,6 +115,17 @@ def _pictures(
     return Source(items, stills=True, total=len(paths), passed_over=passed_over)
 
 
+def name_of(text: str) -> str:
+    """What a source is called where nobody says it: a camera's address, a file's name."""
+    if text.isdecimal():
+        return f"video{text}"
+    if "://" in text:
+        name = re.sub(r"^[^:]*://|[?#].*$", "", without_credentials(text))
+    else:
+        name = shown(Path(text).stem) or shown(Path(text).resolve().name)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")[:64] or "source"
+
+
 def without_credentials(url: str) -> str:
     """The URL as it may be shown, whether or not it is a right one."""
     return re.sub(r"(?<=://)[^/?#]*@", "", url)
