@@ -178,7 +178,7 @@ def test_frames_lie_at_their_own_time(tmp_path: Path) -> None:
         ("clips/short clip.mp4", "short-clip"),
         ("photos/", "photos"),
         ("画.jpg", "source"),
-        ("http://[::1]:80/" + "x" * 90, "1-80-" + "x" * 59),
+        ("http://[2001:db8::1]/" + "x" * 90, "2001-db8-1-" + "x" * 53),
     ],
 )
 def test_a_source_has_a_name(source: str, name: str) -> None:
