@@ -1,7 +1,7 @@
 """facelane: faces in camera streams, with an identity, an OOD score and a liveness verdict.
 
 >>> import facelane
->>> client = facelane.Client("127.0.0.1:50151")
+>>> client = facelane.Client()
 >>> result = client.analyze_image(facelane.Picture.from_file("people.jpg"))
 >>> for face in result.faces:
 ...     print(face.identity.decision, face.liveness.verdict)

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -30,7 +30,6 @@ and again when the server refuses what it gave last."""
 AsyncToken: TypeAlias = str | Callable[[], str | Awaitable[str]]
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
-DEFAULT_TARGET: Final = "127.0.0.1:50151"
 DEFAULT_TIMEOUT: Final = 10.0
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Of one message, either way; above every limit that a server announces."""
@@ -168,11 +167,27 @@ class Endpoint:
         return told
 
 
+def default_target(environ: Mapping[str, str] = os.environ) -> str:
+    """Where a server listens of which nothing else is said: the socket of the installed service
+    where this user may use it, else that of a server which this user has started."""
+    installed = Path("/run/facelane/grpc.sock")
+    if os.access(installed, os.W_OK):
+        return f"unix:{installed}"
+    if own := environ.get("XDG_RUNTIME_DIR"):
+        return f"unix:{own}/facelane/grpc.sock"
+    folder = Path(f"/tmp/facelane-{os.getuid()}")  # noqa: S108 - its owner is looked at
+    if folder.exists() and folder.lstat().st_uid not in (os.getuid(), 0):
+        raise ArgumentError(
+            Reason.ARGUMENT_INVALID, f"{folder} belongs to somebody else: give a target"
+        )
+    return f"unix:{folder}/grpc.sock"
+
+
 def endpoint(
     target: str | None, token: AsyncToken | None, tls: Tls | None, *, proxy: bool = True
 ) -> Endpoint:
     """The endpoint from what was given, completed from the environment."""
-    address = target or os.environ.get("FACELANE_TARGET") or DEFAULT_TARGET
+    address = target or os.environ.get("FACELANE_TARGET") or default_target()
     if tls is None:
         given = {name: os.environ.get(f"FACELANE_TLS_{name}") or None for name in _TLS_VARIABLES}
         if any(given.values()):

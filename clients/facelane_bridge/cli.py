@@ -147,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --source: the server")
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
-    group.add_argument("--target", help="host:port or unix:/path [127.0.0.1:50151]", **absent)
+    group.add_argument(
+        "--target",
+        help="host:port or unix:/path [this machine's server]",
+        **absent,
+    )
     group.add_argument("--token-file", metavar="PATH", **absent)
     group.add_argument("--tls-ca", metavar="PATH", help="PEM; turns TLS on", **absent)
     group.add_argument("--client-cert", metavar="PATH", help="PEM, with --client-key", **absent)

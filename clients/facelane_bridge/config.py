@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from facelane.transport import default_target
 from facelane_bridge.camera import Policy
 
 MAX_CAMERAS = 256
@@ -83,7 +84,9 @@ SecondsOrZero = Annotated[float, Meta(ge=0, le=86_400)]
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The facelane server that the frames go to."""
 
-    target: Annotated[str, Meta(min_length=1, max_length=1024)] = "127.0.0.1:50151"
+    target: Annotated[str, Meta(min_length=1, max_length=1024)] = msgspec.field(
+        default_factory=default_target
+    )
     """``host:port`` or ``unix:/path``."""
     token_env: str = ""
     token_file: str = ""

@@ -152,7 +152,7 @@ def check(config: ConfigOption = None) -> None:
             f"watchers, {share.held_mib} MiB of pictures; 1 in {limits.OPERATORS_PART} places is "
             "kept for admin keys"
         )
-    typer.echo(f"listens on {loaded.server.listen}, {encryption}, {keys}; metrics on {metrics}")
+    typer.echo(f"listens on {loaded.listen}, {encryption}, {keys}; metrics on {metrics}")
     if lent:
         typer.echo(f"not looked at: {', '.join(lent)}: systemd lends them to the running service")
 

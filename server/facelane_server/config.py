@@ -1,7 +1,7 @@
 """The configuration: frozen, read from one TOML file, strict about what it does not know.
 
 Every field has a default, so an empty file (or none) is a working CPU server on
-loopback. ``load`` names an unknown key and the nearest right one; ``check`` holds the
+a Unix socket. ``load`` names an unknown key and the nearest right one; ``check`` holds the
 relations between values. Environment variables do not override: one file is the truth.
 """
 
@@ -11,6 +11,7 @@ import ipaddress
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -54,7 +55,8 @@ class Tls(Section, frozen=True):
 
 class Auth(Section, frozen=True):
     mode: Literal["auto", "keys", "none"] = "auto"
-    """``auto``: no keys on loopback and Unix sockets, keys anywhere else."""
+    """``auto``: no keys on a Unix socket, which belongs to one user; keys anywhere else, loopback
+    included, since every user of the machine reaches it."""
     keys_file: str = ""
     """TOML with ``[[keys]]``: name, sha256 of the key (``facelane-server keys new``), scopes."""
     allow_plaintext: bool = False
@@ -62,8 +64,13 @@ class Auth(Section, frozen=True):
 
 
 class Server(Section, frozen=True):
-    listen: str = "127.0.0.1:50151"
-    """``host:port`` or ``unix:/path``."""
+    listen: str = ""
+    """``host:port`` or ``unix:/path``; empty = the socket ``grpc.sock`` in $RUNTIME_DIRECTORY
+    (systemd), else in $XDG_RUNTIME_DIR/facelane, else in /tmp/facelane-UID, where clients look
+    for it too."""
+    socket_group: str = ""
+    """A Unix socket is for the server's own user (mode 0600), and with this for a group as well
+    (0660)."""
     drain_grace_s: Seconds = 10.0
     """How long open streams may finish after SIGTERM."""
     reflection: bool = True
@@ -320,10 +327,18 @@ class Config(Section, frozen=True):
     """Sockets; empty = $RUNTIME_DIRECTORY (systemd), else a fresh private folder."""
 
     @property
+    def listen(self) -> str:
+        """The address that the server listens on."""
+        return self.server.listen or f"unix:{default_socket()}"
+
+    @property
     def wants_keys(self) -> bool:
         """Whether clients need a key."""
         if self.auth.mode == "auto":
-            return bool(self.auth.keys_file) or not is_local(self.server.listen)
+            known = self.listen.startswith("unix:") or (
+                is_local(self.listen) and bool(self.tls.client_ca_file)
+            )
+            return bool(self.auth.keys_file) or not known
         return self.auth.mode == "keys"
 
     @property
@@ -426,6 +441,15 @@ def lent_hint(path: str) -> str:
     return f" (systemd's copy; the unit's LoadCredential={name}:... names the original)"
 
 
+def default_socket(environ: Mapping[str, str] = os.environ) -> Path:
+    """See ``Server.listen``; the SDK has the same rule."""
+    if lent := environ.get("RUNTIME_DIRECTORY", "").split(":")[0]:
+        return Path(lent) / "grpc.sock"
+    if own := environ.get("XDG_RUNTIME_DIR"):
+        return Path(own) / "facelane" / "grpc.sock"
+    return Path(f"/tmp/facelane-{os.getuid()}/grpc.sock")  # noqa: S108 - its owner is checked
+
+
 def is_local(listen: str) -> bool:
     """Whether an address can be reached from this machine alone."""
     if listen.startswith("unix:"):
@@ -450,7 +474,7 @@ def check(config: Config, *, source: str) -> None:
     def fail(message: str) -> None:
         raise ConfigError(f"{source}: {message}")
 
-    listen = config.server.listen
+    listen = config.listen
     if not listen.startswith("unix:") and not _is_host_port(listen):
         fail(f"server.listen: `{listen}` is neither host:port nor unix:/path")
     if config.metrics.listen and not _is_host_port(config.metrics.listen):
@@ -461,13 +485,16 @@ def check(config: Config, *, source: str) -> None:
         fail("tls.client_ca_file needs cert_file and key_file")
     if config.auth.mode == "keys" and not config.auth.keys_file:
         fail("auth.keys_file is missing; create one with `facelane-server keys new`")
+    if config.wants_keys and not config.auth.keys_file:
+        reach = "every user of this machine" if is_local(listen) else "other machines"
+        fail(
+            f"server.listen `{listen}` can be reached by {reach}, so clients need keys: set "
+            "auth.keys_file (create one with `facelane-server keys new`), listen on a Unix "
+            "socket, or switch authentication off knowingly with auth.mode = 'none'"
+        )
+    if config.server.socket_group and not listen.startswith("unix:"):
+        fail("server.socket_group is for Unix sockets")
     if not is_local(listen):
-        if config.auth.mode == "auto" and not config.auth.keys_file:
-            fail(
-                f"server.listen `{listen}` is reachable from other machines, so clients need "
-                "keys: set auth.keys_file (create one with `facelane-server keys new`), or "
-                "switch authentication off knowingly with auth.mode = 'none'"
-            )
         encrypted = bool(config.tls.cert_file) or config.auth.allow_plaintext
         if config.auth.mode != "none" and not encrypted:
             fail(

@@ -47,6 +47,9 @@ def wait_process(target: str, token: str, tls: facelane.Tls | None = None) -> No
     until(answers, what="the server to serve")
 
 
+OPEN = '\n[auth]\nmode = "none"\n'
+
+
 def with_keys(server_text: str, file: Path) -> str:
     return f'{server_text}\n[auth]\nmode = "keys"\nkeys_file = "{file}"\n'
 
@@ -265,7 +268,7 @@ def test_a_renewed_certificate_is_presented_after_a_reload(
     port = free_port()
     server = start(
         listen=f"127.0.0.1:{port}",
-        edit=lambda text: tls_text(text, tmp_path, mutual=False),
+        edit=lambda text: tls_text(text, tmp_path, mutual=False) + OPEN,
         wait=False,
     )
     target = f"localhost:{port}"
@@ -309,7 +312,11 @@ def test_a_taken_port_is_told(start: Start) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        server: RunningServer = start(listen=f"127.0.0.1:{taken.getsockname()[1]}", wait=False)
+        server: RunningServer = start(
+            listen=f"127.0.0.1:{taken.getsockname()[1]}",
+            edit=lambda text: text + OPEN,
+            wait=False,
+        )
         assert server.process.wait(30) == 69  # it may be free later: systemd tries again
     assert "cannot listen" in server.text()
     assert "Traceback" not in server.text()

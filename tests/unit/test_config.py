@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from facelane import transport
 from facelane_server import config
 from facelane_server.config import ConfigError
 
@@ -22,7 +23,7 @@ def test_nothing_is_a_working_config() -> None:
     made = config.parse("")
     assert made == config.Config() == config.load(None)
     assert list(made.stages) == ["detector", "recognizer", "liveness"]
-    assert config.is_local(made.server.listen)
+    assert made.listen.startswith("unix:")
 
 
 def test_a_stage_can_be_left_out() -> None:
@@ -77,9 +78,9 @@ def test_a_stage_can_be_left_out() -> None:
         (
             "[server]\nlisten = '0.0.0.0:1'",
             (
-                "server.listen `0.0.0.0:1` is reachable from other machines, so clients need keys: "
-                "set auth.keys_file (create one with `facelane-server keys new`), or switch "
-                "authentication off knowingly with auth.mode = 'none'"
+                "server.listen `0.0.0.0:1` can be reached by other machines, so clients need keys: "
+                "set auth.keys_file (create one with `facelane-server keys new`), listen on a Unix "
+                "socket, or switch authentication off knowingly with auth.mode = 'none'"
             ),
         ),
         (
@@ -202,3 +203,25 @@ def test_a_hostile_file_is_refused_in_a_line() -> None:
     for text in ("a = " + "[" * 9_999, "a = " + "{b = " * 9_999):
         with pytest.raises(ConfigError, match="not valid TOML"):
             config.parse(text)
+
+
+def test_loopback_is_no_password() -> None:
+    listen = "[server]\nlisten = '127.0.0.1:1'\n"
+    with pytest.raises(ConfigError, match="every user of this machine"):
+        config.parse(listen)
+    assert not config.parse(listen + "[auth]\nmode = 'none'").wants_keys
+    assert config.parse(listen + "[auth]\nkeys_file = 'k'").wants_keys
+    tls = "[tls]\ncert_file = 'c'\nkey_file = 'k'\nclient_ca_file = 'a'"
+    assert not config.parse(listen + tls).wants_keys, "clients show certificates"
+    with pytest.raises(ConfigError, match="socket_group is for Unix sockets"):
+        config.parse(listen + "socket_group = 'g'\n[auth]\nmode = 'none'")
+
+
+def test_the_default_socket_is_where_clients_look() -> None:
+    for environ in ({"XDG_RUNTIME_DIR": "/run/user/7"}, {}):
+        found = f"unix:{config.default_socket(environ)}"
+        assert transport.default_target(environ) == found
+    assert str(config.default_socket({"RUNTIME_DIRECTORY": "/run/facelane:/x"})) == (
+        "/run/facelane/grpc.sock"
+    )
+    assert not config.Config().wants_keys

@@ -248,7 +248,7 @@ def test_listen(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        settings = config.parse(f'[server]\nlisten = "127.0.0.1:{port}"')
+        settings = config.parse(f'[server]\nlisten = "127.0.0.1:{port}"\n[auth]\nmode = "none"')
         assert installation.check_listen(settings).status is Status.WARN
     assert installation.check_listen(settings).status is Status.OK
     unix = config.parse(f'[server]\nlisten = "unix:{tmp_path}/server.sock"')

@@ -52,7 +52,9 @@ def test_blocking_docstrings(example: doctest.DocTest, server: fake.ScriptedServ
     example.globs = {"facelane": facelane, "client": made, "pictures": [picture] * 3}
     # Where the text gives an address of its own, the examples' server stands in.
     for step in example.examples:
-        step.source = step.source.replace('"127.0.0.1:50151"', repr(server.target))
+        step.source = step.source.replace("Client()", f"Client({server.target!r})").replace(
+            "Client(token=", f"Client({server.target!r}, token="
+        )
     try:
         report: list[str] = []
         runner = doctest.DocTestRunner(verbose=False)
@@ -118,7 +120,9 @@ PAGES = [
 )
 async def test_pages(page: str, number: int, code: str, server: fake.ScriptedServer) -> None:
     """A snippet stands alone but for ``client`` and its pictures, where it makes none."""
-    code = code.replace('"127.0.0.1:50151"', repr(server.target))
+    code = code.replace("Client()", f"Client({server.target!r})").replace(
+        "Client(token=", f"Client({server.target!r}, token="
+    )
     pictures = [facelane.Picture.encoded(JPEG)] * 3
     given = {"facelane": facelane, "pictures": pictures, "jpeg_frames": pictures}
     if "await" in code or "async " in code:

@@ -82,7 +82,7 @@ def _options(
         typer.Option(
             envvar="FACELANE_TARGET",
             help="host:port or unix:/path of the server.",
-            show_default="127.0.0.1:50151",
+            show_default="the socket of the server on this machine",
         ),
     ] = None,
     token_file: Annotated[

@@ -50,7 +50,7 @@ def check_config(path: Path | None) -> tuple[config.Config, Finding]:
 
 def check_listen(settings: config.Config) -> Finding:
     """Whether the address is free; a server that runs already is no fault."""
-    listen = settings.server.listen
+    listen = settings.listen
     if listen.startswith("unix:"):
         path = Path(listen.removeprefix("unix:").removeprefix("//"))
         if path.parent.is_dir() and os.access(path.parent, os.W_OK):
@@ -101,7 +101,7 @@ def check_keys(settings: config.Config) -> Finding:
         return Finding("keys", Status.FAIL, str(error), advice)
     if required:
         return Finding("keys", Status.OK, f"{file}: {len(read_keys(Path(file)))} key(s)")
-    if config.is_local(settings.server.listen):
+    if config.is_local(settings.listen):
         return Finding("keys", Status.OK, "none needed: reachable from this machine alone")
     advice = "whoever reaches the address may enrol, delete and drain: set auth.mode and keys_file"
     return Finding("keys", Status.WARN, "switched off", advice)
@@ -111,7 +111,7 @@ def check_tls(settings: config.Config) -> Finding:
     """The certificate, its key, its dates, and whom it is for."""
     section = settings.tls
     if not section.cert_file:
-        if config.is_local(settings.server.listen):
+        if config.is_local(settings.listen):
             return Finding("tls", Status.SKIP, "not configured, not needed")
         advice = "pictures and keys cross the network unencrypted: set tls.cert_file and key_file"
         return Finding("tls", Status.WARN, "not configured", advice)
@@ -135,7 +135,7 @@ def check_tls(settings: config.Config) -> Finding:
             "most clients look at nothing else: make it again with subjectAltName = DNS:..., IP:..."
         )
         return Finding("tls", Status.WARN, f"{detail}; it has no alternative names", advice)
-    hosts = _reached_by(settings.server.listen)
+    hosts = _reached_by(settings.listen)
     if not any(map(facts.covers, hosts)):
         advice = f"clients that come to one of those names refuse it; it is for {_few(facts.names)}"
         return Finding("tls", Status.WARN, f"{detail}; it is not for {_few(hosts)}", advice)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
+import stat
 from pathlib import Path
 
 import grpc
@@ -13,10 +15,14 @@ from facelane_server import config
 from facelane_server.edge.tls import Presented
 
 
-def bind(server: grpc.aio.Server, listen: str, certificates: Presented | None) -> None:
-    """Opens the port. Raises ``AddressError`` when it cannot be had now."""
-    if listen.startswith("unix:"):
-        path = _socket_path(listen)
+def bind(
+    server: grpc.aio.Server, listen: str, certificates: Presented | None, *, group: str = ""
+) -> None:
+    """Opens the port. A Unix socket is its user's alone, or its group's too; the kernel asks
+    whoever connects. Raises ``AddressError`` when it cannot be had now."""
+    path = _socket_path(listen) if listen.startswith("unix:") else None
+    if path is not None:
+        _own_folder(path.parent)
         if path.is_socket():
             if _answers(path):
                 raise config.AddressError(
@@ -25,6 +31,7 @@ def bind(server: grpc.aio.Server, listen: str, certificates: Presented | None) -
                 )
             # What a killed server left behind.
             path.unlink()
+    before = os.umask(0o177)  # no moment in which others could connect
     try:
         if certificates is not None:
             port = server.add_secure_port(listen, certificates.credentials())
@@ -32,10 +39,39 @@ def bind(server: grpc.aio.Server, listen: str, certificates: Presented | None) -
             port = server.add_insecure_port(listen)
     except RuntimeError:
         port = 0
+    finally:
+        os.umask(before)
     if port == 0:
         # gRPC does not say why.
         why = _unusable(listen)
         raise config.AddressError(f"server.listen: cannot listen on {listen}: {why}")
+
+    if path is not None and group:
+        try:
+            shutil.chown(path, group=group)
+        except (LookupError, OSError) as error:
+            raise config.ConfigError(
+                f"server.socket_group: {path} cannot be given to `{group}` ({error}): name a "
+                "group that the server's user is in"
+            ) from None
+        path.chmod(0o660)
+
+
+def _own_folder(folder: Path) -> None:
+    """Makes the folder of a default socket; refuses one that somebody else has put there."""
+    if folder != config.default_socket().parent:
+        return
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise config.AddressError(
+            f"server.listen: {folder} cannot be made ({error.strerror}); set server.listen"
+        ) from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+        raise config.AddressError(
+            f"server.listen: {folder} belongs to somebody else; set server.listen"
+        )
 
 
 def _socket_path(listen: str) -> Path:

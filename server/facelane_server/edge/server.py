@@ -118,8 +118,8 @@ class Edge:
             )
         if self._certificates is not None:
             _tell_problem(self._certificates.current)
-        listen = settings.server.listen
-        address.bind(server, listen, self._certificates)
+        listen = settings.listen
+        address.bind(server, listen, self._certificates, group=settings.server.socket_group)
         await server.start()
         self._expiry = asyncio.create_task(self._gate.watch_expiry(), name="key-expiry")
         log.info("listening", address=listen, version=__version__)
