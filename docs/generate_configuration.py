@@ -20,8 +20,8 @@ TARGET = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
 One TOML file, given by `facelane-server run --config FILE` or `FACELANE_CONFIG`. Every key has a
-default; an empty file is a working CPU server on a Unix socket of its user. An unknown key is refused,
-and the nearest right one named; `facelane-server check --config FILE` says what would run.
+default; an empty file is a working CPU server on a Unix socket of its user. An unknown key is
+refused, and the nearest right one named; `facelane-server check --config FILE` says what would run.
 
 This page is generated from `server/facelane_server/config.py`.
 """
