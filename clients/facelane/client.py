@@ -18,7 +18,6 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import datetime
-from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 import grpc
@@ -89,10 +88,11 @@ def _blocking(build: Callable[P, calls.Call[T]]) -> Callable[Concatenate[Client,
 class Client(ClientBase["AnalyzeStream | EventStream"]):
     """A connection to one server; safe to share between threads.
 
-    ``target`` is ``host:port`` or ``unix:/path``; ``timeout`` is the deadline in seconds of
-    every call that is not given its own. What is left out comes from the environment, see
-    ``facelane.transport``. Nothing is sent before the first call. Close it, or use it as a
-    context manager.
+    ``target`` is ``host:port`` or ``unix:/path``; ``token`` a string or a function that gives the
+    present one; ``timeout`` the deadline in seconds of every call that is not given its own;
+    ``proxy``: whether a proxy of the environment may be used. What is left out comes from the
+    environment, see ``facelane.transport``. Nothing is sent before the first call. Close it, or
+    use it as a context manager.
 
     >>> with facelane.Client() as client:
     ...     result = client.analyze_image(facelane.Picture.from_file("people.jpg"))
@@ -130,12 +130,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def _do(self, call: calls.Call[T], *, again: bool = True) -> T:
@@ -328,19 +323,13 @@ def _pump(
     try:
         for item in frames:
             frame = item if isinstance(item, Frame) else Frame(item)
-            stream.send(
-                frame.picture,
-                stream_offset=frame.stream_offset,
-                capture_time=frame.capture_time,
-                timeout=math.inf,
-            )
-    except FacelaneError as error:
-        # A stream that has ended tells its own reader why; the rest is about a frame.
-        if not stream.ended:
-            failures.append(error)
+            given = {"stream_offset": frame.stream_offset, "capture_time": frame.capture_time}
+            stream.send(frame.picture, timeout=math.inf, **given)  # type: ignore[arg-type]
     except BaseException as error:
-        # The user's iterable failed: its error belongs to the user's thread.
-        failures.append(error)
+        # The user's iterable failed: its error belongs to the user's thread. A stream that has
+        # ended tells its own reader why.
+        if not (isinstance(error, FacelaneError) and stream.ended):
+            failures.append(error)
     stream.close_send()
 
 
@@ -391,12 +380,7 @@ class AnalyzeStream(StreamBase[threading.Condition]):
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -529,12 +513,7 @@ class EventStream(EventStreamBase):
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:

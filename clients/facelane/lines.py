@@ -45,6 +45,10 @@ class FaceLine(msgspec.Struct, frozen=True, kw_only=True):
     liveness: str
     liveness_score: float | None
     recognized_now: bool
+    evidence_age_s: float | None = None
+    """Media time since the look that says what is shown; null when nothing is."""
+    links_since_evidence: int = 0
+    """Pictures of the track since that look."""
     candidates: tuple[tuple[str, float], ...] = ()
 
 
@@ -64,6 +68,8 @@ class ResultLine(_Line, frozen=True, kw_only=True, tag="result"):
     height: int
     faces: tuple[FaceLine, ...]
     missing_stages: tuple[str, ...] = ()
+    stream_id: str = ""
+    """Track ids are unique within a stream; a camera that came back has another."""
     source: str = ""
     """The file, where a frame is one of a folder's."""
 
@@ -243,6 +249,8 @@ def face_line(face: types.Face) -> FaceLine:
         liveness=face.liveness.verdict.value,
         liveness_score=_rounded(face.liveness.score),
         recognized_now=face.recognized_now,
+        evidence_age_s=_rounded(face.evidence_age),
+        links_since_evidence=face.links_since_evidence,
         candidates=tuple(
             (candidate.subject_id, round(candidate.similarity, 4))
             for candidate in face.identity.candidates

@@ -122,6 +122,7 @@ class Ledger:
                 height=result.height,
                 faces=tuple(face_line(face) for face in result.faces),
                 missing_stages=tuple(stage.value for stage in result.missing_stages),
+                stream_id=outcome.stream_id,
             )
         )
 

@@ -117,6 +117,7 @@ def outcome_line(outcome: types.Outcome, camera: str, source: str) -> lines.Line
                 height=result.height,
                 faces=tuple([lines.face_line(face) for face in result.faces]),
                 missing_stages=tuple(stage.value for stage in result.missing_stages),
+                stream_id=outcome.stream_id,
                 source=source,
             )
         case types.FrameDrop(reason):
