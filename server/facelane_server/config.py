@@ -239,6 +239,9 @@ class Identity(Section, frozen=True):
     what comes of it."""
     match_threshold: Ratio | None = None
     """Least cosine of a match, in place of `false_naming`."""
+    agreeing_looks: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2
+    """How many looks at a face must agree before its track is named, where `false_naming` holds;
+    one will do that would match at a hundredth of `false_naming`, too. 1: one will always do."""
     galleries: dict[str, Naming] = {}
     """`[identity.galleries.NAME]`: `false_naming` or `match_threshold` for one gallery."""
     sources: dict[str, Naming] = {}

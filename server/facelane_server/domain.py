@@ -229,6 +229,8 @@ class Identity:
     candidates: tuple[Candidate, ...] = ()
     threshold: float | None = None
     """What ``similarity`` was compared with."""
+    certain: bool = True
+    """Whether this look alone may name a track; else a second one has to agree."""
 
     @property
     def subjects(self) -> set[str]:

@@ -91,6 +91,7 @@ def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Th
             ood=pick(Stage.RECOGNIZER, "ood", chosen.ood_threshold, 0.4),
             live=pick(Stage.LIVENESS, "live", chosen.live_threshold, 1.0),
             spoof=pick(Stage.LIVENESS, "spoof", chosen.spoof_threshold, 0.0),
+            looks=chosen.agreeing_looks,
         )
         general = naming(plain, chosen)
         return replace(

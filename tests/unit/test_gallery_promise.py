@@ -79,6 +79,17 @@ def test_a_decision_tells_what_it_compared_with() -> None:
     assert decide.verify(0.5, 0.3, thresholds) is Decision.UNKNOWN
 
 
+def test_one_look_is_certain_that_would_match_at_a_hundredth_of_the_promise() -> None:
+    thresholds = Thresholds(match=0.9, promise=Promise(0.001, BANDS))
+    for cosine, certain in ((0.36, False), (0.44, False), (0.47, True)):
+        found = decide.identify(0.9, [Candidate("a", cosine)], thresholds, searched=10)
+        assert (found.decision, found.certain) == (Decision.MATCH, certain), cosine
+    one = Thresholds(match=0.9, promise=Promise(0.001, BANDS), looks=1)
+    assert decide.identify(0.9, [Candidate("a", 0.36)], one, searched=10).certain
+    bare = Thresholds(match=0.3)
+    assert decide.identify(0.9, [Candidate("a", 0.31)], bare, searched=10).certain
+
+
 # -- config and packages ------------------------------------------------------------------------
 
 

@@ -351,6 +351,50 @@ def test_the_best_shot_speaks(fresh: Track) -> None:
     assert worse.confirmed_ns == 2 * FRAME
 
 
+def uncertain(subject: str) -> Identity:
+    return replace(match(subject), certain=False)
+
+
+def test_a_name_needs_two_looks_that_agree_or_one_that_is_certain(fresh: Track) -> None:
+    first = recognized(fresh, uncertain("ada"), 0.9, 0)
+    assert shown(first, 0).decision is Decision.NOT_EVALUATED
+    assert tracking.wants_recognition(first, at(10), FRAME, PARAMS), "at once"
+    second = recognized(first, uncertain("ada"), 0.6, FRAME)
+    assert shown(second, FRAME).subject_id == "ada"
+    assert not tracking.wants_recognition(second, at(10), 2 * FRAME, PARAMS)
+    # From now on every look that says the same confirms, certain or not.
+    third = recognized(second, uncertain("ada"), 0.9, SECOND)
+    assert third.confirmed_ns == SECOND
+    assert shown(recognized(fresh, match("ada"), 0.9, 0), 0).subject_id == "ada"
+
+
+@pytest.mark.parametrize("other", [uncertain("bob"), UNKNOWN])
+def test_looks_that_do_not_agree_name_nobody(fresh: Track, other: Identity) -> None:
+    first = recognized(fresh, uncertain("ada"), 0.9, 0)
+    second = recognized(first, other, 0.9, FRAME)
+    assert shown(second, FRAME).subject_id == ""
+    third = recognized(second, uncertain("ada"), 0.9, 2 * FRAME)
+    assert shown(third, 2 * FRAME).subject_id == "", "ada was not said twice in a row"
+
+
+def test_a_rejected_look_between_two_that_agree_changes_nothing(fresh: Track) -> None:
+    first = recognized(fresh, uncertain("ada"), 0.9, 0)
+    hidden = recognized(first, REJECTED, 0.1, FRAME)
+    assert shown(hidden, FRAME).decision is Decision.REJECTED_OOD
+    assert (
+        shown(recognized(hidden, uncertain("ada"), 0.9, 2 * FRAME), 2 * FRAME).subject_id == "ada"
+    )
+
+
+def test_an_uncertain_name_for_a_stranger_counts_when_it_is_repeated(fresh: Track) -> None:
+    stranger = recognized(fresh, UNKNOWN, 0.95, 0)
+    first = recognized(stranger, uncertain("ada"), 0.9, SECOND)
+    assert shown(first, SECOND) == UNKNOWN
+    second = recognized(first, uncertain("ada"), 0.9, SECOND + FRAME)
+    assert shown(second, SECOND + FRAME).subject_id == "ada"
+    assert tracking.forgotten(first).pending == ""
+
+
 def test_another_match_replaces_the_name_at_once(fresh: Track) -> None:
     known = with_live(recognized(fresh, match("ada"), 0.95, 0), [0.99] * 4)
     switched = recognized(known, match("bob"), 0.45, SECOND)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from facelane_server import limits
 from facelane_server.domain import (
@@ -23,6 +24,9 @@ from facelane_server.domain import (
     LivenessVerdict,
 )
 from facelane_server.models.promise import Promise
+
+BEYOND_DOUBT: Final = 0.01
+"""A look is beyond doubt when it would match for this share of the promise, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,9 @@ class Thresholds:
     live: float = 0.5
     spoof: float = 0.5
     promise: Promise | None = None
+    looks: int = 2
+    """How many looks of a track must agree before it is named, 1 or 2, where there is a promise;
+    one will do where it is beyond doubt (``certain_at``)."""
     galleries: Mapping[str, Thresholds] = field(default_factory=dict)
     """By gallery id: what holds there instead."""
     sources: Mapping[str, Thresholds] = field(default_factory=dict)
@@ -69,6 +76,13 @@ class Thresholds:
         if self.promise is None:
             return self.match
         return self.promise.match(ood_score, searched)
+
+    def certain_at(self, ood_score: float, searched: int) -> float:
+        """Cosine from which on one look names a track by itself, [-1, 1]."""
+        if self.promise is None or self.looks == 1:
+            return self.match_at(ood_score, searched)
+        share = self.promise.false_naming * BEYOND_DOUBT
+        return replace(self.promise, false_naming=share).match(ood_score, searched)
 
 
 def best_first(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
@@ -115,7 +129,8 @@ def identify(
         return Identity(Decision.UNKNOWN, "", best.similarity, shown, needed)
     if len(ranked) > 1 and best.similarity - ranked[1].similarity < thresholds.margin:
         return Identity(Decision.AMBIGUOUS, "", best.similarity, shown, needed)
-    return Identity(Decision.MATCH, best.subject_id, best.similarity, shown, needed)
+    certain = best.similarity >= thresholds.certain_at(ood_score, searched)
+    return Identity(Decision.MATCH, best.subject_id, best.similarity, shown, needed, certain)
 
 
 def verify(ood_score: float | None, similarity: float, thresholds: Thresholds) -> Decision:

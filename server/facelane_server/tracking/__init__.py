@@ -24,6 +24,8 @@ track has ended there and another begins (``contradicts``, ``successor``).
 * A shot rejected as out of distribution says nothing of who it is: the name stays, but the
   track asks again soon, and a name that no shot has confirmed for ``identity_max_age`` is
   not shown any more.
+* A name needs two looks that agree, or one that is certain (``Identity.certain``): after a first
+  uncertain match the track asks again on the next frame, and shows what it showed before.
 * A match with *another* subject ends the track at once.
 * Any other contradiction (a name becomes unknown, or the reverse) counts at once when its
   OOD score is at least as good as the best shot's; otherwise it takes two in a row, and the

@@ -78,7 +78,7 @@ def promised_gain(track: Track, found: DetectedFace) -> float:
 def wants_recognition(track: Track, found: DetectedFace, now_ns: int, params: Params) -> bool:
     """Whether this shot is worth embedding. The caller does not ask while one is under way
     that was taken since the last doubt."""
-    if track.asked_ns is None or track.doubts:
+    if track.asked_ns is None or track.doubts or track.pending:
         return True
     suspect = track.suspect is not None
     if suspect and track.asked_link < track.suspect_last:
@@ -110,6 +110,15 @@ def contradicts(track: Track, ood_score: float, identity: Identity, *, link: int
     doubtful = track.suspect is not None and (link or track.links) >= track.suspect
     sure = ood_score >= best.ood_score or track.doubts > 0
     return identity.decision is Decision.UNKNOWN and doubtful and sure
+
+
+def needs_another_look(track: Track, identity: Identity) -> bool:
+    """Whether a name is withheld until a second look agrees: the look is not certain, and none
+    before it said the same."""
+    best = track.shot
+    said_before = best is not None and best.identity.subject_id == identity.subject_id
+    said_before = said_before or track.pending == identity.subject_id
+    return identity.decision is Decision.MATCH and not identity.certain and not said_before
 
 
 def successor(track: Track, track_id: int, now_ns: int, *, link: int = 0) -> Track:
@@ -167,6 +176,10 @@ def with_recognition(
             best.identity.decision is Decision.REJECTED_OOD and ood_score > best.ood_score
         )
         return replace(asked, rejected=rejected, shot=shot if better else best)
+    if needs_another_look(track, identity):
+        return replace(asked, pending=identity.subject_id, rejected=())
+    agreed = bool(track.pending) and track.pending == identity.subject_id
+    asked = replace(asked, pending="")
     accepted = settled(
         replace(
             asked,
@@ -186,7 +199,7 @@ def with_recognition(
         return accepted if ood_score >= best.ood_score else replace(accepted, shot=best)
     matched = identity.decision is Decision.MATCH
     named = matched and (doubtful or old.decision is Decision.MATCH)
-    if not (named or ood_score >= best.ood_score or track.doubts):
+    if not (named or agreed or ood_score >= best.ood_score or track.doubts):
         return replace(asked, doubts=1, rejected=())
     if old.decision is Decision.MATCH or doubtful:
         # One who is not who it seemed: what was seen before is no evidence for this one.
@@ -207,6 +220,7 @@ def forgotten(track: Track) -> Track:
         tried_quality=0.0,
         doubts=0,
         rejected=(),
+        pending="",
     )
 
 

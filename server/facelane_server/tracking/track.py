@@ -105,6 +105,8 @@ class Track:
     """The signature of the newest shot that was asked for and has no answer yet."""
     latest: Shot | None = None
     """The last shot that was answered."""
+    pending: str = ""
+    """Whom the last look named, without being certain enough to name the track by itself."""
     asked_ns: int | None = None
     """When that was taken."""
     asked_link: int = 0
