@@ -1,12 +1,14 @@
 """Stills: which files of a folder are pictures, and pictures as the server takes them.
 
-They go to the server as they are where it can read them; others, and those that lie on their
-side, are decoded, turned upright and sent as JPEG.
+They go to the server as they are where it can read them; others, those that lie on their
+side, and those that are larger than a server takes, are decoded, turned upright, scaled down
+and sent as JPEG.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +33,10 @@ _MAGIC: Final = (
 )  # fmt: skip
 _STILL_BRANDS: Final = (b"heic", b"heix", b"heif", b"mif1", b"avif")
 _STILL_QUALITY: Final = 95
+_SENT_PIXELS: Final = 16_000_000
+_SENT_BYTES: Final = 16 << 20
+"""What a server takes by default: larger ones are scaled down, which costs no face that a
+recogniser could use."""
 _EXIF_ORIENTATION: Final = 0x0112
 
 
@@ -97,7 +103,8 @@ def _why_not(path: Path) -> str:
 
 
 def load_picture(path: str | Path) -> Picture:
-    """A still, upright.
+    """A still, upright, of a size that a server takes; one that was scaled down is told of on
+    stderr.
 
     Raises:
         OSError: the file cannot be read.
@@ -112,14 +119,79 @@ def load_picture(path: str | Path) -> Picture:
     except PictureError as error:
         if error.reason != Reason.ENCODING_UNSUPPORTED:
             raise
-        return encode(decode(data), _STILL_QUALITY)
+        return _sent(path, decode(data))
+    width, height = dimensions(data)
+    if width * height > _SENT_PIXELS or len(data) > _SENT_BYTES:
+        # Half the size is made while decoding, for a quarter of the memory.
+        return _sent(path, decode(data, half=width * height > 2 * _SENT_PIXELS), width, height)
     if exif_orientation(data) > 1:
         return encode(decode(data), _STILL_QUALITY)
     return picture
 
 
-def decode(data: bytes) -> Any:
-    """Pixels as BGR uint8 (height, width, 3), upright.
+def _sent(path: Path, pixels: Any, width: int = 0, height: int = 0) -> Picture:
+    """``width`` and ``height``: what the file has, where it is known."""
+    import cv2
+
+    from facelane.cli import output
+
+    rows, columns = pixels.shape[:2]
+    before = f"{width or columns}x{height or rows}"
+    scale = (_SENT_PIXELS / (rows * columns)) ** 0.5
+    if scale < 1:
+        size = (int(columns * scale), int(rows * scale))
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    rows, columns = pixels.shape[:2]
+    if scale < 1 or width:
+        output.consoles()[1].print(
+            f"facelane: {shown(path)}: {before} is more than a server takes; sent as "
+            f"{columns}x{rows}"
+        )
+    return encode(pixels, _STILL_QUALITY)
+
+
+def dimensions(data: bytes) -> tuple[int, int]:
+    """(width, height) of a JPEG, PNG or WebP as stored; zeros where they cannot be read."""
+    if data.startswith(b"\x89PNG"):
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if data[8:16] == b"WEBPVP8X":
+        return (
+            int.from_bytes(data[24:27], "little") + 1,
+            int.from_bytes(data[27:30], "little") + 1,
+        )
+    if data[8:16] == b"WEBPVP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if data[8:16] == b"WEBPVP8 ":
+        sides = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+        return next(sides), next(sides)
+    frame = re.search(rb"\xff[\xc0-\xc2]\x00.\x08(....)[\x01\x03\x04]", _segments(data), re.DOTALL)
+    if frame is None:
+        return 0, 0
+    return int.from_bytes(frame[1][2:], "big"), int.from_bytes(frame[1][:2], "big")
+
+
+def _segments(jpeg: bytes) -> bytes:
+    """The heads of a JPEG's segments before its data: previews in them are passed over."""
+    at, heads = 2, list[bytes]()
+    while jpeg[:2] == b"\xff\xd8" and at + 4 <= len(jpeg) and len(heads) < 4096:
+        if jpeg[at] != 0xFF:
+            at = jpeg.find(b"\xff", at)
+            if at < 0:
+                break
+            continue
+        if jpeg[at + 1] in (0x00, 0xFF):
+            at += 1
+            continue
+        heads.append(jpeg[at : at + 10])
+        if jpeg[at + 1] == 0xDA:
+            break
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return b"".join(heads)
+
+
+def decode(data: bytes, *, half: bool = False) -> Any:
+    """Pixels as BGR uint8 (height, width, 3), upright. ``half``: scaled down while decoding.
 
     Raises:
         PictureError: nobody here can read it (PICTURE_CORRUPT, ENCODING_UNSUPPORTED).
@@ -130,7 +202,8 @@ def decode(data: bytes) -> Any:
     # OpenCV reads some of these, and leaves them lying on their side.
     if data[4:8] == b"ftyp":
         return _decode_by_ffmpeg(data)
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     return _decode_by_ffmpeg(data) if pixels is None else pixels
 
 
