@@ -87,6 +87,8 @@ def test_from_enrolment_to_a_name_and_back(client: facelane.Client) -> None:
     assert known.identity.decision == "MATCH"
     assert known.identity.subject_id == "ada"
     assert known.identity.similarity == pytest.approx(1.0, abs=1e-3)
+    assert known.identity.threshold is not None
+    assert known.identity.threshold <= known.identity.similarity
     (stranger,) = client.identify(other)
     assert (stranger.identity.decision, stranger.identity.subject_id) == ("UNKNOWN", "")
     assert client.verify("ada", mine).verified

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from tests.fakes.scripted_pool import LIVE, LOST, ScriptedPools, embedding, faces
 
 from facelane_server.domain import (
+    Candidate,
     Decision,
     Encoding,
     FacelaneError,
@@ -17,6 +19,8 @@ from facelane_server.domain import (
     Reason,
     Stage,
 )
+from facelane_server.models.package import Impostors
+from facelane_server.models.promise import Promise
 from facelane_server.pipeline import (
     Evidence,
     Origin,
@@ -67,6 +71,27 @@ async def test_what_the_pools_are_asked() -> None:
     assert (face.ood_score, face.track_id, face.recognized_now) == (0.8, 0, True)
     assert face.liveness.verdict is LivenessVerdict.LIVE
     assert reading.readings[0].vector
+
+
+async def test_the_threshold_is_of_the_gallery_its_size_and_the_source() -> None:
+    pools = ScriptedPools()
+    pipeline = pools.pipeline
+    rows = (Impostors(0.4, 10**6, 1e-5, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),)
+    promised = replace(pipeline.thresholds, promise=Promise(0.001, rows))
+    pipeline.thresholds = replace(
+        promised, sources={"door": replace(promised, match=0.9, promise=None)}
+    )
+    pipeline.searched = {"g": 10, "h": 1000}.__getitem__
+    seen = Evidence(0.8, (Candidate("ada", 0.5),))
+    told = {
+        (gallery, source): pipeline.identity(seen, Plan(gallery_id=gallery, source_id=source))
+        for gallery in ("g", "h")
+        for source in ("", "door")
+    }
+    assert [round(one.threshold or 0.0, 2) for one in told.values()] == [0.4, 0.9, 0.6, 0.9]
+    assert [one.decision for one in told.values()] == [
+        Decision.MATCH, Decision.UNKNOWN, Decision.UNKNOWN, Decision.UNKNOWN,
+    ]  # fmt: skip
 
 
 async def test_the_two_best_are_always_searched_for_so_that_the_margin_is_known() -> None:
