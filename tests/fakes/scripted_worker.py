@@ -182,7 +182,7 @@ class ScriptedWorker:
         """Answer the oldest job."""
         job = self.jobs.pop(0)
         done: list[ItemDone] = [
-            DetectDone(item.width, item.height, 0, 0, 0)
+            DetectDone(item.width or 64, item.height or 64, 0, 0, 0)
             if isinstance(item, DetectItem)
             else LivenessDone(score)
             for item in job.items

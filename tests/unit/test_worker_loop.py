@@ -73,7 +73,7 @@ class SteeredModel(api.LivenessModel):
         self.calls.append(f"begin {name}")
         if (error := self.fail.get(f"begin {name}")) is not None:
             raise error
-        return _Steered(self, name, crops[0][:, 0, 0, 0].astype(np.float32))
+        return _Steered(self, name, crops[0][:, 0, 0, 0].astype(np.float32) / 64)
 
 
 class _Steered(api.Pending[api.F32]):
@@ -192,11 +192,11 @@ def test_the_next_job_is_begun_while_the_first_is_on_the_device(server: Server) 
     server.model.permits.release()
     first = server.receive()
     assert isinstance(first, InferDone)
-    assert (first.job_id, first.items) == (1, [LivenessDone(1.0)])
+    assert (first.job_id, first.items) == (1, [LivenessDone(1 / 64)])
     server.model.permits.release()
     second = server.receive()
     assert isinstance(second, InferDone)
-    assert (second.job_id, second.items) == (2, [LivenessDone(2.0)])
+    assert (second.job_id, second.items) == (2, [LivenessDone(2 / 64)])
     # Whether job 2 was begun before job 1 was waited for depends on when it arrived; two
     # jobs that are both there are always begun before the first is finished:
     server.model.calls.clear()

@@ -25,13 +25,25 @@ so fields are only ever appended.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from facelane_server import limits
 
 PROTOCOL: Final = 2
+
+# What a worker says is checked while it is decoded: whatever lies outside of these, NaN
+# included, is no message, and the worker is lost. Scores may exceed 1 by a rounding error.
+Side = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE)]
+Offset = Annotated[int, msgspec.Meta(ge=0, le=limits.RESPONSE_SLOT_BYTES)]
+Score = Annotated[float, msgspec.Meta(ge=0.0, le=1.001)]
+Cosine = Annotated[float, msgspec.Meta(ge=-1.001, le=1.001)]
+Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+MiB = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Word = Annotated[str, msgspec.Meta(max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=limits.MAX_ITEM_MESSAGE_BYTES)]
 
 
 class Packed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -83,25 +95,25 @@ class DetectDone(Packed, frozen=True, tag="d"):
     ``crops_offset``, ``count`` crop records (the crops of one face, one behind the other, in
     the order of Load.crops)."""
 
-    width: int
-    height: int
-    count: int
-    offset: int
-    crops_offset: int
+    width: Side
+    height: Side
+    count: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_FACES)]
+    offset: Offset
+    crops_offset: Offset
 
 
 class EmbedDone(Packed, frozen=True, tag="e"):
     """``candidates``: (subject index in the snapshot's table, cosine), best first, one a
     subject. ``snapshot``: the version searched, 0 = none. ``vector_offset`` -1 = not asked."""
 
-    ood: float
-    candidates: tuple[tuple[int, float], ...] = ()
-    snapshot: int = 0
-    vector_offset: int = -1
+    ood: Score
+    candidates: tuple[tuple[Number, Cosine], ...] = ()
+    snapshot: Number = 0
+    vector_offset: Annotated[int, msgspec.Meta(ge=-1, le=limits.RESPONSE_SLOT_BYTES)] = -1
 
 
 class LivenessDone(Packed, frozen=True, tag="l"):
-    score: float
+    score: Score
 
 
 class ItemFailed(Packed, frozen=True, tag="x"):
@@ -110,8 +122,8 @@ class ItemFailed(Packed, frozen=True, tag="x"):
     PICTURE_TOO_COSTLY: decoding it would take, or took, more than a picture may. That is the
     picture's doing: it is never tried again, and who sends such pictures can be told by it."""
 
-    reason: str
-    message: str
+    reason: Word
+    message: Text
 
 
 Item = DetectItem | EmbedItem | LivenessItem
@@ -204,14 +216,14 @@ ToWorker = Load | Infer | Cancel | Ping | Drain | GallerySnapshot
 
 
 class Hello(Message, frozen=True):
-    protocol: int
-    python: str = ""
+    protocol: Number
+    python: Word = ""
 
 
 class Warming(Message, frozen=True):
     """The weights are loaded; warm-up begins. ``load_ms`` since Load."""
 
-    load_ms: float
+    load_ms: Millis
 
 
 class Ready(Message, frozen=True):
@@ -220,39 +232,39 @@ class Ready(Message, frozen=True):
     recognisers, else 0. ``batch_max``: the largest job that it takes. ``sandbox``: what the
     worker's process is confined by."""
 
-    model_id: str
-    load_ms: float
-    warm_ms: float
-    latency_ms: float
-    memory_mib: int = 0
-    device_name: str = ""
-    embedding_dim: int = 0
-    batch_max: int = limits.BATCH
-    sandbox: str = "off"
+    model_id: Word
+    load_ms: Millis
+    warm_ms: Millis
+    latency_ms: Millis
+    memory_mib: MiB = 0
+    device_name: Word = ""
+    embedding_dim: Number = 0
+    batch_max: Number = limits.BATCH
+    sandbox: Word = "off"
 
 
 class GalleryLoaded(Message, frozen=True):
-    version: int
+    version: Number
 
 
 class InferDone(Message, frozen=True):
-    job_id: int
-    items: list[ItemDone]
-    memory_mib: int = 0
+    job_id: Number
+    items: Annotated[list[ItemDone], msgspec.Meta(max_length=limits.MAX_BATCH)]
+    memory_mib: MiB = 0
 
 
 class InferFailed(Message, frozen=True):
     """The whole job failed. ``retryable``: on another worker it may succeed."""
 
-    job_id: int
-    reason: str
-    message: str
+    job_id: Number
+    reason: Word
+    message: Text
     retryable: bool = False
 
 
 class Pong(Message, frozen=True):
-    sequence: int
-    memory_mib: int = 0
+    sequence: Number
+    memory_mib: MiB = 0
 
 
 class Drained(Message, frozen=True):
@@ -263,8 +275,8 @@ class Fatal(Message, frozen=True):
     """The worker ends now. ``reason``: LOAD_FAILED, WARM_UP_FAILED, DEVICE_POISONED,
     OUT_OF_MEMORY, WORN_OUT, PROTOCOL, INTERNAL."""
 
-    reason: str
-    message: str
+    reason: Word
+    message: Text
 
 
 FromWorker = (

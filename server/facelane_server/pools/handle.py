@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from facelane_server.ipc import messages
 from facelane_server.ipc.arena import Arena
@@ -47,8 +47,28 @@ class WorkerLostError(Exception):
         self.detail = detail
 
     @classmethod
+    def last_words(cls, fatal: Fatal) -> WorkerLostError:
+        known = fatal.reason in _LAST_WORDS
+        return cls(fatal.reason if known else "INTERNAL", fatal.message)
+
+    @classmethod
     def by(cls, error: ChannelError) -> WorkerLostError:
         return cls("PROTOCOL" if isinstance(error, ProtocolError) else "EXITED", str(error))
+
+
+_INBOX: Final = 8
+"""Messages of a worker that is not ready: Hello, Warming, Ready, Fatal, and some patience."""
+_LAST_WORDS: Final = frozenset(
+    {
+        "LOAD_FAILED",
+        "WARM_UP_FAILED",
+        "DEVICE_POISONED",
+        "OUT_OF_MEMORY",
+        "WORN_OUT",
+        "PROTOCOL",
+        "INTERNAL",
+    }
+)
 
 
 class UnreadyHandle:
@@ -107,17 +127,21 @@ class UnreadyHandle:
             await self._arrival
         message = self._inbox.popleft()
         if isinstance(message, Fatal):
-            raise WorkerLostError(message.reason, message.message)
+            raise WorkerLostError.last_words(message)
         if not isinstance(message, kind):
             raise WorkerLostError("PROTOCOL", f"unexpected {type(message).__name__}")
         return message
 
     def _on_message(self, message: FromWorker) -> None:
-        self._inbox.append(message)
+        if len(self._inbox) >= _INBOX:
+            self._error = WorkerLostError("PROTOCOL", "it says more than there is to say")
+            self._channel.close()
+        else:
+            self._inbox.append(message)
         self._wake()
 
     def _on_lost(self, error: ChannelError) -> None:
-        self._error = WorkerLostError.by(error)
+        self._error = self._error or WorkerLostError.by(error)
         self._wake()
 
     def _wake(self) -> None:
@@ -251,20 +275,23 @@ class ReadyHandle:
                 self.memory_mib = message.memory_mib
             self.on_answer(self, self.jobs.popleft(), message)
         elif isinstance(message, Pong):
-            if message.sequence != self._pings:
+            if message.sequence != self._pings or not self.ping_sent_ns:
                 self._breach("a pong to no ping")
                 return
             self.ping_sent_ns = 0
             self.memory_mib = message.memory_mib
         elif isinstance(message, GalleryLoaded):
-            self.gallery_version = max(self.gallery_version, message.version)
+            if not self.gallery_version < message.version <= self._gallery_sent:
+                self._breach("a gallery that it was not sent")
+                return
+            self.gallery_version = message.version
             self.on_gallery(self)
         elif isinstance(message, Drained):
             self._channel.close()
             self.on_drained(self)
         elif isinstance(message, Fatal):
             self._channel.close()
-            self.on_lost(self, WorkerLostError(message.reason, message.message))
+            self.on_lost(self, WorkerLostError.last_words(message))
         else:
             self._breach(f"unexpected {type(message).__name__}")
 

@@ -236,8 +236,11 @@ class Pool:
                 ended, used = self._schedule.answered(
                     job, message, codec, handle.response(job), self._clock.now_ns()
                 )
-            except ProtocolError as error:
+            except Exception as error:
                 handle.jobs.appendleft(job)
+                if not isinstance(error, ProtocolError):
+                    log.exception("answer not understood", pool=self.name)
+                    error = ProtocolError(type(error).__name__)
                 self._crew.lost(worker, WorkerLostError.by(error))
                 return
         else:

@@ -1,7 +1,8 @@
 """Between tasks and slots: writes a batch's items, reads its answers.
 
-The server trusts no number that a worker sends: an offset or a count outside of what
-the job can have is a ``ProtocolError``, and the worker is lost.
+The server trusts no number that a worker sends. What cannot be in any message is refused
+where it is decoded (``ipc.messages``); what cannot be an answer to *this* request, or lies
+in the slot and is no number, is a ``ProtocolError`` here. Either way the worker is lost.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Final
+
+import numpy as np
 
 from facelane_server import limits
 from facelane_server.domain import Box, Candidate, DetectedFace, FacelaneError, Reason, Stage
@@ -41,7 +44,30 @@ SubjectResolver = Callable[[int, int], tuple[str, str] | None]
 deleted since the snapshot was made: it is no candidate any more."""
 
 _FACE: Final = struct.Struct(f"={limits.FACE_FLOATS}f{limits.SIGNATURE_BYTES}s")
-_REASONS: Final = {reason.value: reason for reason in Reason}
+_FARTHEST: Final = 4.0 * limits.MAX_SIDE
+"""Pixels; faces at the border have landmarks outside of the picture."""
+_ONE: Final = 1.001
+_NORM_SLACK: Final = 0.05
+_REASONS: Final = {
+    reason.value: reason
+    for reason in (
+        Reason.PICTURE_EMPTY,
+        Reason.PICTURE_CORRUPT,
+        Reason.PICTURE_TOO_SMALL,
+        Reason.PICTURE_TOO_LARGE,
+        Reason.PICTURE_TOO_COSTLY,
+        Reason.ENCODING_UNSUPPORTED,
+        Reason.ENCODING_MISMATCH,
+        Reason.RAW_LAYOUT_INVALID,
+        Reason.OUT_OF_MEMORY,
+        Reason.CANCELLED,
+    )
+}
+"""What a worker may say of an item or a job; anything else is INTERNAL."""
+
+
+def _reason(said: str) -> Reason:
+    return _REASONS.get(said, Reason.INTERNAL)
 
 
 class Codec:
@@ -128,20 +154,21 @@ class Codec:
         Raises ProtocolError when the answer cannot be one to this request.
         """
         if isinstance(done, ItemFailed):
-            reason = _REASONS.get(done.reason, Reason.INTERNAL)
-            return FacelaneError(reason, done.message), 0
+            return FacelaneError(_reason(done.reason), done.message), 0
         if isinstance(done, DetectDone) and isinstance(request, DetectRequest):
             return self._faces(request, done, slot)
         if isinstance(done, EmbedDone) and isinstance(request, EmbedRequest):
             return self._embedding(request, done, slot)
         if isinstance(done, LivenessDone) and isinstance(request, LivenessRequest):
-            return LivenessAnswer(done.score), 0
+            return LivenessAnswer(min(done.score, 1.0)), 0
         raise ProtocolError("an answer of another kind than its request")
 
     def _faces(
         self, request: DetectRequest, done: DetectDone, slot: memoryview
     ) -> tuple[Answer, int]:
         count, offset, crops_at = done.count, done.offset, done.crops_offset
+        if done.width * done.height > request.max_pixels:
+            raise ProtocolError("a picture larger than any that was to be decoded")
         end = crops_at + count * self._record
         records_end = offset + count * _FACE.size
         if not (
@@ -157,12 +184,16 @@ class Codec:
             for size in self._crop_bytes:
                 crops.append(bytes(slot[crops_at : crops_at + size]))
                 crops_at += size
+            if not all(-_FARTHEST <= v <= _FARTHEST for v in values[: limits.FACE_FLOATS]):  # nor NaN
+                raise ProtocolError("a face where none can be")
             x, y, width, height, score = values[:5]
             points = values[5 : limits.FACE_FLOATS]
+            if width < 0 or height < 0 or not 0 <= score <= _ONE:
+                raise ProtocolError("a face that is none")
             faces.append(
                 DetectedFace(
                     Box(x, y, width, height),
-                    score,
+                    min(score, 1.0),
                     tuple(zip(points[0::2], points[1::2], strict=True)),
                     tuple(crops),
                     values[-1],
@@ -179,8 +210,16 @@ class Codec:
             if start < 0 or end > len(slot):
                 raise ProtocolError("an embedding outside of the response slot")
             vector = bytes(slot[start:end])
+            norm = float(np.linalg.norm(np.frombuffer(vector, np.float32)))
+            if not abs(norm - 1.0) <= _NORM_SLACK:  # nor NaN
+                raise ProtocolError("an embedding that is no unit vector")
+        ood = min(done.ood, 1.0)
         if not done.candidates:
-            return EmbedAnswer(done.ood, (), vector), end
+            return EmbedAnswer(ood, (), vector), end
+        if len(done.candidates) > request.top_k:
+            raise ProtocolError("more candidates than were asked for")
+        if len({index for index, _ in done.candidates}) < len(done.candidates):
+            raise ProtocolError("a candidate twice")
         if self._resolve is None:
             raise ProtocolError("candidates without a gallery")
         candidates: list[Candidate] = []
@@ -190,8 +229,9 @@ class Codec:
                 continue
             if key[0] != request.gallery_id:
                 raise ProtocolError("a candidate of another gallery")
-            candidates.append(Candidate(key[1], similarity))
-        return EmbedAnswer(done.ood, tuple(candidates), vector), end
+            candidates.append(Candidate(key[1], max(-1.0, min(similarity, 1.0))))
+        candidates.sort(key=lambda candidate: -candidate.similarity)
+        return EmbedAnswer(ood, tuple(candidates), vector), end
 
     def _wrong_size(self) -> FacelaneError:
         return FacelaneError(
@@ -201,7 +241,9 @@ class Codec:
 
 def failure_of(done: Any, attempts: int) -> FacelaneError:
     """The error of a job that failed whole (``InferFailed``)."""
-    reason = _REASONS.get(done.reason, Reason.INTERNAL)
     return FacelaneError(
-        reason, done.message, retryable=done.retryable, metadata={"attempts": str(attempts)}
+        _reason(done.reason),
+        done.message,
+        retryable=done.retryable,
+        metadata={"attempts": str(attempts)},
     )
