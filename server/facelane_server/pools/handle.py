@@ -100,7 +100,7 @@ class UnreadyHandle:
         try:
             self._channel.send(load, [self._request.fileno(), self._response.fileno()])
         except ChannelError as error:
-            raise WorkerLostError("EXITED", str(error)) from None
+            raise self._error or WorkerLostError("EXITED", str(error)) from None
         await self._next(Warming)
         progress("WARMING")
         facts = await self._next(Ready)
