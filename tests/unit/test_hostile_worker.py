@@ -182,13 +182,13 @@ def test_a_number_in_the_slot_that_is_none(spoiled: int, value: float) -> None:
     codec, request = CODECS[Stage.DETECTOR]
     record = [10.0, 10.0, 20.0, 20.0, 0.9, *[15.0] * 10]
     slot = bytearray(SLOT)
-    slot[:60] = floats(record)
-    done = DetectDone(100, 100, 1, 0, 64)
+    slot[:60] = floats(record)  # and an empty signature
+    done = DetectDone(100, 100, 1, 0, limits.FACE_RECORD_BYTES)
     answer, _ = codec.read(request, done, memoryview(slot))
     assert isinstance(answer, DetectAnswer)
     assert is_sound(answer)
     record[spoiled] = value
-    slot[:60] = floats(record)
+    slot[:60] = floats(record)  # and an empty signature
     with pytest.raises(ProtocolError):
         codec.read(request, done, memoryview(slot))
 

@@ -184,7 +184,9 @@ class Codec:
             for size in self._crop_bytes:
                 crops.append(bytes(slot[crops_at : crops_at + size]))
                 crops_at += size
-            if not all(-_FARTHEST <= v <= _FARTHEST for v in values[: limits.FACE_FLOATS]):  # nor NaN
+            if not all(
+                -_FARTHEST <= v <= _FARTHEST for v in values[: limits.FACE_FLOATS]
+            ):  # nor NaN
                 raise ProtocolError("a face where none can be")
             x, y, width, height, score = values[:5]
             points = values[5 : limits.FACE_FLOATS]
