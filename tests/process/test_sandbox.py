@@ -46,6 +46,8 @@ def attempts():
     yield "a TCP socket", lambda: socket.socket()
     yield "a UDP socket", lambda: socket.socket(type=socket.SOCK_DGRAM)
     yield "a Unix socket", lambda: socket.socket(socket.AF_UNIX)
+    yield "a datagram socket", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    yield "a connection", lambda: socket.socketpair()[0].connect("/run/any.sock")
     yield "a netlink socket", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
     yield "a program", lambda: subprocess.run(["/bin/true"])
     yield "a process", lambda: os._exit(9) if os.fork() == 0 else None
@@ -143,6 +145,15 @@ def test_without_a_sandbox_all_of_it_works(tmp_path: Path) -> None:
     assert code == 0, errors
     assert found["read the gallery"] == found["a program"] == found["a TCP socket"] == "done"
     assert found["a pidfd"] == found["the server's environment"] == "done"
+
+
+def test_for_a_card_it_may_listen_and_nothing_else(tmp_path: Path) -> None:
+    found, code, errors = inside(tmp_path, "required", cards=True)
+    if code == exit_codes.NOT_CONFINED:
+        pytest.skip(errors)
+    assert found["a Unix socket"] == found["+ a thread"] == "done"
+    for name in ("a datagram socket", "a connection", "a TCP socket", "a UDP socket"):
+        assert found[name] == "PermissionError", name
 
 
 async def test_a_pool_says_what_its_workers_are_confined_by() -> None:

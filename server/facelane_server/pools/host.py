@@ -124,11 +124,13 @@ it share the fate of its clients; pools with ``isolation = "mps"`` name their da
 @dataclass(frozen=True)
 class Confined:
     """What a worker's process may do (see ``worker.sandbox``). ``read``: folders with models;
-    ``write``: of fault tests. ``mps``: it talks to an MPS daemon, as the user that it is."""
+    ``write``: of fault tests. ``cards``: it may compute on a CUDA device. ``mps``: it talks to
+    an MPS daemon, as the user that it is."""
 
     sandbox: config.Sandbox = "auto"
     read: tuple[Path, ...] = ()
     write: tuple[Path, ...] = ()
+    cards: bool = False
     mps: Path | None = None
 
     def with_folder(self, folder: Path | None) -> Confined:
@@ -139,12 +141,14 @@ class Confined:
         modes = {self.sandbox, other.sandbox}
         strictest = next(mode for mode in _MODES if mode in modes)
         read, write = (*self.read, *other.read), (*self.write, *other.write)
-        return replace(self, sandbox=strictest, read=read, write=write)
+        cards = self.cards or other.cards
+        return replace(self, sandbox=strictest, read=read, write=write, cards=cards)
 
     def arguments(self) -> list[str]:
         found = [f"--sandbox={self.sandbox}", "--read="]
         found += [f"--read={path.resolve()}" for path in self.read]
         found += [f"--write={path.resolve()}" for path in self.write]
+        found += ["--cards"] if self.cards else []
         return found if self.mps is None else [*found, f"--mps={self.mps}"]
 
 
@@ -661,7 +665,8 @@ class Launchers:
             for name in ("fail.only_file", "fail.from_file")
             if name in settings.options
         ]
-        return Confined(settings.sandbox, (*self._models, *own), tuple(faults))
+        cards = any(device != "cpu" for device in settings.devices)
+        return Confined(settings.sandbox, (*self._models, *own), tuple(faults), cards)
 
     async def close(self) -> None:
         """After all pools have stopped."""

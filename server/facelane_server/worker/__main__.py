@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sandbox", choices=get_args(sandbox.Mode), default="auto")
     parser.add_argument("--read", action="append", metavar="PATH", help="none: everything")
     parser.add_argument("--write", action="append", default=[], metavar="FOLDER")
+    parser.add_argument("--cards", action="store_true", help="it may compute on a CUDA device")
     parser.add_argument("--mps", default="", metavar="FOLDER", help="of the daemon's pipes")
     try:
         options = parser.parse_args(arguments)
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         sockets = [socket.socket(fileno=fd) for fd in options.channel]
         for sock in sockets:
             os.set_inheritable(sock.fileno(), False)
-    sandbox.close_doors(held, unix=bool(options.mps))
+    sandbox.close_doors(held, cards=options.cards or bool(options.attach), mps=bool(options.mps))
     return _serve(sockets, stopping, wake, ready, str(held))
 
 

@@ -100,6 +100,7 @@ _ARCHITECTURES: Final = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _X32: Final = 0x40000000
 _CLONE_THREAD: Final = 0x10000
 _AF_UNIX: Final = 1
+_DATAGRAM: Final = 2
 
 
 class SandboxError(Exception):
@@ -163,12 +164,12 @@ def _without(found: Confinement) -> Confinement:
     return found
 
 
-def close_doors(held: Confinement, *, unix: bool) -> None:
-    """No more sockets, for all threads: the channel is there. ``unix``: but Unix sockets,
-    through which CUDA talks to an MPS daemon."""
+def close_doors(held: Confinement, *, cards: bool = False, mps: bool = False) -> None:
+    """No more sockets, for all threads: the channel is there. ``cards``: but CUDA may listen on
+    an abstract Unix socket, without which it does not start. ``mps``: and connect to a daemon."""
     if not held.seccomp:
         return
-    program = _filter(sockets=True, unix=unix)
+    program = _filter(sockets=True, cards=cards or mps, mps=mps)
     assert program is not None
     libc = ctypes.CDLL(None, use_errno=True)
     number = _SECCOMP[_ARCHITECTURES[platform.machine()][0]]
@@ -284,13 +285,13 @@ def _step(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:
     return struct.pack("=HBBI", code, then, otherwise, value)
 
 
-def _filter(*, sockets: bool, unix: bool = False) -> bytes | None:
+def _filter(*, sockets: bool, cards: bool = False, mps: bool = False) -> bytes | None:
     """The program; None for an architecture whose calls are not known here."""
     if platform.machine() not in _ARCHITECTURES:
         return None
     which, architecture = _ARCHITECTURES[platform.machine()]
-    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    number, arch, first = 0, 4, 16  # offsets of what is looked at
+    load, equal, at_least, any_bit, mask, answer = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+    number, arch, first, second = 0, 4, 16, 24  # offsets of what is looked at
     allow = _step(answer, 0x7FFF0000)
     deny, unknown = (_step(answer, 0x00050000 | code) for code in (errno.EPERM, errno.ENOSYS))
     code = [
@@ -311,10 +312,13 @@ def _filter(*, sockets: bool, unix: bool = False) -> bytes | None:
         return _step(load, first), _step(equal, value, 1, 0), deny, allow
 
     if sockets:
-        if unix:
-            on(_SOCKETS["socket"][which], *unless(_AF_UNIX))
+        if cards:
+            # Streams alone: a datagram would reach a listener without being connected.
+            family = (_step(load, first), _step(equal, _AF_UNIX, 1, 0), deny)
+            kind = (_step(load, second), _step(mask, 0xF), _step(equal, _DATAGRAM, 0, 1), deny)
+            on(_SOCKETS["socket"][which], *family, *kind, allow)
         for name, calls in _SOCKETS.items():
-            if not (unix and name in ("socket", "connect")):
+            if not cards or (name == "connect" and not mps):
                 on(calls[which], deny)
     else:
         for calls in _DENIED.values():
