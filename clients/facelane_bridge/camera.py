@@ -103,6 +103,8 @@ TRANSITIONS: Mapping[CameraState, frozenset[CameraState]] = {
 
 OPENING_STRETCH = 2.5
 """Of the opening time, for a source that is connected: slow cameras, far-off key frames."""
+EARLY_FRAMES = 4
+"""From so many on it is known how far a camera's frames are apart."""
 GAP_STRETCH = 2.5
 """Of the longest recent gap between two frames: a longer one is a stall."""
 GAP_DECAY = 0.9
@@ -268,8 +270,8 @@ def _jittered(initial: float, attempts: int, most: float, jitter: float) -> floa
 
 def patience(camera: Camera, policy: Policy) -> float:
     """How long the media clock may stand still, seconds."""
-    if camera.frames == 1:
-        # How far its frames are apart is not known yet.
+    if 0 < camera.frames < EARLY_FRAMES:
+        # How far its frames are apart is not known yet: the first ones may come in a heap.
         return max(policy.stall_after, 1.2 * policy.open_timeout)
     slow = min(GAP_STRETCH * camera.gap, MAX_GAP_PATIENCE * policy.stall_after)
     return max(policy.stall_after, slow)

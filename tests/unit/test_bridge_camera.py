@@ -32,7 +32,7 @@ from facelane_bridge.camera import (
 POLICY = Policy(open_timeout=10, stall_after=5, stall_limit=15, backoff_initial=1, backoff_max=30)
 
 
-TWO: list[Event] = [FrameArrived(0, 0.0), FrameArrived(0, 0.01)]
+SOME: list[Event] = [FrameArrived(0, index / 100) for index in range(4)]
 
 
 def run(events: list[Event], policy: Policy = POLICY, jitter: float = 1.0) -> Camera:
@@ -53,7 +53,8 @@ def test_the_first_frame_makes_it_stream() -> None:
     camera = run([FrameArrived(1.0, 0.0)])
     assert camera.state is CameraState.STREAMING
     assert deadline(camera, POLICY) == 13.0, "how far frames are apart is not known yet"
-    camera, _ = step(camera, FrameArrived(1.5, 0.5), POLICY, 1.0)
+    for moment in (1.1, 1.2, 1.5):
+        camera, _ = step(camera, FrameArrived(moment, moment), POLICY, 1.0)
     assert deadline(camera, POLICY) == 6.5
 
 
@@ -79,14 +80,14 @@ def test_a_frozen_media_clock_stalls_although_frames_arrive() -> None:
 
 
 def test_a_stalled_camera_whose_clock_moves_again_streams_again() -> None:
-    camera = run([*TWO, Tick(5.0), FrameArrived(6.0, 0.0)])
+    camera = run([*SOME, Tick(5.0), FrameArrived(6.0, 0.0)])
     assert camera.state is CameraState.STALLED, "the same timestamp is no sign of life"
     camera, actions = step(camera, FrameArrived(7.0, 0.04), POLICY, 1.0)
     assert (camera.state, actions) == (CameraState.STREAMING, ())
 
 
 def test_a_camera_stalled_for_too_long_is_opened_again() -> None:
-    camera = run([*TWO, Tick(5.0)])
+    camera = run([*SOME, Tick(5.0)])
     camera, actions = step(camera, Tick(20.0), POLICY, 0.0)
     assert camera.state is CameraState.BACKOFF
     assert actions == (Action.CLOSE,)
@@ -94,9 +95,9 @@ def test_a_camera_stalled_for_too_long_is_opened_again() -> None:
 
 
 def test_being_held_back_is_no_stall() -> None:
-    camera = run([*TWO, HeldBack(4.0), Tick(8.0)])
+    camera = run([*SOME, HeldBack(4.0), Tick(8.0)])
     assert camera.state is CameraState.STREAMING
-    assert run([*TWO, HeldBack(4.0), Tick(9.0)]).state is CameraState.STALLED
+    assert run([*SOME, HeldBack(4.0), Tick(9.0)]).state is CameraState.STALLED
 
 
 def test_being_held_back_before_any_frame_does_not_extend_the_opening() -> None:

@@ -391,7 +391,9 @@ class RtspRelay:
                 self._authenticator.accepted()
             self._understood(response, request)
         elif 300 <= status < 400 and response.get("location"):
+            # Not for FFmpeg, which would go there without us.
             self.redirect = urllib.parse.urljoin(request.uri, response.get("location"))
+            return False
         elif request.method in _OPENING and not self.playing:
             self.error = self._refusal(status, response, request)
         return True
