@@ -15,6 +15,7 @@ import structlog
 from facelane_server import config, folders, limits, plan, served, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
+from facelane_server.edge.quotas import Kind
 from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.gallery.gallery import Gallery
@@ -175,20 +176,25 @@ class App:
             yield self
 
     async def _watch_gallery(self, gallery: Gallery) -> None:
-        """Tells when the gallery's file is removed or replaced: what is searched stays in
-        memory, and every change would be lost."""
-        health = self.edge.health
+        """Tells when the gallery can keep no change, which would be lost; and when no place is
+        left among those who watch events."""
+        health, before = self.edge.health, ""
         while True:
-            if gallery.keeps_changes is not health.keeps_changes:
-                health.keeps_changes = gallery.keeps_changes
+            trouble = gallery.trouble
+            takes = not self.edge.quotas.full(Kind.WATCHERS)
+            if trouble != before or takes is not health.takes_watchers:
+                health.keeps_changes, health.takes_watchers = not trouble, takes
                 self._changed.set()
-                if health.keeps_changes:
-                    log.info("the gallery's file is back: changes are taken")
-                else:
-                    log.error(
-                        "the gallery's file was removed or replaced: changes are refused; put it "
-                        "back, or restore a backup and restart the server"
-                    )
+            if trouble == "FILE_GONE" != before:
+                log.error(
+                    "the gallery's file was removed or replaced: changes are refused; put it "
+                    "back, or restore a backup and restart the server"
+                )
+            elif trouble == "DISK_FULL" != before:
+                log.error("the gallery's disk is full: changes are refused; free some space")
+            elif before and not trouble:
+                log.info("the gallery takes changes again", was=before)
+            before = trouble
             await asyncio.sleep(limits.GALLERY_WATCH_S)
 
     def _alive(self) -> bool:

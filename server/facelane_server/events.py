@@ -22,11 +22,11 @@ import struct
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from facelane_server import limits
-from facelane_server.domain import FacelaneError, Reason, TrackReport
+from facelane_server.domain import Decision, FacelaneError, Identity, Reason, TrackReport
 
 _TOKEN: Final = struct.Struct(">8sQ")
 
@@ -149,6 +149,22 @@ class EventFeed:
         watcher = Watcher(self, seen, frozenset(kinds))
         self._watchers.add(watcher)
         return watcher
+
+    def forget_subject(self, gallery_id: str, subject_id: str) -> None:
+        """Takes the subject out of what is kept: its events stay, and name nobody."""
+        for index, event in enumerate(self._ring):
+            track = event.track
+            if track is None or event.gallery_id != gallery_id:
+                continue
+            identity = track.identity
+            near = tuple(c for c in identity.candidates if c.subject_id != subject_id)
+            if identity.subject_id == subject_id:
+                identity = Identity(Decision.NOT_EVALUATED)
+            elif len(near) < len(identity.candidates):
+                identity = replace(identity, candidates=near)
+            else:
+                continue
+            self._ring[index] = replace(event, track=replace(track, identity=identity))
 
     def close(self) -> None:
         """Ends every watcher with DRAINING, once it has read what is there; idempotent."""

@@ -147,6 +147,8 @@ MAX_ID_CHARS: Final = 128
 MAX_DISPLAY_NAME_BYTES: Final = 256
 GALLERY_WATCH_S: Final = 1.0
 """Between two looks whether the gallery's file is still where it was."""
+MIN_DISK_BYTES: Final = 4 * MIB
+"""Free space below which the gallery takes no changes."""
 MAX_GALLERY_CALLS: Final = 1_024
 """Store calls that wait for the store's one thread; then GALLERY_UNAVAILABLE."""
 MAX_REQUEST_IDS: Final = 10_000

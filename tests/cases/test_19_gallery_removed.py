@@ -45,9 +45,9 @@ def test_no_change_goes_into_a_file_that_nobody_will_read(
     store = Store(path)
     try:
         store.create_subject("default", "before", "", {})
-        assert not store.is_gone()
+        assert store.trouble() == ""
         fate(path)
-        assert store.is_gone()
+        assert store.trouble() == "FILE_GONE"
         with pytest.raises(FacelaneError) as refused:
             store.create_subject("default", "after", "", {})
         assert refused.value.reason is Reason.GALLERY_UNAVAILABLE
@@ -62,9 +62,9 @@ def test_a_file_that_is_back_is_used_again(tmp_path: Path) -> None:
     store = Store(path)
     try:
         path.rename(tmp_path / "elsewhere")
-        assert store.is_gone()
+        assert store.trouble() == "FILE_GONE"
         (tmp_path / "elsewhere").rename(path)
-        assert not store.is_gone()
+        assert store.trouble() == ""
         store.create_subject("default", "after", "", {})
     finally:
         store.close()

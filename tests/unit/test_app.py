@@ -45,6 +45,14 @@ def test_health_is_what_the_pools_can_do(able: tuple[bool, ...], draining: bool)
         assert service in told
 
 
+def test_health_tells_what_the_store_and_the_places_can_do() -> None:
+    able = dict.fromkeys(Stage, True)
+    told = health.derive(able, draining=False, keeps_changes=False, takes_watchers=False)
+    assert told["facelane.v1.AnalysisService"]
+    assert not told["facelane.v1.GalleryService"]
+    assert not told["facelane.v1.EventService"]
+
+
 def test_health_of_a_server_with_fewer_stages() -> None:
     told = health.derive({Stage.DETECTOR: True}, draining=False)
     assert told[""]

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from facelane_server import limits
-from facelane_server.domain import FacelaneError, Reason
+from facelane_server.domain import (
+    Box,
+    Candidate,
+    Decision,
+    FacelaneError,
+    Identity,
+    Liveness,
+    LivenessVerdict,
+    Reason,
+    TrackReport,
+)
 from facelane_server.events import EventFeed, EventKind, Watcher
 
 SEEN, LEFT, POOL = EventKind.SUBJECT_SEEN, EventKind.UNKNOWN_SEEN, EventKind.POOL_CHANGED
@@ -189,3 +199,30 @@ def test_a_reader_sees_every_event_once_or_is_told(steps: list[int]) -> None:
                 assert seen == list(range(1, len(seen) + 1))
 
     asyncio.run(play())
+
+
+async def test_a_deleted_subject_is_named_by_no_event_that_is_kept() -> None:
+    def track(decision: Decision, name: str, *near: str) -> TrackReport:
+        candidates = tuple(Candidate(subject, 0.5) for subject in near)
+        identity = Identity(decision, name, 0.9, candidates)
+        return TrackReport(
+            1, 0, 1, None, None, Box(0, 0, 1, 1), identity, Liveness(LivenessVerdict.LIVE)
+        )
+
+    feed = feed_of()
+    start = feed.token_after(0)
+    for gallery, report in (
+        ("staff", track(Decision.MATCH, "ada", "ada", "bo")),
+        ("staff", track(Decision.MATCH, "bo", "bo", "ada")),
+        ("board", track(Decision.MATCH, "ada", "ada")),
+    ):
+        feed.publish(SEEN, gallery_id=gallery, track=report)
+    feed.publish(EventKind.POOL_CHANGED, pool="detector")
+    feed.forget_subject("staff", "ada")
+    with feed.watch(start) as watcher:
+        told = await watcher.batch()
+    assert [event.sequence for event in told] == [1, 2, 3, 4], "nothing is missing"
+    first, second, third = (event.track.identity for event in told if event.track)
+    assert first == Identity(Decision.NOT_EVALUATED)
+    assert (second.subject_id, [c.subject_id for c in second.candidates]) == ("bo", ["bo"])
+    assert third.subject_id == "ada", "another gallery's"

@@ -501,3 +501,49 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     error = reason_of(Store, tmp_path / "file" / "gallery.db")
     assert error.reason is Reason.GALLERY_UNAVAILABLE
     assert "gallery.path" in error.message
+
+
+def test_a_lock_file_that_is_removed_lets_no_second_server_in(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.db"
+    first = Store(path)
+    try:
+        Path(f"{path}.lock").unlink()
+        with pytest.raises(FacelaneError, match="another server") as refused:
+            Store(path)
+        assert refused.value.retryable
+        first.create_subject("g", "ada", "", {})
+        assert first.counts() == (1, 0), "its own locks are still held"
+    finally:
+        first.close()
+    Store(path).close()
+
+
+def test_a_full_disk_is_told_before_it_is_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gallery.db"
+    store = Store(path)
+    try:
+        assert store.trouble() == ""
+        monkeypatch.setattr(limits, "MIN_DISK_BYTES", 1 << 62)
+        assert store.trouble() == "DISK_FULL"
+    finally:
+        store.close()
+    with pytest.raises(FacelaneError, match="No space left") as refused:
+        Store(path)
+    assert refused.value.retryable, "systemd tries again"
+
+
+def test_what_was_deleted_is_in_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.db"
+    store = Store(path)
+    try:
+        store.create_subject("g", "MARIE-CURIE", "Maria Sklodowska", {"k": "Radium"})
+        store.delete_subject("g", "MARIE-CURIE")
+        left = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+        for word in (b"MARIE-CURIE", b"Sklodowska", b"Radium"):
+            assert word not in left
+        store.create_subject("g", "bo", "", {})
+        assert store.counts() == (1, 0)
+    finally:
+        store.close()

@@ -15,6 +15,7 @@ from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.pictures import SinglePictures
+from facelane_server.events import EventFeed
 from facelane_server.gallery import enrolment, verification
 from facelane_server.gallery.gallery import Gallery, model_changing
 from facelane_server.pipeline import Pipeline, Plan
@@ -29,12 +30,14 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         pictures: SinglePictures,
         pipeline: Pipeline,
         controls: Controls,
+        events: EventFeed,
     ) -> None:
         self._config = config
         self._gallery = gallery
         self._pictures = pictures
         self._pipeline = pipeline
         self._controls = controls
+        self._events = events
 
     # -- subjects ------------------------------------------------------------------------
 
@@ -88,7 +91,9 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     async def DeleteSubject(
         self, request: pb.DeleteSubjectRequest, context: Context
     ) -> pb.DeleteSubjectResponse:
-        count = await self._gallery.delete_subject(_gallery(request.gallery_id), request.subject_id)
+        gallery_id = _gallery(request.gallery_id)
+        count = await self._gallery.delete_subject(gallery_id, request.subject_id)
+        self._events.forget_subject(gallery_id, request.subject_id)
         return pb.DeleteSubjectResponse(templates_deleted=count)
 
     # -- templates -----------------------------------------------------------------------

@@ -7,7 +7,9 @@ service name                            SERVING when
 ``facelane.v1.AnalysisService``         the detector pool can infer (other stages degrade
                                         in-band)
 ``facelane.v1.GalleryService``          the detector and the recogniser pool can infer, and
-                                        the gallery's file is where it was
+                                        the gallery can keep changes: its file is where it
+                                        was, its disk has room
+``facelane.v1.EventService``            a place is left among those who watch
 ``facelane.pool.<stage>``               that pool can infer
 ``facelane.process``                    always, while the process answers (liveness probe)
 ======================================  =================================================
@@ -53,17 +55,21 @@ def pool_service(stage: Stage) -> str:
 
 
 def derive(
-    can_infer: Mapping[Stage, bool], *, draining: bool, keeps_changes: bool = True
+    can_infer: Mapping[Stage, bool],
+    *,
+    draining: bool,
+    keeps_changes: bool = True,
+    takes_watchers: bool = True,
 ) -> dict[str, bool]:
-    """Which services serve, given which of the configured pools can infer, and whether the
-    gallery keeps what is changed. Pure."""
+    """Which services serve, given which of the configured pools can infer, whether the gallery
+    keeps what is changed, and whether a place is left for those who watch events. Pure."""
     detector = can_infer.get(Stage.DETECTOR, False)
     recognizer = can_infer.get(Stage.RECOGNIZER, False)
     serving = {
         "": all(can_infer.values()) and detector,
         "facelane.v1.AnalysisService": detector,
         "facelane.v1.GalleryService": detector and recognizer and keeps_changes,
-        "facelane.v1.EventService": True,
+        "facelane.v1.EventService": takes_watchers,
         "facelane.v1.ServerService": True,
         "facelane.v1.AdminService": True,
         **{pool_service(stage): able for stage, able in can_infer.items()},
@@ -82,6 +88,7 @@ class Health:
         self._published: dict[str, bool] = {}
         self.keeps_changes = True
         """Of the gallery; told with the next ``publish``."""
+        self.takes_watchers = True
 
     @property
     def serving(self) -> bool:
@@ -90,7 +97,12 @@ class Health:
 
     async def publish(self, can_infer: Mapping[Stage, bool], *, draining: bool) -> list[str]:
         """Returns the names whose status changed."""
-        wanted = derive(can_infer, draining=draining, keeps_changes=self.keeps_changes)
+        wanted = derive(
+            can_infer,
+            draining=draining,
+            keeps_changes=self.keeps_changes,
+            takes_watchers=self.takes_watchers,
+        )
         changed = [n for n, able in wanted.items() if self._published.get(n) is not able]
         self._published = wanted
         for name in changed:

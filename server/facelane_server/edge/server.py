@@ -102,7 +102,7 @@ class Edge:
             AnalysisService(settings, pipeline, self.streams, pictures, observer, controls), server
         )
         gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
-            GalleryService(settings, gallery, pictures, pipeline, controls), server
+            GalleryService(settings, gallery, pictures, pipeline, controls, events), server
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerService(settings, controls, self.streams, pipeline), server

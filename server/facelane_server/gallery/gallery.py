@@ -192,10 +192,10 @@ class Gallery:
         return found
 
     @property
-    def keeps_changes(self) -> bool:
-        """False once the file was removed or replaced: what is searched stays, changes are
-        refused."""
-        return not self._store.is_gone()
+    def trouble(self) -> str:
+        """Why changes are refused, while what is searched stays: FILE_GONE (removed or replaced),
+        DISK_FULL; empty = they are kept."""
+        return self._store.trouble()
 
     # subjects
 

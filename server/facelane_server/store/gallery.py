@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,12 @@ DUPLICATE_SIMILARITY: Final = 0.999
 UNIT_TOLERANCE: Final = 0.01
 """Stored vectors have unit norm up to the rounding of float16."""
 REQUEST_MEMORY_NS: Final = 24 * 3600 * 1_000_000_000
+
+
+def _digest(request_id: str) -> str:
+    """What is kept of a request's id: clients like to put a subject's into it, and the memory of
+    requests outlives subjects."""
+    return hashlib.sha256(request_id.encode()).hexdigest()
 
 
 def _subject_missing() -> FacelaneError:
@@ -375,7 +382,7 @@ class Store:
         row = connection.execute(
             sa.select(requests)
             .where(requests.c.gallery_id == gallery_id)
-            .where(requests.c.request_id == request.request_id)
+            .where(requests.c.request_id == _digest(request.request_id))
             .where(requests.c.created_ns >= self._clock_ns() - REQUEST_MEMORY_NS)
         ).first()
         if row is None:
@@ -420,7 +427,7 @@ class Store:
         connection.execute(
             sa.insert(requests).values(
                 gallery_id=gallery_id,
-                request_id=request.request_id,
+                request_id=_digest(request.request_id),
                 fingerprint=request.fingerprint,
                 template_id=template_id,
                 answer=sa.null() if answer is None else dict(answer),
@@ -470,9 +477,11 @@ class Store:
         """See ``SqliteFile.check``."""
         return self._file.check()
 
-    def is_gone(self) -> bool:
-        """See ``SqliteFile.is_gone``. From any thread."""
-        return self._file.is_gone()
+    def trouble(self) -> str:
+        """Why no change can be kept now: FILE_GONE, DISK_FULL; empty = it can. From any thread."""
+        if self._file.is_gone():
+            return "FILE_GONE"
+        return "" if self._file.has_room() else "DISK_FULL"
 
     def counts(self) -> tuple[int, int]:
         """(subjects, templates) of all galleries."""

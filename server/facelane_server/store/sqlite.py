@@ -20,6 +20,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy import exc
 
+from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store.schema import schema_version
 
@@ -100,6 +101,15 @@ class SqliteFile:
         emptied = self._is_open and not there.st_size
         return emptied or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino)
 
+    def has_room(self) -> bool:
+        """Whether the disk has room for changes. Below that nothing is written: SQLite maps one
+        of its files into memory, which a full disk ends with SIGBUS."""
+        try:
+            found = os.statvfs(self._path.parent)
+        except OSError:
+            return True  # whatever it is, it is not for want of room
+        return found.f_bavail * found.f_frsize >= limits.MIN_DISK_BYTES
+
     # opening
 
     def _take_file(self) -> None:
@@ -108,29 +118,24 @@ class SqliteFile:
             lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._closing.callback(os.close, lock)
             self._lock = lock
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FacelaneError(
-                    Reason.GALLERY_UNAVAILABLE,
-                    f"{self._path}: another server uses this gallery; stop it, or give this "
-                    "one another file in gallery.path",
-                    retryable=True,
-                ) from None
+            self._lock_or_refuse(lock)
             if os.fstat(lock).st_size:
                 if not self._path.exists():
                     log.warning("the gallery's file is gone; a new one is begun")
                 elif not self._path.stat().st_size:
                     raise self._damaged("the file is empty")
-            # SQLite gives its -wal and -shm files the mode of the main file.
+            # SQLite gives its -wal and -shm files the mode of the main file. Kept open until
+            # SQLite has closed it: closing it sooner would take SQLite's own locks along.
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._closing.callback(os.close, file)
             self._hold_file()
-            try:
-                if os.fstat(file).st_mode & 0o077:
-                    os.fchmod(file, 0o600)
-                    log.warning("gallery file was readable by others; its mode is 0600 now")
-            finally:
-                os.close(file)
+            if os.fstat(file).st_mode & 0o077:
+                os.fchmod(file, 0o600)
+                log.warning("gallery file was readable by others; its mode is 0600 now")
+            # The file itself too: whoever removes the lock's file must not let a second server in.
+            self._lock_or_refuse(file)
+            if not self.has_room():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise FacelaneError(
                 Reason.GALLERY_UNAVAILABLE,
@@ -138,6 +143,17 @@ class SqliteFile:
                 "owner and mode, or set gallery.path",
                 # Space and descriptors come back by themselves, permissions do not.
                 retryable=error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
+            ) from None
+
+    def _lock_or_refuse(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FacelaneError(
+                Reason.GALLERY_UNAVAILABLE,
+                f"{self._path}: another server uses this gallery; stop it, or give this "
+                "one another file in gallery.path",
+                retryable=True,
             ) from None
 
     def _hold_file(self) -> None:
@@ -237,7 +253,10 @@ class SqliteFile:
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             message = "another process holds the gallery's file; try again"
             return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told, retryable=True)
-        if name.startswith("SQLITE_FULL"):
+        # On a full disk SQLite may fail to read, open or grow one of its files just as well.
+        if name.startswith("SQLITE_FULL") or (
+            name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")) and not self.has_room()
+        ):
             message = f"{self._path}: the disk is full; free some space and try again"
             return FacelaneError(Reason.GALLERY_UNAVAILABLE, message, metadata=told, retryable=True)
         if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
@@ -265,6 +284,7 @@ class SqliteFile:
                 wait_ms = 0 if self._log_is_full else BUSY_TIMEOUT_MS
                 connection.cursor().execute(f"PRAGMA busy_timeout = {wait_ms}").close()
                 try:
+                    self._wipe_log(connection)
                     checkpoint = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
                     [(busy, *_)] = checkpoint.fetchall()
                 finally:
@@ -275,3 +295,20 @@ class SqliteFile:
         if cause and not self._log_is_full:
             log.warning("write-ahead log not emptied; trying again", cause=cause)
         self._log_is_full = bool(cause)
+
+    def _wipe_log(self, connection: sa.PoolProxiedConnection) -> None:
+        """Overwrites the log before it is cut off: its blocks are given back as they are."""
+        checkpoint = connection.cursor().execute("PRAGMA wal_checkpoint(RESTART)")
+        [(busy, *_)] = checkpoint.fetchall()
+        if busy:
+            return
+        with contextlib.suppress(OSError):
+            descriptor = os.open(f"{self._path}-wal", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                left, at = os.fstat(descriptor).st_size, 0
+                while left > 0:
+                    written = os.pwrite(descriptor, bytes(min(left, limits.MIB)), at)
+                    left, at = left - written, at + written
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
