@@ -21,13 +21,13 @@ def marked(path: Path, text: str) -> Path:
 
 
 def test_the_servers_configuration(tmp_path: Path) -> None:
-    path = marked(tmp_path / "server.toml", '[server]\nlisten = "127.0.0.1:0"\n')
-    assert config.load(path).server.listen == "127.0.0.1:0"
+    path = marked(tmp_path / "server.toml", '[server]\nlisten = "unix:/run/x.sock"\n')
+    assert config.load(path).server.listen == "unix:/run/x.sock"
 
 
 def test_keys(tmp_path: Path) -> None:
-    _, text = new_key("door", ["analyze"])
-    [key] = read_keys(marked(tmp_path / "keys.toml", text))
+    _, made = new_key("door", ("analyze",))
+    [key] = read_keys(marked(tmp_path / "keys.toml", made.entry()))
     assert key.name == "door"
 
 
