@@ -172,6 +172,7 @@ async def test_a_pool_says_what_its_workers_are_confined_by() -> None:
     ("held", "said"),
     [
         (sandbox.Confinement("off"), "off"),
+        (sandbox.Confinement("auto", 6, True, sockets=True), "landlock 6, seccomp, sockets open"),
         (sandbox.Confinement("auto"), "no landlock, no seccomp"),
         (sandbox.Confinement("auto", 6, True, "nobody"), "landlock 6, seccomp, user nobody"),
         (
@@ -182,6 +183,19 @@ async def test_a_pool_says_what_its_workers_are_confined_by() -> None:
 )
 def test_what_holds_in_words(held: sandbox.Confinement, said: str) -> None:
     assert str(held) == said
+
+
+@pytest.mark.parametrize("works", range(5))
+def test_what_cuda_does_not_start_in_is_weakened_step_by_step(works: int) -> None:
+    asked: list[sandbox.Strength] = []
+
+    def try_out(strength: sandbox.Strength) -> bool:
+        asked.append(strength)
+        return len(asked) > works
+
+    found = sandbox.strongest(try_out)
+    assert asked == list(sandbox.STRENGTHS[: works + 1])
+    assert found == (sandbox.STRENGTHS[works] if works < 4 else sandbox.STRENGTHS[0])
 
 
 def test_members_of_a_group_are_confined_as_the_strictest_says() -> None:

@@ -102,7 +102,14 @@ def _confine(options: argparse.Namespace) -> sandbox.Confinement:
     read = None if options.read is None else [path for path in options.read if path]
     # A daemon serves one user, the server's; a worker of another user could not attach.
     keep_user = bool(options.mps or options.attach)
-    return sandbox.enter(options.sandbox, read, [*options.write, *mps], keep_user=keep_user)
+    return sandbox.confine(
+        options.sandbox,
+        read,
+        [*options.write, *mps],
+        keep_user=keep_user,
+        cards=options.cards or bool(options.attach),
+        mps=bool(options.mps),
+    )
 
 
 def _nothing() -> None:

@@ -5,8 +5,9 @@ seccomp denies it programs, processes, sockets and other processes' memory. Wher
 started it, it becomes a user without rights. All of it is taken on by the first thread
 before there is a second, for good, and costs nothing afterwards.
 
-Kernels and containers differ: what cannot be had is left out and said (``auto``), or the
-worker does not start (``required``).
+Kernels, containers and CUDA's drivers differ: what cannot be had is left out and said
+(``auto``), or the worker does not start (``required``). Whether CUDA starts is tried out in a
+child beforehand, because nobody can take a sandbox off again.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import errno
 import os
 import platform
 import pwd
+import signal
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -101,6 +103,8 @@ _X32: Final = 0x40000000
 _CLONE_THREAD: Final = 0x10000
 _AF_UNIX: Final = 1
 _DATAGRAM: Final = 2
+_CUDA_S: Final = 30
+_NO_MEMORY, _NO_DEVICE = 2, 100
 
 
 class SandboxError(Exception):
@@ -117,6 +121,8 @@ class Confinement:
     user: str = ""
     files: bool = True
     """Only what was listed can be read."""
+    sockets: bool = False
+    """They can be opened."""
 
     def __str__(self) -> str:
         if self.mode == "off":
@@ -125,13 +131,78 @@ class Confinement:
         said.append("seccomp" if self.seccomp else "no seccomp")
         if self.landlock and not self.files:
             said.append("every file readable")
+        if self.seccomp and self.sockets:
+            said.append("sockets open")
         if self.user:
             said.append(f"user {self.user}")
         return ", ".join(said)
 
 
+@dataclass(frozen=True, slots=True)
+class Strength:
+    """How much of a sandbox is put up."""
+
+    files: bool = True
+    calls: bool = True
+    sockets_denied: bool = True
+
+
+STRENGTHS: Final = (
+    Strength(),
+    Strength(sockets_denied=False),
+    Strength(files=False, sockets_denied=False),
+    Strength(files=False, calls=False, sockets_denied=False),
+)
+"""From the strongest on; what CUDA does not start in is passed over."""
+
+
+def strongest(works: Callable[[Strength], bool]) -> Strength:
+    """The strongest that ``works``; where none does, it is not the sandbox's doing."""
+    return next((strength for strength in STRENGTHS if works(strength)), STRENGTHS[0])
+
+
+def confine(
+    mode: Mode,
+    read: Sequence[str] | None,
+    write: Sequence[str] = (),
+    *,
+    keep_user: bool = False,
+    cards: bool = False,
+    mps: bool = False,
+) -> Confinement:
+    """``enter``, as strong as CUDA bears where ``cards`` are to be computed on."""
+    strength = STRENGTHS[0]
+
+    def cuda_starts(strength: Strength) -> bool:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.alarm(_CUDA_S)
+                held = enter("auto", read, write, keep_user=keep_user, strength=strength)
+                close_doors(held, cards=True, mps=mps)
+                cuda = ctypes.CDLL("libcuda.so.1")
+                code = cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(
+                    ctypes.byref(ctypes.c_void_p()), ctypes.c_int(0)
+                )
+            finally:
+                os._exit(min(code, 255))
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, _NO_MEMORY, _NO_DEVICE)
+
+    if cards and mode != "off" and any(Path("/dev").glob("nvidia[0-9]*")):
+        strength = strongest(cuda_starts)
+        if mode == "required" and strength != STRENGTHS[0]:
+            raise SandboxError("CUDA does not start in the sandbox")
+    return enter(mode, read, write, keep_user=keep_user, strength=strength)
+
+
 def enter(
-    mode: Mode, read: Sequence[str] | None, write: Sequence[str] = (), *, keep_user: bool = False
+    mode: Mode,
+    read: Sequence[str] | None,
+    write: Sequence[str] = (),
+    *,
+    keep_user: bool = False,
+    strength: Strength = STRENGTHS[0],
 ) -> Confinement:
     """Confine this process, which has one thread, and all that it will have.
 
@@ -150,12 +221,16 @@ def enter(
     user = "" if keep_user or os.getuid() else _become_nobody([*(readable or ()), *write], cards)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return _without(Confinement(mode, user=user))
-    version = _landlock(libc, ["/"] if readable is None else readable, [*_DEVICES, *cards], write)
-    program = _filter(sockets=False)
+    version = 0
+    if strength.files:
+        devices = [*_DEVICES, *cards]
+        version = _landlock(libc, ["/"] if readable is None else readable, devices, write)
+    program = _filter(sockets=False) if strength.calls else None
     seccomp = program is not None and not libc.prctl(
         _PR_SET_SECCOMP, _SECCOMP_FILTER, ctypes.byref(_program(program)), 0, 0
     )
-    return _without(Confinement(mode, version, seccomp, user, files=readable is not None))
+    files, sockets = readable is not None, not strength.sockets_denied
+    return _without(Confinement(mode, version, seccomp, user, files, sockets))
 
 
 def _without(found: Confinement) -> Confinement:
@@ -167,7 +242,7 @@ def _without(found: Confinement) -> Confinement:
 def close_doors(held: Confinement, *, cards: bool = False, mps: bool = False) -> None:
     """No more sockets, for all threads: the channel is there. ``cards``: but CUDA may listen on
     an abstract Unix socket, without which it does not start. ``mps``: and connect to a daemon."""
-    if not held.seccomp:
+    if not held.seccomp or held.sockets:
         return
     program = _filter(sockets=True, cards=cards or mps, mps=mps)
     assert program is not None
