@@ -15,7 +15,7 @@ from tests.real_pool import real_pool
 
 from facelane_server.domain import Stage
 from facelane_server.ipc.channel import socket_pair
-from facelane_server.pools.host import Confined
+from facelane_server.pools.process import Confined
 from facelane_server.worker import exit_codes, sandbox
 
 pytestmark = pytest.mark.skipif(

@@ -291,12 +291,9 @@ class Crew:
 
     def lost(self, worker: Worker, error: WorkerLostError) -> None:
         """A worker is of no use any more, by whatever sign."""
-        handle = worker.handle
-        excused = (
-            handle is not None
-            and worker.life is Life.READY
-            and self._owner.excuses(handle.jobs, error.reason, overlaps=handle.overlaps)
-        )
+        handle, excused = worker.handle, False
+        if handle is not None and worker.life is Life.READY:
+            excused = self._owner.excuses(handle.jobs, error.reason, overlaps=handle.overlaps)
         self._happen(worker, Notice(Happening.LOSS, error.reason, error.detail, excused))
 
     def _log_loss(self, worker: Worker, life: Life, notice: Notice) -> None:
