@@ -8,9 +8,11 @@ not usable until somebody mends it (systemd: do not restart).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import os
 import re
+import resource
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,6 +87,10 @@ def run(config: ConfigOption = None) -> None:
     """Run the server in the foreground until SIGTERM or SIGINT; SIGHUP reloads the config."""
     # The watchdog ends a hung server with SIGABRT: its stacks belong into the journal.
     faulthandler.enable()
+    # A connection is a descriptor; what the limit allows is used.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # Else gRPC writes lines of its own among ours, for every stranger who knocks at a TLS port.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     loaded = _load(config)

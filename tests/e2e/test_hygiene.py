@@ -261,6 +261,18 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
         ["door", "gallery"],
     ]
     assert made.stdout.strip() not in file.read_text() + listed.stdout
+    guest = ("keys", "new", "guest", "--source", "door-*", "--expires", "2020-01-01")
+    assert server_command(*guest, "--file", str(file)).returncode == 0
+    assert "sources door-*" in (line := server_command("keys", "list", str(file)).stdout)
+    assert "expired 2020-01-01" in line
+    file.write_text("# who works here\n" + file.read_text())
+    assert server_command("keys", "remove", "guest", str(file)).returncode == 0
+    left = file.read_text()
+    assert left.startswith("# who works here")
+    assert left.count("[[keys]]") == 2
+    assert "guest" not in left
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert server_command("keys", "remove", "guest", str(file)).returncode == 78
     # An entry is never added where it would take the others along.
     kept = file.read_text()
     for arguments, code in (

@@ -11,6 +11,7 @@ import pytest
 
 from facelane_server.domain import (
     Box,
+    Candidate,
     Decision,
     Encoding,
     Face,
@@ -28,6 +29,7 @@ from facelane_server.domain import (
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.enrolment import Enrolment, Request, enroll
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.verification import verify
 from facelane_server.ipc.messages import GallerySnapshot
 
 DIM = 32
@@ -255,3 +257,59 @@ async def test_a_vector_of_another_model_is_neither_kept_nor_compared(gallery: G
     with pytest.raises(FacelaneError) as changing:
         gallery.similarity("", "ada", face().vector, model_id="m@2")
     assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
+
+
+# -- somebody else's face, and nobody's ---------------------------------------------------------
+
+
+def near(*candidates: tuple[str, float]) -> FaceReading:
+    return dataclasses.replace(face(), candidates=tuple(Candidate(*c) for c in candidates))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "refused"),
+    [
+        ((), False),
+        ((("ada", 0.9),), False),
+        ((("bo", 0.34),), False),
+        ((("bo", 0.36),), True),
+        ((("ada", 0.9), ("bo", 0.5)), True),
+    ],
+)
+async def test_a_face_of_another_is_enrolled_by_those_alone_who_may(
+    gallery: Gallery, candidates: tuple[tuple[str, float], ...], refused: bool
+) -> None:
+    pipeline = Pipeline(near(*candidates))
+    if refused:
+        with pytest.raises(FacelaneError) as told:
+            await run(gallery, pipeline, request())
+        assert told.value.reason is Reason.FACE_OF_ANOTHER
+        assert "bo" not in str(told.value.metadata)
+        assert await gallery.counts() == (0, 0)
+    made = await run(gallery, pipeline, request(may_reassign=True))
+    assert made.created
+
+
+@pytest.mark.parametrize(
+    ("liveness", "verified"), [(LIVE, True), (SPOOF, False), (UNDECIDED, False), (SILENT, False)]
+)
+async def test_a_match_is_verified_when_it_lives(
+    gallery: Gallery, liveness: Liveness, verified: bool
+) -> None:
+    await run(gallery, Pipeline(face()), request())
+    picture = Picture(Encoding.JPEG, b"another")
+
+    async def asked(wanted: bool) -> tuple[bool, Decision]:
+        found = await verify(
+            gallery,
+            "default",
+            "ada",
+            picture,
+            analyse=Pipeline(face(liveness=liveness)),
+            thresholds=THRESHOLDS,
+            liveness=wanted,
+        )
+        return found.verified, found.face.identity.decision
+
+    assert await asked(True) == (verified, Decision.MATCH)
+    assert await asked(False) == (True, Decision.MATCH), "waived by name"
