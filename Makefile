@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-rest test-all test-busy lint faults soak gpu-test protos bench gpu-bench wheel install-systemd clean
+.PHONY: help setup demo test test-rest test-all test-busy lint fuzz faults soak gpu-test protos bench gpu-bench wheel install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -54,6 +54,12 @@ lint: setup ## ruff, mypy --strict (packages and benchmarks), the import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+SECONDS ?= 300
+
+fuzz: setup ## coverage-guided fuzzing of parsers, SECONDS=300 each (half an hour)
+	@$(BIN)/python -m pip install -q -c constraints.txt --group fuzz
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 FRAMES ?= 100000
 

@@ -1,0 +1,62 @@
+"""``python -m tests.fuzz [TARGET ...] [--seconds 300]``: coverage-guided fuzzing by atheris.
+
+Each target runs in a process of its own. What it finds worth keeping goes to a folder outside
+of the repository; an input that crashes or takes longer than a second is written to
+``build/fuzz`` and ends the run with 1: mend it, and keep it in ``corpus/TARGET``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def fuzz(name: str, arguments: list[str]) -> None:
+    """In a process of its own: does not return."""
+    import atheris
+
+    with atheris.instrument_imports(include=["facelane", "facelane_server", "tests.fuzz"]):
+        from tests.fuzz.targets import TARGETS
+    atheris.Setup([sys.argv[0], *arguments], TARGETS[name])
+    atheris.Fuzz()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    names = sorted(path.name for path in (HERE / "corpus").iterdir())
+    parser.add_argument("target", nargs="*", default=names, help=", ".join(names))
+    parser.add_argument("--seconds", type=int, default=300, help="for each target")
+    parser.add_argument("--runs", type=int, default=-1, help="inputs, instead of seconds")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options, rest = parser.parse_known_args()
+    if options.child:
+        fuzz(options.target[0], rest)
+    if importlib.util.find_spec("atheris") is None:
+        sys.stderr.write("it needs atheris: pip install 'atheris>=3,<4' (Python 3.11 to 3.13)\n")
+        return 2
+    artifacts = HERE.parents[1] / "build" / "fuzz"
+    artifacts.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in options.target:
+        with tempfile.TemporaryDirectory(prefix=f"facelane-fuzz-{name}-") as found:
+            command = [
+                *(sys.executable, "-m", "tests.fuzz", name, "--child"),
+                *(found, str(HERE / "corpus" / name)),
+                *(f"-max_total_time={options.seconds}", f"-runs={options.runs}"),
+                *("-max_len=65536", "-timeout=1", "-rss_limit_mb=2048", "-print_final_stats=1"),
+                f"-artifact_prefix={artifacts}/{name}-",
+            ]
+            done = subprocess.run(command, check=False)
+            print(f"{name}: {'clean' if done.returncode == 0 else 'FAILED'}", flush=True)
+            failed += [name] if done.returncode else []
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
