@@ -290,16 +290,20 @@ def enroll(
     request_id: str | None = None,
     allow_multiple_faces: bool = False,
     skip_liveness: bool = False,
+    require_live: bool = False,
     gallery: str = DEFAULT_GALLERY,
     timeout: float | None = None,
 ) -> Call[types.Enrollment]:
     """Adds the face of a picture to a subject.
 
     A random ``request_id`` makes a retry after a lost answer harmless; give your own to
-    make the retry of a whole program harmless too.
+    make the retry of a whole program harmless too. ``require_live`` enrols only a face that
+    is judged LIVE (pictures taken under supervision, uncropped); without it liveness is not
+    judged, and ``skip_liveness`` says no more than that.
 
     Raises:
-        EnrollmentRefusedError: NO_FACE, MULTIPLE_FACES, OOD_REJECTED or SPOOF_SUSPECTED.
+        EnrollmentRefusedError: NO_FACE, MULTIPLE_FACES or OOD_REJECTED; with ``require_live``
+            SPOOF_SUSPECTED, NO_CONTEXT or LIVENESS_UNDECIDED.
         NotFoundError: no such subject, and ``create_subject`` is off.
 
     >>> enrollment = client.enroll("grace", facelane.Picture.from_file("people.jpg"))
@@ -317,6 +321,7 @@ def enroll(
             display_name=display_name,
             allow_multiple_faces=allow_multiple_faces,
             skip_liveness=skip_liveness,
+            require_live=require_live,
         ),
         convert.enrollment,
         timeout,
@@ -465,13 +470,24 @@ def restart_worker(worker_id: str, *, timeout: float | None = None) -> Call[type
 
 
 def reload_model(
-    pool: str, model: str = "", *, timeout: float | None = None
+    pool: str, model: str = "", *, forget_templates: bool = False, timeout: float | None = None
 ) -> Call[types.ModelReloaded]:
-    """Swaps a pool's model without losing a frame; no ``model`` = the present one again."""
+    """Swaps a pool's model without losing a frame; no ``model`` = the present one again.
+
+    A recogniser that finds nobody by the gallery's templates is refused (TEMPLATES_LOST) unless
+    ``forget_templates``: they are kept, and searched again when their model comes back.
+    """
     return _call(
         lambda stubs: stubs.admin.ReloadModel,
-        admin_service_pb2.ReloadModelRequest(pool=pool, model=model),
-        lambda answer: types.ModelReloaded(answer.old_model_id, answer.new_model_id),
+        admin_service_pb2.ReloadModelRequest(
+            pool=pool, model=model, forget_templates=forget_templates
+        ),
+        lambda answer: types.ModelReloaded(
+            answer.old_model_id,
+            answer.new_model_id,
+            answer.templates_not_searched,
+            answer.remembered,
+        ),
         timeout,
     )
 

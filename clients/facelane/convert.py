@@ -84,6 +84,9 @@ _WORKER_STATE = _by_name(
 _HEALTH = _by_name(
     types.HealthStatus, "", dict(health_pb2.HealthCheckResponse.ServingStatus.items())
 )
+_WARNING = _by_name(
+    types.EnrollWarning, "ENROLL_WARNING_", dict(gallery_service_pb2.EnrollWarning.items())
+)
 _EVENT_KIND = _by_name(types.EventKind, "EVENT_KIND_", dict(event_service_pb2.EventKind.items()))
 _EVENT_NUMBER: dict[types.EventKind, event_service_pb2.EventKind.ValueType] = {
     kind: event_service_pb2.EventKind.Value(f"EVENT_KIND_{kind.name}") for kind in types.EventKind
@@ -266,6 +269,7 @@ def _liveness(pb: face_pb2.Liveness) -> types.Liveness:
     return types.Liveness(
         _VERDICT.get(pb.verdict, types.LivenessVerdict.UNDECIDED),
         pb.score if pb.HasField("score") else None,
+        pb.reason == face_pb2.LIVENESS_REASON_NO_CONTEXT,
     )
 
 
@@ -419,12 +423,18 @@ def template(pb: face_pb2.Template) -> types.Template:
         pb.model_id,
         pb.ood_score,
         _moment(pb.create_time) if pb.HasField("create_time") else None,
+        pb.quality,
     )
 
 
 def enrollment(pb: gallery_service_pb2.EnrollFaceResponse) -> types.Enrollment:
     """What enrolling made."""
-    return types.Enrollment(subject(pb.subject), template(pb.template), face(pb.face))
+    return types.Enrollment(
+        subject(pb.subject),
+        template(pb.template),
+        face(pb.face),
+        tuple([_WARNING.get(w, types.EnrollWarning.UNSPECIFIED) for w in pb.warnings]),
+    )
 
 
 def verification(pb: gallery_service_pb2.VerifyFaceResponse) -> types.Verification:

@@ -10,7 +10,7 @@
     ├── NotFoundError                   no such subject, template, gallery, pool, worker
     ├── AlreadyExistsError              the subject exists
     ├── RefusedError                    the server understood and declines
-    │   └── EnrollmentRefusedError      NO_FACE, MULTIPLE_FACES, OOD_REJECTED, SPOOF_SUSPECTED
+    │   └── EnrollmentRefusedError      NO_FACE, MULTIPLE_FACES, OOD_REJECTED, SPOOF_SUSPECTED, …
     ├── ConflictError                   somebody else changed it meanwhile
     ├── HistoryLostError                events since the resume token are gone
     ├── OverloadedError                 a limit of the server is reached           retryable
@@ -81,6 +81,9 @@ class Reason(enum.StrEnum):
     MULTIPLE_FACES = "MULTIPLE_FACES"
     OOD_REJECTED = "OOD_REJECTED"
     SPOOF_SUSPECTED = "SPOOF_SUSPECTED"
+    NO_CONTEXT = "NO_CONTEXT"
+    LIVENESS_UNDECIDED = "LIVENESS_UNDECIDED"
+    TEMPLATES_LOST = "TEMPLATES_LOST"
     FACE_OF_ANOTHER = "FACE_OF_ANOTHER"
     NO_TEMPLATES = "NO_TEMPLATES"
     REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
@@ -167,7 +170,8 @@ class RefusedError(FacelaneError):
 
 
 class EnrollmentRefusedError(RefusedError):
-    """The picture does not do: NO_FACE, MULTIPLE_FACES, OOD_REJECTED or SPOOF_SUSPECTED."""
+    """The picture does not do: NO_FACE, MULTIPLE_FACES or OOD_REJECTED; with ``require_live``
+    SPOOF_SUSPECTED, NO_CONTEXT or LIVENESS_UNDECIDED too."""
 
 
 class ConflictError(FacelaneError):
@@ -222,6 +226,8 @@ _BY_REASON: dict[str, type[FacelaneError]] = {
     Reason.MULTIPLE_FACES: EnrollmentRefusedError,
     Reason.OOD_REJECTED: EnrollmentRefusedError,
     Reason.SPOOF_SUSPECTED: EnrollmentRefusedError,
+    Reason.NO_CONTEXT: EnrollmentRefusedError,
+    Reason.LIVENESS_UNDECIDED: EnrollmentRefusedError,
     Reason.HISTORY_LOST: HistoryLostError,
     Reason.POISONED: RefusedError,
     Reason.PICTURE_EMPTY: PictureError,

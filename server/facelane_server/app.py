@@ -15,6 +15,7 @@ import structlog
 from facelane_server import config, folders, limits, plan, served, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
+from facelane_server.edge.controls import Reloaded
 from facelane_server.edge.quotas import Kind
 from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventKind
@@ -69,7 +70,7 @@ class App:
         self._grace_s = settings.server.drain_grace_s
         self._told_ready = False
         self._reloading = asyncio.Lock()
-        self._reloads: set[asyncio.Task[tuple[str, str]]] = set()
+        self._reloads: set[asyncio.Task[Reloaded]] = set()
 
     # -- what others ask -----------------------------------------------------------------
 
@@ -146,6 +147,7 @@ class App:
                 max_pixels=self.settings.limits.max_pixels,
                 known=gallery.knows,
                 searched=gallery.searched,
+                context=self.models.context,
             )
             self._pipeline = pipeline
             follower = asyncio.create_task(self._publish_health(), name="health")
@@ -291,21 +293,25 @@ class App:
         # Last, so that watchers are told of the streams that ended.
         self.events.close()
 
-    async def reload_model(self, pool_name: str, model: str) -> tuple[str, str]:
+    async def reload_model(
+        self, pool_name: str, model: str, *, forget_templates: bool = False
+    ) -> Reloaded:
         """See ``AdminService.ReloadModel``. Raises ``FacelaneError``.
 
         What was begun is carried through, whether its caller waits for it or not: workers of
         the new model with the thresholds or the templates of the old one would judge wrongly.
         One after the other, for the same reason.
         """
-        reload = asyncio.create_task(self._reload_model(pool_name, model), name="reload model")
+        reload = asyncio.create_task(
+            self._reload_model(pool_name, model, forget_templates), name="reload model"
+        )
         self._reloads.add(reload)
         reload.add_done_callback(self._reloads.discard)
         # A caller that gave up does not come for the error.
         reload.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(reload)
 
-    async def _reload_model(self, pool_name: str, model: str) -> tuple[str, str]:
+    async def _reload_model(self, pool_name: str, model: str, forget_templates: bool) -> Reloaded:
         pool = next((p for p in self.pools.values() if p.name == pool_name), None)
         if pool is None:
             raise FacelaneError(
@@ -324,6 +330,8 @@ class App:
                     thresholds = served.thresholds(packages, self.settings.identity)
                 except config.ConfigError as error:
                     raise FacelaneError(Reason.MODEL_INVALID, str(error)) from None
+                if pool.stage is Stage.RECOGNIZER and not forget_templates:
+                    self._refuse_forgetting(package)
                 await pool.reload(package)
                 # A model's scores mean something by its own thresholds alone.
                 assert self._pipeline is not None
@@ -338,7 +346,29 @@ class App:
                 log.warning("model not reloaded", pool=pool.name, reason=error.reason.value)
                 raise
         log.info("model reloaded", pool=pool.name, model=package.model_id)
-        return old.model_id, package.model_id
+        not_searched = 0
+        if pool.stage is Stage.RECOGNIZER and self._gallery is not None:
+            not_searched = (await self._gallery.counts())[1] - self._gallery.templates
+        configured = self.settings.stages[pool.stage].model or served.DEFAULT_MODELS[pool.stage]
+        try:
+            after_restart = await asyncio.to_thread(self._read_package, configured, package)
+            remembered = after_restart.model_id == package.model_id
+        except FacelaneError:
+            remembered = False
+        return Reloaded(old.model_id, package.model_id, not_searched, remembered)
+
+    def _refuse_forgetting(self, package: Package) -> None:
+        """Raises TEMPLATES_LOST when people are enrolled whom this recogniser would not find."""
+        assert self._gallery is not None
+        searched = self._gallery.templates
+        if searched and package.model_id != self._gallery.model_id:
+            raise FacelaneError(
+                Reason.TEMPLATES_LOST,
+                f"{searched} templates are of the present recogniser, and no other finds anybody "
+                "by them; enrol the pictures again afterwards, and say --forget-templates "
+                "(they stay in the gallery's file and are searched again with their model)",
+                metadata={"templates": str(searched)},
+            )
 
     async def _end_reloads(self) -> None:
         for reload in list(self._reloads):

@@ -251,6 +251,9 @@ class Identity(Section, frozen=True):
     """Least distance in cosine between the best subject and the next."""
     ood_threshold: Ratio | None = None
     """Least OOD score of a face that may be named."""
+    enroll_ood: Ratio | None = None
+    """Least OOD score of a face that may be enrolled; unset = half of `ood_threshold`. Between
+    the two a face is enrolled with a warning."""
     live_threshold: Ratio | None = None
     """Liveness scores from here on are LIVE."""
     spoof_threshold: Ratio | None = None

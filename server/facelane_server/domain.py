@@ -116,6 +116,9 @@ class Reason(enum.StrEnum):
     MULTIPLE_FACES = "MULTIPLE_FACES"
     OOD_REJECTED = "OOD_REJECTED"
     SPOOF_SUSPECTED = "SPOOF_SUSPECTED"
+    NO_CONTEXT = "NO_CONTEXT"
+    LIVENESS_UNDECIDED = "LIVENESS_UNDECIDED"
+    TEMPLATES_LOST = "TEMPLATES_LOST"
     FACE_OF_ANOTHER = "FACE_OF_ANOTHER"
     NO_TEMPLATES = "NO_TEMPLATES"
     REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
@@ -241,10 +244,12 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """``score`` in [0, 1], higher = bona fide; ``None`` when the stage did not answer."""
+    """``score`` in [0, 1], higher = bona fide; ``None`` when the stage did not answer.
+    ``no_context``: it was not asked, because the picture shows too little around the face."""
 
     verdict: LivenessVerdict
     score: float | None = None
+    no_context: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from facelane_server.domain import (
+    Box,
     Candidate,
     DetectedFace,
     Face,
@@ -45,6 +46,11 @@ from facelane_server.pools.tasks import (
     Sender,
     Task,
 )
+
+LEAST_CONTEXT: Final = 0.6
+"""Share of the area around a face, enlarged as liveness wants it, that a picture must show. Less
+is filled up by shifting and shrinking the crop, and a tightly cropped portrait then looks like a
+photo that is held before the camera."""
 
 
 class PoolPort(Protocol):
@@ -133,15 +139,18 @@ class Pipeline:
         max_pixels: int,
         known: Callable[[str, str], bool] = lambda _gallery_id, _subject_id: True,
         searched: Callable[[str], int] = lambda _gallery_id: 1,
+        context: float = 0.0,
     ) -> None:
         """``known``: whether (gallery id, subject id) can be recognised at this moment.
-        ``searched``: the number of templates in a gallery."""
+        ``searched``: the number of templates in a gallery. ``context``: how many times its box
+        liveness wants to see around a face; 0 = it needs nothing."""
         if Stage.DETECTOR not in pools:
             raise ValueError("the detector stage is required")
         self.pools = dict(pools)
         self.thresholds = thresholds
         self.known = known
         self.searched = searched
+        self.context = context
         self._crops = dict(crops)
         self._max_pixels = max_pixels
         self._detector = pools[Stage.DETECTOR]
@@ -276,8 +285,24 @@ class Pipeline:
             keep=plan.max_candidates,
         )
 
+    def resembles(self, evidence: Evidence, plan: Plan) -> str:
+        """See ``decide.resembles``."""
+        return decide.resembles(
+            evidence.ood_score,
+            evidence.candidates,
+            self.thresholds.at(plan.gallery_id, plan.source_id),
+            searched=self.searched(plan.gallery_id),
+        )
+
     def liveness(self, score: float | None) -> Liveness:
         return decide.liveness(score, self.thresholds)
+
+    def shows_context(self, face: DetectedFace, width: int, height: int) -> bool:
+        """Whether a picture of this size shows enough around the face to judge its liveness:
+        ``LEAST_CONTEXT`` of what the models want to see."""
+        if not self.context or not width or not height:
+            return True
+        return _visible(face.box, self.context, width, height) >= LEAST_CONTEXT
 
     # -- a single picture --------------------------------------------------------------
 
@@ -297,9 +322,13 @@ class Pipeline:
         timings.note(Stage.DETECTOR, task)
         found = [f for f in answer.faces if f.box.width >= plan.min_face_size]
         missing = set(self.unavailable(plan))
+        judged = [
+            plan.liveness and self.shows_context(face, answer.width, answer.height)
+            for face in found
+        ]
         waiting: list[asyncio.Future[Evidence]] = []
         under_way: list[Callable[[], None]] = []
-        for face in found:
+        for face, live in zip(found, judged, strict=True):
             done: asyncio.Future[Evidence] = loop.create_future()
             waiting.append(done)
             under_way.append(
@@ -310,7 +339,7 @@ class Pipeline:
                     timings,
                     functools.partial(_resolve, done),
                     recognize=plan.recognize,
-                    liveness=plan.liveness,
+                    liveness=live,
                 )
             )
         try:
@@ -328,7 +357,11 @@ class Pipeline:
                     score=face.score,
                     landmarks=face.landmarks,
                     identity=self.identity(evidence, plan),
-                    liveness=self.liveness(evidence.live_score),
+                    liveness=decide.liveness(
+                        evidence.live_score,
+                        self.thresholds,
+                        no_context=plan.liveness and not live,
+                    ),
                     ood_score=evidence.ood_score,
                     recognized_now=evidence.recognized,
                     evidence_age_ns=0 if evidence.recognized else None,
@@ -336,7 +369,7 @@ class Pipeline:
                 evidence.vector,
                 evidence.candidates,
             )
-            for face, evidence in zip(found, evidences, strict=True)
+            for face, evidence, live in zip(found, evidences, judged, strict=True)
         )
         result = FrameResult(
             width=answer.width,
@@ -366,3 +399,14 @@ def error_of(future: asyncio.Future[Any]) -> FacelaneError:
     if isinstance(error, FacelaneError):
         return error
     return FacelaneError(Reason.INTERNAL, "the server failed on this picture; see its log")
+
+
+def _visible(box: Box, scale: float, width: int, height: int) -> float:
+    """The share of a box, enlarged around its centre, that lies inside the picture."""
+
+    def along(start: float, length: float, end: int) -> float:
+        wanted = max(length, 1.0) * scale
+        low = start + length / 2 - wanted / 2
+        return max(0.0, min(low + wanted, end) - max(low, 0.0)) / wanted
+
+    return along(box.x, box.width, width) * along(box.y, box.height, height)

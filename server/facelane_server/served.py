@@ -10,7 +10,7 @@ from typing import Final, Self
 from facelane_server import config
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.decide import Thresholds
-from facelane_server.models.api import CropSpec
+from facelane_server.models.api import ContextCrop, CropSpec
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package
 from facelane_server.models.promise import Promise
@@ -33,6 +33,14 @@ class ServedModels:
     positions: Mapping[Stage, tuple[int, ...]]
     """Where each stage's crops are among them."""
     thresholds: Thresholds
+
+    @property
+    def context(self) -> float:
+        """How many times its box liveness wants to see around a face; 0 = nothing."""
+        package = self.packages.get(Stage.LIVENESS)
+        if package is None or package.manifest.runtime == "null":
+            return 0.0
+        return max((c.scale for c in package.crops if isinstance(c, ContextCrop)), default=0.0)
 
     @classmethod
     def resolve(cls, settings: config.Config) -> Self:
@@ -92,6 +100,7 @@ def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Th
             live=pick(Stage.LIVENESS, "live", chosen.live_threshold, 1.0),
             spoof=pick(Stage.LIVENESS, "spoof", chosen.spoof_threshold, 0.0),
             looks=chosen.agreeing_looks,
+            enroll_ood=chosen.enroll_ood,
         )
         general = naming(plain, chosen)
         return replace(

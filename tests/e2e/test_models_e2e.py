@@ -174,6 +174,11 @@ def test_a_clip_names_who_is_in_it_and_nobody_wrongly(
     assert named["lin_manuel_miranda"] >= 20
     if served.public:
         assert set(named) == IN_THE_CLIP, named
+    # The scene is cut at frame 211: nobody carries his name into the next one.
+    for outcome in outcomes[-(-211 // step) :]:
+        assert outcome.result is not None
+        names = {f.identity.subject_id for f in outcome.result.faces if f.identity.matched}
+        assert names <= {"obama"}, outcome.frame_id
     # One name is at one place of a picture.
     for outcome in outcomes:
         assert outcome.result is not None

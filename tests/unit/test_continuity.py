@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from tests.fakes.faces import Stage, detected, evidence, signature
 
 from facelane_server import limits, tracking
-from facelane_server.domain import Decision, Face, LivenessVerdict
+from facelane_server.domain import (
+    Decision,
+    Encoding,
+    Face,
+    Frame,
+    Identity,
+    LivenessVerdict,
+    Picture,
+)
 from facelane_server.pipeline import Evidence
 from facelane_server.tracking.appearance import (
     SAME_LINK,
@@ -23,6 +31,7 @@ from facelane_server.worker.appearance import signatures
 
 MS = 1_000_000
 ADA, BOB, STRANGER = "ada", "bob", None
+PARAMS = tracking.Params()
 
 
 def chip(seed: int, size: int = 112) -> np.ndarray:
@@ -117,6 +126,44 @@ def test_the_same_face_after_a_doubt_goes_on_as_the_same_track() -> None:
     assert after[0].recognized_now
     assert after[0].evidence_age_ns == 0
     assert (after[3].evidence_age_ns, after[3].links_since_evidence) == (120 * MS, 3)
+
+
+def test_an_unclear_look_at_the_same_face_keeps_the_name_and_gives_none() -> None:
+    stage = Stage()
+    watch(stage, ADA, 1, 5, 40)
+    [turned] = watch(stage, ADA, 2, 1, 40, ood=0.3)
+    assert turned.identity.subject_id == ADA
+    assert turned.evidence_age_ns is not None
+    assert turned.evidence_age_ns > 0
+    [worse] = watch(stage, ADA, 3, 1, 40, ood=0.1)
+    assert worse.identity.decision is Decision.REJECTED_OOD
+    fresh = Stage()
+    [never] = watch(fresh, ADA, 1, 1, 40, ood=0.3)
+    assert never.identity.decision is Decision.REJECTED_OOD
+
+
+def test_a_face_that_is_suddenly_blurred_must_be_seen_clearly_again() -> None:
+    stage = Stage()
+    watch(stage, ADA, 1, 5, 40)
+    blurred = signature(1)[:-4] + bytes((10,)) + signature(1)[-3:]
+    for look in stage.turn([detected(100, blurred)], 240 * MS):
+        stage.answer(look, evidence(ADA, ood=0.3))
+    [face] = stage.emit()
+    assert face.identity.decision is Decision.REJECTED_OOD
+
+
+def test_a_face_at_the_picture_s_edge_is_not_judged() -> None:
+    stage = Stage()
+    stage.pipeline.context = 2.7
+    for x, judged in ((300.0, True), (-20.0, False)):
+        looks = stage.faces.turn([detected(x, signature(1))], 0, (), (640, 480))
+        assert [look.live for look in looks] == [judged]
+        frame = Frame(1, Picture(Encoding.JPEG, b""), 0)
+        stage.faces.answered(looks[0], Evidence(live_score=0.95 if judged else None))
+        shown = stage.faces.face(looks[0], frame, ())
+        assert shown.liveness.no_context is not judged
+        verdict = LivenessVerdict.LIVE if judged else LivenessVerdict.UNDECIDED
+        assert shown.liveness.verdict is verdict
 
 
 def test_while_looks_are_late_the_doubt_shows() -> None:
@@ -221,7 +268,10 @@ def test_no_name_without_a_look_at_that_face_since_the_last_doubt(
         truth.append(who)
         for look in stage.turn([detected(x, signature(look_of))], now):
             ood = chance.choice([0.1, 0.5, 0.8, 0.95])
-            said[id(look)] = evidence(who, ood=ood, live=chance.choice([0.05, 0.5, 0.99]))
+            live = chance.choice([0.05, 0.5, 0.99])
+            said[id(look)] = evidence(
+                who, ood=ood, live=live, similarity=chance.choice([0.55, 0.9])
+            )
         waiting = [
             look
             for _, looks in stage.under_way
@@ -238,3 +288,16 @@ def test_no_name_without_a_look_at_that_face_since_the_last_doubt(
     started = {s.track_id for s in stage.sightings}
     assert set(stage.gone) == started, "every track that was seen has ended, once"
     assert len(stage.gone) == len(set(stage.gone))
+
+
+def test_two_looks_agree_only_without_a_doubt_between_them() -> None:
+    unsure = Identity(Decision.MATCH, ADA, 0.6, certain=False)
+    first, second = detected(100, signature(1)), detected(100, signature(2))
+    [track] = tracking.update(tracking.Tracks(), [first], 0, PARAMS).tracks.active
+    said = tracking.with_recognition(track, first, 0.8, unsure, 0)
+    swapped = tracking.Tracks({1: said}, 1)
+    [track] = tracking.update(swapped, [second], 40 * MS, PARAMS).tracks.active
+    once = tracking.with_recognition(track, second, 0.8, unsure, 40 * MS)
+    assert tracking.identity_at(once, 40 * MS, PARAMS).decision is Decision.NOT_EVALUATED
+    twice = tracking.with_recognition(once, second, 0.8, unsure, 80 * MS)
+    assert tracking.identity_at(twice, 80 * MS, PARAMS).subject_id == ADA

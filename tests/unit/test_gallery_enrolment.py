@@ -27,7 +27,7 @@ from facelane_server.domain import (
     Stage,
 )
 from facelane_server.gallery.decide import Thresholds
-from facelane_server.gallery.enrolment import Enrolment, Request, enroll
+from facelane_server.gallery.enrolment import Caution, Enrolment, Request, enroll
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.verification import verify
 from facelane_server.ipc.messages import GallerySnapshot
@@ -38,6 +38,8 @@ LIVE = Liveness(LivenessVerdict.LIVE, 0.95)
 SPOOF = Liveness(LivenessVerdict.SPOOF, 0.1)
 SILENT = Liveness(LivenessVerdict.UNDECIDED, None)
 UNDECIDED = Liveness(LivenessVerdict.UNDECIDED, 0.7)
+TOO_TIGHT = Liveness(LivenessVerdict.UNDECIDED, no_context=True)
+LIVE_ONLY = {"require_live": True}
 
 
 def face(
@@ -90,15 +92,12 @@ def request(**changes: object) -> Request:
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
-async def run(
-    gallery: Gallery, pipeline: Pipeline, asked: Request, *, liveness: bool = True
-) -> Enrolment:
+async def run(gallery: Gallery, pipeline: Pipeline, asked: Request) -> Enrolment:
     return await enroll(
         gallery,
         asked,
         analyse=pipeline,
         thresholds=THRESHOLDS,
-        liveness_configured=liveness,
     )
 
 
@@ -118,25 +117,20 @@ async def test_one_clear_face_becomes_a_template(gallery: Gallery) -> None:
     [
         (Pipeline(), {}, Reason.NO_FACE, False),
         (Pipeline(face(1), face(2)), {}, Reason.MULTIPLE_FACES, False),
-        (Pipeline(face(ood=0.39)), {}, Reason.OOD_REJECTED, False),
+        (Pipeline(face(ood=0.19)), {}, Reason.OOD_REJECTED, False),
         (Pipeline(face(ood=float("nan"))), {}, Reason.OOD_REJECTED, False),
         (Pipeline(face(ood=None)), {}, Reason.POOL_UNAVAILABLE, True),
-        (Pipeline(face(liveness=SPOOF)), {}, Reason.SPOOF_SUSPECTED, False),
-        (Pipeline(face(liveness=SILENT)), {}, Reason.POOL_UNAVAILABLE, True),
+        (Pipeline(face(liveness=SPOOF)), LIVE_ONLY, Reason.SPOOF_SUSPECTED, False),
+        (Pipeline(face(liveness=SILENT)), LIVE_ONLY, Reason.POOL_UNAVAILABLE, True),
+        (Pipeline(face(liveness=UNDECIDED)), LIVE_ONLY, Reason.LIVENESS_UNDECIDED, False),
+        (Pipeline(face(liveness=TOO_TIGHT)), LIVE_ONLY, Reason.NO_CONTEXT, False),
         (
-            Pipeline(face(), missing=(Stage.LIVENESS,)),
-            {},
+            Pipeline(face(liveness=SILENT), missing=(Stage.LIVENESS,)),
+            LIVE_ONLY,
             Reason.POOL_UNAVAILABLE,
             True,
         ),
-        (
-            Pipeline(face(), missing=(Stage.RECOGNIZER,)),
-            {"skip_liveness": True},
-            Reason.POOL_UNAVAILABLE,
-            True,
-        ),
-        # The OOD gate is not lifted with the liveness check.
-        (Pipeline(face(ood=0.1)), {"skip_liveness": True}, Reason.OOD_REJECTED, False),
+        (Pipeline(face(), missing=(Stage.RECOGNIZER,)), {}, Reason.POOL_UNAVAILABLE, True),
         (Pipeline(face()), {"create_subject": False}, Reason.SUBJECT_NOT_FOUND, False),
         (Pipeline(face()), {"subject_id": "no spaces"}, Reason.ARGUMENT_INVALID, False),
         (Pipeline(face()), {"request_id": "r" * 129}, Reason.ARGUMENT_INVALID, False),
@@ -163,18 +157,29 @@ async def test_an_unknown_subject_is_told_before_the_models_run(gallery: Gallery
     assert pipeline.calls == 0
 
 
-@pytest.mark.parametrize("liveness", [SPOOF, SILENT])
-async def test_liveness_can_be_skipped_or_not_configured(
+@pytest.mark.parametrize("liveness", [SPOOF, SILENT, UNDECIDED, TOO_TIGHT])
+async def test_liveness_is_not_judged_unless_it_is_asked_for(
     gallery: Gallery, liveness: Liveness
 ) -> None:
-    shown = Pipeline(face(1, liveness=liveness))
-    assert (await run(gallery, shown, request(skip_liveness=True))).created
-    other = Pipeline(face(2, liveness=SILENT))
-    assert (await run(gallery, other, request(), liveness=False)).created
+    assert (await run(gallery, Pipeline(face(liveness=liveness)), request())).created
 
 
-async def test_undecided_is_let_through(gallery: Gallery) -> None:
-    assert (await run(gallery, Pipeline(face(liveness=UNDECIDED)), request())).created
+async def test_a_live_face_satisfies_whoever_asks_for_one(gallery: Gallery) -> None:
+    assert (await run(gallery, Pipeline(face()), request(require_live=True))).created
+
+
+async def test_a_face_that_a_stream_would_not_trust_is_enrolled_with_a_warning(
+    gallery: Gallery,
+) -> None:
+    made = await run(gallery, Pipeline(face(1, ood=0.3)), request())
+    assert made.warnings == (Caution.LOW_OOD_SCORE,)
+    clear = await run(gallery, Pipeline(face(2, ood=0.9, width=112)), request())
+    assert clear.warnings == ()
+    assert clear.template.quality == pytest.approx(0.9)
+    small = await run(gallery, Pipeline(face(3, ood=0.9, width=40)), request())
+    assert small.warnings == (Caution.LOW_QUALITY,)
+    listed = await gallery.list_templates("", "ada")
+    assert [t.quality for t in listed] == pytest.approx([0.3 * 100 / 112, 0.9, 0.9 * 40 / 112])
 
 
 async def test_the_largest_of_several_faces(gallery: Gallery) -> None:
@@ -187,7 +192,7 @@ async def test_the_largest_of_several_faces(gallery: Gallery) -> None:
 async def test_the_largest_face_is_the_one_that_is_judged(gallery: Gallery) -> None:
     crowd = Pipeline(face(1, width=50), face(2, width=90, liveness=SPOOF))
     with pytest.raises(FacelaneError) as caught:
-        await run(gallery, crowd, request(allow_multiple_faces=True))
+        await run(gallery, crowd, request(allow_multiple_faces=True, require_live=True))
     assert caught.value.reason is Reason.SPOOF_SUSPECTED
 
 
@@ -209,7 +214,7 @@ async def test_a_repeated_request_does_not_run_the_models(gallery: Gallery) -> N
     [
         {"subject_id": "bob"},
         {"picture": Picture(Encoding.JPEG, b"\xff\xd8 other bytes")},
-        {"skip_liveness": True},
+        {"require_live": True},
         {"allow_multiple_faces": True},
         {"display_name": "B"},
     ],

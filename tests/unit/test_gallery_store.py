@@ -420,6 +420,18 @@ def test_migrations_run_forward_once(path: Path, monkeypatch: pytest.MonkeyPatch
     assert ran == [1]
 
 
+def test_a_file_from_before_quality_was_measured(path: Path) -> None:
+    Store(path).close()
+    with sqlite3.connect(path) as raw:
+        raw.execute("ALTER TABLE templates DROP COLUMN quality")
+        raw.execute("UPDATE schema_version SET version = 1")
+    raw.close()
+    store = Store(path)
+    made = store.enroll("g", "a", new(1), create_subject=True)
+    assert store.list_templates("g", "a") == (made.template,)
+    store.close()
+
+
 def test_a_failed_migration_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sqlalchemy as sa
 

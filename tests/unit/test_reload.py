@@ -44,12 +44,18 @@ class Gallery:
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
         self.broken = False
+        self.stored = 0
+        self.templates = 0
+
+    async def counts(self) -> tuple[int, int]:
+        return 1, self.stored
 
     async def serve(self, model_id: str, *_: Any) -> None:
         await asyncio.sleep(0)
         if self.broken:
             raise FacelaneError(Reason.GALLERY_UNAVAILABLE, "the disk is full")
         self.model_id = model_id
+        self.templates = 0
 
 
 class Bench:
@@ -93,10 +99,32 @@ async def test_a_reload_whose_caller_leaves_is_carried_through(tmp_path: Path) -
         await caller
     pool.go.set()
     # The next one waits for it, and finds all of it done.
-    old, new = await bench.app.reload_model("recognizer", "")
+    done = await bench.app.reload_model("recognizer", "")
+    old, new = done.old, done.new
     assert old == new == pool.model_id == bench.gallery.model_id
     assert "@2.0.0" in new
     assert bench.thresholds.match == 0.9
+
+
+async def test_a_recogniser_that_knows_nobody_enrolled_is_refused_unless_that_is_meant(
+    tmp_path: Path,
+) -> None:
+    bench = Bench()
+    pool = bench.pools[Stage.RECOGNIZER]
+    pool.go.set()
+    bench.gallery.templates = bench.gallery.stored = 3
+    present = pool.model_id
+    other = variant(tmp_path, Stage.RECOGNIZER, "match = 0.5", "match = 0.9")
+    with pytest.raises(FacelaneError) as caught:
+        await bench.app.reload_model("recognizer", other)
+    assert caught.value.reason is Reason.TEMPLATES_LOST
+    assert "--forget-templates" in caught.value.message
+    assert pool.model_id == bench.gallery.model_id == present
+    again = await bench.app.reload_model("recognizer", "")  # the same model: nothing is lost
+    assert (again.not_searched, again.remembered) == (0, True)
+    done = await bench.app.reload_model("recognizer", other, forget_templates=True)
+    assert (done.old, done.new) == (present, bench.gallery.model_id)
+    assert (done.not_searched, done.remembered) == (3, False)
 
 
 async def test_two_reloads_at_a_time_keep_the_thresholds_of_both(tmp_path: Path) -> None:

@@ -35,9 +35,10 @@ def enroll(
     allow_multiple_faces: Annotated[
         bool, typer.Option("--allow-multiple-faces", help="Take the largest face.")
     ] = False,
-    skip_liveness: Annotated[
-        bool, typer.Option("--skip-liveness", help="For pictures of documents.")
+    require_live: Annotated[
+        bool, typer.Option("--require-live", help="Refuse what is not judged a living face.")
     ] = False,
+    skip_liveness: Annotated[bool, typer.Option("--skip-liveness", hidden=True)] = False,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Teach the server faces. What is refused is told with its reason; the rest is kept.
@@ -70,6 +71,7 @@ def enroll(
                     gallery=gallery,
                     allow_multiple_faces=allow_multiple_faces,
                     skip_liveness=skip_liveness,
+                    require_live=require_live,
                 )
             )
             bar.advance(task)

@@ -116,11 +116,21 @@ def server_reload(
     ctx: typer.Context,
     pool: Annotated[str, typer.Argument(help="The pool.")],
     model: Annotated[str, typer.Argument(help="A package; empty = the present one again.")] = "",
+    forget_templates: Annotated[
+        bool,
+        typer.Option(
+            "--forget-templates", help="Change the recogniser although it knows nobody enrolled."
+        ),
+    ] = False,
 ) -> None:
     """Swap a pool's model without losing a frame."""
     with ctx.obj.client() as client:
-        done = client.reload_model(pool, model)
+        done = client.reload_model(pool, model, forget_templates=forget_templates)
     typer.echo(f"{pool}: {done.old_model_id} -> {done.new_model_id}")
+    if done.templates_not_searched:
+        typer.echo(f"{done.templates_not_searched} templates are of other models: not searched")
+    if not done.remembered:
+        typer.echo(f"a restart forgets this: set model in [pools.{pool}] of the configuration")
 
 
 def events(

@@ -81,10 +81,13 @@ class LivenessVerdict(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """``score`` is in [0, 1], higher = bona fide; ``None`` when the stage did not answer."""
+    """``score`` is in [0, 1], higher = bona fide; ``None`` when the stage did not answer.
+    ``no_context``: it was not judged, because the picture shows too little around the face
+    (cropped tightly, or at the picture's edge)."""
 
     verdict: LivenessVerdict = LivenessVerdict.UNDECIDED
     score: float | None = None
+    no_context: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,18 @@ class Template:
     model_id: str
     ood_score: float
     create_time: datetime | None = None
+    quality: float = 0.0
+    """What it promises for recognition, in [0, 1]; 0 = not measured when it was enrolled."""
+
+
+class EnrollWarning(enum.StrEnum):
+    """What is worth knowing about a face that was enrolled."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    LOW_OOD_SCORE = "LOW_OOD_SCORE"
+    """It would not be trusted in a stream: a clearer picture would do better."""
+    LOW_QUALITY = "LOW_QUALITY"
+    """The subject has a template of twice the quality or more: this one adds little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +194,7 @@ class Enrollment:
     subject: Subject
     template: Template
     face: Face
+    warnings: tuple[EnrollWarning, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,10 @@ class WorkerRestarted:
 
 @dataclass(frozen=True, slots=True)
 class ModelReloaded:
-    """Model ids before and after a reload."""
+    """Model ids before and after a reload. ``templates_not_searched``: of other models than
+    the one that serves now. ``remembered``: a restart of the server comes back with it."""
 
     old_model_id: str
     new_model_id: str
+    templates_not_searched: int = 0
+    remembered: bool = True

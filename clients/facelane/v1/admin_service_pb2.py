@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x61\x63\x65lane/v1/admin_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x1egoogle/protobuf/duration.proto\")\n\x14RestartWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"9\n\x15RestartWorkerResponse\x12\x0f\n\x07old_pid\x18\x01 \x01(\x05\x12\x0f\n\x07new_pid\x18\x02 \x01(\x05\"1\n\x12ReloadModelRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"A\n\x13ReloadModelResponse\x12\x14\n\x0cold_model_id\x18\x01 \x01(\t\x12\x14\n\x0cnew_model_id\x18\x02 \x01(\t\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0f\n\rDrainResponse2\xf8\x01\n\x0c\x41\x64minService\x12V\n\rRestartWorker\x12!.facelane.v1.RestartWorkerRequest\x1a\".facelane.v1.RestartWorkerResponse\x12P\n\x0bReloadModel\x12\x1f.facelane.v1.ReloadModelRequest\x1a .facelane.v1.ReloadModelResponse\x12>\n\x05\x44rain\x12\x19.facelane.v1.DrainRequest\x1a\x1a.facelane.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x61\x63\x65lane/v1/admin_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x1egoogle/protobuf/duration.proto\")\n\x14RestartWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"9\n\x15RestartWorkerResponse\x12\x0f\n\x07old_pid\x18\x01 \x01(\x05\x12\x0f\n\x07new_pid\x18\x02 \x01(\x05\"K\n\x12ReloadModelRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10\x66orget_templates\x18\x03 \x01(\x08\"u\n\x13ReloadModelResponse\x12\x14\n\x0cold_model_id\x18\x01 \x01(\t\x12\x14\n\x0cnew_model_id\x18\x02 \x01(\t\x12\x1e\n\x16templates_not_searched\x18\x03 \x01(\x04\x12\x12\n\nremembered\x18\x04 \x01(\x08\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0f\n\rDrainResponse2\xf8\x01\n\x0c\x41\x64minService\x12V\n\rRestartWorker\x12!.facelane.v1.RestartWorkerRequest\x1a\".facelane.v1.RestartWorkerResponse\x12P\n\x0bReloadModel\x12\x1f.facelane.v1.ReloadModelRequest\x1a .facelane.v1.ReloadModelResponse\x12>\n\x05\x44rain\x12\x19.facelane.v1.DrainRequest\x1a\x1a.facelane.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,13 +37,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESTARTWORKERRESPONSE']._serialized_start=123
   _globals['_RESTARTWORKERRESPONSE']._serialized_end=180
   _globals['_RELOADMODELREQUEST']._serialized_start=182
-  _globals['_RELOADMODELREQUEST']._serialized_end=231
-  _globals['_RELOADMODELRESPONSE']._serialized_start=233
-  _globals['_RELOADMODELRESPONSE']._serialized_end=298
-  _globals['_DRAINREQUEST']._serialized_start=300
-  _globals['_DRAINREQUEST']._serialized_end=356
-  _globals['_DRAINRESPONSE']._serialized_start=358
-  _globals['_DRAINRESPONSE']._serialized_end=373
-  _globals['_ADMINSERVICE']._serialized_start=376
-  _globals['_ADMINSERVICE']._serialized_end=624
+  _globals['_RELOADMODELREQUEST']._serialized_end=257
+  _globals['_RELOADMODELRESPONSE']._serialized_start=259
+  _globals['_RELOADMODELRESPONSE']._serialized_end=376
+  _globals['_DRAINREQUEST']._serialized_start=378
+  _globals['_DRAINREQUEST']._serialized_end=434
+  _globals['_DRAINRESPONSE']._serialized_start=436
+  _globals['_DRAINRESPONSE']._serialized_end=451
+  _globals['_ADMINSERVICE']._serialized_start=454
+  _globals['_ADMINSERVICE']._serialized_end=702
 # @@protoc_insertion_point(module_scope)

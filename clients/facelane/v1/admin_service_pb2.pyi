@@ -65,18 +65,24 @@ class ReloadModelRequest(_message.Message):
 
     POOL_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    FORGET_TEMPLATES_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     model: _builtins.str
     """A package's name or path; empty = the present one, read again."""
+    forget_templates: _builtins.bool
+    """Change the recogniser although the gallery's templates are of the present one: they are
+    kept, but not searched while another model serves. Without it: TEMPLATES_LOST.
+    """
     def __init__(
         self,
         *,
         pool: _builtins.str = ...,
         model: _builtins.str = ...,
+        forget_templates: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forget_templates", b"forget_templates", "model", b"model", "pool", b"pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -88,17 +94,27 @@ class ReloadModelResponse(_message.Message):
 
     OLD_MODEL_ID_FIELD_NUMBER: _builtins.int
     NEW_MODEL_ID_FIELD_NUMBER: _builtins.int
+    TEMPLATES_NOT_SEARCHED_FIELD_NUMBER: _builtins.int
+    REMEMBERED_FIELD_NUMBER: _builtins.int
     old_model_id: _builtins.str
     new_model_id: _builtins.str
+    templates_not_searched: _builtins.int
+    """Templates of other models than the one that serves now: in the file, not searched."""
+    remembered: _builtins.bool
+    """Whether a restart of the server comes back with this model. When not, set `model` in the
+    configuration.
+    """
     def __init__(
         self,
         *,
         old_model_id: _builtins.str = ...,
         new_model_id: _builtins.str = ...,
+        templates_not_searched: _builtins.int = ...,
+        remembered: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_model_id", b"new_model_id", "old_model_id", b"old_model_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_model_id", b"new_model_id", "old_model_id", b"old_model_id", "remembered", b"remembered", "templates_not_searched", b"templates_not_searched"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -91,6 +91,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The face is not one that the recogniser can be trusted on."""
     ERROR_REASON_SPOOF_SUSPECTED: _ErrorReason.ValueType  # 32
     """The face may be a picture of a face."""
+    ERROR_REASON_NO_CONTEXT: _ErrorReason.ValueType  # 50
+    """Liveness was asked for, and the picture does not show enough around the face to judge it."""
+    ERROR_REASON_LIVENESS_UNDECIDED: _ErrorReason.ValueType  # 51
+    """Liveness was asked for, and the verdict is open."""
     ERROR_REASON_FACE_OF_ANOTHER: _ErrorReason.ValueType  # 47
     """The face matches another subject."""
     ERROR_REASON_NO_TEMPLATES: _ErrorReason.ValueType  # 33
@@ -115,6 +119,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """There is no such pool."""
     ERROR_REASON_WORKER_NOT_FOUND: _ErrorReason.ValueType  # 42
     """There is no such worker."""
+    ERROR_REASON_TEMPLATES_LOST: _ErrorReason.ValueType  # 52
+    """The new recogniser would find none of the templates that the gallery has."""
     ERROR_REASON_MODEL_INVALID: _ErrorReason.ValueType  # 43
     """The model package cannot be used."""
 
@@ -193,6 +199,10 @@ ERROR_REASON_OOD_REJECTED: ErrorReason.ValueType  # 31
 """The face is not one that the recogniser can be trusted on."""
 ERROR_REASON_SPOOF_SUSPECTED: ErrorReason.ValueType  # 32
 """The face may be a picture of a face."""
+ERROR_REASON_NO_CONTEXT: ErrorReason.ValueType  # 50
+"""Liveness was asked for, and the picture does not show enough around the face to judge it."""
+ERROR_REASON_LIVENESS_UNDECIDED: ErrorReason.ValueType  # 51
+"""Liveness was asked for, and the verdict is open."""
 ERROR_REASON_FACE_OF_ANOTHER: ErrorReason.ValueType  # 47
 """The face matches another subject."""
 ERROR_REASON_NO_TEMPLATES: ErrorReason.ValueType  # 33
@@ -217,6 +227,8 @@ ERROR_REASON_POOL_NOT_FOUND: ErrorReason.ValueType  # 41
 """There is no such pool."""
 ERROR_REASON_WORKER_NOT_FOUND: ErrorReason.ValueType  # 42
 """There is no such worker."""
+ERROR_REASON_TEMPLATES_LOST: ErrorReason.ValueType  # 52
+"""The new recogniser would find none of the templates that the gallery has."""
 ERROR_REASON_MODEL_INVALID: ErrorReason.ValueType  # 43
 """The model package cannot be used."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

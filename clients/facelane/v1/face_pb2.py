@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x61\x63\x65lane/v1/face.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\"B\n\x0b\x42oundingBox\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\x12\r\n\x05width\x18\x03 \x01(\x02\x12\x0e\n\x06height\x18\x04 \x01(\x02\"v\n\x07Picture\x12.\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x1c.facelane.v1.PictureEncoding\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\r\"3\n\tCandidate\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x12\n\nsimilarity\x18\x02 \x01(\x02\"\xc1\x01\n\x08Identity\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x15.facelane.v1.Decision\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x17\n\nsimilarity\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12*\n\ncandidates\x18\x04 \x03(\x0b\x32\x16.facelane.v1.Candidate\x12\x16\n\tthreshold\x18\x05 \x01(\x02H\x01\x88\x01\x01\x42\r\n\x0b_similarityB\x0c\n\n_threshold\"W\n\x08Liveness\x12-\n\x07verdict\x18\x01 \x01(\x0e\x32\x1c.facelane.v1.LivenessVerdict\x12\x12\n\x05score\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_score\"\xd4\x02\n\x04\x46\x61\x63\x65\x12\x10\n\x08track_id\x18\x01 \x01(\x04\x12%\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x18.facelane.v1.BoundingBox\x12\r\n\x05score\x18\x03 \x01(\x02\x12%\n\tlandmarks\x18\x04 \x03(\x0b\x32\x12.facelane.v1.Point\x12\'\n\x08identity\x18\x05 \x01(\x0b\x32\x15.facelane.v1.Identity\x12\'\n\x08liveness\x18\x06 \x01(\x0b\x32\x15.facelane.v1.Liveness\x12\x16\n\tood_score\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\x16\n\x0erecognized_now\x18\x08 \x01(\x08\x12/\n\x0c\x65vidence_age\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14links_since_evidence\x18\n \x01(\rB\x0c\n\n_ood_score\"\x86\x01\n\x0bStageTiming\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.facelane.v1.Stage\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07service\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa5\x01\n\x0b\x46rameResult\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12 \n\x05\x66\x61\x63\x65s\x18\x03 \x03(\x0b\x32\x11.facelane.v1.Face\x12)\n\x07timings\x18\x04 \x03(\x0b\x32\x18.facelane.v1.StageTiming\x12*\n\x0emissing_stages\x18\x05 \x03(\x0e\x32\x12.facelane.v1.Stage\"\xb0\x02\n\x07Subject\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x12\n\ngallery_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x30\n\x06labels\x18\x04 \x03(\x0b\x32 .facelane.v1.Subject.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0etemplate_count\x18\x07 \x01(\r\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x89\x01\n\x08Template\x12\x13\n\x0btemplate_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x11\n\tood_score\x18\x04 \x01(\x02\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\xd6\x01\n\x0fPictureEncoding\x12 \n\x1cPICTURE_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15PICTURE_ENCODING_JPEG\x10\x01\x12\x18\n\x14PICTURE_ENCODING_PNG\x10\x02\x12\x19\n\x15PICTURE_ENCODING_WEBP\x10\x03\x12\x1a\n\x16PICTURE_ENCODING_BGR24\x10\x04\x12\x1a\n\x16PICTURE_ENCODING_RGB24\x10\x05\x12\x19\n\x15PICTURE_ENCODING_NV12\x10\x06*\x9d\x01\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x45\x43ISION_MATCH\x10\x01\x12\x14\n\x10\x44\x45\x43ISION_UNKNOWN\x10\x02\x12\x16\n\x12\x44\x45\x43ISION_AMBIGUOUS\x10\x03\x12\x19\n\x15\x44\x45\x43ISION_REJECTED_OOD\x10\x04\x12\x1a\n\x16\x44\x45\x43ISION_NOT_EVALUATED\x10\x05*\x8a\x01\n\x0fLivenessVerdict\x12 \n\x1cLIVENESS_VERDICT_UNSPECIFIED\x10\x00\x12\x19\n\x15LIVENESS_VERDICT_LIVE\x10\x01\x12\x1a\n\x16LIVENESS_VERDICT_SPOOF\x10\x02\x12\x1e\n\x1aLIVENESS_VERDICT_UNDECIDED\x10\x03*\\\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTAGE_DETECTOR\x10\x01\x12\x14\n\x10STAGE_RECOGNIZER\x10\x02\x12\x12\n\x0eSTAGE_LIVENESS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x61\x63\x65lane/v1/face.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\"B\n\x0b\x42oundingBox\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\x12\r\n\x05width\x18\x03 \x01(\x02\x12\x0e\n\x06height\x18\x04 \x01(\x02\"v\n\x07Picture\x12.\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x1c.facelane.v1.PictureEncoding\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\r\"3\n\tCandidate\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x12\n\nsimilarity\x18\x02 \x01(\x02\"\xc1\x01\n\x08Identity\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x15.facelane.v1.Decision\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x17\n\nsimilarity\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12*\n\ncandidates\x18\x04 \x03(\x0b\x32\x16.facelane.v1.Candidate\x12\x16\n\tthreshold\x18\x05 \x01(\x02H\x01\x88\x01\x01\x42\r\n\x0b_similarityB\x0c\n\n_threshold\"\x84\x01\n\x08Liveness\x12-\n\x07verdict\x18\x01 \x01(\x0e\x32\x1c.facelane.v1.LivenessVerdict\x12\x12\n\x05score\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12+\n\x06reason\x18\x03 \x01(\x0e\x32\x1b.facelane.v1.LivenessReasonB\x08\n\x06_score\"\xd4\x02\n\x04\x46\x61\x63\x65\x12\x10\n\x08track_id\x18\x01 \x01(\x04\x12%\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x18.facelane.v1.BoundingBox\x12\r\n\x05score\x18\x03 \x01(\x02\x12%\n\tlandmarks\x18\x04 \x03(\x0b\x32\x12.facelane.v1.Point\x12\'\n\x08identity\x18\x05 \x01(\x0b\x32\x15.facelane.v1.Identity\x12\'\n\x08liveness\x18\x06 \x01(\x0b\x32\x15.facelane.v1.Liveness\x12\x16\n\tood_score\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\x16\n\x0erecognized_now\x18\x08 \x01(\x08\x12/\n\x0c\x65vidence_age\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14links_since_evidence\x18\n \x01(\rB\x0c\n\n_ood_score\"\x86\x01\n\x0bStageTiming\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.facelane.v1.Stage\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07service\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa5\x01\n\x0b\x46rameResult\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12 \n\x05\x66\x61\x63\x65s\x18\x03 \x03(\x0b\x32\x11.facelane.v1.Face\x12)\n\x07timings\x18\x04 \x03(\x0b\x32\x18.facelane.v1.StageTiming\x12*\n\x0emissing_stages\x18\x05 \x03(\x0e\x32\x12.facelane.v1.Stage\"\xb0\x02\n\x07Subject\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x12\n\ngallery_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x30\n\x06labels\x18\x04 \x03(\x0b\x32 .facelane.v1.Subject.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0etemplate_count\x18\x07 \x01(\r\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x01\n\x08Template\x12\x13\n\x0btemplate_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x11\n\tood_score\x18\x04 \x01(\x02\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07quality\x18\x06 \x01(\x02*\xd6\x01\n\x0fPictureEncoding\x12 \n\x1cPICTURE_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15PICTURE_ENCODING_JPEG\x10\x01\x12\x18\n\x14PICTURE_ENCODING_PNG\x10\x02\x12\x19\n\x15PICTURE_ENCODING_WEBP\x10\x03\x12\x1a\n\x16PICTURE_ENCODING_BGR24\x10\x04\x12\x1a\n\x16PICTURE_ENCODING_RGB24\x10\x05\x12\x19\n\x15PICTURE_ENCODING_NV12\x10\x06*\x9d\x01\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x45\x43ISION_MATCH\x10\x01\x12\x14\n\x10\x44\x45\x43ISION_UNKNOWN\x10\x02\x12\x16\n\x12\x44\x45\x43ISION_AMBIGUOUS\x10\x03\x12\x19\n\x15\x44\x45\x43ISION_REJECTED_OOD\x10\x04\x12\x1a\n\x16\x44\x45\x43ISION_NOT_EVALUATED\x10\x05*\x8a\x01\n\x0fLivenessVerdict\x12 \n\x1cLIVENESS_VERDICT_UNSPECIFIED\x10\x00\x12\x19\n\x15LIVENESS_VERDICT_LIVE\x10\x01\x12\x1a\n\x16LIVENESS_VERDICT_SPOOF\x10\x02\x12\x1e\n\x1aLIVENESS_VERDICT_UNDECIDED\x10\x03*Q\n\x0eLivenessReason\x12\x1f\n\x1bLIVENESS_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1aLIVENESS_REASON_NO_CONTEXT\x10\x01*\\\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTAGE_DETECTOR\x10\x01\x12\x14\n\x10STAGE_RECOGNIZER\x10\x02\x12\x12\n\x0eSTAGE_LIVENESS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,14 +35,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SUBJECT_LABELSENTRY']._loaded_options = None
   _globals['_SUBJECT_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_PICTUREENCODING']._serialized_start=1757
-  _globals['_PICTUREENCODING']._serialized_end=1971
-  _globals['_DECISION']._serialized_start=1974
-  _globals['_DECISION']._serialized_end=2131
-  _globals['_LIVENESSVERDICT']._serialized_start=2134
-  _globals['_LIVENESSVERDICT']._serialized_end=2272
-  _globals['_STAGE']._serialized_start=2274
-  _globals['_STAGE']._serialized_end=2366
+  _globals['_PICTUREENCODING']._serialized_start=1820
+  _globals['_PICTUREENCODING']._serialized_end=2034
+  _globals['_DECISION']._serialized_start=2037
+  _globals['_DECISION']._serialized_end=2194
+  _globals['_LIVENESSVERDICT']._serialized_start=2197
+  _globals['_LIVENESSVERDICT']._serialized_end=2335
+  _globals['_LIVENESSREASON']._serialized_start=2337
+  _globals['_LIVENESSREASON']._serialized_end=2418
+  _globals['_STAGE']._serialized_start=2420
+  _globals['_STAGE']._serialized_end=2512
   _globals['_POINT']._serialized_start=104
   _globals['_POINT']._serialized_end=133
   _globals['_BOUNDINGBOX']._serialized_start=135
@@ -53,18 +55,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANDIDATE']._serialized_end=374
   _globals['_IDENTITY']._serialized_start=377
   _globals['_IDENTITY']._serialized_end=570
-  _globals['_LIVENESS']._serialized_start=572
-  _globals['_LIVENESS']._serialized_end=659
-  _globals['_FACE']._serialized_start=662
-  _globals['_FACE']._serialized_end=1002
-  _globals['_STAGETIMING']._serialized_start=1005
-  _globals['_STAGETIMING']._serialized_end=1139
-  _globals['_FRAMERESULT']._serialized_start=1142
-  _globals['_FRAMERESULT']._serialized_end=1307
-  _globals['_SUBJECT']._serialized_start=1310
-  _globals['_SUBJECT']._serialized_end=1614
-  _globals['_SUBJECT_LABELSENTRY']._serialized_start=1569
-  _globals['_SUBJECT_LABELSENTRY']._serialized_end=1614
-  _globals['_TEMPLATE']._serialized_start=1617
-  _globals['_TEMPLATE']._serialized_end=1754
+  _globals['_LIVENESS']._serialized_start=573
+  _globals['_LIVENESS']._serialized_end=705
+  _globals['_FACE']._serialized_start=708
+  _globals['_FACE']._serialized_end=1048
+  _globals['_STAGETIMING']._serialized_start=1051
+  _globals['_STAGETIMING']._serialized_end=1185
+  _globals['_FRAMERESULT']._serialized_start=1188
+  _globals['_FRAMERESULT']._serialized_end=1353
+  _globals['_SUBJECT']._serialized_start=1356
+  _globals['_SUBJECT']._serialized_end=1660
+  _globals['_SUBJECT_LABELSENTRY']._serialized_start=1615
+  _globals['_SUBJECT_LABELSENTRY']._serialized_end=1660
+  _globals['_TEMPLATE']._serialized_start=1663
+  _globals['_TEMPLATE']._serialized_end=1817
 # @@protoc_insertion_point(module_scope)

@@ -107,6 +107,28 @@ LIVENESS_VERDICT_SPOOF: LivenessVerdict.ValueType  # 2
 LIVENESS_VERDICT_UNDECIDED: LivenessVerdict.ValueType  # 3
 Global___LivenessVerdict: _TypeAlias = LivenessVerdict  # noqa: Y015
 
+class _LivenessReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LivenessReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LivenessReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LIVENESS_REASON_UNSPECIFIED: _LivenessReason.ValueType  # 0
+    LIVENESS_REASON_NO_CONTEXT: _LivenessReason.ValueType  # 1
+    """The picture does not show enough around the face to judge by: it is cropped too tightly,
+    or the face is at the picture's edge.
+    """
+
+class LivenessReason(_LivenessReason, metaclass=_LivenessReasonEnumTypeWrapper):
+    """Why there is no verdict."""
+
+LIVENESS_REASON_UNSPECIFIED: LivenessReason.ValueType  # 0
+LIVENESS_REASON_NO_CONTEXT: LivenessReason.ValueType  # 1
+"""The picture does not show enough around the face to judge by: it is cropped too tightly,
+or the face is at the picture's edge.
+"""
+Global___LivenessReason: _TypeAlias = LivenessReason  # noqa: Y015
+
 class _Stage:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -304,18 +326,22 @@ class Liveness(_message.Message):
 
     VERDICT_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     verdict: Global___LivenessVerdict.ValueType
     score: _builtins.float
     """In [0, 1], higher = bona fide. Unset when the stage did not answer."""
+    reason: Global___LivenessReason.ValueType
+    """For LIVENESS_VERDICT_UNDECIDED."""
     def __init__(
         self,
         *,
         verdict: Global___LivenessVerdict.ValueType = ...,
         score: _builtins.float | None = ...,
+        reason: Global___LivenessReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "score", b"score", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "reason", b"reason", "score", b"score", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
     _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
@@ -545,11 +571,16 @@ class Template(_message.Message):
     MODEL_ID_FIELD_NUMBER: _builtins.int
     OOD_SCORE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
     template_id: _builtins.str
     subject_id: _builtins.str
     model_id: _builtins.str
     """The recogniser that made it; templates of another model are never compared."""
     ood_score: _builtins.float
+    quality: _builtins.float
+    """What it promises for recognition, in [0, 1]: OOD score x size x frontalness of the face.
+    0 = enrolled before this was measured.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -560,10 +591,11 @@ class Template(_message.Message):
         model_id: _builtins.str = ...,
         ood_score: _builtins.float = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        quality: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "model_id", b"model_id", "ood_score", b"ood_score", "subject_id", b"subject_id", "template_id", b"template_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "model_id", b"model_id", "ood_score", b"ood_score", "quality", b"quality", "subject_id", b"subject_id", "template_id", b"template_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,32 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _EnrollWarning:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EnrollWarningEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EnrollWarning.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENROLL_WARNING_UNSPECIFIED: _EnrollWarning.ValueType  # 0
+    ENROLL_WARNING_LOW_OOD_SCORE: _EnrollWarning.ValueType  # 1
+    """The OOD score is below what a face needs to be named in a stream: the template will do,
+    a clearer picture would do better.
+    """
+    ENROLL_WARNING_LOW_QUALITY: _EnrollWarning.ValueType  # 2
+    """The subject has a template of twice the quality or more: this one adds little."""
+
+class EnrollWarning(_EnrollWarning, metaclass=_EnrollWarningEnumTypeWrapper):
+    """What is worth knowing about a face that was enrolled."""
+
+ENROLL_WARNING_UNSPECIFIED: EnrollWarning.ValueType  # 0
+ENROLL_WARNING_LOW_OOD_SCORE: EnrollWarning.ValueType  # 1
+"""The OOD score is below what a face needs to be named in a stream: the template will do,
+a clearer picture would do better.
+"""
+ENROLL_WARNING_LOW_QUALITY: EnrollWarning.ValueType  # 2
+"""The subject has a template of twice the quality or more: this one adds little."""
+Global___EnrollWarning: _TypeAlias = EnrollWarning  # noqa: Y015
 
 @_typing.final
 class CreateSubjectRequest(_message.Message):
@@ -360,6 +387,7 @@ class EnrollFaceRequest(_message.Message):
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     ALLOW_MULTIPLE_FACES_FIELD_NUMBER: _builtins.int
     SKIP_LIVENESS_FIELD_NUMBER: _builtins.int
+    REQUIRE_LIVE_FIELD_NUMBER: _builtins.int
     gallery_id: _builtins.str
     subject_id: _builtins.str
     request_id: _builtins.str
@@ -370,7 +398,11 @@ class EnrollFaceRequest(_message.Message):
     allow_multiple_faces: _builtins.bool
     """Take the largest face instead of refusing a picture with several."""
     skip_liveness: _builtins.bool
-    """Enrol although the liveness check fails or cannot answer (pictures of documents)."""
+    """Without effect: liveness is judged only with require_live."""
+    require_live: _builtins.bool
+    """Enrol only a face that is judged LIVE: for pictures taken under supervision by a camera
+    that shows the surroundings, not for photos that were cropped or printed before.
+    """
     @_builtins.property
     def picture(self) -> _face_pb2.Picture: ...
     def __init__(
@@ -384,10 +416,11 @@ class EnrollFaceRequest(_message.Message):
         display_name: _builtins.str = ...,
         allow_multiple_faces: _builtins.bool = ...,
         skip_liveness: _builtins.bool = ...,
+        require_live: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_multiple_faces", b"allow_multiple_faces", "create_subject", b"create_subject", "display_name", b"display_name", "gallery_id", b"gallery_id", "picture", b"picture", "request_id", b"request_id", "skip_liveness", b"skip_liveness", "subject_id", b"subject_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_multiple_faces", b"allow_multiple_faces", "create_subject", b"create_subject", "display_name", b"display_name", "gallery_id", b"gallery_id", "picture", b"picture", "request_id", b"request_id", "require_live", b"require_live", "skip_liveness", b"skip_liveness", "subject_id", b"subject_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -400,22 +433,26 @@ class EnrollFaceResponse(_message.Message):
     SUBJECT_FIELD_NUMBER: _builtins.int
     TEMPLATE_FIELD_NUMBER: _builtins.int
     FACE_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def subject(self) -> _face_pb2.Subject: ...
     @_builtins.property
     def template(self) -> _face_pb2.Template: ...
     @_builtins.property
     def face(self) -> _face_pb2.Face: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[Global___EnrollWarning.ValueType]: ...
     def __init__(
         self,
         *,
         subject: _face_pb2.Subject | None = ...,
         template: _face_pb2.Template | None = ...,
         face: _face_pb2.Face | None = ...,
+        warnings: _abc.Iterable[Global___EnrollWarning.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["face", b"face", "subject", b"subject", "template", b"template"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["face", b"face", "subject", b"subject", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["face", b"face", "subject", b"subject", "template", b"template", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from facelane_server.domain import Stage
 from facelane_server.pools.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """Model ids before and after. ``not_searched``: templates of other models than the new
+    recogniser. ``remembered``: a restart comes back with this model."""
+
+    old: str
+    new: str
+    not_searched: int
+    remembered: bool
 
 
 class Controls(Protocol):
@@ -18,8 +30,10 @@ class Controls(Protocol):
     def model_ids(self) -> Mapping[str, str]:
         """The serving models by stage name; without those of stages that are switched off."""
 
-    async def reload_model(self, pool_name: str, model: str) -> tuple[str, str]:
-        """(old, new model id). Raises ``FacelaneError``."""
+    async def reload_model(
+        self, pool_name: str, model: str, *, forget_templates: bool = False
+    ) -> Reloaded:
+        """Raises ``FacelaneError``."""
 
     def request_stop(self, grace_s: float | None = None) -> None:
         """Drain and end."""

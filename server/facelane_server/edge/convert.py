@@ -239,6 +239,8 @@ def liveness(value: Liveness) -> pb.Liveness:
     message = pb.Liveness(verdict=VERDICTS[value.verdict])
     if value.score is not None:
         message.score = value.score
+    if value.no_context:
+        message.reason = pb.LIVENESS_REASON_NO_CONTEXT
     return message
 
 

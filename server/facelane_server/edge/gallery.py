@@ -119,7 +119,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         gallery_id = _gallery(request.gallery_id)
         may_reassign = gate.caller().may("reassign")
         plan = Plan(
-            liveness=not request.skip_liveness,
+            liveness=request.require_live,
             gallery_id="" if may_reassign else gallery_id,
             max_faces=self._config.limits.max_faces,
             want_vectors=True,
@@ -134,17 +134,19 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 create_subject=request.create_subject,
                 display_name=request.display_name,
                 allow_multiple_faces=request.allow_multiple_faces,
-                skip_liveness=request.skip_liveness,
+                require_live=request.require_live,
                 may_reassign=may_reassign,
             ),
             analyse=lambda picture: self._read(picture, plan, remaining),
             thresholds=self._pipeline.thresholds,
-            liveness_configured=Stage.LIVENESS in self._pipeline.pools,
         )
         return pb.EnrollFaceResponse(
             subject=_subject(enrolled.subject),
             template=_template(enrolled.template),
             face=convert.face(enrolled.face, convert.View.of(gate.caller())),
+            warnings=[
+                pb.EnrollWarning.Value(f"ENROLL_WARNING_{w.value}") for w in enrolled.warnings
+            ],
         )
 
     # -- 1:1 and 1:N -----------------------------------------------------------------------
@@ -241,5 +243,6 @@ def _template(template: Template) -> face_pb2.Template:
         subject_id=template.subject_id,
         model_id=template.model_id,
         ood_score=template.ood_score,
+        quality=template.quality,
         create_time=convert.timestamp(template.created_ns),
     )

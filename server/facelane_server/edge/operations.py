@@ -157,8 +157,15 @@ class AdminService(admin_grpc.AdminServiceServicer):
     async def ReloadModel(
         self, request: admin_pb.ReloadModelRequest, context: Context
     ) -> admin_pb.ReloadModelResponse:
-        old, new = await self._controls.reload_model(request.pool, request.model)
-        return admin_pb.ReloadModelResponse(old_model_id=old, new_model_id=new)
+        done = await self._controls.reload_model(
+            request.pool, request.model, forget_templates=request.forget_templates
+        )
+        return admin_pb.ReloadModelResponse(
+            old_model_id=done.old,
+            new_model_id=done.new,
+            templates_not_searched=done.not_searched,
+            remembered=done.remembered,
+        )
 
     async def Drain(
         self, request: admin_pb.DrainRequest, context: Context

@@ -36,6 +36,7 @@ class Thresholds:
     ``match``: least cosine of a match, [-1, 1], where there is no ``promise`` that it follows
     from (``match_at``). ``margin``: least distance in cosine
     between the best subject and the next, [0, 2]. ``ood``: least OOD score, [0, 1].
+    ``enroll_ood``: the same for a face that is enrolled; half of ``ood`` unless given.
     ``live``: scores from here on are LIVE. ``spoof``: scores below are SPOOF;
     0 <= spoof <= live <= 1. Raises ``ValueError`` outside of these ranges.
     """
@@ -45,6 +46,7 @@ class Thresholds:
     ood: float = 0.4
     live: float = 0.5
     spoof: float = 0.5
+    enroll_ood: float | None = None
     promise: Promise | None = None
     looks: int = 2
     """How many looks of a track must agree before it is named, 1 or 2, where there is a promise;
@@ -61,11 +63,20 @@ class Thresholds:
             raise ValueError(f"margin {self.margin} is outside of [0, 2]")
         if not 0.0 <= self.ood <= 1.0:
             raise ValueError(f"OOD threshold {self.ood} is outside of [0, 1]")
+        if self.enroll_ood is not None and not 0.0 <= self.enroll_ood <= self.ood:
+            raise ValueError(
+                f"enroll_ood {self.enroll_ood} must be between 0 and the OOD threshold {self.ood}"
+            )
         if not 0.0 <= self.spoof <= self.live <= 1.0:
             raise ValueError(
                 f"liveness thresholds spoof {self.spoof} and live {self.live} "
                 "must satisfy 0 <= spoof <= live <= 1"
             )
+
+    @property
+    def enrolled_ood(self) -> float:
+        """Least OOD score of a face that is enrolled."""
+        return self.ood / 2 if self.enroll_ood is None else self.enroll_ood
 
     def at(self, gallery_id: str, source_id: str = "") -> Thresholds:
         """What holds for this gallery and source."""
@@ -133,6 +144,19 @@ def identify(
     return Identity(Decision.MATCH, best.subject_id, best.similarity, shown, needed, certain)
 
 
+def resembles(
+    ood_score: float | None,
+    candidates: Iterable[Candidate],
+    thresholds: Thresholds,
+    *,
+    searched: int = 1,
+) -> str:
+    """The subject that a rejected face would be named, were half of the trust enough; else
+    "". No name for it: it tells a track whether its face is still the one it was."""
+    lenient = replace(thresholds, ood=thresholds.ood / 2, enroll_ood=None)
+    return identify(ood_score, candidates, lenient, searched=searched).subject_id
+
+
 def verify(ood_score: float | None, similarity: float, thresholds: Thresholds) -> Decision:
     """The decision of a 1:1 comparison, where no other subject competes."""
     if ood_score is None:
@@ -143,10 +167,10 @@ def verify(ood_score: float | None, similarity: float, thresholds: Thresholds) -
     return Decision.MATCH if similarity >= needed else Decision.UNKNOWN
 
 
-def liveness(score: float | None, thresholds: Thresholds) -> Liveness:
+def liveness(score: float | None, thresholds: Thresholds, *, no_context: bool = False) -> Liveness:
     """The verdict of one shot. No score, or NaN, is UNDECIDED: never LIVE by absence."""
     if score is None or math.isnan(score):
-        return Liveness(LivenessVerdict.UNDECIDED)
+        return Liveness(LivenessVerdict.UNDECIDED, no_context=no_context)
     return Liveness(verdict(score, thresholds), score)
 
 

@@ -8,6 +8,7 @@ that may be an attack, a picture from which it is not clear whose face is meant.
 from __future__ import annotations
 
 import asyncio
+import enum
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -57,8 +58,17 @@ class Request:
     create_subject: bool = False
     display_name: str = ""
     allow_multiple_faces: bool = False
-    skip_liveness: bool = False
+    require_live: bool = False
     may_reassign: bool = False
+
+
+class Caution(enum.StrEnum):
+    """What is worth knowing about a face that was enrolled."""
+
+    LOW_OOD_SCORE = "LOW_OOD_SCORE"
+    """It would not be trusted in a stream."""
+    LOW_QUALITY = "LOW_QUALITY"
+    """The subject has a template of twice the quality or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,7 @@ class Enrolment:
     template: Template
     face: Face
     created: bool
+    warnings: tuple[Caution, ...] = ()
 
 
 _NOTHING: Final = Identity(Decision.NOT_EVALUATED)
@@ -81,16 +92,14 @@ async def enroll(
     *,
     analyse: Analyse,
     thresholds: Thresholds,
-    liveness_configured: bool,
 ) -> Enrolment:
     """Adds the picture's face to the subject.
 
     Refusals (``FacelaneError``): NO_FACE; MULTIPLE_FACES unless ``allow_multiple_faces``,
-    which takes the largest; OOD_REJECTED; SPOOF_SUSPECTED when the verdict is SPOOF; and
-    POOL_UNAVAILABLE (retryable) when a configured recogniser or liveness stage did not
-    answer, because no answer is no proof, and while the recogniser's model is being changed.
-    FACE_OF_ANOTHER unless ``may_reassign``. ``skip_liveness`` lifts the last two for the
-    liveness stage. UNDECIDED is let through: the verdict of a single still picture often is.
+    which takes the largest; OOD_REJECTED below ``thresholds.enrolled_ood``; and
+    POOL_UNAVAILABLE (retryable) when the recogniser did not answer, because no answer is no
+    proof, and while its model is being changed. With ``require_live`` the verdict must be
+    LIVE: SPOOF_SUSPECTED, NO_CONTEXT, LIVENESS_UNDECIDED, or POOL_UNAVAILABLE else.
     Further SUBJECT_NOT_FOUND, GALLERY_FULL, REQUEST_ID_REUSED, TEMPLATE_NOT_FOUND,
     ARGUMENT_INVALID, GALLERY_UNAVAILABLE as the store says, and the picture's own errors.
     """
@@ -121,7 +130,7 @@ async def enroll(
         reading,
         thresholds,
         allow_multiple_faces=request.allow_multiple_faces,
-        liveness_required=liveness_configured and not request.skip_liveness,
+        require_live=request.require_live,
     )
     if not request.may_reassign:
         refuse_others(chosen, request.subject_id, thresholds)
@@ -135,9 +144,17 @@ async def enroll(
         create_subject=request.create_subject,
         display_name=request.display_name,
         request=key,
+        quality=quality_of(chosen.face),
         answer=_face_facts(chosen.face),
     )
-    return Enrolment(enrolled.subject, enrolled.template, chosen.face, enrolled.created)
+    warnings = []
+    if chosen.face.ood_score < thresholds.ood:
+        warnings.append(Caution.LOW_OOD_SCORE)
+    if enrolled.best_quality >= 2 * enrolled.template.quality > 0.0:
+        warnings.append(Caution.LOW_QUALITY)
+    return Enrolment(
+        enrolled.subject, enrolled.template, chosen.face, enrolled.created, tuple(warnings)
+    )
 
 
 def choose(
@@ -145,7 +162,7 @@ def choose(
     thresholds: Thresholds,
     *,
     allow_multiple_faces: bool,
-    liveness_required: bool,
+    require_live: bool,
 ) -> FaceReading:
     """The face to enrol, or the refusal; see ``enroll``. Pure."""
     if not reading.readings:
@@ -165,24 +182,16 @@ def choose(
     ood = chosen.face.ood_score
     if ood is None or not chosen.vector or Stage.RECOGNIZER in reading.result.missing_stages:
         raise _no_answer(Stage.RECOGNIZER, "")
-    if not ood >= thresholds.ood:
+    if not ood >= thresholds.enrolled_ood:
         raise FacelaneError(
             Reason.OOD_REJECTED,
             "the face is not clear enough to be recognised by; take a sharper, brighter picture "
             "from the front, without anything before the face",
-            metadata={"ood_score": f"{ood:.3f}", "threshold": f"{thresholds.ood:.3f}"},
+            metadata={"ood_score": f"{ood:.3f}", "threshold": f"{thresholds.enrolled_ood:.3f}"},
         )
-    if liveness_required:
-        live = chosen.face.liveness
-        if live.score is None or Stage.LIVENESS in reading.result.missing_stages:
-            raise _no_answer(Stage.LIVENESS, ", or set skip_liveness")
-        if live.verdict is LivenessVerdict.SPOOF:
-            raise FacelaneError(
-                Reason.SPOOF_SUSPECTED,
-                "the picture seems to show a print, a screen or a mask; take one of the person, "
-                "or set skip_liveness where pictures of documents are meant",
-                metadata={"score": f"{live.score:.3f}", "threshold": f"{thresholds.spoof:.3f}"},
-            )
+    if require_live:
+        missing = Stage.LIVENESS in reading.result.missing_stages
+        _check_live(chosen.face.liveness, missing, thresholds)
     return chosen
 
 
@@ -196,6 +205,40 @@ def refuse_others(found: FaceReading, subject_id: str, thresholds: Thresholds) -
             "the face matches another subject; enrol it there, delete that subject first, or use "
             "a key with the `reassign` scope",
         )
+
+
+def _check_live(live: Liveness, missing: bool, thresholds: Thresholds) -> None:
+    if live.verdict is LivenessVerdict.LIVE:
+        return
+    otherwise = "; enrol without require_live where the picture is known to be genuine"
+    if live.no_context:
+        raise FacelaneError(
+            Reason.NO_CONTEXT,
+            "the picture shows too little around the face to judge whether it is live: send it "
+            f"uncropped, the face at most a third of its height{otherwise}",
+        )
+    if missing or live.score is None:
+        raise _no_answer(Stage.LIVENESS, ", or enrol without require_live")
+    told = {"score": f"{live.score:.3f}", "threshold": f"{thresholds.live:.3f}"}
+    if live.verdict is LivenessVerdict.SPOOF:
+        raise FacelaneError(
+            Reason.SPOOF_SUSPECTED,
+            "the picture seems to show a print, a screen or a mask; take one of the person"
+            f"{otherwise}",
+            metadata=told,
+        )
+    raise FacelaneError(
+        Reason.LIVENESS_UNDECIDED,
+        f"the picture does not show clearly that the person is there; take another{otherwise}",
+        metadata=told,
+    )
+
+
+def quality_of(face: Face) -> float:
+    """What a template promises, in [0, 1]: OOD score x size; a face as wide as a chip (112
+    pixels) or wider is not enlarged for it."""
+    size = min(1.0, min(face.box.width, face.box.height) / 112.0)
+    return max(0.0, (face.ood_score or 0.0) * size)
 
 
 def _no_answer(stage: Stage, otherwise: str) -> FacelaneError:
@@ -228,7 +271,7 @@ def _fingerprint(request: Request) -> bytes:
         request.display_name,
         request.create_subject,
         request.allow_multiple_faces,
-        request.skip_liveness,
+        request.require_live,
         request.picture.encoding,
         request.picture.width,
         request.picture.height,

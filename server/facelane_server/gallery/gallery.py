@@ -269,6 +269,7 @@ class Gallery:
         *,
         vector: F32,
         ood_score: float,
+        quality: float = 0.0,
         model_id: str = "",
         create_subject: bool = False,
         display_name: str = "",
@@ -284,7 +285,7 @@ class Gallery:
         def enroll() -> tuple[Enrolled, int]:
             if model_id and model_id != self._model_id:
                 raise model_changing()
-            new = NewTemplate(self._model_id, vector, ood_score)
+            new = NewTemplate(self._model_id, vector, ood_score, quality)
             enrolled = self._store.enroll(
                 gallery_id,
                 subject_id,

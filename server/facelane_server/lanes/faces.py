@@ -32,17 +32,27 @@ _NOTHING: Final = tracking.Shown(Identity(Decision.NOT_EVALUATED))
 class Look:
     """One detected face of one frame, and what was learnt of it on this frame."""
 
-    __slots__ = ("evidence", "face", "link", "live", "recognize", "take_back", "track_id")
+    __slots__ = (
+        "evidence",
+        "face",
+        "link",
+        "live",
+        "no_context",
+        "recognize",
+        "take_back",
+        "track_id",
+    )
 
-    def __init__(
-        self, face: DetectedFace, track_id: int, link: int, *, recognize: bool, live: bool
-    ) -> None:
+    def __init__(self, face: DetectedFace, track_id: int) -> None:
         self.face = face
         self.track_id = track_id
         """As the tracker had it; the track may have been succeeded since."""
-        self.link = link
-        self.recognize = recognize
-        self.live = live
+        self.link = 0
+        self.recognize = False
+        self.live = False
+        """Which stages are asked."""
+        self.no_context = False
+        """Liveness is not asked: the picture shows too little around the face."""
         self.evidence: Evidence | None = None
         self.take_back: Callable[[], None] | None = None
         """While the second stages are under way."""
@@ -115,46 +125,58 @@ class Faces:
         return self._tracks.created
 
     def turn(
-        self, found: Sequence[DetectedFace], now_ns: int, missing: Collection[Stage]
+        self,
+        found: Sequence[DetectedFace],
+        now_ns: int,
+        missing: Collection[Stage],
+        size: tuple[int, int] = (0, 0),
     ) -> list[Look]:
         """Tracks the faces of a frame and says which of them are to be looked at, and by what.
 
-        ``missing``: stages that cannot answer now.
+        ``missing``: stages that cannot answer now. ``size``: width and height of the picture.
         """
         plan, params = self._plan, self._params
         faces = [face for face in found if face.box.width >= plan.min_face_size]
         recognizer = plan.recognize and Stage.RECOGNIZER not in missing
         judge = plan.liveness and Stage.LIVENESS not in missing
         if params is None:
-            return [Look(face, 0, 0, recognize=recognizer, live=judge) for face in faces]
-        update = tracking.update(self._tracks, faces, now_ns, params)
-        self._tracks = update.tracks
-        for gone in update.ended:
-            self._ended[gone.track_id] = gone
+            assignments: Sequence[int] = (0,) * len(faces)
+        else:
+            update = tracking.update(self._tracks, faces, now_ns, params)
+            self._tracks = update.tracks
+            for gone in update.ended:
+                self._ended[gone.track_id] = gone
+            assignments = update.assignments
         looks = []
-        for face, track_id in zip(faces, update.assignments, strict=True):
-            recognize, live, link = recognizer, judge, 0
+        for face, track_id in zip(faces, assignments, strict=True):
+            look = Look(face, track_id)
+            look.no_context = plan.liveness and not self._pipeline.shows_context(face, *size)
+            look.recognize, look.live = recognizer, judge and not look.no_context
             # A track beyond the tracker's bound has id 0: it is treated as a picture.
             track = self._tracks.get(track_id)
-            if track is not None:
-                link = track.links
-                recognize = (
-                    recognizer
-                    and not self._recognizing.since_doubt(track)
-                    and tracking.wants_recognition(track, face, now_ns, params)
-                )
-                live = (
-                    judge
-                    and not self._judging.since_doubt(track)
-                    and tracking.wants_liveness(track, face, now_ns, params)
-                )
-                if recognize:
-                    self._recognizing.begin(track_id, link)
-                    self._tracks = self._tracks.replace(tracking.looking(track, face))
-                if live:
-                    self._judging.begin(track_id, link)
-            looks.append(Look(face, track_id, link, recognize=recognize, live=live))
+            if track is not None and params is not None:
+                self._ask(look, track, now_ns, params)
+            looks.append(look)
         return looks
+
+    def _ask(self, look: Look, track: tracking.Track, now_ns: int, params: tracking.Params) -> None:
+        """Which stages are to see this picture of the track."""
+        look.link = track.links
+        look.recognize = (
+            look.recognize
+            and not self._recognizing.since_doubt(track)
+            and tracking.wants_recognition(track, look.face, now_ns, params)
+        )
+        look.live = (
+            look.live
+            and not self._judging.since_doubt(track)
+            and tracking.wants_liveness(track, look.face, now_ns, params)
+        )
+        if look.recognize:
+            self._recognizing.begin(track.track_id, look.link)
+            self._tracks = self._tracks.replace(tracking.looking(track, look.face))
+        if look.live:
+            self._judging.begin(track.track_id, look.link)
 
     def answered(self, look: Look, evidence: Evidence) -> None:
         """The second stages have said what they can of this look."""
@@ -203,6 +225,8 @@ class Faces:
                     evidence.recognized,
                 )
             )
+        if look.no_context and liveness.verdict is LivenessVerdict.UNDECIDED:
+            liveness = replace(liveness, no_context=True)
         return Face(
             track_id=track_id,
             box=look.face.box,
@@ -228,7 +252,17 @@ class Faces:
             if tracking.contradicts(track, evidence.ood_score, identity, link=link):
                 track = self._succeed(track, now_ns, link)
             track = tracking.with_recognition(
-                track, look.face, evidence.ood_score, identity, now_ns, link=link
+                track,
+                look.face,
+                evidence.ood_score,
+                identity,
+                now_ns,
+                link=link,
+                resembles=(
+                    self._pipeline.resembles(evidence, self._plan)
+                    if identity.decision is Decision.REJECTED_OOD
+                    else ""
+                ),
             )
         if evidence.live_score is not None:
             track = tracking.with_liveness(

@@ -364,7 +364,12 @@ class Lane:
     def _take_turn(self, entry: _Entry, answer: DetectAnswer) -> None:
         """Tracks the faces of a frame and asks the second stages for what is wanted."""
         entry.missing = self._pipeline.unavailable(self._plan)
-        entry.looks = self._faces.turn(answer.faces, entry.frame.stream_offset_ns, entry.missing)
+        entry.looks = self._faces.turn(
+            answer.faces,
+            entry.frame.stream_offset_ns,
+            entry.missing,
+            (answer.width, answer.height),
+        )
         entry.answer = DetectAnswer(answer.width, answer.height, ())  # lets go of the crops
         asked = [look for look in entry.looks if look.asked]
         entry.outstanding = len(asked)

@@ -314,6 +314,7 @@ class Store:
                     model_id=new.model_id,
                     ood_score=new.ood_score,
                     created_ns=self._clock_ns(),
+                    quality=new.quality,
                 )
                 connection.execute(
                     sa.insert(templates).values(
@@ -324,13 +325,19 @@ class Store:
                         vector=vector.tobytes(),
                         ood_score=template.ood_score,
                         created_ns=template.created_ns,
+                        quality=template.quality,
                     )
                 )
                 self._touch(connection, gallery_id, subject_id)
             if request is not None:
                 self._remember(connection, gallery_id, request, template.template_id, answer)
             subject = self._subject(connection, gallery_id, subject_id)
-            return Enrolled(subject, template, created, answer)
+            best = connection.scalar(
+                sa.select(sa.func.max(templates.c.quality))
+                .where(templates.c.subject == key)
+                .where(templates.c.model_id == new.model_id)
+            )
+            return Enrolled(subject, template, created, answer, best or 0.0)
 
     def _same_shot(
         self, connection: sa.Connection, key: int, model_id: str, vector: F16
@@ -509,6 +516,7 @@ def _template_query() -> sa.Select[Any]:
         templates.c.model_id,
         templates.c.ood_score,
         templates.c.created_ns,
+        templates.c.quality,
     ).join_from(templates, subjects)
 
 
@@ -532,6 +540,7 @@ def _as_template(row: sa.Row[Any]) -> Template:
         model_id=row.model_id,
         ood_score=row.ood_score,
         created_ns=row.created_ns,
+        quality=row.quality,
     )
 
 

@@ -32,13 +32,15 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """One enrolled face, without its vector. ``ood_score`` in [0, 1]."""
+    """One enrolled face, without its vector. ``ood_score`` in [0, 1]. ``quality``: what it
+    promises, [0, 1]; 0 = enrolled before this was measured."""
 
     template_id: str
     subject_id: str
     model_id: str
     ood_score: float
     created_ns: int
+    quality: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Enrolled:
     template: Template
     created: bool
     answer: Mapping[str, Any] | None = None
+    best_quality: float = 0.0
+    """Of all templates that the subject has of this model, the new one included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +76,13 @@ class RequestKey:
 
 @dataclass(frozen=True, slots=True)
 class NewTemplate:
-    """``vector`` [dim] float32, any positive norm; ``ood_score`` in [0, 1]."""
+    """``vector`` [dim] float32, any positive norm; ``ood_score`` and ``quality`` in
+    [0, 1]."""
 
     model_id: str
     vector: F32
     ood_score: float
+    quality: float = 0.0
 
 
 def invalid(field: str, message: str) -> FacelaneError:

@@ -3,7 +3,7 @@
     schema_version  version
     subjects        id, gallery_id, subject_id, display_name, labels, etag, created, updated
     templates       id, template_id, subject (-> subjects.id, cascade), model_id, dim,
-                    vector (float16, unit norm), ood_score, created
+                    vector (float16, unit norm), ood_score, created, quality
     requests        gallery_id, request_id, fingerprint, template_id, answer, created
 
 Times are nanoseconds since the epoch. ``requests`` remembers enrolments for a day, so that
@@ -54,6 +54,7 @@ templates = sa.Table(
     sa.Column("vector", sa.LargeBinary, nullable=False),
     sa.Column("ood_score", sa.Float, nullable=False),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
+    sa.Column("quality", sa.Float, nullable=False, server_default="0"),
 )
 
 requests = sa.Table(
@@ -72,6 +73,15 @@ def _version_1(connection: sa.Connection) -> None:
     metadata.create_all(connection)
 
 
-MIGRATIONS: Final[tuple[Callable[[sa.Connection], None], ...]] = (_version_1,)
+def _version_2(connection: sa.Connection) -> None:
+    if "quality" not in {
+        column["name"] for column in sa.inspect(connection).get_columns("templates")
+    }:
+        connection.execute(
+            sa.text("ALTER TABLE templates ADD COLUMN quality FLOAT NOT NULL DEFAULT 0")
+        )
+
+
+MIGRATIONS: Final[tuple[Callable[[sa.Connection], None], ...]] = (_version_1, _version_2)
 """The n-th entry brings a store from version n to n + 1; entries are only appended. Later
 ones spell out their statements: the tables above show the newest version alone."""

@@ -33,12 +33,18 @@ def changed(before: bytes, now: bytes, least: float) -> bool:
     nothing said."""
     if not before or not now or before == now:
         return False
-    detail = abs(before[_FIELDS] - now[_FIELDS]) / 16.0
-    if detail > DETAIL_OCTAVES:
+    if detail_differs(before, now):
         return True
     if any(abs(before[-k] - now[-k]) > COLOUR_LEVELS for k in (1, 2, 3)):
         return True
     return correlation(before, now) < least
+
+
+def detail_differs(before: bytes, now: bytes) -> bool:
+    """Whether one of them is a blurred face and the other is not."""
+    if not before or not now:
+        return False
+    return abs(before[_FIELDS] - now[_FIELDS]) > 16.0 * DETAIL_OCTAVES
 
 
 def correlation(before: bytes, now: bytes) -> float:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from facelane_server import limits
 from facelane_server.domain import Box, DetectedFace
-from facelane_server.tracking.appearance import SAME_LINK, SAME_LOOK, changed
+from facelane_server.tracking.appearance import SAME_LINK, SAME_LOOK, changed, detail_differs
 from facelane_server.tracking.track import SECOND, Params, Track, Tracks, suspected
 
 MAX_WIDTH_RATIO: Final = 2.0
@@ -253,7 +253,10 @@ def _moved(track: Track, found: DetectedFace, now_ns: int, params: Params, *, ne
         or changed(track.signature, found.signature, SAME_LINK)
         or changed(track.looking or track.reference, found.signature, SAME_LOOK)
     ):
-        return suspected(moved, moved.links)
+        strict = detail_differs(track.signature, found.signature) or detail_differs(
+            track.reference, found.signature
+        )
+        return suspected(moved, moved.links, strict=strict)
     return moved
 
 

@@ -112,13 +112,21 @@ def contradicts(track: Track, ood_score: float, identity: Identity, *, link: int
     return identity.decision is Decision.UNKNOWN and doubtful and sure
 
 
-def needs_another_look(track: Track, identity: Identity) -> bool:
+def needs_another_look(track: Track, identity: Identity, link: int) -> bool:
     """Whether a name is withheld until a second look agrees: the look is not certain, and none
     before it said the same."""
     best = track.shot
     said_before = best is not None and best.identity.subject_id == identity.subject_id
-    said_before = said_before or track.pending == identity.subject_id
+    said_before = said_before or _agrees(track, identity, link)
     return identity.decision is Decision.MATCH and not identity.certain and not said_before
+
+
+def _agrees(track: Track, identity: Identity, link: int) -> bool:
+    """Whether the pending look named the same, and no doubt lies between that picture and
+    ``link``: else the two looks may be at two people."""
+    certain = track.suspect is None or track.suspect > link
+    undoubted = track.suspect_last <= track.pending_link or (certain and track.suspect_last > link)
+    return bool(track.pending) and track.pending == identity.subject_id and undoubted
 
 
 def successor(track: Track, track_id: int, now_ns: int, *, link: int = 0) -> Track:
@@ -149,12 +157,15 @@ def with_recognition(
     now_ns: int,
     *,
     link: int = 0,
+    resembles: str = "",
 ) -> Track:
     """The track after the recogniser's answer to its picture ``link`` (0 = the last), taken
     at ``now_ns``.
 
-    An answer of NOT_EVALUATED changes nothing. See the package for the rules. An answer that
-    ``contradicts`` the track belongs to its ``successor``.
+    ``resembles``: the subject that a rejected face would match if it were trusted a little
+    more. It names nobody, but where a link was doubtful it says that the face is still the one
+    that was named. An answer of NOT_EVALUATED changes nothing. See the package for the
+    rules. An answer that ``contradicts`` the track belongs to its ``successor``.
     """
     if identity.decision is Decision.NOT_EVALUATED:
         return track
@@ -175,10 +186,14 @@ def with_recognition(
         better = best is None or (
             best.identity.decision is Decision.REJECTED_OOD and ood_score > best.ood_score
         )
-        return replace(asked, rejected=rejected, shot=shot if better else best)
-    if needs_another_look(track, identity):
-        return replace(asked, pending=identity.subject_id, rejected=())
-    agreed = bool(track.pending) and track.pending == identity.subject_id
+        after = replace(asked, rejected=rejected, shot=shot if better else best)
+        same = best is not None and resembles != "" and resembles == best.identity.subject_id
+        if same and doubtful and not track.strict:
+            return settled(replace(after, reference=found.signature), link)
+        return after
+    if needs_another_look(track, identity, link):
+        return replace(asked, pending=identity.subject_id, pending_link=link, rejected=())
+    agreed = _agrees(track, identity, link)
     asked = replace(asked, pending="")
     accepted = settled(
         replace(

@@ -93,6 +93,8 @@ class Track:
     and no look has made it certain since."""
     suspect_last: int = 0
     """The last doubtful link, whether settled or not."""
+    strict: bool = False
+    """A doubt came with a loss of detail: a look that is not trusted settles nothing."""
 
     shot: Shot | None = None
     """The best so far."""
@@ -107,6 +109,8 @@ class Track:
     """The last shot that was answered."""
     pending: str = ""
     """Whom the last look named, without being certain enough to name the track by itself."""
+    pending_link: int = 0
+    """The picture that it saw."""
     asked_ns: int | None = None
     """When that was taken."""
     asked_link: int = 0
@@ -163,10 +167,16 @@ class Tracks:
         return Tracks({**others, by.track_id: by}, max(self.created, by.track_id), self.now_ns)
 
 
-def suspected(track: Track, link: int) -> Track:
+def suspected(track: Track, link: int, *, strict: bool = False) -> Track:
     """The track when it is not certain that from ``link`` on it is the same face."""
     since = link if track.suspect is None else min(track.suspect, link)
-    doubted = replace(track, suspect=since, suspect_last=max(link, track.suspect_last), rejected=())
+    doubted = replace(
+        track,
+        suspect=since,
+        suspect_last=max(link, track.suspect_last),
+        strict=strict or (track.strict and track.suspect is not None),
+        rejected=(),
+    )
     return without_bona_fide(doubted)
 
 
