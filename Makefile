@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-rest test-all test-busy lint fuzz faults soak gpu-test protos bench gpu-bench wheel install-systemd clean
+.PHONY: help setup demo test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak soak-cameras gpu-test protos bench gpu-bench wheel install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -70,6 +70,17 @@ soak: setup ## FRAMES=100000 frames under random faults, an outcome for each
 	@for pools in plain spares pairs threads; do \
 		$(BIN)/python -m tests.faults.soak --frames $$(($(FRAMES) / 4)) --pools $$pools || exit; \
 	done
+
+HOURS ?= 24
+SCALE ?= 30
+
+soak-cameras: setup ## HOURS=24 of a fleet of misbehaving cameras, SCALE=30 times as fast
+	@$(BIN)/python -m tests.soak_cameras --hours $(HOURS) --scale $(SCALE)
+
+INPUTS ?= 5000000
+
+fuzz-cameras: setup ## INPUTS=5000000 streams of nonsense to the MJPEG splitter (about ten minutes)
+	@$(BIN)/python -m bench.camera_fuzz --inputs $(INPUTS)
 
 # MPS has one daemon and one server a card: its tests take turns, beside the others.
 gpu-test: setup ## the tests that need an NVIDIA card (about two minutes)

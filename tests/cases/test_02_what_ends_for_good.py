@@ -19,6 +19,7 @@ from tests.fakes.field_cameras import (
     head,
     parts,
 )
+from tests.soak_cameras import soak
 from tests.waiting import auntil
 
 CHALLENGE = [("WWW-Authenticate", 'Digest realm="cam", nonce="n", qop="auth"')]
@@ -181,3 +182,15 @@ def test_what_is_no_rtsp_is_told_as_such() -> None:
         error = failure(camera.url.replace("http", "rtsp"))
     assert error.outlook is Outlook.PASSING
     assert "RTSP" in error.message
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_fleet_that_misbehaves_for_a_while_is_never_given_up() -> None:
+    """``make soak-cameras`` does this for a day, and judges how soon each camera is back."""
+    report = soak(hours=0.2, scale=20.0, seed=7)
+    assert report["exit"] == 0
+    assert report["states"] == {"STOPPED": 12}
+    results = report["results"]
+    assert isinstance(results, int)
+    assert results > 0
