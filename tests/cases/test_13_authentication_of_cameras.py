@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.cases.cameras import certificate, failure, frames, settings
 from tests.fakes.cameras import jpeg
 from tests.fakes.field_cameras import (
     MULTIPART,
+    Camera,
     HttpCamera,
     Reply,
     Request,
@@ -220,12 +222,22 @@ def test_another_name_is_told_and_can_be_set(tmp_path: Path, kind: str) -> None:
         assert len(frames(camera.url, 2, **trusted, tls_server_name="yard.example")) == 2
 
 
-@needs_openssl
-def test_tls_to_a_port_without_it() -> None:
-    with HttpCamera(pictures) as camera:
-        assert "no common TLS" in failure(camera.url.replace("http", "https")).message
-        error = failure(camera.url.replace("http", "rtsps"))
+class Plain(Camera):
+    """Speaks no TLS, and says so at once."""
+
+    scheme = "https"
+
+    def serve(self, connection: socket.socket, number: int) -> None:
+        connection.recv(100)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@pytest.mark.parametrize("scheme", ["https", "rtsps"])
+def test_tls_to_a_port_without_it(scheme: str) -> None:
+    with Plain() as camera:
+        error = failure(camera.url.replace("https", scheme))
     assert error.reason is SourceReason.TLS_FAILED
+    assert "no common TLS" in error.message
 
 
 @pytest.mark.parametrize("text", ["abc", "zz" * 32, "a" * 63])

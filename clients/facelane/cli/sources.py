@@ -133,6 +133,7 @@ def without_credentials(url: str) -> str:
 
 def _video(text: str, *, live: bool, realtime: bool, want_pixels: bool) -> Source:
     import av
+    from av.stream import Disposition
 
     address = shown(without_credentials(text))
     options: dict[str, str] = {}
@@ -155,7 +156,17 @@ def _video(text: str, *, live: bool, realtime: bool, want_pixels: bool) -> Sourc
     if not container.streams.video:
         container.close()
         raise SourceError(f"{address} has no video")
-    stream = container.streams.video[0]
+    # The film, not its cover: no attached picture, no single frame, the default track.
+    stream = max(
+        container.streams.video,
+        key=lambda track: (
+            not track.disposition & Disposition.attached_pic,
+            track.frames != 1,
+            bool(track.disposition & Disposition.default),
+            track.codec_context.width * track.codec_context.height,
+            -track.index,
+        ),
+    )
     stream.thread_type = "AUTO"
     rate = float(stream.average_rate or 0) or 25.0
     total = 0 if live else int(stream.frames or _estimate(container, rate))
