@@ -183,6 +183,7 @@ class _Feeder:
         self.end = 0.0
         self.not_sent = 0
         self.unreadable: list[tuple[str, str]] = []
+        self.unreadable_reasons: list[str] = []
         self.failure: BaseException | None = None
         self._missed = 0
         self._thread = threading.Thread(target=self._run, name="facelane-feeder", daemon=True)
@@ -244,6 +245,7 @@ class _Feeder:
 
     def _unreadable(self, number: int, name: str, reason: str, message: str) -> None:
         self.unreadable.append((name, message))
+        self.unreadable_reasons.append(str(reason))
         self.aside.append(
             lines.ErrorLine(
                 time=lines.now_utc(), camera=self._camera, frame_id=number, reason=reason,
@@ -366,7 +368,8 @@ def _analyze(
         err.print(f"facelane: {name}: {words}")
     if source.passed_over:
         err.print(f"facelane: {passed_over_words(source.passed_over).removeprefix('; ')}")
-    return bool(failures or summary.errors)
+    # What was under way when a camera was interrupted is no failure.
+    return bool(failures)
 
 
 def _totals(
@@ -380,6 +383,10 @@ def _totals(
     if feeder.not_sent:
         drops[facelane.Reason.WINDOW_FULL.value] = feeder.not_sent
     unreadable = len(feeder.unreadable)
+    if summary.errors > reasons.total():
+        reasons[facelane.Reason.CANCELLED.value] += summary.errors - reasons.total()
+    for reason in feeder.unreadable_reasons:
+        reasons[reason] += 1
     counts: Any = {
         "frames": summary.received + feeder.not_sent + unreadable,
         "results": summary.results,
