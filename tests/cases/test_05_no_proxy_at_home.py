@@ -14,25 +14,27 @@ from tests.running_server import free_port
 PROGRAM = """
 import sys, asyncio, facelane
 picture = facelane.Picture.encoded(b"\\xff\\xd8\\xff\\xe0" + bytes(60))
-with facelane.Client(sys.argv[1], timeout=30) as client:
-    assert client.health() == "SERVING"
-    assert len(list(client.analyze([picture]))) == 1
-async def main():
-    async with facelane.aio.Client(sys.argv[1], timeout=30) as client:
+async def main(target):
+    async with facelane.aio.Client(target, timeout=30) as client:
         assert await client.health() == "SERVING"
-asyncio.run(main())
+for target in sys.argv[1:]:
+    with facelane.Client(target, timeout=30) as client:
+        assert client.health() == "SERVING"
+        assert len(list(client.analyze([picture]))) == 1
+    asyncio.run(main(target))
 """
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
-@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "unix"])
-def test_loopback_and_unix(variable: str, address: str, tmp_path: Path) -> None:
-    where = f"unix:{tmp_path}/s.sock" if address == "unix" else "127.0.0.1:0"
+def test_loopback_and_unix(variable: str, tmp_path: Path) -> None:
     environment = {variable: f"http://127.0.0.1:{free_port()}"}
-    with fake.ScriptedServer(address=where) as server:
-        target = server.target.replace("127.0.0.1", address)
+    with (
+        fake.ScriptedServer() as server,
+        fake.ScriptedServer(address=f"unix:{tmp_path}/s.sock") as beside,
+    ):
+        named = server.target.replace("127.0.0.1", "localhost")
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, target],
+            [sys.executable, "-c", PROGRAM, server.target, named, beside.target],
             env=environment, capture_output=True, text=True, timeout=90, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

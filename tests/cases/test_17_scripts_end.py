@@ -169,7 +169,7 @@ def server() -> Iterator[fake.ScriptedServer]:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_process_ends(server: fake.ScriptedServer, name: str) -> None:
     script, code = SCRIPTS[name]
-    for _ in range(3):
+    for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", PRELUDE + script],
             env={"FACELANE_TARGET": server.target},

@@ -47,7 +47,10 @@ def command(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["latin-1", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ascii", "cp1252", "utf-8"))],
+)
 def test_a_name_that_the_terminal_cannot_show(server: fake.ScriptedServer, encoding: str) -> None:
     given = {"PYTHONIOENCODING": encoding}
     table = command(server, "subjects", "list", **given)
@@ -61,7 +64,10 @@ def test_a_name_that_the_terminal_cannot_show(server: fake.ScriptedServer, encod
     assert subject["labels"] == {"straße": "ö"}
 
 
-@pytest.mark.parametrize("locale", ["C", "POSIX", "C.UTF-8", "de_DE.ISO-8859-1"])
+@pytest.mark.parametrize(
+    "locale",
+    ["C", *(pytest.param(c, marks=pytest.mark.slow) for c in ("C.UTF-8", "de_DE.ISO-8859-1"))],
+)
 def test_the_locale_decides_nothing(server: fake.ScriptedServer, locale: str) -> None:
     done = command(server, "subjects", "show", "jose", LC_ALL=locale, PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
@@ -72,7 +78,7 @@ def test_the_locale_decides_nothing(server: fake.ScriptedServer, locale: str) ->
     ("redirect", "code"),
     [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("<&- >&- 2>&-", 0), ("> /dev/full", 2)],
 )
-@pytest.mark.parametrize("form", ["table", "jsonl"])
+@pytest.mark.parametrize("form", ["table", pytest.param("jsonl", marks=pytest.mark.slow)])
 def test_streams_that_are_closed_or_full(
     server: fake.ScriptedServer, photo: Path, redirect: str, code: int, form: str
 ) -> None:
@@ -102,10 +108,9 @@ def test_arguments_that_are_no_text(server: fake.ScriptedServer, tmp_path: Path)
     assert done
     with open(name, "wb") as file:
         file.write(picture.tobytes())
-    for source in (name, os.fsencode(tmp_path)):
-        for form in ("table", "jsonl"):
-            result = command(server, "analyze", source, "--format", form)
-            assert result.returncode == 0, result.stderr
+    for source, form in ((name, "table"), (os.fsencode(tmp_path), "jsonl")):
+        result = command(server, "analyze", source, "--format", form)
+        assert result.returncode == 0, result.stderr
     line = json.loads(result.stdout.splitlines()[0])
     assert line["source"].endswith("jos\N{REPLACEMENT CHARACTER}.jpg")
     assert command(server, "enroll", "jose2", name).returncode == 0
