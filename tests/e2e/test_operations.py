@@ -255,7 +255,11 @@ def test_a_reloaded_model_is_judged_by_its_own_thresholds(start: Start, tmp_path
     with server.client() as client:
         client.enroll("ada", wire.picture())
         assert client.verify("ada", wire.picture()).threshold == pytest.approx(0.5)
-        client.reload_model("recognizer", str(strict))
+        with pytest.raises(facelane.RefusedError) as refused:
+            client.reload_model("recognizer", str(strict))
+        assert refused.value.reason == "TEMPLATES_LOST"
+        done = client.reload_model("recognizer", str(strict), forget_templates=True)
+        assert (done.templates_not_searched, done.remembered) == (1, False)
         recognizer = next(m for m in client.server_info().models if m.task == "recognizer")
         assert recognizer.version == "2.0.0"
         assert recognizer.thresholds["match"] == 1.0

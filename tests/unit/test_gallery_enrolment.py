@@ -196,6 +196,15 @@ async def test_the_largest_face_is_the_one_that_is_judged(gallery: Gallery) -> N
     assert caught.value.reason is Reason.SPOOF_SUSPECTED
 
 
+async def test_what_could_not_be_enrolled_itself_is_not_meant(gallery: Gallery) -> None:
+    beside = Pipeline(face(1, width=90), face(2, width=80, ood=0.05))
+    assert (await run(gallery, beside, request())).face.box.width == 90
+    unclear = Pipeline(face(1, width=90, ood=0.05), face(2, width=80))
+    with pytest.raises(FacelaneError) as caught:
+        await run(gallery, unclear, request())
+    assert caught.value.reason is Reason.MULTIPLE_FACES
+
+
 async def test_a_repeated_request_does_not_run_the_models(gallery: Gallery) -> None:
     pipeline = Pipeline(face())
     first = await run(gallery, pipeline, request(request_id="r1"))

@@ -171,14 +171,23 @@ def choose(
             "no face was found; send a picture that shows one face from the front, upright as it "
             "is stored (an EXIF rotation is not applied), at least 80 pixels wide",
         )
-    if len(reading.readings) > 1 and not allow_multiple_faces:
+    chosen = max(reading.readings, key=lambda one: (_area(one.face.box), one.face.score))
+    # What looks like a face and could not be enrolled itself is nobody who could be meant, unless
+    # it is the largest.
+    meant = [
+        one
+        for one in reading.readings
+        if one is chosen
+        or one.face.ood_score is None
+        or one.face.ood_score >= thresholds.enrolled_ood
+    ]
+    if len(meant) > 1 and not allow_multiple_faces:
         raise FacelaneError(
             Reason.MULTIPLE_FACES,
             "the picture shows several faces; crop it to the one that is meant, or set "
             "allow_multiple_faces to take the largest",
-            metadata={"faces": str(len(reading.readings))},
+            metadata={"faces": str(len(meant))},
         )
-    chosen = max(reading.readings, key=lambda one: (_area(one.face.box), one.face.score))
     ood = chosen.face.ood_score
     if ood is None or not chosen.vector or Stage.RECOGNIZER in reading.result.missing_stages:
         raise _no_answer(Stage.RECOGNIZER, "")
