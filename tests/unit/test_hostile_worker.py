@@ -227,6 +227,16 @@ def test_a_worker_cannot_speak_for_the_server() -> None:
         assert answer.reason is Reason.INTERNAL
 
 
+def test_a_picture_that_there_was_no_time_for_may_come_again() -> None:
+    codec, request = CODECS[Stage.DETECTOR]
+    answer, _ = codec.read(request, ItemFailed("DEADLINE_EXCEEDED", "m"), memoryview(b""))
+    assert isinstance(answer, FacelaneError)
+    assert (answer.reason, answer.retryable) == (Reason.DEADLINE_EXCEEDED, True)
+    answer, _ = codec.read(request, ItemFailed("PICTURE_TOO_COSTLY", "m"), memoryview(b""))
+    assert isinstance(answer, FacelaneError)
+    assert (answer.reason, answer.retryable) == (Reason.PICTURE_TOO_COSTLY, False)
+
+
 # -- through a pool -------------------------------------------------------------------------
 
 

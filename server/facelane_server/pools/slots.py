@@ -59,6 +59,7 @@ _REASONS: Final = {
         Reason.ENCODING_UNSUPPORTED,
         Reason.ENCODING_MISMATCH,
         Reason.RAW_LAYOUT_INVALID,
+        Reason.DEADLINE_EXCEEDED,
         Reason.OUT_OF_MEMORY,
         Reason.CANCELLED,
     )
@@ -154,7 +155,10 @@ class Codec:
         Raises ProtocolError when the answer cannot be one to this request.
         """
         if isinstance(done, ItemFailed):
-            return FacelaneError(_reason(done.reason), done.message), 0
+            reason = _reason(done.reason)
+            # There was no time for it; that was not its own doing.
+            late = reason is Reason.DEADLINE_EXCEEDED
+            return FacelaneError(reason, done.message, retryable=late), 0
         if isinstance(done, DetectDone) and isinstance(request, DetectRequest):
             return self._faces(request, done, slot)
         if isinstance(done, EmbedDone) and isinstance(request, EmbedRequest):
