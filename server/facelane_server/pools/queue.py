@@ -92,9 +92,9 @@ class _Level(_Lane):
 
     def renew(self, name: Hashable, child: _Lane, start: float, turn: int) -> None:
         """The child has another head, or none any more."""
-        child.turn = turn
+        before, child.turn = child.turn, turn
         head = child.head()
-        weight = 0 if head is None else max(child.weight_of(head), 1)
+        weight = 0 if head is None else child.weight_of(head) or 1
         self.total += weight - child.weight
         child.weight = weight
         if head is None:
@@ -102,6 +102,9 @@ class _Level(_Lane):
                 del self.children[name]
             return
         child.start = start
+        if self.heads and self.heads[0][2] == before:
+            heapq.heapreplace(self.heads, (start, head.deadline_ns, turn, name))
+            return
         if len(self.heads) > 2 * len(self.children) + _SLACK:
             self.heads = [e for e in self.heads if self._is_live(e)]
             heapq.heapify(self.heads)
@@ -155,11 +158,12 @@ class FairQueue:
 
     def put(self, task: AnyTask) -> None:
         """Queue a task behind those of its lane."""
-        *_, (_, _, lane) = self._path(task)
+        path = self._path(task)
+        lane = path[2][2]
         lane.waiting.append(task)
         self._register(task)
         if len(lane.waiting) == 1:
-            self._renew(task)
+            self._renew(path)
 
     def put_back(self, task: AnyTask, *, alone: bool) -> None:
         """Queue a task that was taken before in front of all others; ``alone`` = it must not
@@ -176,11 +180,12 @@ class FairQueue:
             if entry[0] is task:
                 self._front.remove(entry)
                 return True
-        *_, (_, _, lane) = self._path(task)
+        path = self._path(task)
+        lane = path[2][2]
         was_head = lane.waiting[0] is task
         lane.waiting.remove(task)
         if was_head:
-            self._renew(task)
+            self._renew(path)
         return True
 
     def take(self, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
@@ -260,13 +265,16 @@ class FairQueue:
         if not self._by_key[key]:
             del self._by_key[key]
 
-    def _renew(self, task: AnyTask) -> None:
-        """The lane of a task has another head, at no cost."""
-        for level, name, child in reversed(self._path(task)):
+    def _renew(self, path: list[tuple[_Level, Hashable, _Lane]]) -> None:
+        """The lane at the end of the path has another head, at no cost."""
+        for level, name, child in reversed(path):
             waited = child.weight > 0
             start = child.start if waited else max(level.virtual, child.finish)
             self._sequence += 1
+            was_first = waited and level.first() == (name, child)
             level.renew(name, child, start, self._sequence)
+            if level.weight and not was_first and level.first() != (name, child):
+                return  # the level's own head is the same as before
 
     def _take(self, task: AnyTask) -> None:
         path = self._path(task)
