@@ -163,7 +163,11 @@ class _MoodyRtsp(RtspCamera):
 
     def __init__(self, moody: Moody, port: int) -> None:
         super().__init__(
-            Play(fps=FPS, stamp=moody.stamp), reply=moody.reply, sdp=moody.sdp, port=port
+            # A key frame every few seconds of simulated time: before one there is no picture.
+            Play(fps=FPS, gop=2, stamp=moody.stamp),
+            reply=moody.reply,
+            sdp=moody.sdp,
+            port=port,
         )
         self._moody = moody
 
