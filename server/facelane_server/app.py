@@ -135,7 +135,8 @@ class App:
         async with contextlib.AsyncExitStack() as stack:
             hosting = [pool.hosting for pool in self.settings.stages.values()]
             runtime = None
-            if any(kind.needs_mps or kind.attaches for kind in hosting):
+            named = bool(self.settings.runtime_dir)
+            if named or any(kind.needs_mps or kind.attaches for kind in hosting):
                 runtime = stack.enter_context(folders.runtime_dir(self.settings))
             stack.enter_context(errors.observed(self.metrics.refused))
             await self._start_pools(stack, runtime)

@@ -102,7 +102,7 @@ async def test_reload_alone_costs_no_result(tmp_path: Path) -> None:
 async def test_a_drain_under_faults_gives_every_frame_an_outcome(tmp_path: Path, by: str) -> None:
     """The server is told to go while its workers are being killed."""
     folder = tmp_path
-    config = cells.configuration(folder).replace("[server]", "[server]\ndrain_grace_s = 2.0")
+    config = cells.configuration(folder).replace("[server]", "[server]\ndrain_grace_s = 60.0")
     with RunningServer(folder, config) as server:
         server.wait_serving()
         stop = asyncio.Event()
@@ -117,7 +117,7 @@ async def test_a_drain_under_faults_gives_every_frame_an_outcome(tmp_path: Path,
                 stub = admin_grpc.AdminServiceStub(channel)
                 await stub.Drain(admin_pb.DrainRequest(), timeout=10.0)
             stop.set()
-            books = await asyncio.wait_for(asyncio.gather(*streams), 30)
+            books = await asyncio.wait_for(asyncio.gather(*streams), 100.0)
         await auntil(lambda: server.process.poll() is not None, what="the end")
         assert server.process.returncode == 0
         assert "Traceback" not in server.text()

@@ -200,6 +200,8 @@ async def test_kill_9_under_load_loses_nothing() -> None:
     async with real_pool(workers=2, batch_max=4, options={"fail.slow_ms": "3"}) as p:
         tasks = []
         for round_ in range(4):
+            # Both are there: the number of one that is gone could be killed again.
+            await auntil(lambda n=round_: len(p.changes(PoolChange.WORKER_READY)) == n + 2)
             tasks += [p.submit(lane=n % 5) for n in range(60)]
             await auntil(lambda: p.pool.in_flight > 0)
             os.kill(p.pids()[round_ % 2], signal.SIGKILL)
