@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+import structlog.testing
 from tests.fakes.cameras import HttpServer, jpeg, picture, send_stream, write_clip
 
 from facelane_bridge import config
@@ -208,6 +210,24 @@ def test_a_folder_gives_its_pictures_in_the_order_of_their_names(tmp_path: Path)
     frames = read_all(open_source(camera(str(tmp_path), pace="fast", folder_fps=4)))
     assert [frame.data for frame in frames] == [contents[name] for name in sorted(contents)]
     assert [frame.media_time for frame in frames] == [0, 0.25, 0.5, 0.75]
+
+
+def test_a_folder_tells_what_it_passes_over_and_waits_for_no_pipe(
+    tmp_path: Path,
+) -> None:
+    cv2.imwrite(str(tmp_path / "1.jpg"), np.zeros((16, 16, 3), np.uint8))
+    for name in ("2.heic", "3.avif", "._1.jpg"):
+        (tmp_path / name).write_bytes(b"no picture")
+    os.mkfifo(tmp_path / "4.jpg")
+    (tmp_path / "5.png").mkdir()
+    with structlog.testing.capture_logs() as told:
+        frames = read_all(open_source(camera(str(tmp_path), pace="fast")))
+    assert len(frames) == 1
+    (line,) = told
+    assert line["log_level"] == "warning"
+    for kind in ("1 .heic", "1 .avif", "1 ._ file", "1 pipe or device", "1 folder"):
+        assert kind in line["passed_over"]
+    assert "4.jpg" not in str(line), "names of files are not told: they may be people's"
 
 
 def test_a_folder_scales_down_what_is_too_large(tmp_path: Path) -> None:

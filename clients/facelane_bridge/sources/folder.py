@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
 import av
+import structlog
 
 from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings, Pace, SourceKind
@@ -16,6 +18,8 @@ from facelane_bridge.sources.jpeg import JpegEncoder, decode_picture
 from facelane_bridge.sources.pace import Decimator, Pacer
 
 MAX_PICTURE_FILE_BYTES = 32 * 1024 * 1024
+log = structlog.get_logger("facelane_bridge")
+
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
@@ -54,9 +58,8 @@ class FolderSource:
     def open(self) -> SourceInfo:
         folder = Path(self._camera.source)
         try:
-            self._paths = sorted(
-                path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES
-            )
+            found = sorted(folder.iterdir())
+            self._paths = [path for path in found if _is_picture(path)]
         except PermissionError:
             raise SourceError(
                 SourceReason.PERMISSION_DENIED, "the folder may not be read", Outlook.HOPELESS
@@ -68,8 +71,16 @@ class FolderSource:
         if not self._paths:
             raise SourceError(
                 SourceReason.NO_VIDEO,
-                "the folder holds no .jpg, .png or .webp picture",
+                "the folder holds no .jpg, .png or .webp picture"
+                + (f", only {_kinds(found, self._paths)}" if found else ""),
                 Outlook.HOPELESS,
+            )
+        if len(found) > len(self._paths):
+            # By kind: a file's name may be a person's.
+            log.warning(
+                "files of the folder are passed over",
+                camera=self._camera.name,
+                passed_over=_kinds(found, self._paths),
             )
         return SourceInfo(
             SourceKind.FOLDER,
@@ -112,6 +123,31 @@ class FolderSource:
             except (av.FFmpegError, ValueError):
                 pass  # the server says what is wrong with it, frame by frame
         return data
+
+
+def _is_picture(path: Path) -> bool:
+    """No pipe, which would be waited for, and no ``._`` companion that macOS leaves behind."""
+    return (
+        path.suffix.lower() in PICTURE_SUFFIXES
+        and not path.name.startswith("._")
+        and path.is_file()
+    )
+
+
+def _kinds(found: list[Path], taken: list[Path]) -> str:
+    """What was not taken, by kind: ``2 .heic, 1 folder``."""
+
+    def kind(path: Path) -> str:
+        if path.is_dir():
+            return "folder"
+        if path.name.startswith("._"):
+            return "._ file"
+        if not path.is_file():
+            return "pipe or device"
+        return path.suffix.lower()[:12] or "file without a suffix"
+
+    counted = Counter(kind(path) for path in found if path not in set(taken))
+    return ", ".join(f"{count} {name}" for name, count in counted.most_common(8))
 
 
 def _read_bounded(file: IO[Any]) -> bytes:
