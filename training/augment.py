@@ -87,17 +87,21 @@ def photometry(pictures: Tensor) -> Tensor:
     return x
 
 
-def training_batch(pictures: Tensor, progress: float = 0.0) -> Tensor:
-    """uint8 [N, 3, 112, 112] -> float 0..1: what teacher and student both see.
+def pure_faces(pictures: Tensor) -> Tensor:
+    """uint8 [N, 3, 112, 112] -> float 0..1: one person each, varied as good pictures vary."""
+    return vary(geometry(pictures, strength=0.6))
 
-    ``progress`` 0..1 through the training: more and more pictures are only as mildly
-    disturbed as ``clean_batch`` does, and fewer are mixed, because pictures of one clean
+
+def mixed_faces(pictures: Tensor, progress: float = 0.0) -> Tensor:
+    """uint8 [N, 3, 112, 112] -> float 0..1: warped faces, most of them mixed of two, many spoilt.
+
+    ``progress`` 0..1 through the training: they become milder, because pictures of one clean
     face are what is served most.
     """
     # In eighths: every other number of rows would make the convolutions tune themselves anew.
     progress = int(progress * 8) / 8
-    x = mix(geometry(pictures, reshape=1 - 0.6 * progress), 0.6 - 0.1 * progress)
-    good = int(len(x) * (0.2 + 0.4 * progress))
+    x = mix(geometry(pictures, reshape=1 - 0.6 * progress), 0.9 - 0.3 * progress)
+    good = int(len(x) * (0.3 + 0.3 * progress))
     # Mixed and pure pictures lie in random order, so that any cut holds both.
     return torch.cat((vary(x[:good]), photometry(x[good:])))
 
@@ -130,33 +134,6 @@ def vary(pictures: Tensor) -> Tensor:
     x[rows] = imaging.noise(x[rows], rand(len(rows), 0.0, 0.025, x))
     rows = _some(n, 0.25, x)
     x[rows] = imaging.jpeg(x[rows], rand(len(rows), 45, 97, x))
-    return x
-
-
-def mild(pictures: Tensor) -> Tensor:
-    """What video does to faces that can still be recognised: at most two slight faults each."""
-    x = pictures.clone()
-    n, size = len(x), x.shape[-1]
-    for _ in range(2):
-        order = torch.randperm(n, device=x.device)[: max(1, n * 5 // 8)]
-        parts = iter(order.tensor_split(5))
-        for rows in next(parts).tensor_split(2):
-            if len(rows):
-                x[rows] = imaging.gaussian_blur(x[rows], random.uniform(0.3, 1.5))
-        for rows in next(parts).tensor_split(2):
-            if len(rows):
-                up = random.choice(("bilinear", "bicubic"))
-                x[rows] = imaging.low_resolution(x[rows], random.randint(32, 96), up=up)
-        rows = next(parts)
-        x[rows] = imaging.noise(x[rows], rand(len(rows), 0.0, 0.06, x))
-        rows = next(parts)
-        x[rows] = imaging.jpeg(x[rows], rand(len(rows), 15, 80, x))
-        rows = next(parts)
-        x[rows] = imaging.expose(
-            x[rows], torch.exp(rand(len(rows), -1.2, 0.7, x)), rand(len(rows), 0.8, 1.5, x)
-        )
-    rows = _some(n, 0.2, x)
-    x[rows] = (x[rows] * (1 + 0.35 * imaging.smooth_field(len(rows), 1, 3, size, x))).clamp(0, 1)
     return x
 
 

@@ -97,14 +97,22 @@ def save(path: Path, **parts: Any) -> None:
 
 
 def half_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state on the host, floats as fp16, contiguous, counters of batch norms left out."""
+    """The state on the host, floats as fp16 where they fit, contiguous, counters of batch norms
+    left out."""
     out: dict[str, Tensor] = {}
     for name, value in network.state_dict().items():
         if name.endswith("num_batches_tracked"):
             continue
-        host = value.detach().cpu()
-        out[name] = (host.half() if host.is_floating_point() else host).contiguous()
+        out[name] = halved(value.detach().cpu()).contiguous()
     return out
+
+
+def halved(value: Tensor) -> Tensor:
+    """``value`` as fp16 if it is of floats that fp16 can hold: variances of pixels cannot be."""
+    if not value.is_floating_point():
+        return value
+    half = value.half()
+    return half if bool(torch.isfinite(half).all()) else value.float()
 
 
 def grown_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +38,43 @@ from training.clock import (
     save,
     set_rate,
 )
-from training.data import CELEBA, load_crops, load_photos
+from training.clutter import clutter
+from training.data import CELEBA, Photos, load_crops, load_photos
 from training.imaging import column, rand
 
-WIDTHS = (16, 32, 64, 96, 96, 96)
+WIDTHS = (16, 32, 64, 128, 128, 128)
 """A run may start from a narrower network, as the first editions were."""
 SCORE = 0.6
 NMS_IOU = 0.4
 CROPS, ODD, DARK = 0.15, 0.3, 0.15
 """Shares of a layer's pictures that are crops, of its layers that are put out of shape, and of
 scenes with a dark ground."""
+PHOTO = 250
+LABEL_SCORE = 0.7
+"""From here a face that YuNet found in a photo as it is is known to be one."""
+FACES_MAX = 100
+LEVELS = (36.0, 100.0)
+"""Sizes of faces (pixels) up to which the fine and the middle stride tell them."""
+LARGE_SIDE = 640
+MOSAIC, LARGE = 0.25, 0.2
+"""Shares of the batches."""
+Plan = tuple[tuple[int, float, float], ...]
+PLANS: tuple[Plan, ...] = (
+    ((0, 0.9, 1.35),),
+    ((0, 1.1, 3.2),),
+    ((0, 1.4, 3.4),),
+    ((0, 0.8, 1.8), (1, 0.3, 0.6)),
+    ((0, 0.5, 1.1), (0, 0.5, 1.0), (1, 0.25, 0.55), (2, 0.12, 0.26)),
+    ((1, 0.3, 0.6), (1, 0.25, 0.5), (2, 0.15, 0.28), (2, 0.1, 0.25)),
+    ((0, 0.5, 1.0), (0, 0.5, 0.8), (0, 0.5, 0.8), (0, 0.5, 0.8)),
+)
+"""Layers of a scene: (level of the photos' pyramid, smallest, largest scale)."""
+LARGE_PLANS: tuple[Plan, ...] = (
+    ((0, 1.8, 4.5),),
+    ((0, 2.5, 7.0),),
+    ((0, 3.0, 7.0), (0, 0.5, 1.0)),
+    ((0, 0.9, 2.5), (0, 0.5, 1.2), (1, 0.25, 0.6), (2, 0.12, 0.26)),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +84,7 @@ class Options:
     side: int = 320
     batch: int = 96
     rate: float = 4e-3
-    resume_rate: float = 2.5e-3
+    resume_rate: float = 2e-3
     """Peak of a run that goes on from a finished one."""
     hard: int = 24
     """Scenes of a batch that come from the bank of hard ones."""
@@ -118,50 +146,130 @@ def merge_faces(network: YuNet, pictures: Tensor, score: float) -> list[Tensor]:
     return out
 
 
-class Scenes:
-    """Composes scenes from photos uint8 [N, 3, 250, 250], and crops of faces [M, 3, S, S] if
-    there are any, that lie on the device.
+class Faces(NamedTuple):
+    """Faces whose place in a scene is known, however small, turned or dark they are.
 
-    Photos of the press hardly show a profile, and no face that fills a screen: crops come
-    large, some layers are squeezed, warped or cut in two, and some lie on the dark. What that
-    makes of a face, YuNet says.
+    ``rows`` [N, M, 14] x, y, w, h, five landmarks (x, y), in pixels of the scene; ``seen``
+    [N, M]: whether there is such a face and nothing lies over it.
     """
 
-    def __init__(self, photos: Tensor, crops: Tensor | None = None) -> None:
+    rows: Tensor
+    seen: Tensor
+
+
+def no_faces(n: int, like: Tensor) -> Faces:
+    rows = torch.zeros(n, FACES_MAX, 14, device=like.device)
+    return Faces(rows, torch.zeros(n, FACES_MAX, dtype=torch.bool, device=like.device))
+
+
+def _filled(rows: Tensor, seen: Tensor) -> Faces:
+    """At most ``FACES_MAX`` of the faces, those that are seen first."""
+    order = seen.float().argsort(dim=1, descending=True, stable=True)[:, :FACES_MAX]
+    out = no_faces(len(rows), rows)
+    count = order.shape[1]
+    out.rows[:, :count] = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[2]))
+    out.seen[:, :count] = seen.gather(1, order)
+    return out
+
+
+class Scenes:
+    """Composes scenes from photos uint8 [N, 3, 250, 250] with the faces that YuNet found in them
+    upright and at their own size, and crops of faces [M, 3, S, S] if there are any, that lie on
+    the device; on grounds from ``clutter`` [K, 3, G, G] or textures.
+
+    Photos of the press hardly show a profile, and no face that fills a screen: crops come
+    large, some layers are squeezed, bent as a head turns, warped or cut in two, and some lie
+    on the dark. What that makes of a face, YuNet says. Of faces that are turned or made small
+    it is known where they are.
+    """
+
+    def __init__(
+        self,
+        photos: Tensor,
+        crops: Tensor | None = None,
+        faces: Tensor | None = None,
+        clutter: Tensor | None = None,
+    ) -> None:
+        """``faces`` [N, K, 15]: as ``data.Photos`` has them, padded with zeros."""
         self.photos = photos
         self._crops = crops
+        self._clutter = clutter
+        self._faces = torch.zeros(len(photos), 1, 15, device=photos.device)
+        if faces is not None:
+            self._faces = faces.to(photos.device)
         self._levels = [photos]
         for _ in range(2):
             smaller = F.avg_pool2d(self._levels[-1].float(), 2)
             self._levels.append(smaller.round().to(torch.uint8))
 
-    def compose(self, n: int, side: int) -> tuple[Tensor, Tensor]:
-        """Scenes [n, 3, side, side] in 0..1 and the mask [n, 1, side, side] of their photos.
-
-        The first sixth holds textures alone.
-        """
+    def _ground(self, n: int, side: int) -> Tensor:
         photos = self._levels[0]
         canvas = imaging.textures(n, side, photos)
+        if self._clutter is not None:
+            rows = torch.arange(0, n, 2, device=photos.device)
+            picks = torch.randint(len(self._clutter), (len(rows),), device=photos.device)
+            ground = self._clutter[picks].float().div(255)
+            angle = rand(len(rows), -20, 20, photos) + 90.0 * random.randrange(4)
+            grid = imaging.affine_grid(
+                len(rows), side, photos,
+                degrees=angle, scale=torch.exp(rand(len(rows), -0.2, 1.0, photos)),
+                shift=(torch.rand(len(rows), 2, device=photos.device) - 0.5) * 0.5,
+            )  # fmt: skip
+            canvas[rows] = imaging.sample(ground, grid, "reflection")
         dark = torch.rand(n, device=photos.device) < DARK
-        canvas = canvas * column(torch.where(dark, rand(n, 0.0, 0.3, photos), 1.0))
+        return canvas * column(torch.where(dark, rand(n, 0.0, 0.3, photos), 1.0))
+
+    def mosaic(self, n: int, side: int) -> tuple[Tensor, Tensor, Faces]:
+        """As ``compose``, of many photos in rows: faces of 9 to 45 pixels."""
+        across = random.randint(3, 10 if side <= 320 else 20)
+        tile = side // across
+        level = 0 if tile > 100 else 1 if tile > 50 else 2
+        source = self._levels[level]
+        count = n * across * across
+        picks = torch.randint(len(source), (count,), device=source.device)
+        tiles = torch.cat(
+            [
+                F.interpolate(
+                    part.float().div(255), size=(tile, tile), mode="bilinear",
+                    align_corners=False, antialias=tile < source.shape[-1] // 2,
+                )
+                for part in (source[rows] for rows in picks.split(2048))
+            ]
+        )  # fmt: skip
+        sheet = tiles.reshape(n, across, across, 3, tile, tile).permute(0, 3, 1, 4, 2, 5)
+        sheet = sheet.reshape(n, 3, across * tile, across * tile)
+        canvas, cover = self._ground(n, side), torch.zeros(n, 1, side, side, device=source.device)
+        full = across * tile
+        canvas[n // 6 :, :, :full, :full] = sheet[n // 6 :]
+        cover[n // 6 :, :, :full, :full] = 1
+        face = self._faces[picks, 0]
+        at = torch.arange(count, device=source.device) % (across * across)
+        corner = torch.stack((at % across, at // across), 1).float() * tile
+        rows = face[:, :14] * (tile / self.photos.shape[-1])
+        rows[:, 0:2] += corner
+        rows[:, 4:] += corner.repeat(1, 5)
+        seen = (face[:, 14] >= LABEL_SCORE).reshape(n, -1)
+        seen[: n // 6] = False
+        return canvas, cover, _filled(rows.reshape(n, -1, 14), seen)
+
+    def compose(self, n: int, side: int) -> tuple[Tensor, Tensor, Faces]:
+        """Scenes [n, 3, side, side] in 0..1, the mask [n, 1, side, side] of their photos, and
+        the faces whose place is known.
+
+        The first sixth holds grounds alone.
+        """
+        photos = self._levels[0]
+        canvas = self._ground(n, side)
         cover = torch.zeros(n, 1, side, side, device=photos.device)
         bare = column((torch.arange(n, device=photos.device) < n // 6).float())
+        known, free = [], []
         # Large photos first, small ones over them; each layer has its own octave of scales.
-        plans = random.choice(
-            (
-                ((0, 0.9, 1.35),),
-                ((0, 1.1, 3.2),),
-                ((0, 1.4, 3.4),),
-                ((0, 0.8, 1.8), (1, 0.3, 0.6)),
-                ((0, 0.5, 1.1), (0, 0.5, 1.0), (1, 0.25, 0.55), (2, 0.12, 0.26)),
-                ((1, 0.3, 0.6), (1, 0.25, 0.5), (2, 0.15, 0.28), (2, 0.1, 0.25)),
-                ((0, 0.5, 1.0), (0, 0.5, 0.8), (0, 0.5, 0.8), (0, 0.5, 0.8)),
-            )
-        )
-        for level, low, high in plans:
+        for level, low, high in random.choice(PLANS if side < LARGE_SIDE else LARGE_PLANS):
             source = self._levels[level]
             picks = torch.randint(len(source), (n,), device=photos.device)
             layer = source[picks].float().div(255)
+            face = self._faces[picks]
+            valid = face[:, :, 14] >= LABEL_SCORE
             if self._crops is not None:
                 rows = torch.randperm(n, device=photos.device)[: max(1, int(n * CROPS))]
                 picks = torch.randint(len(self._crops), (len(rows),), device=photos.device)
@@ -169,27 +277,108 @@ class Scenes:
                 layer[rows] = F.interpolate(
                     crop, size=layer.shape[-2:], mode="bilinear", align_corners=False
                 )
+                valid[rows] = False
             scale = torch.exp(rand(n, math.log(low), math.log(high), photos))
-            turned = torch.rand(n, device=photos.device) < 0.3
-            degrees = torch.where(turned, rand(n, -35, 35, photos), rand(n, -6, 6, photos))
+            draw = torch.rand(n, device=photos.device)
+            degrees = torch.where(draw < 0.2, rand(n, -100, 100, photos), rand(n, -6, 6, photos))
+            degrees = torch.where(draw > 0.75, rand(n, -45, 45, photos), degrees)
             # In fractions of the photo: the scene's side is side / (250 * scale) photos.
             span = side / (250 * scale)
             reach = torch.maximum((span - 1) / 2, torch.full_like(span, 0.12)).clamp(max=4)
             shift = (torch.rand(n, 2, device=photos.device) - 0.5) * 2 * reach[:, None]
             odd = (torch.rand(n, device=photos.device) < ODD).float()
+            flip = torch.rand(n, device=photos.device) < 0.5
             grid = imaging.affine_grid(
                 n, side, photos,
-                degrees=degrees, scale=1 / span, shift=shift,
-                flip=torch.rand(n, device=photos.device) < 0.5,
-                aspect=torch.exp(rand(n, -0.4, 0.4, photos) * odd),
+                degrees=degrees, scale=1 / span, shift=shift, flip=flip,
+                aspect=torch.exp(rand(n, -0.2, 0.65, photos) * odd),
                 elastic=rand(n, 0, 8, photos) * odd,
             )  # fmt: skip
-            mask = imaging.sample(torch.ones_like(layer[:, :1]), grid) * (1 - bare)
-            mask = mask * (1 - column(odd) * halves(n, side, photos))
+            # A head that turns: one half of the face grows narrow.
+            bend = column(rand(n, -0.45, 0.45, photos) * odd)[:, 0]
+            inside = grid[..., 0].clamp(-1, 1)
+            grid = torch.stack((grid[..., 0] + bend * (1 - inside.square()), grid[..., 1]), 3)
+            drawn_mask = imaging.sample(torch.ones_like(layer[:, :1]), grid) * (1 - bare)
+            drawn_mask = drawn_mask * (1 - column(odd) * halves(n, side, photos))
             drawn = imaging.sample(layer, grid, "border")
-            canvas = canvas * (1 - mask) + drawn * mask
-            cover = torch.maximum(cover, mask)
-        return canvas.clamp(0, 1), cover
+            canvas = canvas * (1 - drawn_mask) + drawn * drawn_mask
+            cover = torch.maximum(cover, drawn_mask)
+            place = placed(face[:, :, :14], degrees, 1 / span, shift, flip, side)
+            for index, rows_before in enumerate(known):
+                free[index] &= _under(drawn_mask, rows_before, side).amax(2) < 0.3
+            known.append(place)
+            whole = _under(drawn_mask, place, side).amin(2) > 0.9
+            free.append(valid & whole & (odd[:, None] == 0))
+        return canvas.clamp(0, 1), cover, _filled(torch.cat(known, 1), torch.cat(free, 1))
+
+
+def placed(
+    faces: Tensor, degrees: Tensor, scale: Tensor, shift: Tensor, flip: Tensor, side: int
+) -> Tensor:
+    """Where ``affine_grid`` of these arguments puts faces [N, K, 14] of a 250-pixel photo in a
+    scene of ``side``; boxes stay upright, around the turned ones."""
+    angle = degrees * (math.pi / 180)
+    mirror = 1 - 2 * flip.float()
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    points = torch.cat((faces[..., :2] + faces[..., 2:4] / 2, faces[..., 4:]), 2)
+    points = points.unflatten(2, (6, 2)) * (2 / PHOTO) - 1
+    points = (points - 2 * shift[:, None, None]) * scale[:, None, None, None]
+    x, y = points.unbind(3)
+    c, s, m = (v[:, None, None] for v in (cos, sin, mirror))
+    # The inverse of the rows (cos m, -sin; sin m, cos), whose determinant is m.
+    u, v = (c * x + s * y) * m, c * y - s * x
+    out = (torch.stack((u, v), 3) + 1) * (side / 2)
+    size = faces[..., 2:4] * (scale * side / PHOTO)[:, None, None]
+    c2, s2 = cos.square()[:, None], sin.square()[:, None]
+    w2, h2 = size[..., 0].square(), size[..., 1].square()
+    extent = torch.stack((w2 * c2 + h2 * s2, w2 * s2 + h2 * c2), 2).sqrt()
+    five = out[:, :, 1:]
+    swapped = five[:, :, [1, 0, 2, 4, 3]]
+    five = torch.where(flip[:, None, None, None], swapped, five)
+    return torch.cat((out[:, :, 0] - extent / 2, extent, five.flatten(2)), 2)
+
+
+def _under(mask: Tensor, rows: Tensor, side: int) -> Tensor:
+    """[N, M, 6]: ``mask`` [N, 1, side, side] at each face's middle and landmarks; 0 outside."""
+    points = torch.cat((rows[..., :2] + rows[..., 2:4] / 2, rows[..., 4:]), 2).unflatten(2, (6, 2))
+    return F.grid_sample(mask, points * (2 / side) - 1, "nearest", align_corners=False)[:, 0]
+
+
+def with_known(
+    heads: DenseHeads, score: Tensor, faces: Faces, worth: Tensor, side: int
+) -> tuple[DenseHeads, Tensor]:
+    """Add to YuNet's answer (``score`` [N, A] its probabilities) the known faces that it gave
+    less than it could: turned ones, and small ones. ``worth`` [N, M]: a face's probability."""
+    steps, places, levels = [], [], []
+    for level, stride in enumerate(STRIDES):
+        at = torch.arange(side // stride, device=score.device, dtype=torch.float32)
+        y, x = torch.meshgrid(at, at, indexing="ij")
+        places.append(torch.stack((x, y), 2).reshape(-1, 2))
+        steps.append(torch.full((at.numel() ** 2,), float(stride), device=score.device))
+        levels.append(torch.full((at.numel() ** 2,), level, device=score.device))
+    grid, step, level_of = torch.cat(places), torch.cat(steps), torch.cat(levels)
+    size = (faces.rows[..., 2] * faces.rows[..., 3]).sqrt()
+    centre = faces.rows[..., :2] + faces.rows[..., 2:4] / 2
+    level_own = (size > LEVELS[0]).long() + (size > LEVELS[1]).long()
+    apart = (centre[:, :, None] - (grid * step[:, None])[None, None]).abs().amax(3)
+    told = (score[:, None] * (apart < 0.3 * size[..., None])).amax(2)
+    wanting = faces.seen & (told < 0.5 * worth) & (worth > 0)
+    reach = torch.maximum(0.18 * size[..., None], 0.6 * step[None, None])
+    mine = (apart < reach) & (level_of[None, None] == level_own[..., None]) & wanting[..., None]
+    hit, which = (mine * worth[..., None]).max(1)
+    row = faces.rows.gather(1, which[..., None].expand(-1, -1, 14))
+    middle = row[..., :2] + row[..., 2:4] / 2
+    box = torch.cat(
+        (middle / step[:, None] - grid, (row[..., 2:4] / step[:, None]).clamp(min=1e-3).log()), 2
+    )
+    points = row[..., 4:].unflatten(2, (5, 2)) / step[:, None, None] - grid[:, None]
+    use = hit > score
+    merged = DenseHeads(
+        heads.cls, heads.obj,
+        torch.where(use[..., None], box, heads.box.float()),
+        torch.where(use[..., None], points.flatten(2), heads.points.float()),
+    )  # fmt: skip
+    return merged, torch.where(use, hit, score)
 
 
 def halves(n: int, side: int, like: Tensor) -> Tensor:
@@ -208,38 +397,38 @@ class HardScenes:
     def __init__(self, size: int, side: int, like: Tensor) -> None:
         self._scenes = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=like.device)
         self._cover = torch.zeros(size, 1, side, side, dtype=torch.uint8, device=like.device)
+        self._faces = no_faces(size, like)
         self._error = torch.zeros(size, device=like.device)
 
-    def draw(self, n: int) -> tuple[Tensor, Tensor]:
-        """``n`` scenes [n, 3, side, side] in 0..1, mirrored by chance, and their masks.
+    def draw(self, n: int) -> tuple[Tensor, Tensor, Faces]:
+        """``n`` scenes [n, 3, side, side] in 0..1, their masks, and known faces.
 
         Drawn ones count as forgiven by half, so that what was learnt makes room.
         """
         rows = torch.randperm(len(self._error), device=self._error.device)[:n]
         self._error[rows] *= 0.5
-        scenes, cover = self._scenes[rows].float() / 255, self._cover[rows].float() / 255
-        flip = column((torch.rand(n, device=rows.device) < 0.5).float())
-        return (
-            scenes * (1 - flip) + scenes.flip(3) * flip,
-            cover * (1 - flip) + cover.flip(3) * flip,
-        )
+        faces = Faces(self._faces.rows[rows], self._faces.seen[rows])
+        return self._scenes[rows].float() / 255, self._cover[rows].float() / 255, faces
 
-    def offer(self, scenes: Tensor, cover: Tensor, error: Tensor, n: int) -> None:
+    def offer(self, scenes: Tensor, cover: Tensor, faces: Faces, error: Tensor, n: int) -> None:
         """Put the ``n`` worst of a batch in the place of the ``n`` least bad kept ones."""
         worst, best = error.topk(n).indices, (-self._error).topk(n).indices
         better = error[worst] > self._error[best]
         rows, picks = best[better], worst[better]
         self._scenes[rows] = (scenes[picks] * 255).round().to(torch.uint8)
         self._cover[rows] = (cover[picks] * 255).round().to(torch.uint8)
+        self._faces.rows[rows], self._faces.seen[rows] = faces.rows[picks], faces.seen[picks]
         self._error[rows] = error[picks]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch of scenes ``canvas`` in 0..1, as the networks see it, with YuNet's answer."""
+    """A batch of scenes ``canvas`` in 0..1, as YuNet sees them, and as the student does, with
+    YuNet's answer and what is known beside."""
 
     canvas: Tensor
     cover: Tensor
+    faces: Faces
     seen: Tensor
     target: DenseHeads
     score: Tensor
@@ -253,9 +442,33 @@ def worst_error(student: DenseHeads, target: Tensor) -> Tensor:
     return torch.maximum((p * (target < 0.1)).amax(1), 0.5 * (target - p).amax(1))
 
 
-def disturb(scenes: Tensor) -> Tensor:
-    """What cameras do to four fifths of the scenes: colour, contrast, uneven light, night,
-    blur, noise, compression. The others stay as they are."""
+def soften(scenes: Tensor) -> tuple[Tensor, Tensor]:
+    """What lenses and coding do to some of the scenes: blur, grain, compression. And [N]: how
+    many pixels a thing needs to be seen beside what that took."""
+    x = scenes.clone()
+    n = len(x)
+    need = torch.full((n,), 9.0, device=x.device)
+
+    def rows(share: float) -> Tensor:
+        return torch.randperm(n, device=x.device)[: max(1, int(n * share))]
+
+    for _ in range(2):
+        soft = rows(0.12)
+        sigma = math.exp(random.uniform(-1.0, 1.8))
+        x[soft] = imaging.gaussian_blur(x[soft], sigma)
+        need[soft] += 6 * sigma
+    grain = rows(0.12)
+    x[grain] = imaging.noise(x[grain], rand(len(grain), 0.005, 0.08, x))
+    need[grain] += 4
+    packed = rows(0.3)
+    x[packed] = imaging.jpeg(x[packed], rand(len(packed), 12, 90, x))
+    need[packed] += 4
+    return x, need
+
+
+def light(scenes: Tensor) -> Tensor:
+    """What light and sensors do to four fifths of the scenes: colour, contrast, uneven light,
+    infrared, haze, night. A student that is asked for what YuNet saw before learns to see it."""
     out = scenes.clone()
     some = torch.randperm(len(out), device=out.device)[: max(1, len(out) * 4 // 5)]
     x = out[some].clamp(1e-4, 1)
@@ -271,20 +484,17 @@ def disturb(scenes: Tensor) -> Tensor:
     x = x.clamp(0, 1)
     lit = rows(0.2)
     field = imaging.smooth_field(len(lit), 1, 4, x.shape[-1], x)
-    x[lit] = (x[lit] * (0.9 + 0.6 * field).clamp(0.03, 1.6)).clamp(0, 1)
-    grey = rows(0.12)
+    x[lit] = (x[lit] * (0.9 + 0.6 * field).clamp(0.08, 1.6)).clamp(0, 1)
+    grey = rows(0.15)
     x[grey] = x[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    night = rows(0.2)
-    x[night] = imaging.expose(x[night], rand(len(night), 0.08, 0.5, x), rand(len(night), 1, 1.6, x))
-    x[night] = imaging.noise(x[night], rand(len(night), 0.0, 0.06, x))
-    for _ in range(2):
-        soft = rows(0.15)
-        x[soft] = imaging.gaussian_blur(x[soft], math.exp(random.uniform(-1.0, 1.8)))
-    grain = rows(0.15)
-    x[grain] = imaging.noise(x[grain], rand(len(grain), 0.005, 0.08, x))
-    packed = rows(0.35)
-    x[packed] = imaging.jpeg(x[packed], rand(len(packed), 12, 90, x))
-    out[some] = x
+    veiled = rows(0.08)
+    thick = column(rand(len(veiled), 0.1, 0.7, x))
+    x[veiled] = x[veiled] * (1 - thick) + thick * column(rand(len(veiled), 0.5, 0.9, x))
+    night = rows(0.3)
+    dim = rand(len(night), 0.06, 0.5, x)
+    x[night] = imaging.expose(x[night], dim, rand(len(night), 1, 1.4, x))
+    x[night] = imaging.noise(x[night], rand(len(night), 0.0, 0.25, x) * dim)
+    out[some] = (x * 255).round() / 255
     return out
 
 
@@ -319,7 +529,7 @@ def distillation_loss(student: DenseHeads, teacher: DenseHeads, target: Tensor) 
         beta=0.02,
         reduction="none",
     )
-    shape = (box.sum(1, keepdim=True) + 0.5 * points.sum(1, keepdim=True)) * weight
+    shape = (box.sum(1, keepdim=True) + 1.0 * points.sum(1, keepdim=True)) * weight
     return score + 2.0 * shape.sum() / amount
 
 
@@ -357,6 +567,20 @@ class Hint(nn.Module):
         return total / len(self.see)
 
 
+CLUTTER = 1200
+"""Pictures drawn to be grounds."""
+
+
+def faces_of(photos: Photos, most: int = 4) -> Tensor:
+    """[N, ``most``, 15]: the faces of each photo, its subject first, padded with zeros."""
+    out = torch.zeros(len(photos.pictures), most, 15)
+    for index, main in enumerate(torch.from_numpy(photos.main_face())):
+        rows = torch.from_numpy(photos.faces[photos.first[index] : photos.first[index + 1]])
+        others = rows[(rows[:, :2] - main[:2]).abs().sum(1) > 0][: most - 1]
+        out[index, 0], out[index, 1 : 1 + len(others)] = main, others
+    return out
+
+
 def train(
     data: Path, out: Path, clock: Clock, device: torch.device, options: Options, seed: int = 2
 ) -> YuNet:
@@ -371,6 +595,11 @@ def train(
         torch.from_numpy(others).permute(0, 3, 1, 2).contiguous().to(device)
         if len(others)
         else None,
+        faces_of(photos),
+        torch.from_numpy(clutter(24 if options.limit else CLUTTER, 320, seed))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+        .to(device),
     )
     teacher = load_yunet(data / "models" / "yunet_n.pth").to(device)
     network = YuNet(WIDTHS).to(device, memory_format=torch.channels_last)
@@ -392,18 +621,34 @@ def train(
     )  # fmt: skip
     bank = HardScenes(16 * options.batch, options.side, scenes.photos)
 
+    large = options.side * LARGE_SIDE // 320
+
     @torch.no_grad()
-    def lesson(again: tuple[Tensor, Tensor] | None) -> Lesson:
-        canvas, cover = scenes.compose(
-            options.batch - (len(again[0]) if again else 0), options.side
-        )
-        canvas = disturb(canvas)
+    def lesson(again: tuple[Tensor, Tensor, Faces] | None) -> Lesson:
+        draw = random.random()
+        side, n = options.side, options.batch - (len(again[0]) if again else 0)
+        if draw < LARGE:
+            side, n, again = large, max(6, options.batch // 4), None
+        if random.random() < MOSAIC:
+            canvas, cover, faces = scenes.mosaic(n, side)
+        else:
+            canvas, cover, faces = scenes.compose(n, side)
+        canvas, need = soften(canvas)
+        size = (faces.rows[..., 2] * faces.rows[..., 3]).sqrt()
+        # What is left of a face after that: none is asked for that nobody would see.
+        faces = Faces(faces.rows, faces.seen & (size >= need[:, None]))
         if again:
             canvas, cover = torch.cat((canvas, again[0])), torch.cat((cover, again[1]))
-        seen = (canvas * 255).contiguous(memory_format=torch.channels_last)
-        target = teacher(seen)
+            faces = Faces(*(torch.cat(pair) for pair in zip(faces, again[2], strict=True)))
+        target = teacher((canvas * 255).contiguous(memory_format=torch.channels_last))
+        hint_maps = hint.taught()
         score = (target.cls * target.obj).float() * (anchor_cover(cover) > 0.5)
-        return Lesson(canvas, cover, seen, target, score, hint.taught())
+        size = (faces.rows[..., 2] * faces.rows[..., 3]).sqrt()
+        # The smaller, the less sure: a score of .7 (probability .5) at 9 pixels, .9 from 16.
+        worth = (0.5 + (size - 9) / 7 * 0.32).clamp(0.5, 0.82) * faces.seen
+        target, score = with_known(target, score, faces, worth, side)
+        seen = (light(canvas) * 255).contiguous(memory_format=torch.channels_last)
+        return Lesson(canvas, cover, faces, seen, target, score, hint_maps)
 
     log: list[dict[str, float]] = []
     step, saved, begun = 0, time.time(), time.time()
@@ -422,7 +667,9 @@ def train(
                 answer = network.logits(now.seen)
             loss = distillation_loss(answer, now.target, now.score)
             far = hint(now.maps)
-            bank.offer(now.canvas, now.cover, worst_error(answer, now.score), options.batch // 6)
+            if now.canvas.shape[-1] == options.side:
+                worst = worst_error(answer, now.score)
+                bank.offer(now.canvas, now.cover, now.faces, worst, options.batch // 6)
             optimizer.zero_grad(set_to_none=True)
             (loss + options.hint * (1 - clock.progress) * far).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)

@@ -1,8 +1,12 @@
-"""The liveness model: one small network that learns the MiniFASNet pair and simulated attacks.
+"""The liveness model: the public MiniFASNet pair, taught small, dark, grey and coded faces.
 
-A scene is a photo placed with mirrored surroundings, so that the wide and the narrow crop
-differ. Untouched scenes are labelled by the pair on the same pixels; scenes turned into an
-attack (print, replay, a sheet or screen held up) are labelled "attack", whatever the pair says.
+The pair has seen real attacks and hardly a camera's film: it goes on from its own weights. A
+scene is a photo placed with mirrored surroundings, a face of 15 pixels or one that fills it;
+some are turned into an attack (print, replay, a sheet or screen held up); then film, light and
+coding do to all of them what they do. What is asked for is the truth, of live faces and of
+attacks alike: where nothing tells them apart any more, the best answer is the share of live
+ones among what was shown, and the thresholds put that share between SPOOF and LIVE. On good
+pictures the frozen pair is asked too, so that what it knows of real attacks stays.
 """
 
 from __future__ import annotations
@@ -11,35 +15,35 @@ import json
 import math
 import random
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from facelane_server.worker.networks.architectures.liveness_net import LivenessNet
-from facelane_server.worker.networks.architectures.minifasnet import MiniFASNetPair
-from training import imaging
+from facelane_server.worker.networks.architectures.minifasnet import LIVE_CLASS, MiniFASNetPair
+from training import cameras, imaging
 from training.clock import Average, Clock, cosine_rate, decay_groups, half_state, save, set_rate
 from training.data import load_photos
 from training.imaging import column, rand
 
 NARROW, WIDE, CROP = 2.7, 4.0, 80
 SIDE = 256
+ATTACKS = 0.38
+"""Share of attacks in a batch; one minus it is what an undecidable face should score."""
+KEEP_WEIGHT = 0.3
+"""Of the frozen pair's answer on good pictures."""
 
 
 @dataclass(frozen=True)
 class Options:
-    batch: int = 192
-    rate: float = 3e-3
-    resume_rate: float = 2e-3
-    """Peak of a run that goes on from a finished one."""
+    batch: int = 384
+    rate: float = 4e-4
     save_every_s: float = 30.0
     limit: int = 0
     resume: Path | None = None
-    half: bool = True
-    """Compute in bfloat16."""
 
 
 def load_pair(folder: Path) -> MiniFASNetPair:
@@ -56,9 +60,9 @@ def load_pair(folder: Path) -> MiniFASNetPair:
     return pair.eval()
 
 
-def load_student(path: Path) -> LivenessNet:
+def load_student(path: Path) -> MiniFASNetPair:
     """The network of a checkpoint, as it will be shipped (fp16 weights, computed in fp32)."""
-    network = LivenessNet()
+    network = MiniFASNetPair()
     parts = torch.load(path, map_location="cpu", weights_only=True)
     network.load_state_dict(parts["state"], strict=False)
     return network.eval()
@@ -111,7 +115,7 @@ class Scenes:
         picks = torch.randint(len(self.photos), (n,), device=device)
         photo = self.photos[picks].float().div(255)
         box = self.boxes[picks]
-        scale = torch.exp(rand(n, math.log(0.5), math.log(1.25), photo))
+        scale = torch.exp(rand(n, math.log(0.16), math.log(2.6), photo))
         flip = torch.rand(n, device=device) < 0.5
         plain = torch.arange(n, device=device) >= n - n // 4
         scale = torch.where(plain, torch.ones_like(scale), scale)
@@ -142,25 +146,42 @@ class Scenes:
         return scene, torch.cat((corner, extent), 1)
 
 
-def camera(scenes: Tensor) -> Tensor:
-    """Harmless variety of live pictures: exposure, colour, mild noise, mild blur."""
+def film(scenes: Tensor, hardest: float = 1.0) -> Tensor:
+    """What light, lenses, film and coding do, to live faces and attacks alike."""
     x = scenes.clamp(1e-4, 1)
     n = len(x)
+
+    def rows(share: float) -> Tensor:
+        return torch.randperm(n, device=x.device)[: max(1, int(n * share))]
+
     x = x ** column(torch.exp(rand(n, -0.35, 0.35, x)))
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * column(torch.exp(rand(n, -0.3, 0.2, x))) + mean
     x = x * (1 + 0.06 * torch.randn(n, 3, 1, 1, device=x.device)) + column(rand(n, -0.06, 0.06, x))
     x = x.clamp(0, 1)
+    warm = rows(0.2)
+    x[warm] = x[warm] * torch.exp(0.3 * torch.randn(len(warm), 3, 1, 1, device=x.device))
+    grey = rows(0.15)
+    x[grey] = x[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    night = rows(0.35)
+    gain = torch.exp(rand(len(night), math.log(0.1), 0.0, x) * hardest)
+    x[night] = imaging.noise(x[night].clamp(0, 1) * column(gain), 0.02 * gain)
+    x = x.clamp(0, 1)
+    for kind in (cameras.motion, cameras.defocus, cameras.soft, cameras.haze):
+        some = rows(0.05)
+        x[some] = kind(x[some], 0.7 * hardest * random.random())
     for _ in range(2):
-        rows = torch.randperm(n, device=x.device)[: n // 10]
-        x[rows] = imaging.gaussian_blur(x[rows], random.uniform(0.3, 1.2))
-    rows = torch.randperm(n, device=x.device)[: n // 4]
-    x[rows] = imaging.noise(x[rows], rand(len(rows), 0.003, 0.03, x))
-    rows = torch.randperm(n, device=x.device)[: n // 4]
-    x[rows] = imaging.jpeg(x[rows], rand(len(rows), 30, 95, x))
-    rows = torch.randperm(n, device=x.device)[: n // 8]
-    x[rows] = imaging.sharpen(x[rows], rand(len(rows), 0.2, 1.0, x))
-    return x
+        some = rows(0.1)
+        x[some] = imaging.gaussian_blur(x[some], random.uniform(0.3, 1.2))
+    some = rows(0.25)
+    x[some] = imaging.noise(x[some], rand(len(some), 0.003, 0.03, x))
+    some = rows(0.45)
+    x[some] = imaging.jpeg(x[some], rand(len(some), 12, 95, x))
+    some = rows(0.2)
+    x[some] = imaging.gaussian_blur(imaging.jpeg(x[some], rand(len(some), 10, 60, x)), 0.5)
+    some = rows(0.12)
+    x[some] = imaging.sharpen(x[some], rand(len(some), 0.2, 1.0, x))
+    return (x * 255).round() / 255
 
 
 def _mesh(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -402,21 +423,16 @@ def held_out_attacks(scenes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
     }
 
 
-def pair_scores(pair: nn.Module, scenes: Tensor, boxes: Tensor) -> Tensor:
-    """[N]: the pair's score of scenes in 0..1."""
+def classes(network: MiniFASNetPair, scenes: Tensor, boxes: Tensor) -> Tensor:
+    """[2, N, 3]: both networks' class probabilities of scenes in 0..1."""
     picture = (scenes * 255).round()
-    answer: Tensor = pair(context_crop(picture, boxes, NARROW), context_crop(picture, boxes, WIDE))
-    return answer.float()
-
-
-def student_input(scenes: Tensor, boxes: Tensor) -> Tensor:
-    """[N, 3, 80, 80] BGR 0..255, as the server cuts it."""
-    return context_crop((scenes * 255).round(), boxes, NARROW)
+    narrow = network.v2(context_crop(picture, boxes, NARROW))
+    return torch.stack((narrow, network.v1se(context_crop(picture, boxes, WIDE))))
 
 
 def train(
     data: Path, out: Path, clock: Clock, device: torch.device, options: Options, seed: int = 3
-) -> LivenessNet:
+) -> MiniFASNetPair:
     """Train until ``clock`` is over; checkpoints and the log go to ``out``."""
     torch.manual_seed(seed)
     random.seed(seed)
@@ -426,42 +442,54 @@ def train(
     pictures = torch.from_numpy(photos.pictures).permute(0, 3, 1, 2)[good].contiguous().to(device)
     scenes = Scenes(pictures, faces[good][:, :4].to(device))
     pair = load_pair(data / "models").to(device)
-    network = LivenessNet().to(device, memory_format=torch.channels_last)
-    rate = options.rate
+    network = deepcopy(pair)
     if options.resume is not None:
         parts = torch.load(options.resume, map_location=device, weights_only=True)
         network.load_state_dict(parts["state"], strict=False)
-        rate = options.resume_rate
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
     average = Average(network, 0.998)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        decay_groups(network, 0.02), lr=rate, betas=(0.9, 0.98), fused=fused
+        decay_groups(network, 0.0), lr=options.rate, betas=(0.9, 0.98), fused=fused
     )
-    third = max(1, options.batch * 2 // 15)
+    third = max(1, round(options.batch * ATTACKS / 3))
     attacks = 3 * third
+    beside = attacks + (options.batch - attacks) // 5
+    truth = torch.ones(options.batch, device=device)
+    truth[:attacks] = 0
     log: list[dict[str, float]] = []
     step, saved, begun = 0, time.time(), time.time()
     while not clock.over:
-        set_rate(optimizer, cosine_rate(clock.progress, rate))
+        set_rate(optimizer, cosine_rate(clock.progress, options.rate))
         with torch.no_grad():
             scene, boxes = scenes.compose(options.batch)
+            # Attacks are made of scenes of all kinds, the plain ones too.
+            order = torch.randperm(options.batch, device=device)
+            scene, boxes = scene[order], boxes[order]
             kinds = (print_attack, replay_attack, held_up_attack)
             spoofs = [
                 kind(scene[k * third : (k + 1) * third], boxes[k * third : (k + 1) * third])
                 for k, kind in enumerate(kinds)
             ]
-            beside = attacks + (options.batch - attacks) // 5
             poster = bystander(scene[attacks:beside], boxes[attacks:beside])
             scene = torch.cat((*spoofs, poster, scene[beside:]))
-            # The last eighth stays as it is: pictures as they come are what is served most.
-            scene[: -(options.batch // 8)] = camera(scene[: -(options.batch // 8)])
-            live = pair_scores(pair, scene[attacks:], boxes[attacks:])
-            target = torch.cat((torch.zeros(attacks, device=device), live))
-            seen = student_input(scene, boxes).contiguous(memory_format=torch.channels_last)
-        network.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.half):
-            logit = network.logits(seen)
-        loss = F.binary_cross_entropy_with_logits(logit.float(), target)
+            # A quarter of each stays as it is; on faces of some size the pair knows best there.
+            filmed = torch.rand(options.batch, device=device) < 0.75
+            kept = ~filmed & (boxes[:, 2] >= 40) & (boxes[:, 2] <= 110)
+            scene = torch.where(column(filmed), film(scene), scene)
+            wanted = classes(pair, scene, boxes)
+        # The batch norms keep the pair's statistics: those of drawn scenes would be others.
+        network.eval()
+        answer = classes(network, scene, boxes)
+        live = answer[..., LIVE_CLASS].clamp(1e-4, 1 - 1e-4)
+        loss = F.binary_cross_entropy(live.mean(0), truth) + 0.3 * F.binary_cross_entropy(
+            live, truth.expand(2, -1)
+        )
+        # Where the pair errs on what is known, it is not asked.
+        right = ((wanted.mean(0)[:, LIVE_CLASS] > 0.5) == (truth > 0.5)) & kept
+        apart = -(wanted * answer.clamp(min=1e-6).log()).sum(2).mean(0)
+        loss = loss + KEEP_WEIGHT * (apart * right).sum() / right.sum().clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -469,11 +497,13 @@ def train(
         average.update(network)
         step += 1
         if step % 100 == 0 or step == 1:
+            score = live.detach().mean(0)
             row = {
                 "step": step,
                 "s": time.time() - begun,
                 "loss": loss.item(),
-                "live_share": float((live > 0.5).float().mean()),
+                "live_of_live": float((score[attacks:] > 0.5).float().mean()),
+                "live_of_attacks": float((score[:attacks] > 0.5).float().mean()),
             }
             log.append(row)
             (out / "liveness-log.json").write_text(json.dumps(log))

@@ -1,9 +1,10 @@
 """The OOD score of the recogniser: two ways to learn it, on top of a finished trunk.
 
-*Consistency*: a head on pooled feature maps predicts how far the embedding of a damaged
-face stays at the clean one's (the trunk is frozen). It is shown every degree of damage, the
-harmless ones of video too, so that it refuses what cannot be recognised rather than whatever
-differs from a studio picture.
+*Consistency*: a head on pooled feature maps predicts whether the recogniser can still tell who
+this is (the trunk is frozen): whether the picture is nearer to another picture of the person
+than to the nearest of a thousand others, and near enough for a name. It is shown every degree
+of damage and nothing of identities, so that it passes small and spoilt faces which are told
+rightly and refuses those which are not.
 
 *RTS* (Random Temperature Scaling, arXiv 2212.01015): the last stage, the embedding and a
 log-variance head are trained together from a classification objective whose softmax has a
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,25 +28,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet, TrustHead
-from training.augment import background_patches, clean_batch, damage, geometry, mild, vary
+from training.augment import background_patches, clean_batch, damage, pure_faces
+from training.cameras import camera
 from training.clock import Clock, cosine_rate, decay_groups, save, set_rate
 from training.data import load_crops, load_photos
-from training.recognizer import student_input
+from training.recognizer import Pairs, student_input
 
 ALPHA = 16
 KL_WEIGHT = 0.3
-CLEAN_TARGET = 0.97
-SHARPNESS = 4.0
-"""The target falls with this power of the cosine: at 0.95 to four fifths, at 0.8 under a half."""
-DAMAGED_CEILING = 0.8
-"""Of the target of every damage of the strong kinds: below clean, so that what the recogniser
-happens to bear (mild noise, over-exposure) is still told from none."""
-
+OTHERS = 1000
+"""Pictures of other people that the nearest stranger is sought among."""
+FAR = 1e-5
+"""Of pairs of different people; from its threshold on a similarity is enough for a name."""
+LEAD = 0.05
+"""What the person must be nearer by than the nearest other one."""
+SOFTNESS = 0.05
+"""A picture that clears the bars by so much is told with a probability of .73."""
 
 BANK_ROWS = 150_000
 OOD_THRESHOLD = 0.4
-CLEAN_REFUSED = 0.02
-"""Share of clean faces whose OOD score may fall under ``OOD_THRESHOLD``."""
 
 F64 = npt.NDArray[np.float64]
 
@@ -55,11 +56,11 @@ def sigmoid(x: F64) -> F64:
     return out
 
 
-def fit_ood(values: F64) -> tuple[float, float]:
-    """Centre and scale of the logistic: median -> 0.9, the worst 2 % -> under 0.4."""
+def fit_ood(median: float, refusal: float) -> tuple[float, float]:
+    """Centre and scale of the logistic that gives clean faces' ``median`` logit .9 and the
+    logit ``refusal``, under which faces are refused, ``OOD_THRESHOLD``."""
     top, low = np.log(0.9 / 0.1), np.log(OOD_THRESHOLD / (1 - OOD_THRESHOLD))
-    median, worst = float(np.median(values)), float(np.quantile(values, CLEAN_REFUSED))
-    scale = (median - worst) / float(top - low)
+    scale = (median - refusal) / float(top - low)
     return median - float(top) * scale, scale
 
 
@@ -87,6 +88,13 @@ class Material:
         count = 4000 if not limit else 200
         self.backgrounds = background_patches(tensor, faces, count).to(device)
 
+    def of(self, rows: Tensor) -> Material:
+        """The same with these pictures alone."""
+        out = copy(self)
+        out.pictures, out.identity = self.pictures[rows], self.identity[rows]
+        out.source = self.source[rows]
+        return out
+
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(self.pictures), (n,), device=self.pictures.device)
         return self.pictures[rows], self.identity[rows]
@@ -94,10 +102,10 @@ class Material:
 
 def on_device(network: MobileFaceNet, device: torch.device) -> MobileFaceNet:
     """A frozen copy for inference, half precision on CUDA."""
-    copy = deepcopy(network).to(device, memory_format=torch.channels_last).eval()
-    for parameter in copy.parameters():
+    frozen = deepcopy(network).to(device, memory_format=torch.channels_last).eval()
+    for parameter in frozen.parameters():
         parameter.requires_grad_(False)
-    return copy.half() if device.type == "cuda" else copy
+    return frozen.half() if device.type == "cuda" else frozen
 
 
 def forward(network: MobileFaceNet, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -113,28 +121,65 @@ def map_channels(network: MobileFaceNet) -> list[int]:
     return [m.shape[1] for m in maps]
 
 
+class Known:
+    """Everybody's embeddings of good pictures, as a gallery has them."""
+
+    @torch.no_grad()
+    def __init__(self, trunk: MobileFaceNet, material: Material) -> None:
+        parts = [
+            F.normalize(forward(trunk, part.float() / 255)[0].float())
+            for part in material.pictures.split(256)
+        ]
+        self._vectors, self._identity = torch.cat(parts), material.identity
+        self._pairs = Pairs(self._identity)
+        _, group, counts = torch.unique(self._identity, return_inverse=True, return_counts=True)
+        several = (counts[group] > 1).nonzero()[:, 0]
+        self.several = several if len(several) else torch.arange(len(group), device=group.device)
+        """Pictures of people of whom there are others; all of them, if there are none such."""
+        some = torch.randperm(len(self._vectors), device=self._vectors.device)[:3000]
+        other = self._identity[some][:, None] != self._identity[some][None]
+        cosines = (self._vectors[some] @ self._vectors[some].T)[other]
+        count = max(1, int(cosines.numel() * FAR))
+        self.match = float(cosines.float().cpu().topk(count).values[-1])
+
+    def told(self, vectors: Tensor, pictures: Tensor) -> Tensor:
+        """[N]: the probability that embeddings [N, D] of the pictures with these numbers are
+        named rightly, by one to three other pictures of the person among a thousand others."""
+        own = torch.stack(
+            [(vectors * self._vectors[self._pairs.partner(pictures)]).sum(1) for _ in range(3)]
+        ).amax(0)
+        rows = torch.randint(len(self._vectors), (OTHERS,), device=vectors.device)
+        near = vectors @ self._vectors[rows].T
+        same = self._identity[pictures][:, None] == self._identity[rows][None]
+        stranger = near.masked_fill(same, -1).amax(1)
+        clears = torch.minimum(own - self.match, own - stranger - LEAD)
+        return (clears / SOFTNESS).sigmoid()
+
+
 @torch.no_grad()
-def consistency_batch(trunk: MobileFaceNet, material: Material, n: int) -> tuple[Tensor, Tensor]:
-    """The head's inputs [6 n, ...] and targets [6 n] of ``n`` faces: as they are, varied, each
-    of these mildly damaged, and each of these damaged."""
-    pictures, _ = material.draw(n)
-    clean = geometry(pictures, strength=0.35)
-    varied = vary(clean)
+def consistency_batch(
+    trunk: MobileFaceNet, material: Material, known: Known, n: int
+) -> tuple[Tensor, Tensor]:
+    """The head's inputs [6 n, ...] and targets [6 n] of ``n`` faces: as they are, varied, four
+    times as cameras give them (half of these twice over), and damaged."""
+    rows = torch.randint(len(known.several), (n,), device=known.several.device)
+    rows = known.several[rows]
+    pictures = material.pictures[rows]
+    clean = pictures.float() / 255
+    varied = pure_faces(pictures)
     seen = torch.cat(
         (
             clean,
             varied,
-            mild(clean),
-            mild(varied),
-            damage(clean, material.backgrounds),
+            camera(clean, 0.6),
+            camera(varied),
+            camera(varied),
             damage(varied, material.backgrounds),
         )
     )
-    embedding, maps = forward(trunk, seen)
-    direction = F.normalize(embedding.float())
-    kept = (direction * direction[:n].repeat(6, 1)).sum(1).clamp(0.02, 1)
-    target = CLEAN_TARGET * kept**SHARPNESS
-    target[4 * n :].clamp_(max=DAMAGED_CEILING)
+    # As a camera's picture arrives.
+    embedding, maps = forward(trunk, (seen * 255).round() / 255)
+    target = known.told(F.normalize(embedding.float()), rows.repeat(6))
     return TrustHead.summary(maps, embedding), target
 
 
@@ -146,6 +191,7 @@ def train_consistency(
     random.seed(4)
     device = material.pictures.device
     trunk = on_device(network, device)
+    known = Known(trunk, material)
     head = TrustHead(map_channels(network)).to(device)
     centre = torch.zeros(head.hidden.in_features, device=device)
     spread = torch.ones_like(centre)
@@ -161,7 +207,7 @@ def train_consistency(
     log: list[dict[str, float]] = []
     begun, step = time.time(), 0
     while not clock.over or step < 4:
-        summary, target = consistency_batch(trunk, material, faces)
+        summary, target = consistency_batch(trunk, material, known, faces)
         at = (step * len(summary) + torch.arange(len(summary), device=device)) % rows
         bank[at], wanted[at] = summary.half(), target
         filled = min(rows, filled + len(summary))

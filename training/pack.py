@@ -20,17 +20,15 @@ import numpy.typing as npt
 import torch
 
 from training.data import CELEBA, LFW, U8, is_held_out, sha256
-from training.teacher import TEACHER_STEM
+from training.teacher import TEACHER_FILE, pack_teacher
 
 PHOTO_QUALITY = 75
-CELEBA_QUALITY = 84
-LFW_QUALITY = 86
+CELEBA_QUALITY = 78
+LFW_QUALITY = 80
 LABEL_SCORE = 0.5
 """Faces that YuNet scores below this are left out of the labels."""
 
 MODELS = (
-    f"{TEACHER_STEM}.xml",
-    f"{TEACHER_STEM}.bin",
     "yunet_n.pth",
     "2.7_80x80_MiniFASNetV2.pth",
     "4_0_0_80x80_MiniFASNetV1SE.pth",
@@ -135,9 +133,10 @@ def main() -> None:
     data, models = arguments.shared / "data", arguments.shared / "models"
     for name in MODELS:
         shutil.copyfile(models / name, out / "models" / name)
+    pack_teacher(models, out / "models")
     pack_crops(data, out, arguments.limit)
     pack_photos(data, models, out, arguments.limit)
-    packed = ["crops.npz", "photos.npz", *(f"models/{name}" for name in MODELS)]
+    packed = ["crops.npz", "photos.npz", *(f"models/{name}" for name in (*MODELS, TEACHER_FILE))]
     sources = ["celeba299.npz", "lfw_train.npz", "lfw_train_photos.npz"]
     record = {
         "sources": {name: sha256(data / name) for name in sources},

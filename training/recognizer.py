@@ -1,19 +1,20 @@
-"""The recogniser: a MobileFaceNet distilled from the teacher on endless augmented pictures.
+"""The recogniser: a MobileFaceNet distilled from a larger world's one on endless pictures.
 
-Teacher and student see the same picture. The student's embedding goes through a linear map
-to the teacher's 256 dimensions, where their directions must agree, and so must the cosines
-between all pictures of a batch. The map becomes part of what is shipped: lifted back to 512
-by orthonormal columns, its cosines stay the same. Answers alone teach slowly: what the
-teacher's bottlenecks give is a hint (after "FitNets", Romero et al., 2015) that fades out.
+The teacher sees good pictures: varied, mixed, warped. The student sees the same ones and, beside
+them, what cameras make of a third of them (``cameras.py``): there it is to give the answer of the
+good picture. Directions must agree, and so must the cosines between all pictures of a batch.
+Answers alone teach slowly: the maps of the teacher's bottlenecks, which have as many channels,
+are a hint (after "FitNets", Romero et al., 2015) that fades out. Late in a training a margin is
+asked for between each picture's other one and the nearest strangers, mined from the last
+thousands, so that good and spoilt pictures of a person keep together.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,143 +23,109 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from facelane_server.worker.networks.architectures.folding import fold
 from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
-from training.augment import training_batch
+from training.augment import mixed_faces, pure_faces
+from training.cameras import camera
 from training.clock import (
     Average,
     Clock,
     cosine_rate,
     decay_groups,
-    grown_state,
     half_state,
     save,
     set_rate,
 )
 from training.data import load_crops
-from training.teacher import TEACHER_SIZE, IrModule, load_teacher
+from training.ranks import Ranks
+from training.teacher import load_teacher
 
-TEACHER_DIM = 256
-STAGES = ((64, 4, 128, 192), (128, 6, 384, 384), (128, 2, 512, 512))
-"""As many bottlenecks as the teacher has, on maps of the same sides, so that each can hint;
-wider ones. A run may start from a narrower or shallower network."""
+STEM, NECK = 64, 64
+STAGES = ((128, 4, 128, 192), (256, 6, 256, 320), (256, 2, 512, 512))
+"""As many bottlenecks as the teacher has, of as many channels, so that each can hint."""
 ATTENTION = 8
-HINTS = (0, 4, 5, 8, 11, 12, 14)
-"""The bottlenecks that hint, counted through all stages; the map after the last does too."""
 HINTS_END = 0.8
 """The part of a training after which there are no hints."""
 GENUINE_WEIGHT = 2.0
+CAMERA_WEIGHT = 0.7
+MARGIN, MARGIN_WEIGHT, SOFTNESS, NEAREST = 0.25, 0.2, 0.1, 8
+MEMORY = 16_384
+"""So many of the latest good pictures' answers are kept to find the nearest strangers in."""
 
 
 @dataclass(frozen=True)
 class Options:
-    batch: int = 512
+    batch: int = 384
+    """Pictures that the teacher sees in a step; the student sees half as many more."""
     rate: float = 2.5e-3
     average: float = 0.999
     compile: bool = True
     save_every_s: float = 30.0
     limit: int = 0
     resume: Path | None = None
-    resume_rate: float = 2e-3
-    """Peak of a run that goes on from a smaller network."""
-    refine_rate: float = 1.2e-3
-    """Peak of a run that goes on from this very network."""
+    refine_rate: float = 2e-3
+    """Peak of a run that goes on from a finished one."""
     hint: float = 2.0
     """Weight of the hints at the start; it falls to zero."""
     refine_hint: float = 0.5
+    drawers: int = 4
+    """Processes that draw the pictures: a hundred small operations cost them longer than the
+    networks need to learn from what comes of it."""
 
 
-class Student(nn.Module):
-    """The trunk and its map to the teacher's space."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = MobileFaceNet(stages=STAGES, attention=ATTENTION, side=TEACHER_SIZE)
-        self.map = nn.Linear(512, TEACHER_DIM, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.with_maps(x)[0]
-
-    def with_maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The answer, and the maps that hints are about."""
-        maps: list[Tensor] = []
-        x = self.trunk.entry(x)
-        for index, block in enumerate(b for stage in self.trunk.stages for b in stage):  # type: ignore[attr-defined]
-            x = block(x)
-            if index in HINTS:
-                maps.append(x)
-        maps.append(self.trunk.features(x))
-        out: Tensor = self.map(self.trunk.head(maps[-1]))
-        return out, maps
+def new_student() -> MobileFaceNet:
+    return MobileFaceNet(stem=STEM, stages=STAGES, head="flatten", neck=NECK, attention=ATTENTION)
 
 
-def hinting(teacher: IrModule, student: Student) -> tuple[str, ...]:
-    """The teacher's maps that hint, by name; none where the networks are of other depths."""
-    ends = teacher.block_ends
-    if sum(len(stage) for stage in student.trunk.stages) != len(ends) - 1:  # type: ignore[arg-type]
-        return ()
-    return (*(ends[index] for index in HINTS), ends[-1])
+def with_maps(network: MobileFaceNet, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The answer, and the maps that hints are about: of each bottleneck and of the neck."""
+    maps: list[Tensor] = []
+    x = network.entry(x)
+    for block in (b for stage in network.stages for b in stage):  # type: ignore[attr-defined]
+        x = block(x)
+        maps.append(x)
+    head = network.head
+    x = head.reduce(network.features(x))  # type: ignore[operator]
+    maps.append(x)
+    out: Tensor = head.norm(head.linear(x.flatten(1)))  # type: ignore[operator]
+    return out, maps
 
 
 class Hints(nn.Module):
-    """How far the student's maps are from the teacher's, each seen through a learned map of
-    channels; 1 is the variance of the teacher's own."""
+    """How far the student's maps are from the teacher's; 1 is the variance of the teacher's."""
 
-    def __init__(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-        """Of one batch, which fixes the means and variances."""
+    def __init__(self, theirs: list[Tensor]) -> None:
+        """Of one batch, which fixes the variances."""
         super().__init__()
-        self.see = nn.ModuleList()
-        for place, (student, teacher) in enumerate(zip(mine, theirs, strict=True)):
-            self.see.append(nn.Conv2d(student.shape[1], teacher.shape[1], 1))
-            values = teacher.float()
-            self.register_buffer(f"centre{place}", values.mean((0, 2, 3), keepdim=True))
-            spread = values.std((0, 2, 3), keepdim=True).clamp(min=1e-3)
-            self.register_buffer(f"spread{place}", spread)
+        for place, teacher in enumerate(theirs):
+            variance = teacher.float().var((0, 2, 3), keepdim=True).clamp(min=1e-4)
+            self.register_buffer(f"variance{place}", variance)
 
-    def forward(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    def forward(self, mine: list[Tensor], theirs: list[Tensor]) -> Tensor:
         total = mine[0].new_zeros((), dtype=torch.float32)
-        for place, see in enumerate(self.see):
-            centre, spread = getattr(self, f"centre{place}"), getattr(self, f"spread{place}")
-            wanted = (theirs[place].float() - centre) / spread
-            total = total + (see(mine[place]).float() - wanted).square().mean()
-        return total / len(self.see)
-
-
-@torch.no_grad()
-def load_grown(student: Student, state: dict[str, Tensor]) -> bool:
-    """Load the state of this network or of a smaller one; True when it has grown.
-
-    The larger network starts with the answers of the smaller one (see ``grown_state``):
-    residual blocks that the state lacks begin as identities, the scale of their last norm is
-    zero.
-    """
-    mine = student.state_dict()
-    grown = grown_state(student, state)
-    missing, _ = student.load_state_dict(grown, strict=False)
-    # Counts of batches mean nothing here, and half-precision checkpoints leave them out.
-    lacking = {_block_of(n) for n in missing if not n.endswith("num_batches_tracked")}
-    if "" in lacking or lacking & {_block_of(name) for name in state}:
-        raise ValueError("the checkpoint is of another network; train from the start")
-    for name in lacking:
-        block = student.get_submodule(name)
-        nn.init.zeros_(block.project.norm.weight)  # type: ignore[union-attr, arg-type]
-    return bool(lacking) or any(mine[n].shape != v.shape for n, v in state.items())
-
-
-def _block_of(name: str) -> str:
-    """The bottleneck that a parameter belongs to; empty if none."""
-    found = re.match(r"trunk\.stages\.\d+\.\d+(?=\.)", name)
-    return found.group(0) if found else ""
+        for place, (student, teacher) in enumerate(zip(mine, theirs, strict=True)):
+            gap = (student[: len(teacher)].float() - teacher.float()).square()
+            total = total + (gap / getattr(self, f"variance{place}")).mean()
+        return total / len(mine)
 
 
 def options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The options of the MobileFaceNet, batch norms folded, whose state this is."""
     options: dict[str, Any] = {"stages": stages_of(state), "norm": False}
+    stem = len(state["stem.conv.weight"])
+    if stem != 64:
+        options["stem"] = stem
     gate = state.get("stages.0.0.gate.squeeze.weight")
     if gate is not None:
         options["attention"] = gate.shape[1] // gate.shape[0]
-    side = 16 * state["head.depthwise.conv.weight"].shape[-1]
+    reduce = state.get("head.reduce.conv.weight")
+    if reduce is not None:
+        side = round((state["head.linear.weight"].shape[1] / len(reduce)) ** 0.5) * 16
+        options |= {"head": "flatten", "neck": len(reduce)}
+    else:
+        side = 16 * state["head.depthwise.conv.weight"].shape[-1]
     return options if side == 112 else {**options, "side": side}
 
 
@@ -174,27 +141,46 @@ def stages_of(state: Mapping[str, Tensor]) -> list[list[int]]:
 
 
 def student_input(pictures: Tensor) -> Tensor:
-    """BGR 0..1 -> RGB (x - 127.5) / 127.5, channels last."""
+    """BGR 0..1 -> RGB (x - 127.5) / 127.5, channels last; the teacher's input too."""
     return (pictures.flip(1) * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def teacher_input(pictures: Tensor) -> Tensor:
-    """BGR 0..1 [N, 3, 112, 112] -> BGR 0..255 [N, 3, 128, 128]."""
-    size = (TEACHER_SIZE, TEACHER_SIZE)
-    larger = F.interpolate(pictures, size=size, mode="bilinear", align_corners=False)
-    return (larger * 255).contiguous(memory_format=torch.channels_last)
+def distillation_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; its directions' part (1 - mean cosine) on the teacher's own pictures [N], and on
+    what cameras made of the first N / 2 of them.
 
-
-def loss_of(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and its direction part (1 - mean cosine).
-
-    Row i and row i + N/2 show the same person; their cosines count once more.
+    Row i and row i + N / 4 of these show the same person; their cosines count once more.
     """
+    n = len(teacher)
     mine, theirs = F.normalize(student.float()), F.normalize(teacher.float())
-    direction = 1 - (mine * theirs).sum(1).mean()
-    gap = (mine @ mine.T - theirs @ theirs.T).square()
-    genuine = gap.diagonal(len(mine) // 2).mean()
-    return direction + 20 * gap.mean() + GENUINE_WEIGHT * genuine, direction
+    direction = 1 - (mine[:n] * theirs).sum(1).mean()
+    spoilt = 1 - (mine[n:] * theirs[: n // 2]).sum(1).mean()
+    gap = (mine[:n] @ mine[:n].T - theirs @ theirs.T).square()
+    genuine = gap[: n // 2].diagonal(n // 4)[: n // 4].mean()
+    loss = direction + CAMERA_WEIGHT * spoilt + 20 * gap.mean() + GENUINE_WEIGHT * genuine
+    return loss, direction, spoilt
+
+
+class Strangers:
+    """The latest answers to good pictures and whose they are, to mine impostors from."""
+
+    def __init__(self, size: int, dim: int, device: torch.device) -> None:
+        self._vectors = torch.zeros(size, dim, device=device)
+        self._identity = torch.full((size,), -1, device=device)
+        self._next = 0
+
+    def add(self, vectors: Tensor, identity: Tensor) -> None:
+        at = (self._next + torch.arange(len(vectors), device=vectors.device)) % len(self._vectors)
+        self._vectors[at], self._identity[at] = vectors.detach().float(), identity
+        self._next = (self._next + len(vectors)) % len(self._vectors)
+
+    def margin_loss(self, anchors: Tensor, partners: Tensor, identity: Tensor) -> Tensor:
+        """How far the nearest strangers of ``anchors`` come within ``MARGIN`` of ``partners``."""
+        near = anchors @ self._vectors.T
+        near = near.masked_fill(identity[:, None] == self._identity[None], -1)
+        worst = near.topk(NEAREST, 1).values
+        own = (anchors * partners).sum(1, keepdim=True)
+        return SOFTNESS * F.softplus((worst - own + MARGIN) / SOFTNESS).mean()
 
 
 class Pairs:
@@ -212,30 +198,65 @@ class Pairs:
     def draw(self, n: int) -> Tensor:
         """[n] picture numbers, n even; the second half are the partners of the first."""
         picks = torch.randint(len(self._order), (n // 2,), device=self._order.device)
+        return torch.cat((picks, self.partner(picks)))
+
+    def partner(self, picks: Tensor) -> Tensor:
+        """For each of the pictures ``picks`` another one of the same person, if there is one."""
         count = self._count[picks]
-        step = (torch.rand(n // 2, device=picks.device) * (count - 1)).long() + 1
-        partner = self._first[picks] + (self._own[picks] + step) % count
-        return torch.cat((picks, self._order[partner]))
+        step = (torch.rand(len(picks), device=picks.device) * (count - 1)).long() + 1
+        return self._order[self._first[picks] + (self._own[picks] + step) % count]
 
 
 @torch.no_grad()
-def lift(student: Student) -> MobileFaceNet:
-    """The network to ship: batch norms folded, the map merged into the last layer.
-
-    [512 -> 256] map, then 256 orthonormal columns up to 512: one 512 x 512 matrix.
-    """
-    trunk = deepcopy(student.trunk).float().eval().cpu()
+def lift(student: MobileFaceNet) -> MobileFaceNet:
+    """The network to ship: batch norms folded."""
+    trunk = deepcopy(student).float().eval().cpu()
     fold(trunk)
     weights = trunk.state_dict()
-    generator = torch.Generator().manual_seed(512)
-    square = torch.randn(512, TEACHER_DIM, generator=generator, dtype=torch.float64)
-    columns, _ = torch.linalg.qr(square)
-    whole = columns @ student.map.weight.detach().double().cpu()
-    weights["head.linear.weight"] = (whole @ weights["head.linear.weight"].double()).float()
-    weights["head.linear.bias"] = (whole @ weights["head.linear.bias"].double()).float()
     shipped = MobileFaceNet(**options_of(weights))
     shipped.load_state_dict(weights)
     return shipped.eval()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """``good`` [N] pictures for the teacher, the student's ``seen`` [3 N / 2], and who is on the
+    first N / 2; all on the device, 0..1."""
+
+    good: Tensor
+    seen: Tensor
+    identity: Tensor
+
+
+class Lessons(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless lessons, drawn on ``device`` by each worker of a loader, as uint8 on the host:
+    [3 N / 2] pictures, and who is on the first N / 2."""
+
+    def __init__(self, data: Path, options: Options, device: str, end: float, seed: int) -> None:
+        self._data, self._options, self._device = data, options, device
+        self._begin, self._end, self._seed = time.time(), end, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        number = self._seed + (worker.id if worker else 0)
+        torch.manual_seed(number)
+        random.seed(number)
+        crops = load_crops(self._data, held_out=False, limit=self._options.limit)
+        device = torch.device(self._device)
+        pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2).contiguous().to(device)
+        identity = torch.from_numpy(crops.identity).to(device)
+        pairs, half = Pairs(identity), self._options.batch // 2
+        while True:
+            progress = min(1.0, (time.time() - self._begin) / (self._end - self._begin))
+            if self._options.resume is not None:
+                # It has seen the wild ones: more and more faces as they are served.
+                progress = 0.4 + 0.6 * progress
+            with torch.no_grad():
+                own, other = pairs.draw(half), pairs.draw(half)
+                pure = pure_faces(pictures[own])
+                mixed = mixed_faces(pictures[other], progress)
+                seen = torch.cat((pure, mixed, camera(pure)))
+                yield (seen * 255).round().to(torch.uint8).cpu(), identity[own].cpu()
 
 
 Taught = tuple[Tensor, list[Tensor]]
@@ -243,7 +264,7 @@ Taught = tuple[Tensor, list[Tensor]]
 
 
 def _time_parts(
-    draw: Callable[[], Tensor],
+    draw: Callable[[], Lesson],
     teach: Callable[[Tensor], Taught],
     learn: Callable[[Tensor, Taught], object],
 ) -> None:
@@ -251,9 +272,10 @@ def _time_parts(
     rows: dict[str, float] = {}
     batch = draw()
     with torch.no_grad():
-        taught = teach(batch)
+        taught = teach(batch.good)
     parts: dict[str, Callable[[], object]] = {
-        "draw": draw, "teach": lambda: teach(batch), "learn": lambda: learn(batch, taught),
+        "draw": draw, "teach": lambda: teach(batch.good),
+        "learn": lambda: learn(batch.seen, taught),
     }  # fmt: skip
     for name, part in parts.items():
         with torch.set_grad_enabled(name == "learn"):
@@ -269,61 +291,61 @@ def _time_parts(
 
 def train(
     data: Path, out: Path, deadline: float, device: torch.device, options: Options, seed: int = 1
-) -> Student:
-    """Train until ``deadline`` (a ``time.time()``); the schedule starts after compiling."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    crops = load_crops(data, held_out=False, limit=options.limit)
-    pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2).contiguous().to(device)
+) -> MobileFaceNet:
+    """Train until ``deadline`` (a ``time.time()``); the schedule starts after compiling.
+
+    With several ranks, each learns from pictures of its own; the first one writes.
+    """
+    ranks = Ranks(device)
+    torch.manual_seed(seed + 1000 * ranks.rank)
+    random.seed(seed + 1000 * ranks.rank)
     cuda = device.type == "cuda"
     teacher = load_teacher(data / "models").to(device)
     if cuda:
         teacher = teacher.half().to(memory_format=torch.channels_last)
-    student = Student().to(device, memory_format=torch.channels_last)
+    student = new_student().to(device, memory_format=torch.channels_last)
     rate, hint_weight = options.rate, options.hint
     if options.resume is not None:
         parts = torch.load(options.resume, map_location=device, weights_only=True)
-        grown = load_grown(student, parts["state"])
-        rate = options.resume_rate if grown else options.refine_rate
-        hint_weight = options.refine_hint
+        student.load_state_dict(parts["state"], strict=False)
+        rate, hint_weight = options.refine_rate, options.refine_hint
+    ranks.same_start(student)
     average = Average(student, options.average)
-    pairs = Pairs(torch.from_numpy(crops.identity).to(device))
+    strangers = Strangers(MEMORY, student_dim(student), device)
+    # A second card, if this process sees one, is there for drawing.
+    place = f"cuda:{torch.cuda.device_count() - 1}" if cuda else "cpu"
+    loader = DataLoader(
+        Lessons(data, options, place, deadline, seed + 1000 * ranks.rank),
+        batch_size=None,
+        num_workers=options.drawers,
+        multiprocessing_context="spawn",
+        prefetch_factor=4,
+        pin_memory=cuda,
+    )
+    lessons = iter(loader)
 
-    def draw(progress: float = 0.0) -> Tensor:
-        if options.resume is not None:
-            # It has seen the wild ones: from here on, more and more faces as they are served.
-            progress = 0.4 + 0.6 * progress
-        return training_batch(pictures[pairs.draw(options.batch)], progress)
-
-    ends = hinting(teacher, student)
+    def draw() -> Lesson:
+        pictures, identity = next(lessons)
+        seen = pictures.to(device, non_blocking=True).float().div_(255)
+        return Lesson(seen[: options.batch], seen, identity.to(device, non_blocking=True))
 
     def teach(x: Tensor) -> Taught:
-        large = teacher_input(x).half() if cuda else teacher_input(x)
-        return teacher.with_maps(large, ends)
+        seen = student_input(x)
+        answer, maps = with_maps(teacher, seen.half() if cuda else seen)
+        return answer, maps if hint_weight else []
 
     with torch.no_grad():
         batch = draw()
-        maps = student.eval().with_maps(student_input(batch))[1]
-        taught = teach(batch)
-        hints = Hints(maps, taught[1]).to(device) if ends else None
-        del maps
-    if options.resume is not None:
-        seen = parts.get("hints", {})
-        shapes = {k: v.shape for k, v in seen.items()}
-        if hints and shapes == {k: v.shape for k, v in hints.state_dict().items()}:
-            hints.load_state_dict(seen)
-        else:
-            # Hints through maps yet to be learnt would spoil what it has.
-            hint_weight = 0.0
+        taught = teach(batch.good)
+        hints = Hints(taught[1]).to(device) if hint_weight else None
     optimizer = torch.optim.AdamW(
-        [*decay_groups(student, 0.02), *(decay_groups(hints, 0.0) if hints else [])],
-        lr=rate, betas=(0.9, 0.98), fused=cuda,
-    )  # fmt: skip
+        decay_groups(student, 0.02), lr=rate, betas=(0.9, 0.98), fused=cuda
+    )
 
     def learn(x: Tensor, taught: Taught) -> tuple[Tensor, Tensor]:
         """The student's answer, and how far it is from the hints."""
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            answer, maps = student.with_maps(student_input(x))
+            answer, maps = with_maps(student, student_input(x))
             far = hints(maps, taught[1]) if hints else answer.new_zeros(())
         return answer, far
 
@@ -335,10 +357,10 @@ def train(
             learn_fast = torch.compile(learn, dynamic=False)
             student.train()
             with torch.no_grad():
-                taught = teach_fast(batch)
+                taught = teach_fast(batch.good)
             print("recognizer", json.dumps({"teacher_compiled_s": time.time() - begun}), flush=True)
-            answer, far = learn_fast(batch, taught)
-            (loss_of(answer, taught[0])[0] + far).backward()
+            answer, far = learn_fast(batch.seen, taught)
+            (answer.float().sum() + far).backward()
             torch.cuda.synchronize()
         except Exception as error:
             print("recognizer", json.dumps({"compile_failed": repr(error)[:2000]}), flush=True)
@@ -352,50 +374,67 @@ def train(
 
         _time_parts(draw, teach_fast, whole)
     optimizer.zero_grad(set_to_none=True)
+    ranks.same_start(student)
     print("recognizer", json.dumps({"compile_s": compiled_s}), flush=True)
     log: list[dict[str, float]] = []
     clock = Clock(time.time(), deadline - time.time())
-    step, saved = 0, time.time()
-    directions: list[Tensor] = []
-    while not clock.over:
+    step, saved, over = 0, time.time(), False
+    rows: list[Tensor] = []
+    while not over:
         set_rate(optimizer, cosine_rate(clock.progress, rate))
         with torch.no_grad():
-            batch = draw(clock.progress)
-            taught = teach_fast(batch)
+            batch = draw()
+            taught = teach_fast(batch.good)
         student.train()
         optimizer.zero_grad(set_to_none=True)
-        answer, far = learn_fast(batch, taught)
-        loss, direction = loss_of(answer, taught[0])
+        answer, far = learn_fast(batch.seen, taught)
+        loss, direction, spoilt = distillation_loss(answer, taught[0])
         fading = hint_weight * max(0.0, 1 - clock.progress / HINTS_END)
-        (loss + fading * far).backward()
+        vectors = F.normalize(answer.float())
+        half = len(batch.identity)
+        good, bad = vectors[:half], vectors[-half:]
+        apart = strangers.margin_loss(
+            torch.cat((good, bad)), good.roll(half // 2, 0).repeat(2, 1), batch.identity.repeat(2)
+        )
+        late = 1.0 if options.resume else min(1.0, max(0.0, clock.progress - 0.2) / 0.3)
+        (loss + fading * far + MARGIN_WEIGHT * late * apart).backward()
+        strangers.add(good, batch.identity)
+        over = ranks.mean_gradients(student, clock.over, step)
         torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
         optimizer.step()
         average.update(student)
         step += 1
-        directions.append(direction.detach())
+        rows.append(torch.stack((direction, spoilt, apart, far)).detach())
         if cuda and step % 4 == 0:
             # Keeps the host at most a few steps ahead, so that the deadline holds.
-            directions[-min(4, len(directions))].item()
+            rows[-min(4, len(rows))].sum().item()
         if step % 100 == 0 or step == 1:
-            value = float(torch.stack(directions).mean())
-            directions.clear()
+            values = torch.stack(rows).mean(0).tolist()
+            rows.clear()
             elapsed = time.time() - clock.start
             row = {
                 "step": step,
                 "s": round(elapsed, 1),
-                "one_minus_cos": value,
-                "hint": far.item(),
+                **dict(zip(("one_minus_cos", "camera", "margin", "hint"), values, strict=True)),
                 "pictures_per_s": round(step * options.batch / elapsed),
             }
             log.append(row)
-            (out / "recognizer-log.json").write_text(json.dumps(log))
-            if step % 500 == 0 or step <= 100:
-                print("recognizer", json.dumps(row), flush=True)
-        if time.time() - saved > options.save_every_s:
+            if ranks.first:
+                (out / "recognizer-log.json").write_text(json.dumps(log))
+                if step % 500 == 0 or step <= 100:
+                    print("recognizer", json.dumps(row), flush=True)
+        if ranks.first and time.time() - saved > options.save_every_s:
             save(out / "recognizer.pt", state=half_state(average.network), step=step)
             saved = time.time()
-    save(
-        out / "recognizer.pt", state=half_state(average.network), step=step, finished=True,
-        compile_s=compiled_s, hints=half_state(hints) if hints else {},
-    )  # fmt: skip
+    if ranks.first:
+        save(
+            out / "recognizer.pt", state=half_state(average.network), step=step, finished=True,
+            compile_s=compiled_s,
+        )  # fmt: skip
+    ranks.leave()
     return average.network
+
+
+def student_dim(student: MobileFaceNet) -> int:
+    """How long the network's answers are."""
+    return int(student.head.linear.out_features)  # type: ignore[union-attr, arg-type]

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import time
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,11 @@ TRUNK_ENDS = {"recognizer": 0.965, "detector": 0.25, "liveness": 0.2}
 """The same for its trunk, which another run goes on from; the others train while it compiles."""
 TRUST_ENDS = {"trust": 0.18, "rts": 0.27, "detector": 0.95, "liveness": 0.9}
 """The same for a new OOD head of a finished recogniser, with the others for the rest."""
+OWN_ENDS = {
+    "detector": 0.95, "liveness": 0.4, "recognizer": 0.86, "trust": 0.9, "consistency": 0.92,
+    "rts": 0.94,
+}  # fmt: skip
+"""The same where the recogniser has cards of its own; the recogniser's head is a run of its own."""
 SMOKE_LIMIT = 32
 
 
@@ -64,6 +70,8 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 
 def _ends(arguments: argparse.Namespace) -> dict[str, float]:
+    if arguments.cards > 1:
+        return OWN_ENDS | ({"recognizer": 0.955} if "trunk" in arguments.only else {})
     if "trunk" in arguments.only:
         return TRUNK_ENDS
     if "trust" in arguments.only:
@@ -113,7 +121,7 @@ def run_liveness(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
     options = liveness.Options(resume=_resumed(arguments, "liveness"))
     if device.type == "cpu":
-        options = replace(options, batch=60, resume_rate=1.2e-3 * arguments.rate)
+        options = replace(options, batch=60, rate=options.rate * arguments.rate)
     if arguments.smoke:
         options = replace(options, batch=10, limit=SMOKE_LIMIT)
     clock = _clock(arguments, "liveness", start)
@@ -126,6 +134,8 @@ def measure_liveness(arguments: argparse.Namespace) -> None:
     network = liveness.load_student(arguments.out / "liveness.pt").to(device)
     limit = SMOKE_LIMIT if arguments.smoke else 0
     report = evaluate.liveness_report(network, arguments.data, device, limit)
+    if arguments.media:
+        report["proof"] = evaluate.proof_scores(network, arguments.data, arguments.media)
     _write(arguments.out / "liveness.json", report)
 
 
@@ -135,8 +145,11 @@ def _trained_trunk(
     """The recogniser without its OOD head, in the form that is shipped."""
     options = recognizer.Options(resume=_resumed(arguments, "recognizer"))
     if arguments.smoke:
-        options = replace(options, batch=8, limit=SMOKE_LIMIT)
+        options = replace(options, batch=16, drawers=1, limit=SMOKE_LIMIT)
     student = recognizer.train(arguments.data, arguments.out, deadline, device, options)
+    if int(os.environ.get("RANK", "0")):
+        # The first rank does the rest.
+        sys.exit(0)
     shipped = recognizer.lift(student)
     save(arguments.out / "recognizer-shipped.pt", state=half_state(shipped))
     return shipped
@@ -260,6 +273,35 @@ def _stage(arguments: argparse.Namespace) -> None:
     run[arguments.stage](arguments, arguments.start)
 
 
+def _places(stages: Sequence[str], cards: int, ranks: int) -> dict[str, list[dict[str, str]]]:
+    """The environment of each process of each stage. Of four cards the recogniser gets two, and
+    one to draw its pictures on; of fewer, all but the last, which the others share. Or
+    ``ranks`` processes of it without a card."""
+    out: dict[str, list[dict[str, str]]] = {}
+    last = {"CUDA_VISIBLE_DEVICES": str(cards - 1)} if cards else {}
+    trunk = next((s for s in stages if s in ("recognizer", "trunk")), "")
+    for stage in stages:
+        if stage != trunk:
+            out[stage] = [last]
+            continue
+        own = min(2, max(1, cards - 1))
+        count = ranks or own
+        world = {
+            "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517",
+        }  # fmt: skip
+        out[stage] = [
+            {**world, "RANK": str(k), **_cards_of(k % own, own, cards)} for k in range(count)
+        ]
+    return out
+
+
+def _cards_of(first: int, own: int, cards: int) -> dict[str, str]:
+    if not cards:
+        return {}
+    drawing = [own] if cards > own + 1 else []
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, [first, *drawing]))}
+
+
 def summary(report: dict[str, Any]) -> str:
     """The report's main figures as markdown."""
     lines = ["# Starter models: what was measured", ""]
@@ -338,8 +380,13 @@ def main() -> int:
     parser.add_argument(
         "--resume", type=Path, help="a finished run to go on from; models that it lacks begin anew"
     )
+    parser.add_argument(
+        "--ranks", type=int, default=0,
+        help="processes of the recogniser's training; 0: as many as cards are left for it",
+    )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the recipe")
     parser.add_argument("--stage", choices=[*STAGES, *PARTS], help=argparse.SUPPRESS)
+    parser.add_argument("--cards", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.resume and not any(arguments.resume.glob("*.pt")):
@@ -356,6 +403,7 @@ def main() -> int:
     start: float = arguments.start
     recorded = packed.manifest(arguments.data)
     children: dict[str, subprocess.Popen[bytes]] = {}
+    places = _places(arguments.only, torch.cuda.device_count(), arguments.ranks)
     environment = {
         "TORCHINDUCTOR_CACHE_DIR": str((out / "inductor").resolve()),
         **os.environ,
@@ -367,13 +415,18 @@ def main() -> int:
             command = [sys.executable, "-m", "training.run", "--stage", stage]
             command += ["--data", str(arguments.data), "--out", str(out)]
             command += ["--budget-s", str(arguments.budget_s), "--start", str(start)]
+            command += ["--cards", str(torch.cuda.device_count())]
             command += ["--smoke"] if arguments.smoke else []
             command += ["--cpu-s", str(arguments.cpu_s), "--only", *arguments.only]
             command += ["--rate", str(arguments.rate)]
             command += ["--measure"] if arguments.measure else []
             command += ["--media", str(arguments.media)] if arguments.media else []
             command += ["--resume", str(arguments.resume)] if arguments.resume else []
-            children[stage] = stack.enter_context(subprocess.Popen(command, env=environment))
+            for rank, place in enumerate(places[stage]):
+                name = stage if rank == 0 else f"{stage}-{rank}"
+                children[name] = stack.enter_context(
+                    subprocess.Popen(command, env={**environment, **place})
+                )
         last = start + arguments.budget_s + (180 if arguments.smoke else 10)
         last += 1000 * arguments.cpu_s
         for stage, child in children.items():

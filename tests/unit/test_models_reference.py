@@ -65,7 +65,7 @@ def test_starter_packages_answer_as_recorded(name: str) -> None:
         ("facelane-recognizer", 'color = "rgb"', 'color = "bgr"'),
         ("facelane-recognizer", "center = ", "center = -"),
         ("facelane-liveness", 'color = "bgr"', 'color = "rgb"'),
-        ("facelane-liveness", "scale = 2.7", "scale = 1.2"),
+        ("facelane-liveness", "scale = 4.0", "scale = 1.2"),
     ],
 )
 def test_an_edit_that_changes_the_answers_is_seen(

@@ -1,0 +1,222 @@
+"""Pictures without faces, drawn by a program: twelve kinds of what detectors take for faces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from training.data import U8
+
+Rng = np.random.Generator
+Draw = Callable[[Rng, int], U8]
+_FONTS = (cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_COMPLEX, cv2.FONT_HERSHEY_SCRIPT_COMPLEX)
+_LETTERS = "ABCDEFGHKLMNOPRSTUVWXYZabcdeghkmnopqrsuvwxyz0123456789:;.,()%&@"
+
+
+def _colour(rng: Rng) -> tuple[int, int, int]:
+    blue, green, red = rng.integers(0, 256, 3).tolist()
+    return blue, green, red
+
+
+def _skin(rng: Rng) -> tuple[int, int, int]:
+    tone = rng.uniform(0.25, 1.0)
+    blue, green, red = (np.array([0.62, 0.75, 1.0]) * 235 * tone).astype(int).tolist()
+    return blue, green, red
+
+
+def _ground(rng: Rng, side: int) -> U8:
+    """Plain, shaded or mottled."""
+    corners = rng.uniform(0, 255, (2, 2, 3)) if rng.random() < 0.6 else np.full((2, 2, 3), 1.0)
+    if corners.max() <= 1:
+        corners = corners * rng.uniform(0, 255, 3)
+    shaded = cv2.resize(corners, (side, side), interpolation=cv2.INTER_LINEAR)
+    mottle = cv2.resize(rng.normal(0, rng.uniform(0, 30), (side // 8, side // 8, 3)), (side, side))
+    return (shaded + mottle).clip(0, 255).astype(np.uint8)
+
+
+def _text(rng: Rng, side: int) -> U8:
+    picture = _ground(rng, side)
+    size, tone = rng.uniform(0.4, 2.5), _colour(rng)
+    for line in range(int(20 / size)):
+        words = "".join(rng.choice(list(_LETTERS + "   "), 40))
+        place = (int(rng.integers(-40, 40)), int((line + 1) * 26 * size))
+        font = _FONTS[rng.integers(len(_FONTS))]
+        cv2.putText(picture, words, place, font, size, tone, max(1, int(2 * size)), cv2.LINE_AA)
+    return picture
+
+
+def _fabric(rng: Rng, side: int) -> U8:
+    """One motif of a few blobs, printed over and over."""
+    cell = int(rng.integers(14, 90))
+    motif = np.full((cell, cell, 3), _colour(rng), np.uint8)
+    for _ in range(int(rng.integers(2, 7))):
+        centre = (int(rng.integers(cell)), int(rng.integers(cell)))
+        axes = (int(rng.integers(2, cell // 3 + 3)), int(rng.integers(2, cell // 3 + 3)))
+        cv2.ellipse(motif, centre, axes, float(rng.uniform(0, 180)), 0, 360, _colour(rng), -1)
+    times = side // cell + 2
+    sheet = np.tile(motif, (times, times, 1))
+    turn = cv2.getRotationMatrix2D((side / 2, side / 2), float(rng.uniform(-45, 45)), 1)
+    return np.asarray(
+        cv2.warpAffine(sheet, turn, (side, side), borderMode=cv2.BORDER_REFLECT), np.uint8
+    )
+
+
+def _balls(rng: Rng, side: int) -> U8:
+    """Shaded balls, plates, wheels: round, two-toned, lit."""
+    picture = _ground(rng, side)
+    for _ in range(int(rng.integers(3, 14))):
+        centre = (int(rng.integers(side)), int(rng.integers(side)))
+        radius, tone = int(rng.integers(8, side // 4)), np.array(_colour(rng), float)
+        for part in np.linspace(1, 0.1, 6):
+            shift = int(radius * (1 - part) * 0.3)
+            at = (centre[0] - shift, centre[1] - shift)
+            shade = (tone * (1.25 - 0.7 * part)).clip(0, 255)
+            cv2.circle(picture, at, int(radius * part), shade.tolist(), -1, cv2.LINE_AA)
+        for spoke in range(int(rng.integers(0, 7))):
+            angle = 2 * math.pi * spoke / 6
+            end = (
+                centre[0] + int(radius * math.cos(angle)),
+                centre[1] + int(radius * math.sin(angle)),
+            )
+            cv2.line(picture, centre, end, _colour(rng), 2, cv2.LINE_AA)
+    return picture
+
+
+def _hands(rng: Rng, side: int) -> U8:
+    """Skin-coloured palms with fingers."""
+    picture = _ground(rng, side)
+    for _ in range(int(rng.integers(1, 5))):
+        skin = _skin(rng)
+        x, y = (int(v) for v in rng.integers(20, side - 20, 2))
+        size, turn = int(rng.integers(14, 70)), float(rng.uniform(0, 360))
+        cv2.ellipse(picture, (x, y), (size, int(size * 0.8)), turn, 0, 360, skin, -1, cv2.LINE_AA)
+        for finger in range(5):
+            angle = math.radians(turn + 40 * (finger - 2))
+            end = (x + int(2.1 * size * math.cos(angle)), y + int(2.1 * size * math.sin(angle)))
+            cv2.line(picture, (x, y), end, skin, max(2, size // 3), cv2.LINE_AA)
+            shade = tuple(int(0.75 * v) for v in skin)
+            cv2.line(picture, (x, y), end, shade, 1, cv2.LINE_AA)
+    return picture
+
+
+def _skins(rng: Rng, side: int) -> U8:
+    """Arms, legs, backs: skin without features."""
+    picture = _ground(rng, side)
+    for _ in range(int(rng.integers(2, 8))):
+        centre = (int(rng.integers(side)), int(rng.integers(side)))
+        axes = (int(rng.integers(15, 120)), int(rng.integers(10, 60)))
+        cv2.ellipse(picture, centre, axes, float(rng.uniform(0, 180)), 0, 360, _skin(rng), -1)
+    return np.asarray(cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.5, 5))), np.uint8)
+
+
+def _fur(rng: Rng, side: int) -> U8:
+    """Fur and grass: strokes that lie alike, with dark spots."""
+    picture = _ground(rng, side)
+    tone, lie = np.array(_colour(rng), float), rng.uniform(0, 2 * math.pi)
+    for _ in range(900):
+        x, y = rng.integers(0, side, 2).tolist()
+        angle, length = lie + rng.normal(0, 0.4), rng.uniform(4, 18)
+        end = (int(x + length * math.cos(angle)), int(y + length * math.sin(angle)))
+        shade = (tone * rng.uniform(0.5, 1.3)).clip(0, 255).tolist()
+        cv2.line(picture, (x, y), end, shade, 1, cv2.LINE_AA)
+    for _ in range(int(rng.integers(0, 8))):
+        centre = (int(rng.integers(side)), int(rng.integers(side)))
+        cv2.circle(picture, centre, int(rng.integers(3, 14)), (20, 20, 25), -1, cv2.LINE_AA)
+    return picture
+
+
+def _animals(rng: Rng, side: int) -> U8:
+    """Heads that are no person's: ears, eyes at the sides, a muzzle."""
+    picture = _fur(rng, side)
+    for _ in range(int(rng.integers(1, 4))):
+        x, y = (int(v) for v in rng.integers(40, side - 40, 2))
+        size, coat = int(rng.integers(15, 70)), _colour(rng)
+        for way in (-1, 1):
+            ear = np.array([[x + way * size, y - size // 3], [x + way * size, y - int(1.7 * size)],
+                            [x + way * size // 4, y - int(0.8 * size)]])  # fmt: skip
+            cv2.fillPoly(picture, [ear], coat, cv2.LINE_AA)
+        cv2.ellipse(picture, (x, y), (int(1.1 * size), size), 0, 0, 360, coat, -1, cv2.LINE_AA)
+        muzzle = tuple(int(min(255, 1.3 * v + 20)) for v in coat)
+        cv2.ellipse(picture, (x, y + size // 2), (size // 2, size // 3), 0, 0, 360, muzzle, -1)
+        cv2.circle(picture, (x, y + size // 3), max(1, size // 7), (15, 15, 20), -1)
+        for way in (-1, 1):
+            eye = (x + way * int(0.75 * size), y - size // 5)
+            cv2.circle(picture, eye, max(1, size // 8), (10, 60, 60), -1, cv2.LINE_AA)
+    return picture
+
+
+def _windows(rng: Rng, side: int) -> U8:
+    """Houses, shelves, sockets: boxes in rows, two dark ones over a bar among them."""
+    picture = _ground(rng, side)
+    step = int(rng.integers(18, 80))
+    wide, high = (int(step * v) for v in rng.uniform(0.3, 0.9, 2))
+    tones = [_colour(rng) for _ in range(3)]
+    for y in range(0, side, step):
+        for x in range(0, side, step):
+            tone = tones[rng.integers(3)]
+            cv2.rectangle(
+                picture, (x, y), (x + wide, y + high), tone, -1 if rng.random() < 0.8 else 2
+            )
+    return picture
+
+
+def _leaves(rng: Rng, side: int) -> U8:
+    picture = _ground(rng, side)
+    tone = np.array([rng.uniform(0, 90), rng.uniform(60, 220), rng.uniform(0, 200)])
+    for _ in range(int(rng.integers(60, 350))):
+        centre = (int(rng.integers(side)), int(rng.integers(side)))
+        axes = (int(rng.integers(4, 26)), int(rng.integers(2, 10)))
+        shade = (tone * rng.uniform(0.3, 1.2)).clip(0, 255).tolist()
+        cv2.ellipse(picture, centre, axes, float(rng.uniform(0, 180)), 0, 360, shade, -1)
+    return picture
+
+
+def _shapes(rng: Rng, side: int) -> U8:
+    """Polygons over each other: rubble, furniture, abstract prints."""
+    picture = _ground(rng, side)
+    for _ in range(int(rng.integers(10, 60))):
+        centre, reach = rng.uniform(0, side, 2), rng.uniform(5, 80)
+        points = (centre + rng.normal(0, reach, (int(rng.integers(3, 7)), 2))).astype(np.int32)
+        cv2.fillPoly(picture, [points], _colour(rng), cv2.LINE_AA)
+    return picture
+
+
+def _signs(rng: Rng, side: int) -> U8:
+    """Round and square signs, buttons, clocks, with strokes and dots in them."""
+    picture = _ground(rng, side)
+    for _ in range(int(rng.integers(1, 9))):
+        x, y = (int(v) for v in rng.integers(0, side, 2))
+        size = int(rng.integers(10, 80))
+        cv2.circle(picture, (x, y), size, _colour(rng), -1, cv2.LINE_AA)
+        cv2.circle(picture, (x, y), int(0.8 * size), _colour(rng), -1, cv2.LINE_AA)
+        for _ in range(int(rng.integers(1, 5))):
+            ends = (np.array([x, y]) + rng.normal(0, 0.4 * size, (2, 2))).astype(int).tolist()
+            cv2.line(picture, ends[0], ends[1], _colour(rng), max(2, size // 6), cv2.LINE_AA)
+    return picture
+
+
+def _waves(rng: Rng, side: int) -> U8:
+    """Rings, ripples, wood."""
+    y, x = np.mgrid[:side, :side].astype(np.float64)
+    far = np.hypot(x - rng.uniform(0, side), (y - rng.uniform(0, side)) * rng.uniform(0.5, 2))
+    bent = cv2.resize(rng.normal(0, 1, (6, 6)), (side, side), interpolation=cv2.INTER_CUBIC)
+    wave = 0.5 + 0.5 * np.sin(far * 2 * math.pi / rng.uniform(5, 60) + rng.uniform(0, 6) * bent)
+    dark, light = np.array(_colour(rng)), np.array(_colour(rng))
+    return (dark + wave[..., None] * (light - dark)).clip(0, 255).astype(np.uint8)
+
+
+KINDS: dict[str, Draw] = {
+    "text": _text, "fabric": _fabric, "balls": _balls, "hands": _hands, "skin": _skins,
+    "fur": _fur, "animals": _animals, "windows": _windows, "leaves": _leaves,
+    "shapes": _shapes, "signs": _signs, "waves": _waves,
+}  # fmt: skip
+
+
+def clutter(n: int, side: int, seed: int) -> U8:
+    """[n, side, side, 3] BGR, the kinds in turns; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    draws = list(KINDS.values())
+    return np.stack([draws[i % len(draws)](rng, side) for i in range(n)])
