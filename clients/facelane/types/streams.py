@@ -145,7 +145,7 @@ class StreamConfigOptions(AnalysisOptions, total=False):
     max_frame_age: float | None
     """Seconds; an older frame is dropped when a worker is free. ``None``: the server's."""
     weight: int
-    """Share of the pools under load relative to other streams, 1-100; 0 = 10."""
+    """Share of the pools under load relative to other streams of the same key, 1-100; 0 = 10."""
     reinference_interval: float | None
     """Seconds of media time after which a track is recognised again. ``None``: the server's."""
     disable_tracking: bool

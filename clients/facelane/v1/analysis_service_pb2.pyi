@@ -156,7 +156,7 @@ class StreamConfig(_message.Message):
     """A name for logs and metrics of the operator; 0-64 letters, digits, `-`, `_`, `.`."""
     overload_policy: Global___OverloadPolicy.ValueType
     weight: _builtins.int
-    """Share of the pools under load relative to other streams, 1-100; 0 = 10."""
+    """Share of the pools under load relative to other streams of the same key, 1-100; 0 = 10."""
     disable_tracking: _builtins.bool
     """Recognise every face of every frame instead of once a track."""
     @_builtins.property
