@@ -14,6 +14,7 @@ from typing import Any
 from facelane_server import config
 from facelane_server.domain import Encoding, Picture, Stage
 from facelane_server.models.catalog import Catalog
+from facelane_server.models.package import Package
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolChange, PoolEvent
@@ -49,8 +50,15 @@ class RealPool:
         self.pool = pool
         self.events = events
 
-    def request(self, *, marker: bytes = b"", side: int = 64, max_faces: int = 4) -> Request:
-        """``side``, ``max_faces``: of a picture, for detectors."""
+    def request(
+        self,
+        *,
+        marker: bytes = b"",
+        side: int = 64,
+        max_faces: int = 4,
+        package: Package | None = None,
+    ) -> Request:
+        """``side``, ``max_faces``: of a picture, for detectors. ``package``: whose crops."""
         stage = self.pool.stage
         if stage is Stage.DETECTOR:
             data = (marker + bytes(side * side * 3))[: side * side * 3]
@@ -58,7 +66,7 @@ class RealPool:
             return DetectRequest(picture, max_faces, 10_000_000)
         crops = tuple(
             (marker + bytes(spec.size * spec.size * 3))[: spec.size * spec.size * 3]
-            for spec in PACKAGES[stage].crops
+            for spec in (package or PACKAGES[stage]).crops
         )
         if stage is Stage.RECOGNIZER:
             return EmbedRequest(crops[0], want_vector=True)

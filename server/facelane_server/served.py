@@ -36,11 +36,13 @@ class ServedModels:
 
     @property
     def context(self) -> float:
-        """How many times its box liveness wants to see around a face; 0 = nothing."""
+        """How many times its box liveness wants to see around a face, in the closest of its
+        crops; 0 = nothing. Wider ones shrink to what a picture has, as in their training: a face
+        that fills a telephone's picture is judged, a portrait cut at the chin is not."""
         package = self.packages.get(Stage.LIVENESS)
         if package is None or package.manifest.runtime == "null":
             return 0.0
-        return max((c.scale for c in package.crops if isinstance(c, ContextCrop)), default=0.0)
+        return min((c.scale for c in package.crops if isinstance(c, ContextCrop)), default=0.0)
 
     @classmethod
     def resolve(cls, settings: config.Config) -> Self:

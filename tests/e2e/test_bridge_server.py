@@ -23,6 +23,7 @@ def bridge(target: str, *cameras: dict[str, Any]) -> tuple[Bridge, list[Line]]:
     return Bridge(settings, Callback(lines.append)), lines
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_several_sources_at_once_lose_nothing(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", frames=100, fps=25)
@@ -53,7 +54,10 @@ async def test_several_sources_at_once_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kill", [False, True], ids=["sigterm", "sigkill"])
+@pytest.mark.parametrize(
+    "kill",
+    [pytest.param(False, id="sigterm", marks=pytest.mark.slow), pytest.param(True, id="sigkill")],
+)
 async def test_a_server_that_goes_and_comes_back(tmp_path: Path, kill: bool) -> None:
     def endless(handler: Any) -> None:
         def pictures() -> Any:

@@ -562,6 +562,7 @@ def test_a_watcher_to_whom_nothing_happened_misses_nothing(server: RunningServer
             assert next(events).source_id == "meanwhile"
 
 
+@pytest.mark.slow
 def test_a_quiet_subscription_is_not_taken_for_an_attack(server: RunningServer) -> None:
     """Clients ping while nothing happens; gRPC's default ends their connection for it."""
     options = [

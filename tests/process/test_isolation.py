@@ -140,7 +140,7 @@ async def test_the_shipped_models_serve_in_every_isolation(isolation: str) -> No
     async with group(packages, isolation=isolation, load_timeout_s=50.0) as pools:
         detected = await pools[Stage.DETECTOR].infer()
         embedded = await pools[Stage.RECOGNIZER].infer()
-        lively = await pools[Stage.LIVENESS].infer()
+        lively = await pools[Stage.LIVENESS].infer(package=packages[Stage.LIVENESS])
         assert detected == DetectAnswer(64, 64, ()), "nobody is in a black picture"
         assert len(embedded.vector) == packages[Stage.RECOGNIZER].embedding_dim * 4
         assert 0.0 <= embedded.ood_score < 0.4, "and nobody can be told by one"

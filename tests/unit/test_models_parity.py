@@ -192,6 +192,7 @@ def test_the_enrolled_are_told_from_strangers(
     assert (strangers @ enrolled.T).max() < thresholds.match
 
 
+@pytest.mark.slow
 def test_damaged_faces_are_out_of_distribution(
     shared: Path, packages: Path, recognizer: Recognizer
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_record_of_other_weights_or_another_picture_is_refused(tmp_path: Path)
     assert "larger than" in reference_check(package).detail
 
 
+@pytest.mark.slow
 def test_recording_keeps_the_tolerance_and_passes(tmp_path: Path) -> None:
     package = copied("facelane-liveness", tmp_path)
     edited(package, weights="0" * 64, tolerance={"score": 0.5, "pixels": 9.0, "cosine": 0.5})

@@ -154,6 +154,7 @@ def test_cards_say_what_the_weights_may_be_used_for() -> None:
         assert "## Where it fails" in card
 
 
+@pytest.mark.slow
 def test_nothing_is_found_in_textures() -> None:
     """Gratings, checks, cloth, blobs, noise and marbling, two hundred of them, hold no face."""
     package = Catalog().resolve("facelane-detector")
