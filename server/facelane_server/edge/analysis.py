@@ -138,8 +138,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
 
     async def _open(self, context: Context) -> Lane:
         try:
-            async with asyncio.timeout(self._config.limits.first_message_s):
-                first = await context.read()
+            first = await gate.while_awake(context.read(), self._config.limits.first_message_s)
         except TimeoutError:
             first = grpc.aio.EOF
         if first is grpc.aio.EOF or first.WhichOneof("message") != "config":
