@@ -95,7 +95,8 @@ class Limits(Section, frozen=True):
     )
     """Bytes of one picture as sent."""
     max_pixels: Annotated[int, msgspec.Meta(ge=4096, le=limits.MAX_PIXELS)] = 16_000_000
-    """Width x height of one picture; checked in its header, before decoding."""
+    """Width x height of one picture, checked in its header. Larger JPEGs, up to 65 megapixels (51
+    where they have several scans), are decoded at 1/2, 1/4 or 1/8; others are refused."""
     max_faces: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_FACES)] = 32
     """Faces a picture, best score first."""
     slow_reader_s: Seconds = 30.0

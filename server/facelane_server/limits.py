@@ -18,8 +18,13 @@ MAX_MESSAGE_BYTES: Final = 33 * MIB
 so that a picture slightly too large gets our own error, which can say so."""
 MAX_PICTURE_BYTES: Final = 32 * MIB
 """A raw 3840x2160 BGR picture is 24.9 MB."""
-MAX_PIXELS: Final = 50_000_000
-"""Ceiling for a decoded picture: 150 MB as BGR, once per worker."""
+MAX_PIXELS: Final = 51_000_000
+"""Ceiling for a decoded picture: 153 MB as BGR, once per worker. Telephones' 50 megapixels are
+8192x6144."""
+MAX_SHRUNK_PIXELS: Final = 65_000_000
+"""Ceiling for a JPEG of one scan, of which a fraction is decoded: 64 megapixels, 9248x6936."""
+MAX_SHRINK: Final = 8
+"""How far a JPEG can be scaled down while it is decoded: to the mean of each block."""
 MIN_SIDE: Final = 16
 """Smaller pictures cannot hold a face."""
 MAX_SIDE: Final = 16_384

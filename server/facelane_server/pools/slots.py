@@ -171,7 +171,7 @@ class Codec:
         self, request: DetectRequest, done: DetectDone, slot: memoryview
     ) -> tuple[Answer, int]:
         count, offset, crops_at = done.count, done.offset, done.crops_offset
-        if done.width * done.height > request.max_pixels:
+        if done.width * done.height > limits.MAX_SHRUNK_PIXELS:
             raise ProtocolError("a picture larger than any that was to be decoded")
         end = crops_at + count * self._record
         records_end = offset + count * _FACE.size

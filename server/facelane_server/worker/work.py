@@ -7,6 +7,7 @@ not keep to the protocol raises ``ProtocolError``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,14 @@ class Work:
         return part
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Size:
+    """(width, height) of a picture as it is stored, and as it was decoded."""
+
+    stored: tuple[int, int]
+    decoded: tuple[int, int]
+
+
 class DetectWork(Work):
     def __init__(self, model: api.Detector, load: Load, request: Arena, response: Arena) -> None:
         super().__init__(request, response)
@@ -94,7 +103,7 @@ class DetectWork(Work):
         self._max_pixels = load.max_pixels
         self._needs_pixels = bool(getattr(model, "needs_pixels", True))
         pictures.silence_opencv(load.threads)
-        self._decode = pictures.decode
+        self._decode = pictures.read
         self._examine = headers.examine
         self._record = sum(spec.size * spec.size * 3 for spec in model.crops)
         self._blank: U8 = np.zeros((1, 1, 3), np.uint8)
@@ -121,7 +130,7 @@ class DetectWork(Work):
 
         on_device = self._on_device(view, items) if self._model.decodes else {}
         others = [item for i, item in enumerate(items) if i not in on_device]
-        read: Iterator[U8 | tuple[int, int] | FacelaneError]
+        read: Iterator[tuple[U8, tuple[int, int]] | FacelaneError]
         if self._needs_pixels:
             calls = [functools.partial(self._read, view, item) for item in others]
             read = iter(self._decoders.run(calls))
@@ -130,19 +139,20 @@ class DetectWork(Work):
         read_items = [on_device.get(i) or next(read) for i in range(len(items))]
         pictures: list[U8 | api.DevicePicture] = []
         max_faces: list[int] = []
-        outcome: list[tuple[int, int] | FacelaneError] = []
-        for item, picture in zip(items, read_items, strict=True):
-            if isinstance(picture, FacelaneError):
-                outcome.append(picture)
+        outcome: list[_Size | FacelaneError] = []
+        for item, found in zip(items, read_items, strict=True):
+            if isinstance(found, FacelaneError):
+                outcome.append(found)
                 continue
-            if isinstance(picture, tuple):
-                outcome.append(picture)
-                picture = self._blank
-            elif isinstance(picture, api.DevicePicture):
-                outcome.append((picture.width, picture.height))
+            if isinstance(found, api.DevicePicture):
+                stored = (found.width, found.height)
+                pictures.append(found)
+                outcome.append(_Size(stored, stored))
             else:
-                outcome.append((picture.shape[1], picture.shape[0]))
-            pictures.append(picture)
+                pixels, stored = found
+                decoded = (pixels.shape[1], pixels.shape[0]) if self._needs_pixels else stored
+                pictures.append(pixels)
+                outcome.append(_Size(stored, decoded))
             max_faces.append(min(max(item.max_faces, 0), limits.MAX_FACES))
         if not pictures:
             pending: api.Pending[list[api.Detections]] = api.Immediate([])
@@ -163,7 +173,9 @@ class DetectWork(Work):
 
         return finish, isinstance(pending, api.Immediate)
 
-    def _read(self, view: memoryview, item: DetectItem) -> U8 | FacelaneError:
+    def _read(
+        self, view: memoryview, item: DetectItem
+    ) -> tuple[U8, tuple[int, int]] | FacelaneError:
         data = view[item.offset : item.offset + item.length]
         try:
             encoding = Encoding(item.encoding)
@@ -179,17 +191,19 @@ class DetectWork(Work):
         except FacelaneError as error:
             return error
 
-    def _look_at(self, view: memoryview, item: DetectItem) -> tuple[int, int] | FacelaneError:
+    def _look_at(
+        self, view: memoryview, item: DetectItem
+    ) -> tuple[U8, tuple[int, int]] | FacelaneError:
         """The size alone, for a model that looks at no pixels."""
         encoding = Encoding(item.encoding)
         if encoding.is_raw:
-            return item.width, item.height
+            return self._blank, (item.width, item.height)
         data = view[item.offset : item.offset + item.length]
         try:
             header = self._examine(data, encoding, item.max_pixels or self._max_pixels)
         except FacelaneError as error:
             return error
-        return header.width, header.height
+        return self._blank, (header.width, header.height)
 
     def _on_device(
         self, view: memoryview, items: Sequence[DetectItem]
@@ -208,15 +222,17 @@ class DetectWork(Work):
         return {i: p for i, p in zip(jpegs, decoded, strict=True) if p is not None}
 
     def _write(
-        self, slot: int, offset: int, size: tuple[int, int], faces: api.Detections
+        self, slot: int, offset: int, size: _Size, faces: api.Detections
     ) -> tuple[DetectDone, int]:
         count = len(faces.scores)
         room = self._room(slot, offset, count * limits.FACE_RECORD_BYTES)
         records = room.reshape(count, limits.FACE_RECORD_BYTES)
         table = records.view(np.float32)
-        table[:, 0:4] = faces.boxes
+        # In pixels of the picture as it is stored.
+        scale = np.divide(size.stored, size.decoded, dtype=np.float32)
+        table[:, 0:4] = (faces.boxes.reshape(count, 2, 2) * scale).reshape(count, 4)
         table[:, 4] = faces.scores
-        table[:, 5:15] = faces.landmarks.reshape(count, 10)
+        table[:, 5:15] = (faces.landmarks.reshape(count, 5, 2) * scale).reshape(count, 10)
         records[:, 4 * limits.FACE_FLOATS :] = self._appearance(faces)
         crops_offset = aligned(offset + count * limits.FACE_RECORD_BYTES)
         crops = self._room(slot, crops_offset, count * self._record).reshape(count, self._record)
@@ -226,7 +242,7 @@ class DetectWork(Work):
             crops[:, column : column + flat.shape[1]] = flat
             column += flat.shape[1]
         end = aligned(crops_offset + count * self._record)
-        return DetectDone(size[0], size[1], count, offset, crops_offset), end
+        return DetectDone(*size.stored, count, offset, crops_offset), end
 
     def _appearance(self, faces: api.Detections) -> U8:
         """[N, SIGNATURE_BYTES]; of nothing where no aligned chips are cut, or nobody looks

@@ -45,10 +45,12 @@ class Header:
     """What a walk over a picture's file found.
 
     ``plain``: a JPEG of the kind that every decoder takes: baseline, one scan, three
-    components, no colour transform of Adobe's, nothing stray, an end marker. ``end``: where
+    components, no colour transform of Adobe's, nothing stray, an end marker, not too large to
+    be decoded as it is. ``end``: where
     the end marker of a JPEG stands; negative: where its data end without one. ``scans``,
     ``components``: of a JPEG. ``alpha``: it may have see-through parts. ``chunks``: the
-    (start, end) of what a PNG's decoder needs to see.
+    (start, end) of what a PNG's decoder needs to see. ``shrink``: one pixel in so many of a
+    row is decoded (a JPEG that is larger than what may be decoded).
     """
 
     width: int
@@ -59,15 +61,23 @@ class Header:
     components: int = 3
     alpha: bool = False
     chunks: tuple[tuple[int, int], ...] = ()
+    shrink: int = 1
+
+    @property
+    def decoded(self) -> tuple[int, int]:
+        """Width and height of what is decoded."""
+        return -(-self.width // self.shrink), -(-self.height // self.shrink)
 
 
 def examine(data: memoryview, encoding: Encoding, max_pixels: int = 0) -> Header:
     """The header of a JPEG, PNG or WebP that is worth decoding.
 
-    ``max_pixels`` 0 = the hard ceiling of ``limits``. Raises FacelaneError: PICTURE_EMPTY,
-    ENCODING_MISMATCH (the bytes are of another format), ENCODING_UNSUPPORTED (a rare variant
-    of the format), PICTURE_CORRUPT, PICTURE_TOO_SMALL, PICTURE_TOO_LARGE,
-    PICTURE_TOO_COSTLY.
+    ``max_pixels``: of what is decoded; 0 = the hard ceiling of ``limits``. Larger JPEGs are
+    shrunk by 2, 4 or 8 while they are decoded, up to other ceilings of ``limits``.
+
+    Raises FacelaneError: PICTURE_EMPTY, ENCODING_MISMATCH (the bytes are of another format),
+    ENCODING_UNSUPPORTED (a rare variant of the format), PICTURE_CORRUPT, PICTURE_TOO_SMALL,
+    PICTURE_TOO_LARGE, PICTURE_TOO_COSTLY.
     """
     if not len(data):
         raise FacelaneError(
@@ -102,8 +112,9 @@ def sniff(data: memoryview) -> Encoding | None:
     return None
 
 
-def check_bounds(width: int, height: int, max_pixels: int) -> None:
-    """Refuse sizes that hold no face or are too large to decode.
+def check_bounds(width: int, height: int, max_pixels: int, *, shrinks: bool = False) -> int:
+    """Refuse sizes that hold no face or are too large to decode; by how much to shrink the
+    others. ``shrinks``: the format can be decoded at 1/2, 1/4 and 1/8.
 
     Raises FacelaneError: PICTURE_TOO_SMALL or PICTURE_TOO_LARGE.
     """
@@ -116,13 +127,32 @@ def check_bounds(width: int, height: int, max_pixels: int) -> None:
             metadata=size,
         )
     ceiling = min(max_pixels or limits.MAX_PIXELS, limits.MAX_PIXELS)
-    if width > limits.MAX_SIDE or height > limits.MAX_SIDE or width * height > ceiling:
-        raise FacelaneError(
-            Reason.PICTURE_TOO_LARGE,
-            f"the picture is {width}x{height}, but at most {ceiling} pixels and "
-            f"{limits.MAX_SIDE} a side are decoded; scale it down",
-            metadata={**size, "max_pixels": str(ceiling)},
-        )
+    shrink = 1
+    while shrinks and shrink < limits.MAX_SHRINK and _shrunk(width, height, shrink) > ceiling:
+        shrink *= 2
+    whole = limits.MAX_SHRUNK_PIXELS if shrink > 1 else ceiling
+    if (
+        width > limits.MAX_SIDE
+        or height > limits.MAX_SIDE
+        or width * height > whole
+        or _shrunk(width, height, shrink) > ceiling
+    ):
+        raise too_large(width, height, limits.MAX_SHRUNK_PIXELS if shrinks else ceiling)
+    return shrink
+
+
+def _shrunk(width: int, height: int, shrink: int) -> int:
+    return -(-width // shrink) * -(-height // shrink)
+
+
+def too_large(width: int, height: int, ceiling: int) -> FacelaneError:
+    """For the caller to raise."""
+    return FacelaneError(
+        Reason.PICTURE_TOO_LARGE,
+        f"the picture is {width}x{height}, but at most {ceiling} pixels and "
+        f"{limits.MAX_SIDE} a side are decoded; scale it down",
+        metadata={"width": str(width), "height": str(height), "max_pixels": str(ceiling)},
+    )
 
 
 def too_costly(encoding: Encoding, why: str) -> FacelaneError:
@@ -156,6 +186,7 @@ def _jpeg(data: memoryview, max_pixels: int) -> Header:
     size: tuple[int, int] | None = None
     samples: dict[int, int] = {}
     blocks = entropy = scans = work = strays = 0
+    shrink = 1
     simple = True
     at = 2
     for _ in range(limits.MAX_PICTURE_SEGMENTS):
@@ -173,8 +204,14 @@ def _jpeg(data: memoryview, max_pixels: int) -> Header:
             if entropy * 8 < blocks:
                 _corrupt(Encoding.JPEG, "it holds less data than its size needs")
             ended = at + 1 < len(data) and marker == _EOI
-            plain = simple and ended and scans == 1 and len(samples) == 3 and not strays
-            return Header(*size, plain, at if ended else -at, scans, len(samples))
+            if scans > 1 and size[0] * size[1] > limits.MAX_PIXELS:
+                # A decoder keeps all of it until the last scan, however small the result.
+                raise too_large(*size, limits.MAX_PIXELS)
+            plain = (
+                simple and ended and scans == 1 and len(samples) == 3 and not strays and shrink == 1
+            )
+            end = at if ended else -at
+            return Header(*size, plain, end, scans, len(samples), shrink=shrink)
         at += 2
         if marker in _STANDALONE:
             continue
@@ -187,7 +224,7 @@ def _jpeg(data: memoryview, max_pixels: int) -> Header:
             if size is not None:
                 _corrupt(Encoding.JPEG, "it has two frame headers")
             size, samples = _frame_header(data, at, length)
-            check_bounds(*size, max_pixels)
+            shrink = check_bounds(*size, max_pixels, shrinks=True)
             blocks = -(-size[0] // 8) * -(-size[1] // 8)
         simple = simple and marker != _APP14 and (marker not in _SOF or marker == _SOF0)
         body, at = at, at + length

@@ -13,12 +13,18 @@ from typing import Final
 import cv2
 import numpy as np
 
+from facelane_server import limits
 from facelane_server.domain import Encoding, FacelaneError, Reason
 from facelane_server.models.api import U8
 from facelane_server.worker.decoding.headers import Header, check_bounds, examine
 
 _FLAGS: Final = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-_SMALL: Final = cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION
+_SHRUNK: Final = {
+    1: _FLAGS,
+    2: cv2.IMREAD_REDUCED_COLOR_2 | cv2.IMREAD_IGNORE_ORIENTATION,
+    4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_IGNORE_ORIENTATION,
+    8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION,
+}
 _GREY: Final = 128
 """What libjpeg puts where entropy-coded data ended too early."""
 _EOI: Final = b"\xff\xd9"
@@ -42,7 +48,7 @@ def decode(
     stride: int = 0,
     max_pixels: int = 0,
 ) -> U8:
-    """One picture as ``uint8`` [height, width, 3], BGR, C-contiguous.
+    """One picture as ``uint8`` [height, width, 3], BGR, C-contiguous; shrunk as ``read`` says.
 
     ``width``, ``height`` and ``stride`` (bytes a row; 0 = no padding) describe raw
     pictures and are ignored otherwise. ``max_pixels`` 0 = the hard ceiling of
@@ -52,8 +58,21 @@ def decode(
     Raises FacelaneError with a PICTURE_*, ENCODING_* or RAW_LAYOUT_INVALID reason, and
     nothing else, whatever the bytes are.
     """
+    return read(data, encoding, width, height, stride, max_pixels)[0]
+
+
+def read(
+    data: memoryview,
+    encoding: Encoding,
+    width: int = 0,
+    height: int = 0,
+    stride: int = 0,
+    max_pixels: int = 0,
+) -> tuple[U8, tuple[int, int]]:
+    """As ``decode``, with the (width, height) that the picture has as it is stored: a JPEG of
+    more than ``max_pixels`` is shrunk by 2, 4 or 8 while it is decoded."""
     if encoding.is_raw:
-        return _raw(data, encoding, width, height, stride, max_pixels)
+        return _raw(data, encoding, width, height, stride, max_pixels), (width, height)
     header = examine(data, encoding, max_pixels)
     if encoding is Encoding.JPEG:
         picture = _jpeg(data, header)
@@ -67,12 +86,12 @@ def decode(
             Reason.PICTURE_CORRUPT,
             f"the {encoding.value} picture cannot be decoded; send it again whole",
         )
-    if picture.shape != (header.height, header.width, 3):
+    if picture.shape != (*reversed(header.decoded), 3):
         raise FacelaneError(
             Reason.PICTURE_CORRUPT,
             f"the {encoding.value} picture's data contradict the size in its header",
         )
-    return picture
+    return picture, (header.width, header.height)
 
 
 def _read(data: bytes | memoryview, header: Header, flags: int = _FLAGS) -> U8 | None:
@@ -111,7 +130,8 @@ def _jpeg(data: memoryview, header: Header) -> U8 | None:
     end = abs(header.end)
     whole = header.end > 0
     kept = bytes(data[:end]).rstrip(b"\xff")  # half an end marker, or fill
-    picture = _read(data if whole else kept + _EOI, header)
+    flags = _SHRUNK[header.shrink]
+    picture = _read(data if whole else kept + _EOI, header, flags)
     if picture is None:
         return None
     if whole and header.components != 4 and (picture[-1, -1] != _GREY).any():
@@ -120,8 +140,9 @@ def _jpeg(data: memoryview, header: Header) -> U8 | None:
     # blocks ignores more of them; one that lacks some takes them, and the picture changes.
     # Scaled down to the blocks' means where that is enough: a part of the cost.
     small = whole and header.scans == 1
-    more = _read(kept + _further(kept) + _EOI, header, _SMALL if small else _FLAGS)
-    found = _read(data, header, _SMALL) if small else picture
+    flags = _SHRUNK[limits.MAX_SHRINK] if small else flags
+    more = _read(kept + _further(kept) + _EOI, header, flags)
+    found = _read(data, header, flags) if small else picture
     if found is None or more is None or not np.array_equal(found, more):
         raise FacelaneError(
             Reason.PICTURE_CORRUPT,
