@@ -60,8 +60,8 @@ class LaneWatch:
         )
 
     def outcome(self, lane: Lane, outcome: Outcome) -> None:
-        del lane  # metrics are not kept a stream: their number would grow without a bound
-        self._metrics.outcome(outcome)
+        # Metrics are not kept a stream: their number would grow without a bound.
+        self._metrics.outcome(outcome, lane.options.overload)
 
     def sighted(self, lane: Lane, sighting: Sighting) -> None:
         present = self._present.get(lane.lane_id)

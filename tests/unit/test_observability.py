@@ -33,6 +33,7 @@ from facelane_server.domain import (
     Liveness,
     LivenessVerdict,
     Outcome,
+    Overload,
     Reason,
     Stage,
     StageTiming,
@@ -263,8 +264,9 @@ def test_outcomes_are_counted_with_their_stages() -> None:
     assert frames("drop", "SUPERSEDED") == 1
     assert frames("error", "PICTURE_CORRUPT") == 1
     assert sum(v for (name, _), v in got.items() if name == "facelane_frames_total") == 5
-    assert got["facelane_frame_age_seconds_count", ()] == 3
-    assert got["facelane_frame_age_seconds_sum", ()] == pytest.approx(0.036)
+    live = (("overload", "latest_wins"),)
+    assert got["facelane_frame_age_seconds_count", live] == 3
+    assert got["facelane_frame_age_seconds_sum", live] == pytest.approx(0.036)
     for stage, queue, service in (("detector", 0.001, 0.008), ("recognizer", 0.0004, 0.002)):
         label = (("stage", stage),)
         assert got["facelane_stage_queue_seconds_sum", label] == pytest.approx(3 * queue)
@@ -284,12 +286,26 @@ def test_a_histogram_counts_each_value_in_every_bucket_above_it() -> None:
     got = values(metrics)
 
     def upto(bound: str) -> float:
-        return got["facelane_frame_age_seconds_bucket", (("le", bound),)]
+        live = (("le", bound), ("overload", "latest_wins"))
+        return got["facelane_frame_age_seconds_bucket", live]
 
     counts = [upto(b) for b in ("0.0005", "0.003", "0.005", "0.1", "0.15", "10.0", "+Inf")]
     assert counts == [2, 2, 4, 4, 5, 5, 6]
-    assert got["facelane_frame_age_seconds_count", ()] == 6
-    assert got["facelane_frame_age_seconds_sum", ()] == pytest.approx(60.1287)
+    live = (("overload", "latest_wins"),)
+    assert got["facelane_frame_age_seconds_count", live] == 6
+    assert got["facelane_frame_age_seconds_sum", live] == pytest.approx(60.1287)
+
+
+def test_files_that_wait_in_their_windows_do_not_hide_the_ages_of_cameras() -> None:
+    metrics = Metrics()
+    for overload, age_ms in ((Overload.LATEST_WINS, 20), (Overload.LOSSLESS, 4_000)):
+        body = FrameResult(9, 9, ())
+        metrics.outcome(Outcome(1, 0, None, body, age_ns=age_ms * 1_000_000), overload)
+    got = values(metrics)
+    for overload, age_s in (("latest_wins", 0.02), ("lossless", 4.0)):
+        label = (("overload", overload),)
+        assert got["facelane_frame_age_seconds_count", label] == 1
+        assert got["facelane_frame_age_seconds_sum", label] == age_s
 
 
 def test_values_that_are_read_at_the_scrape() -> None:

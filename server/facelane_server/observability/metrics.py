@@ -32,6 +32,7 @@ from facelane_server.domain import (
     FrameResult,
     LivenessVerdict,
     Outcome,
+    Overload,
     Reason,
     Stage,
 )
@@ -93,7 +94,9 @@ class Metrics:
             ["outcome", "reason"],
             registry=self.registry,
         )
-        self._age = _Latencies()
+        # Apart, because a file fills its window on purpose: its frames wait in it, and their ages
+        # would hide those of the cameras.
+        self._age = {o: _Latencies() for o in Overload}
         self._queue = {s: _Latencies() for s in Stage}
         self._service = {s: _Latencies() for s in Stage}
         missing = Counter(
@@ -134,12 +137,12 @@ class Metrics:
         self._verdicts = {v: verdicts.labels(v.value) for v in LivenessVerdict}
         self.registry.register(_SourceCollector(sources or Sources(), self._histograms))
 
-    def outcome(self, outcome: Outcome) -> None:
-        """Counts a frame's outcome."""
+    def outcome(self, outcome: Outcome, overload: Overload = Overload.LATEST_WINS) -> None:
+        """Counts a frame's outcome; ``overload``: its stream's."""
         body = outcome.body
         if isinstance(body, FrameResult):
             self._results.inc()
-            self._age.observe(outcome.age_ns / 1e9)
+            self._age[overload].observe(outcome.age_ns / 1e9)
             for timing in body.timings:
                 self._queue[timing.stage].observe(timing.queue_ns / 1e9)
                 self._service[timing.stage].observe(timing.service_ns / 1e9)
@@ -156,9 +159,12 @@ class Metrics:
 
     def _histograms(self) -> Iterator[Metric]:
         age = HistogramMetricFamily(
-            "facelane_frame_age_seconds", "From the receipt of a frame to its result."
+            "facelane_frame_age_seconds",
+            "From the receipt of a frame to its result, by the stream's overload policy.",
+            labels=["overload"],
         )
-        self._age.into(age, ())
+        for overload, ages in self._age.items():
+            ages.into(age, (overload.value,))
         yield age
         for name, text, stages in (
             ("queue", "Waiting for a worker", self._queue),
