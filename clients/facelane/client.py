@@ -184,7 +184,8 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         ``options`` (``facelane.StreamOptions`` says more): those of ``analyze_image`` and
         ``source_id`` (a name for logs), ``overload`` (``latest_wins`` or ``lossless``),
         ``max_frame_age`` (seconds), ``weight`` (1-100, share under load),
-        ``reinference_interval`` (seconds), ``disable_tracking``.
+        ``reinference_interval`` (seconds), ``disable_tracking``,
+        ``analysis_fps`` (pictures a second that are analysed).
 
         >>> with client.analyze_stream(source_id="door", overload="lossless") as stream:
         ...     for picture in pictures:

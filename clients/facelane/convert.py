@@ -25,6 +25,7 @@ _E = TypeVar("_E")
 _UTC = dt.UTC
 
 DEFAULT_GALLERY = "default"
+_RATES = (0.1, 1000.0)
 
 _ENCODING: dict[types.Encoding, face_pb2.PictureEncoding.ValueType] = {
     types.Encoding.JPEG: face_pb2.PICTURE_ENCODING_JPEG,
@@ -33,6 +34,8 @@ _ENCODING: dict[types.Encoding, face_pb2.PictureEncoding.ValueType] = {
     types.Encoding.BGR24: face_pb2.PICTURE_ENCODING_BGR24,
     types.Encoding.RGB24: face_pb2.PICTURE_ENCODING_RGB24,
     types.Encoding.NV12: face_pb2.PICTURE_ENCODING_NV12,
+    types.Encoding.H264: face_pb2.PICTURE_ENCODING_H264,
+    types.Encoding.H265: face_pb2.PICTURE_ENCODING_H265,
 }
 _OVERLOAD: dict[types.Overload, analysis_service_pb2.OverloadPolicy.ValueType] = {
     types.Overload.LATEST_WINS: analysis_service_pb2.OVERLOAD_POLICY_LATEST_WINS,
@@ -58,12 +61,16 @@ _DROP: dict[int, types.DropReason] = {
     analysis_service_pb2.DROP_REASON_TOO_OLD: types.DropReason.TOO_OLD,
     analysis_service_pb2.DROP_REASON_DRAINING: types.DropReason.DRAINING,
     analysis_service_pb2.DROP_REASON_STREAM_CLOSED: types.DropReason.STREAM_CLOSED,
+    analysis_service_pb2.DROP_REASON_WAITING_FOR_KEY_FRAME: types.DropReason.WAITING_FOR_KEY_FRAME,
 }
 _UPDATE: dict[int, types.StreamUpdateKind] = {
     analysis_service_pb2.STREAM_UPDATE_KIND_STAGE_LOST: types.StreamUpdateKind.STAGE_LOST,
     analysis_service_pb2.STREAM_UPDATE_KIND_STAGE_RESTORED: types.StreamUpdateKind.STAGE_RESTORED,
     analysis_service_pb2.STREAM_UPDATE_KIND_DRAINING: types.StreamUpdateKind.DRAINING,
     analysis_service_pb2.STREAM_UPDATE_KIND_TRACK_ENDED: types.StreamUpdateKind.TRACK_ENDED,
+    analysis_service_pb2.STREAM_UPDATE_KIND_KEY_FRAME_WANTED: (
+        types.StreamUpdateKind.KEY_FRAME_WANTED
+    ),
 }
 
 
@@ -146,12 +153,22 @@ def count(name: str, value: int) -> int:
     return value
 
 
+def _rate(per_second: float) -> float:
+    if per_second and not _RATES[0] <= per_second <= _RATES[1]:
+        raise errors.ArgumentError(
+            errors.Reason.CONFIG_INVALID,
+            f"analysis_fps {per_second}: give {_RATES[0]:g} to {_RATES[1]:g} pictures a second, or "
+            "0 for all",
+        )
+    return per_second
+
+
 def size(value: types.Picture) -> int:
     """Bytes of a picture. What is no picture is named here, where it came in."""
     if not isinstance(value, types.Picture):
         raise TypeError(
             f"{type(value).__name__} is no facelane.Picture: make one with Picture.encoded, "
-            "Picture.from_file or Picture.raw"
+            "Picture.from_file, Picture.raw or Picture.access_unit"
         )
     return len(value.data)
 
@@ -196,6 +213,7 @@ def stream_config(
     weight: int = 0,
     reinference_interval: float | None = None,
     disable_tracking: bool = False,
+    analysis_fps: float = 0.0,
     **options: Unpack[types.AnalysisOptions],
 ) -> analysis_service_pb2.AnalyzeStreamRequest:
     """The first message of a stream."""
@@ -212,6 +230,7 @@ def stream_config(
         overload_policy=_OVERLOAD[policy],
         weight=count("weight", weight),
         disable_tracking=disable_tracking,
+        analysis_fps=_rate(analysis_fps),
     )
     if max_frame_age is not None:
         config.max_frame_age.CopyFrom(duration(max_frame_age))

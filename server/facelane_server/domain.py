@@ -21,6 +21,14 @@ class Encoding(enum.StrEnum):
     BGR24 = "bgr24"
     RGB24 = "rgb24"
     NV12 = "nv12"
+    H264 = "h264"
+    """One access unit of video, Annex B; in streams only."""
+    H265 = "h265"
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it takes pictures before it to decode one."""
+        return self in (Encoding.H264, Encoding.H265)
 
     @property
     def is_raw(self) -> bool:
@@ -70,6 +78,8 @@ class DropReason(enum.StrEnum):
     """The server is shutting down."""
     STREAM_CLOSED = "STREAM_CLOSED"
     """The stream ended before the frame was dispatched."""
+    WAITING_FOR_KEY_FRAME = "WAITING_FOR_KEY_FRAME"
+    """Video: it cannot be decoded without a key frame that is not there."""
 
 
 class Reason(enum.StrEnum):

@@ -56,6 +56,56 @@ def test_what_is_no_picture_is_named(data: bytes, reason: str, words: str) -> No
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("start", [b"\0\0\1", b"\0\0\0\1"])
+@pytest.mark.parametrize("encoding", ["h264", "h265"])
+def test_an_access_unit_is_taken_as_it_is(start: bytes, encoding: str) -> None:
+    data = start + b"\x65\x88"
+    for given_as in (data, bytearray(data), memoryview(data)):
+        picture = facelane.Picture.access_unit(given_as, encoding)  # type: ignore[arg-type]
+        assert picture.encoding == encoding
+        assert picture.encoding.is_video
+        assert not picture.encoding.is_raw
+        assert type(picture.data) is bytes
+        assert picture.data == data
+    message = convert.picture(picture)
+    assert message.encoding == face_pb2.PictureEncoding.Value(
+        f"PICTURE_ENCODING_{encoding.upper()}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding", "reason", "words"),
+    [
+        (b"", "h264", "PICTURE_EMPTY", "no bytes"),
+        (b"\0\0\x02\x0a\x65\x88", "h264", "PICTURE_CORRUPT", "h264_mp4toannexb"),
+        (b"\x65\x88", "h265", "PICTURE_CORRUPT", "no start code"),
+        (b"\0\0\1\x65", "jpeg", "ENCODING_MISMATCH", "no video"),
+        (b"\0\0\1\x65", "av1", "ENCODING_UNSUPPORTED", "give one of"),
+    ],
+)
+def test_what_is_no_access_unit_is_named(
+    data: bytes, encoding: str, reason: str, words: str
+) -> None:
+    with pytest.raises(facelane.PictureError, match=words) as caught:
+        facelane.Picture.access_unit(data, encoding)  # type: ignore[arg-type]
+    assert caught.value.reason == reason
+
+
+def test_video_is_no_single_picture() -> None:
+    with pytest.raises(facelane.PictureError, match=r"Picture\.access_unit"):
+        facelane.Picture.encoded(b"\0\0\1\x65", facelane.Encoding.H264)  # type: ignore[arg-type]
+    with pytest.raises(facelane.PictureError, match=r"Picture\.access_unit"):
+        facelane.Picture.raw(b"\0", width=1, height=1, encoding="h265")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [0.05, -1.0, 2000.0, math.nan, math.inf])
+def test_a_rate_of_analyses_that_cannot_be(rate: float) -> None:
+    with pytest.raises(facelane.ArgumentError, match="analysis_fps") as caught:
+        convert.stream_config(analysis_fps=rate)
+    assert caught.value.reason == "CONFIG_INVALID"
+    assert convert.stream_config(analysis_fps=7.5).config.analysis_fps == 7.5
+
+
 @pytest.mark.parametrize("name", ["jpg", "JPEG", "yuv420"])
 def test_an_encoding_that_there_is_not(name: str) -> None:
     with pytest.raises(facelane.PictureError, match="give one of jpeg, png, webp") as caught:

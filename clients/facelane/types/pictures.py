@@ -28,6 +28,15 @@ class Encoding(enum.StrEnum):
     """Raw, three bytes a pixel, red first."""
     NV12 = "nv12"
     """Raw 4:2:0: a Y plane of ``stride * height`` bytes, then the interleaved UV plane."""
+    H264 = "h264"
+    """Video: one access unit, Annex B. In streams only."""
+    H265 = "h265"
+    """Video, as ``H264``."""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it takes pictures before it to decode one."""
+        return self in _VIDEO
 
     @property
     def is_raw(self) -> bool:
@@ -36,6 +45,8 @@ class Encoding(enum.StrEnum):
 
 
 _RAW = frozenset({Encoding.BGR24, Encoding.RGB24, Encoding.NV12})
+_VIDEO = frozenset({Encoding.H264, Encoding.H265})
+_START_CODES = (b"\0\0\1", b"\0\0\0\1")
 
 # First bytes of formats that people send by mistake, to name them in the error.
 _UNSUPPORTED_MAGIC = (
@@ -75,7 +86,7 @@ def _encoding(name: Encoding | str) -> Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture to send. Build it with ``encoded``, ``from_file`` or ``raw``.
+    """One picture to send. Build it with ``encoded``, ``from_file``, ``raw`` or ``access_unit``.
 
     EXIF orientation is not applied by the server: rotate before sending.
     ``width``, ``height`` (pixels) and ``stride`` (bytes a row, 0 = packed) are zero unless
@@ -110,6 +121,10 @@ class Picture:
         if chosen.is_raw:
             raise PictureError(
                 Reason.ENCODING_MISMATCH, f"{chosen} is raw: use Picture.raw with width and height"
+            )
+        if chosen.is_video:
+            raise PictureError(
+                Reason.ENCODING_MISMATCH, f"{chosen} is video: use Picture.access_unit in a stream"
             )
         return cls(chosen, data)
 
@@ -146,8 +161,9 @@ class Picture:
         """
         chosen = _encoding(encoding)
         if not chosen.is_raw:
+            made_by = "access_unit" if chosen.is_video else "encoded"
             raise PictureError(
-                Reason.ENCODING_MISMATCH, f"{chosen} is compressed: use Picture.encoded"
+                Reason.ENCODING_MISMATCH, f"{chosen} is compressed: use Picture.{made_by}"
             )
         try:
             view = memoryview(buffer)  # type: ignore[arg-type]
@@ -166,6 +182,38 @@ class Picture:
         data = view.tobytes()
         _check_layout(chosen, len(data), width, height, stride)
         return cls(chosen, data, width, height, stride)
+
+    @classmethod
+    def access_unit(
+        cls, data: Buffer, encoding: Encoding | Literal["h264", "h265"] = Encoding.H264
+    ) -> Picture:
+        """All of one picture of a video as a camera sends it, with its start codes (Annex B).
+
+        A stream of them has every access unit, in decoding order, and one encoding. Key frames
+        bring their parameter sets (SPS, PPS; VPS for H.265) along. The units of MP4 and Matroska
+        files have lengths instead of start codes: FFmpeg's bitstream filters
+        ``h264_mp4toannexb`` and ``hevc_mp4toannexb`` make them into what is wanted here.
+
+        Raises:
+            PictureError: no bytes (PICTURE_EMPTY), no start code in front (PICTURE_CORRUPT), or
+                an encoding that is no video (ENCODING_MISMATCH, ENCODING_UNSUPPORTED).
+        """
+        chosen = _encoding(encoding)
+        if not chosen.is_video:
+            raise PictureError(Reason.ENCODING_MISMATCH, f"{chosen} is no video: give h264 or h265")
+        if not isinstance(data, bytes):
+            data = bytes(data)
+        if not data:
+            raise PictureError(
+                Reason.PICTURE_EMPTY, "the access unit has no bytes: check what was read"
+            )
+        if not data.startswith(_START_CODES):
+            raise PictureError(
+                Reason.PICTURE_CORRUPT,
+                "the access unit begins with no start code: send Annex B; from MP4 or Matroska "
+                "use the bitstream filter h264_mp4toannexb or hevc_mp4toannexb",
+            )
+        return cls(chosen, data)
 
 
 def _shape_of(shape: Sequence[int], encoding: Encoding, width: int, height: int) -> tuple[int, int]:

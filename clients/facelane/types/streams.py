@@ -23,6 +23,8 @@ class DropReason(enum.StrEnum):
     """The server is going away."""
     STREAM_CLOSED = "STREAM_CLOSED"
     """The stream ended before the frame was dispatched."""
+    WAITING_FOR_KEY_FRAME = "WAITING_FOR_KEY_FRAME"
+    """Video: it cannot be decoded without a key frame that did not come or is no longer kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,9 @@ class StreamConfigOptions(AnalysisOptions, total=False):
     """Seconds of media time after which a track is recognised again. ``None``: the server's."""
     disable_tracking: bool
     """Recognise every face of every frame instead of once a track."""
+    analysis_fps: float
+    """At most so many pictures a second of media time are analysed, 0.1-1000; 0 = all. The
+    others are dropped as SUPERSEDED at once; of video they are decoded where it takes them."""
 
 
 class StreamOptions(StreamConfigOptions, total=False):
@@ -196,6 +201,8 @@ class StreamUpdateKind(enum.StrEnum):
     DRAINING = "DRAINING"
     """The server is going away. A stream with ``reconnect`` finishes and comes back."""
     TRACK_ENDED = "TRACK_ENDED"
+    KEY_FRAME_WANTED = "KEY_FRAME_WANTED"
+    """Video: frames are dropped until the next key frame; ask the camera for one if you can."""
     CONNECTION_LOST = "CONNECTION_LOST"
     """Told by the client itself: the connection broke, and it will try again."""
     RECONNECTED = "RECONNECTED"

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"facelane/v1/analysis_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x98\x01\n\x0f\x41nalysisOptions\x12\x18\n\x10skip_recognition\x18\x01 \x01(\x08\x12\x15\n\rskip_liveness\x18\x02 \x01(\x08\x12\x12\n\ngallery_id\x18\x03 \x01(\t\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x16\n\x0emax_candidates\x18\x05 \x01(\r\x12\x15\n\rmin_face_size\x18\x06 \x01(\r\"\x9b\x02\n\x0cStreamConfig\x12\x11\n\tsource_id\x18\x01 \x01(\t\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\x12\x34\n\x0foverload_policy\x18\x03 \x01(\x0e\x32\x1b.facelane.v1.OverloadPolicy\x12\x30\n\rmax_frame_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06weight\x18\x05 \x01(\r\x12\x18\n\x10\x64isable_tracking\x18\x06 \x01(\x08\x12\x37\n\x14reinference_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa4\x01\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12%\n\x07picture\x18\x02 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x30\n\rstream_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"s\n\x14\x41nalyzeStreamRequest\x12+\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamConfigH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.facelane.v1.FrameH\x00\x42\t\n\x07message\"\x90\x01\n\x0cStreamLimits\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x02 \x01(\x04\x12\x12\n\nmax_pixels\x18\x03 \x01(\x04\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x30\n\rmax_frame_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xca\x01\n\x0cStreamOpened\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.facelane.v1.StreamLimits\x12\x35\n\x06models\x18\x03 \x03(\x0b\x32%.facelane.v1.StreamOpened.ModelsEntry\x12\x16\n\x0eserver_version\x18\x04 \x01(\t\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"4\n\tFrameDrop\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.facelane.v1.DropReason\"\xc3\x02\n\x0c\x46rameOutcome\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\rstream_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x06result\x18\x05 \x01(\x0b\x32\x18.facelane.v1.FrameResultH\x00\x12&\n\x04\x64rop\x18\x06 \x01(\x0b\x32\x16.facelane.v1.FrameDropH\x00\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x11\n\tstream_id\x18\x08 \x01(\tB\t\n\x07outcome\"\xab\x01\n\x0cStreamUpdate\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.facelane.v1.StreamUpdateKind\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.facelane.v1.Stage\x12\x10\n\x08track_id\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12(\n\x05grace\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xee\x01\n\rStreamSummary\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07results\x18\x02 \x01(\x04\x12\r\n\x05\x64rops\x18\x03 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x04 \x01(\x04\x12\r\n\x05\x66\x61\x63\x65s\x18\x05 \x01(\x04\x12\x0e\n\x06tracks\x18\x06 \x01(\x04\x12\x46\n\x0f\x64rops_by_reason\x18\x07 \x03(\x0b\x32-.facelane.v1.StreamSummary.DropsByReasonEntry\x1a\x34\n\x12\x44ropsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd9\x01\n\x15\x41nalyzeStreamResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamOpenedH\x00\x12,\n\x07outcome\x18\x02 \x01(\x0b\x32\x19.facelane.v1.FrameOutcomeH\x00\x12+\n\x06update\x18\x03 \x01(\x0b\x32\x19.facelane.v1.StreamUpdateH\x00\x12-\n\x07summary\x18\x04 \x01(\x0b\x32\x1a.facelane.v1.StreamSummaryH\x00\x42\t\n\x07message\"k\n\x13\x41nalyzeImageRequest\x12%\n\x07picture\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Picture\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\"@\n\x14\x41nalyzeImageResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.facelane.v1.FrameResult*p\n\x0eOverloadPolicy\x12\x1f\n\x1bOVERLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x1f\n\x1bOVERLOAD_POLICY_LATEST_WINS\x10\x01\x12\x1c\n\x18OVERLOAD_POLICY_LOSSLESS\x10\x02*\x97\x01\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44ROP_REASON_SUPERSEDED\x10\x01\x12\x17\n\x13\x44ROP_REASON_TOO_OLD\x10\x02\x12\x18\n\x14\x44ROP_REASON_DRAINING\x10\x03\x12\x1d\n\x19\x44ROP_REASON_STREAM_CLOSED\x10\x04*\xc5\x01\n\x10StreamUpdateKind\x12\"\n\x1eSTREAM_UPDATE_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dSTREAM_UPDATE_KIND_STAGE_LOST\x10\x01\x12%\n!STREAM_UPDATE_KIND_STAGE_RESTORED\x10\x02\x12\x1f\n\x1bSTREAM_UPDATE_KIND_DRAINING\x10\x03\x12\"\n\x1eSTREAM_UPDATE_KIND_TRACK_ENDED\x10\x04\x32\xc2\x01\n\x0f\x41nalysisService\x12Z\n\rAnalyzeStream\x12!.facelane.v1.AnalyzeStreamRequest\x1a\".facelane.v1.AnalyzeStreamResponse(\x01\x30\x01\x12S\n\x0c\x41nalyzeImage\x12 .facelane.v1.AnalyzeImageRequest\x1a!.facelane.v1.AnalyzeImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"facelane/v1/analysis_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x98\x01\n\x0f\x41nalysisOptions\x12\x18\n\x10skip_recognition\x18\x01 \x01(\x08\x12\x15\n\rskip_liveness\x18\x02 \x01(\x08\x12\x12\n\ngallery_id\x18\x03 \x01(\t\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x16\n\x0emax_candidates\x18\x05 \x01(\r\x12\x15\n\rmin_face_size\x18\x06 \x01(\r\"\xb1\x02\n\x0cStreamConfig\x12\x11\n\tsource_id\x18\x01 \x01(\t\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\x12\x34\n\x0foverload_policy\x18\x03 \x01(\x0e\x32\x1b.facelane.v1.OverloadPolicy\x12\x30\n\rmax_frame_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06weight\x18\x05 \x01(\r\x12\x18\n\x10\x64isable_tracking\x18\x06 \x01(\x08\x12\x37\n\x14reinference_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x61nalysis_fps\x18\x08 \x01(\x02\"\xa4\x01\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12%\n\x07picture\x18\x02 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x30\n\rstream_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"s\n\x14\x41nalyzeStreamRequest\x12+\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamConfigH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.facelane.v1.FrameH\x00\x42\t\n\x07message\"\x90\x01\n\x0cStreamLimits\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x02 \x01(\x04\x12\x12\n\nmax_pixels\x18\x03 \x01(\x04\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x30\n\rmax_frame_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xca\x01\n\x0cStreamOpened\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.facelane.v1.StreamLimits\x12\x35\n\x06models\x18\x03 \x03(\x0b\x32%.facelane.v1.StreamOpened.ModelsEntry\x12\x16\n\x0eserver_version\x18\x04 \x01(\t\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"4\n\tFrameDrop\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.facelane.v1.DropReason\"\xc3\x02\n\x0c\x46rameOutcome\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\rstream_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x06result\x18\x05 \x01(\x0b\x32\x18.facelane.v1.FrameResultH\x00\x12&\n\x04\x64rop\x18\x06 \x01(\x0b\x32\x16.facelane.v1.FrameDropH\x00\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x11\n\tstream_id\x18\x08 \x01(\tB\t\n\x07outcome\"\xab\x01\n\x0cStreamUpdate\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.facelane.v1.StreamUpdateKind\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.facelane.v1.Stage\x12\x10\n\x08track_id\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12(\n\x05grace\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xee\x01\n\rStreamSummary\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07results\x18\x02 \x01(\x04\x12\r\n\x05\x64rops\x18\x03 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x04 \x01(\x04\x12\r\n\x05\x66\x61\x63\x65s\x18\x05 \x01(\x04\x12\x0e\n\x06tracks\x18\x06 \x01(\x04\x12\x46\n\x0f\x64rops_by_reason\x18\x07 \x03(\x0b\x32-.facelane.v1.StreamSummary.DropsByReasonEntry\x1a\x34\n\x12\x44ropsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd9\x01\n\x15\x41nalyzeStreamResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamOpenedH\x00\x12,\n\x07outcome\x18\x02 \x01(\x0b\x32\x19.facelane.v1.FrameOutcomeH\x00\x12+\n\x06update\x18\x03 \x01(\x0b\x32\x19.facelane.v1.StreamUpdateH\x00\x12-\n\x07summary\x18\x04 \x01(\x0b\x32\x1a.facelane.v1.StreamSummaryH\x00\x42\t\n\x07message\"k\n\x13\x41nalyzeImageRequest\x12%\n\x07picture\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Picture\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\"@\n\x14\x41nalyzeImageResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.facelane.v1.FrameResult*p\n\x0eOverloadPolicy\x12\x1f\n\x1bOVERLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x1f\n\x1bOVERLOAD_POLICY_LATEST_WINS\x10\x01\x12\x1c\n\x18OVERLOAD_POLICY_LOSSLESS\x10\x02*\xbe\x01\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44ROP_REASON_SUPERSEDED\x10\x01\x12\x17\n\x13\x44ROP_REASON_TOO_OLD\x10\x02\x12\x18\n\x14\x44ROP_REASON_DRAINING\x10\x03\x12\x1d\n\x19\x44ROP_REASON_STREAM_CLOSED\x10\x04\x12%\n!DROP_REASON_WAITING_FOR_KEY_FRAME\x10\x05*\xee\x01\n\x10StreamUpdateKind\x12\"\n\x1eSTREAM_UPDATE_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dSTREAM_UPDATE_KIND_STAGE_LOST\x10\x01\x12%\n!STREAM_UPDATE_KIND_STAGE_RESTORED\x10\x02\x12\x1f\n\x1bSTREAM_UPDATE_KIND_DRAINING\x10\x03\x12\"\n\x1eSTREAM_UPDATE_KIND_TRACK_ENDED\x10\x04\x12\'\n#STREAM_UPDATE_KIND_KEY_FRAME_WANTED\x10\x05\x32\xc2\x01\n\x0f\x41nalysisService\x12Z\n\rAnalyzeStream\x12!.facelane.v1.AnalyzeStreamRequest\x1a\".facelane.v1.AnalyzeStreamResponse(\x01\x30\x01\x12S\n\x0c\x41nalyzeImage\x12 .facelane.v1.AnalyzeImageRequest\x1a!.facelane.v1.AnalyzeImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,42 +39,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMOPENED_MODELSENTRY']._serialized_options = b'8\001'
   _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._loaded_options = None
   _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_options = b'8\001'
-  _globals['_OVERLOADPOLICY']._serialized_start=2432
-  _globals['_OVERLOADPOLICY']._serialized_end=2544
-  _globals['_DROPREASON']._serialized_start=2547
-  _globals['_DROPREASON']._serialized_end=2698
-  _globals['_STREAMUPDATEKIND']._serialized_start=2701
-  _globals['_STREAMUPDATEKIND']._serialized_end=2898
+  _globals['_OVERLOADPOLICY']._serialized_start=2454
+  _globals['_OVERLOADPOLICY']._serialized_end=2566
+  _globals['_DROPREASON']._serialized_start=2569
+  _globals['_DROPREASON']._serialized_end=2759
+  _globals['_STREAMUPDATEKIND']._serialized_start=2762
+  _globals['_STREAMUPDATEKIND']._serialized_end=3000
   _globals['_ANALYSISOPTIONS']._serialized_start=166
   _globals['_ANALYSISOPTIONS']._serialized_end=318
   _globals['_STREAMCONFIG']._serialized_start=321
-  _globals['_STREAMCONFIG']._serialized_end=604
-  _globals['_FRAME']._serialized_start=607
-  _globals['_FRAME']._serialized_end=771
-  _globals['_ANALYZESTREAMREQUEST']._serialized_start=773
-  _globals['_ANALYZESTREAMREQUEST']._serialized_end=888
-  _globals['_STREAMLIMITS']._serialized_start=891
-  _globals['_STREAMLIMITS']._serialized_end=1035
-  _globals['_STREAMOPENED']._serialized_start=1038
-  _globals['_STREAMOPENED']._serialized_end=1240
-  _globals['_STREAMOPENED_MODELSENTRY']._serialized_start=1195
-  _globals['_STREAMOPENED_MODELSENTRY']._serialized_end=1240
-  _globals['_FRAMEDROP']._serialized_start=1242
-  _globals['_FRAMEDROP']._serialized_end=1294
-  _globals['_FRAMEOUTCOME']._serialized_start=1297
-  _globals['_FRAMEOUTCOME']._serialized_end=1620
-  _globals['_STREAMUPDATE']._serialized_start=1623
-  _globals['_STREAMUPDATE']._serialized_end=1794
-  _globals['_STREAMSUMMARY']._serialized_start=1797
-  _globals['_STREAMSUMMARY']._serialized_end=2035
-  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_start=1983
-  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_end=2035
-  _globals['_ANALYZESTREAMRESPONSE']._serialized_start=2038
-  _globals['_ANALYZESTREAMRESPONSE']._serialized_end=2255
-  _globals['_ANALYZEIMAGEREQUEST']._serialized_start=2257
-  _globals['_ANALYZEIMAGEREQUEST']._serialized_end=2364
-  _globals['_ANALYZEIMAGERESPONSE']._serialized_start=2366
-  _globals['_ANALYZEIMAGERESPONSE']._serialized_end=2430
-  _globals['_ANALYSISSERVICE']._serialized_start=2901
-  _globals['_ANALYSISSERVICE']._serialized_end=3095
+  _globals['_STREAMCONFIG']._serialized_end=626
+  _globals['_FRAME']._serialized_start=629
+  _globals['_FRAME']._serialized_end=793
+  _globals['_ANALYZESTREAMREQUEST']._serialized_start=795
+  _globals['_ANALYZESTREAMREQUEST']._serialized_end=910
+  _globals['_STREAMLIMITS']._serialized_start=913
+  _globals['_STREAMLIMITS']._serialized_end=1057
+  _globals['_STREAMOPENED']._serialized_start=1060
+  _globals['_STREAMOPENED']._serialized_end=1262
+  _globals['_STREAMOPENED_MODELSENTRY']._serialized_start=1217
+  _globals['_STREAMOPENED_MODELSENTRY']._serialized_end=1262
+  _globals['_FRAMEDROP']._serialized_start=1264
+  _globals['_FRAMEDROP']._serialized_end=1316
+  _globals['_FRAMEOUTCOME']._serialized_start=1319
+  _globals['_FRAMEOUTCOME']._serialized_end=1642
+  _globals['_STREAMUPDATE']._serialized_start=1645
+  _globals['_STREAMUPDATE']._serialized_end=1816
+  _globals['_STREAMSUMMARY']._serialized_start=1819
+  _globals['_STREAMSUMMARY']._serialized_end=2057
+  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_start=2005
+  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_end=2057
+  _globals['_ANALYZESTREAMRESPONSE']._serialized_start=2060
+  _globals['_ANALYZESTREAMRESPONSE']._serialized_end=2277
+  _globals['_ANALYZEIMAGEREQUEST']._serialized_start=2279
+  _globals['_ANALYZEIMAGEREQUEST']._serialized_end=2386
+  _globals['_ANALYZEIMAGERESPONSE']._serialized_start=2388
+  _globals['_ANALYZEIMAGERESPONSE']._serialized_end=2452
+  _globals['_ANALYSISSERVICE']._serialized_start=3003
+  _globals['_ANALYSISSERVICE']._serialized_end=3197
 # @@protoc_insertion_point(module_scope)

@@ -58,6 +58,8 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     DROP_REASON_TOO_OLD: _DropReason.ValueType  # 2
     DROP_REASON_DRAINING: _DropReason.ValueType  # 3
     DROP_REASON_STREAM_CLOSED: _DropReason.ValueType  # 4
+    DROP_REASON_WAITING_FOR_KEY_FRAME: _DropReason.ValueType  # 5
+    """Video: it cannot be decoded without a key frame that did not come or is no longer kept."""
 
 class DropReason(_DropReason, metaclass=_DropReasonEnumTypeWrapper):
     """Why a frame was given up before it was analysed."""
@@ -67,6 +69,8 @@ DROP_REASON_SUPERSEDED: DropReason.ValueType  # 1
 DROP_REASON_TOO_OLD: DropReason.ValueType  # 2
 DROP_REASON_DRAINING: DropReason.ValueType  # 3
 DROP_REASON_STREAM_CLOSED: DropReason.ValueType  # 4
+DROP_REASON_WAITING_FOR_KEY_FRAME: DropReason.ValueType  # 5
+"""Video: it cannot be decoded without a key frame that did not come or is no longer kept."""
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015
 
 class _StreamUpdateKind:
@@ -83,6 +87,8 @@ class _StreamUpdateKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Stre
     """The server is going away: reconnect elsewhere or later."""
     STREAM_UPDATE_KIND_TRACK_ENDED: _StreamUpdateKind.ValueType  # 4
     """A track of this stream ended."""
+    STREAM_UPDATE_KIND_KEY_FRAME_WANTED: _StreamUpdateKind.ValueType  # 5
+    """Video: frames are dropped until the next key frame; ask the camera for one where you can."""
 
 class StreamUpdateKind(_StreamUpdateKind, metaclass=_StreamUpdateKindEnumTypeWrapper):
     """Something about the stream that is not about one frame."""
@@ -95,6 +101,8 @@ STREAM_UPDATE_KIND_DRAINING: StreamUpdateKind.ValueType  # 3
 """The server is going away: reconnect elsewhere or later."""
 STREAM_UPDATE_KIND_TRACK_ENDED: StreamUpdateKind.ValueType  # 4
 """A track of this stream ended."""
+STREAM_UPDATE_KIND_KEY_FRAME_WANTED: StreamUpdateKind.ValueType  # 5
+"""Video: frames are dropped until the next key frame; ask the camera for one where you can."""
 Global___StreamUpdateKind: _TypeAlias = StreamUpdateKind  # noqa: Y015
 
 @_typing.final
@@ -152,6 +160,7 @@ class StreamConfig(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     DISABLE_TRACKING_FIELD_NUMBER: _builtins.int
     REINFERENCE_INTERVAL_FIELD_NUMBER: _builtins.int
+    ANALYSIS_FPS_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     """A name for logs and metrics of the operator; 0-64 letters, digits, `-`, `_`, `.`."""
     overload_policy: Global___OverloadPolicy.ValueType
@@ -159,6 +168,11 @@ class StreamConfig(_message.Message):
     """Share of the pools under load relative to other streams of the same key, 1-100; 0 = 10."""
     disable_tracking: _builtins.bool
     """Recognise every face of every frame instead of once a track."""
+    analysis_fps: _builtins.float
+    """At most so many pictures a second of media time are analysed, 0.1-1000; 0 = all. The others
+    have the outcome SUPERSEDED at once; of video they are decoded where those behind them need
+    it. Tracks go on over them.
+    """
     @_builtins.property
     def options(self) -> Global___AnalysisOptions: ...
     @_builtins.property
@@ -183,10 +197,11 @@ class StreamConfig(_message.Message):
         weight: _builtins.int = ...,
         disable_tracking: _builtins.bool = ...,
         reinference_interval: _duration_pb2.Duration | None = ...,
+        analysis_fps: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_frame_age", b"max_frame_age", "options", b"options", "reinference_interval", b"reinference_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disable_tracking", b"disable_tracking", "max_frame_age", b"max_frame_age", "options", b"options", "overload_policy", b"overload_policy", "reinference_interval", b"reinference_interval", "source_id", b"source_id", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analysis_fps", b"analysis_fps", "disable_tracking", b"disable_tracking", "max_frame_age", b"max_frame_age", "options", b"options", "overload_policy", b"overload_policy", "reinference_interval", b"reinference_interval", "source_id", b"source_id", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -194,7 +209,13 @@ Global___StreamConfig: _TypeAlias = StreamConfig  # noqa: Y015
 
 @_typing.final
 class Frame(_message.Message):
-    """One frame."""
+    """One frame. A stream of video (H264, H265) keeps to one encoding, and its frames are the access
+    units in decoding order, none left out. Until the first key frame, and behind one that was
+    lost, frames are dropped with WAITING_FOR_KEY_FRAME. Where pictures are shown in another order
+    than they are decoded in (B-frames), the n-th frame stands for the n-th picture shown: give
+    stream_offset and capture_time in the order of showing. Outcomes then come as many frames later
+    as the stream reorders.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -37,6 +37,9 @@ class _PictureEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pictu
     """Raw, 3 bytes a pixel, red first."""
     PICTURE_ENCODING_NV12: _PictureEncoding.ValueType  # 6
     """Raw 4:2:0, a Y plane of `stride * height` bytes, then the interleaved UV plane."""
+    PICTURE_ENCODING_H264: _PictureEncoding.ValueType  # 7
+    """Video, in streams only: one access unit, see `Picture`."""
+    PICTURE_ENCODING_H265: _PictureEncoding.ValueType  # 8
 
 class PictureEncoding(_PictureEncoding, metaclass=_PictureEncodingEnumTypeWrapper):
     """How the bytes of a picture are to be read."""
@@ -51,6 +54,9 @@ PICTURE_ENCODING_RGB24: PictureEncoding.ValueType  # 5
 """Raw, 3 bytes a pixel, red first."""
 PICTURE_ENCODING_NV12: PictureEncoding.ValueType  # 6
 """Raw 4:2:0, a Y plane of `stride * height` bytes, then the interleaved UV plane."""
+PICTURE_ENCODING_H264: PictureEncoding.ValueType  # 7
+"""Video, in streams only: one access unit, see `Picture`."""
+PICTURE_ENCODING_H265: PictureEncoding.ValueType  # 8
 Global___PictureEncoding: _TypeAlias = PictureEncoding  # noqa: Y015
 
 class _Decision:
@@ -209,7 +215,14 @@ Global___BoundingBox: _TypeAlias = BoundingBox  # noqa: Y015
 
 @_typing.final
 class Picture(_message.Message):
-    """One picture. EXIF orientation is not applied: rotate before sending."""
+    """One picture. EXIF orientation is not applied: rotate before sending.
+
+    Of H.264 and H.265 it is one access unit, which is all that a camera sends for one picture, as
+    an Annex B byte stream: every NAL unit behind a start code. Key frames (H.264: IDR, or an intra
+    picture with a recovery point; H.265: IDR, CRA, BLA) bring their parameter sets along (SPS and
+    PPS; VPS for H.265) in the same access unit. What is decoded: progressive, 4:2:0, 8 or 10 bits.
+    The size of the pictures may change with any key frame.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -46,6 +46,8 @@ ENCODINGS: Final = {
     pb.PICTURE_ENCODING_BGR24: Encoding.BGR24,
     pb.PICTURE_ENCODING_RGB24: Encoding.RGB24,
     pb.PICTURE_ENCODING_NV12: Encoding.NV12,
+    pb.PICTURE_ENCODING_H264: Encoding.H264,
+    pb.PICTURE_ENCODING_H265: Encoding.H265,
 }
 STAGES: Final = {
     Stage.DETECTOR: pb.STAGE_DETECTOR,
@@ -75,7 +77,7 @@ def gallery(gallery_id: str, caller: Caller) -> str:
 def picture(message: pb.Picture, config: Config) -> Picture:
     """A picture whose bytes are bounded and whose encoding is known."""
     encoding = ENCODINGS.get(message.encoding)
-    if encoding is None:
+    if encoding is None or encoding.is_video:
         raise FacelaneError(
             Reason.ENCODING_UNSUPPORTED,
             "picture.encoding must be one of JPEG, PNG, WEBP, BGR24, RGB24, NV12",
