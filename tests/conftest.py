@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import postgres as postgres_server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,3 +89,27 @@ def shared() -> Path:
     folder = shared_folder()
     assert folder is not None
     return folder
+
+
+@pytest.fixture(scope="session")
+def _postgres() -> Iterator[postgres_server.Postgres]:
+    with postgres_server.running() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres(request: pytest.FixtureRequest) -> postgres_server.Postgres:
+    """A PostgreSQL server of this session; ``url`` gives a fresh database in it."""
+    if not postgres_server.present():
+        pytest.skip(postgres_server.WITHOUT)
+    server: postgres_server.Postgres = request.getfixturevalue("_postgres")
+    return server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """Where a fresh store may be, on each engine; for ``store.opening.open_store``."""
+    if request.param == "sqlite":
+        return tmp_path / "state" / "gallery.db"
+    server: postgres_server.Postgres = request.getfixturevalue("postgres")
+    return server.url()

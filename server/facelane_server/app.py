@@ -32,6 +32,7 @@ from facelane_server.pools.mps import MpsDaemon
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolChange, PoolEvent
 from facelane_server.served import ServedModels
+from facelane_server.store.opening import place_of
 from facelane_server.watch import LaneWatch
 
 log = structlog.get_logger(__name__)
@@ -239,11 +240,9 @@ class App:
         return None if self._gallery is None else self._gallery.resolve(version, index)
 
     async def _open_gallery(self, stack: contextlib.AsyncExitStack) -> Gallery:
-        chosen = self.settings.gallery.path
-        path = (
-            Path(chosen).expanduser() if chosen else folders.state_dir(self.settings) / "gallery.db"
+        gallery = await Gallery.open(
+            place_of(self.settings), max_templates=self.settings.gallery.max_templates
         )
-        gallery = await Gallery.open(path, max_templates=self.settings.gallery.max_templates)
         self._gallery = gallery
         stack.push_async_callback(gallery.close)
         recognizer = self.pools.get(Stage.RECOGNIZER)

@@ -224,17 +224,17 @@ def gallery_check(
 
     loaded = _load(config)
     from facelane_server.domain import Stage
-    from facelane_server.folders import gallery_path
     from facelane_server.gallery.examine import examine
     from facelane_server.served import ServedModels
     from facelane_server.store.gallery import Store
+    from facelane_server.store.opening import open_store, place_of
 
     try:
         models = ServedModels.resolve(loaded)
         package = models.packages.get(Stage.RECOGNIZER)
         if package is None:
             raise configuration.ConfigError("this server runs without a recogniser")
-        store = Store(gallery_path(loaded), look=True)
+        store = Store(open_store(place_of(loaded), look=True))
         try:
             rows = store.vectors(package.model_id, package.embedding_dim)
             found = examine(rows, models.thresholds)

@@ -277,9 +277,18 @@ class Tracking(Section, frozen=True):
     NOT_EVALUATED until the face is seen again. 0 = twice ``reinference_interval_s``."""
 
 
+class Store(Section, frozen=True):
+    url: str = ""
+    """Where galleries, events and keys are kept. Empty = a SQLite file (``gallery.path``), for the
+    servers of one machine; ``postgresql://user@host:5432/database`` (PostgreSQL 15 or newer,
+    ``pip install 'facelane[postgres]'``) for those of several. A password stands better in
+    ``~/.pgpass`` or $PGPASSWORD."""
+
+
 class Gallery(Section, frozen=True):
     path: str = ""
-    """SQLite file; empty = ``<state dir>/gallery.db``."""
+    """SQLite file of the store, where ``store.url`` names no other; empty =
+    ``<state dir>/gallery.db``."""
     max_templates: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_TEMPLATES)] = 100_000
     """Templates in all galleries together; more enrolments are refused with GALLERY_FULL."""
 
@@ -322,6 +331,7 @@ class Config(Section, frozen=True):
     pools: Pools = Pools()
     identity: Identity = Identity()
     tracking: Tracking = Tracking()
+    store: Store = Store()
     gallery: Gallery = Gallery()
     events: Events = Events()
     metrics: Metrics = Metrics()
@@ -529,5 +539,9 @@ def check(config: Config, *, source: str) -> None:
             fail(f"pools.{name}: isolation = 'mps' needs CUDA devices")
         if pool.backoff_initial_s > pool.backoff_max_s:
             fail(f"pools.{name}.backoff_initial_s must not exceed backoff_max_s")
+    if config.store.url and not re.match(r"(postgresql://|sqlite:///)", config.store.url):
+        fail("store.url begins with postgresql:// (or sqlite:///, before a path)")
+    if config.store.url and config.gallery.path:
+        fail("store.url and gallery.path name two places for one store; keep one of them")
     if config.limits.window * 2 > limits.MAX_POOL_QUEUE:
         fail("limits.window is too large")

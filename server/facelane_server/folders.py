@@ -28,8 +28,8 @@ def state_dir(settings: config.Config) -> Path:
 
 
 def gallery_path(settings: config.Config) -> Path:
-    """The gallery's file; its folder is made when nothing else is said."""
-    chosen = settings.gallery.path
+    """The store's SQLite file; its folder is made when nothing else is said."""
+    chosen = settings.store.url.removeprefix("sqlite:///") or settings.gallery.path
     return Path(chosen).expanduser() if chosen else state_dir(settings) / "gallery.db"
 
 

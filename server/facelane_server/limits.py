@@ -159,6 +159,13 @@ MAX_GALLERY_CALLS: Final = 1_024
 MAX_REQUEST_IDS: Final = 10_000
 """Enrolments remembered for idempotency; the oldest are forgotten first."""
 
+MAX_CHANGES_KEPT: Final = 100_000
+"""Changes of the gallery that are kept for those who follow it; who is further behind takes all of
+it in again."""
+CHANGES_PRUNED_EVERY: Final = 1_024
+MAX_CHANGE_BATCH: Final = 1_024
+"""Changes that a reader takes in at a time."""
+
 # -- events -------------------------------------------------------------------------
 EVENT_HISTORY: Final = 4_096
 """Events that are kept. Watchers read from the history, each at its own pace; one that falls

@@ -17,8 +17,9 @@ from structlog.testing import capture_logs
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store import gallery as store_module
-from facelane_server.store import sqlite
+from facelane_server.store import schema, sqlite
 from facelane_server.store.gallery import Store
+from facelane_server.store.opening import open_store
 from facelane_server.store.records import NewTemplate, RequestKey, unit_float16
 
 DIM = 64
@@ -56,10 +57,15 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(path: Path, clock: Clock) -> Iterator[Store]:
-    opened = Store(path, max_templates=100, clock_ns=clock)
+def store(place: Path | str, clock: Clock) -> Iterator[Store]:
+    """On each engine."""
+    opened = Store(open_store(place), max_templates=100, clock_ns=clock)
     yield opened
     opened.close()
+
+
+in_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)
+"""What a file alone has, at ``path``."""
 
 
 def reason_of(call: object, *args: object, **kwargs: object) -> FacelaneError:
@@ -222,6 +228,7 @@ def test_an_embedding_without_a_direction_is_refused(store: Store) -> None:
     assert store.counts() == (0, 0)
 
 
+@in_a_file
 def test_a_deleted_vector_is_in_none_of_the_files(store: Store, path: Path) -> None:
     kept = store.enroll("g", "a", new(1), create_subject=True)
     store.enroll("g", "b", new(2), create_subject=True)
@@ -238,6 +245,7 @@ def test_a_deleted_vector_is_in_none_of_the_files(store: Store, path: Path) -> N
     assert not on_disk(unit_float16(vector(1)).tobytes())
 
 
+@in_a_file
 def test_a_log_that_somebody_reads_is_emptied_as_soon_as_it_can_be(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +268,7 @@ def test_a_log_that_somebody_reads_is_emptied_as_soon_as_it_can_be(
     assert needle not in path.read_bytes() + log.read_bytes()
 
 
+@in_a_file
 def test_a_deletion_stands_whatever_becomes_of_the_log(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,14 +276,14 @@ def test_a_deletion_stands_whatever_becomes_of_the_log(
     store.enroll("g", "a", new(1), create_subject=True)
     broken = sa.exc.OperationalError("", {}, sqlite3.OperationalError("unable to open"))
 
-    connect, calls = store._file._engine.raw_connection, itertools.count()
+    connect, calls = store.database._engine.raw_connection, itertools.count()
 
     def refuse() -> sa.PoolProxiedConnection:
         if next(calls) > 0:  # the deletion itself has one
             raise broken
         return connect()
 
-    monkeypatch.setattr(store._file._engine, "raw_connection", refuse)
+    monkeypatch.setattr(store.database._engine, "raw_connection", refuse)
     assert store.delete_subject("g", "a") == 1
     monkeypatch.undo()
     assert store.counts() == (0, 0)
@@ -336,6 +345,7 @@ def test_the_memory_of_requests_is_bounded(
 # -- the file ---------------------------------------------------------------------------------
 
 
+@in_a_file
 def test_the_file_is_private(store: Store, path: Path) -> None:
     store.create_subject("g", "a", "", {})
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -350,6 +360,7 @@ def test_a_file_readable_by_others_is_tightened(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@in_a_file
 def test_one_server_per_gallery(store: Store, path: Path) -> None:
     error = reason_of(Store, path)
     assert error.reason is Reason.GALLERY_UNAVAILABLE
@@ -414,22 +425,10 @@ def test_migrations_run_forward_once(path: Path, monkeypatch: pytest.MonkeyPatch
         ran.append(1)
         connection.execute(sa.text("ALTER TABLE subjects ADD COLUMN note TEXT"))
 
-    monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, step))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, step))
     Store(path).close()
     Store(path).close()
     assert ran == [1]
-
-
-def test_a_file_from_before_quality_was_measured(path: Path) -> None:
-    Store(path).close()
-    with sqlite3.connect(path) as raw:
-        raw.execute("ALTER TABLE templates DROP COLUMN quality")
-        raw.execute("UPDATE schema_version SET version = 1")
-    raw.close()
-    store = Store(path)
-    made = store.enroll("g", "a", new(1), create_subject=True)
-    assert store.list_templates("g", "a") == (made.template,)
-    store.close()
 
 
 def test_a_failed_migration_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +441,7 @@ def test_a_failed_migration_changes_nothing(path: Path, monkeypatch: pytest.Monk
         connection.execute(sa.text("THIS IS NOT SQL"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, step))
+        patched.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, step))
         assert reason_of(Store, path).reason is Reason.GALLERY_UNAVAILABLE
     Store(path).close()
     with sqlite3.connect(path) as raw:
@@ -451,6 +450,7 @@ def test_a_failed_migration_changes_nothing(path: Path, monkeypatch: pytest.Monk
     assert "half_done" not in tables
 
 
+@in_a_file
 def test_a_locked_file_is_retryable(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,9 +466,10 @@ def test_a_locked_file_is_retryable(
     store.create_subject("g", "b", "", {})
 
 
+@in_a_file
 def test_a_full_disk_is_retryable_and_loses_nothing(store: Store) -> None:
     store.enroll("g", "a", new(1), create_subject=True)
-    with store._file._engine.connect() as connection:
+    with store.database._engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
         connection.rollback()
@@ -486,6 +487,7 @@ def test_a_full_disk_is_retryable_and_loses_nothing(store: Store) -> None:
     assert store.get_subject("g", "a").template_count == 1
 
 
+@in_a_file
 def test_errors_hold_no_names_and_no_vectors(store: Store, path: Path) -> None:
     store.create_subject("g", "secret-name", "Secret Person", {})
     blocker = sqlite3.connect(path, isolation_level=None)

@@ -7,6 +7,7 @@ server is not disturbed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -30,6 +31,7 @@ from facelane_server.pools.pool import Pool
 from facelane_server.pools.tasks import DetectRequest, EmbedRequest, LivenessRequest, Request, Task
 from facelane_server.served import ServedModels
 from facelane_server.store.gallery import Store
+from facelane_server.store.opening import open_store, place_of
 
 INFERENCE_TIMEOUT_S: Final = 120.0
 MIN_DISK_MIB: Final = 256
@@ -160,7 +162,9 @@ def _few(names: Sequence[str]) -> str:
 
 
 def check_gallery(settings: config.Config) -> Finding:
-    """The gallery's file is whole, and its disk has room. Blocks: run it in a thread."""
+    """The store is whole, and a file's disk has room. Blocks: run it in a thread."""
+    if isinstance(place := place_of(settings), str):
+        return _check_database(place)
     try:
         path = gallery_path(settings)
         if not path.exists():
@@ -194,6 +198,21 @@ def check_gallery(settings: config.Config) -> Finding:
         facts={"subjects": subjects, "templates": templates},
     )
     return _with_disk(check, path.parent)
+
+
+def _check_database(url: str) -> Finding:
+    try:
+        with contextlib.closing(Store(open_store(url, look=True))) as store:
+            wrong = store.check()
+            subjects, templates = store.counts()
+    except FacelaneError as error:
+        return Finding("gallery", Status.FAIL, error.message)
+    name = store.database.name
+    if wrong:
+        return Finding("gallery", Status.FAIL, f"{name}: {wrong}", "restore a backup")
+    facts = {"subjects": subjects, "templates": templates}
+    detail = f"{name}: {subjects} subjects, {templates} templates"
+    return Finding("gallery", Status.OK, detail, facts=facts)
 
 
 def _with_disk(check: Finding, folder: Path) -> Finding:

@@ -31,6 +31,7 @@ from facelane_server.gallery.snapshot import (
 )
 from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store.gallery import Store
+from facelane_server.store.opening import open_store
 from facelane_server.store.records import (
     Enrolled,
     NewTemplate,
@@ -77,16 +78,18 @@ class Gallery:
     @classmethod
     async def open(
         cls,
-        path: Path,
+        place: Path | str,
         *,
         max_templates: int = limits.MAX_TEMPLATES,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> Self:
-        """Opens or creates the file. Raises GALLERY_UNAVAILABLE with what to do about it."""
+        """Opens or makes the store (see ``opening``). Raises GALLERY_UNAVAILABLE with what to do
+        about it."""
         executor = ThreadPoolExecutor(1, thread_name_prefix="gallery-store")
         try:
             store = await asyncio.get_running_loop().run_in_executor(
-                executor, lambda: Store(path, max_templates=max_templates, clock_ns=clock_ns)
+                executor,
+                lambda: Store(open_store(place), max_templates=max_templates, clock_ns=clock_ns),
             )
         except BaseException:
             executor.shutdown(wait=False)

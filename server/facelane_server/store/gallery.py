@@ -1,9 +1,8 @@
 """Subjects and templates at rest, in SQLAlchemy Core.
 
-Everything here is synchronous and belongs to one thread (``gallery.Gallery`` owns it).
-Neither errors nor logs ever hold a subject's name or a vector. Times are nanoseconds since
-the epoch. Enrolments are remembered for a day, so that a client may repeat one safely; their
-number is bounded by ``limits.MAX_REQUEST_IDS``.
+Everything here is synchronous. Neither errors nor logs ever hold a subject's name or a vector.
+Times are nanoseconds since the epoch. Enrolments are remembered for a day, so that a client may
+repeat one safely; their number is bounded by ``limits.MAX_REQUEST_IDS``.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ import sqlalchemy as sa
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.naming import check_identifier, gallery_name, is_identifier
+from facelane_server.store import following
+from facelane_server.store.database import Database
+from facelane_server.store.following import ChangeKind, StoredChange
 from facelane_server.store.records import (
     F16,
     Enrolled,
@@ -36,14 +38,19 @@ from facelane_server.store.records import (
     invalid,
     unit_float16,
 )
-from facelane_server.store.schema import MIGRATIONS, requests, subjects, templates
+from facelane_server.store.schema import (
+    GALLERY,
+    galleries,
+    requests,
+    revision,
+    subjects,
+    templates,
+)
 from facelane_server.store.sqlite import SqliteFile
 
 DUPLICATE_SIMILARITY: Final = 0.999
 """Two shots of one person never come so near; the same picture enrolled again does
 (float16 and another batch size move a cosine by less than 5e-4)."""
-UNIT_TOLERANCE: Final = 0.01
-"""Stored vectors have unit norm up to the rounding of float16."""
 REQUEST_MEMORY_NS: Final = 24 * 3600 * 1_000_000_000
 
 
@@ -61,29 +68,29 @@ def _subject_missing() -> FacelaneError:
 
 
 class Store:
-    """All galleries of one file. One thread uses it, and ``close`` ends it.
+    """All galleries of one store, from any thread; ``close`` ends the store.
 
     Every method is one transaction. Besides the reasons that each names, all raise
-    GALLERY_UNAVAILABLE; see ``SqliteFile``.
+    GALLERY_UNAVAILABLE; see ``Database``.
     """
 
     def __init__(
         self,
-        path: Path,
+        place: Path | Database,
         *,
         max_templates: int = limits.MAX_TEMPLATES,
         clock_ns: Callable[[], int] = time.time_ns,
         look: bool = False,
     ) -> None:
-        """Opens or creates the file, or only looks at it; see ``SqliteFile``."""
-        self._path = path
+        """``place``: a store that is open, or a file that is opened, made, or with ``look`` only
+        looked at; see ``SqliteFile``."""
+        self.database = SqliteFile(place, look=look) if isinstance(place, Path) else place
         self._max_templates = max_templates
         self._clock_ns = clock_ns
-        self._file = SqliteFile(path, MIGRATIONS, look=look)
 
     def close(self) -> None:
-        """Gives the file back; idempotent."""
-        self._file.close()
+        """Gives the store back; idempotent."""
+        self.database.close()
 
     # subjects
 
@@ -95,7 +102,7 @@ class Store:
         check_identifier(subject_id, "subject_id")
         check_display_name(display_name)
         kept = check_labels(labels)
-        with self._file.transaction() as connection:
+        with self.database.writing(GALLERY) as connection:
             if self._find(connection, gallery_id, subject_id) is not None:
                 raise FacelaneError(
                     Reason.SUBJECT_EXISTS,
@@ -113,8 +120,15 @@ class Store:
         labels: Mapping[str, str],
     ) -> None:
         now = self._clock_ns()
+        if not connection.scalar(
+            sa.select(galleries.c.gallery_id).where(galleries.c.gallery_id == gallery_id)
+        ):
+            connection.execute(
+                sa.insert(galleries).values(gallery_id=gallery_id, settings={}, created_ns=now)
+            )
         connection.execute(
             sa.insert(subjects).values(
+                id=following.append(connection, ChangeKind.SUBJECT),
                 gallery_id=gallery_id,
                 subject_id=subject_id,
                 display_name=display_name,
@@ -127,7 +141,7 @@ class Store:
 
     def get_subject(self, gallery_id: str, subject_id: str) -> Subject:
         """Raises SUBJECT_NOT_FOUND."""
-        with self._file.transaction() as connection:
+        with self.database.reading() as connection:
             return self._subject(connection, gallery_name(gallery_id), subject_id)
 
     def list_subjects(
@@ -148,7 +162,7 @@ class Store:
             .order_by(subjects.c.subject_id)
             .limit(size + 1)
         )
-        with self._file.transaction() as connection:
+        with self.database.reading() as connection:
             found = [_as_subject(row) for row in connection.execute(query)]
         page = tuple(found[:size])
         return page, _page_token(page[-1].subject_id) if len(found) > size else ""
@@ -170,7 +184,7 @@ class Store:
             values["display_name"] = check_display_name(display_name)
         if labels is not None:
             values["labels"] = check_labels(labels)
-        with self._file.transaction() as connection:
+        with self.database.writing(GALLERY) as connection:
             current = self._subject(connection, gallery_id, subject_id)
             if etag and etag != current.etag:
                 raise FacelaneError(
@@ -180,12 +194,14 @@ class Store:
                 )
             if values:
                 self._touch(connection, gallery_id, subject_id, **values)
+                key = self._find(connection, gallery_id, subject_id)
+                following.append(connection, ChangeKind.SUBJECT, subject=key or 0)
             return self._subject(connection, gallery_id, subject_id)
 
     def delete_subject(self, gallery_id: str, subject_id: str) -> int:
         """Deletes the subject and its templates; how many those were. Raises SUBJECT_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
-        with self._file.transaction() as connection:
+        with self.database.writing(GALLERY) as connection:
             key = self._find(connection, gallery_id, subject_id)
             if key is None:
                 raise _subject_missing()
@@ -197,7 +213,8 @@ class Store:
             )
             gone = connection.execute(sa.delete(templates).where(templates.c.subject == key))
             connection.execute(sa.delete(subjects).where(subjects.c.id == key))
-        self._file.forget_deleted()
+            following.append(connection, ChangeKind.SUBJECT_REMOVED, subject=key)
+        self.database.forget_deleted()
         return int(gone.rowcount)
 
     def _find(self, connection: sa.Connection, gallery_id: str, subject_id: str) -> int | None:
@@ -232,7 +249,7 @@ class Store:
 
     def list_templates(self, gallery_id: str, subject_id: str) -> tuple[Template, ...]:
         """Oldest first. Raises SUBJECT_NOT_FOUND."""
-        with self._file.transaction() as connection:
+        with self.database.reading() as connection:
             key = self._find(connection, gallery_name(gallery_id), subject_id)
             if key is None:
                 raise _subject_missing()
@@ -244,7 +261,7 @@ class Store:
     def delete_template(self, gallery_id: str, template_id: str) -> Template:
         """What was deleted. Raises TEMPLATE_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
-        with self._file.transaction() as connection:
+        with self.database.writing(GALLERY) as connection:
             template = self._template(connection, gallery_id, template_id)
             if template is None:
                 raise FacelaneError(
@@ -256,9 +273,16 @@ class Store:
                 .where(requests.c.template_id == template_id)
                 .values(answer=sa.null())
             )
+            key = self._find(connection, gallery_id, template.subject_id)
             connection.execute(sa.delete(templates).where(templates.c.template_id == template_id))
             self._touch(connection, gallery_id, template.subject_id)
-        self._file.forget_deleted()
+            following.append(
+                connection,
+                ChangeKind.TEMPLATE_REMOVED,
+                subject=key or 0,
+                template_id=template_id,
+            )
+        self.database.forget_deleted()
         return template
 
     def _template(
@@ -293,7 +317,7 @@ class Store:
         check_identifier(subject_id, "subject_id")
         check_display_name(display_name)
         vector = unit_float16(new.vector)
-        with self._file.transaction() as connection:
+        with self.database.writing(GALLERY) as connection:
             if request is not None:
                 known = self._recall(connection, gallery_id, request)
                 if known is not None:
@@ -315,6 +339,12 @@ class Store:
                     ood_score=new.ood_score,
                     created_ns=self._clock_ns(),
                     quality=new.quality,
+                )
+                following.append(
+                    connection,
+                    ChangeKind.TEMPLATE_ADDED,
+                    subject=key,
+                    template_id=template.template_id,
                 )
                 connection.execute(
                     sa.insert(templates).values(
@@ -380,7 +410,7 @@ class Store:
     def recall(self, gallery_id: str, request: RequestKey) -> Enrolled | None:
         """What an earlier enrolment with this request id gave. Raises REQUEST_ID_REUSED,
         TEMPLATE_NOT_FOUND."""
-        with self._file.transaction() as connection:
+        with self.database.reading() as connection:
             return self._recall(connection, gallery_name(gallery_id), request)
 
     def _recall(
@@ -445,54 +475,33 @@ class Store:
     # for the index and the gauges
 
     def vectors(self, model_id: str, dim: int) -> Iterator[StoredVector]:
-        """All templates of one model, in the order of gallery, subject, age.
+        """See ``following.vectors``."""
+        with self.database.reading() as connection:
+            yield from following.vectors(connection, model_id, dim, self.database.name)
 
-        A row whose vector does not have ``dim`` values is a damaged file:
-        GALLERY_UNAVAILABLE.
-        """
-        query = (
-            sa.select(
-                subjects.c.gallery_id,
-                subjects.c.subject_id,
-                templates.c.template_id,
-                templates.c.vector,
-            )
-            .join_from(templates, subjects)
-            .where(templates.c.model_id == model_id)
-            .order_by(subjects.c.gallery_id, subjects.c.subject_id, templates.c.id)
-        )
-        with self._file.transaction() as connection:
-            for row in connection.execution_options(yield_per=4096).execute(query):
-                if len(row.vector) != 2 * dim:
-                    raise FacelaneError(
-                        Reason.GALLERY_UNAVAILABLE,
-                        f"{self._path}: a template of the serving model has {len(row.vector)} "
-                        f"bytes instead of {2 * dim}; restore a backup of the gallery",
-                    )
-                vector = np.frombuffer(row.vector, np.float16)
-                length = float(np.linalg.norm(vector.astype(np.float32)))
-                if not abs(length - 1.0) < UNIT_TOLERANCE:
-                    raise FacelaneError(
-                        Reason.GALLERY_UNAVAILABLE,
-                        f"{self._path}: the gallery's file is damaged: a template's vector is "
-                        "none; restore a backup of the gallery, or delete that template",
-                        metadata={"template_id": row.template_id},
-                    )
-                yield StoredVector(row.gallery_id, row.subject_id, row.template_id, vector)
+    def load(self, model_id: str, dim: int) -> tuple[int, list[StoredVector]]:
+        """All templates of one model, and the revision up to which they are the gallery's."""
+        with self.database.reading() as connection:
+            seen = revision(connection, GALLERY)
+            found = following.vectors(connection, model_id, dim, self.database.name)
+            return seen, list(found)
+
+    def changes(self, seen: int, model_id: str, dim: int) -> list[StoredChange]:
+        """See ``following.after``."""
+        with self.database.reading() as connection:
+            return following.after(connection, seen, model_id, dim, self.database.name)
 
     def check(self) -> str:
-        """See ``SqliteFile.check``."""
-        return self._file.check()
+        """See ``Database.check``."""
+        return self.database.check()
 
     def trouble(self) -> str:
-        """Why no change can be kept now: FILE_GONE, DISK_FULL; empty = it can. From any thread."""
-        if self._file.is_gone():
-            return "FILE_GONE"
-        return "" if self._file.has_room() else "DISK_FULL"
+        """See ``Database.trouble``."""
+        return self.database.trouble()
 
     def counts(self) -> tuple[int, int]:
         """(subjects, templates) of all galleries."""
-        with self._file.transaction() as connection:
+        with self.database.reading() as connection:
             return (
                 connection.scalar(sa.select(sa.func.count()).select_from(subjects)) or 0,
                 connection.scalar(sa.select(sa.func.count()).select_from(templates)) or 0,

@@ -45,12 +45,14 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class StoredVector:
-    """A template as the index needs it: ``vector`` [dim] float16, unit norm."""
+    """A template as the index needs it: ``vector`` [dim] float16, unit norm. ``subject``: the
+    number of its subject, which is never another's."""
 
     gallery_id: str
     subject_id: str
     template_id: str
     vector: F16
+    subject: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
             raise invalid("labels", f"a key has 1-{limits.MAX_LABEL_KEY_BYTES} bytes")
         if len(value.encode()) > limits.MAX_LABEL_VALUE_BYTES:
             raise invalid("labels", f"a value has at most {limits.MAX_LABEL_VALUE_BYTES} bytes")
+        if "\0" in key + value:
+            raise invalid("labels", "the character of code 0 is not kept")
     return dict(labels)
 
 
@@ -105,6 +109,8 @@ def check_display_name(name: str) -> str:
     """``name`` if it is short enough; else ARGUMENT_INVALID."""
     if len(name.encode()) > limits.MAX_DISPLAY_NAME_BYTES:
         raise invalid("display_name", f"at most {limits.MAX_DISPLAY_NAME_BYTES} bytes are kept")
+    if "\0" in name:  # PostgreSQL keeps none
+        raise invalid("display_name", "the character of code 0 is not kept")
     return name
 
 

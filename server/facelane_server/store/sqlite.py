@@ -1,4 +1,4 @@
-"""One SQLite file of one process: taken, opened, brought up to date, and given back.
+"""A store in one SQLite file: taken, opened, brought up to date, and given back.
 
 It holds biometric data. So the file is readable by its owner alone, deleted rows are
 overwritten (``secure_delete``) and leave the write-ahead log at once, and errors never
@@ -12,9 +12,10 @@ import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import sqlalchemy as sa
 import structlog
@@ -22,36 +23,32 @@ from sqlalchemy import exc
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.store.schema import schema_version
+from facelane_server.store.database import Database, Kind, unavailable
 
 BUSY_TIMEOUT_MS: Final = 2_000
+POOL_SIZE: Final = 4
 _MARK: Final = b"a gallery lies beside this file\n"
 """In the lock's file, once there is one: an empty gallery file is then a damaged one."""
 
 log = structlog.get_logger(__name__)
 
 
-class SqliteFile:
-    """One open file. One thread uses it, and ``close`` ends it.
+class SqliteFile(Database):
+    """One open file. GALLERY_UNAVAILABLE is retryable when the file is busy or the disk is full,
+    final when it is damaged, another program's, or not ours to write."""
 
-    Every method raises GALLERY_UNAVAILABLE: retryable when the file is busy or the disk is
-    full, final when it is damaged, another program's, or not ours to write.
-    """
+    kind: ClassVar[Kind] = "sqlite"
 
-    def __init__(
-        self,
-        path: Path,
-        migrations: Sequence[Callable[[sa.Connection], None]],
-        *,
-        look: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, *, look: bool = False) -> None:
         """Opens or creates the file, takes it for this process, brings its schema up to date.
 
         ``look``: only reads what is there, also beside a server that has taken the file.
         """
         self._path = path
+        self.name = str(path)
         self._look = look
-        self._migrations = migrations
+        self._writing = threading.Lock()
+        """SQLite has one writer at a time; threads queue here, processes at the file."""
         self._log_is_full = True
         """It may hold what was deleted and could not be emptied; a killed server left it so."""
         self._closing = contextlib.ExitStack()
@@ -63,7 +60,7 @@ class SqliteFile:
                 self._take_file()
             self._engine = self._connect()
             self._closing.callback(self._engine.dispose)
-            self._migrate()
+            self.migrate(look=look)
             wrong = self.check()
             if wrong:
                 raise self._damaged(wrong)
@@ -81,7 +78,7 @@ class SqliteFile:
 
     def check(self) -> str:
         """Empty when the file is sound, else what is wrong; reads all of it."""
-        with self.transaction() as connection:
+        with self.reading() as connection:
             found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one())
             if found != "ok":
                 return found
@@ -176,8 +173,9 @@ class SqliteFile:
         engine = sa.create_engine(
             url,
             hide_parameters=True,
-            pool_size=1,
-            max_overflow=0,
+            pool_size=POOL_SIZE,
+            max_overflow=POOL_SIZE,
+            pool_timeout=BUSY_TIMEOUT_MS / 1000,
         )
 
         @sa.event.listens_for(engine, "connect")
@@ -195,57 +193,63 @@ class SqliteFile:
 
         @sa.event.listens_for(engine, "begin")
         def begin(connection: sa.Connection) -> None:
-            connection.exec_driver_sql("BEGIN" if self._look else "BEGIN IMMEDIATE")
+            writes = connection.get_execution_options().get("facelane_writes")
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
         return engine
 
-    def _migrate(self) -> None:
-        with self.transaction() as connection:
-            present = set(sa.inspect(connection).get_table_names())
-            if "schema_version" in present:
-                version = connection.scalar(sa.select(schema_version.c.version)) or 0
-            elif present:
-                raise FacelaneError(
-                    Reason.GALLERY_UNAVAILABLE,
-                    f"{self._path} is a database of another program; set gallery.path to "
-                    "another file",
-                )
-            else:
-                version = 0
-            if self._look and version != len(self._migrations):
-                raise FacelaneError(
-                    Reason.GALLERY_UNAVAILABLE,
-                    f"{self._path} was not made by this version of facelane: start the server once",
-                )
-            if version > len(self._migrations):
-                raise FacelaneError(
-                    Reason.GALLERY_UNAVAILABLE,
-                    f"{self._path} was made by a newer facelane (schema {version}; this one knows "
-                    f"up to {len(self._migrations)}): install that one, or set gallery.path",
-                )
-            for step in self._migrations[version:]:
-                step(connection)
-            if version != len(self._migrations):
-                connection.execute(sa.delete(schema_version))
-                connection.execute(sa.insert(schema_version).values(version=len(self._migrations)))
+    @property
+    def _otherwise(self) -> str:
+        return "gallery.path"
+
+    def _hold_schema(self, connection: sa.Connection) -> None:
+        """A transaction that writes has the whole file."""
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sa.Connection]:
+    def reading(self) -> Iterator[sa.Connection]:
+        with self._transaction(writes=False) as connection:
+            yield connection
+        if self._log_is_full and not self._look and self._writing.acquire(blocking=False):
+            try:
+                self._forget_deleted()
+            finally:
+                self._writing.release()
+
+    @contextlib.contextmanager
+    def writing(self, *counters: str) -> Iterator[sa.Connection]:
+        """The whole file is one writer's, so the counters are too."""
+        del counters
+        if self._look:
+            raise unavailable(f"{self._path} was opened to be looked at")
+        if not self._writing.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
+            raise unavailable("the gallery's file is busy; try again", cause="BUSY", retryable=True)
+        try:
+            with self._transaction(writes=True) as connection:
+                yield connection
+            if self._log_is_full:
+                self._forget_deleted()
+        finally:
+            self._writing.release()
+
+    @contextlib.contextmanager
+    def _transaction(self, *, writes: bool) -> Iterator[sa.Connection]:
         if self.is_gone():
-            raise FacelaneError(
-                Reason.GALLERY_UNAVAILABLE,
+            raise unavailable(
                 f"{self._path}: the gallery's file was removed or replaced while the server ran, "
                 "so nothing can be changed; put it back, or restore a backup and restart the "
                 "server",
-                metadata={"cause": "FILE_GONE"},
+                cause="FILE_GONE",
             )
+        engine = self._engine.execution_options(facelane_writes=writes)
         try:
-            with self._engine.begin() as connection:
+            with engine.begin() as connection:
                 yield connection
         except exc.DBAPIError as error:
             raise self._unavailable(error) from error
-        if self._log_is_full and not self._look:
-            self.forget_deleted()
+        except exc.TimeoutError:
+            raise unavailable(
+                "too many wait for the gallery; try again", cause="POOL", retryable=True
+            ) from None
 
     def _unavailable(self, error: exc.DBAPIError) -> FacelaneError:
         name: str = getattr(error.orig, "sqlite_errorname", "") or type(error.orig).__name__
@@ -272,7 +276,17 @@ class SqliteFile:
             metadata={"cause": cause[:200]},
         )
 
+    def trouble(self) -> str:
+        """FILE_GONE, DISK_FULL."""
+        if self.is_gone():
+            return "FILE_GONE"
+        return "" if self.has_room() else "DISK_FULL"
+
     def forget_deleted(self) -> None:
+        with self._writing:
+            self._forget_deleted()
+
+    def _forget_deleted(self) -> None:
         """Empties the write-ahead log, which still holds what was just deleted.
 
         Never raises: the deletion stands. While another process reads the file (a backup), the

@@ -1,0 +1,123 @@
+"""What every engine of the store does: transactions, with errors that say what to do next.
+
+One ``Database`` is one store that was opened. It is used from any thread, and by as many processes
+as its engine takes: one machine's for SQLite (``sqlite``), any for PostgreSQL (``postgres``).
+Neither errors nor logs ever hold a parameter of a statement.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import sqlalchemy as sa
+
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.store import schema
+
+Kind = Literal["sqlite", "postgresql"]
+
+
+def unavailable(
+    message: str, *, cause: str = "", retryable: bool = False, **told: str
+) -> FacelaneError:
+    metadata = {**told, **({"cause": cause} if cause else {})}
+    return FacelaneError(
+        Reason.GALLERY_UNAVAILABLE, message, metadata=metadata, retryable=retryable
+    )
+
+
+class Database(abc.ABC):
+    """A store that was opened and brought up to date; ``close`` ends it.
+
+    Every method but ``trouble`` and ``close`` raises GALLERY_UNAVAILABLE: retryable where the store
+    may come back by itself, final where somebody has to mend it.
+    """
+
+    kind: ClassVar[Kind]
+    name: str
+    """As it is called in messages: a path, or an address without its password."""
+
+    @abc.abstractmethod
+    def reading(self) -> contextlib.AbstractContextManager[sa.Connection]:
+        """A transaction that sees one state of the store throughout, and changes nothing."""
+
+    @abc.abstractmethod
+    def writing(self, *counters: str) -> contextlib.AbstractContextManager[sa.Connection]:
+        """A transaction that may change. Whoever writes under a counter (``schema.COUNTERS``)
+        excludes all others who do, in every process, from here to the commit; several are taken
+        in the order of ``schema.COUNTERS``."""
+
+    @abc.abstractmethod
+    def check(self) -> str:
+        """Empty when the store is sound, else what is wrong; reads all of it."""
+
+    @abc.abstractmethod
+    def trouble(self) -> str:
+        """Why no change can be kept now, in capitals; empty = it can. Never waits."""
+
+    @abc.abstractmethod
+    def forget_deleted(self) -> None:
+        """Overwrites what was just deleted, as far as the engine can. Never raises."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Idempotent."""
+
+    @abc.abstractmethod
+    def _hold_schema(self, connection: sa.Connection) -> None:
+        """Until the transaction ends, nobody else changes the schema."""
+
+    @property
+    @abc.abstractmethod
+    def _otherwise(self) -> str:
+        """What to set for another store to be used."""
+
+    # -- the schema --------------------------------------------------------------------------
+
+    def migrate(self, *, look: bool = False) -> None:
+        """Brings the schema up to date; with ``look``, only sees to it that it is."""
+        newest = len(schema.MIGRATIONS)
+        begin = self.reading() if look else self.writing()
+        with begin as connection:
+            if not look:
+                self._hold_schema(connection)
+            version = self._version(connection)
+            if look and version != newest:
+                raise unavailable(
+                    f"{self.name} was not made by this version of facelane: start the server once"
+                )
+            if version > newest:
+                raise unavailable(
+                    f"{self.name} was made by a newer facelane (schema {version}; this one knows "
+                    f"up to {newest}): install that one, or set {self._otherwise}"
+                )
+            for step in schema.MIGRATIONS[version:]:
+                step(connection)
+            if version != newest:
+                connection.execute(sa.delete(schema.schema_version))
+                connection.execute(sa.insert(schema.schema_version).values(version=newest))
+
+    def _version(self, connection: sa.Connection) -> int:
+        present = set(sa.inspect(connection).get_table_names())
+        if schema.schema_version.name in present:
+            return int(connection.scalar(sa.select(schema.schema_version.c.version)) or 0)
+        # A file is one program's; a database may be shared, as long as no name is taken twice.
+        foreign = present if self.kind == "sqlite" else present & set(schema.metadata.tables)
+        if foreign:
+            raise unavailable(
+                f"{self.name} is a database of another program; set {self._otherwise} to another"
+            )
+        return 0
+
+
+@contextlib.contextmanager
+def opening(database: Database) -> Iterator[None]:
+    """Closes a database whose opening does not succeed."""
+    try:
+        yield
+    except BaseException:
+        database.close()
+        raise

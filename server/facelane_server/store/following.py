@@ -1,0 +1,149 @@
+"""What readers of a gallery follow: all templates once, then every change in its order.
+
+A change stands in the log with numbers alone (of the subject; a template's random id), so that the
+log names nobody. What was added and removed again before a reader came to it is not told: the later
+change is there, and says nothing that the reader knows.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import sqlalchemy as sa
+
+from facelane_server import limits
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.store.records import F16, StoredVector
+from facelane_server.store.schema import GALLERY, changes, next_revision, revision, subjects
+from facelane_server.store.schema import templates as templates_table
+
+UNIT_TOLERANCE: Final = 0.01
+"""Stored vectors have unit norm up to the rounding of float16."""
+
+
+class ChangeKind(enum.StrEnum):
+    SUBJECT = "SUBJECT"
+    """Made, or its name or labels changed."""
+    TEMPLATE_ADDED = "TEMPLATE_ADDED"
+    TEMPLATE_REMOVED = "TEMPLATE_REMOVED"
+    SUBJECT_REMOVED = "SUBJECT_REMOVED"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChange:
+    """``added``: of TEMPLATE_ADDED, unless it is gone again or of another model."""
+
+    revision: int
+    kind: ChangeKind
+    subject: int
+    template_id: str = ""
+    added: StoredVector | None = None
+
+
+class HistoryLostError(Exception):
+    """The log has forgotten what comes next for this reader: it has to take all in again."""
+
+
+def append(
+    connection: sa.Connection, kind: ChangeKind, *, subject: int = 0, template_id: str = ""
+) -> int:
+    """Writes a change of a transaction under ``GALLERY``; its revision. ``subject`` 0: the subject
+    is made by this change, and the revision is its number."""
+    number = next_revision(connection, GALLERY)
+    connection.execute(
+        sa.insert(changes).values(
+            revision=number, kind=kind.value, subject=subject or number, template_id=template_id
+        )
+    )
+    if number % limits.CHANGES_PRUNED_EVERY == 0:
+        connection.execute(
+            sa.delete(changes).where(changes.c.revision <= number - limits.MAX_CHANGES_KEPT)
+        )
+    return number
+
+
+def after(
+    connection: sa.Connection, seen: int, model_id: str, dim: int, name: str
+) -> list[StoredChange]:
+    """At most ``limits.MAX_CHANGE_BATCH`` changes behind revision ``seen``, oldest first, none left
+    out. Raises HistoryLostError, and GALLERY_UNAVAILABLE for a damaged vector."""
+    rows = connection.execute(
+        sa.select(changes)
+        .where(changes.c.revision > seen)
+        .order_by(changes.c.revision)
+        .limit(limits.MAX_CHANGE_BATCH)
+    ).all()
+    newest = revision(connection, GALLERY)
+    if (not rows and newest != seen) or (rows and rows[0].revision != seen + 1):
+        # Forgotten, or the store is another one: of an earlier state, for example a backup.
+        raise HistoryLostError
+    wanted = [row.template_id for row in rows if row.kind == ChangeKind.TEMPLATE_ADDED]
+    found: dict[str, StoredVector] = {}
+    if wanted and model_id:
+        query = _vectors(model_id).where(templates_table.c.template_id.in_(wanted))
+        found = {
+            row.template_id: _checked(row, dim, name) for row in connection.execute(query).all()
+        }
+    return [
+        StoredChange(
+            row.revision,
+            ChangeKind(row.kind),
+            row.subject,
+            row.template_id,
+            found.get(row.template_id) if row.kind == ChangeKind.TEMPLATE_ADDED else None,
+        )
+        for row in rows
+    ]
+
+
+def vectors(
+    connection: sa.Connection, model_id: str, dim: int, name: str
+) -> Iterator[StoredVector]:
+    """All templates of one model, in the order of gallery, subject, age.
+
+    A row whose vector does not have ``dim`` values, or no unit norm, is a damaged store:
+    GALLERY_UNAVAILABLE.
+    """
+    query = _vectors(model_id).order_by(
+        subjects.c.gallery_id, subjects.c.subject_id, templates_table.c.id
+    )
+    with connection.execution_options(yield_per=4096).execute(query) as rows:
+        for row in rows:
+            yield _checked(row, dim, name)
+
+
+def _vectors(model_id: str) -> sa.Select[tuple[str, str, int, str, bytes]]:
+    return (
+        sa.select(
+            subjects.c.gallery_id,
+            subjects.c.subject_id,
+            subjects.c.id.label("number"),
+            templates_table.c.template_id,
+            templates_table.c.vector,
+        )
+        .join_from(templates_table, subjects)
+        .where(templates_table.c.model_id == model_id)
+    )
+
+
+def _checked(row: sa.Row[tuple[str, str, int, str, bytes]], dim: int, name: str) -> StoredVector:
+    if len(row.vector) != 2 * dim:
+        raise FacelaneError(
+            Reason.GALLERY_UNAVAILABLE,
+            f"{name}: a template of the serving model has {len(row.vector)} bytes instead of "
+            f"{2 * dim}; restore a backup of the gallery",
+        )
+    vector: F16 = np.frombuffer(row.vector, np.float16)
+    length = float(np.linalg.norm(vector.astype(np.float32)))
+    if not abs(length - 1.0) < UNIT_TOLERANCE:
+        raise FacelaneError(
+            Reason.GALLERY_UNAVAILABLE,
+            f"{name}: the gallery's file is damaged: a template's vector is none; restore a backup "
+            "of the gallery, or delete that template",
+            metadata={"template_id": row.template_id},
+        )
+    return StoredVector(row.gallery_id, row.subject_id, row.template_id, vector, row.number)

@@ -1,0 +1,146 @@
+"""A real PostgreSQL server for tests, from Debian's package: begun once a session, in a folder of
+its own, on a Unix socket of its own; each test has a database of its own in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from tests.waiting import until
+
+WITHOUT = "no PostgreSQL here: apt-get install postgresql (Debian), and pip install psycopg"
+
+
+def programs() -> Path | None:
+    """The folder of PostgreSQL's own programs, newest version; None without one."""
+    for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True):
+        if (folder / "postgres").exists():
+            return folder
+    found = shutil.which("postgres")
+    return None if found is None else Path(found).parent
+
+
+def present() -> bool:
+    with contextlib.suppress(ImportError):
+        import psycopg as _  # noqa: F401
+
+        return programs() is not None
+    return False
+
+
+class Postgres:
+    """One server. ``kill`` and ``start`` are an operator's accident; ``url`` a database in it."""
+
+    def __init__(self, folder: Path) -> None:
+        found = programs()
+        assert found is not None
+        self._programs = found
+        self._folder = folder
+        # It refuses to run as root.
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user is not None:
+            owner = pwd.getpwnam(self._user)
+            os.chown(folder, owner.pw_uid, owner.pw_gid)
+        self._databases = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._run("initdb", "-D", str(folder / "data"), "-U", "facelane", "-A", "trust", "-N")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        subprocess.run(
+            [str(self._programs / program), *arguments],
+            check=True,
+            cwd=self._folder,
+            user=self._user,
+            group=self._user,
+            stdout=subprocess.DEVNULL,
+            timeout=60,
+        )
+
+    def start(self) -> None:
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self._folder),
+            # The machine is not switched off in tests.
+            "fsync": "off",
+            "max_connections": "200",
+        }
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    str(self._programs / "postgres"), "-D", str(self._folder / "data"),
+                    *(f"-c{name}={value}" for name, value in settings.items()),
+                ],
+                cwd=self._folder,
+                user=self._user,
+                group=self._user,
+                stdout=log,
+                stderr=log,
+            )  # fmt: skip
+        until(self._answers, what="PostgreSQL")
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self._folder / "log").read_text()[-2000:]
+        engine = sa.create_engine(self._address("postgres"), poolclass=sa.NullPool)
+        with contextlib.suppress(sa.exc.OperationalError), engine.connect() as connection:
+            return bool(connection.scalar(sa.text("SELECT true")))
+        return False
+
+    def kill(self) -> None:
+        """kill -9: the postmaster, and with it every backend."""
+        self._end(signal.SIGQUIT)
+
+    def stop(self) -> None:
+        """As a restart does: sessions are ended, what was committed is kept."""
+        self._end(signal.SIGINT)
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait(30)
+            self._process = None
+
+    def _address(self, database: str) -> sa.URL:
+        return sa.URL.create(
+            "postgresql+psycopg",
+            username="facelane",
+            database=database,
+            query={"host": str(self._folder)},
+        )
+
+    def url(self) -> str:
+        """Of a fresh database."""
+        self._databases += 1
+        name = f"facelane_{self._databases}"
+        engine = sa.create_engine(
+            self._address("postgres"), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT"
+        )
+        with engine.connect() as connection:
+            connection.execute(sa.text(f"CREATE DATABASE {name} STRATEGY file_copy"))
+        address = self._address(name).set(drivername="postgresql")
+        return address.render_as_string(hide_password=False)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Postgres]:
+    # Not in pytest's folder, which is its user's alone.
+    folder = Path(tempfile.mkdtemp(prefix="facelane-postgres-"))
+    try:
+        folder.chmod(0o755)
+        server = Postgres(folder)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
