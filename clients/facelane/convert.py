@@ -62,6 +62,7 @@ _DROP: dict[int, types.DropReason] = {
     analysis_service_pb2.DROP_REASON_DRAINING: types.DropReason.DRAINING,
     analysis_service_pb2.DROP_REASON_STREAM_CLOSED: types.DropReason.STREAM_CLOSED,
     analysis_service_pb2.DROP_REASON_WAITING_FOR_KEY_FRAME: types.DropReason.WAITING_FOR_KEY_FRAME,
+    analysis_service_pb2.DROP_REASON_THINNED: types.DropReason.THINNED,
 }
 _UPDATE: dict[int, types.StreamUpdateKind] = {
     analysis_service_pb2.STREAM_UPDATE_KIND_STAGE_LOST: types.StreamUpdateKind.STAGE_LOST,
@@ -71,6 +72,7 @@ _UPDATE: dict[int, types.StreamUpdateKind] = {
     analysis_service_pb2.STREAM_UPDATE_KIND_KEY_FRAME_WANTED: (
         types.StreamUpdateKind.KEY_FRAME_WANTED
     ),
+    analysis_service_pb2.STREAM_UPDATE_KIND_RATE: types.StreamUpdateKind.RATE,
 }
 
 
@@ -389,6 +391,7 @@ def _update(pb: analysis_service_pb2.StreamUpdate) -> types.StreamUpdate:
         pb.track_id,
         pb.message,
         seconds(pb.grace),
+        pb.rate_fps,
     )
 
 
@@ -495,6 +498,13 @@ def server_info(pb: server_service_pb2.GetServerInfoResponse) -> types.ServerInf
         ),
         pb.open_streams,
         pb.draining,
+        _load(pb.load) if pb.HasField("load") else None,
+    )
+
+
+def _load(pb: server_service_pb2.ServerLoad) -> types.ServerLoad:
+    return types.ServerLoad(
+        pb.offered_fps, pb.capacity_fps, pb.load, pb.headroom_streams, pb.thinned_streams
     )
 
 

@@ -60,6 +60,7 @@ class Reason(enum.StrEnum):
     MESSAGE_EMPTY = "MESSAGE_EMPTY"
     SLOW_READER = "SLOW_READER"
     STREAM_LIMIT = "STREAM_LIMIT"
+    CAPACITY = "CAPACITY"
     DRAINING = "DRAINING"
     # The work.
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
@@ -304,6 +305,7 @@ RETRYABLE_REASONS = frozenset(
         Reason.WORKER_LOST,
         Reason.OUT_OF_MEMORY,
         Reason.STREAM_LIMIT,
+        Reason.CAPACITY,
         Reason.SLOW_READER,
         Reason.DRAINING,
         Reason.GALLERY_UNAVAILABLE,

@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 import structlog
 
-from facelane_server import config, folders, limits, plan, served, tracking
+from facelane_server import config, folders, heap, limits, plan, served, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.controls import Reloaded
@@ -59,6 +59,7 @@ class App:
                 gallery=self._gallery_reading,
                 streams=lambda: len(self.edge.streams),
                 watchers=lambda: self.events.watchers,
+                load=lambda: self.edge.load.load,
             )
         )
         self.monitor = Monitor(
@@ -430,9 +431,14 @@ async def serve(
         async with app.running():
             if on_running is not None:
                 on_running(app)
-            await app.wait_ready()
-            await app.wait_stop()
-            await app.drain()
+            heap.settle()
+            tending = asyncio.create_task(heap.tend(), name="heap")
+            try:
+                await app.wait_ready()
+                await app.wait_stop()
+                await app.drain()
+            finally:
+                await _cancel(tending)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)

@@ -84,6 +84,13 @@ class Limits(Section, frozen=True):
     """Frames of a stream without an outcome written; more are held back by flow control."""
     window_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1024 * limits.MIB)] = 32 * limits.MIB
     """Picture bytes that a stream may hold on the server; one frame is always let in."""
+    age_target_ms: Annotated[int, msgspec.Meta(ge=0, le=600_000)] = 100
+    """Nineteen of twenty results are to be younger than this, from the receipt of their frame.
+    When more comes than can be served so, an even part of every LATEST_WINS stream is taken, by
+    weight; the others are dropped as THINNED. 0 = never."""
+    min_fps: Annotated[float, msgspec.Meta(ge=0.0, le=1_000.0)] = 2.0
+    """Analysed frames a second that a stream is let in for: while streams are thinned, one more
+    that would leave each with less is refused with CAPACITY."""
     max_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 1_000
     """LATEST_WINS: a frame older than this when a worker is free is dropped."""
     lossless_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=3_600_000)] = 60_000

@@ -80,6 +80,8 @@ class DropReason(enum.StrEnum):
     """The stream ended before the frame was dispatched."""
     WAITING_FOR_KEY_FRAME = "WAITING_FOR_KEY_FRAME"
     """Video: it cannot be decoded without a key frame that is not there."""
+    THINNED = "THINNED"
+    """The server has more to do than it can in time: it takes an even part of every stream."""
 
 
 class Reason(enum.StrEnum):
@@ -105,6 +107,7 @@ class Reason(enum.StrEnum):
     MESSAGE_EMPTY = "MESSAGE_EMPTY"
     SLOW_READER = "SLOW_READER"
     STREAM_LIMIT = "STREAM_LIMIT"
+    CAPACITY = "CAPACITY"
     DRAINING = "DRAINING"
     # The work.
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"

@@ -63,6 +63,8 @@ class PoolPort(Protocol):
 
     def withdraw(self, task: Task[Any]) -> bool: ...
 
+    def replace(self, task: Task[Any], by: Task[Any]) -> bool: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -159,7 +161,20 @@ class Pipeline:
 
     def detect(self, picture: Picture, plan: Plan, origin: Origin) -> Task[DetectAnswer]:
         """The task of a picture; its future is resolved in a later turn of the loop."""
-        task: Task[DetectAnswer] = Task(
+        task = self._detection(picture, plan, origin)
+        self._detector.submit(task)
+        return task
+
+    def detect_instead(
+        self, waiting: Task[DetectAnswer], picture: Picture, plan: Plan, origin: Origin
+    ) -> Task[DetectAnswer] | None:
+        """The task of a picture that takes the turn of another one of its stream, whose future
+        stays unresolved; ``None`` when a worker has begun that one already."""
+        task = self._detection(picture, plan, origin)
+        return task if self._detector.replace(waiting, task) else None
+
+    def _detection(self, picture: Picture, plan: Plan, origin: Origin) -> Task[DetectAnswer]:
+        return Task(
             DetectRequest(picture, plan.max_faces, self._max_pixels),
             origin.lane,
             origin.weight,
@@ -167,12 +182,6 @@ class Pipeline:
             asyncio.get_running_loop().create_future(),
             sender=origin.sender,
         )
-        self._detector.submit(task)
-        return task
-
-    def withdraw(self, task: Task[DetectAnswer]) -> bool:
-        """Takes a task back that no worker has begun; its future stays unresolved."""
-        return self._detector.withdraw(task)
 
     def give_up(self, task: Task[DetectAnswer]) -> None:
         """Nobody waits for the picture any more: it costs no work that was not begun."""

@@ -14,8 +14,9 @@ from tests.running_server import free_port
 
 from facelane_bridge.metrics import serve_metrics
 from facelane_bridge.output import CameraTotals
+from facelane_server.capacity import Load
 from facelane_server.domain import Overload
-from facelane_server.observability.metrics import Metrics
+from facelane_server.observability.metrics import Metrics, Sources
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "prometheus"
 RULES = (FOLDER / "facelane.rules.yml").read_text()
@@ -49,7 +50,8 @@ async def test_every_metric_named_exists() -> None:
         answer = await asyncio.to_thread(
             urllib3.request, "GET", f"http://{address}/metrics", timeout=30, retries=False
         )
-    exposition = Metrics().exposition().decode() + answer.data.decode()
+    sources = Sources(load=lambda: Load(1.0, 2.0, 1, 0))
+    exposition = Metrics(sources).exposition().decode() + answer.data.decode()
     exposed: set[str] = set()
     for name, kind in re.findall(r"(?m)^# TYPE (\w+) (\w+)", exposition):
         parts = ("_bucket", "_count", "_sum") if kind == "histogram" else ("",)

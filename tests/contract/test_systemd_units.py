@@ -14,6 +14,7 @@ import pytest
 
 from facelane_bridge import config as bridge_config
 from facelane_server import config as server_config
+from facelane_server.capacity import Load
 from facelane_server.domain import Stage
 from facelane_server.edge import health
 from facelane_server.monitor import DeviceReading
@@ -356,7 +357,11 @@ class TestOperationsPage:
             (worker,),
         )
         device = DeviceReading("0", "card", "GPU-1", 1, 2)
-        metrics = Metrics(Sources(pools=lambda: [pool], devices=lambda: [device]))
+        metrics = Metrics(
+            Sources(
+                pools=lambda: [pool], devices=lambda: [device], load=lambda: Load(1.0, 2.0, 1, 0)
+            )
+        )
         exposed = set(re.findall(r"(?m)^# TYPE (\w+)", metrics.exposition().decode()))
         named = set(re.findall(r"\bfacelane_\w+", self.page)) - {"facelane_server"}
         assert len(named) >= 8

@@ -256,4 +256,4 @@ def test_a_flood_gets_an_outcome_for_every_frame(
     if overload == "lossless":
         assert summary.drops == 0
     else:
-        assert set(summary.drops_by_reason) <= {"SUPERSEDED", "TOO_OLD"}
+        assert set(summary.drops_by_reason) <= {"SUPERSEDED", "TOO_OLD", "THINNED"}

@@ -37,6 +37,7 @@ class ScriptedPool:
         self.waiting: list[Task[Any]] = []
         self.begun: list[Task[Any]] = []
         self.withdrawn = 0
+        self.replaced = 0
 
     def submit(self, task: Task[Any]) -> None:
         task.submitted_ns = 1
@@ -47,6 +48,14 @@ class ScriptedPool:
             return False
         self.waiting.remove(task)
         self.withdrawn += 1
+        return True
+
+    def replace(self, task: Task[Any], by: Task[Any]) -> bool:
+        if task not in self.waiting:
+            return False
+        by.submitted_ns = 1
+        self.waiting[self.waiting.index(task)] = by
+        self.replaced += 1
         return True
 
     @property

@@ -424,7 +424,7 @@ def _judge(
         allowed = fault.errors | (frozenset() if pattern.lossless else LATE)
         if set(book.errors) - allowed:
             broken.append(f"{book.name}: errors {dict(book.errors)}")
-        if set(book.drops) - (set() if pattern.lossless else {"SUPERSEDED", "TOO_OLD"}):
+        if set(book.drops) - (set() if pattern.lossless else {"SUPERSEDED", "TOO_OLD", "THINNED"}):
             broken.append(f"{book.name}: drops {dict(book.drops)}")
         # Behind a server that stood still a deadline may have passed between two stages.
         spared = set() if fault.stalls else set(book.missing) - {cell.stage}

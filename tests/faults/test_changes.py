@@ -74,7 +74,7 @@ async def test_restarts_reloads_and_hangups_lose_nothing(tmp_path: Path) -> None
         if pattern.lossless:
             assert (book.results, book.drops.total(), book.errors.total()) == (book.sent, 0, 0)
         else:
-            assert set(book.drops) <= {"SUPERSEDED", "TOO_OLD"}
+            assert set(book.drops) <= {"SUPERSEDED", "TOO_OLD", "THINNED"}
             assert set(book.errors) <= cells.LATE
 
 
@@ -124,7 +124,7 @@ async def test_a_drain_under_faults_gives_every_frame_an_outcome(tmp_path: Path,
     for book in books:
         assert not book.broken, book
         assert book.outcomes == book.sent, book
-        assert set(book.drops) <= {"DRAINING", "SUPERSEDED", "TOO_OLD"}
+        assert set(book.drops) <= {"DRAINING", "SUPERSEDED", "TOO_OLD", "THINNED"}
         assert set(book.errors) <= cells.LATE
 
 

@@ -95,6 +95,25 @@ def test_a_frame_that_is_replaced_costs_its_lane_nothing() -> None:
     assert abs(served[1] - 10) <= 1
 
 
+def test_a_quicker_camera_is_not_starved_by_its_own_newer_frames() -> None:
+    """Each replaces what waits of it before its turn would come: the turn stays."""
+    queue = FairQueue()
+    waiting: dict[int, AnyTask] = {}
+    served: Counter[int] = Counter()
+    for now in range(1, 4_000):
+        for lane in range(40):
+            if now % (33 if lane < 4 else 40) == lane:
+                newer = task(lane, deadline=now + 1_000)
+                if lane not in waiting or not queue.replace(waiting[lane], newer):
+                    queue.put(newer)
+                waiting[lane] = newer
+        if now % 5 == 0 and len(queue):
+            (got,) = take(queue, 1)
+            served[got.lane] += 1
+            del waiting[got.lane]
+    assert max(served.values()) <= 1.1 * min(served[lane] for lane in range(33)) + 1
+
+
 def test_the_task_behind_a_withdrawn_one_moves_up() -> None:
     queue = FairQueue()
     first, second = task(1, deadline=10), task(1, deadline=20)
@@ -280,6 +299,16 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.withdraw(item)
         assert not self.queue.withdraw(item)
         self.model.remove(item)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), deadline=st.integers(0, 100))
+    def replace(self, data: st.DataObject, deadline: int) -> None:
+        item = data.draw(st.sampled_from(self.model))
+        newer = task(item.lane, weight=item.weight, deadline=deadline, sender=item.sender)
+        assert self.queue.replace(item, newer) is (item not in self.gone)
+        assert not self.queue.replace(task(item.lane, sender=item.sender), newer)
+        if item not in self.gone:
+            self.model[self.model.index(item)] = newer
 
     @rule(most=st.integers(1, 6))
     def take(self, most: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ from facelane_server.lanes import (
     Lane,
     LaneDraining,
     LaneOptions,
+    RateChanged,
     SilentObserver,
     StageChanged,
     TrackEnded,
@@ -69,7 +71,8 @@ class Recorder(SilentObserver):
         self.last[sighting.track_id] = sighting.identity.decision
 
     def track_ended(self, lane: Lane, track_id: int) -> None:
-        self.ended.append((track_id, self.last[track_id]))
+        # One whose first picture had no result was never seen.
+        self.ended.append((track_id, self.last.get(track_id, Decision.NOT_EVALUATED)))
 
 
 def unwritten(lane: Lane) -> int:
@@ -464,6 +467,61 @@ async def test_lossless_supersedes_nothing() -> None:
     s = Stream()
     s.offer(5)
     assert len(s.pools.detector.waiting) == 5
+
+
+async def test_a_thinned_stream_gives_a_part_of_its_frames_and_each_has_its_outcome() -> None:
+    s = Stream(overload=Overload.LATEST_WINS, window=64)
+    s.lane.take_at(5.0)
+    results = 0
+    for _ in range(50):  # two seconds at 25 frames a second
+        s.now += SECOND // 25
+        s.offer()
+        if s.pools.detector.waiting:
+            s.pools.detector.answer(faces(0))
+            results += 1
+        await turns()
+    assert 9 <= results <= 11
+    told = await s.take()
+    assert told[0] == RateChanged(5.0)
+    outcomes = told[1:]
+    assert [o.frame_id for o in outcomes] == list(range(1, 51)), "all, in order"
+    reasons = Counter(o.body.reason for o in outcomes if isinstance(o.body, FrameDrop))
+    assert reasons == {DropReason.THINNED: 50 - results}
+    tally = s.lane.tally()
+    assert (tally.received, tally.results, len(tally.ages_ns)) == (50, results, results)
+    assert s.lane.tally().received == 0
+    s.lane.take_at(None)
+    s.offer()
+    assert len(s.pools.detector.waiting) == 1
+    assert await s.take() == [RateChanged(0.0)]
+
+
+async def test_while_a_frame_waits_a_thinned_stream_puts_the_newest_in_its_place() -> None:
+    s = Stream(overload=Overload.LATEST_WINS)
+    s.lane.take_at(1.0)
+    s.now += SECOND
+    s.offer()
+    s.lane.take_at(0.0)
+    s.offer(3)
+    (waiting,) = s.pools.detector.waiting
+    s.pools.detector.answer(faces(0))
+    outcomes = [item for item in await s.take() if isinstance(item, Outcome)]
+    assert [o.frame_id for o in outcomes if isinstance(o.body, FrameResult)] == [4]
+    assert waiting.attempts == 0
+    s.offer()
+    await turns()
+    (dropped,) = await s.bodies()
+    assert dropped.reason is DropReason.THINNED, "nothing waits, so nothing is taken on"
+
+
+async def test_small_changes_of_a_rate_are_not_told() -> None:
+    s = Stream(overload=Overload.LATEST_WINS)
+    for at, fps in ((1, 10.0), (2, 10.5), (3, 5.0), (4, 4.9)):
+        s.now = at * SECOND * 2
+        s.lane.take_at(fps)
+    s.lane.take_at(1.0)
+    s.lane.take_at(3.0)  # at once: too soon to be told
+    assert await s.take() == [RateChanged(10.0), RateChanged(5.0), RateChanged(1.0)]
 
 
 # -- the end -------------------------------------------------------------------------------------

@@ -58,6 +58,9 @@ class ScriptedPool:
     def withdraw(self, task: Any) -> bool:
         return False
 
+    def replace(self, task: Any, by: Any) -> bool:
+        return False
+
     def answer(self, ok: bool) -> None:
         """The oldest task ends; the pool's own error if not ``ok``."""
         if not self.tasks:

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.waiting import auntil
 
 from facelane_server import config, limits
+from facelane_server.capacity import Load
 from facelane_server.config import AddressError
 from facelane_server.domain import (
     Box,
@@ -327,12 +328,16 @@ def test_values_that_are_read_at_the_scrape() -> None:
             devices=lambda: [device],
             gallery=lambda: GalleryReading(12, 3),
             streams=lambda: streams[0],
+            load=lambda: Load(50.0, 200.0, 6, 0),
         )
     )
     streams[0] = 5
     got = values(metrics)
     assert got["facelane_streams_open", ()] == 5
     assert got["facelane_gallery_templates", ()] == 12
+    assert got["facelane_load_ratio", ()] == 0.25
+    assert got["facelane_load_headroom_streams", ()] == 6
+    assert got["facelane_load_thinned_streams", ()] == 0
     assert got["facelane_pool_queued", (("pool", "detector"),)] == 4
     assert got["facelane_pool_serving", (("pool", "detector"),)] == 1
     assert got["facelane_pool_worker_losses_total", (("pool", "detector"),)] == 2

@@ -29,6 +29,7 @@ def server_info(ctx: typer.Context, output_format: FormatOption = Format.table) 
         ("server", f"{target}, version {info.version}{', draining' if info.draining else ''}"),
         ("started", info.start_time.isoformat(" ", "seconds") if info.start_time else "-"),
         ("streams", f"{info.open_streams} of {limits.max_streams}, window {limits.window}"),
+        ("load", _load(info)),
         ("frame", f"at most {limits.max_frame_bytes} bytes, {limits.max_pixels} pixels"),
     ]
     rows.extend(
@@ -36,6 +37,16 @@ def server_info(ctx: typer.Context, output_format: FormatOption = Format.table) 
         for m in info.models
     )
     console.print(output.key_values(rows))
+
+
+def _load(info: facelane.ServerInfo) -> str:
+    load = info.load
+    if load is None:
+        return "not known yet: too little has been analysed"
+    fits = f"{load.headroom_streams} streams more fit"
+    if load.thinned_streams:
+        fits = f"{load.thinned_streams} streams are thinned to what can be served in time"
+    return f"{load.offered_fps:.0f} of {load.capacity_fps:.0f} pictures/s; {fits}"
 
 
 @server_app.command("pools")

@@ -46,8 +46,25 @@ class ServerLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """What the server carries, and what it could carry, learnt from its work of the last seconds.
+
+    ``offered_fps``: pictures a second that streams send; ``capacity_fps``: those of this kind that
+    it can analyse in time; ``load``: the one over the other, from 1 on streams are thinned;
+    ``headroom_streams``: streams more that fit, at the rate of those that are open;
+    ``thinned_streams``: those of which pictures are dropped as THINNED now.
+    """
+
+    offered_fps: float
+    capacity_fps: float
+    load: float
+    headroom_streams: int
+    thinned_streams: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What the server is."""
+    """What the server is. ``load``: ``None`` while there was too little work to learn it from."""
 
     version: str
     start_time: datetime | None
@@ -55,6 +72,7 @@ class ServerInfo:
     limits: ServerLimits
     open_streams: int = 0
     draining: bool = False
+    load: ServerLoad | None = None
 
 
 class PoolState(enum.StrEnum):

@@ -25,6 +25,9 @@ class DropReason(enum.StrEnum):
     """The stream ended before the frame was dispatched."""
     WAITING_FOR_KEY_FRAME = "WAITING_FOR_KEY_FRAME"
     """Video: it cannot be decoded without a key frame that did not come or is no longer kept."""
+    THINNED = "THINNED"
+    """The server has more streams than it can serve in time: it takes an even part of each; the
+    update RATE says how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,9 @@ class StreamUpdateKind(enum.StrEnum):
     TRACK_ENDED = "TRACK_ENDED"
     KEY_FRAME_WANTED = "KEY_FRAME_WANTED"
     """Video: frames are dropped until the next key frame; ask the camera for one if you can."""
+    RATE = "RATE"
+    """The server analyses ``rate_fps`` pictures a second of this stream from now on, and drops the
+    others as THINNED: it has more streams than it can serve in time. 0 = all again."""
     CONNECTION_LOST = "CONNECTION_LOST"
     """Told by the client itself: the connection broke, and it will try again."""
     RECONNECTED = "RECONNECTED"
@@ -211,13 +217,15 @@ class StreamUpdateKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StreamUpdate:
-    """``grace``: for DRAINING, the seconds for which the server goes on answering."""
+    """``grace``: for DRAINING, the seconds for which the server goes on answering. ``rate_fps``:
+    for RATE, analysed pictures a second; 0 = all."""
 
     kind: StreamUpdateKind
     stage: Stage = Stage.UNSPECIFIED
     track_id: int = 0
     message: str = ""
     grace: float = 0.0
+    rate_fps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,8 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     DROP_REASON_STREAM_CLOSED: _DropReason.ValueType  # 4
     DROP_REASON_WAITING_FOR_KEY_FRAME: _DropReason.ValueType  # 5
     """Video: it cannot be decoded without a key frame that did not come or is no longer kept."""
+    DROP_REASON_THINNED: _DropReason.ValueType  # 6
+    """The server carries more than it can analyse in time: of every stream it takes an even part."""
 
 class DropReason(_DropReason, metaclass=_DropReasonEnumTypeWrapper):
     """Why a frame was given up before it was analysed."""
@@ -71,6 +73,8 @@ DROP_REASON_DRAINING: DropReason.ValueType  # 3
 DROP_REASON_STREAM_CLOSED: DropReason.ValueType  # 4
 DROP_REASON_WAITING_FOR_KEY_FRAME: DropReason.ValueType  # 5
 """Video: it cannot be decoded without a key frame that did not come or is no longer kept."""
+DROP_REASON_THINNED: DropReason.ValueType  # 6
+"""The server carries more than it can analyse in time: of every stream it takes an even part."""
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015
 
 class _StreamUpdateKind:
@@ -89,6 +93,8 @@ class _StreamUpdateKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Stre
     """A track of this stream ended."""
     STREAM_UPDATE_KIND_KEY_FRAME_WANTED: _StreamUpdateKind.ValueType  # 5
     """Video: frames are dropped until the next key frame; ask the camera for one where you can."""
+    STREAM_UPDATE_KIND_RATE: _StreamUpdateKind.ValueType  # 6
+    """The server analyses so many pictures a second of this stream from now on: see rate_fps."""
 
 class StreamUpdateKind(_StreamUpdateKind, metaclass=_StreamUpdateKindEnumTypeWrapper):
     """Something about the stream that is not about one frame."""
@@ -103,6 +109,8 @@ STREAM_UPDATE_KIND_TRACK_ENDED: StreamUpdateKind.ValueType  # 4
 """A track of this stream ended."""
 STREAM_UPDATE_KIND_KEY_FRAME_WANTED: StreamUpdateKind.ValueType  # 5
 """Video: frames are dropped until the next key frame; ask the camera for one where you can."""
+STREAM_UPDATE_KIND_RATE: StreamUpdateKind.ValueType  # 6
+"""The server analyses so many pictures a second of this stream from now on: see rate_fps."""
 Global___StreamUpdateKind: _TypeAlias = StreamUpdateKind  # noqa: Y015
 
 @_typing.final
@@ -453,10 +461,13 @@ class StreamUpdate(_message.Message):
     TRACK_ID_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     GRACE_FIELD_NUMBER: _builtins.int
+    RATE_FPS_FIELD_NUMBER: _builtins.int
     kind: Global___StreamUpdateKind.ValueType
     stage: _face_pb2.Stage.ValueType
     track_id: _builtins.int
     message: _builtins.str
+    rate_fps: _builtins.float
+    """For RATE: pictures a second that are analysed; the others are dropped as THINNED. 0 = all."""
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
         """For DRAINING: how long the server goes on answering."""
@@ -469,10 +480,11 @@ class StreamUpdate(_message.Message):
         track_id: _builtins.int = ...,
         message: _builtins.str = ...,
         grace: _duration_pb2.Duration | None = ...,
+        rate_fps: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "kind", b"kind", "message", b"message", "stage", b"stage", "track_id", b"track_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "kind", b"kind", "message", b"message", "rate_fps", b"rate_fps", "stage", b"stage", "track_id", b"track_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

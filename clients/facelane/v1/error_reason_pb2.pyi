@@ -53,6 +53,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The client did not read its outcomes."""
     ERROR_REASON_STREAM_LIMIT: _ErrorReason.ValueType  # 14
     """As many streams or watchers are open as there may be."""
+    ERROR_REASON_CAPACITY: _ErrorReason.ValueType  # 60
+    """One stream more would leave each with less than limits.min_fps analysed pictures a second."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 15
     """The server is shutting down."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 16
@@ -161,6 +163,8 @@ ERROR_REASON_SLOW_READER: ErrorReason.ValueType  # 13
 """The client did not read its outcomes."""
 ERROR_REASON_STREAM_LIMIT: ErrorReason.ValueType  # 14
 """As many streams or watchers are open as there may be."""
+ERROR_REASON_CAPACITY: ErrorReason.ValueType  # 60
+"""One stream more would leave each with less than limits.min_fps analysed pictures a second."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 15
 """The server is shutting down."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 16

@@ -197,6 +197,46 @@ class ServerLimits(_message.Message):
 Global___ServerLimits: _TypeAlias = ServerLimits  # noqa: Y015
 
 @_typing.final
+class ServerLoad(_message.Message):
+    """What the server carries, and what it could carry. Learnt from its own work over the last seconds;
+    absent while there was too little of it to learn from.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFERED_FPS_FIELD_NUMBER: _builtins.int
+    CAPACITY_FPS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    HEADROOM_STREAMS_FIELD_NUMBER: _builtins.int
+    THINNED_STREAMS_FIELD_NUMBER: _builtins.int
+    offered_fps: _builtins.float
+    """Pictures a second that streams send."""
+    capacity_fps: _builtins.float
+    """Pictures a second of this kind that the server can analyse within limits.age_target_ms."""
+    load: _builtins.float
+    """offered_fps / capacity_fps; from 1 on streams are thinned."""
+    headroom_streams: _builtins.int
+    """Streams more that fit, at the rate of those that are open."""
+    thinned_streams: _builtins.int
+    """Streams of which pictures are dropped as THINNED now."""
+    def __init__(
+        self,
+        *,
+        offered_fps: _builtins.float = ...,
+        capacity_fps: _builtins.float = ...,
+        load: _builtins.float = ...,
+        headroom_streams: _builtins.int = ...,
+        thinned_streams: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_fps", b"capacity_fps", "headroom_streams", b"headroom_streams", "load", b"load", "offered_fps", b"offered_fps", "thinned_streams", b"thinned_streams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerLoad: _TypeAlias = ServerLoad  # noqa: Y015
+
+@_typing.final
 class GetServerInfoResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -206,6 +246,7 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     OPEN_STREAMS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     open_streams: _builtins.int
     draining: _builtins.bool
@@ -215,6 +256,8 @@ class GetServerInfoResponse(_message.Message):
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInfo]: ...
     @_builtins.property
     def limits(self) -> Global___ServerLimits: ...
+    @_builtins.property
+    def load(self) -> Global___ServerLoad: ...
     def __init__(
         self,
         *,
@@ -224,10 +267,11 @@ class GetServerInfoResponse(_message.Message):
         limits: Global___ServerLimits | None = ...,
         open_streams: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        load: Global___ServerLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "limits", b"limits", "models", b"models", "open_streams", b"open_streams", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "limits", b"limits", "load", b"load", "models", b"models", "open_streams", b"open_streams", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

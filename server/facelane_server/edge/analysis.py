@@ -18,6 +18,7 @@ from facelane_server.domain import FacelaneError, Outcome, Reason
 from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
+from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.pictures import SinglePictures
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.lanes import (
@@ -25,6 +26,7 @@ from facelane_server.lanes import (
     LaneDraining,
     LaneObserver,
     LaneTotals,
+    RateChanged,
     StageChanged,
     TrackEnded,
     Update,
@@ -78,11 +80,13 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         pictures: SinglePictures,
         observer: LaneObserver,
         controls: Controls,
+        load: LoadWatch,
     ) -> None:
         self._config = config
         self._pipeline = pipeline
         self._streams = streams
         self._pictures = pictures
+        self._load = load
         self._observer = observer
         self._controls = controls
         self._params = tracking.Params.of(config.tracking)
@@ -99,6 +103,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
     async def _serve(self, context: Context) -> None:
         lane = await self._open(context)
         stream = self._streams.add(lane)
+        self._load.opened(lane)
         reader = asyncio.create_task(self._read(context, lane), name="lane-reader")
         writer = asyncio.create_task(self._write(context, lane), name="lane-writer")
         stopper = asyncio.create_task(stream.stop.wait(), name="lane-stopper")
@@ -147,6 +152,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             )
         caller = gate.caller()
         options = convert.lane_options(first.config, self._config, caller)
+        sender = Sender(caller.name, caller.weight)
+        self._load.admit(options, sender)
         lane = Lane(
             self._streams.next_id(),
             uuid.uuid4().hex[:16],
@@ -156,7 +163,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             window_bytes=self._config.limits.window_bytes,
             tracking_params=self._params.with_interval(options.reinference_interval_ns),
             observer=self._observer,
-            sender=Sender(caller.name, caller.weight),
+            sender=sender,
             allowance=gate.allowance(),
         )
         opened = pb.StreamOpened(
@@ -274,6 +281,9 @@ def _update(item: Update) -> pb.AnalyzeStreamResponse:
             else pb.STREAM_UPDATE_KIND_STAGE_LOST
         )
         update = pb.StreamUpdate(kind=kind, stage=convert.STAGES[item.stage])
+    elif isinstance(item, RateChanged):
+        told = f"{item.fps:.1f} frames a second are analysed" if item.fps else "all are analysed"
+        update = pb.StreamUpdate(kind=pb.STREAM_UPDATE_KIND_RATE, message=told, rate_fps=item.fps)
     else:
         assert isinstance(item, LaneDraining)
         update = pb.StreamUpdate(

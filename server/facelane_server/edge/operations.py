@@ -20,6 +20,7 @@ from facelane_server.domain import FacelaneError, Reason, Stage, TrackReport
 from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
+from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.events import Event, EventFeed, EventKind
 from facelane_server.gallery.gallery import Gallery
@@ -50,11 +51,13 @@ class ServerService(pb_grpc.ServerServiceServicer):
         controls: Controls,
         streams: StreamRegistry,
         pipeline: Pipeline,
+        load: LoadWatch,
     ) -> None:
         self._config = config
         self._controls = controls
         self._streams = streams
         self._pipeline = pipeline
+        self._load = load
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: Context
@@ -75,6 +78,19 @@ class ServerService(pb_grpc.ServerServiceServicer):
             ),
             open_streams=len(self._streams),
             draining=self._streams.draining,
+            load=self._server_load(),
+        )
+
+    def _server_load(self) -> pb.ServerLoad | None:
+        load = self._load.load
+        if load is None:
+            return None
+        return pb.ServerLoad(
+            offered_fps=load.offered,
+            capacity_fps=load.capacity,
+            load=load.ratio,
+            headroom_streams=load.headroom,
+            thinned_streams=load.thinned,
         )
 
     def _model(self, stage: Stage, pool: Pool) -> pb.ModelInfo:

@@ -29,6 +29,7 @@ from facelane_server.edge.controls import Controls
 from facelane_server.edge.gallery import GalleryService
 from facelane_server.edge.gate import Gate
 from facelane_server.edge.health import SERVICES, Health
+from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.operations import AdminService, EventService, ServerService
 from facelane_server.edge.pictures import SinglePictures
 from facelane_server.edge.quotas import Quotas
@@ -76,6 +77,7 @@ class Edge:
         self._settings = settings
         self.quotas = Quotas(settings)
         self.streams = StreamRegistry()
+        self.load = LoadWatch(settings.limits, self.streams)
         self.health = Health()
         self._authenticator = Authenticator.of(settings)
         certificates = Certificates.read(settings.tls)
@@ -97,15 +99,19 @@ class Edge:
         """Registers the services, binds the address and serves. Raises ``AddressError``."""
         settings = self._settings
         pictures = SinglePictures(settings, pipeline, self.streams)
+        self.load.begin(controls.pools)
         server = self._server = grpc.aio.server(interceptors=[self._gate], options=_options())
         analysis_service_pb2_grpc.add_AnalysisServiceServicer_to_server(
-            AnalysisService(settings, pipeline, self.streams, pictures, observer, controls), server
+            AnalysisService(
+                settings, pipeline, self.streams, pictures, observer, controls, self.load
+            ),
+            server,
         )
         gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
             GalleryService(settings, gallery, pictures, pipeline, controls, events), server
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(settings, controls, self.streams, pipeline), server
+            ServerService(settings, controls, self.streams, pipeline, self.load), server
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(controls), server)
         event_service_pb2_grpc.add_EventServiceServicer_to_server(
@@ -130,6 +136,7 @@ class Edge:
         """Ends what is still open within a second."""
         if self._expiry is not None:
             self._expiry.cancel()
+        self.load.close()
         if self._server is not None:
             await self._server.stop(1.0)
 

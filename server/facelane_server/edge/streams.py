@@ -33,6 +33,11 @@ class StreamRegistry:
     def __len__(self) -> int:
         return len(self._streams)
 
+    @property
+    def lanes(self) -> list[Lane]:
+        """Of the streams that are open."""
+        return [stream.lane for stream in self._streams.values()]
+
     def next_id(self) -> int:
         """A lane id, for streams and for single calls: fairness is between lanes."""
         self._next += 1

@@ -9,8 +9,10 @@ from facelane_server.lanes.types import (
     LaneObserver,
     LaneOptions,
     LaneTotals,
+    RateChanged,
     SilentObserver,
     StageChanged,
+    Tally,
     TrackEnded,
     Update,
 )
@@ -22,8 +24,10 @@ __all__ = [
     "LaneObserver",
     "LaneOptions",
     "LaneTotals",
+    "RateChanged",
     "SilentObserver",
     "StageChanged",
+    "Tally",
     "TrackEnded",
     "Update",
 ]

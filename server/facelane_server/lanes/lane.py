@@ -41,13 +41,16 @@ from facelane_server.domain import (
 )
 from facelane_server.lanes.allowance import Allowance
 from facelane_server.lanes.faces import Faces, Look
+from facelane_server.lanes.pace import Pace
 from facelane_server.lanes.types import (
     LaneDraining,
     LaneObserver,
     LaneOptions,
     LaneTotals,
+    RateChanged,
     SilentObserver,
     StageChanged,
+    Tally,
     TrackEnded,
     Update,
 )
@@ -95,6 +98,12 @@ class _Told:
 
 
 _EMPTY: Final = b""
+_TELL_NS: Final = 1_000_000_000
+"""Least time between two changes of a rate that the client is told."""
+_LEAST_FPS: Final = 0.1
+"""What is told of a rate below; 0 would mean the opposite."""
+_AGES: Final = 64
+"""Of results, kept until somebody asks: those of a quarter of a second."""
 
 
 class Lane:
@@ -118,7 +127,7 @@ class Lane:
         self.lane_id = lane_id
         self.stream_id = stream_id
         self.options = options
-        self._sender = sender
+        self.sender = sender
         self._pipeline = pipeline
         self._window = window
         self._window_bytes = window_bytes
@@ -148,6 +157,11 @@ class Lane:
         self._wake_writer = asyncio.Event()
 
         self._unavailable = set(pipeline.unavailable(options.plan))
+
+        self._pace = Pace(lane_id)
+        self._told_fps, self._told_ns = 0.0, 0
+        self._tallied = (0, 0)
+        self._ages_ns: deque[int] = deque(maxlen=_AGES)
 
         self._received = 0
         self._results = 0
@@ -209,23 +223,55 @@ class Lane:
             self._release(entry)
             self._advance()
             return
+        before = None
+        if self.options.overload is Overload.LATEST_WINS:
+            before = self._supersede(entry)
+            if before is None and not self._pace.takes(entry.received_ns):
+                entry.body = FrameDrop(DropReason.THINNED)
+                self._release(entry)
+                self._advance()
+                return
         self._held += entry.size
         if self._allowance is not None:
             self._allowance.take(entry.size)
-        if self.options.overload is Overload.LATEST_WINS:
-            self._supersede()
         self._waiting = entry
-        entry.task = self._pipeline.detect(frame.picture, self._plan, self._origin(entry))
+        if entry.task is None:
+            entry.task = self._pipeline.detect(frame.picture, self._plan, self._origin(entry))
         entry.task.future.add_done_callback(functools.partial(self._detected, entry))
+        if before is not None:
+            before.body = FrameDrop(DropReason.SUPERSEDED)
+            self._release(before)
+            self._advance()
 
-    def _supersede(self) -> None:
-        """Takes back the frame of this lane that still waits for a worker, if any."""
-        entry, self._waiting = self._waiting, None
-        if entry is None or entry.task is None or not self._pipeline.withdraw(entry.task):
-            return
-        entry.body = FrameDrop(DropReason.SUPERSEDED)
-        self._release(entry)
-        self._advance()
+    def _supersede(self, entry: _Entry) -> _Entry | None:
+        """Gives the turn of the frame of this lane that still waits for a worker, if any, to this
+        one; the other one then."""
+        before = self._waiting
+        if before is None or before.task is None or before.task.dispatched_ns:
+            return None
+        entry.task = self._pipeline.detect_instead(
+            before.task, entry.frame.picture, self._plan, self._origin(entry)
+        )
+        return None if entry.task is None else before
+
+    def take_at(self, fps: float | None) -> None:
+        """From now on so many pictures a second are taken, all with ``None``; the client is told
+        of what makes a difference to it."""
+        now_ns = self._clock()
+        self._pace.change(fps, now_ns)
+        told, rate = self._told_fps, 0.0 if fps is None else max(fps, _LEAST_FPS)
+        on_off = (told == 0.0) is not (rate == 0.0)
+        if on_off or (abs(rate - told) > 0.2 * told and now_ns - self._told_ns > _TELL_NS):
+            self._told_fps, self._told_ns = rate, now_ns
+            self._push(RateChanged(rate))
+
+    def tally(self) -> Tally:
+        """What happened since this was asked before."""
+        received, results = self._received - self._tallied[0], self._results - self._tallied[1]
+        self._tallied = (self._received, self._results)
+        ages_ns = tuple(self._ages_ns)
+        self._ages_ns.clear()
+        return Tally(received, results, ages_ns)
 
     def close_input(self) -> None:
         """No more frames will come."""
@@ -389,7 +435,7 @@ class Lane:
 
     def _origin(self, entry: _Entry) -> Origin:
         deadline_ns = entry.received_ns + self.options.max_frame_age_ns
-        return Origin(self.lane_id, self.options.weight, deadline_ns, self._sender)
+        return Origin(self.lane_id, self.options.weight, deadline_ns, self.sender)
 
     def _appraised(self, entry: _Entry, look: Look, evidence: Evidence) -> None:
         self._faces.answered(look, evidence)
@@ -455,6 +501,7 @@ class Lane:
         body = outcome.body
         if isinstance(body, FrameResult):
             self._results += 1
+            self._ages_ns.append(outcome.age_ns)
             self._shown += len(body.faces)
         elif isinstance(body, FrameDrop):
             self._drops[body.reason] += 1

@@ -50,7 +50,25 @@ class LaneDraining:
     grace_ns: int
 
 
-Update = TrackEnded | StageChanged | LaneDraining
+@dataclass(frozen=True, slots=True)
+class RateChanged:
+    """From now on so many pictures a second are analysed, and the others are dropped as THINNED;
+    0 = all are."""
+
+    fps: float
+
+
+Update = TrackEnded | StageChanged | LaneDraining | RateChanged
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What happened in a lane since it was asked before. ``ages_ns``: of its results, the newest
+    of them where there are many."""
+
+    received: int
+    results: int
+    ages_ns: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from facelane_server import __version__, limits
+from facelane_server.capacity import Load
 from facelane_server.domain import (
     Decision,
     DropReason,
@@ -62,6 +63,7 @@ class Sources:
     gallery: Callable[[], GalleryReading | None] = lambda: None
     streams: Callable[[], int] = lambda: 0
     watchers: Callable[[], int] = lambda: 0
+    load: Callable[[], Load | None] = lambda: None
 
 
 class _Latencies:
@@ -214,6 +216,9 @@ class _SourceCollector(Collector):
         yield _gauge(
             "facelane_event_watchers", "Calls that watch events.", (), [((), sources.watchers())]
         )
+        load = sources.load()
+        if load is not None:
+            yield from _load_metrics(load)
         gallery = sources.gallery()
         if gallery is not None:
             yield _gauge(
@@ -230,6 +235,28 @@ class _SourceCollector(Collector):
             )
         yield from _pool_metrics(tuple(sources.pools()))
         yield from _device_metrics(tuple(sources.devices()))
+
+
+def _load_metrics(load: Load) -> Iterator[Metric]:
+    for name, text, value in (
+        (
+            "load_ratio",
+            "Frames that streams send, over those that can be served in time.",
+            load.ratio,
+        ),
+        (
+            "load_capacity_frames_per_second",
+            "Frames of the present kind that can be served in time.",
+            load.capacity,
+        ),
+        (
+            "load_headroom_streams",
+            "Streams more that fit, at the rate of those that are open.",
+            load.headroom,
+        ),
+        ("load_thinned_streams", "Streams of which frames are dropped as THINNED.", load.thinned),
+    ):
+        yield _gauge(f"facelane_{name}", text, (), [((), value)])
 
 
 _SERVING: Final = (PoolState.SERVING, PoolState.DEGRADED)

@@ -30,7 +30,7 @@ from facelane_server.pools.crew import Crew, Worker
 from facelane_server.pools.feed import GalleryFeed
 from facelane_server.pools.handle import WorkerLostError
 from facelane_server.pools.host import Launcher
-from facelane_server.pools.report import PoolChange, PoolEvent, PoolInfo, PoolState
+from facelane_server.pools.report import PoolChange, PoolEvent, PoolInfo, PoolState, Work
 from facelane_server.pools.restart import Happening, Life
 from facelane_server.pools.schedule import Ended, Schedule, unavailable
 from facelane_server.pools.slots import SubjectResolver
@@ -100,6 +100,8 @@ class Pool:
         self._reloading = asyncio.Lock()
         self._completed = 0
         self._failed = 0
+        self._busy_ns = 0
+        self._answers = 0
 
     # -- what the server asks -------------------------------------------------------------
 
@@ -123,6 +125,13 @@ class Pool:
     @property
     def in_flight(self) -> int:
         return self._crew.in_flight
+
+    def work(self) -> Work:
+        """What its workers have done since the start."""
+        now = self._clock.now_ns()
+        jobs = [seat.jobs[0] for seat in self._crew.seats() if seat.jobs]
+        under_way = sum(now - job.started_ns for job in jobs if job.started_ns)
+        return Work(self._busy_ns + under_way, self._answers, self.queued, len(self._crew.active))
 
     def info(self) -> PoolInfo:
         return PoolInfo(
@@ -154,6 +163,16 @@ class Pool:
             return
         self._arm_deadline()
         self._schedule_dispatch()
+
+    def replace(self, task: AnyTask, by: AnyTask) -> bool:
+        """Put a task in the place, and the turn, of another of its lane. True when the other was
+        still queued: its future is then the caller's to resolve. False: nothing has changed."""
+        now = by.submitted_ns = self._clock.now_ns()
+        if self._ending or not self._schedule.replace(task, by, now, self._crew.can_serve_by):
+            return False
+        self._arm_deadline()
+        self._schedule_dispatch()
+        return True
 
     def withdraw(self, task: AnyTask) -> bool:
         """Take a task back. True when it was still queued: its future is then the caller's to
@@ -247,6 +266,9 @@ class Pool:
             ended = self._schedule.failed(job, message)
         self._resolve(ended)
         self._arm_deadline()
+        if job.started_ns:
+            self._busy_ns += self._clock.now_ns() - job.started_ns
+        self._answers += len(job.tasks)
         self._crew.finish(worker, job, message, used)
         self._dispatch()
 

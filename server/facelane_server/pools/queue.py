@@ -188,6 +188,17 @@ class FairQueue:
             self._renew(path)
         return True
 
+    def replace(self, task: AnyTask, by: AnyTask) -> bool:
+        """Put a task in another's place, with the other's turn; both are of one lane. False when
+        that one is not queued, or came back from a lost worker."""
+        lane = self._path(task)[2][2] if task in self._queued else None
+        if lane is None or task not in lane.waiting:
+            return False
+        lane.waiting[lane.waiting.index(task)] = by
+        self._forget(task)
+        self._register(by)
+        return True
+
     def take(self, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
         """The next batch of at most ``most`` tasks. ``accept`` is asked for each in turn and
         ends the batch with False (it does not fit); the first one is always taken."""

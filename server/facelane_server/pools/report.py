@@ -48,6 +48,18 @@ class PoolEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What the workers of a pool have done. ``busy_ns``: the time in which each had a job, of all
+    together, since the start; ``answers``: tasks of those jobs. ``queued`` tasks wait now, for
+    ``workers`` that take them."""
+
+    busy_ns: int
+    answers: int
+    queued: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """``life`` of an idle spare is READY too. ``uptime_s``: since it became ready."""
 

@@ -158,6 +158,14 @@ class Schedule:
         """Take a task out that still waits."""
         return self._queue.withdraw(task)
 
+    def replace(
+        self, task: AnyTask, by: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
+    ) -> bool:
+        """Put a task in the place of another of its lane that still waits; see ``submit``."""
+        if task not in self._queue or self._refusal(by, now_ns, can_be_served) is not None:
+            return False
+        return self._queue.replace(task, by)
+
     def next_deadline(self) -> int | None:
         return self._queue.next_deadline()
 

@@ -1,0 +1,318 @@
+"""What a server can carry in time, and how much of each stream it takes: pure.
+
+A server learns this from its own work. Every ``Reading`` says what streams offered since the
+one before, what was answered and how old those answers were, and how busy the workers of each
+pool and the front itself have been. What is busiest limits all: answers a second over its share
+of busy time is the capacity, as long as that share says something.
+
+While answers keep well within the target, nothing is held back: LATEST_WINS replaces what waits,
+and that is the best thinning there is. Once they do not, the budget of pictures a second is set a
+little below what was answered, and then led by the answers' age: slowly up while they are young,
+quickly down when they are not. It is shared out by weight, as the queue of a pool does (keys by
+their weight, then the streams of each), and nobody is given more than it sends, so all streams of
+a kind are thinned alike. What has piled up meanwhile is let off first.
+
+A target that one picture alone does not meet cannot be kept by taking fewer: there, half as long
+again as that counts.
+
+Nothing here knows a loop or a clock; times are arguments, rates are pictures a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+PERIOD_S: Final = 0.25
+"""Between two readings."""
+_WINDOW: Final = 4
+"""Readings that are looked at together."""
+_HOLD: Final = 6
+"""Readings after a step down in which its effect is waited for."""
+_SETPOINT: Final = 0.7
+"""Of the target: the age of all but one in twenty answers that the budget is led to."""
+_HIGH: Final = 0.95
+"""Of the target: the same age from which on streams are thinned."""
+_BUSY: Final = 0.8
+"""Share of its time that something must have been busy before age is taken for overload."""
+_FULL: Final = 0.9
+"""Of what can be answered at most, this much is taken on."""
+_LEAST: Final = 0.8
+"""Of the same: what thinning never falls below; fewer pictures would help nobody."""
+_MOST: Final = 1.1
+"""Of the same: what a budget never exceeds, so that it is near when it is needed."""
+_KNOWN: Final = 0.3
+"""Share of busy time from which on it says what more would fit."""
+_ALONE: Final = 1.5
+"""Of the time that a picture takes alone: the least target that can be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a stream sends: pictures a second, and whose they are.
+
+    ``lossless``: it is pushed back by its own window and never thinned; it has its share.
+    """
+
+    lane: int
+    fps: float
+    key: str = ""
+    key_weight: int = 1
+    weight: int = 10
+    lossless: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What happened in the ``seconds`` since the reading before.
+
+    ``answered``: results of streams. ``ages_s``: of those among them that can be thinned.
+    ``busy``: for each that works, the share of its time, 0-1. ``alone_s``: what a picture would
+    take in the workers if it were the only one. ``wait_s``: what waits for workers now would take
+    them so long.
+    """
+
+    seconds: float
+    demands: Sequence[Demand]
+    answered: int
+    ages_s: Sequence[float]
+    busy: Mapping[str, float]
+    alone_s: float = 0.0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a server carries. ``capacity``: in pictures a second, within the target; ``headroom``:
+    streams more at the mean rate of those there are; ``thinned``: streams that give way."""
+
+    offered: float
+    capacity: float
+    headroom: int
+    thinned: int
+
+    @property
+    def ratio(self) -> float:
+        return self.offered / self.capacity if self.capacity else 0.0
+
+
+def fair_rates(demands: Iterable[Demand], budget: float) -> dict[int, float]:
+    """A budget of pictures a second shared out over streams: max-min fair by weight, first between
+    keys, then between the streams of each; nobody is given more than it sends."""
+    by_key: dict[str, list[Demand]] = {}
+    for demand in demands:
+        by_key.setdefault(demand.key, []).append(demand)
+    wanted = [(float(lanes[0].key_weight), sum(d.fps for d in lanes)) for lanes in by_key.values()]
+    rates: dict[int, float] = {}
+    for lanes, share in zip(by_key.values(), _filled(wanted, budget), strict=True):
+        given = _filled([(float(d.weight), d.fps) for d in lanes], share)
+        rates.update((d.lane, rate) for d, rate in zip(lanes, given, strict=True))
+    return rates
+
+
+def _filled(wanted: Sequence[tuple[float, float]], budget: float) -> list[float]:
+    """For (weight, wanted) each: its part of the budget. Filled like vessels that stand beside
+    one another, as wide as their weight and as high as what is wanted over it."""
+    given = [0.0] * len(wanted)
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i][1] / max(wanted[i][0], 1e-9))
+    left, weights = max(budget, 0.0), sum(max(w, 1e-9) for w, _ in wanted)
+    for i in order:
+        weight, want = max(wanted[i][0], 1e-9), wanted[i][1]
+        given[i] = min(want, left * weight / weights) if weights > 0 else 0.0
+        left -= given[i]
+        weights -= weight
+    return given
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What is known of one stream: its rate, smoothed."""
+
+    fps: float
+    seen: int = 0
+
+
+@dataclass(slots=True)
+class Capacity:
+    """See the module. ``target_s``: of the age of answers; ``min_fps``: what every stream is let
+    in for. ``step`` takes a reading and gives the rates of the streams that are thinned."""
+
+    target_s: float
+    min_fps: float
+    budget: float | None = None
+    """Pictures a second that are shared out; ``None`` = nothing is held back."""
+    _readings: deque[Reading] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _streams: dict[int, _Stream] = field(default_factory=dict)
+    _demands: tuple[Demand, ...] = ()
+    _rates: dict[int, float] = field(default_factory=dict)
+    _alone_s: float = 0.0
+    _hold: int = 0
+    _calm: int = 0
+
+    # -- what is known ----------------------------------------------------------------------
+
+    @property
+    def load(self) -> Load | None:
+        """``None`` while there was too little to learn from."""
+        capacity = self._capacity()
+        if capacity is None:
+            return None
+        offered = sum(d.fps for d in self._demands)
+        senders = [d.fps for d in self._demands if d.fps > 0]
+        mean = sum(senders) / len(senders) if senders else 0.0
+        room = 0 if self.budget is not None or not mean else int((capacity - offered) / mean)
+        return Load(offered, capacity, max(0, room), len(self._rates))
+
+    def room(self, newcomer: Demand, open_lanes: Iterable[Demand]) -> int | None:
+        """``None`` when one stream more may be let in; else how many such fit at ``min_fps``.
+
+        ``open_lanes``: those that are open, also the ones that no reading has seen yet.
+        """
+        capacity = self._capacity()
+        known = {d.lane: d for d in self._demands}
+        others = [known.get(d.lane, d) for d in open_lanes]
+        if capacity is None or not others:
+            return None
+        least = self.min_fps
+        asked = [self._at_most(d, least) for d in (*others, newcomer)]
+        if sum(d.fps for d in asked) <= capacity:
+            return None
+        return int(capacity / least)
+
+    def first_rate(self, newcomer: Demand) -> float | None:
+        """What a stream that has just been opened is given until the next reading."""
+        if self.budget is None:
+            return None
+        asked = Demand(newcomer.lane, math.inf, newcomer.key, newcomer.key_weight, newcomer.weight)
+        return fair_rates([*self._demands, asked], self.budget)[newcomer.lane]
+
+    @staticmethod
+    def _at_most(demand: Demand, fps: float) -> Demand:
+        asked = min(demand.fps, fps) if demand.fps > 0 else fps
+        return Demand(demand.lane, asked, demand.key, demand.key_weight, demand.weight)
+
+    def _capacity(self) -> float | None:
+        if self.budget is not None:
+            return self.budget
+        busiest = self._busiest()
+        return _FULL * self._answered() / busiest if busiest >= _KNOWN else None
+
+    # -- what follows -----------------------------------------------------------------------
+
+    def step(self, reading: Reading) -> dict[int, float]:
+        """The rates of the streams that are thinned from now on; the others are taken whole."""
+        if reading.seconds <= 0:
+            return self._rates
+        self._readings.append(reading)
+        self._demands = self._smoothed(reading)
+        if reading.alone_s > 0:
+            known = self._alone_s or reading.alone_s
+            self._alone_s = known + 0.2 * (reading.alone_s - known)
+        target = max(self.target_s, _ALONE * self._alone_s)
+        age = self._age()
+        if self.budget is None:
+            self._begin(age, reading.wait_s, target)
+        else:
+            self._lead(age, target)
+        # What has piled up is worked off before more is taken on. What waits while answers are
+        # young is the newest of each stream, and is replaced.
+        late = age is None or age > _SETPOINT * target
+        piled_up = late and reading.wait_s > 0.5 * target
+        self._rates = self._thinned(0.1 if piled_up else 1.0)
+        return self._rates
+
+    def _begin(self, age: float | None, wait_s: float, target: float) -> None:
+        late = (age is not None and age > _HIGH * target) or wait_s > target
+        answered = self._answered()
+        if late and self._busiest() > _BUSY and answered > 0:
+            self.budget = _FULL * answered
+            self._hold, self._calm = _HOLD, 0
+
+    def _lead(self, age: float | None, target: float) -> None:
+        assert self.budget is not None
+        offered = sum(d.fps for d in self._demands)
+        busiest, answered = self._busiest(), self._answered()
+        if answered <= 0 or not self._demands:
+            # Nobody sends, or nobody works (a pool is gone): fewer pictures would not help.
+            self._calm += 1
+            if self._calm >= 2 * _WINDOW:
+                self.budget = None
+            return
+        able = answered / max(busiest, 1e-6)
+        setpoint = _SETPOINT * target
+        self._hold -= 1
+        if age is not None and age > setpoint:
+            if self._hold <= 0:
+                self.budget *= max(0.8, 1.0 - 0.1 * (age / setpoint - 1.0))
+                self._hold = _HOLD
+        elif busiest < 0.6 and self._hold <= 0:
+            self.budget *= 1.1
+        elif self._hold <= 0:
+            self.budget *= 1.01
+        self.budget = min(max(self.budget, _LEAST * able), _MOST * able)
+        if self.budget >= 1.05 * offered:
+            self.budget = 1.05 * offered
+            self._calm += 1
+            if self._calm >= _WINDOW:
+                self.budget = None
+        else:
+            self._calm = 0
+
+    def _thinned(self, part: float) -> dict[int, float]:
+        if self.budget is None:
+            return {}
+        rates = fair_rates(self._demands, part * self.budget)
+        return {
+            d.lane: rates[d.lane]
+            for d in self._demands
+            if not d.lossless and rates[d.lane] < 0.98 * d.fps
+        }
+
+    # -- what the last readings say -----------------------------------------------------------
+
+    def _smoothed(self, reading: Reading) -> tuple[Demand, ...]:
+        streams: dict[int, _Stream] = {}
+        demands = []
+        for demand in reading.demands:
+            stream = self._streams.get(demand.lane) or _Stream(demand.fps)
+            stream.seen += 1
+            # The mean at first, then with a memory of two seconds.
+            part = max(1.0 / stream.seen, min(1.0, reading.seconds / 2.0))
+            stream.fps += part * (demand.fps - stream.fps)
+            streams[demand.lane] = stream
+            demands.append(
+                Demand(
+                    demand.lane,
+                    stream.fps,
+                    demand.key,
+                    demand.key_weight,
+                    demand.weight,
+                    demand.lossless,
+                )
+            )
+        self._streams = streams
+        return tuple(demands)
+
+    def _seconds(self) -> float:
+        return sum(r.seconds for r in self._readings)
+
+    def _answered(self) -> float:
+        """A second."""
+        seconds = self._seconds()
+        return sum(r.answered for r in self._readings) / seconds if seconds else 0.0
+
+    def _busiest(self) -> float:
+        seconds = self._seconds()
+        totals: dict[str, float] = {}
+        for reading in self._readings:
+            for name, share in reading.busy.items():
+                totals[name] = totals.get(name, 0.0) + share * reading.seconds
+        return min(1.0, max(totals.values(), default=0.0) / seconds) if seconds else 0.0
+
+    def _age(self) -> float | None:
+        """Of all but one in twenty answers of the last readings."""
+        ages = sorted(age for r in self._readings for age in r.ages_s)
+        return ages[min(len(ages) - 1, int(0.95 * len(ages)))] if ages else None

@@ -1,0 +1,44 @@
+"""How much of a stream is taken while the server thins: pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_BURST: Final = 2.0
+"""Pictures that may be owed to a stream: one, and the part of another by which the camera's own
+rhythm misses the rate, so that over time exactly the rate is taken."""
+_GOLDEN: Final = 0.618034
+
+
+class Pace:
+    """Takes ``rate`` pictures a second of a stream, evenly; all while it is ``None``."""
+
+    __slots__ = ("_level", "_since_ns", "rate")
+
+    def __init__(self, lane_id: int) -> None:
+        self.rate: float | None = None
+        # Streams that are thinned from the same moment on do not come all at once.
+        self._level = lane_id * _GOLDEN % 1.0
+        self._since_ns = 0
+
+    def change(self, rate: float | None, now_ns: int) -> None:
+        if self.rate is None:
+            self._since_ns = now_ns
+        else:
+            self._earn(now_ns, self.rate)
+        self.rate = rate
+
+    def takes(self, now_ns: int) -> bool:
+        """Whether a picture that comes now is taken."""
+        rate = self.rate
+        if rate is None:
+            return True
+        self._earn(now_ns, rate)
+        if self._level < 1.0:
+            return False
+        self._level -= 1.0
+        return True
+
+    def _earn(self, now_ns: int, rate: float) -> None:
+        self._level = min(_BURST, self._level + rate * (now_ns - self._since_ns) / 1e9)
+        self._since_ns = now_ns

@@ -1,0 +1,289 @@
+"""What a server learns that it can carry, and what it does about it: by rule and in simulation."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from facelane_server.capacity import PERIOD_S, Capacity, Demand, Reading, fair_rates
+from facelane_server.lanes.pace import Pace
+
+TARGET_S = 0.1
+
+demands = st.lists(
+    st.tuples(
+        st.floats(0.0, 60.0),
+        st.sampled_from(["", "north", "south"]),
+        st.integers(1, 100),
+    ),
+    min_size=1,
+    max_size=12,
+).map(
+    lambda rows: [
+        Demand(lane, fps, key, {"": 1, "north": 2, "south": 5}[key], weight)
+        for lane, (fps, key, weight) in enumerate(rows)
+    ]
+)
+
+
+# -- shares -------------------------------------------------------------------------------------
+
+
+@given(demands, st.floats(0.0, 500.0))
+def test_a_budget_is_used_and_never_exceeded_and_nobody_is_given_more_than_it_sends(
+    wanted: list[Demand], budget: float
+) -> None:
+    rates = fair_rates(wanted, budget)
+    offered = sum(d.fps for d in wanted)
+    assert sum(rates.values()) == pytest.approx(min(budget, offered), abs=1e-6)
+    for demand in wanted:
+        assert 0.0 <= rates[demand.lane] <= demand.fps + 1e-9
+
+
+@given(demands, st.floats(0.0, 500.0))
+def test_whoever_gives_way_has_by_weight_as_much_as_anybody_of_its_key(
+    wanted: list[Demand], budget: float
+) -> None:
+    rates = fair_rates(wanted, budget)
+    for one, other in itertools.permutations(wanted, 2):
+        if one.key == other.key and rates[one.lane] < one.fps - 1e-6:
+            mine, its = rates[one.lane] / one.weight, rates[other.lane] / other.weight
+            assert mine >= its - 1e-6
+
+
+def test_keys_share_by_their_own_weight_however_many_streams_they_have() -> None:
+    wanted = [Demand(0, 25.0, "few", 1), *(Demand(n, 25.0, "many", 1) for n in range(1, 10))]
+    rates = fair_rates(wanted, 40.0)
+    assert rates[0] == pytest.approx(20.0)
+    assert rates[1] == pytest.approx(20.0 / 9)
+
+
+# -- the pace of one stream ---------------------------------------------------------------------
+
+
+@given(st.floats(0.5, 30.0), st.floats(5.0, 60.0), st.integers(0, 50))
+def test_over_time_the_rate_is_taken_and_never_more_than_two_at_once(
+    rate: float, fps: float, lane: int
+) -> None:
+    pace = Pace(lane)
+    pace.change(rate, 0)
+    taken = [n for n in range(int(fps * 60)) if pace.takes(int((n + 1) / fps * 1e9))]
+    assert len(taken) == pytest.approx(min(rate, fps) * 60, abs=3)
+    pace.change(None, 0)
+    assert pace.takes(0)
+    assert pace.takes(0)
+
+
+# -- in simulation ------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Cameras before a server of two stages in a row, each with one worker; the newest picture of
+    a stream replaces the one that waits for the first stage."""
+
+    capacity: Capacity
+    fps: list[float]
+    detect_s: float
+    recognize_s: float = 0.0
+    faces: float = 1.0
+    jitter: float = 0.3
+    seed: int = 0
+    now: float = 0.0
+    ages: list[tuple[float, float]] = field(default_factory=list)
+    """(when, age) of results."""
+    answered: list[list[float]] = field(default_factory=list)
+    """When, by stream."""
+
+    def run(self, seconds: float) -> None:
+        rng = random.Random(self.seed)
+        paces = [Pace(lane) for lane in range(len(self.fps))]
+        self.answered = [[] for _ in self.fps]
+        events: list[tuple[float, int, str, int]] = []
+        order = itertools.count()
+
+        def at(when: float, what: str, lane: int) -> None:
+            heapq.heappush(events, (when, next(order), what, lane))
+
+        for lane, fps in enumerate(self.fps):
+            at(rng.random() / fps, "frame", lane)
+        at(PERIOD_S, "tick", 0)
+        waiting: dict[int, float] = {}  # lane -> receipt; in the order of their turn
+        chips: deque[tuple[int, float]] = deque()
+        running: dict[str, tuple[int, float] | None] = {"detect": None, "recognize": None}
+        busy = {"detect": 0.0, "recognize": 0.0}
+        begun = dict(busy)
+        offered = [0] * len(self.fps)
+        ages: list[float] = []
+        results = 0
+
+        def service(mean: float) -> float:
+            return mean * rng.uniform(1 - self.jitter, 1 + self.jitter)
+
+        def start() -> None:
+            if running["detect"] is None and waiting:
+                lane = next(iter(waiting))
+                running["detect"] = (lane, waiting.pop(lane))
+                begun["detect"] = self.now
+                at(self.now + service(self.detect_s), "detected", lane)
+            if running["recognize"] is None and chips:
+                running["recognize"] = chips.popleft()
+                begun["recognize"] = self.now
+                at(self.now + service(self.recognize_s), "recognized", 0)
+
+        while events and events[0][0] < seconds:
+            self.now, _, what, lane = heapq.heappop(events)
+            if what == "frame":
+                offered[lane] += 1
+                if lane in waiting or paces[lane].takes(int(self.now * 1e9)):
+                    waiting[lane] = self.now  # keeps its turn
+                at(self.now + 1.0 / self.fps[lane], "frame", lane)
+            elif what == "tick":
+                for name, job in running.items():
+                    if job is not None:
+                        busy[name] += self.now - begun[name]
+                        begun[name] = self.now
+                rates = self.capacity.step(
+                    Reading(
+                        PERIOD_S,
+                        [Demand(n, count / PERIOD_S) for n, count in enumerate(offered)],
+                        results,
+                        ages,
+                        {name: used / PERIOD_S for name, used in busy.items()},
+                        self.detect_s + self.recognize_s,
+                        len(waiting) * self.detect_s + len(chips) * self.recognize_s,
+                    )
+                )
+                for n, pace in enumerate(paces):
+                    pace.change(rates.get(n), int(self.now * 1e9))
+                offered, ages, results = [0] * len(self.fps), [], 0
+                busy = dict.fromkeys(busy, 0.0)
+                at(self.now + PERIOD_S, "tick", 0)
+            else:
+                stage = "detect" if what == "detected" else "recognize"
+                job = running[stage]
+                assert job is not None
+                running[stage] = None
+                busy[stage] += self.now - begun[stage]
+                if stage == "detect" and self.recognize_s and rng.random() < self.faces:
+                    chips.append(job)
+                else:
+                    results += 1
+                    ages.append(self.now - job[1])
+                    self.ages.append((self.now, self.now - job[1]))
+                    self.answered[job[0]].append(self.now)
+            start()
+
+    def p99(self, since: float) -> float:
+        found = sorted(age for when, age in self.ages if when > since)
+        return found[int(0.99 * len(found))]
+
+    def rates(self, since: float) -> list[float]:
+        return [sum(w > since for w in times) / (self.now - since) for times in self.answered]
+
+
+def simulated(fps: list[float], **how: float) -> World:
+    world = World(Capacity(TARGET_S, 2.0), fps, **how)  # type: ignore[arg-type]
+    world.run(30.0)
+    return world
+
+
+STAGES = [
+    pytest.param({"detect_s": 0.004}, 250.0, id="detector"),
+    pytest.param({"detect_s": 0.002, "recognize_s": 0.005}, 200.0, id="recogniser"),
+    pytest.param({"detect_s": 0.015, "recognize_s": 0.010, "faces": 0.5}, 66.0, id="slow"),
+]
+
+
+@pytest.mark.parametrize("fps", [5.0, 12.5, 25.0])
+@pytest.mark.parametrize("times", [2, 4])
+@pytest.mark.parametrize(("stages", "fits"), STAGES)
+def test_over_what_fits_answers_keep_their_age_and_streams_their_equal_part(
+    stages: dict[str, float], fits: float, times: int, fps: float
+) -> None:
+    world = simulated([fps] * max(2, round(times * fits / fps)), **stages)
+    rates = world.rates(10.0)
+    assert world.p99(10.0) <= 1.2 * TARGET_S
+    assert max(rates) <= 1.1 * min(rates)
+    assert sum(rates) >= 0.6 * fits
+
+
+@pytest.mark.parametrize(("stages", "fits"), STAGES)
+def test_within_what_fits_nothing_is_thinned(stages: dict[str, float], fits: float) -> None:
+    world = simulated([12.5] * int(0.5 * fits / 12.5), **stages)
+    assert world.capacity.budget is None
+    assert min(world.rates(10.0)) == pytest.approx(12.5, rel=0.02)
+    load = world.capacity.load
+    assert load is not None
+    assert 0.35 <= load.ratio <= 0.75
+    assert load.thinned == 0
+
+
+def test_one_camera_before_a_processor_that_is_too_slow_for_it_keeps_that_one_at_work() -> None:
+    for service in (0.05, 0.09, 0.15, 0.4):
+        world = simulated([25.0], detect_s=service)
+        assert world.rates(10.0)[0] >= 0.75 / service, service
+
+
+def overloaded(**of_one: object) -> Capacity:
+    """A capacity that has seen two seconds of answers twice as old as they should be."""
+    capacity = Capacity(TARGET_S, 2.0)
+    wanted = [Demand(lane, 25.0) for lane in range(7)]
+    wanted.append(Demand(7, 25.0, **of_one))  # type: ignore[arg-type]
+    for _ in range(8):
+        capacity.step(Reading(PERIOD_S, wanted, 25, [2 * TARGET_S] * 25, {"detector": 1.0}))
+    return capacity
+
+
+def test_a_lossless_stream_has_its_part_and_is_not_thinned() -> None:
+    capacity = overloaded(lossless=True)
+    load = capacity.load
+    assert load is not None
+    assert load.thinned == 7
+    assert load.ratio > 1.0
+    assert load.headroom == 0
+
+
+def test_one_more_is_refused_only_while_streams_give_way_and_where_each_would_have_too_little() -> (
+    None
+):
+    capacity = overloaded()
+    there = [Demand(lane, 0.0) for lane in range(8)]
+    assert capacity.room(Demand(99, 0.0), there) is None, "about 9 a second are left for each"
+    assert capacity.budget is not None
+    many = [Demand(lane, 0.0) for lane in range(8, 100)]
+    assert capacity.room(Demand(100, 0.0), [*there, *many]) == int(capacity.budget / 2.0)
+    assert capacity.room(Demand(100, 0.0), []) is None, "the first is always let in"
+    assert Capacity(TARGET_S, 2.0).load is None
+
+
+def test_a_stream_that_comes_is_given_what_the_others_have() -> None:
+    capacity = overloaded()
+    assert capacity.budget is not None
+    rate = capacity.first_rate(Demand(99, 0.0))
+    assert rate == pytest.approx(capacity.budget / 9)
+    assert Capacity(TARGET_S, 2.0).first_rate(Demand(0, 0.0)) is None
+
+
+def test_a_pool_that_is_gone_lets_go_of_what_was_learnt() -> None:
+    capacity = overloaded()
+    for _ in range(12):
+        capacity.step(Reading(PERIOD_S, [Demand(0, 25.0)], 0, [], {"detector": 0.0}))
+    assert capacity.budget is None
+
+
+def test_when_what_came_too_much_goes_all_is_taken_again() -> None:
+    capacity = overloaded()
+    for _ in range(60):
+        rates = capacity.step(
+            Reading(PERIOD_S, [Demand(0, 25.0)], 6, [0.01] * 6, {"detector": 0.25})
+        )
+    assert rates == {}
+    assert capacity.budget is None
