@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from facelane_server.worker.networks.architectures.folding import fold
+from facelane_server.worker.networks.architectures.folding import Foldable, fold
 from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
 from training.augment import mixed_faces, pure_faces
 from training.cameras import camera
@@ -70,7 +70,7 @@ class Options:
     hint: float = 2.0
     """Weight of the hints at the start; it falls to zero."""
     refine_hint: float = 0.5
-    drawers: int = 4
+    drawers: int = 6
     """Processes that draw the pictures: a hundred small operations cost them longer than the
     networks need to learn from what comes of it."""
 
@@ -218,6 +218,42 @@ def lift(student: MobileFaceNet) -> MobileFaceNet:
     return shipped.eval()
 
 
+@torch.no_grad()
+def unfold(state: Mapping[str, Tensor], pictures: Tensor) -> MobileFaceNet:
+    """A student that answers as the shipped network of ``state`` does, with batch norms again:
+    each takes on the mean and variance of what it sees of ``pictures`` [N, 3, 112, 112], 0..1."""
+    shipped = MobileFaceNet(**options_of(state))
+    shipped.load_state_dict({k: v for k, v in state.items() if not k.startswith("ood_head.")})
+    shipped.to(pictures.device).eval()
+    student = new_student().to(pictures.device)
+    student.load_state_dict(shipped.state_dict(), strict=False)
+    layers = dict(shipped.named_modules())
+
+    def taking_on(norm: nn.Module, layer: nn.Module) -> Callable[[object, object, Tensor], None]:
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        assert layer.bias is not None
+
+        def hook(_module: object, _inputs: object, out: Tensor) -> None:
+            axes = (0, 2, 3) if out.ndim == 4 else (0,)
+            variance, mean = torch.var_mean(out.float(), axes)
+            norm.running_var, norm.running_mean = variance, mean - layer.bias
+            norm.weight.copy_((variance + norm.eps).sqrt())
+            norm.bias.copy_(mean)
+
+        return hook
+
+    hooks = []
+    for name, block in student.named_modules():
+        for layer, norm in block.FOLDS if isinstance(block, Foldable) else ():
+            own = layers[f"{name}.{layer}"]
+            hooks.append(own.register_forward_hook(taking_on(getattr(block, norm), own)))
+    shipped.trunk(student_input(pictures))
+    for handle in hooks:
+        handle.remove()
+    return student
+
+
 @dataclass(frozen=True)
 class Lesson:
     """``good`` [N] pictures for the teacher, the student's ``seen`` [3 N / 2], and who is on the
@@ -307,7 +343,13 @@ def train(
     rate, hint_weight = options.rate, options.hint
     if options.resume is not None:
         parts = torch.load(options.resume, map_location=device, weights_only=True)
-        student.load_state_dict(parts["state"], strict=False)
+        state = {k: v.float() for k, v in parts["state"].items()}
+        if "stem.norm.weight" in state:
+            student.load_state_dict(state, strict=False)
+        else:
+            some = torch.from_numpy(load_crops(data, held_out=False, limit=512).pictures)
+            pictures = some.permute(0, 3, 1, 2).to(device).float() / 255
+            student = unfold(state, pictures).to(device, memory_format=torch.channels_last)
         rate, hint_weight = options.refine_rate, options.refine_hint
     ranks.same_start(student)
     average = Average(student, options.average)

@@ -82,9 +82,11 @@ def _ends(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _resumed(arguments: argparse.Namespace, stage: str) -> Path | None:
-    """What the stage goes on from, if the finished run has it."""
-    path = arguments.resume / f"{stage}.pt" if arguments.resume else None
-    return path if path is not None and path.exists() else None
+    """What the stage goes on from, if the finished run has it. Of a recogniser the form that is
+    shipped will do."""
+    names = [f"{stage}.pt", f"{stage}-shipped.pt"] if arguments.resume else []
+    paths = (arguments.resume / name for name in names)
+    return next((path for path in paths if path.exists()), None)
 
 
 def _clock(arguments: argparse.Namespace, stage: str, start: float) -> Clock:
@@ -275,8 +277,8 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 def _places(stages: Sequence[str], cards: int, ranks: int) -> dict[str, list[dict[str, str]]]:
     """The environment of each process of each stage. Of four cards the recogniser gets two, and
-    one to draw its pictures on; of fewer, all but the last, which the others share. Or
-    ``ranks`` processes of it without a card."""
+    one to draw its pictures on (alone, one for each of the two); of fewer, all but the last,
+    which the others share. Or ``ranks`` processes of it without a card."""
     out: dict[str, list[dict[str, str]]] = {}
     last = {"CUDA_VISIBLE_DEVICES": str(cards - 1)} if cards else {}
     trunk = next((s for s in stages if s in ("recognizer", "trunk")), "")
@@ -290,15 +292,18 @@ def _places(stages: Sequence[str], cards: int, ranks: int) -> dict[str, list[dic
             "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517",
         }  # fmt: skip
         out[stage] = [
-            {**world, "RANK": str(k), **_cards_of(k % own, own, cards)} for k in range(count)
+            {**world, "RANK": str(k), **_cards_of(k % own, own, cards, len(stages) == 1)}
+            for k in range(count)
         ]
     return out
 
 
-def _cards_of(first: int, own: int, cards: int) -> dict[str, str]:
+def _cards_of(first: int, own: int, cards: int, alone: bool) -> dict[str, str]:
     if not cards:
         return {}
     drawing = [own] if cards > own + 1 else []
+    if alone and cards >= 2 * own and cards > 1:
+        drawing = [own + first]
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, [first, *drawing]))}
 
 

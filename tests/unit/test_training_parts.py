@@ -240,6 +240,19 @@ def test_known_faces_are_added_where_yunet_says_nothing() -> None:
     torch.testing.assert_close(again, told)
 
 
+def test_a_training_goes_on_from_the_form_that_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = recognizer.lift(student(monkeypatch))
+    pictures = torch.rand(16, 3, 112, 112)
+    again = recognizer.unfold(shipped.state_dict(), pictures)
+    x = recognizer.student_input(pictures)
+    with torch.no_grad():
+        wanted = shipped(x)[0]
+        torch.testing.assert_close(again.eval()(x)[0], wanted, atol=1e-3, rtol=1e-3)
+        # Its batch norms are of what it saw: that is how it learns on.
+        learning = normalize(again.train()(x)[0])
+    assert (learning * normalize(wanted)).sum(1).min() > 0.99
+
+
 def test_what_is_shipped_answers_as_what_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = student(monkeypatch)
     shipped = recognizer.lift(trained)
