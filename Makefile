@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Many tests wait for processes: two at a time keep two cores busy. One file is one worker's.
-TEST_WORKERS ?= 2
+# Many tests wait for processes: three at a time keep two cores busy. One file is one worker's.
+TEST_WORKERS ?= 3
 PYTEST_ARGS ?=
+# The tests start hundreds of processes: what they import is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak soak-cameras gpu-test protos bench gpu-bench wheel install-systemd clean
 

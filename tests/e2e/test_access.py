@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +18,19 @@ from tests.e2e import wire
 from tests.e2e.conftest import Start
 from tests.running_server import RunningServer, free_port
 from tests.waiting import until
+from typer.testing import CliRunner
 
 import facelane
+from facelane_server import cli
 
 
 def new_key(file: Path, name: str, *scopes: str) -> str:
     """A key made by the command that operators use."""
-    command = [sys.executable, "-m", "facelane_server", "keys", "new", name, "--file", str(file)]
+    arguments = ["keys", "new", name, "--file", str(file)]
     for scope in scopes:
-        command += ["--scope", scope]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        arguments += ["--scope", scope]
+    made = CliRunner().invoke(cli.app, arguments)
+    assert made.exit_code == 0, made.output
     assert file.stat().st_mode & 0o777 == 0o600
     secret = made.stdout.strip()
     assert secret.startswith("flk_")

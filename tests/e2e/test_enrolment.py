@@ -9,6 +9,7 @@ import matplotlib as mpl
 import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
+from tests.running_server import RunningServer
 
 import facelane
 
@@ -74,20 +75,17 @@ def test_a_blurred_face_is_refused_and_the_sharp_one_is_not(start: Start) -> Non
         client.enroll("who", blurred(0.0), allow_multiple_faces=True, skip_liveness=True)
 
 
-def test_a_score_at_its_threshold_passes(start: Start) -> None:
+def test_a_score_at_its_threshold_passes_and_the_gallery_is_full(start: Start) -> None:
     server = start(
-        extra="[identity]\nood_threshold = 1.0\nlive_threshold = 1.0\nspoof_threshold = 1.0"
+        extra="[identity]\nood_threshold = 1.0\nlive_threshold = 1.0\nspoof_threshold = 1.0\n"
+        "[gallery]\nmax_templates = 2"
     )
     with server.client() as client:
         # The null models trust every face fully.
         made = client.enroll("sure", wire.picture(), require_live=True)
         assert made.face.liveness.verdict == "LIVE"
         assert made.warnings == ()
-
-
-def test_the_gallery_is_full(start: Start) -> None:
-    server = start(extra="[gallery]\nmax_templates = 2")
-    with server.client() as client:
+        client.delete_subject("sure")
         client.enroll("a", wire.picture(1))
         client.enroll("b", wire.picture(2))
         with pytest.raises(facelane.OverloadedError) as full:
@@ -97,12 +95,13 @@ def test_the_gallery_is_full(start: Start) -> None:
         client.enroll("c", wire.picture(3))
 
 
-def test_a_deleted_subject_is_named_no_more_in_streams_that_are_open(start: Start) -> None:
-    server = start()
+def test_a_deleted_subject_is_named_no_more_in_streams_that_are_open(
+    server: RunningServer,
+) -> None:
     with server.client() as client:
-        client.enroll("gone", wire.picture())
+        client.enroll("gone", wire.picture(), gallery="leavers")
         # Media time stands nearly still: the track is not due to be recognised again.
-        with client.analyze_stream(overload="lossless") as stream:
+        with client.analyze_stream(overload="lossless", gallery="leavers") as stream:
 
             def decision(number: int) -> str:
                 stream.send(wire.picture(), stream_offset=number * 0.01)
@@ -111,7 +110,7 @@ def test_a_deleted_subject_is_named_no_more_in_streams_that_are_open(start: Star
                 return result.faces[0].identity.decision
 
             assert [decision(n) for n in range(1, 4)] == ["MATCH"] * 3
-            client.delete_subject("gone")
+            client.delete_subject("gone", gallery="leavers")
             assert decision(4) == "NOT_EVALUATED"
             assert decision(5) == "UNKNOWN"
 
@@ -142,19 +141,6 @@ def test_without_liveness_nobody_is_called_live(start: Start) -> None:
         assert client.enroll("a", wire.picture()).face.liveness.verdict == "UNDECIDED"
         (face,) = client.identify(wire.picture())
         assert (face.identity.subject_id, face.liveness.verdict) == ("a", "UNDECIDED")
-
-
-def test_templates_outlive_the_server(start: Start) -> None:
-    server = start()
-    with server.client() as client:
-        client.enroll("lasting", wire.picture())
-    server.process.kill()
-    server.process.wait(30)
-    again = type(server)(server.folder, server.config.read_text())
-    with again:
-        again.wait_serving()
-        with again.client() as client:
-            assert client.identify(wire.picture())[0].identity.subject_id == "lasting"
 
 
 def _without(text: str, stage: str) -> str:

@@ -14,14 +14,17 @@ from tests.e2e import wire
 from tests.e2e.conftest import Start
 from tests.running_server import RunningServer, toml
 from tests.waiting import until
+from typer.testing import CliRunner
 
 import facelane
+from facelane_server import cli
 
 SECRETS = ("zaphod-the-subject", "Zaphod B.", "president-of-the-label", "betelgeuse-key")
 
 
-def test_no_personal_data_in_logs_and_errors(start: Start) -> None:
+def test_no_personal_data_in_logs_and_errors_and_logs_are_json_lines(start: Start) -> None:
     server = start(edit=lambda text: f'{text}\n[log]\nlevel = "debug"\n')
+    until(lambda: '"event": "serving"' in server.text())
     subject, display, label, key = SECRETS
     with server.client() as client:
         client.enroll(subject, wire.picture(), display_name=display, request_id=subject)
@@ -42,19 +45,13 @@ def test_no_personal_data_in_logs_and_errors(start: Start) -> None:
                 call()
             told.append(f"{refused.value.message} {refused.value.metadata}")
         client.delete_subject(subject)
+        client.restart_worker("liveness#0")
+        client.analyze_image(wire.picture())
     server.stop()
     for text in (server.text(), *told):
         for secret in SECRETS:
             assert secret not in text
-
-
-def test_logs_are_json_lines_with_constant_messages(start: Start) -> None:
-    server = start()
-    until(lambda: '"event": "serving"' in server.text())
-    with server.client() as client:
-        client.restart_worker("liveness#0")
-        client.analyze_image(wire.picture())
-    server.stop()
+    # A message is constant: what differs stands in fields of its own.
     lines = [json.loads(line) for line in server.text().splitlines()]
     assert all({"event", "level", "timestamp"} <= line.keys() for line in lines)
     assert not [line for line in lines if line["level"] in ("error", "critical")]
@@ -76,29 +73,29 @@ def test_the_front_has_no_torch_and_shares_nothing_by_name(server: RunningServer
 
 
 def test_the_front_does_not_grow(server: RunningServer) -> None:
-    """3,000 frames again and again; after the first ones it has what it needs. How many are under
-    way at one time, and so how much memory, is up to the machine: it may take a round more. What
-    leaks grows in every round."""
+    """1,500 frames again and again; after the first ones it has what it needs. How many are under
+    way at one time, and so how much memory, is up to the machine: it may take some rounds more.
+    What leaks, a kibibyte a frame, grows in every round."""
     process = psutil.Process(server.process.pid)
+    leak = 1_500 << 10
     with server.client() as client:
 
         def frames() -> int:
-            outcomes = client.analyze((wire.picture() for _ in range(3_000)), skip_liveness=True)
+            outcomes = client.analyze((wire.picture() for _ in range(1_500)), skip_liveness=True)
             return sum(outcome.result is not None for outcome in outcomes)
 
-        assert frames() == 3_000
+        assert frames() == 1_500
         descriptors = process.num_fds()
         grown = []
-        while len(grown) < 4 and min(grown, default=3 << 20) >= 3 << 20:
+        while len(grown) < 6 and min(grown, default=leak) >= leak:
             before = process.memory_info().rss
-            assert frames() == 3_000
+            assert frames() == 1_500
             grown.append(process.memory_info().rss - before)
-    assert grown[-1] < 3 << 20, grown
+    assert grown[-1] < leak, grown
     assert process.num_fds() <= descriptors + 2
 
 
-def test_state_is_private(start: Start) -> None:
-    server = start()
+def test_state_is_private(server: RunningServer) -> None:
     state = server.folder / "state"
     assert state.stat().st_mode & 0o077 == 0
     database = state / "gallery.db"
@@ -117,15 +114,22 @@ def test_without_folders_of_its_own_the_server_uses_the_standard_ones(tmp_path: 
         assert os.listdir(tmp_path / "tmp") == [], "workers of its own need no folder for sockets"
 
 
-def server_command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def server_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "facelane_server", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        input=stdin,
     )
+
+
+def called(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same without a process of its own, for commands that run nothing."""
+    result = CliRunner().invoke(cli.app, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -139,27 +143,40 @@ def test_a_typo_in_the_config_is_named_with_the_nearest_key(command: str, tmp_pa
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "check"])
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("[pools.detector]\nmodel = 'null-detektor'", "did you mean null-detector?"),
-        ("[pools.detector]\nmodel = 'null-liveness'", "is a liveness, not a detector"),
-        ("[pools.detector]\nmodel = '/no/such/folder'", "model.toml cannot be read"),
-        ("[limits", "not valid TOML"),
-        ("[auth]\nkeys_file = '/no/such/keys.toml'", "/no/such/keys.toml: cannot be read"),
-        ("[tls]\ncert_file = '/no/such'\nkey_file = '/no/key'", "tls.cert_file /no/such"),
-        ("[metrics]\nlisten = '9151'", "is not host:port"),
-    ],
-)
-def test_configs_that_cannot_be_used(tmp_path: Path, text: str, says: str, command: str) -> None:
+UNUSABLE = [
+    ("[pools.detector]\nmodel = 'null-detektor'", "did you mean null-detector?"),
+    ("[auth]\nkeys_file = '/no/such/keys.toml'", "/no/such/keys.toml: cannot be read"),
+    ("[tls]\ncert_file = '/no/such'\nkey_file = '/no/key'", "tls.cert_file /no/such"),
+    ("[pools.detector]\nmodel = 'null-liveness'", "is a liveness, not a detector"),
+    ("[pools.detector]\nmodel = '/no/such/folder'", "model.toml cannot be read"),
+    ("[limits", "not valid TOML"),
+    ("[metrics]\nlisten = '9151'", "is not host:port"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), UNUSABLE)
+def test_configs_that_cannot_be_used_are_told_by_check(
+    tmp_path: Path, text: str, says: str
+) -> None:
     path = tmp_path / "server.toml"
     path.write_text(text)
-    done = server_command(command, "--config", str(path))
+    done = called("check", "--config", str(path))
+    assert done.returncode == 78, done
+    assert says in done.stderr
+
+
+# `run` finds the first three where nobody else does, the others where `check` does.
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [*UNUSABLE[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in UNUSABLE[3:])],
+)
+def test_configs_that_cannot_be_used_start_nothing(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text(text)
+    done = server_command("run", "--config", str(path))
     assert done.returncode == 78, done
     assert says in done.stderr
     assert "Traceback" not in done.stderr
-    # Nothing was started for it.
     assert "worker" not in done.stdout
 
 
@@ -175,7 +192,7 @@ def test_folders_that_cannot_be_made(tmp_path: Path, folder: str) -> None:
 
 
 def test_a_config_that_is_not_there(tmp_path: Path) -> None:
-    assert server_command("run", "--config", str(tmp_path / "absent.toml")).returncode == 78
+    assert called("check", "--config", str(tmp_path / "absent.toml")).returncode == 78
 
 
 def test_a_model_with_a_wrong_hash_is_refused(start: Start, tmp_path: Path) -> None:
@@ -209,15 +226,15 @@ def test_a_model_with_a_wrong_hash_is_refused(start: Start, tmp_path: Path) -> N
 def test_what_would_run(tmp_path: Path) -> None:
     path = tmp_path / "server.toml"
     path.write_text(toml(tmp_path))
-    done = server_command("check", "--config", str(path))
+    done = called("check", "--config", str(path))
     assert done.returncode == 0, done
     for name in ("null-detector@1.0.0", "null-recognizer@1.0.0", "null-liveness@1.0.0"):
         assert name in done.stdout
     assert f"listens on unix:{tmp_path}/grpc.sock, no TLS, no keys; metrics on none" in done.stdout
-    assert server_command("version").stdout.strip()
-    assert server_command("--version").stdout == server_command("version").stdout
+    assert called("version").stdout.strip()
+    assert called("--version").stdout == called("version").stdout
     path.write_text(f'{toml(tmp_path)}\n[auth]\nkeys_file = "/run/credentials/no.service/keys"')
-    done = server_command("check", "--config", str(path))
+    done = called("check", "--config", str(path))
     assert done.returncode == 0, done
     assert "not looked at: /run/credentials/no.service/keys" in done.stdout
     assert "no TLS, keys;" in done.stdout
@@ -252,26 +269,26 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
     assert made.returncode == 0, made
     assert made.stdout.startswith("flk_")
     assert file.stat().st_mode & 0o777 == 0o600
-    again = server_command(*new, "--scope", "gallery")
+    again = called(*new, "--scope", "gallery")
     assert "door has 2 keys now" in again.stderr
-    listed = server_command("keys", "list", str(file))
+    listed = called("keys", "list", str(file))
     assert [line.split()[:2] for line in listed.stdout.splitlines()] == [
         ["door", "analyze"],
         ["door", "gallery"],
     ]
     assert made.stdout.strip() not in file.read_text() + listed.stdout
     guest = ("keys", "new", "guest", "--source", "door-*", "--expires", "2020-01-01")
-    assert server_command(*guest, "--file", str(file)).returncode == 0
-    assert "sources door-*" in (line := server_command("keys", "list", str(file)).stdout)
+    assert called(*guest, "--file", str(file)).returncode == 0
+    assert "sources door-*" in (line := called("keys", "list", str(file)).stdout)
     assert "expired 2020-01-01" in line
     file.write_text("# who works here\n" + file.read_text())
-    assert server_command("keys", "remove", "guest", str(file)).returncode == 0
+    assert called("keys", "remove", "guest", str(file)).returncode == 0
     left = file.read_text()
     assert left.startswith("# who works here")
     assert left.count("[[keys]]") == 2
     assert "guest" not in left
     assert file.stat().st_mode & 0o777 == 0o600
-    assert server_command("keys", "remove", "guest", str(file)).returncode == 78
+    assert called("keys", "remove", "guest", str(file)).returncode == 78
     # An entry is never added where it would take the others along.
     kept = file.read_text()
     for arguments, code in (
@@ -281,16 +298,15 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
         (("keys", "new", "x", "--file", "/no/such/keys.toml"), 78),
         (("keys", "list", "/no/such/keys.toml"), 78),
     ):
-        done = server_command(*arguments)
+        done = called(*arguments)
         assert done.returncode == code, done
-        assert "Traceback" not in done.stderr
         assert not done.stdout
     assert file.read_text() == kept
     file.write_text("name = 1\n")
-    assert server_command("keys", "new", "x", "--file", str(file)).returncode == 78
+    assert called("keys", "new", "x", "--file", str(file)).returncode == 78
     assert file.read_text() == "name = 1\n"
     file.write_text("# keys of the front door\n")
-    assert server_command("keys", "new", "x", "--file", str(file)).returncode == 0
+    assert called("keys", "new", "x", "--file", str(file)).returncode == 0
 
 
 def test_a_stream_that_searches_an_empty_gallery_is_told_of(server: RunningServer) -> None:

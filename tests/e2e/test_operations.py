@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.e2e import wire
 from tests.e2e.conftest import Start
-from tests.running_server import RunningServer, free_port
+from tests.running_server import RunningServer, free_port, toml
 from tests.waiting import until
 
 import facelane
@@ -134,16 +134,24 @@ def watched_health(target: str, service: str) -> Iterator[queue.SimpleQueue[str]
 # -- health ---------------------------------------------------------------------------------
 
 
-def test_health_follows_the_pools(start: Start) -> None:
-    server = start(wire.pools(every=QUICK))
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server whose workers tests may kill: they are back soon, and all is as it was."""
+    folder = tmp_path_factory.mktemp("quick")
+    with RunningServer(folder, toml(folder, wire.pools(every=QUICK))) as made:
+        made.wait_serving()
+        yield made
+
+
+def test_health_follows_the_pools(quick: RunningServer) -> None:
     names = ("", "facelane.v1.AnalysisService", "facelane.pool.detector")
     with (
-        server.client() as client,
-        watched_health(server.target, names[0]) as whole,
-        watched_health(server.target, names[1]) as service,
-        watched_health(server.target, names[2]) as detector,
-        watched_health(server.target, "facelane.pool.liveness") as other,
-        watched_health(server.target, "facelane.process") as process,
+        quick.client() as client,
+        watched_health(quick.target, names[0]) as whole,
+        watched_health(quick.target, names[1]) as service,
+        watched_health(quick.target, names[2]) as detector,
+        watched_health(quick.target, "facelane.pool.liveness") as other,
+        watched_health(quick.target, "facelane.process") as process,
     ):
         queues = (whole, service, detector)
         assert [q.get(timeout=30) for q in (*queues, other, process)] == ["SERVING"] * 5
@@ -155,12 +163,11 @@ def test_health_follows_the_pools(start: Start) -> None:
         assert client.health("facelane.no.such.service") == "SERVICE_UNKNOWN"
 
 
-def test_a_lost_second_stage_degrades_in_band_and_is_told(start: Start) -> None:
-    server = start(wire.pools(every=QUICK))
+def test_a_lost_second_stage_degrades_in_band_and_is_told(quick: RunningServer) -> None:
     with (
-        server.client() as client,
-        watched_health(server.target, "") as whole,
-        watched_health(server.target, "facelane.v1.AnalysisService") as service,
+        quick.client() as client,
+        watched_health(quick.target, "") as whole,
+        watched_health(quick.target, "facelane.v1.AnalysisService") as service,
         Load(client, disable_tracking=True) as load,
     ):
         assert [q.get(timeout=30) for q in (whole, service)] == ["SERVING"] * 2
@@ -193,9 +200,10 @@ def test_a_lost_second_stage_degrades_in_band_and_is_told(start: Start) -> None:
         pytest.param("liveness", marks=pytest.mark.slow),
     ],
 )
-def test_a_worker_is_restarted_under_load_and_no_frame_is_lost(start: Start, name: str) -> None:
-    server = start()
-    with server.client() as client, Load(client) as load:
+def test_a_worker_is_restarted_under_load_and_no_frame_is_lost(
+    quick: RunningServer, name: str
+) -> None:
+    with quick.client() as client, Load(client) as load:
         load.more()
         before = pool(client, name).workers[0].pid
         answer = client.restart_worker(f"{name}#0", timeout=20)
@@ -270,11 +278,12 @@ def test_a_reloaded_model_is_judged_by_its_own_thresholds(start: Start, tmp_path
         assert client.verify("ada", wire.picture()).threshold == 1.0
 
 
-def test_a_model_that_cannot_be_loaded_leaves_the_old_one(start: Start, tmp_path: Path) -> None:
-    server = start()
+def test_a_model_that_cannot_be_loaded_leaves_the_old_one(
+    quick: RunningServer, tmp_path: Path
+) -> None:
     broken = wire.null_detector(tmp_path, 3)
     (broken / "model.toml").write_text("schema = 1\nname = ")
-    with server.client() as client, Load(client) as load:
+    with quick.client() as client, Load(client) as load:
         load.more()
         with pytest.raises(facelane.ArgumentError) as refused:
             client.reload_model("detector", str(broken))
@@ -288,7 +297,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(start: Start, tmp_path
 # -- the end ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["SIGTERM", "SIGINT", "Drain"])
+@pytest.mark.parametrize("by", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), "Drain"])
 def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str) -> None:
     server = start(edit=short_grace)
     with server.client() as client:
@@ -346,7 +355,7 @@ def test_a_picture_under_way_is_answered_before_the_end(start: Start) -> None:
     assert server.process.wait(30) == 0
 
 
-@pytest.mark.parametrize("window", [64, 2])
+@pytest.mark.parametrize("window", [pytest.param(64, marks=pytest.mark.slow), 2])
 def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
     # Frames that take a while keep the drain going; with the small window the server may not
     # even be reading when it is told to end.
@@ -393,11 +402,12 @@ def test_a_draining_server_takes_no_new_work(start: Start, window: int) -> None:
     assert server.process.wait(30) == 0
 
 
-def test_a_killed_server_leaves_no_process(start: Start) -> None:
+def test_a_killed_server_leaves_no_process_and_its_gallery(start: Start) -> None:
     server = start()
     workers = server.children()
     assert len(workers) == 3
     with server.client() as client, Load(client) as load:
+        client.enroll("lasting", wire.picture())
         load.more()
         server.process.kill()
         _, alive = psutil.wait_procs(workers, timeout=10)
@@ -411,6 +421,8 @@ def test_a_killed_server_leaves_no_process(start: Start) -> None:
     again = RunningServer(server.folder, server.config.read_text())
     with again:
         again.wait_serving()
+        with again.client() as client:
+            assert client.identify(wire.picture())[0].identity.subject_id == "lasting"
 
 
 def test_a_second_server_does_not_take_the_socket_of_the_first(server: RunningServer) -> None:
@@ -584,10 +596,9 @@ def test_a_quiet_subscription_is_not_taken_for_an_attack(server: RunningServer) 
     assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED, ended.value.details()
 
 
-def test_events_tell_of_a_lost_pool(start: Start) -> None:
-    server = start(wire.pools(every=QUICK))
+def test_events_tell_of_a_lost_pool(quick: RunningServer) -> None:
     told: queue.SimpleQueue[facelane.Event] = queue.SimpleQueue()
-    with server.client() as client, client.watch_events(kinds=["POOL_CHANGED"]) as events:
+    with quick.client() as client, client.watch_events(kinds=["POOL_CHANGED"]) as events:
         reader = threading.Thread(target=lambda: [told.put(event) for event in events])
         reader.start()
 

@@ -169,40 +169,46 @@ class TestKeepAlive:
         assert listener.poll() == []
 
 
-@pytest.fixture
-def server(tmp_path: Path, listener: NotifySocket) -> Iterator[RunningServer]:
-    env = {"NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": "1500000"}
-    running = RunningServer(tmp_path, toml(tmp_path, NULL_POOLS), env=env)
-    yield running
-    running.stop()
+@pytest.fixture(scope="class")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NotifySocket]:
+    """What the class's server tells systemd."""
+    found = NotifySocket(str(tmp_path_factory.mktemp("told") / "notify"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="class")
+def server(tmp_path_factory: pytest.TempPathFactory, told: NotifySocket) -> Iterator[RunningServer]:
+    """A server that was READY, and served from that moment on."""
+    folder = tmp_path_factory.mktemp("server")
+    env = {"NOTIFY_SOCKET": told.address, "WATCHDOG_USEC": "1500000"}
+    with RunningServer(folder, toml(folder, NULL_POOLS), env=env) as running:
+        told.wait_for("READY")
+        with running.client() as client:
+            assert client.health() == "SERVING"
+        yield running
 
 
 class TestServer:
-    def test_ready_only_when_it_serves(self, server: RunningServer, listener: NotifySocket) -> None:
-        listener.wait_for("READY")
-        with server.client() as client:
-            assert client.health() == "SERVING"
+    def test_the_watchdog_is_fed(self, server: RunningServer, told: NotifySocket) -> None:
+        told.forget()
+        until(lambda: told.count("WATCHDOG") >= 4, what="four signs of life")
 
-    def test_the_watchdog_is_fed(self, server: RunningServer, listener: NotifySocket) -> None:
-        listener.wait_for("READY")
-        until(lambda: listener.count("WATCHDOG") >= 4, what="four signs of life")
-
-    def test_a_stopped_process_is_silent(
-        self, server: RunningServer, listener: NotifySocket
-    ) -> None:
-        listener.wait_for("WATCHDOG")
+    def test_a_stopped_process_is_silent(self, server: RunningServer, told: NotifySocket) -> None:
+        told.forget()
+        told.wait_for("WATCHDOG")
         server.process.send_signal(signal.SIGSTOP)
         try:
             process = psutil.Process(server.process.pid)
             until(lambda: process.status() == psutil.STATUS_STOPPED, what="it stands still")
-            listener.forget()
+            told.forget()
             time.sleep(1.6)  # the watchdog's whole interval, which is what is tested
-            assert listener.count("WATCHDOG") == 0
+            assert told.count("WATCHDOG") == 0
         finally:
             server.process.send_signal(signal.SIGCONT)
-        listener.wait_for("WATCHDOG")
+        told.wait_for("WATCHDOG")
 
-    def test_a_server_that_cannot_infer_starves_the_watchdog(
+    def test_a_server_that_cannot_infer_starves_the_watchdog_and_ends_as_told(
         self, tmp_path: Path, listener: NotifySocket
     ) -> None:
         """It answers calls, it reads frames, its process is well: and it is of no use."""
@@ -227,31 +233,23 @@ class TestServer:
                 faults.write_text("")
                 until(lambda: client.health() == "SERVING", what="SERVING again")
             listener.wait_for("WATCHDOG")
+            # And its end is told before it comes.
+            running.process.send_signal(signal.SIGTERM)
+            listener.wait_for("STOPPING")
+            assert running.process.wait(30) == 0
 
     def test_reload_is_told_from_begin_to_end(
-        self, server: RunningServer, listener: NotifySocket
+        self, server: RunningServer, told: NotifySocket
     ) -> None:
-        listener.wait_for("READY")
-        listener.forget()
+        told.forget()
         server.process.send_signal(signal.SIGHUP)
-        begun = listener.wait_for("RELOADING")
+        begun = told.wait_for("RELOADING")
         assert int(begun["MONOTONIC_USEC"]) > 0
-        listener.wait_for("READY")
-        order = [key for found in listener.poll() for key in found]
+        told.wait_for("READY")
+        order = [key for found in told.poll() for key in found]
         assert order.index("RELOADING") < order.index("READY")
 
-    def test_stopping_comes_before_the_end(
-        self, server: RunningServer, listener: NotifySocket
-    ) -> None:
-        listener.wait_for("READY")
-        server.process.send_signal(signal.SIGTERM)
-        listener.wait_for("STOPPING")
-        assert server.process.wait(30) == 0
-
-    def test_workers_cannot_speak_for_it(
-        self, server: RunningServer, listener: NotifySocket
-    ) -> None:
-        listener.wait_for("READY")
+    def test_workers_cannot_speak_for_it(self, server: RunningServer) -> None:
         workers = server.children()
         assert len(workers) == 3
         for worker in workers:

@@ -279,10 +279,10 @@ async def test_a_hanging_job_ends_in_a_stack_dump_a_kill_and_a_retry(
     ("fault", "loss"),
     [
         ("crash_on_job", "EXITED"),
-        ("exit_on_job", "EXITED"),
+        pytest.param("exit_on_job", "EXITED", marks=pytest.mark.slow),
         ("sticky_on_job", "DEVICE_POISONED"),
         ("garbage_on_job", "PROTOCOL"),
-        ("truncated_on_job", "PROTOCOL"),
+        pytest.param("truncated_on_job", "PROTOCOL", marks=pytest.mark.slow),
     ],
 )
 async def test_a_fault_in_a_job_costs_a_worker_and_no_task(
@@ -353,7 +353,7 @@ async def test_a_leak_is_recycled_at_the_budget_and_nothing_is_lost() -> None:
     [
         ("load", "LOAD_FAILED"),
         ("crash_load", "EXITED"),
-        ("crash_warm_up", "EXITED"),
+        pytest.param("crash_warm_up", "EXITED", marks=pytest.mark.slow),
         ("hang_load", "START_TIMEOUT"),
     ],
 )

@@ -35,6 +35,7 @@ from facelane_server.worker.networks.load import load
 
 F64 = npt.NDArray[np.float64]
 _Numbers = tuple[float, ...]
+_Window = tuple[slice, slice]
 
 CHECK: Final = "check.json"
 MAX_CHECK_BYTES: Final = 256 * 1024
@@ -102,15 +103,24 @@ def portrait() -> U8:
     picture[:] = (150.0, 142.0, 130.0)
     picture *= (0.8 + 0.3 * x / width - 0.1 * y / height)[..., None]
 
-    def paint(shape: F64, color: tuple[float, float, float], strength: float = 1.0) -> None:
-        picture[:] += (shape * strength)[..., None] * (np.array(color) - picture)
+    def paint(
+        shape: tuple[_Window, F64], color: tuple[float, float, float], strength: float = 1.0
+    ) -> None:
+        window, depth = shape
+        part = picture[window]
+        part += (depth * strength)[..., None] * (np.array(color) - part)
 
-    def blob(cx: float, cy: float, rx: float, ry: float, soft: float) -> F64:
-        """1 inside of an ellipse, 0 outside, falling over ``soft`` of its radius."""
-        u, v = (x - cx) / rx, (y - cy) / ry
+    def blob(cx: float, cy: float, rx: float, ry: float, soft: float) -> tuple[_Window, F64]:
+        """1 inside of an ellipse, 0 outside, falling over ``soft`` of its radius; and where."""
+        reach = 1 + soft / 2
+        window = (
+            slice(max(0, int(cy - reach * ry)), int(cy + reach * ry) + 2),
+            slice(max(0, int(cx - reach * rx)), int(cx + reach * rx) + 2),
+        )
+        u, v = (x[window] - cx) / rx, (y[window] - cy) / ry
         edge = ((1.0 - np.sqrt(u * u + v * v)) / soft + 0.5).clip(0.0, 1.0)
         smooth: F64 = edge * edge * (3.0 - 2.0 * edge)
-        return smooth
+        return window, smooth
 
     skin = (136.0, 168.0, 214.0)
     paint(blob(320, 520, 210, 150, 0.05), (92.0, 66.0, 48.0))  # shoulders
