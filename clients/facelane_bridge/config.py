@@ -26,6 +26,8 @@ from facelane.transport import default_target
 from facelane_bridge.camera import Policy
 
 MAX_CAMERAS = 256
+MIN_ANALYSIS_FPS = 0.1
+"""The least that a server takes."""
 FINGERPRINT_PATTERN = r"^$|^(?i:sha-?256[:=/ ]?)?(?:[0-9A-Fa-f]{2}[: ]?){31}[0-9A-Fa-f]{2}$"
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 
@@ -57,6 +59,15 @@ class Pace(enum.StrEnum):
 
     REALTIME = "realtime"
     FAST = "fast"
+
+
+class VideoChoice(enum.StrEnum):
+    """What is done with H.264 and H.265. ``auto``: passed on as the camera sends it where the
+    server takes it so, else decoded here, as with ``decode``; ``pass``: or the camera fails."""
+
+    AUTO = "auto"
+    PASS = "pass"  # noqa: S105 - what is done
+    DECODE = "decode"
 
 
 class OverloadChoice(enum.StrEnum):
@@ -127,10 +138,14 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     device_format: Annotated[str, Meta(pattern=r"^[a-z0-9]{0,16}$")] = ""
 
     max_fps: Annotated[float, Meta(ge=0, le=1000)] = 0.0
-    """Frames a second to send at most; 0 = all."""
+    """Frames a second to send at most; 0 = all. Video that is passed on has to be sent whole:
+    there it is as ``analysis_fps``."""
     max_side: Annotated[int, Meta(ge=0, le=8192)] = 0
     """Frames with a longer side are scaled down; 0 = never."""
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 90
+    video: VideoChoice = VideoChoice.AUTO
+    analysis_fps: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """Pictures a second that the server analyses at most; 0 = all that it has room for."""
 
     overload: OverloadChoice = OverloadChoice.AUTO
     max_frame_age: SecondsOrZero = 0.0
@@ -181,6 +196,17 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.overload is OverloadChoice.AUTO:
             return not self.is_live and self.pace is Pace.FAST
         return self.overload is OverloadChoice.LOSSLESS
+
+    @property
+    def passes_video(self) -> bool:
+        """Whether H.264 and H.265 are to go on as they are, where they can."""
+        too_slow = 0 < self.max_fps < MIN_ANALYSIS_FPS
+        return self.video is not VideoChoice.DECODE and not self.max_side and not too_slow
+
+    @property
+    def analysed_fps(self) -> float:
+        """The lower of the two rates; 0 = all."""
+        return min((rate for rate in (self.max_fps, self.analysis_fps) if rate), default=0.0)
 
     @property
     def policy(self) -> Policy:
@@ -355,6 +381,13 @@ def _camera(values: Mapping[str, Any], where: str) -> CameraSettings:
         raise ConfigError(
             f"{where}: tls_fingerprint says it all; leave tls_ca_file and tls_server_name out"
         )
+    if camera.video is VideoChoice.PASS and camera.max_side:
+        raise ConfigError(
+            f'{where}: max_side scales pictures, and video = "pass" leaves them as they are; '
+            "leave one of them out"
+        )
+    if 0 < camera.analysis_fps < MIN_ANALYSIS_FPS:
+        raise ConfigError(f"{where}: analysis_fps is 0 (all) or at least {MIN_ANALYSIS_FPS:g}")
     if camera.is_live and camera.loop:
         raise ConfigError(f"{where}: loop is for files and folders")
     try:

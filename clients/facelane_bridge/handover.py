@@ -4,9 +4,11 @@ Every frame offered gets the next frame id and is either taken, replaced by a ne
 (and then told as dropped with the next take) or discarded at the end (likewise told):
 nothing disappears between camera and server without being counted.
 
-Live sources have room for one frame, the newest. Lossless ones have room for a few, and
-``offer`` waits; the reader's waiting is visible (``is_holding``), so that a slow server
-is not mistaken for a stalled camera.
+Live sources have room for one picture, the newest. Video that is passed on cannot be thinned
+so: of its access units none may be missing before the next key frame, so there is room for
+seconds of them, and what is given up is given up as far as a key frame. Lossless sources have
+room for a few frames, and ``offer`` waits; the reader's waiting is visible (``is_holding``),
+so that a slow server is not mistaken for a stalled camera.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from dataclasses import dataclass
 from facelane_bridge.sources import CapturedFrame
 
 LOSSLESS_ROOM = 4
+VIDEO_ROOM = 256
+"""Access units: ten seconds of a camera, and a group of pictures of most of them."""
+VIDEO_ROOM_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,9 @@ class Handover:
         self._room = LOSSLESS_ROOM if lossless else 1
         self._lossless = lossless
         self._frames: deque[NumberedFrame] = deque()
+        self._bytes = 0
+        self._gap = False
+        """Of video that is passed on, what comes before the next key frame is worth nothing."""
         self._changed = threading.Condition()
         self._reader: object | None = None
         self._offset_base = 0.0
@@ -113,7 +121,7 @@ class Handover:
     def _pop(self) -> Taken | None:
         with self._changed:
             if self._frames:
-                numbered = self._frames.popleft()
+                numbered = self._popleft()
                 first, self._next_taken_id = self._next_taken_id, numbered.frame_id + 1
                 self._changed.notify_all()
                 return Taken(numbered, first, numbered.frame_id - first)
@@ -121,6 +129,19 @@ class Handover:
                 first, self._next_taken_id = self._next_taken_id, self._next_id
                 return Taken(None, first, self._next_id - first)
             return None
+
+    def _popleft(self) -> NumberedFrame:
+        numbered = self._frames.popleft()
+        self._bytes -= len(numbered.frame.data)
+        return numbered
+
+    def skip_to_key_frame(self) -> None:
+        """An access unit could not be sent: those that build on it are given up."""
+        with self._changed:
+            while self._frames and not self._frames[0].frame.is_key:
+                self._popleft()
+            self._gap = self._gap or not self._frames
+            self._changed.notify_all()
 
     async def take(self) -> Taken:
         """The next frame; waits for one. A frame of ``None``: closed and empty."""
@@ -134,7 +155,7 @@ class Handover:
     def discard(self) -> tuple[int, int]:
         """Throw away what is in here: (first id, count), those replaced before included."""
         with self._changed:
-            self._frames.clear()
+            self._clear()
             first, self._next_taken_id = self._next_taken_id, self._next_id
             self._changed.notify_all()
             return first, self._next_id - first
@@ -155,14 +176,32 @@ class Handover:
             self._holding = False
             if reader is not self._reader:
                 return False
-            if len(self._frames) >= self._room:
-                self._frames.popleft()
+            self._make_room(frame)
             offset = max(self._last_offset, self._offset_base + frame.media_time)
             self._last_offset = offset
-            self._frames.append(NumberedFrame(self._next_id, offset, arrived, frame))
+            if not self._gap:
+                self._frames.append(NumberedFrame(self._next_id, offset, arrived, frame))
+                self._bytes += len(frame.data)
             self._next_id += 1
             self._wake()
             return True
+
+    def _make_room(self, frame: CapturedFrame) -> None:
+        """For the next frame of a live source; ``_gap`` says whether it is taken at all."""
+        self._gap = self._gap and not frame.is_key
+        if self._lossless or self._gap:
+            return
+        if frame.video is None:
+            self._clear()
+        elif len(self._frames) >= VIDEO_ROOM or self._bytes + len(frame.data) > VIDEO_ROOM_BYTES:
+            keys = [n for n, waiting in enumerate(self._frames) if n and waiting.frame.is_key]
+            for _ in range(keys[-1] if keys else len(self._frames)):
+                self._popleft()
+            self._gap = not keys and not frame.is_key
+
+    def _clear(self) -> None:
+        self._frames.clear()
+        self._bytes = 0
 
     def _wake(self) -> None:
         # One callback at a time: a loop that is busy is not flooded with them.

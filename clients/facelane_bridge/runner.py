@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
+import msgspec
 import structlog
 
 import facelane
@@ -32,12 +33,13 @@ from facelane_bridge.camera import (
     start,
     step,
 )
-from facelane_bridge.config import CameraSettings, ServerSettings
-from facelane_bridge.handover import Handover
+from facelane_bridge.config import MIN_ANALYSIS_FPS, CameraSettings, ServerSettings, VideoChoice
+from facelane_bridge.handover import Handover, NumberedFrame
 from facelane_bridge.ledger import Ledger
 from facelane_bridge.output import CameraTotals, Line, StateLine, now_utc
+from facelane_bridge.passing import Passing, picture_of
 from facelane_bridge.reader import Reader, Said
-from facelane_bridge.sources import Source, SourceError, SourceInfo
+from facelane_bridge.sources import Source, SourceError, SourceInfo, SourceReason
 
 log = structlog.get_logger("facelane_bridge")
 
@@ -91,6 +93,11 @@ class CameraRunner:
         self._given_up: list[Reader] = []
         self._said: deque[tuple[Reader, Said]] = deque()
         self._ledger = Ledger(settings.name, emit)
+        self._sent_as: facelane.Encoding | None = None
+        """What the stream carries: pictures, or video of this kind."""
+        self._held: NumberedFrame | None = None
+        """A frame of another kind, which wants a stream of its own."""
+        self._passing = Passing()
         self._started_at = time.monotonic()
         self._skipped = 0
 
@@ -136,8 +143,10 @@ class CameraRunner:
         life: asyncio.Task[None] | None = None
         failures = 0
         try:
-            while not self._stopped.is_set() and not self.state.is_terminal:
-                if life is not None and life.done():
+            while not self._stopped.is_set() and (
+                self._held is not None or not self.state.is_terminal
+            ):
+                if life is not None and life.done() and self._held is None:
                     break  # it broke, and is told below: nobody would send anything
                 try:
                     async with contextlib.AsyncExitStack() as stack:
@@ -262,6 +271,7 @@ class CameraRunner:
             max_faces=camera.max_faces,
             max_candidates=camera.max_candidates,
             min_face_size=camera.min_face_size,
+            analysis_fps=camera.analysed_fps if camera.analysed_fps >= MIN_ANALYSIS_FPS else 0.0,
         )
 
     async def _serve(self, stream: aio.AnalyzeStream) -> None:
@@ -306,20 +316,31 @@ class CameraRunner:
     # --- frames out, outcomes in ---
 
     async def _send(self, stream: aio.AnalyzeStream) -> None:
-        patience = math.inf if self._settings.is_lossless else SEND_PATIENCE
+        numbered, self._held = self._held, None
+        fresh = True
         while True:
-            taken = await self._handover.take()
-            await self._ledger.taken(taken)
-            numbered = taken.frame
+            if numbered is None:
+                taken = await self._handover.take()
+                await self._ledger.taken(taken)
+                numbered = taken.frame
             if numbered is None:
                 return
             frame = numbered.frame
             if frame.refused is not None:
                 await self._ledger.refused(numbered.frame_id, frame.refused)
+                numbered = None
                 continue
+            if frame.video is not self._sent_as and not fresh:
+                # A stream keeps to one kind: this one ends, and the next begins with the frame.
+                self._held = numbered
+                return
+            self._sent_as, fresh = frame.video, False
+            # The server thins out video, which is worth nothing with a gap in it.
+            waits = self._settings.is_lossless or frame.video is not None
+            patience = math.inf if waits else SEND_PATIENCE
             try:
                 await stream.send(
-                    facelane.Picture.encoded(frame.data),
+                    picture_of(frame),
                     stream_offset=numbered.offset,
                     capture_time=datetime.fromtimestamp(frame.captured_at, UTC),
                     frame_id=numbered.frame_id,
@@ -327,21 +348,53 @@ class CameraRunner:
                 )
             except (facelane.ArgumentError, facelane.DeadlineExceededError) as error:
                 await self._ledger.not_sent(numbered.frame_id, error)
+                if frame.video is not None:
+                    self._handover.skip_to_key_frame()
+            else:
+                self._passing.sent(frame)
+            numbered = None
 
     async def _receive(self, stream: aio.AnalyzeStream) -> None:
         async for outcome in stream:
             await self._ledger.settled(outcome)
+            why = self._passing.settled(outcome)
+            if why:
+                await self._decode_instead(why)
 
     async def _settle_rest(self) -> None:
         """After the end: whatever has no outcome yet gets one."""
         self._handover.close()
+        self._held = None  # it is in the ledger
         await self._ledger.tell_updates()
         await self._ledger.lost("CONNECTION_LOST")
         first, count = self._handover.discard()
         if count:
             await self._ledger.dropped(first, count, "STOPPED", where="bridge")
 
+    async def _decode_instead(self, why: str) -> None:
+        """The server does not take this camera's video as it is: open it anew, to decode it."""
+        outlook = Outlook.PASSING
+        match self._settings.video:
+            case VideoChoice.DECODE:
+                return  # an outcome of what was sent before
+            case VideoChoice.PASS:
+                outlook = Outlook.HOPELESS
+                why += '; video = "auto" decodes it here'
+            case VideoChoice.AUTO:
+                self._log.warning("the video is decoded here from now on", why=why)
+        self._settings = msgspec.structs.replace(self._settings, video=VideoChoice.DECODE)
+        reader = self._reader
+        if reader is not None:
+            self._handover.fence()
+            self._said.append((reader, SourceError(SourceReason.NOT_PASSABLE, why, outlook)))
+            self._wake.set()
+        first, count = self._handover.discard()
+        if count:
+            await self._ledger.dropped(first, count, "SUPERSEDED", where="bridge")
+
     def _on_update(self, update: facelane.StreamUpdate) -> None:
+        if update.kind is facelane.StreamUpdateKind.KEY_FRAME_WANTED and self._reader is not None:
+            self._reader.source.wants_key_frame()
         if update.kind is not facelane.StreamUpdateKind.TRACK_ENDED:
             self._log.info("stream update", kind=update.kind.value, stage=update.stage.value)
         self._ledger.update(update)

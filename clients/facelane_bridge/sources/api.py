@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
+from facelane import Encoding
 from facelane_bridge.camera import Outlook
 from facelane_bridge.config import SourceKind
 
@@ -25,6 +26,8 @@ class SourceReason(enum.StrEnum):
     UNDECODABLE = "UNDECODABLE"
     TLS_FAILED = "TLS_FAILED"
     INTERRUPTED = "INTERRUPTED"
+    NOT_PASSABLE = "NOT_PASSABLE"
+    """The server takes no video of this kind."""
 
 
 class SourceError(Exception):
@@ -56,7 +59,7 @@ class SourceInfo:
     duration: float | None
     """Seconds; ``None`` for live sources."""
     reencodes: bool
-    """False: the camera's own JPEG bytes are passed on."""
+    """False: the camera's own bytes are passed on, JPEG or access units of video."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class CapturedFrame:
-    """One frame, encoded as JPEG (PNG and WebP files stay what they are)."""
+    """One frame: encoded as JPEG (PNG and WebP files stay what they are), or an access unit."""
 
     data: bytes
     """Empty for a picture that is not sent on: ``refused`` says why."""
@@ -78,6 +81,10 @@ class CapturedFrame:
     captured_at: float
     """Wall clock (Unix seconds) when the frame was complete here."""
     refused: Refusal | None = None
+    video: Encoding | None = None
+    """Of an access unit: what it is part of. Without the one before it is worth nothing,"""
+    is_key: bool = True
+    """unless it is a key frame."""
 
 
 class Source(Protocol):
@@ -97,6 +104,10 @@ class Source(Protocol):
         """Let go of sockets and files. Idempotent; from the thread that reads."""
         ...
 
+    def wants_key_frame(self) -> None:
+        """Give a key frame soon, where that can be done. From any thread."""
+        ...
+
     @property
     def connected(self) -> bool:
         """Whether somebody answered since it was opened. From any thread."""
@@ -109,5 +120,5 @@ class Source(Protocol):
 
     @property
     def skipped(self) -> int:
-        """Frames passed over to keep to ``max_fps``."""
+        """Frames passed over to keep to ``max_fps`` and ``analysis_fps``."""
         ...

@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -18,8 +18,9 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from facelane import video
 from facelane_bridge.camera import OPENING_STRETCH, Outlook
-from facelane_bridge.config import CameraSettings, Pace, SourceKind, Transport
+from facelane_bridge.config import CameraSettings, Pace, SourceKind, Transport, VideoChoice
 from facelane_bridge.sources.api import (
     CapturedFrame,
     Refusal,
@@ -58,12 +59,18 @@ class ContainerSource:
         self._told_clock = False
         self._numbered = 0
         self._pacer = Pacer(self._interrupted)
-        self._decimator = Decimator(camera.max_fps)
+        self._decimator = Decimator(camera.analysed_fps)
         self._encoder = JpegEncoder(camera.jpeg_quality, camera.max_side)
         self._gate = JpegGate(camera.jpeg_quality, camera.max_side)
         self._loop_offset = 0.0
         self._media_time = 0.0
         self._pass_through = False
+        self._passage: video.Passage | None = None
+        self._key_frame_wanted = threading.Event()
+        self._read_to: int | None = None
+        """Of a file whose video is passed on: the time of decoding of the newest unit."""
+        self._again_to: int | None = None
+        """The same, of a file that was taken back to a key frame: so far it is known."""
 
     @property
     def skipped(self) -> int:
@@ -93,6 +100,11 @@ class ContainerSource:
     @property
     def _is_live(self) -> bool:
         return self._kind is not SourceKind.FILE
+
+    def wants_key_frame(self) -> None:
+        # A live camera gives one when it gives one: RTSP has no word for it.
+        if not self._is_live:
+            self._key_frame_wanted.set()
 
     def interrupt(self) -> None:
         self._interrupted.set()
@@ -127,7 +139,7 @@ class ContainerSource:
             height=context.height,
             fps=float(stream.average_rate or stream.guessed_rate or 0),
             duration=duration,
-            reencodes=not self._pass_through,
+            reencodes=not self._pass_through and self._passage is None,
         )
 
     def _open_container(self) -> InputContainer:
@@ -188,8 +200,31 @@ class ContainerSource:
                 f"the video has more than {MAX_PIXELS} pixels a frame",
                 Outlook.UNPROVEN,
             )
-        self._pass_through = stream.codec_context.name == "mjpeg" and not self._camera.max_side
+        name = stream.codec_context.name
+        self._pass_through = name == "mjpeg" and not self._camera.max_side
+        self._passage = self._read_to = self._again_to = None
+        known = name in video.ENCODINGS
+        if self._camera.passes_video and (known or (self._must_pass and not self._pass_through)):
+            try:
+                self._passage = video.Passage(stream)
+            except video.NotPassableError as why:
+                self._decode_instead(why)
         return container
+
+    @property
+    def _must_pass(self) -> bool:
+        return self._camera.video is VideoChoice.PASS
+
+    def _decode_instead(self, why: video.NotPassableError) -> None:
+        self._passage = None
+        if self._must_pass:
+            self._close_container()
+            raise SourceError(
+                SourceReason.NOT_PASSABLE,
+                f'the video cannot be passed on: {why.message}; video = "auto" decodes it here',
+                Outlook.UNPROVEN,
+            )
+        log.info("the video is decoded here", camera=self._camera.name, why=why.message)
 
     @staticmethod
     def _best_stream(container: InputContainer) -> VideoStream | None:
@@ -361,6 +396,11 @@ class ContainerSource:
             if stream.codec_context.name == "mjpeg" and packet.size:
                 yield from self._pictures(packet, differs)
                 continue
+            if self._passage is not None:
+                yield from self._units(self._passage, packet, differs)
+                if self._passage is not None:
+                    self._go_back(container, stream)
+                    continue
             try:
                 frames = stream.decode(packet)
                 bad = 0
@@ -385,6 +425,43 @@ class ContainerSource:
                     raise self._as_source_error(error, "encoded") from None
                 yield CapturedFrame(data, self._media_time, time.time())
 
+    def _units(
+        self, passage: video.Passage, packet: Packet[VideoStream], differs: bool
+    ) -> Iterator[CapturedFrame]:
+        """A packet of video that is passed on is an access unit, or part of none."""
+        decoded_at = packet.dts
+        try:
+            unit = passage.take(packet)
+        except video.NotPassableError as why:
+            self._decode_instead(why)
+            return
+        except (av.FFmpegError, OSError) as error:
+            raise self._as_source_error(error, "read") from None
+        if unit is None:
+            return
+        if self._again_to is None or decoded_at is None or decoded_at > self._again_to:
+            self._again_to = None
+            # All of them go on: the server passes over what is not to be analysed.
+            self._advance(unit.stamp, differs)
+            self._read_to = decoded_at
+        yield CapturedFrame(
+            unit.data, self._media_time, time.time(), video=unit.encoding, is_key=unit.is_key
+        )
+
+    def _go_back(self, container: InputContainer, stream: VideoStream) -> None:
+        """To the key frame behind which a file was read, where the server wants one."""
+        if not self._key_frame_wanted.is_set():
+            return
+        self._key_frame_wanted.clear()
+        if self._read_to is None or self._again_to is not None or self._passage is None:
+            return
+        try:
+            container.seek(self._read_to, stream=stream)
+        except (av.FFmpegError, OSError):
+            return  # a file that cannot be sought in: the next key frame comes by itself
+        self._passage.restart()
+        self._again_to = self._read_to
+
     def _pictures(self, packet: Packet[VideoStream], differs: bool) -> Iterator[CapturedFrame]:
         """A packet of MJPEG is a picture, and passes through the gate for pictures."""
         stamp = packet.pts
@@ -399,6 +476,11 @@ class ContainerSource:
 
     def _take(self, stamp: float | None, differs: bool) -> float | None:
         """Advance the media clock; the frame's media time, or ``None`` to pass it over."""
+        return self._advance(stamp, differs, self._decimator.wants)
+
+    def _advance(
+        self, stamp: float | None, differs: bool, wants: Callable[[float], bool] = lambda _: True
+    ) -> float | None:
         if stamp is None and self._kind is SourceKind.RTSP and not self._numbered:
             stamp = 0.0  # FFmpeg counts from the first packet, and does not say so with it
         if not self._is_live:
@@ -414,7 +496,7 @@ class ContainerSource:
                 "the camera's time stamps stand still; arrival counts", camera=self._camera.name
             )
         media_time = self._loop_offset + moment
-        if not self._decimator.wants(media_time):
+        if not wants(media_time):
             return None
         if not self._is_live and self._camera.pace is Pace.REALTIME:
             self._pacer.wait_for(media_time)

@@ -32,7 +32,7 @@ class FolderSource:
         self._paths: list[Path] = []
         self._next = 0
         self._pacer = Pacer(self._interrupted)
-        self._decimator = Decimator(camera.max_fps)
+        self._decimator = Decimator(camera.analysed_fps)
         self._shrink = (
             JpegEncoder(camera.jpeg_quality, camera.max_side) if camera.max_side else None
         )
@@ -48,6 +48,9 @@ class FolderSource:
     @property
     def seen(self) -> str:
         return ""
+
+    def wants_key_frame(self) -> None:
+        """Every picture is one."""
 
     def interrupt(self) -> None:
         self._interrupted.set()

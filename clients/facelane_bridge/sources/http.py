@@ -68,7 +68,7 @@ class MjpegSource:
         self._asked_at = 0.0
         self._told_lengths = False
         self._clock = MediaClock()
-        self._decimator = Decimator(camera.max_fps)
+        self._decimator = Decimator(camera.analysed_fps)
         self._gate = JpegGate(camera.jpeg_quality, camera.max_side)
 
     @property
@@ -82,6 +82,9 @@ class MjpegSource:
     @property
     def seen(self) -> str:
         return self._splitter.describe()
+
+    def wants_key_frame(self) -> None:
+        """Every picture is one."""
 
     def interrupt(self) -> None:
         self._interrupted.set()
