@@ -42,7 +42,7 @@ MAX_PARAMETER_SETS: Final = 64
 """Of one kind, that are kept for key frames which come without."""
 
 _FILTERS: Final = {Encoding.H264: "h264_mp4toannexb", Encoding.H265: "hevc_mp4toannexb"}
-_START: Final = re.compile(rb"\0\0\1(?=.)", re.DOTALL)
+_START: Final = re.compile(rb"\x00\x00\x01(?=.)", re.DOTALL)
 _START_CODE: Final = b"\0\0\0\1"
 _OPEN_TIMEOUT: Final = 10.0
 _READ_TIMEOUT: Final = 30.0
@@ -169,6 +169,9 @@ class Passage:
         self._sets = ParameterSets(encoding)
         self._looked_at: tuple[bytes, ...] | None = None
         self._begun = False
+        self._step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
+        self._numbered: float | None = None
+        self._shift = 0.0
         self._filter: BitStreamFilterContext | None = None
         header = bytes(context.extradata or b"")
         if not header or _START.match(header) or header.startswith(_START_CODE):
@@ -204,10 +207,22 @@ class Passage:
         return AccessUnit(data, self.encoding, is_key, stamp) if data else None
 
     def _stamp(self, packet: Packet[VideoStream]) -> float | None:
-        # Where pictures are shown in another order, the n-th unit stands for the n-th picture
-        # shown: but for a constant, that is the time of decoding.
-        stamp = packet.pts if packet.dts is None else packet.dts
-        return None if stamp is None else float(stamp * packet.time_base)
+        """Where pictures are shown in another order, the n-th unit stands for the n-th picture
+        shown: but for a constant, that is the time of decoding."""
+        shown, decoded, base = packet.pts, packet.dts, packet.time_base
+        if decoded is not None:
+            moment = float(decoded * base)
+            if self._numbered is not None:
+                self._shift, self._numbered = self._numbered + self._step - moment, None
+            return moment + self._shift
+        if shown is None:
+            return None
+        if not self._stream.codec_context.has_b_frames:
+            return float(shown * base)
+        # FFmpeg finds out after a few: until then they are numbered.
+        before = self._numbered
+        self._numbered = float(shown * base) if before is None else before + self._step
+        return self._numbered
 
     def _look(self, packet: Packet[VideoStream]) -> None:
         """Decode a key frame to see what it is, where that is not known."""

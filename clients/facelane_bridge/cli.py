@@ -130,6 +130,15 @@ def _parser() -> argparse.ArgumentParser:
     camera.add_argument("--credentials-file", metavar="PATH", help="user:password", **absent)
     camera.add_argument("--max-fps", type=float, metavar="N", **absent)
     camera.add_argument("--max-side", type=int, metavar="PIXELS", **absent)
+    camera.add_argument(
+        "--video",
+        choices=("auto", "pass", "decode"),
+        help="H.264 and H.265: as the camera sends them where the server takes them so [auto]",
+        **absent,
+    )
+    camera.add_argument(
+        "--analysis-fps", type=float, metavar="N", help="pictures analysed a second", **absent
+    )
     camera.add_argument("--overload", choices=("latest_wins", "lossless"), **absent)
     camera.add_argument("--gallery", **absent)
 
@@ -185,6 +194,8 @@ _CAMERA_ARGUMENTS = (
     "credentials_file",
     "max_fps",
     "max_side",
+    "video",
+    "analysis_fps",
     "overload",
     "gallery",
 )

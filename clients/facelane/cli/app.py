@@ -44,7 +44,9 @@ class _Commands(TyperGroup):
             sys.stdout = None
             raise typer.Exit(OK) from None
         except (facelane.UnavailableError, facelane.DeadlineExceededError) as error:
-            _fail(str(error), UNREACHABLE)
+            # The server is there, and serves: its gallery alone takes no change.
+            gallery = error.reason == facelane.Reason.GALLERY_UNAVAILABLE
+            _fail(str(error), REFUSED if gallery else UNREACHABLE)
         except facelane.FacelaneError as error:
             _fail(str(error), REFUSED)
         except UnicodeEncodeError as error:
