@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     camera.add_argument(
         "--video",
         choices=("auto", "pass", "decode"),
-        help="H.264 and H.265: as the camera sends them where the server takes them so [auto]",
+        help="H.264 and H.265: auto: as the camera sends them, where the server takes them so",
         **absent,
     )
     camera.add_argument(

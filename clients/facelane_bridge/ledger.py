@@ -46,6 +46,11 @@ class Ledger:
         """Frames that were sent and have no outcome yet."""
         return len(self._in_flight)
 
+    @property
+    def oldest_in_flight(self) -> NumberedFrame | None:
+        """The first of them."""
+        return next(iter(self._in_flight.values()), None)
+
     def totals(self, frames: int) -> CameraTotals:
         """A copy of the counters, for a camera that gave so many frames."""
         latencies = list(self._latencies)

@@ -394,7 +394,9 @@ class CameraRunner:
 
     def _on_update(self, update: facelane.StreamUpdate) -> None:
         if update.kind is facelane.StreamUpdateKind.KEY_FRAME_WANTED and self._reader is not None:
-            self._reader.source.wants_key_frame()
+            oldest = self._ledger.oldest_in_flight
+            if oldest is not None:
+                self._reader.source.wants_key_frame(oldest.frame.media_time)
         if update.kind is not facelane.StreamUpdateKind.TRACK_ENDED:
             self._log.info("stream update", kind=update.kind.value, stage=update.stage.value)
         self._ledger.update(update)

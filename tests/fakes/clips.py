@@ -20,7 +20,10 @@ KINDS: dict[str, tuple[str, str, str, dict[str, str]]] = {
     "no container": ("clip.h264", "libx264", "yuv420p", {"g": "10"}),
     "H.265": ("clip.mp4", "libx265", "yuv420p", {"x265-params": "log-level=none:keyint=10"}),
     "H.265, closed groups": (
-        "clip.mp4", "libx265", "yuv420p", {"x265-params": "log-level=none:keyint=10:min-keyint=10:scenecut=0:open-gop=0"},
+        "clip.mp4",
+        "libx265",
+        "yuv420p",
+        {"x265-params": "log-level=none:keyint=10:min-keyint=10:scenecut=0:open-gop=0"},
     ),
     "H.265 in Matroska": ("clip.mkv", "libx265", "yuv420p", {"x265-params": "log-level=none"}),
     "4:2:2": ("clip.mp4", "libx264", "yuv422p", {}),

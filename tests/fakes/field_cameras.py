@@ -231,10 +231,13 @@ class RtspCamera(Camera):
         *,
         reply: Callable[[Request], Reply | None] = lambda _: None,
         sdp: Callable[[Request], str | None] = lambda _: None,
+        sets_in_stream: bool = True,
         port: int = 0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        """``sets_in_stream`` False: parameter sets are in the description alone."""
         super().__init__(port=port, tls=tls)
+        self._sets_in_stream = sets_in_stream
         given = play or Play()
         self._play = given if callable(given) else lambda _: given
         self._reply = reply
@@ -253,7 +256,7 @@ class RtspCamera(Camera):
             body = ""
             if status == 200 and request.method == "DESCRIBE":
                 given = self._sdp(request)
-                body = DESCRIPTION if given is None else given
+                body = self._description() if given is None else given
                 headers = [("Content-Type", "application/sdp"), ("Content-Base", request.uri + "/")]
             elif status == 200 and request.method == "SETUP":
                 headers = [("Transport", "RTP/AVP/TCP;unicast;interleaved=0-1"), ("Session", "9")]
@@ -268,6 +271,15 @@ class RtspCamera(Camera):
             if request.method == "TEARDOWN":
                 return
 
+    def _description(self) -> str:
+        if self._sets_in_stream:
+            return DESCRIPTION
+        play = self._play(0)
+        sets = [nal for nal in access_units(play.frames, play.gop)[0] if nal[0] & 31 in (7, 8)]
+        told = ",".join(base64.b64encode(nal).decode() for nal in sets)
+        mode = "packetization-mode=1"
+        return DESCRIPTION.replace(mode, f"{mode};sprop-parameter-sets={told}")
+
     def _pump(self, send: Callable[[bytes], None], number: int, connection: socket.socket) -> None:
         play = self._play(number)
         units = access_units(play.frames, play.gop)
@@ -277,7 +289,10 @@ class RtspCamera(Camera):
                 if play.last is not None and index - play.first >= play.last:
                     connection.shutdown(socket.SHUT_RDWR)
                     return
-                packets = rtp(units[index % len(units)], sequence, play.stamp(index))
+                unit = units[index % len(units)]
+                if not self._sets_in_stream:
+                    unit = tuple(nal for nal in unit if nal[0] & 31 not in (7, 8))
+                packets = rtp(unit, sequence, play.stamp(index))
                 sequence += len(packets)
                 for packet in packets:
                     send(b"$\0" + struct.pack(">H", len(packet)) + packet)

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.fakes import clips
 from tests.fakes import scripted_server as fake
 
 import facelane
@@ -26,8 +27,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 JPEG = b"\xff\xd8\xff\xe0" + b"x" * 60
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return clips.write(tmp_path_factory.mktemp("clip"), "plain").read_bytes()
+
+
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake.ScriptedServer]:
+def server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: bytes
+) -> Iterator[fake.ScriptedServer]:
+    (tmp_path / "clip.mp4").write_bytes(clip)
     for name in ("people", "grace", "hopper", "door"):
         (tmp_path / f"{name}.jpg").write_bytes(JPEG)
     monkeypatch.chdir(tmp_path)

@@ -104,8 +104,9 @@ class Source(Protocol):
         """Let go of sockets and files. Idempotent; from the thread that reads."""
         ...
 
-    def wants_key_frame(self) -> None:
-        """Give a key frame soon, where that can be done. From any thread."""
+    def wants_key_frame(self, since: float) -> None:
+        """Give a key frame soon, and what follows it, where that can be done; what was given
+        from the media time ``since`` on was worth nothing. From any thread."""
         ...
 
     @property

@@ -66,7 +66,9 @@ class ContainerSource:
         self._media_time = 0.0
         self._pass_through = False
         self._passage: video.Passage | None = None
-        self._key_frame_wanted = threading.Event()
+        self._wanted_since: float | None = None
+        """A key frame is wanted, at this media time or before."""
+        self._first_stamp = 0.0
         self._read_to: int | None = None
         """Of a file whose video is passed on: the time of decoding of the newest unit."""
         self._again_to: int | None = None
@@ -101,10 +103,10 @@ class ContainerSource:
     def _is_live(self) -> bool:
         return self._kind is not SourceKind.FILE
 
-    def wants_key_frame(self) -> None:
+    def wants_key_frame(self, since: float) -> None:
         # A live camera gives one when it gives one: RTSP has no word for it.
         if not self._is_live:
-            self._key_frame_wanted.set()
+            self._wanted_since = since
 
     def interrupt(self) -> None:
         self._interrupted.set()
@@ -442,6 +444,8 @@ class ContainerSource:
         if self._again_to is None or decoded_at is None or decoded_at > self._again_to:
             self._again_to = None
             # All of them go on: the server passes over what is not to be analysed.
+            if self._read_to is None:
+                self._first_stamp = unit.stamp or 0.0
             self._advance(unit.stamp, differs)
             self._read_to = decoded_at
         yield CapturedFrame(
@@ -450,13 +454,14 @@ class ContainerSource:
 
     def _go_back(self, container: InputContainer, stream: VideoStream) -> None:
         """To the key frame behind which a file was read, where the server wants one."""
-        if not self._key_frame_wanted.is_set():
+        since, self._wanted_since = self._wanted_since, None
+        if since is None or self._passage is None:
             return
-        self._key_frame_wanted.clear()
-        if self._read_to is None or self._again_to is not None or self._passage is None:
+        if self._read_to is None or self._again_to is not None or stream.time_base is None:
             return
+        moment = self._first_stamp + max(0.0, since - self._loop_offset)
         try:
-            container.seek(self._read_to, stream=stream)
+            container.seek(int(moment / stream.time_base), stream=stream)
         except (av.FFmpegError, OSError):
             return  # a file that cannot be sought in: the next key frame comes by itself
         self._passage.restart()

@@ -49,7 +49,7 @@ class FolderSource:
     def seen(self) -> str:
         return ""
 
-    def wants_key_frame(self) -> None:
+    def wants_key_frame(self, since: float) -> None:
         """Every picture is one."""
 
     def interrupt(self) -> None:

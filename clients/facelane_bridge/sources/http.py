@@ -83,7 +83,7 @@ class MjpegSource:
     def seen(self) -> str:
         return self._splitter.describe()
 
-    def wants_key_frame(self) -> None:
+    def wants_key_frame(self, since: float) -> None:
         """Every picture is one."""
 
     def interrupt(self) -> None:
