@@ -60,6 +60,8 @@ class App:
                 streams=lambda: len(self.edge.streams),
                 watchers=lambda: self.events.watchers,
                 load=lambda: self.edge.load.load,
+                calls=self.edge.calls_by_key,
+                lookups=lambda: self.edge.quotas.lookups,
             )
         )
         self.monitor = Monitor(
@@ -386,6 +388,7 @@ class App:
         # READY ends a reload, and tells more than that of a server that has not started yet.
         if self._told_ready:
             self.notifier.reloading()
+        self.edge.reload_denied()
         try:
             fresh = config.load(self.path)
             renewed = self.edge.reload(fresh)

@@ -29,7 +29,7 @@ from facelane_server import config as configuration
 from facelane_server.domain import FacelaneError, Reason
 
 if TYPE_CHECKING:
-    from facelane_server.edge.auth import Key
+    from facelane_server.edge.auth import Key, KeysFile
 
 EX_UNAVAILABLE: Final = 69
 EX_CONFIG: Final = 78
@@ -275,9 +275,13 @@ def keys_new(
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="analyze (the default), gallery, admin, scores, reassign or waive-liveness; may "
-            "be given several times."
+            help="What keys had before there were roles: analyze (the default, where no role is "
+            "given), gallery, admin, scores, reassign or waive-liveness; several times."
         ),
+    ] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="A role of the file's [[roles]]; several times."),
     ] = None,
     source: Annotated[
         list[str] | None,
@@ -295,16 +299,18 @@ def keys_new(
     ] = None,
 ) -> None:
     """Make a key. The secret is printed once; the file holds its hash."""
-    from facelane_server.edge.auth import SCOPES, new_key
+    from facelane_server.edge.auth import KeysFile, new_key
+    from facelane_server.edge.roles import SCOPES
     from facelane_server.naming import hint
 
-    scopes = scope or ["analyze"]
+    scopes = scope or ([] if role else ["analyze"])
     for wrong in set(scopes) - set(SCOPES):
         raise typer.BadParameter(f"unknown scope {wrong}: {hint(wrong, SCOPES)}")
     try:
         secret, key = new_key(
             name,
             tuple(s for s in SCOPES if s in scopes),
+            roles=tuple(role or ()),
             sources=tuple(source or ()),
             galleries=tuple(gallery or ()),
             expires=expires and expires.replace(tzinfo=UTC),
@@ -315,7 +321,11 @@ def keys_new(
         typer.echo(key.entry(), err=True)
     else:
         # An entry in a file that the server refuses would take the other keys along.
-        present = _keys_of(file, may_be_empty=True) if file.exists() else ()
+        found = _keys_file(file, may_be_empty=True) if file.exists() else KeysFile()
+        present = found.keys
+        there = [known.name for known in found.roles]
+        for wrong in set(key.roles) - set(there):
+            raise typer.BadParameter(f"{file} has no role {wrong}: {hint(wrong, there)}")
         try:
             with open(file, "a", encoding="utf-8", opener=_private) as stream:
                 stream.write(("\n" if stream.tell() else "") + key.entry())
@@ -326,6 +336,9 @@ def keys_new(
         if same:
             typer.echo(f"{name} has {same + 1} keys now; each counts until it is removed", err=True)
         typer.echo(f"added to {file}; it counts after {_AFTER}", err=True)
+    if scopes:
+        verbs = sorted(key.caller().verbs)
+        typer.echo(f"its scopes stand for the verbs: {', '.join(verbs) or 'none'}", err=True)
     typer.echo(secret)
 
 
@@ -337,9 +350,11 @@ _AFTER: Final = (
 @keys_app.command("list")
 def keys_list(file: Annotated[Path, typer.Argument(help="The keys file.")]) -> None:
     """Who has a key, for what, and until when."""
-    keys = _keys_of(file)
-    width = max(len(key.name) for key in keys)
-    for key in keys:
+    found = _keys_file(file)
+    roles = found.by_name
+    holders = (*found.keys, *found.certificates)
+    width = max(len(holder.name) for holder in holders)
+    for key in found.keys:
         bounds = [
             f"{what} {', '.join(names)}"
             for what, names in (("sources", key.sources), ("galleries", key.galleries))
@@ -347,8 +362,17 @@ def keys_list(file: Annotated[Path, typer.Argument(help="The keys file.")]) -> N
         ]
         if key.expires is not None:
             bounds.append(f"{'expired' if key.expired else 'until'} {key.expires:%Y-%m-%d}")
-        line = f"{key.name:<{width}}  {', '.join(key.scopes):<24}  sha256 {key.sha256[:12]}"
-        typer.echo("  ".join([line, *bounds]))
+        if key.roles:
+            bounds.insert(0, f"roles {', '.join(key.roles)}")
+        if key.scopes:
+            bounds.insert(0, f"scopes {', '.join(key.scopes)}")
+        verbs = ", ".join(sorted(key.caller(roles).verbs)) or "nothing"
+        line = f"{key.name:<{width}}  sha256 {key.sha256[:12]}"
+        typer.echo("  ".join([line, *bounds, f"may {verbs}"]))
+    for one in found.certificates:
+        line = f"{one.name:<{width}}  certificate {one.san}  roles {', '.join(one.roles)}"
+        verbs = ", ".join(sorted({verb for name in one.roles for verb in roles[name].verbs}))
+        typer.echo(f"{line}  may {verbs or 'nothing'}")
 
 
 @keys_app.command("remove")
@@ -389,11 +413,45 @@ def keys_remove(
         typer.echo("none is left: the server refuses a file without keys", err=True)
 
 
-def _keys_of(file: Path, *, may_be_empty: bool = False) -> tuple[Key, ...]:
-    from facelane_server.edge.auth import read_keys
+@keys_app.command("deny")
+def keys_deny(
+    word: Annotated[
+        str,
+        typer.Argument(
+            help="A key's name, its sha256 (12 digits are enough), or a name in a "
+            "client certificate."
+        ),
+    ],
+    file: Annotated[
+        Path, typer.Argument(help="The list: auth.denied_file, or the keys file with .denied.")
+    ],
+) -> None:
+    """Let somebody in nowhere from now on. No reload is needed: the server looks at the list twice
+    a second and ends what is open, even where the keys file cannot be read."""
+    if not word.strip() or not word.isprintable() or "#" in word:
+        raise typer.BadParameter("a name, a hash, or a name in a certificate")
+    try:
+        text = file.read_bytes() if file.exists() else b""
+        with open(file, "ab", opener=_readable) as stream:
+            stream.write((b"\n" if text and not text.endswith(b"\n") else b"") + word.encode())
+            stream.write(b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        typer.echo(f"facelane-server: {file}: cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    typer.echo(f"denied; take the line out of {file} to undo it", err=True)
+
+
+def _keys_of(file: Path) -> tuple[Key, ...]:
+    return _keys_file(file).keys
+
+
+def _keys_file(file: Path, *, may_be_empty: bool = False) -> KeysFile:
+    from facelane_server.edge.auth import read_file
 
     try:
-        return read_keys(file, may_be_empty=may_be_empty)
+        return read_file(file, may_be_empty=may_be_empty)
     except configuration.ConfigError as error:
         typer.echo(f"facelane-server: {error}", err=True)
         raise typer.Exit(EX_CONFIG) from None
@@ -401,6 +459,11 @@ def _keys_of(file: Path, *, may_be_empty: bool = False) -> tuple[Key, ...]:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _readable(path: str, flags: int) -> int:
+    # No secrets: names and hashes, which the service's own user must be able to read.
+    return os.open(path, flags, 0o644)
 
 
 @app.command()

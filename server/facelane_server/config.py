@@ -58,7 +58,12 @@ class Auth(Section, frozen=True):
     """``auto``: no keys on a Unix socket, which belongs to one user; keys anywhere else, loopback
     included, since every user of the machine reaches it."""
     keys_file: str = ""
-    """TOML with ``[[keys]]``: name, sha256 of the key (``facelane-server keys new``), scopes."""
+    """TOML with ``[[keys]]`` (``facelane-server keys new``), ``[[roles]]`` and, for names in client
+    certificates, ``[[certificates]]``; see roles.md."""
+    denied_file: str = ""
+    """Who is let in nowhere, one word a line: a key's name, its sha256 or the first 12 digits of
+    it, a name in a certificate. Looked at twice a second, whatever else can be read; empty =
+    ``keys_file`` with ``.denied`` behind it."""
     allow_plaintext: bool = False
     """Keys over an unencrypted connection off loopback are refused unless this is set."""
 

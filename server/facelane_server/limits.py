@@ -150,6 +150,10 @@ MAX_LABEL_KEY_BYTES: Final = 64
 MAX_LABEL_VALUE_BYTES: Final = 512
 MAX_ID_CHARS: Final = 128
 MAX_DISPLAY_NAME_BYTES: Final = 256
+RECHECK_S: Final = 30.0
+"""Open calls are looked at again this often, whether or not anything has been told."""
+MAX_METERED_TRACKS: Final = 1024
+"""Tracks of a stream whose names are known to have been counted."""
 GALLERY_WATCH_S: Final = 1.0
 """Between two looks whether the gallery's file is still where it was."""
 MIN_DISK_BYTES: Final = 4 * MIB

@@ -13,8 +13,16 @@ from structlog.testing import capture_logs
 from facelane_server import config
 from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.edge.auth import ANYBODY, Authenticator, Caller, Key, new_key, read_keys
-from facelane_server.edge.health import SERVICES
+from facelane_server.edge.auth import (
+    Authenticator,
+    Certificate,
+    Key,
+    Peer,
+    new_key,
+    read_file,
+    read_keys,
+)
+from facelane_server.edge.roles import ANYBODY, METHODS, SCOPE_VERBS, Role
 
 
 def authenticator(tmp_path: Path, *scopes: str) -> tuple[Authenticator, str]:
@@ -71,28 +79,23 @@ def test_what_counts_as_a_key(tmp_path: Path) -> None:
         assert refused(made, method, header) is Reason.UNAUTHENTICATED, header
 
 
-@pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("scope", ["analyze", "gallery", "admin"])
-def test_scopes(tmp_path: Path, service: str, scope: str) -> None:
-    made, secret = authenticator(tmp_path, scope)
-    needs = {
-        "facelane.v1.AnalysisService": "analyze",
-        "facelane.v1.EventService": "analyze",
-        "facelane.v1.GalleryService": "gallery",
-        "facelane.v1.AdminService": "admin",
-        "facelane.v1.ServerService": None,
-    }[service]
-    allowed = needs is None or scope in (needs, "admin")
-    answer = refused(made, f"/{service}/Anything", f"Bearer {secret}")
-    assert answer is (None if allowed else Reason.PERMISSION_DENIED)
+def test_scopes_of_before_stand_for_verbs(tmp_path: Path, scope: str) -> None:
+    with capture_logs() as logs:
+        made, secret = authenticator(tmp_path, scope)
+    assert [line["keys"] for line in logs] == [["k"]]
+    for method, rule in METHODS.items():
+        allowed = rule.verb is None or rule.verb in SCOPE_VERBS[scope]  # type: ignore[index]
+        answer = refused(made, method, f"Bearer {secret}")
+        assert answer is (None if allowed else Reason.PERMISSION_DENIED), method
 
 
-def test_a_service_that_nobody_thought_of_is_the_administrators(tmp_path: Path) -> None:
-    made, secret = authenticator(tmp_path, "analyze", "gallery")
+def test_a_method_that_nobody_thought_of_is_nobodys(tmp_path: Path) -> None:
+    made, secret = authenticator(tmp_path, "admin")
     header = f"Bearer {secret}"
-    assert refused(made, "/facelane.v2.New/Call", header) is Reason.PERMISSION_DENIED
+    for method in ("/facelane.v2.New/Call", "/facelane.v1.AdminService/Anything", "/", ""):
+        assert refused(made, method, header) is Reason.PERMISSION_DENIED
     assert refused(made, "/grpc.health.v1.Health/Check", header) is None
-    assert refused(made, "/grpc.reflection.v1alpha.ServerReflection/X", header) is None
 
 
 def test_without_keys_everybody_may() -> None:
@@ -144,7 +147,7 @@ def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def method(service: str) -> str:
-    return f"/facelane.v1.{service}/Anything"
+    return next(name for name in METHODS if f".{service}/" in name)
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -174,7 +177,7 @@ def test_what_ends_a_call_that_was_let_in(tmp_path: Path) -> None:
 
     def after(*keys: Key) -> Reason | None:
         try:
-            Authenticator(keys).recheck(call, Caller(key))
+            Authenticator(keys).recheck(call, key.caller())
         except FacelaneError as error:
             return error.reason
         return None
@@ -189,17 +192,17 @@ def test_what_ends_a_call_that_was_let_in(tmp_path: Path) -> None:
     assert after(changed(key, scopes=("gallery",))) is Reason.PERMISSION_DENIED
     assert after(changed(key, scopes=("analyze",))) is Reason.PERMISSION_DENIED, "it may less"
     assert after(changed(key, sources=("door",))) is Reason.PERMISSION_DENIED
-    Authenticator(None).recheck(call, Caller(key))
+    Authenticator(None).recheck(call, key.caller())
     with pytest.raises(FacelaneError):
         Authenticator((key,)).recheck(call, ANYBODY)
 
 
 def test_what_a_bound_key_hears() -> None:
     def hears(source: str, gallery: str, **bound: tuple[str, ...]) -> bool:
-        return Caller(Key("k", "0" * 64, ("analyze",), **bound)).may_hear(source, gallery)  # type: ignore[arg-type]
+        return Key("k", "0" * 64, ("analyze",), **bound).caller().hears(source, gallery)  # type: ignore[arg-type]
 
     assert hears("", "")
-    assert ANYBODY.may_hear("", "")
+    assert ANYBODY.hears("", "")
     assert hears("door-1", "staff", sources=("door-*",))
     assert not hears("vault", "staff", sources=("door-*",))
     assert not hears("", "", sources=("door-*",)), "pools and devices"
@@ -210,8 +213,183 @@ def test_what_a_bound_key_hears() -> None:
 
 def test_liveness_is_waived_by_name_alone() -> None:
     def waives(*scopes: str) -> bool:
-        return Caller(Key("k", "0" * 64, scopes)).waives_liveness  # type: ignore[arg-type]
+        return Key("k", "0" * 64, scopes).caller().may("waive-liveness")  # type: ignore[arg-type]
 
     assert waives("gallery", "waive-liveness")
     assert not waives("admin")
-    assert not ANYBODY.waives_liveness
+    assert not ANYBODY.may("waive-liveness")
+
+
+ROLES = """
+[[roles]]
+name = "desk"
+verbs = ["identify", "gallery.read"]
+galleries = ["visitors", "guest-*"]
+similarities = "withheld"
+lookups_per_minute = 30
+
+[[roles]]
+name = "camera"
+verbs = ["analyze", "events"]
+galleries = ["staff"]
+sources = ["door-*"]
+"""
+
+
+def keyed(tmp_path: Path, *entries: str, denied: str = "") -> Authenticator:
+    file = tmp_path / "keys.toml"
+    file.write_text(ROLES + "\n".join(entries))
+    (tmp_path / "keys.toml.denied").write_text(denied)
+    settings = msgspec.convert({"auth": {"mode": "keys", "keys_file": str(file)}}, config.Config)
+    return Authenticator.of(settings)
+
+
+def test_roles_count_where_they_are_meant_to(tmp_path: Path) -> None:
+    _, key = new_key("k", (), roles=("desk", "camera"), galleries=("visitors", "staff"))
+    file = tmp_path / "keys.toml"
+    file.write_text(ROLES + key.entry())
+    found = read_file(file)
+    assert found.keys == (key,), "what is written is read again"
+    who = key.caller(found.by_name)
+    assert who.place("identify", gallery="visitors") == ("visitors", "")
+    assert who.may("gallery.read", gallery="visitors")
+    assert not who.may("gallery.read", gallery="guest-1"), "the key itself is not for it"
+    assert not who.may("identify", gallery="staff")
+    assert who.place("analyze", source="door-1") == ("staff", "door-1"), "its only gallery"
+    for verb, gallery, source, field in (
+        ("identify", "staff", None, "gallery_id"),
+        ("analyze", "visitors", "door-1", "gallery_id"),
+        ("analyze", "staff", "vault", "source_id"),
+        ("analyze", "staff", "", "source_id"),
+    ):
+        with pytest.raises(FacelaneError) as told:
+            who.place(verb, gallery=gallery, default="default", source=source)  # type: ignore[arg-type]
+        assert told.value.reason is Reason.PERMISSION_DENIED
+        assert told.value.metadata == {"field": field, "scope": verb}
+        assert "staff" not in told.value.message
+    assert who.similarities("identify", gallery="visitors") == "withheld"
+    assert who.lookups_per_minute("identify", gallery="visitors") == 30
+    assert who.lookups_per_minute("identify", gallery="staff") == 0
+    assert who.hears("door-2", "staff")
+    assert not who.hears("door-2", "visitors")
+
+
+def test_roles_are_not_mixed() -> None:
+    """Two roles of one key: neither lends the other its places."""
+    roles = {
+        "a": Role("a", ("analyze",), galleries=("staff",), sources=("door",)),
+        "b": Role("b", ("analyze",), galleries=("visitors",), sources=("lobby",)),
+    }
+    who = Key("k", "0" * 64, roles=("a", "b")).caller(roles)
+    assert who.place("analyze", gallery="staff", source="door") == ("staff", "door")
+    assert who.place("analyze", source="lobby") == ("visitors", "lobby")
+    with pytest.raises(FacelaneError):
+        who.place("analyze", gallery="staff", source="lobby")
+    assert who.at_least(Key("k", "0" * 64, roles=("a",)).caller(roles))
+    assert not Key("k", "0" * 64, roles=("a",)).caller(roles).at_least(who)
+    assert not ANYBODY.may("waive-liveness")
+    assert ANYBODY.at_least(who)
+    assert not who.at_least(ANYBODY)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[[keys]]\nname = "a"\nsha256 = "' + "0" * 64 + '"\nroles = ["dsk"]', "mean desk"),
+        ('[[roles]]\nname = "desk"\nverbs = []', "two roles"),
+        ('[[roles]]\nname = "x"\nverbs = ["everything"]', "everything"),
+        ('[[certificates]]\nname = "a"\nsan = "x"\nroles = ["desk"]', "client_ca_file"),
+    ],
+)
+def test_roles_that_cannot_be_used(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        keyed(tmp_path, text)
+
+
+def test_certificates_are_identities() -> None:
+    roles = (Role("camera", ("analyze",)), Role("ops", ("admin",)))
+    certificates = (
+        Certificate("ops", "ops.example.com", ("ops",)),
+        Certificate("cameras", "*.cameras.example.com", ("camera",), streams=3),
+    )
+    secret, key = new_key("k", (), roles=("ops",))
+    made = Authenticator((key,), roles=roles, certificates=certificates)
+    until = datetime.now(UTC) + timedelta(hours=1)
+    camera = Peer(("10.0.0.7", "door.cameras.example.com"), until)
+    image, drain = method("AnalysisService"), "/facelane.v1.AdminService/Drain"
+    who = made.check(image, {}, camera)
+    assert (who.name, who.streams, who.expires) == ("cameras", 3, until)
+    made.recheck(image, who, camera)
+    with pytest.raises(FacelaneError) as told:
+        made.check(drain, {}, camera)
+    assert told.value.reason is Reason.PERMISSION_DENIED
+    # A key that is sent counts, a wrong one too.
+    assert made.check(drain, {"authorization": f"Bearer {secret}"}, camera).name == "k"
+    for sent in ("Bearer wrong", "Basic x", "Bearer"):
+        with pytest.raises(FacelaneError) as told:
+            made.check(image, {"authorization": sent}, camera)
+        assert told.value.reason is Reason.UNAUTHENTICATED, sent
+    for stranger in (Peer(), Peer(("cameras.example.com",)), Peer(("ops.example.com.evil",))):
+        with pytest.raises(FacelaneError) as told:
+            made.check(image, {}, stranger)
+        assert told.value.reason is Reason.UNAUTHENTICATED
+    past = Peer(camera.names, datetime.now(UTC) - timedelta(seconds=1))
+    with pytest.raises(FacelaneError, match="expired"):
+        made.check(image, {}, past)
+    assert made.counts["cameras", "analyze", True] == 1
+    assert made.counts["cameras", "admin", False] == 1
+
+
+def test_who_is_denied_is_denied_whatever_the_keys_file_says(tmp_path: Path) -> None:
+    names = ("front", "back", "side", "rest")
+    made_keys = {name: new_key(name, (), roles=("camera",)) for name in names}
+    made = keyed(tmp_path, *(key.entry() for _, key in made_keys.values()))
+    list_of = tmp_path / "keys.toml.denied"
+    call = method("AnalysisService")
+
+    def let_in() -> set[str]:
+        return {
+            name
+            for name, (secret, _) in made_keys.items()
+            if refused(made, call, f"Bearer {secret}") is None
+        }
+
+    assert let_in() == set(names)
+    hashes = {name: key.sha256 for name, (_, key) in made_keys.items()}
+    (tmp_path / "keys.toml").write_text("[[keys")
+    list_of.write_bytes(
+        b"\xff\xfe\0 = [[[\n"
+        + f'  FRONT  # lost\r\n"{hashes["back"]}",\n{hashes["side"][:12]}\n'.encode()
+    )
+    assert made.reload_denied()
+    assert not made.reload_denied(), "nothing new"
+    assert let_in() == {"rest"}
+    with pytest.raises(FacelaneError, match="is denied"):
+        made.recheck(call, made_keys["front"][1].caller({"camera": Role("camera", ("analyze",))}))
+    # What cannot be read takes nobody off the list.
+    list_of.unlink()
+    list_of.mkdir()
+    made.reload_denied()
+    assert let_in() == {"rest"}
+    list_of.rmdir()
+    list_of.write_text(hashes["rest"][:11])
+    assert made.reload_denied()
+    assert let_in() == set(names), "eleven digits name nobody"
+    list_of.unlink()
+    made.reload_denied()
+    assert let_in() == set(names)
+
+
+def test_a_name_in_a_certificate_can_be_denied(tmp_path: Path) -> None:
+    listed = tmp_path / "denied"
+    listed.write_text("door.example.com\n")
+    made = Authenticator(
+        (),
+        roles=(Role("camera", ("analyze",)),),
+        certificates=(Certificate("cameras", "*", ("camera",)),),
+        denied=listed,
+    )
+    call = method("AnalysisService")
+    assert made.check(call, {}, Peer(("lobby.example.com",))).name == "cameras"
+    with pytest.raises(FacelaneError, match="denied"):
+        made.check(call, {}, Peer(("10.0.0.7", "door.example.com")))

@@ -34,12 +34,13 @@ from facelane_server.domain import (
     StageTiming,
 )
 from facelane_server.edge import convert, errors, operations
-from facelane_server.edge.auth import ANYBODY, Caller, Key
+from facelane_server.edge.auth import Key
+from facelane_server.edge.roles import ANYBODY, Role
 from facelane_server.events import EventKind
 from facelane_server.pools.report import PoolState
 from facelane_server.pools.restart import Life
 
-ALL = convert.View(exact=True)
+ALL = convert.View("exact")
 CONFIG = config.Config()
 
 
@@ -97,7 +98,7 @@ FACE = Face(
 
 def test_similarities_are_for_those_who_may_see_them() -> None:
     key = Key("door", "0" * 64, ("analyze",))
-    view = convert.View.of(Caller(key))
+    view = convert.View.of(key.caller(), "identify", "staff")
     seen = convert.identity(
         Identity(Decision.MATCH, "ada", 0.7654, FACE.identity.candidates, threshold=0.43), view
     )
@@ -108,13 +109,43 @@ def test_similarities_are_for_those_who_may_see_them() -> None:
     assert not hidden.HasField("similarity")
     assert not hidden.candidates
     for scope in ("scores", "admin"):
-        exact = convert.View.of(Caller(Key("k", "0" * 64, (scope,))))  # type: ignore[arg-type]
+        holder = Key("k", "0" * 64, ("analyze", scope)).caller()  # type: ignore[arg-type]
+        exact = convert.View.of(holder, "identify", "staff")
         assert round(convert.identity(below, exact).similarity, 6) == 0.42
-    assert convert.View.of(ANYBODY).exact
+    assert convert.View.of(ANYBODY, "identify", "staff").similarities == "exact"
+    role = Role("r", ("identify",), galleries=("staff",), similarities="withheld")
+    mute = Key("k", "0" * 64, roles=("r",)).caller({"r": role})
+    match = Identity(Decision.MATCH, "ada", 0.7654, FACE.identity.candidates, threshold=0.43)
+    nothing = convert.identity(match, convert.View.of(mute, "identify", "staff"))
+    assert (nothing.subject_id, nothing.HasField("similarity")) == ("ada", False)
+    assert not nothing.candidates
+    elsewhere = convert.identity(match, convert.View.of(mute, "identify", "visitors"))
+    assert elsewhere == convert.identity(Identity(Decision.NOT_EVALUATED), ALL), "no name either"
+
+
+def test_a_bounded_view_names_each_track_once() -> None:
+    left = [2]
+
+    def take() -> bool:
+        left[0] -= 1
+        return left[0] >= 0
+
+    meter = convert.Meter(take, credit=1)
+
+    def named(track_id: int, subject: str = "ada") -> bool:
+        value = Identity(Decision.MATCH, subject, 0.8, threshold=0.43)
+        shown = convert.identity(value, convert.View("exact", meter=meter), track_id)
+        return shown.subject_id == subject
+
+    assert [named(1), named(1), named(2), named(1), named(3)] == [True] * 5
+    assert [named(4), named(2), named(2, "bo")] == [False, True, False]
+    pending = Identity(Decision.UNKNOWN)
+    assert meter.names(9, pending), "nothing was compared"
 
 
 def test_a_key_is_bound_to_its_sources_and_galleries() -> None:
-    bound = Caller(Key("k", "0" * 64, ("analyze",), sources=("door",), galleries=("staff",)))
+    key = Key("k", "0" * 64, ("analyze",), sources=("door",), galleries=("staff",))
+    bound = key.caller()
     config_of = analysis_pb.StreamConfig
     options = convert.lane_options(config_of(), CONFIG, bound)
     assert (options.source_id, options.plan.gallery_id) == ("door", "staff"), "the only ones"

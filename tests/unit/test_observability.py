@@ -497,3 +497,14 @@ async def test_a_taken_port_is_told(server: MetricsServer) -> None:
     with pytest.raises(AddressError, match=r"metrics\.listen.*already in use.*another port"):
         await MetricsServer.start(config.Metrics(listen=f"127.0.0.1:{server.port}"), bytes)
     assert await MetricsServer.start(config.Metrics(listen=""), bytes) is None
+
+
+def test_calls_are_counted_by_key() -> None:
+    sources = Sources(
+        calls=lambda: {("desk", "identify", True): 7, ("", "admin", False): 2},
+        lookups=lambda: {"desk": 5},
+    )
+    text = Metrics(sources).exposition().decode()
+    assert 'facelane_key_calls_total{answer="admitted",key="desk",verb="identify"} 7.0' in text
+    assert 'facelane_key_calls_total{answer="refused",key="",verb="admin"} 2.0' in text
+    assert 'facelane_key_lookups_total{key="desk"} 5.0' in text

@@ -9,8 +9,9 @@ import pytest
 
 from facelane_server import config, limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.edge.auth import ANYBODY, Caller, Key
+from facelane_server.edge.auth import Key
 from facelane_server.edge.quotas import Kind, Quotas
+from facelane_server.edge.roles import ANYBODY, Caller, Role
 from facelane_server.lanes import Allowance
 
 CONFIG = config.parse("""
@@ -25,7 +26,7 @@ held_mib = 16
 
 
 def caller(name: str, *scopes: str, **fields: int) -> Caller:
-    return Caller(Key(name, "0" * 64, scopes or ("analyze",), **fields))  # type: ignore[arg-type]
+    return Key(name, "0" * 64, scopes or ("analyze",), **fields).caller()  # type: ignore[arg-type]
 
 
 def take(quotas: Quotas, stack: contextlib.ExitStack, kind: Kind, who: Caller, count: int) -> int:
@@ -128,3 +129,31 @@ async def test_who_waits_for_room_is_woken_by_whoever_gives_it() -> None:
     assert not waiting.is_set()
     allowance.give(2)
     assert waiting.is_set()
+
+
+def test_a_key_looks_up_as_many_faces_a_minute_as_its_role_says() -> None:
+    now = [1000.0]
+    quotas = Quotas(CONFIG, clock=lambda: now[0])
+    role = Role("desk", ("identify",), lookups_per_minute=6)
+    desk = Key("desk-1", "0" * 64, roles=("desk",)).caller({"desk": role})
+    bound = desk.lookups_per_minute("identify", gallery="staff")
+    assert bound == 6
+    assert [quotas.may_look_up(desk, bound) for _ in range(8)] == [True] * 6 + [False] * 2
+    with pytest.raises(FacelaneError) as told:
+        quotas.look_up(desk, bound)
+    assert (told.value.reason, told.value.retryable) == (Reason.QUOTA_EXCEEDED, True)
+    assert told.value.metadata == {
+        "quota": "lookups_per_minute",
+        "limit": "6",
+        "retry_after_s": "10",
+    }
+    other = Key("desk-2", "1" * 64, roles=("desk",)).caller({"desk": role})
+    assert quotas.may_look_up(other, bound), "each key has its own"
+    now[0] += 10
+    assert [quotas.may_look_up(desk, bound) for _ in range(2)] == [True, False]
+    now[0] += 3600
+    assert sum(quotas.may_look_up(desk, bound) for _ in range(99)) == 6, "no more is saved up"
+    nobody = Role("none", ("identify",), lookups_per_minute=0)
+    assert not quotas.may_look_up(desk, float(nobody.lookups_per_minute or 0))
+    assert all(quotas.may_look_up(ANYBODY, float("inf")) for _ in range(50))
+    assert quotas.lookups["desk-2"] == 1

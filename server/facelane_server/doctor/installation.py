@@ -23,7 +23,7 @@ import msgspec
 from facelane_server import config, limits
 from facelane_server.doctor.report import Finding, Status
 from facelane_server.domain import Encoding, FacelaneError, Picture, Stage
-from facelane_server.edge.auth import Authenticator, read_keys
+from facelane_server.edge.auth import Authenticator, read_file
 from facelane_server.edge.tls import Certificates
 from facelane_server.folders import gallery_path
 from facelane_server.pools.host import Launchers
@@ -102,7 +102,9 @@ def check_keys(settings: config.Config) -> Finding:
         advice = "`facelane-server keys new NAME --file FILE`"
         return Finding("keys", Status.FAIL, str(error), advice)
     if required:
-        return Finding("keys", Status.OK, f"{file}: {len(read_keys(Path(file)))} key(s)")
+        found = read_file(Path(file))
+        certificates = f", {n} certificate(s)" if (n := len(found.certificates)) else ""
+        return Finding("keys", Status.OK, f"{file}: {len(found.keys)} key(s){certificates}")
     if config.is_local(settings.listen):
         return Finding("keys", Status.OK, "none needed: reachable from this machine alone")
     advice = "whoever reaches the address may enrol, delete and drain: set auth.mode and keys_file"

@@ -20,6 +20,8 @@ from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.pictures import SinglePictures
+from facelane_server.edge.quotas import Quotas
+from facelane_server.edge.roles import Caller
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.lanes import (
     Lane,
@@ -81,6 +83,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         observer: LaneObserver,
         controls: Controls,
         load: LoadWatch,
+        quotas: Quotas,
     ) -> None:
         self._config = config
         self._pipeline = pipeline
@@ -89,6 +92,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         self._load = load
         self._observer = observer
         self._controls = controls
+        self._quotas = quotas
         self._params = tracking.Params.of(config.tracking)
 
     # -- streams -------------------------------------------------------------------------
@@ -208,8 +212,9 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         task = asyncio.current_task()
         assert task is not None
         patience = _Patience(task, self._config.limits.slow_reader_s)
+        plan = lane.options.plan
+        view = self._view(gate.caller(), plan.gallery_id, plan.source_id)
         while items := await lane.take():
-            view = convert.View.of(gate.caller())
             for item in items:
                 message = (
                     pb.AnalyzeStreamResponse(outcome=convert.outcome(item, lane.stream_id, view))
@@ -249,11 +254,27 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
     async def AnalyzeImage(
         self, request: pb.AnalyzeImageRequest, context: Context
     ) -> pb.AnalyzeImageResponse:
-        plan = convert.plan(request.options, self._config, gate.caller())
+        caller = gate.caller()
+        gallery_id = convert.gallery(request.options.gallery_id, caller, "analyze")
+        named = caller.may("identify", gallery=gallery_id)
+        plan = convert.plan(request.options, self._config, gallery_id if named else "")
         picture = convert.picture(request.picture, self._config)
+        if named and plan.recognize:
+            self._quotas.look_up(caller, caller.lookups_per_minute("identify", gallery=gallery_id))
         reading = await self._pictures.analyse(picture, plan, remaining_s=context.time_remaining())
-        return pb.AnalyzeImageResponse(
-            result=convert.result(reading.result, convert.View.of(gate.caller()))
+        view = self._view(caller, gallery_id, None, credit=1)
+        return pb.AnalyzeImageResponse(result=convert.result(reading.result, view))
+
+    def _view(
+        self, caller: Caller, gallery_id: str, source_id: str | None, *, credit: int = 0
+    ) -> convert.View:
+        """What the caller sees of the names that a gallery gives to faces."""
+        view = convert.View.of(caller, "identify", gallery_id, source_id)
+        return view.bounded(
+            self._quotas,
+            caller,
+            caller.lookups_per_minute("identify", gallery=gallery_id, source=source_id),
+            credit=credit,
         )
 
 

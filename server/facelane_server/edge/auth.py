@@ -1,19 +1,8 @@
-"""Who calls, and what they may: bearer keys with scopes, bound to sources and galleries.
+"""Who calls: bearer keys and client certificates, their roles, and those who are denied.
 
-Only hashes of keys are stored. Health and reflection need any valid key off loopback;
-``admin`` implies the other scopes but ``waive-liveness``.
-
-====================  ======================================================================
-scope                 lets its key
-====================  ======================================================================
-``analyze``           send pictures and streams, watch events
-``gallery``           enrol, verify, identify, list and delete
-``admin``             restart, reload, drain; and all of the others but the last
-``scores``            see similarities as they are, and candidates below the match threshold:
-                      enough of them rebuild somebody's template
-``reassign``          enrol a face that matches another subject
-``waive-liveness``    have faces verified without the liveness check
-====================  ======================================================================
+The keys file holds ``[[roles]]`` (``edge/roles.py``), ``[[keys]]`` and ``[[certificates]]``. Of
+keys only hashes are stored. A second file, one word a line, names who is denied whatever the
+first one says; it is looked at even while nothing else can be read.
 """
 
 from __future__ import annotations
@@ -21,58 +10,73 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import hmac
+import re
 import secrets
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Final
 
 import msgspec
 import structlog
 
 from facelane_server.config import Config, ConfigError, lent_hint
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.naming import NAME, is_name
+from facelane_server.edge.roles import (
+    ANYBODY,
+    DEFAULT_WEIGHT,
+    METHODS,
+    Caller,
+    Grant,
+    Pattern,
+    Role,
+    Scope,
+)
+from facelane_server.naming import NAME, hint, is_name
 
 log = structlog.get_logger(__name__)
 
-Scope = Literal["analyze", "gallery", "admin", "scores", "reassign", "waive-liveness"]
-SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
-DEFAULT_WEIGHT: Final = 10
+MIN_HASH_CHARS: Final = 12
+"""So many digits of a key's hash name it in the list of those who are denied."""
 
-_SCOPES: Final[dict[str, Scope | None]] = {
-    "facelane.v1.AnalysisService": "analyze",
-    "facelane.v1.EventService": "analyze",
-    "facelane.v1.GalleryService": "gallery",
-    "facelane.v1.AdminService": "admin",
-    # Any valid key:
-    "facelane.v1.ServerService": None,
-    "grpc.health.v1.Health": None,
-    "grpc.reflection.v1alpha.ServerReflection": None,
-}
-
-Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Name = Annotated[str, msgspec.Meta(pattern=NAME)]
+Weight = Annotated[int, msgspec.Meta(ge=1, le=100)]
+Streams = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One key. ``sha256``: hex digest of the secret. ``sources``, ``galleries``: what it may
-    name, shell patterns such as ``door-*``; empty = any. ``weight``: its share of the pools
-    beside other keys. ``streams``: how many it may have open, instead of ``quotas.streams``."""
+    """One key. ``sha256``: hex digest of the secret. ``roles``: of the file's ``[[roles]]``;
+    ``scopes``: what keys had before there were roles. ``sources``, ``galleries``: where it counts,
+    whatever its roles say, shell patterns such as ``door-*``; empty = as the roles say.
+    ``weight``: its share of the pools beside other keys. ``streams``: how many it may have open,
+    instead of ``quotas.streams``."""
 
-    name: Annotated[str, msgspec.Meta(pattern=NAME)]
+    name: Name
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
-    scopes: tuple[Scope, ...]
+    scopes: tuple[Scope, ...] = ()
     sources: tuple[Pattern, ...] = ()
     galleries: tuple[Pattern, ...] = ()
     expires: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
-    weight: Annotated[int, msgspec.Meta(ge=1, le=100)] = DEFAULT_WEIGHT
-    streams: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    weight: Weight = DEFAULT_WEIGHT
+    streams: Streams | None = None
+    roles: tuple[Name, ...] = ()
 
     @property
     def expired(self) -> bool:
         return self.expires is not None and datetime.now(UTC) >= self.expires
+
+    def caller(self, roles: Mapping[str, Role] | None = None) -> Caller:
+        """Whoever shows it. ``roles`` by name; all that it has must be among them."""
+        own = {"galleries": self.galleries, "sources": self.sources}
+        grants = [Grant.of((roles or {})[name], **own) for name in self.roles]
+        if self.scopes:
+            grants.append(Grant.of_scopes(self.scopes, **own))
+        return Caller(
+            self.name, tuple(grants), self.weight, self.streams, self.expires, self.sha256
+        )
 
     def entry(self) -> str:
         """As the keys file has it."""
@@ -81,8 +85,8 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return "[" + ", ".join(f'"{value}"' for value in values) + "]"
 
         lines = [f'name = "{self.name}"', f'sha256 = "{self.sha256}"']
-        lines.append(f"scopes = {listed(self.scopes)}")
-        lines += [f"{n} = {listed(v)}" for n in ("sources", "galleries") if (v := getattr(self, n))]
+        fields = ("roles", "scopes", "sources", "galleries")
+        lines += [f"{n} = {listed(v)}" for n in fields if (v := getattr(self, n))]
         if self.expires is not None:
             lines.append(f"expires = {self.expires:%Y-%m-%dT%H:%M:%SZ}")
         if self.weight != DEFAULT_WEIGHT:
@@ -92,187 +96,335 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return "\n".join(["[[keys]]", *lines, ""])
 
 
+class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Client certificates that count as identities. ``san``: one of the alternative names in
+    the certificate (DNS name, address, URI or e-mail), or a pattern of them. What the
+    certificate's authority is worth, its names are."""
+
+    name: Name
+    san: Pattern
+    roles: tuple[Name, ...]
+    weight: Weight = DEFAULT_WEIGHT
+    streams: Streams | None = None
+
+
 class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    roles: tuple[Role, ...] = ()
     keys: tuple[Key, ...] = ()
+    certificates: tuple[Certificate, ...] = ()
+
+    @property
+    def by_name(self) -> dict[str, Role]:
+        return {role.name: role for role in self.roles}
+
+    def problem(self) -> str:
+        """What does not fit together; empty = nothing."""
+        names = [role.name for role in self.roles]
+        for name in names:
+            if names.count(name) > 1:
+                return f"there are two roles `{name}`"
+        holders: tuple[Key | Certificate, ...] = (*self.keys, *self.certificates)
+        for holder in holders:
+            for name in holder.roles:
+                if name not in names:
+                    return (
+                        f"`{holder.name}` has the role `{name}`, which is not among [[roles]]: "
+                        f"{hint(name, names, label='there are')}"
+                    )
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """Who makes a call. ``key`` None: nobody has to show one here, and everybody may all."""
+class Peer:
+    """What a connection showed. ``names``: the alternative names of a client certificate that
+    the TLS layer has verified. ``until``: when it ends."""
 
-    key: Key | None = None
-
-    @property
-    def name(self) -> str:
-        return "" if self.key is None else self.key.name
-
-    @property
-    def weight(self) -> int:
-        return DEFAULT_WEIGHT if self.key is None else self.key.weight
-
-    def may(self, scope: Scope) -> bool:
-        return self.key is None or scope in self.key.scopes or "admin" in self.key.scopes
-
-    @property
-    def waives_liveness(self) -> bool:
-        """By name alone: ``admin`` does not imply it."""
-        return self.key is not None and "waive-liveness" in self.key.scopes
-
-    def source(self, source_id: str) -> str:
-        """The source meant; a key for one source need not name it. Raises PERMISSION_DENIED."""
-        patterns = () if self.key is None else self.key.sources
-        return _bound("source_id", source_id, source_id, patterns)
-
-    def gallery(self, gallery_id: str, default: str) -> str:
-        """The gallery meant, the same way; ``default``: of those who name none."""
-        patterns = () if self.key is None else self.key.galleries
-        return _bound("gallery_id", gallery_id, gallery_id or default, patterns)
-
-    def may_hear(self, source_id: str, gallery_id: str) -> bool:
-        """Whether an event of this source and gallery is for this caller; what belongs to
-        neither is for those who are bound to nothing."""
-        key = self.key
-        if key is None or not (key.sources or key.galleries):
-            return True
-        if key.sources and not _among(key.sources, source_id):
-            return False
-        if key.galleries and gallery_id:
-            return _among(key.galleries, gallery_id)
-        return bool(key.sources)
+    names: tuple[str, ...] = ()
+    until: datetime | None = None
 
 
-ANYBODY: Final = Caller()
-
-
-def _among(patterns: tuple[str, ...], value: str) -> bool:
-    return any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns)
-
-
-def _bound(field: str, given: str, meant: str, patterns: tuple[str, ...]) -> str:
-    if not patterns or _among(patterns, meant):
-        return meant
-    if not given and len(patterns) == 1 and not set("*?[") & set(patterns[0]):
-        return patterns[0]
-    raise FacelaneError(
-        Reason.PERMISSION_DENIED,
-        f"the key is not for this {field}; name one that it is for, or ask for another key",
-        metadata={"field": field},
-    )
+NO_PEER: Final = Peer()
 
 
 def new_key(
     name: str,
     scopes: tuple[Scope, ...],
     *,
+    roles: tuple[str, ...] = (),
     sources: tuple[str, ...] = (),
     galleries: tuple[str, ...] = (),
     expires: datetime | None = None,
 ) -> tuple[str, Key]:
     """A fresh secret and the key that admits it. Raises ``ValueError`` for what the keys file
     cannot hold."""
-    if not is_name(name):
+    if not all(is_name(word) for word in (name, *roles)):
         raise ValueError("a name has 1-64 of the characters A-Z a-z 0-9 . _ -")
     for pattern in (*sources, *galleries):
         if not pattern.isprintable() or set('"\\') & set(pattern) or not 1 <= len(pattern) <= 128:
             raise ValueError("a source or gallery has 1-128 characters; * stands for any of them")
     secret = f"flk_{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(secret.encode()).hexdigest()
-    return secret, Key(name, digest, scopes, sources, galleries, expires)
+    return secret, Key(name, digest, scopes, sources, galleries, expires, roles=roles)
 
 
-def read_keys(path: Path, *, may_be_empty: bool = False) -> tuple[Key, ...]:
-    """The keys of a file. Raises ``ConfigError``."""
+def read_file(path: Path, *, may_be_empty: bool = False) -> KeysFile:
+    """Keys, certificates and roles of a file. Raises ``ConfigError``."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        keys = msgspec.convert(raw, KeysFile).keys
+        found = msgspec.convert(raw, KeysFile)
     except OSError as error:
         raise ConfigError(f"auth.keys_file {path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"auth.keys_file {path}: {error}") from None
     except RecursionError:
         raise ConfigError(f"auth.keys_file {path}: nested too deeply") from None
-    if not keys and not may_be_empty:
+    if problem := found.problem():
+        raise ConfigError(f"auth.keys_file {path}: {problem}")
+    if not (found.keys or found.certificates or may_be_empty):
         raise ConfigError(
             f"auth.keys_file {path} holds no keys{lent_hint(str(path))}; add one with "
             "`facelane-server keys new`"
         )
-    return keys
+    return found
+
+
+def read_keys(path: Path, *, may_be_empty: bool = False) -> tuple[Key, ...]:
+    """The keys of a file. Raises ``ConfigError``."""
+    return read_file(path, may_be_empty=may_be_empty).keys
+
+
+def denied_file(config: Config) -> Path | None:
+    """Where those who are denied are listed; None = nobody has to show anything."""
+    named = config.auth.denied_file or (config.auth.keys_file and f"{config.auth.keys_file}.denied")
+    return Path(named) if named else None
+
+
+class Denied:
+    """Who is let in nowhere: names, hashes of keys (or their first twelve digits) and names in
+    certificates, one a line; ``#`` begins a remark.
+
+    Nothing in the file can be wrong in a way that would hide its other lines.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._words: frozenset[str] = frozenset()
+        self._seen: tuple[int, ...] | None = None
+        self.reload()
+
+    def reload(self) -> bool:
+        """Reads the list again; whether it says something else now. One that cannot be read
+        leaves the words that were known; one that is absent is empty."""
+        before = self._words
+        if self._path is None:
+            return False
+        try:
+            status = self._path.stat()
+            seen = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns)
+            if seen == self._seen:
+                return False
+            text = self._path.read_bytes().decode("utf-8", "replace")
+        except FileNotFoundError:
+            seen, text = None, ""
+        except OSError as error:
+            if self._seen != ():
+                log.error("the list of denied keys cannot be read", problem=error.strerror)
+            self._seen = ()
+            return False
+        self._seen = seen
+        lines = (line.partition("#")[0].strip(" \t\r\f\v\ufeff\0\"',") for line in text.split("\n"))
+        self._words = frozenset(line.casefold() for line in lines if line)
+        return self._words != before
+
+    def has(self, name: str, proof: str, others: Sequence[str] = ()) -> bool:
+        if not self._words:
+            return False
+        if any(word.casefold() in self._words for word in (name, proof, *others) if word):
+            return True
+        return any(
+            len(word) >= MIN_HASH_CHARS and proof.startswith(word)
+            for word in self._words
+            if re.fullmatch(r"[0-9a-f]+", word)
+        )
 
 
 class Authenticator:
-    """Keys in force. ``reload`` swaps them while the server runs."""
+    """Keys, certificates and roles in force. ``reload`` swaps them while the server runs.
 
-    def __init__(self, keys: tuple[Key, ...] | None) -> None:
-        self._keys = keys
+    ``counts``: calls by (name, verb, whether it was let in).
+    """
+
+    def __init__(
+        self,
+        keys: tuple[Key, ...] | None,
+        *,
+        roles: Sequence[Role] = (),
+        certificates: Sequence[Certificate] = (),
+        denied: Path | None = None,
+    ) -> None:
+        self._denied = Denied(denied)
+        self.counts: Counter[tuple[str, str, bool]] = Counter()
+        self._take(None if keys is None else KeysFile(tuple(roles), keys, tuple(certificates)))
 
     @classmethod
     def of(cls, config: Config) -> Authenticator:
-        return cls(_keys_of(config))
+        found = _file_of(config)
+        if found is None:
+            return cls(None)
+        made = cls(
+            found.keys,
+            roles=found.roles,
+            certificates=found.certificates,
+            denied=denied_file(config),
+        )
+        if old := sorted({key.name for key in found.keys if key.scopes}):
+            log.warning(
+                "keys with scopes of before there were roles; docs/roles.md says which verbs "
+                "they stand for, and `facelane-server keys list` for each key",
+                keys=old,
+            )
+        return made
 
     def reload(self, config: Config) -> None:
-        self._keys = _keys_of(config)
+        self._take(_file_of(config))
+
+    def reload_denied(self) -> bool:
+        """Whether others are denied now than before."""
+        return self._denied.reload()
+
+    def _take(self, found: KeysFile | None) -> None:
+        self._keys: dict[str, Caller] | None = None
+        self._certificates: tuple[tuple[str, Caller], ...] = ()
+        if found is not None:
+            roles = found.by_name
+            self._keys = {key.sha256: key.caller(roles) for key in found.keys}
+            self._certificates = tuple(
+                (
+                    one.san,
+                    Caller(
+                        one.name,
+                        tuple(Grant.of(roles[name]) for name in one.roles),
+                        one.weight,
+                        one.streams,
+                    ),
+                )
+                for one in found.certificates
+            )
 
     @property
     def required(self) -> bool:
         return self._keys is not None
 
-    def check(self, method: str, metadata: Mapping[str, str]) -> Caller:
-        """Who calls. Raises ``FacelaneError`` unless the call may go on. Who administers is
-        logged."""
+    @property
+    def wants_peers(self) -> bool:
+        """Whether it matters which certificate a client has."""
+        return bool(self._certificates)
+
+    def check(self, method: str, metadata: Mapping[str, str], peer: Peer = NO_PEER) -> Caller:
+        """Who calls: by its key, or, where none is sent, by its certificate. Raises
+        ``FacelaneError`` unless the call may go on. Who administers is logged."""
         if self._keys is None:
             return ANYBODY
-        scheme, _, secret = metadata.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secret:
-            raise FacelaneError(
-                Reason.UNAUTHENTICATED,
-                "this server needs a key: send `authorization: Bearer <key>` metadata",
-            )
-        caller = self._granted(method, hashlib.sha256(secret.encode()).hexdigest())
-        if _SCOPES.get(_service(method), "admin") == "admin":
+        name, verb = "", _verb(method)
+        try:
+            caller = self._known(metadata, peer)
+            name = caller.name
+            _let_in(method, caller)
+        except FacelaneError:
+            self.counts[name, verb, False] += 1
+            raise
+        self.counts[name, verb, True] += 1
+        if verb == "admin":
             log.info("administered", method=method, key=caller.name)
         return caller
 
-    def recheck(self, method: str, caller: Caller) -> None:
-        """Raises ``FacelaneError`` when a call that was let in would not be let in as it is:
-        its key is gone, has expired, or may less."""
+    def recheck(self, method: str, caller: Caller, peer: Peer = NO_PEER) -> None:
+        """Whether a call that was let in may go on. Raises ``FacelaneError`` unless it may."""
         if self._keys is None:
             return
-        if caller.key is None:
+        if not caller.known:
             raise FacelaneError(Reason.UNAUTHENTICATED, "this server needs a key now")
-        now = self._granted(method, caller.key.sha256).key
-        assert now is not None
-        lost = any(caller.may(scope) and not Caller(now).may(scope) for scope in SCOPES)
-        was = caller.key
-        if lost or (now.sources, now.galleries) != (was.sources, was.galleries):
+        if caller.proof in self._keys:
+            now = self._by_key(caller.proof, peer.names)
+        else:
+            now = self._by_certificate(peer)
+        _let_in(method, now)
+        if not now.at_least(caller):
             raise FacelaneError(
                 Reason.PERMISSION_DENIED, "the key was changed; call again with what it may now"
             )
 
-    def _granted(self, method: str, digest: str) -> Caller:
-        granted: Key | None = None
-        for key in self._keys or ():  # all of them: the time tells nothing
-            if hmac.compare_digest(key.sha256, digest):
-                granted = key
+    def _known(self, metadata: Mapping[str, str], peer: Peer) -> Caller:
+        scheme, _, secret = metadata.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and secret:
+            return self._by_key(hashlib.sha256(secret.encode()).hexdigest(), peer.names)
+        if scheme or not self._certificates:
+            raise FacelaneError(
+                Reason.UNAUTHENTICATED,
+                "this server needs a key: send `authorization: Bearer <key>` metadata",
+            )
+        return self._by_certificate(peer)
+
+    def _by_key(self, digest: str, also: Sequence[str] = ()) -> Caller:
+        granted: Caller | None = None
+        for known, caller in (self._keys or {}).items():  # all of them: the time tells nothing
+            if hmac.compare_digest(known, digest):
+                granted = caller
         if granted is None:
             raise FacelaneError(Reason.UNAUTHENTICATED, "the key is not known to this server")
-        if granted.expired:
+        return self._good(granted, "key", also)
+
+    def _by_certificate(self, peer: Peer) -> Caller:
+        """By the first entry of the file that one of its names fits."""
+        for pattern, caller in self._certificates:
+            for name in peer.names:
+                if fnmatch.fnmatchcase(name, pattern):
+                    return self._good(
+                        replace(caller, proof=name, expires=peer.until), "certificate", peer.names
+                    )
+        raise FacelaneError(
+            Reason.UNAUTHENTICATED,
+            "this server needs a key (`authorization: Bearer <key>` metadata) or a client "
+            "certificate that it knows",
+        )
+
+    def _good(self, caller: Caller, what: str, also: Sequence[str]) -> Caller:
+        if self._denied.has(caller.name, caller.proof, also):
             raise FacelaneError(
-                Reason.UNAUTHENTICATED, f"the key `{granted.name}` has expired; ask for a new one"
+                Reason.UNAUTHENTICATED, f"the {what} `{caller.name}` is denied; ask for a new one"
             )
-        caller = Caller(granted)
-        scope = _SCOPES.get(_service(method), "admin")
-        if scope is not None and not caller.may(scope):
+        if caller.expired:
             raise FacelaneError(
-                Reason.PERMISSION_DENIED,
-                f"the key `{granted.name}` lacks the `{scope}` scope; ask for a key that has it",
-                metadata={"scope": scope},
+                Reason.UNAUTHENTICATED,
+                f"the {what} `{caller.name}` has expired; ask for a new one",
             )
         return caller
 
 
-def _service(method: str) -> str:
-    return method.strip("/").partition("/")[0]
+def _verb(method: str) -> str:
+    rule = METHODS.get(method)
+    return "none" if rule is None else rule.verb or "any"
 
 
-def _keys_of(config: Config) -> tuple[Key, ...] | None:
-    return read_keys(Path(config.auth.keys_file)) if config.wants_keys else None
+def _let_in(method: str, caller: Caller) -> None:
+    rule = METHODS.get(method)
+    if rule is None:
+        raise FacelaneError(Reason.PERMISSION_DENIED, "this method is for nobody")
+    if rule.verb is not None and not caller.may(rule.verb):
+        raise FacelaneError(
+            Reason.PERMISSION_DENIED,
+            f"the key `{caller.name}` lacks `{rule.verb}`; ask for a key with a role that has it",
+            metadata={"scope": rule.verb},
+        )
+
+
+def _file_of(config: Config) -> KeysFile | None:
+    if not config.wants_keys:
+        return None
+    found = read_file(Path(config.auth.keys_file))
+    if found.certificates and not config.tls.client_ca_file:
+        raise ConfigError(
+            f"auth.keys_file {config.auth.keys_file} has [[certificates]], for which "
+            "tls.client_ca_file must name the authority that they are of"
+        )
+    return found

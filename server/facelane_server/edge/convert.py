@@ -3,8 +3,9 @@ no state; ids and labels by whoever keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, Self
 
 from google.protobuf import duration_pb2, timestamp_pb2
@@ -33,8 +34,9 @@ from facelane_server.domain import (
     Reason,
     Stage,
 )
-from facelane_server.edge.auth import Caller
 from facelane_server.edge.errors import status
+from facelane_server.edge.quotas import Quotas
+from facelane_server.edge.roles import Caller, Similarities, Verb
 from facelane_server.lanes import LaneOptions
 from facelane_server.naming import DEFAULT_GALLERY, gallery_name, is_name
 from facelane_server.pipeline import Plan
@@ -68,10 +70,10 @@ def invalid(message: str, **metadata: str) -> FacelaneError:
     return FacelaneError(Reason.ARGUMENT_INVALID, message, metadata=metadata)
 
 
-def gallery(gallery_id: str, caller: Caller) -> str:
+def gallery(gallery_id: str, caller: Caller, verb: Verb) -> str:
     """The gallery meant. Raises ARGUMENT_INVALID, and PERMISSION_DENIED for one that the
     caller's key is not for."""
-    return gallery_name(caller.gallery(gallery_id, DEFAULT_GALLERY))
+    return gallery_name(caller.place(verb, gallery=gallery_id, default=DEFAULT_GALLERY)[0])
 
 
 def picture(message: pb.Picture, config: Config) -> Picture:
@@ -97,16 +99,16 @@ def picture(message: pb.Picture, config: Config) -> Picture:
     return Picture(encoding, data)
 
 
-def plan(options: analysis_pb.AnalysisOptions, config: Config, caller: Caller) -> Plan:
-    """What to run behind the detector. Raises ``FacelaneError``; PERMISSION_DENIED for a gallery
-    that the caller's key is not for."""
+def plan(options: analysis_pb.AnalysisOptions, config: Config, gallery_id: str) -> Plan:
+    """What to run behind the detector, in a gallery that the caller's key is for. Raises
+    ``FacelaneError``."""
     if options.max_candidates > limits.MAX_CANDIDATES:
         raise invalid(f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates")
     ceiling = config.limits.max_faces
     return Plan(
         recognize=not options.skip_recognition,
         liveness=not options.skip_liveness,
-        gallery_id=gallery(options.gallery_id, caller),
+        gallery_id=gallery_id,
         max_faces=min(options.max_faces or ceiling, ceiling),
         max_candidates=options.max_candidates,
         min_face_size=options.min_face_size,
@@ -138,10 +140,16 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Call
             interval_ns = duration_ns(message.reinference_interval, "reinference_interval")
             if interval_ns < 0:
                 raise invalid("reinference_interval must not be negative")
-        source_id = caller.source(message.source_id)
+        there, source_id = caller.place(
+            "analyze",
+            gallery=message.options.gallery_id,
+            default=DEFAULT_GALLERY,
+            source=message.source_id,
+        )
+        gallery_id = gallery_name(there)
         return LaneOptions(
             source_id=source_id,
-            plan=replace(plan(message.options, config, caller), source_id=source_id),
+            plan=replace(plan(message.options, config, gallery_id), source_id=source_id),
             overload=Overload.LOSSLESS if lossless else Overload.LATEST_WINS,
             max_frame_age_ns=age_ns,
             weight=message.weight or DEFAULT_WEIGHT,
@@ -207,25 +215,75 @@ def frame(
     return Frame(message.frame_id, body, offset_ns, capture_ns), fault
 
 
+class Meter:
+    """Which faces of a call are named, where a role bounds how many may be in a minute: each
+    track once. ``credit``: look-ups that have been counted already."""
+
+    def __init__(self, take: Callable[[], bool], *, credit: int = 0) -> None:
+        self._take = take
+        self._credit = credit
+        self._named: dict[tuple[int, str], None] = {}
+
+    def names(self, track_id: int, value: Identity) -> bool:
+        if value.decision not in _TELLING or value.similarity is None:
+            return True
+        what = (track_id, value.subject_id)
+        if track_id and what in self._named:
+            return True
+        if self._credit:
+            self._credit -= 1
+        elif not self._take():
+            return False
+        if len(self._named) >= limits.MAX_METERED_TRACKS:
+            del self._named[next(iter(self._named))]
+        self._named[what] = None
+        return True
+
+
+_TELLING: Final = (Decision.MATCH, Decision.UNKNOWN, Decision.AMBIGUOUS)
+_UNNAMED: Final = Identity(Decision.NOT_EVALUATED)
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a caller may see of similarities: all (``exact``), or nothing below the threshold of a
-    match and two digits above. Of strangers' faces, asked for often enough, they rebuild a
-    template."""
+    """What a caller may see of who a face is. Similarities: all (``exact``); nothing below the
+    threshold of a match and two digits above (``rounded``); none. Of strangers' faces, asked for
+    often enough, they rebuild a template. ``names``: whether it may see who somebody is."""
 
-    exact: bool
+    similarities: Similarities
+    names: bool = True
+    meter: Meter | None = None
 
     @classmethod
-    def of(cls, caller: Caller) -> Self:
-        return cls(caller.may("scores"))
+    def of(
+        cls, caller: Caller, verb: Verb, gallery_id: str | None, source_id: str | None = None
+    ) -> Self:
+        """What this verb shows of a gallery; ``identify`` alone may be withheld."""
+        return cls(
+            caller.similarities(verb, gallery=gallery_id, source=source_id),
+            verb != "identify" or caller.may(verb, gallery=gallery_id, source=source_id),
+        )
+
+    def bounded(
+        self, quotas: Quotas, caller: Caller, per_minute: float, *, credit: int = 0
+    ) -> Self:
+        """With no more names than the caller may see in a minute."""
+        if not self.names or per_minute == float("inf"):
+            return self
+        take = partial(quotas.may_look_up, caller, per_minute)
+        return replace(self, meter=Meter(take, credit=credit))
 
     def similarity(self, value: float | None, of: Identity) -> float | None:
-        if self.exact or value is None:
+        if self.similarities == "exact" or value is None:
             return value
-        return round(value, 2) if of.threshold is not None and value >= of.threshold else None
+        if self.similarities == "withheld" or of.threshold is None or value < of.threshold:
+            return None
+        return round(value, 2)
 
 
-def identity(value: Identity, view: View) -> pb.Identity:
+def identity(value: Identity, view: View, track_id: int = 0) -> pb.Identity:
+    if not view.names or (view.meter is not None and not view.meter.names(track_id, value)):
+        value = _UNNAMED
     message = pb.Identity(decision=DECISIONS[value.decision], subject_id=value.subject_id)
     if (shown := view.similarity(value.similarity, value)) is not None:
         message.similarity = shown
@@ -256,7 +314,7 @@ def face(value: Face, view: View) -> pb.Face:
         box=box(value.box),
         score=value.score,
         landmarks=[pb.Point(x=x, y=y) for x, y in value.landmarks],
-        identity=identity(value.identity, view),
+        identity=identity(value.identity, view, value.track_id),
         liveness=liveness(value.liveness),
         recognized_now=value.recognized_now,
         links_since_evidence=value.links_since_evidence,

@@ -15,6 +15,8 @@ from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.pictures import SinglePictures
+from facelane_server.edge.quotas import Quotas
+from facelane_server.edge.roles import Verb
 from facelane_server.events import EventFeed
 from facelane_server.gallery import enrolment, verification
 from facelane_server.gallery.gallery import Gallery, model_changing
@@ -31,6 +33,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         pipeline: Pipeline,
         controls: Controls,
         events: EventFeed,
+        quotas: Quotas,
     ) -> None:
         self._config = config
         self._gallery = gallery
@@ -38,6 +41,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         self._pipeline = pipeline
         self._controls = controls
         self._events = events
+        self._quotas = quotas
 
     # -- subjects ------------------------------------------------------------------------
 
@@ -45,7 +49,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         self, request: pb.CreateSubjectRequest, context: Context
     ) -> pb.CreateSubjectResponse:
         subject = await self._gallery.create_subject(
-            _gallery(request.gallery_id),
+            _gallery(request.gallery_id, "gallery.write"),
             request.subject_id,
             request.display_name,
             dict(request.labels),
@@ -55,14 +59,18 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     async def GetSubject(
         self, request: pb.GetSubjectRequest, context: Context
     ) -> pb.GetSubjectResponse:
-        subject = await self._gallery.get_subject(_gallery(request.gallery_id), request.subject_id)
+        subject = await self._gallery.get_subject(
+            _gallery(request.gallery_id, "gallery.read"), request.subject_id
+        )
         return pb.GetSubjectResponse(subject=_subject(subject))
 
     async def ListSubjects(
         self, request: pb.ListSubjectsRequest, context: Context
     ) -> pb.ListSubjectsResponse:
         subjects, token = await self._gallery.list_subjects(
-            _gallery(request.gallery_id), page_size=request.page_size, page_token=request.page_token
+            _gallery(request.gallery_id, "gallery.read"),
+            page_size=request.page_size,
+            page_token=request.page_token,
         )
         return pb.ListSubjectsResponse(
             subjects=[_subject(s) for s in subjects], next_page_token=token
@@ -80,7 +88,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             )
         wanted = request.subject
         subject = await self._gallery.update_subject(
-            _gallery(wanted.gallery_id),
+            _gallery(wanted.gallery_id, "gallery.write"),
             wanted.subject_id,
             display_name=wanted.display_name if "display_name" in paths else None,
             labels=dict(wanted.labels) if "labels" in paths else None,
@@ -91,7 +99,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     async def DeleteSubject(
         self, request: pb.DeleteSubjectRequest, context: Context
     ) -> pb.DeleteSubjectResponse:
-        gallery_id = _gallery(request.gallery_id)
+        gallery_id = _gallery(request.gallery_id, "gallery.write")
         count = await self._gallery.delete_subject(gallery_id, request.subject_id)
         self._events.forget_subject(gallery_id, request.subject_id)
         return pb.DeleteSubjectResponse(templates_deleted=count)
@@ -102,22 +110,24 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         self, request: pb.ListTemplatesRequest, context: Context
     ) -> pb.ListTemplatesResponse:
         templates = await self._gallery.list_templates(
-            _gallery(request.gallery_id), request.subject_id
+            _gallery(request.gallery_id, "gallery.read"), request.subject_id
         )
         return pb.ListTemplatesResponse(templates=[_template(t) for t in templates])
 
     async def DeleteTemplate(
         self, request: pb.DeleteTemplateRequest, context: Context
     ) -> pb.DeleteTemplateResponse:
-        await self._gallery.delete_template(_gallery(request.gallery_id), request.template_id)
+        await self._gallery.delete_template(
+            _gallery(request.gallery_id, "gallery.write"), request.template_id
+        )
         return pb.DeleteTemplateResponse()
 
     async def EnrollFace(
         self, request: pb.EnrollFaceRequest, context: Context
     ) -> pb.EnrollFaceResponse:
         remaining = context.time_remaining()
-        gallery_id = _gallery(request.gallery_id)
-        may_reassign = gate.caller().may("reassign")
+        gallery_id = _gallery(request.gallery_id, "enroll")
+        may_reassign = gate.caller().may("reassign", gallery=gallery_id)
         plan = Plan(
             liveness=request.require_live,
             gallery_id="" if may_reassign else gallery_id,
@@ -143,7 +153,9 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         return pb.EnrollFaceResponse(
             subject=_subject(enrolled.subject),
             template=_template(enrolled.template),
-            face=convert.face(enrolled.face, convert.View.of(gate.caller())),
+            face=convert.face(
+                enrolled.face, convert.View.of(gate.caller(), "identify", gallery_id)
+            ),
             warnings=[
                 pb.EnrollWarning.Value(f"ENROLL_WARNING_{w.value}") for w in enrolled.warnings
             ],
@@ -154,18 +166,21 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     async def VerifyFace(
         self, request: pb.VerifyFaceRequest, context: Context
     ) -> pb.VerifyFaceResponse:
+        caller = gate.caller()
+        gallery_id = _gallery(request.gallery_id, "identify")
         plan, remaining = self._plan("", want_vectors=True), context.time_remaining()
-        gallery_id = _gallery(request.gallery_id)
+        picture = convert.picture(request.picture, self._config)
+        self._look_up(gallery_id)
         found = await verification.verify(
             self._gallery,
             gallery_id,
             request.subject_id,
-            convert.picture(request.picture, self._config),
+            picture,
             analyse=lambda picture: self._read(picture, plan, remaining),
             thresholds=self._pipeline.thresholds.at(gallery_id),
-            liveness=plan.liveness and not gate.caller().waives_liveness,
+            liveness=plan.liveness and not caller.may("waive-liveness", gallery=gallery_id),
         )
-        view = convert.View.of(gate.caller())
+        view = convert.View.of(caller, "identify", gallery_id)
         return pb.VerifyFaceResponse(
             verified=found.verified,
             similarity=view.similarity(found.similarity, found.face.identity),
@@ -176,18 +191,31 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     async def IdentifyFace(
         self, request: pb.IdentifyFaceRequest, context: Context
     ) -> pb.IdentifyFaceResponse:
+        caller = gate.caller()
+        gallery_id = _gallery(request.gallery_id, "identify")
         if request.max_candidates > limits.MAX_CANDIDATES:
             raise convert.invalid(
                 f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates"
             )
         picture = convert.picture(request.picture, self._config)
-        plan = self._plan(_gallery(request.gallery_id), request.max_candidates)
+        plan = self._plan(gallery_id, request.max_candidates)
+        per_minute = self._look_up(gallery_id)
         reading = await self._pictures.analyse(picture, plan, remaining_s=context.time_remaining())
         if Stage.RECOGNIZER in reading.result.missing_stages:
             raise verification.unanswered()
+        view = convert.View.of(caller, "identify", gallery_id)
         return pb.IdentifyFaceResponse(
-            faces=convert.faces(reading.result.faces, convert.View.of(gate.caller()))
+            faces=convert.faces(
+                reading.result.faces, view.bounded(self._quotas, caller, per_minute, credit=1)
+            )
         )
+
+    def _look_up(self, gallery_id: str) -> float:
+        """Counts a look-up of the caller's; how many it has a minute."""
+        caller = gate.caller()
+        per_minute = caller.lookups_per_minute("identify", gallery=gallery_id)
+        self._quotas.look_up(caller, per_minute)
+        return per_minute
 
     def _plan(
         self, gallery_id: str, max_candidates: int = 0, *, want_vectors: bool = False
@@ -220,8 +248,8 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         return replace(reading, model_id=model_id)
 
 
-def _gallery(gallery_id: str) -> str:
-    return convert.gallery(gallery_id, gate.caller())
+def _gallery(gallery_id: str, verb: Verb) -> str:
+    return convert.gallery(gallery_id, gate.caller(), verb)
 
 
 def _subject(subject: Subject) -> face_pb2.Subject:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar
@@ -20,9 +21,11 @@ from google.protobuf.message import DecodeError
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import errors
-from facelane_server.edge.auth import Authenticator, Caller
+from facelane_server.edge.auth import NO_PEER, Authenticator, Peer
 from facelane_server.edge.errors import Context
 from facelane_server.edge.quotas import Kind, Quotas
+from facelane_server.edge.roles import Caller
+from facelane_server.edge.tls import peer_of
 from facelane_server.lanes import Allowance
 
 T = TypeVar("T")
@@ -30,7 +33,7 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 EXPIRY_S: Final = 0.5
-"""Keys that expire end their calls within this time."""
+"""Keys that expire or are denied end their calls within this time."""
 
 _caller: ContextVar[Caller] = ContextVar("caller")
 _allowance: ContextVar[Allowance | None] = ContextVar("allowance")
@@ -52,14 +55,15 @@ _STRANGERS: Final = (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED)
 class _Call:
     """A call that was let in; ``ended``: why it may not go on."""
 
-    __slots__ = ("caller", "ended", "method", "task")
+    __slots__ = ("caller", "ended", "method", "peer", "task")
 
-    def __init__(self, method: str, caller: Caller) -> None:
+    def __init__(self, method: str, caller: Caller, peer: Peer) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.task = task
         self.method = method
         self.caller = caller
+        self.peer = peer
         self.ended: FacelaneError | None = None
 
 
@@ -94,16 +98,23 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         """Ends the calls whose keys are gone, have expired or may less than before."""
         for call in list(self._calls):
             try:
-                self._authenticator.recheck(call.method, call.caller)
+                self._authenticator.recheck(call.method, call.caller, call.peer)
             except FacelaneError as error:
                 call.ended = error
                 call.task.cancel()
 
     async def watch_expiry(self) -> None:
-        """Ends calls as their keys expire, until it is cancelled."""
+        """Ends calls as their keys expire or are denied, until it is cancelled; and looks at
+        all of them every so often, whatever it was told."""
+        due = time.monotonic() + limits.RECHECK_S
         while True:
             await asyncio.sleep(EXPIRY_S)
-            if any(call.caller.key and call.caller.key.expired for call in self._calls):
+            denied = self._authenticator.reload_denied()
+            if denied:
+                log.warning("others are denied than before")
+            expired = any(call.caller.expired for call in self._calls)
+            if denied or expired or time.monotonic() >= due:
+                due = time.monotonic() + limits.RECHECK_S
                 self.recheck()
 
     def _guarded(self, method: str, handler: Any) -> Any:
@@ -125,11 +136,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                     for key, value in context.invocation_metadata() or ()
                     if isinstance(value, str)
                 }
-                let_in = self._authenticator.check(method, metadata)
+                peer = peer_of(context) if self._authenticator.wants_peers else NO_PEER
+                let_in = self._authenticator.check(method, metadata, peer)
                 with self._quotas.place(kind, let_in) as allowed:
                     _caller.set(let_in)
                     _allowance.set(allowed)
-                    await self._serve(_Call(method, let_in), serve(requests, context))
+                    await self._serve(_Call(method, let_in, peer), serve(requests, context))
             except FacelaneError as error:
                 told = log.warning if error.reason in _STRANGERS else log.info
                 told("call refused or ended", method=method, reason=error.reason.value)

@@ -226,9 +226,13 @@ class EventService(event_grpc.EventServiceServicer):
             # connection breaks.
             await tell(resume_token=watcher.resume_token)
             async for event in watcher:
-                if caller.may_hear(event.source_id, event.gallery_id):
-                    message = _event(event, convert.View.of(caller))
-                    if message.identity.subject_id and caller.may("gallery"):
+                if caller.hears(event.source_id, event.gallery_id):
+                    gallery_id, source_id = event.gallery_id or None, event.source_id or None
+                    view = convert.View.of(caller, "events", gallery_id, source_id)
+                    message = _event(event, view)
+                    if message.identity.subject_id and caller.may(
+                        "gallery.read", gallery=event.gallery_id
+                    ):
                         await self._describe(message)
                     await tell(event=message, resume_token=self._feed.token(event))
 

@@ -1,4 +1,4 @@
-"""What each key may take at a time, and the share that is kept for operators.
+"""What each key may take at a time and ask in a minute, and the share kept for operators.
 
 Pure counting on the event loop. A place is held by a ``with`` block, from the first byte to the
 last. Without keys there is one caller, an operator, and only the server's own bounds count.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from facelane_server import limits
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.edge.auth import Caller
+from facelane_server.edge.roles import Caller
 from facelane_server.lanes import Allowance
 
 
@@ -36,7 +37,7 @@ _ADVICE = {
 class Quotas:
     """Places by key, and the bytes that a key's pictures may hold."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         chosen = config.quotas
         self._each = {
             Kind.STREAMS: chosen.streams,
@@ -52,6 +53,11 @@ class Quotas:
         self._taken: Counter[Kind] = Counter()
         self._by_key: Counter[tuple[str, Kind]] = Counter()
         self._allowances: dict[str, tuple[Allowance, int]] = {}
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}
+        """By key, as many as the keys file has: look-ups that are left, and when that was."""
+        self.lookups: Counter[str] = Counter()
+        """Faces looked up, by key."""
 
     @contextlib.contextmanager
     def place(self, kind: Kind, caller: Caller) -> Iterator[Allowance | None]:
@@ -73,6 +79,35 @@ class Quotas:
             if not self._by_key[name, kind]:
                 del self._by_key[name, kind]
 
+    def look_up(self, caller: Caller, per_minute: float) -> None:
+        """Counts a face that is looked up. Raises ``FacelaneError(QUOTA_EXCEEDED)`` (retryable)
+        when the key has had as many as it may within a minute."""
+        if not self.may_look_up(caller, per_minute):
+            wait_s = 60.0 / per_minute if per_minute else 60.0
+            raise FacelaneError(
+                Reason.QUOTA_EXCEEDED,
+                f"the key `{caller.name}` may look up {per_minute:g} faces a minute, and has; "
+                "wait, or ask for more",
+                metadata={
+                    "quota": "lookups_per_minute",
+                    "limit": f"{per_minute:g}",
+                    "retry_after_s": f"{wait_s:.0f}",
+                },
+                retryable=True,
+            )
+
+    def may_look_up(self, caller: Caller, per_minute: float) -> bool:
+        """The same, as an answer; a face that may be looked up is counted."""
+        self.lookups[caller.name] += 1
+        if per_minute == float("inf"):
+            return True
+        now = self._clock()
+        full, at = self._buckets.get(caller.name, (per_minute, now))
+        left = min(per_minute, full + (now - at) * per_minute / 60.0)
+        given = left >= 1.0
+        self._buckets[caller.name] = (left - given, now)
+        return given
+
     def taken(self, kind: Kind) -> int:
         return self._taken[kind]
 
@@ -81,16 +116,15 @@ class Quotas:
         return self._taken[kind] >= self._all[kind] - _kept(self._all[kind])
 
     def _refuse(self, kind: Kind, caller: Caller) -> None:
-        key = caller.key
-        if key is not None:
+        if caller.known:
             mine = self._each[kind]
-            if kind is Kind.STREAMS and key.streams is not None:
-                mine = key.streams
+            if kind is Kind.STREAMS and caller.streams is not None:
+                mine = caller.streams
             if self._by_key[caller.name, kind] >= mine:
                 raise FacelaneError(
                     Reason.QUOTA_EXCEEDED,
-                    f"the key `{key.name}` has {mine} {kind.value} under way, which is its share; "
-                    "end one, or ask for more",
+                    f"the key `{caller.name}` has {mine} {kind.value} under way, which is its "
+                    "share; end one, or ask for more",
                     metadata={"quota": kind.value, "limit": str(mine)},
                     retryable=True,
                 )
@@ -107,7 +141,7 @@ class Quotas:
     @contextlib.contextmanager
     def _allowance(self, caller: Caller) -> Iterator[Allowance | None]:
         """One for all that a key has under way; forgotten with the last of it."""
-        if caller.key is None:
+        if not caller.known:
             yield None
             return
         name = caller.name

@@ -103,12 +103,20 @@ class Edge:
         server = self._server = grpc.aio.server(interceptors=[self._gate], options=_options())
         analysis_service_pb2_grpc.add_AnalysisServiceServicer_to_server(
             AnalysisService(
-                settings, pipeline, self.streams, pictures, observer, controls, self.load
+                settings,
+                pipeline,
+                self.streams,
+                pictures,
+                observer,
+                controls,
+                self.load,
+                self.quotas,
             ),
             server,
         )
         gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
-            GalleryService(settings, gallery, pictures, pipeline, controls, events), server
+            GalleryService(settings, gallery, pictures, pipeline, controls, events, self.quotas),
+            server,
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerService(settings, controls, self.streams, pipeline, self.load), server
@@ -149,6 +157,8 @@ class Edge:
     def reload(self, fresh: config.Config) -> bool:
         """Takes over keys, and certificates where the files have changed; whether they had.
         Raises ``ConfigError``, and keeps everything then."""
+        # First, and whatever else can be read.
+        self.reload_denied()
         # Whether clients need keys is decided by where the server listens now, not by where it
         # would listen after a restart.
         inforce = msgspec.structs.replace(
@@ -158,6 +168,15 @@ class Edge:
         self._authenticator.reload(inforce)
         self._gate.recheck()
         return fresh.tls == self._settings.tls and self._renew_certificates()
+
+    def reload_denied(self) -> None:
+        """Ends the calls of those who are denied now. Needs nothing that could be wrong."""
+        if self._authenticator.reload_denied():
+            self._gate.recheck()
+
+    def calls_by_key(self) -> dict[tuple[str, str, bool], int]:
+        """Calls by key or certificate, verb, and whether they were let in."""
+        return dict(self._authenticator.counts)
 
     def _renew_certificates(self) -> bool:
         """Present what the files hold now; whether it is something new."""

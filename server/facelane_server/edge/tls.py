@@ -9,12 +9,15 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import grpc
 
 from facelane_server.config import ConfigError, Tls, lent_hint
+from facelane_server.edge.auth import NO_PEER, Peer
+from facelane_server.edge.errors import Context
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -136,6 +139,27 @@ class Presented:
             return None
         self._told = current
         return current.configuration()
+
+
+def peer_of(context: Context) -> Peer:
+    """What the client's certificate says, which gRPC has verified against ``client_ca_file``;
+    nothing where it showed none."""
+    shown = context.auth_context()
+    pem = next(iter(shown.get("x509_pem_cert", ())), b"")
+    if not pem:
+        return NO_PEER
+    names = tuple(n.decode("utf-8", "replace") for n in shown.get(_SAN, ()))
+    return Peer(names, _ends(pem))
+
+
+_SAN: Final = "x509_subject_alternative_name"
+
+
+@lru_cache(maxsize=256)
+def _ends(pem: bytes) -> datetime:
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificate(pem).not_valid_after_utc
 
 
 def _parse(name: str, path: str, content: bytes) -> x509.Certificate:

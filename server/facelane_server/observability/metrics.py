@@ -1,6 +1,7 @@
 """What is counted, and what is read when a scrape comes: Prometheus text.
 
-Nothing in it has a label that grows with clients: no stream, no track, no subject.
+Nothing in it has a label that grows with clients: no stream, no track, no subject. Keys are the
+operator's, as many as the keys file has.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import bisect
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,6 +65,10 @@ class Sources:
     streams: Callable[[], int] = lambda: 0
     watchers: Callable[[], int] = lambda: 0
     load: Callable[[], Load | None] = lambda: None
+    calls: Callable[[], Mapping[tuple[str, str, bool], int]] = dict
+    """By key, verb, and whether they were let in."""
+    lookups: Callable[[], Mapping[str, int]] = dict
+    """By key."""
 
 
 class _Latencies:
@@ -219,6 +224,21 @@ class _SourceCollector(Collector):
         load = sources.load()
         if load is not None:
             yield from _load_metrics(load)
+        yield _counter(
+            "facelane_key_calls",
+            "Calls by key or certificate and by verb, and whether they were let in.",
+            ("key", "verb", "answer"),
+            (
+                ((key, verb, "admitted" if let_in else "refused"), count)
+                for (key, verb, let_in), count in sorted(sources.calls().items())
+            ),
+        )
+        yield _counter(
+            "facelane_key_lookups",
+            "Faces that were looked up in a gallery, by key.",
+            ("key",),
+            (((key,), count) for key, count in sorted(sources.lookups().items())),
+        )
         gallery = sources.gallery()
         if gallery is not None:
             yield _gauge(
