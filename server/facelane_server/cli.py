@@ -352,8 +352,8 @@ def keys_list(file: Annotated[Path, typer.Argument(help="The keys file.")]) -> N
     """Who has a key, for what, and until when."""
     found = _keys_file(file)
     roles = found.by_name
-    holders = (*found.keys, *found.certificates)
-    width = max(len(holder.name) for holder in holders)
+    names = [*(key.name for key in found.keys), *(one.name for one in found.certificates)]
+    width = max(map(len, names))
     for key in found.keys:
         bounds = [
             f"{what} {', '.join(names)}"
