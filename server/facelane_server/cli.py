@@ -281,7 +281,7 @@ def keys_new(
     ] = None,
     role: Annotated[
         list[str] | None,
-        typer.Option(help="A role of the file's [[roles]]; several times."),
+        typer.Option(help="A role that the file defines; several times."),
     ] = None,
     source: Annotated[
         list[str] | None,
