@@ -168,6 +168,8 @@ class Passage:
         self._stream = stream
         self._sets = ParameterSets(encoding)
         self._looked_at: tuple[bytes, ...] | None = None
+        self.rotation = 0
+        """Degrees against the clock by which pictures are to be turned; servers do not."""
         self._begun = False
         self._step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
         self._numbered: float | None = None
@@ -245,6 +247,7 @@ class Passage:
             raise NotPassableError(f"its pictures are {kind}, not 4:2:0 of 8 or 10 bits")
         if any(shown.interlaced_frame for shown in frames):
             raise NotPassableError("it is interlaced")
+        self.rotation = frame.rotation
         self._looked_at = self._sets.sequence if self._filter is None else ()
 
 

@@ -269,7 +269,7 @@ def test_urls_are_shown_without_their_credentials(server: fake.ScriptedServer) -
     result = run(server, "analyze", "rtsp://admin:s3cret@127.0.0.1:1/live", code=2)
     assert "s3cret" not in result.output
     assert "rtsp://127.0.0.1:1/live cannot be opened" in result.stderr
-    assert "facelane-bridge takes it from a file" in result.stderr
+    assert "--credentials-file takes it from a file" in result.stderr
     plain = run(server, "analyze", "rtsp://127.0.0.1:1/live", code=2)
     assert "password" not in plain.stderr
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from facelane.cli import output, sources
+from facelane.cli import output, sources, videos
 from facelane.cli.sources import SourceError, open_source
 from facelane.cli.stills import exif_orientation, load_picture
 from facelane.errors import PictureError
@@ -117,9 +117,9 @@ def test_the_pace_is_the_clock_s(monkeypatch: pytest.MonkeyPatch) -> None:
         slept.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(sources.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(sources.time, "sleep", sleep)
-    pace = sources._Pace()
+    monkeypatch.setattr(videos.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(videos.time, "sleep", sleep)
+    pace = videos._Pace()
     pace.wait(0.0)
     pace.wait(0.04)
     now[0] += 1.0

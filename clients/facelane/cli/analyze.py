@@ -23,6 +23,7 @@ from facelane.cli.sources import (
     Item,
     Source,
     SourceError,
+    Video,
     name_of,
     open_source,
     passed_over_words,
@@ -57,6 +58,19 @@ def analyze(
         types.Overload | None,
         typer.Option(help="Lossless for files, latest_wins for live sources unless given."),
     ] = None,
+    video: Annotated[
+        Video,
+        typer.Option(
+            help="H.264 and H.265 of files and RTSP cameras: auto: as they are where the server "
+            "takes them so, else as JPEG; with --out always decoded."
+        ),
+    ] = Video.DECODE,
+    analysis_fps: Annotated[
+        float, typer.Option(min=0, help="Pictures a second that are analysed; 0 = all.")
+    ] = 0,
+    credentials_file: Annotated[
+        Path | None, typer.Option(help="Holds user:password of an RTSP camera.")
+    ] = None,
     realtime: Annotated[
         bool, typer.Option("--realtime", help="Play a video at its own pace, as a camera would.")
     ] = False,
@@ -75,10 +89,15 @@ def analyze(
     if without_credentials(source) != source:
         typer.echo(
             "facelane: the address holds a password, which every user of this machine can read "
-            "while this runs; facelane-bridge takes it from a file",
+            "while this runs; --credentials-file takes it from a file",
             err=True,
         )
-    opened = open_source(source, realtime=realtime, want_pixels=out is not None)
+    given: Any = {
+        "realtime": realtime,
+        "want_pixels": out is not None,
+        "credentials_file": credentials_file,
+    }
+    opened = open_source(source, video=video, **given)
     try:
         sink = _sink(opened, source, out)
     except BaseException:
@@ -93,14 +112,27 @@ def analyze(
         "skip_recognition": skip_recognition,
         "skip_liveness": skip_liveness,
         "disable_tracking": opened.stills,
+        "analysis_fps": analysis_fps,
         "overload": overload
         or (types.Overload.LATEST_WINS if opened.live else types.Overload.LOSSLESS),
         "buffer": _STREAM_BUFFER,
         "reconnect": facelane.Reconnect() if reconnect else None,
     }
-    with contextlib.closing(opened), contextlib.closing(sink), ctx.obj.client() as client:
-        failed = _analyze(client, opened, options, output_format, sink, max_frames)
+    with contextlib.closing(sink), ctx.obj.client() as client:
+        try:
+            with contextlib.closing(opened):
+                failed = _analyze(client, opened, options, output_format, sink, max_frames)
+        except _NeedsPicturesError as why:
+            if video is Video.PASS:
+                raise SourceError(f"the server takes no video: {why}") from None
+            typer.echo(f"facelane: the video is decoded here: {why}", err=True)
+            with contextlib.closing(open_source(source, **given)) as decoded:
+                failed = _analyze(client, decoded, options, output_format, sink, max_frames)
     raise typer.Exit(PARTLY if failed else OK)
+
+
+class _NeedsPicturesError(Exception):
+    """The server takes no access units."""
 
 
 class _Sink:
@@ -186,6 +218,8 @@ class _Feeder:
         self.unreadable_reasons: list[str] = []
         self.failure: BaseException | None = None
         self._missed = 0
+        self._gap = False
+        """Of video, what comes before the next key frame is worth nothing."""
         self._thread = threading.Thread(target=self._run, name="facelane-feeder", daemon=True)
 
     def __enter__(self) -> Self:
@@ -216,6 +250,10 @@ class _Feeder:
         if item.picture is None:
             self._unreadable(number, item.name, facelane.Reason.PICTURE_CORRUPT, item.error)
             return
+        self._gap = self._gap and not item.is_key
+        if self._gap:
+            self._not_sent()
+            return
         self.pending[number] = item
         given: Any = {
             "stream_offset": item.stream_offset,
@@ -233,10 +271,14 @@ class _Feeder:
             return
         if sent is None:
             del self.pending[number]
-            self.not_sent += 1
-            self._missed += 1
+            self._gap = item.picture.encoding.is_video
+            self._not_sent()
         else:
             self._tell_missed(number)
+
+    def _not_sent(self) -> None:
+        self.not_sent += 1
+        self._missed += 1
 
     def before(self, number: float) -> Iterator[lines.Line]:
         """Takes what became of frames before ``number``."""
@@ -320,6 +362,8 @@ def _analyze(
             with feeder, watch or bar:
                 for outcome in stream:
                     item = feeder.pending.pop(outcome.frame_id)
+                    if outcome.frame_id == 1:
+                        _check_takes_video(outcome, item)
                     bar.advance(task)
                     for line in feeder.before(outcome.frame_id):
                         tell(line)
@@ -370,6 +414,14 @@ def _analyze(
         err.print(f"facelane: {passed_over_words(source.passed_over).removeprefix('; ')}")
     # What was under way when a camera was interrupted is no failure.
     return bool(failures)
+
+
+def _check_takes_video(outcome: types.Outcome, item: Item) -> None:
+    """The first outcome tells whether the server takes access units."""
+    unsupported = facelane.Reason.ENCODING_UNSUPPORTED
+    is_video = item.picture is not None and item.picture.encoding.is_video
+    if is_video and outcome.error is not None and outcome.error.reason == unsupported:
+        raise _NeedsPicturesError(outcome.error.message)
 
 
 def _totals(

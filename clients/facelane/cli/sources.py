@@ -1,36 +1,41 @@
 """What ``facelane analyze`` can read: pictures, folders, videos, cameras and URLs.
 
-Frames of videos are sent as JPEG; for stills see ``stills``.
+Which of them a text names; for stills see ``stills``, for what moves ``videos``.
 """
 
 from __future__ import annotations
 
+import enum
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from facelane.cli.stills import decode, encode, is_picture, load_picture, look_through, upright
+from facelane.cli.stills import decode, is_picture, load_picture, look_through
 from facelane.cli.streams import shown
 from facelane.errors import PictureError
 from facelane.types import Picture
-
-_OPEN_TIMEOUT: Final = 10.0
-_READ_TIMEOUT: Final = 10.0
-_QUALITY: Final = 92
 
 
 class SourceError(Exception):
     """A source cannot be read; the message says why and holds no credentials."""
 
 
+class Video(enum.StrEnum):
+    """How H.264 and H.265 go to the server: as they are, where it takes them so, or as JPEG."""
+
+    AUTO = "auto"
+    PASS = "pass"  # noqa: S105 - what is done
+    DECODE = "decode"
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """Something to analyse. ``pixels`` is BGR uint8 (height, width, 3) or ``None`` when
-    nobody asked for it; ``error`` stands instead of a picture that cannot be read."""
+    nobody asked for it; ``error`` stands instead of a picture that cannot be read; ``is_key``:
+    it needs none before it."""
 
     name: str
     picture: Picture | None
@@ -38,6 +43,7 @@ class Item:
     capture_time: datetime | None = None
     pixels: Any = None
     error: str = ""
+    is_key: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +62,30 @@ class Source:
     close: Callable[[], None] = lambda: None
 
 
-def open_source(text: str, *, realtime: bool = False, want_pixels: bool = False) -> Source:
-    """The source that ``text`` names.
+def open_source(
+    text: str,
+    *,
+    realtime: bool = False,
+    want_pixels: bool = False,
+    video: Video = Video.DECODE,
+    credentials_file: Path | None = None,
+) -> Source:
+    """The source that ``text`` names. ``credentials_file``: user:password of an RTSP camera.
 
     Raises:
         SourceError: there is no such file, or it is of no known kind.
     """
+    from facelane.cli.videos import open_camera, open_video
+
     if text.isdecimal():
         text = f"/dev/video{text}"
+    if text.startswith(("rtsp:", "rtsps:")):
+        return open_camera(text, want_pixels, video, credentials_file)
     if "://" in text:
-        return _video(text, live=True, realtime=False, want_pixels=want_pixels)
+        return open_video(text, live=True, want_pixels=want_pixels)
     path = Path(text)
     if path.is_char_device():
-        return _video(text, live=True, realtime=False, want_pixels=want_pixels)
+        return open_video(text, live=True, want_pixels=want_pixels)
     if path.is_dir():
         found = look_through(path)
         if not found.pictures:
@@ -84,8 +101,10 @@ def open_source(text: str, *, realtime: bool = False, want_pixels: bool = False)
         )
     if path.is_file() and is_picture(path):
         return _pictures([path], want_pixels)
-    if path.is_file() or path.is_fifo():
-        return _video(text, live=False, realtime=realtime, want_pixels=want_pixels)
+    if path.is_fifo():
+        return open_video(text, realtime=realtime, want_pixels=want_pixels)
+    if path.is_file():
+        return open_video(text, realtime=realtime, want_pixels=want_pixels, video=video)
     raise SourceError(f"{shown(path)} is neither a file, a folder nor a camera")
 
 
@@ -129,83 +148,3 @@ def name_of(text: str) -> str:
 def without_credentials(url: str) -> str:
     """The URL as it may be shown, whether or not it is a right one."""
     return re.sub(r"(?<=://)[^/?#]*@", "", url)
-
-
-def _video(text: str, *, live: bool, realtime: bool, want_pixels: bool) -> Source:
-    import av
-    from av.stream import Disposition
-
-    address = shown(without_credentials(text))
-    options: dict[str, str] = {}
-    container_format = None
-    if text.startswith(("rtsp:", "rtsps:")):
-        options = {"rtsp_transport": "tcp"}
-    elif text.startswith("/dev/"):
-        container_format = "v4l2"
-    try:
-        container = av.open(
-            text,
-            format=container_format,
-            options=options,
-            timeout=(_OPEN_TIMEOUT, _READ_TIMEOUT),
-        )
-    except (av.FFmpegError, OSError, ValueError) as error:
-        # FFmpeg's own text repeats the URL, credentials included.
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise SourceError(f"{address} cannot be opened: {why}") from None
-    if not container.streams.video:
-        container.close()
-        raise SourceError(f"{address} has no video")
-    # The film, not its cover: no attached picture, no single frame, the default track.
-    stream = max(
-        container.streams.video,
-        key=lambda track: (
-            not track.disposition & Disposition.attached_pic,
-            track.frames != 1,
-            bool(track.disposition & Disposition.default),
-            track.codec_context.width * track.codec_context.height,
-            -track.index,
-        ),
-    )
-    stream.thread_type = "AUTO"
-    rate = float(stream.average_rate or 0) or 25.0
-    total = 0 if live else int(stream.frames or _estimate(container, rate))
-
-    def items() -> Iterator[Item]:
-        pace = _Pace() if realtime else None
-        first: float | None = None
-        try:
-            for number, frame in enumerate(container.decode(stream)):
-                moment = frame.time if frame.time is not None else number / rate
-                first = moment if first is None else first
-                offset = max(0.0, moment - first)
-                if pace is not None:
-                    pace.wait(offset)
-                pixels = upright(frame.to_ndarray(format="bgr24"), frame.rotation)
-                yield Item(
-                    address,
-                    encode(pixels, _QUALITY),
-                    stream_offset=None if live else offset,
-                    capture_time=datetime.now(UTC) if live else None,
-                    pixels=pixels if want_pixels else None,
-                )
-        except av.FFmpegError as error:
-            raise SourceError(f"{address} broke off: {error.strerror}") from None
-
-    return Source(items, live=live or realtime, total=total, fps=rate, close=container.close)
-
-
-def _estimate(container: Any, rate: float) -> float:
-    return container.duration / 1e6 * rate if container.duration else 0
-
-
-class _Pace:
-    """Holds media time back to the clock's."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def wait(self, offset: float) -> None:
-        ahead = self._start + offset - time.monotonic()
-        if ahead > 0:
-            time.sleep(ahead)

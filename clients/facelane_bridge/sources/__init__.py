@@ -20,17 +20,19 @@ from facelane_bridge.sources.api import Source as Source
 from facelane_bridge.sources.api import SourceError as SourceError
 from facelane_bridge.sources.api import SourceInfo as SourceInfo
 from facelane_bridge.sources.api import SourceReason as SourceReason
+from facelane_bridge.sources.challenge import Credentials
 from facelane_bridge.sources.container import ContainerSource
 from facelane_bridge.sources.folder import FolderSource
 from facelane_bridge.sources.http import MjpegSource
 
 
-def open_source(camera: CameraSettings) -> Source:
-    """The source for a camera's settings; nothing is opened yet."""
+def open_source(camera: CameraSettings, credentials: Credentials | None = None) -> Source:
+    """The source for a camera's settings; nothing is opened yet. ``credentials``: of an RTSP
+    camera whose settings name none."""
     match camera.resolved_kind:
         case SourceKind.MJPEG:
             return MjpegSource(camera)
         case SourceKind.FOLDER:
             return FolderSource(camera)
         case _:
-            return ContainerSource(camera)
+            return ContainerSource(camera, credentials)

@@ -28,6 +28,7 @@ from facelane_bridge.sources.api import (
     SourceInfo,
     SourceReason,
 )
+from facelane_bridge.sources.challenge import Credentials
 from facelane_bridge.sources.jpeg import MAX_PIXELS, JpegEncoder, JpegGate
 from facelane_bridge.sources.pace import Decimator, MediaClock, Pacer
 from facelane_bridge.sources.rtsp import RtspRelay
@@ -47,8 +48,9 @@ log = structlog.get_logger("facelane_bridge")
 class ContainerSource:
     """Anything that FFmpeg opens and that the configuration allows it to open."""
 
-    def __init__(self, camera: CameraSettings) -> None:
+    def __init__(self, camera: CameraSettings, credentials: Credentials | None = None) -> None:
         self._camera = camera
+        self._credentials = credentials
         self._kind = camera.resolved_kind
         self._interrupted = threading.Event()
         self._container: InputContainer | None = None
@@ -249,7 +251,7 @@ class ContainerSource:
         camera = self._camera
         match self._kind:
             case SourceKind.RTSP:
-                self._relay = relay = RtspRelay(camera)
+                self._relay = relay = RtspRelay(camera, self._credentials)
                 if self._interrupted.is_set():
                     raise SourceError(SourceReason.INTERRUPTED, "the source was told to stop")
                 try:

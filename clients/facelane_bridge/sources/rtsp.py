@@ -31,7 +31,7 @@ from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings, Transport
 from facelane_bridge.sources.access import NO_SUCH_HOST, Trust, load_credentials, refused, untrusted
 from facelane_bridge.sources.api import SourceError, SourceReason
-from facelane_bridge.sources.challenge import Authenticator, challenges
+from facelane_bridge.sources.challenge import Authenticator, Credentials, challenges
 
 CHUNK_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 64 * 1024
@@ -134,8 +134,10 @@ def split(buffer: bytearray) -> Iterator[bytes | _Message]:
 class RtspRelay:
     """One opening of one RTSP camera. ``open`` gives the address for FFmpeg."""
 
-    def __init__(self, camera: CameraSettings) -> None:
+    def __init__(self, camera: CameraSettings, credentials: Credentials | None = None) -> None:
+        """``credentials``: where the settings name none."""
         self._camera = camera
+        self._given = credentials
         self._own = urllib.parse.urlsplit(camera.source)
         self._address = self._own
         self._interrupted = threading.Event()
@@ -162,7 +164,7 @@ class RtspRelay:
         """Connect to the camera at ``address``; gives the address that FFmpeg shall open.
         Raises ``SourceError``."""
         self._address = urllib.parse.urlsplit(address)
-        credentials = load_credentials(self._camera)
+        credentials = load_credentials(self._camera) or self._given
         if credentials is not None and self._address.hostname == self._own.hostname:
             self._authenticator = Authenticator(credentials)
         self._upstream = upstream = self._connect()
