@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import socket
+import struct
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -206,3 +208,55 @@ def pools(seer: str | Path = "null-detector", **lines: str) -> str:
             ("liveness", "null-liveness"),
         )
     )
+
+
+class Deaf:
+    """A peer of HTTP/2 that opens no window: nothing of an answer can be written to it."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(CALL_S)
+        self._socket.connect(path)
+        self._next = 1
+        no_window = struct.pack(">HI", 4, 0)
+        self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self._frame(4, 0, 0, no_window))
+
+    @staticmethod
+    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(payload) << 8 | kind)
+            + struct.pack(">BI", flags, stream)
+            + payload
+        )
+
+    def call(self, method: str, request: bytes = b"") -> int:
+        """Makes a call with one message; its number."""
+        headers = {
+            ":method": "POST", ":scheme": "http", ":path": method, ":authority": "localhost",
+            "te": "trailers", "content-type": "application/grpc",
+        }  # fmt: skip
+        # Each a literal that enters no table (RFC 7541, 6.2.2).
+        block = b"".join(
+            bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+            for name, value in headers.items()
+        )
+        number, self._next = self._next, self._next + 2
+        message = struct.pack(">BI", 0, len(request)) + request
+        self._socket.sendall(self._frame(1, 4, number, block) + self._frame(0, 1, number, message))
+        return number
+
+    def resets(self, count: int) -> set[int]:
+        """Reads until so many calls were reset by the server; which."""
+        found: set[int] = set()
+        with self._socket.makefile("rb") as stream:
+            while len(found) < count:
+                head = stream.read(9)
+                assert len(head) == 9, "the server closed the connection"
+                length, kind = struct.unpack(">I", head[:4])[0] >> 8, head[3]
+                stream.read(length)
+                if kind == 3:  # RST_STREAM
+                    found.add(struct.unpack(">I", head[5:])[0])
+        return found
+
+    def close(self) -> None:
+        self._socket.close()

@@ -15,7 +15,7 @@ from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, tracking
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Outcome, Reason
-from facelane_server.edge import convert, gate
+from facelane_server.edge import convert, errors, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.load import LoadWatch
@@ -130,7 +130,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             lane.finish()
             totals = lane.totals
             assert totals.received == totals.results + totals.drops + totals.errors
-            await self._say(context, _summary(totals))
+            await errors.write(context, _summary(totals), self._config.limits.slow_reader_s)
             if stream.stop.is_set():
                 raise FacelaneError(
                     Reason.DRAINING, "the server is shutting down; reconnect", retryable=True
@@ -182,7 +182,11 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             models=self._controls.model_ids(),
             server_version=__version__,
         )
-        await self._say(context, pb.AnalyzeStreamResponse(opened=opened))
+        await errors.write(
+            context,
+            pb.AnalyzeStreamResponse(opened=opened),
+            self._config.limits.slow_reader_s,
+        )
         return lane
 
     async def _read(self, context: Context, lane: Lane) -> None:
@@ -228,26 +232,11 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                     if error.args != (_Patience.LOST,):
                         raise
                     task.uncancel()
-                    raise self._unread() from None
+                    raise errors.unread(self._config.limits.slow_reader_s) from None
                 finally:
                     patience.end()
                 if isinstance(item, Outcome):
                     lane.written()
-
-    async def _say(self, context: Context, message: pb.AnalyzeStreamResponse) -> None:
-        """Writes what is said once a stream. Raises ``FacelaneError(SLOW_READER)``."""
-        try:
-            async with asyncio.timeout(self._config.limits.slow_reader_s):
-                await context.write(message)
-        except TimeoutError:
-            raise self._unread() from None
-
-    def _unread(self) -> FacelaneError:
-        return FacelaneError(
-            Reason.SLOW_READER,
-            f"nothing could be written for {self._config.limits.slow_reader_s:g} s; read the "
-            "outcomes while sending frames",
-        )
 
     # -- single pictures -------------------------------------------------------------------
 

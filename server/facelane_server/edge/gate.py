@@ -2,7 +2,8 @@
 
 Whoever has no key that is good for a method is refused by a handler that reads nothing: no
 message is received, decompressed or parsed. Whoever has one takes a place of its key's share, and
-is given so many seconds for a request. A call whose key goes away, or may less than before, ends.
+is given so many seconds for a request, and so many to take each message of the answer. A call whose
+key goes away, or may less than before, ends.
 """
 
 from __future__ import annotations
@@ -67,15 +68,36 @@ class _Call:
         self.ended: FacelaneError | None = None
 
 
+class _Heard:
+    """The context of a call whose peer must take what is written: a place is not held for ever by
+    whoever reads nothing."""
+
+    def __init__(self, context: Context, patience_s: float) -> None:
+        self._context = context
+        self._patience_s = patience_s
+
+    async def write(self, message: object) -> None:
+        await errors.write(self._context, message, self._patience_s)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
     """Lets calls in, and ends those that may not go on."""
 
     def __init__(
-        self, authenticator: Authenticator, quotas: Quotas, *, first_message_s: float
+        self,
+        authenticator: Authenticator,
+        quotas: Quotas,
+        *,
+        first_message_s: float,
+        slow_reader_s: float,
     ) -> None:
         self._authenticator = authenticator
         self._quotas = quotas
         self._first_message_s = first_message_s
+        self._slow_reader_s = slow_reader_s
         self._receiving = asyncio.Semaphore(limits.MAX_RECEIVING)
         self._calls: set[_Call] = set()
         self._handlers: dict[str, Any] = {}
@@ -128,6 +150,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             serve, kind = self._single(_returned(handler.unary_unary)), Kind.CALLS
         if method.startswith("/grpc.reflection."):
             kind = Kind.WATCHERS
+        # Streams have a patience of their own, which costs less an outcome.
+        own_patience = kind is Kind.STREAMS
 
         async def enter(requests: AsyncIterator[Any], context: Context) -> None:
             try:
@@ -141,7 +165,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                 with self._quotas.place(kind, let_in) as allowed:
                     _caller.set(let_in)
                     _allowance.set(allowed)
-                    await self._serve(_Call(method, let_in, peer), serve(requests, context))
+                    heard = context if own_patience else _Heard(context, self._slow_reader_s)
+                    await self._serve(_Call(method, let_in, peer), serve(requests, heard))
             except FacelaneError as error:
                 told = log.warning if error.reason in _STRANGERS else log.info
                 told("call refused or ended", method=method, reason=error.reason.value)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -196,8 +195,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
 
 
 class EventService(event_grpc.EventServiceServicer):
-    def __init__(self, config: Config, feed: EventFeed, gallery: Gallery) -> None:
-        self._patience_s = config.limits.slow_reader_s
+    def __init__(self, feed: EventFeed, gallery: Gallery) -> None:
         self._feed = feed
         self._gallery = gallery
 
@@ -210,21 +208,10 @@ class EventService(event_grpc.EventServiceServicer):
             raise convert.invalid("kinds: there is no such kind of event", field="kinds") from None
         caller = gate.caller()
 
-        async def tell(**fields: Any) -> None:
-            try:
-                async with asyncio.timeout(self._patience_s):
-                    await context.write(event_pb.WatchEventsResponse(**fields))
-            except TimeoutError:
-                raise FacelaneError(
-                    Reason.SLOW_READER,
-                    f"nothing could be written for {self._patience_s:g} s; read the events as "
-                    "they come",
-                ) from None
-
         with self._feed.watch(request.resume_token, kinds) as watcher:
             # Whoever has heard this misses nothing, even if nothing happens before its
             # connection breaks.
-            await tell(resume_token=watcher.resume_token)
+            await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))
             async for event in watcher:
                 if caller.hears(event.source_id, event.gallery_id):
                     gallery_id, source_id = event.gallery_id or None, event.source_id or None
@@ -234,7 +221,10 @@ class EventService(event_grpc.EventServiceServicer):
                         "gallery.read", gallery=event.gallery_id
                     ):
                         await self._describe(message)
-                    await tell(event=message, resume_token=self._feed.token(event))
+                    token = self._feed.token(event)
+                    await context.write(
+                        event_pb.WatchEventsResponse(event=message, resume_token=token)
+                    )
 
     async def _describe(self, message: event_pb.Event) -> None:
         """Adds what the gallery says of the subject; nothing when it cannot be asked."""

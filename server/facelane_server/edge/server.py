@@ -83,7 +83,10 @@ class Edge:
         certificates = Certificates.read(settings.tls)
         self._certificates = Presented(certificates) if certificates else None
         self._gate = Gate(
-            self._authenticator, self.quotas, first_message_s=settings.limits.first_message_s
+            self._authenticator,
+            self.quotas,
+            first_message_s=settings.limits.first_message_s,
+            slow_reader_s=settings.limits.slow_reader_s,
         )
         self._expiry: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
@@ -123,7 +126,7 @@ class Edge:
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(controls), server)
         event_service_pb2_grpc.add_EventServiceServicer_to_server(
-            EventService(settings, events, gallery), server
+            EventService(events, gallery), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         if settings.server.reflection:
