@@ -165,7 +165,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                 with self._quotas.place(kind, let_in) as allowed:
                     _caller.set(let_in)
                     _allowance.set(allowed)
-                    heard = context if own_patience else _Heard(context, self._slow_reader_s)
+                    heard: Any = context if own_patience else _Heard(context, self._slow_reader_s)
                     await self._serve(_Call(method, let_in, peer), serve(requests, heard))
             except FacelaneError as error:
                 told = log.warning if error.reason in _STRANGERS else log.info
