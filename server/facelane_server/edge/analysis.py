@@ -15,7 +15,7 @@ from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, tracking
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Outcome, Reason
-from facelane_server.edge import convert, errors, gate
+from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.load import LoadWatch
@@ -130,7 +130,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             lane.finish()
             totals = lane.totals
             assert totals.received == totals.results + totals.drops + totals.errors
-            await errors.write(context, _summary(totals), self._config.limits.slow_reader_s)
+            await gate.write(context, _summary(totals), self._config.limits.slow_reader_s)
             if stream.stop.is_set():
                 raise FacelaneError(
                     Reason.DRAINING, "the server is shutting down; reconnect", retryable=True
@@ -182,7 +182,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             models=self._controls.model_ids(),
             server_version=__version__,
         )
-        await errors.write(
+        await gate.write(
             context,
             pb.AnalyzeStreamResponse(opened=opened),
             self._config.limits.slow_reader_s,
@@ -232,7 +232,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                     if error.args != (_Patience.LOST,):
                         raise
                     task.uncancel()
-                    raise errors.unread(self._config.limits.slow_reader_s) from None
+                    raise gate.unread(self._config.limits.slow_reader_s) from None
                 finally:
                     patience.end()
                 if isinstance(item, Outcome):

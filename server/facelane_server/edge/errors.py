@@ -109,23 +109,6 @@ def status(
     return status_pb2.Status(code=CODES[reason], message=message, details=[detail])
 
 
-def unread(patience_s: float) -> FacelaneError:
-    """What a peer is told that took nothing for so long."""
-    return FacelaneError(
-        Reason.SLOW_READER,
-        f"nothing could be written for {patience_s:g} s; read the answers as they come",
-    )
-
-
-async def write(context: Context, message: object, patience_s: float) -> None:
-    """Raises ``FacelaneError(SLOW_READER)`` when the peer does not take the message in time."""
-    try:
-        async with asyncio.timeout(patience_s):
-            await context.write(message)
-    except TimeoutError:
-        raise unread(patience_s) from None
-
-
 async def abort(context: Context, error: FacelaneError) -> NoReturn:
     """Ends the call with the error's status.
 

@@ -68,6 +68,23 @@ class _Call:
         self.ended: FacelaneError | None = None
 
 
+def unread(patience_s: float) -> FacelaneError:
+    """What a peer is told that took nothing for so long."""
+    return FacelaneError(
+        Reason.SLOW_READER,
+        f"nothing could be written for {patience_s:g} s; read the answers as they come",
+    )
+
+
+async def write(context: Context, message: object, patience_s: float) -> None:
+    """Raises ``FacelaneError(SLOW_READER)`` when the peer does not take the message in time."""
+    try:
+        async with asyncio.timeout(patience_s):
+            await context.write(message)
+    except TimeoutError:
+        raise unread(patience_s) from None
+
+
 class _Heard:
     """The context of a call whose peer must take what is written: a place is not held for ever by
     whoever reads nothing."""
@@ -77,7 +94,7 @@ class _Heard:
         self._patience_s = patience_s
 
     async def write(self, message: object) -> None:
-        await errors.write(self._context, message, self._patience_s)
+        await write(self._context, message, self._patience_s)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
