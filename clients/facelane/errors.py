@@ -52,6 +52,9 @@ class Reason(enum.StrEnum):
     ENCODING_UNSUPPORTED = "ENCODING_UNSUPPORTED"
     ENCODING_MISMATCH = "ENCODING_MISMATCH"
     RAW_LAYOUT_INVALID = "RAW_LAYOUT_INVALID"
+    ENCODING_CHANGED = "ENCODING_CHANGED"
+    VIDEO_UNSUPPORTED = "VIDEO_UNSUPPORTED"
+    PARAMETER_SETS_MISSING = "PARAMETER_SETS_MISSING"
     # The stream.
     CONFIG_MISSING = "CONFIG_MISSING"
     CONFIG_REPEATED = "CONFIG_REPEATED"
@@ -239,6 +242,9 @@ _BY_REASON: dict[str, type[FacelaneError]] = {
     Reason.ENCODING_UNSUPPORTED: PictureError,
     Reason.ENCODING_MISMATCH: PictureError,
     Reason.RAW_LAYOUT_INVALID: PictureError,
+    Reason.ENCODING_CHANGED: PictureError,
+    Reason.VIDEO_UNSUPPORTED: PictureError,
+    Reason.PARAMETER_SETS_MISSING: PictureError,
 }
 
 # Code -> (class, the reason when the server gave none).

@@ -48,6 +48,25 @@ lowers it to two fifths of that. More than the slowest picture within the bounds
 MAX_ABANDONED_DECODERS: Final = 2
 """Decodings given up that still run; with one more the worker answers and ends."""
 
+# -- video ------------------------------------------------------------------------
+MAX_VIDEO_PIXELS: Final = 9_437_184
+"""Of one picture: the largest of H.264's level 5.2, 36,864 macroblocks; 4096x2304."""
+MAX_REFERENCES: Final = 16
+"""Pictures that a decoder keeps; no level allows more."""
+MAX_KEPT: Final = 53_477_376
+"""Pixels of all of those: 6 of H.265's level 5.2 (H.264's allows 47 million). 80 MB of 8 bits."""
+MAX_REORDER: Final = 16
+"""Pictures that are held back to be shown in order."""
+MAX_NAL_UNITS: Final = 1_024
+"""Of one access unit; level 5.2 allows 600 slices."""
+MAX_PARAMETER_SET_BYTES: Final = 4 * KIB
+MAX_GROUP_UNITS: Final = 2_048
+"""Access units kept since a key frame: 80 s at 25 a second."""
+MAX_DECODER_THREADS: Final = 2
+"""Of one decoder on a CPU."""
+MAX_DECODERS: Final = 64
+"""Of video, of one worker; with more lanes of video the pool needs more workers."""
+
 # -- a stream ---------------------------------------------------------------------
 MAX_STREAMS: Final = 4_096
 MAX_WINDOW: Final = 256

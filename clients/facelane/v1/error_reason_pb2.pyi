@@ -39,6 +39,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The bytes are of another encoding than the one that was named."""
     ERROR_REASON_RAW_LAYOUT_INVALID: _ErrorReason.ValueType  # 7
     """Width, height, stride and the number of bytes of a raw picture contradict each other."""
+    ERROR_REASON_ENCODING_CHANGED: _ErrorReason.ValueType  # 53
+    """Frames of this stream were of another encoding before: video keeps to one."""
+    ERROR_REASON_VIDEO_UNSUPPORTED: _ErrorReason.ValueType  # 54
+    """Video that is not decoded here: interlaced, not 4:2:0, or of more than 10 bits."""
+    ERROR_REASON_PARAMETER_SETS_MISSING: _ErrorReason.ValueType  # 55
+    """A key frame came without its parameter sets."""
     ERROR_REASON_CONFIG_MISSING: _ErrorReason.ValueType  # 8
     """The first message of a stream was not its config."""
     ERROR_REASON_CONFIG_REPEATED: _ErrorReason.ValueType  # 9
@@ -149,6 +155,12 @@ ERROR_REASON_ENCODING_MISMATCH: ErrorReason.ValueType  # 6
 """The bytes are of another encoding than the one that was named."""
 ERROR_REASON_RAW_LAYOUT_INVALID: ErrorReason.ValueType  # 7
 """Width, height, stride and the number of bytes of a raw picture contradict each other."""
+ERROR_REASON_ENCODING_CHANGED: ErrorReason.ValueType  # 53
+"""Frames of this stream were of another encoding before: video keeps to one."""
+ERROR_REASON_VIDEO_UNSUPPORTED: ErrorReason.ValueType  # 54
+"""Video that is not decoded here: interlaced, not 4:2:0, or of more than 10 bits."""
+ERROR_REASON_PARAMETER_SETS_MISSING: ErrorReason.ValueType  # 55
+"""A key frame came without its parameter sets."""
 ERROR_REASON_CONFIG_MISSING: ErrorReason.ValueType  # 8
 """The first message of a stream was not its config."""
 ERROR_REASON_CONFIG_REPEATED: ErrorReason.ValueType  # 9

@@ -16,6 +16,7 @@ in the slots of two memfd arenas, and messages hold offsets into the job's slot.
       |  <- InferDone | InferFailed ------------|   in the order of Infer
       |  -- Ping -> / <- Pong -----------------|   answered by the inference loop itself
       |  -- Cancel ---------------------------> |   best effort: skips a job not begun
+      |  -- CloseVideo -----------------------> |   a lane of video ended, or has moved
       |  -- Drain -> / <- Drained ------------- |   then the worker exits 0
       |  <- Fatal ------------------------------|   last words: why the worker ends
 
@@ -31,7 +32,7 @@ import msgspec
 
 from facelane_server import limits
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 
 # What a worker says is checked while it is decoded: whatever lies outside of these, NaN
 # included, is no message, and the worker is lost. Scores may exceed 1 by a rounding error.
@@ -70,6 +71,26 @@ class DetectItem(Packed, frozen=True, tag="D"):
     max_pixels: int = 0
 
 
+class VideoItem(Packed, frozen=True, tag="V"):
+    """One picture of a lane's video. Access units number ``first`` to ``last`` of a group of
+    pictures (0 = its key frame) lie one behind the other from ``offset`` on, as long as
+    ``lengths`` says; none where the decoder has had them all. ``begins``: with the group's key
+    frame, and nothing of what was before is needed. ``picture``: the one wanted, counted in the
+    order of showing. ``drain``: nothing follows, so what the decoder holds back comes out."""
+
+    lane: int
+    offset: int
+    lengths: tuple[int, ...]
+    encoding: str
+    first: int
+    last: int
+    picture: int
+    begins: bool = False
+    drain: bool = False
+    max_faces: int = 16
+    max_pixels: int = 0
+
+
 class EmbedItem(Packed, frozen=True, tag="E"):
     """An aligned chip at ``offset`` of the request slot (size x size x 3 uint8 BGR).
 
@@ -102,6 +123,16 @@ class DetectDone(Packed, frozen=True, tag="d"):
     crops_offset: Offset
 
 
+class PictureHeld(Packed, frozen=True, tag="h"):
+    """Video: there is no picture yet. ``position``: the newest access unit of the group that was
+    decoded; -1 = the decoder is not where the item goes on, and has to begin anew. ``held``: all
+    were decoded, and the decoder holds so many pictures back; 0 = the others must have their turn,
+    send the rest again."""
+
+    position: Annotated[int, msgspec.Meta(ge=-1, le=limits.MAX_GROUP_UNITS)]
+    held: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_REORDER)] = 0
+
+
 class EmbedDone(Packed, frozen=True, tag="e"):
     """``candidates``: (subject index in the snapshot's table, cosine), best first, one a
     subject. ``snapshot``: the version searched, 0 = none. ``vector_offset`` -1 = not asked."""
@@ -126,8 +157,8 @@ class ItemFailed(Packed, frozen=True, tag="x"):
     message: Text
 
 
-Item = DetectItem | EmbedItem | LivenessItem
-ItemDone = DetectDone | EmbedDone | LivenessDone | ItemFailed
+Item = DetectItem | VideoItem | EmbedItem | LivenessItem
+ItemDone = DetectDone | PictureHeld | EmbedDone | LivenessDone | ItemFailed
 
 
 # -- to the worker --------------------------------------------------------------------
@@ -182,6 +213,12 @@ class Cancel(Message, frozen=True):
     job_id: int
 
 
+class CloseVideo(Message, frozen=True):
+    """The lane's decoder is not needed here any more."""
+
+    lane: int
+
+
 class Ping(Message, frozen=True):
     sequence: int
 
@@ -209,7 +246,7 @@ class GallerySnapshot(Message, frozen=True):
     table_bytes: int = 0
 
 
-ToWorker = Load | Infer | Cancel | Ping | Drain | GallerySnapshot
+ToWorker = Load | Infer | Cancel | CloseVideo | Ping | Drain | GallerySnapshot
 
 
 # -- from the worker ------------------------------------------------------------------

@@ -104,6 +104,11 @@ class Model(ABC):
         """Free what the model holds outside of Python's own memory."""
 
 
+def blank(width: int, height: int) -> U8:
+    """A black picture that takes no memory, for models that look at no pixels; read-only."""
+    return np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (height, width, 3))
+
+
 class DevicePicture(ABC):
     """A picture that lies decoded on the model's device; ``height`` and ``width`` in pixels."""
 

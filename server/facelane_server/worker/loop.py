@@ -34,6 +34,7 @@ from facelane_server.ipc.arena import Arena
 from facelane_server.ipc.channel import ChannelClosed, ProtocolError, WorkerChannel, close_all
 from facelane_server.ipc.messages import (
     Cancel,
+    CloseVideo,
     Drain,
     Drained,
     Fatal,
@@ -137,7 +138,7 @@ class Loop:
             if isinstance(message, Load) and len(descriptors) == 2:
                 return message, descriptors
             close_all(descriptors)
-            if isinstance(message, Cancel):
+            if isinstance(message, Cancel | CloseVideo):
                 continue  # for the model before, which was drained on this channel
             if isinstance(message, Drain):
                 self._send(Drained())
@@ -238,6 +239,8 @@ class Loop:
                 self._send(Pong(message.sequence, self._memory()))
             elif isinstance(message, Cancel):
                 self._cancel(message.job_id)
+            elif isinstance(message, CloseVideo):
+                self._work.close_video(message.lane)
             elif isinstance(message, Drain):
                 self._draining = True
             elif isinstance(message, GallerySnapshot):

@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,12 +31,19 @@ from facelane_server.ipc.messages import (
     LivenessDone,
     LivenessItem,
     Load,
+    PictureHeld,
+    VideoItem,
 )
 from facelane_server.models import api
 from facelane_server.models.api import U8
 from facelane_server.worker.search import GalleryLoader, Hits, Searcher
 
+if TYPE_CHECKING:
+    from facelane_server.worker.decoding.video import VideoEngine
+
 Finish = Callable[[], list[ItemDone]]
+_Read = tuple[U8, tuple[int, int]] | U8 | api.DevicePicture | FacelaneError | PictureHeld
+"""What became of one picture before the model sees it; with its size as stored, if shrunk."""
 
 
 class Work:
@@ -57,6 +65,9 @@ class Work:
     def rehearse(self) -> float:
         """Milliseconds of one synthetic item, the best of a few."""
         raise NotImplementedError
+
+    def close_video(self, lane: int) -> None:
+        """The lane's decoder is not needed any more."""
 
     @property
     def worn_out(self) -> bool:
@@ -95,7 +106,7 @@ class DetectWork(Work):
     def __init__(self, model: api.Detector, load: Load, request: Arena, response: Arena) -> None:
         super().__init__(request, response)
         from facelane_server.worker.appearance import signatures
-        from facelane_server.worker.decoding import headers, patience, pictures
+        from facelane_server.worker.decoding import headers, patience, pictures, video
 
         self._signatures = signatures
 
@@ -111,48 +122,63 @@ class DetectWork(Work):
         self._decoders = patience.Decoders(
             load.threads, min(limits.DECODE_SECONDS, 0.4 * timeout_s), 0.6 * timeout_s
         )
+        self._video = video.Sessions(
+            _video_engine(load) if self._needs_pixels else None, max_pixels=load.max_pixels
+        )
 
     @property
     def worn_out(self) -> bool:
         return self._decoders.worn_out
 
     def spans(self, item: Item) -> list[tuple[int, int]]:
+        if isinstance(item, VideoItem):
+            return [(item.offset, sum(item.lengths))]
         assert isinstance(item, DetectItem)
         return [(item.offset, item.length)]
 
-    def begin(self, job: Infer) -> tuple[Finish, bool]:
-        items = [item for item in job.items if isinstance(item, DetectItem)]
-        if len(items) != len(job.items):
-            raise ProtocolError("a detector takes pictures")
-        view = self._views[job.slot]
-        for item in items:
-            self._bytes(job.slot, item.offset, item.length)
+    def close_video(self, lane: int) -> None:
+        self._video.close(lane)
 
-        on_device = self._on_device(view, items) if self._model.decodes else {}
-        others = [item for i, item in enumerate(items) if i not in on_device]
-        read: Iterator[tuple[U8, tuple[int, int]] | FacelaneError]
+    def begin(self, job: Infer) -> tuple[Finish, bool]:
+        view = self._views[job.slot]
+        items = job.items
+        for item in items:
+            if not isinstance(item, DetectItem | VideoItem):
+                raise ProtocolError("a detector takes pictures")
+            for offset, length in self.spans(item):
+                self._bytes(job.slot, offset, length)
+        stills = {i: item for i, item in enumerate(items) if isinstance(item, DetectItem)}
+        read: dict[int, _Read] = {}
+        if self._model.decodes and stills:
+            read.update(self._on_device(view, stills))
+        others = {i: item for i, item in stills.items() if i not in read}
+        footage = {i: item for i, item in enumerate(items) if isinstance(item, VideoItem)}
         if self._needs_pixels:
-            calls = [functools.partial(self._read, view, item) for item in others]
-            read = iter(self._decoders.run(calls))
+            read.update(self._read_all(view, others, footage))
         else:
-            read = (self._look_at(view, item) for item in others)
-        read_items = [on_device.get(i) or next(read) for i in range(len(items))]
+            read.update({i: self._look_at(view, item) for i, item in others.items()})
+            read.update(self._read_all(view, {}, footage))
         pictures: list[U8 | api.DevicePicture] = []
         max_faces: list[int] = []
-        outcome: list[_Size | FacelaneError] = []
-        for item, found in zip(items, read_items, strict=True):
-            if isinstance(found, FacelaneError):
+        outcome: list[_Size | FacelaneError | PictureHeld] = []
+        for i, item in enumerate(items):
+            assert isinstance(item, DetectItem | VideoItem)
+            found = read[i]
+            if isinstance(found, FacelaneError | PictureHeld):
                 outcome.append(found)
                 continue
-            if isinstance(found, api.DevicePicture):
-                stored = (found.width, found.height)
-                pictures.append(found)
-                outcome.append(_Size(stored, stored))
-            else:
+            if isinstance(found, tuple):
                 pixels, stored = found
                 decoded = (pixels.shape[1], pixels.shape[0]) if self._needs_pixels else stored
                 pictures.append(pixels)
                 outcome.append(_Size(stored, decoded))
+            else:
+                if isinstance(found, api.DevicePicture):
+                    stored = (found.width, found.height)
+                else:
+                    stored = (found.shape[1], found.shape[0])
+                pictures.append(found)
+                outcome.append(_Size(stored, stored))
             max_faces.append(min(max(item.max_faces, 0), limits.MAX_FACES))
         if not pictures:
             pending: api.Pending[list[api.Detections]] = api.Immediate([])
@@ -160,18 +186,46 @@ class DetectWork(Work):
             pending = self._model.begin(pictures, max_faces)
 
         def finish() -> list[ItemDone]:
-            found = iter(pending.finish())
+            detected = iter(pending.finish())
             done: list[ItemDone] = []
             end = 0
             for size in outcome:
                 if isinstance(size, FacelaneError):
                     done.append(ItemFailed(size.reason, size.message))
+                elif isinstance(size, PictureHeld):
+                    done.append(size)
                 else:
-                    answer, end = self._write(job.slot, end, size, next(found))
+                    answer, end = self._write(job.slot, end, size, next(detected))
                     done.append(answer)
             return done
 
         return finish, isinstance(pending, api.Immediate)
+
+    def _read_all(
+        self, view: memoryview, stills: Mapping[int, DetectItem], footage: Mapping[int, VideoItem]
+    ) -> dict[int, _Read]:
+        """By the number of the item. One call for each still, one for each lane of video."""
+        calls: list[Callable[[], Sequence[_Read]]] = [
+            functools.partial(self._read_still, view, item) for item in stills.values()
+        ]
+        numbers = [[i] for i in stills]
+        if footage:
+            which = list(footage)
+            lanes, places = self._video.calls(
+                [(item, _access_units(view, item)) for item in footage.values()]
+            )
+            calls += lanes
+            numbers += [[which[place] for place in of_lane] for of_lane in places]
+        read: dict[int, _Read] = {}
+        for of_call, found in zip(numbers, self._decoders.run(calls), strict=True):
+            if isinstance(found, FacelaneError):
+                read.update(dict.fromkeys(of_call, found))
+            else:
+                read.update(zip(of_call, found, strict=True))
+        return read
+
+    def _read_still(self, view: memoryview, item: DetectItem) -> list[_Read]:
+        return [self._read(view, item)]
 
     def _read(
         self, view: memoryview, item: DetectItem
@@ -206,12 +260,12 @@ class DetectWork(Work):
         return self._blank, (header.width, header.height)
 
     def _on_device(
-        self, view: memoryview, items: Sequence[DetectItem]
+        self, view: memoryview, items: Mapping[int, DetectItem]
     ) -> dict[int, api.DevicePicture]:
         """Pictures that the model's device has decoded, by the number of the item. What is
         wrong with the others is found when they are read."""
         jpegs: dict[int, memoryview] = {}
-        for i, item in enumerate(items):
+        for i, item in items.items():
             data = view[item.offset : item.offset + item.length]
             if item.encoding != Encoding.JPEG.value:
                 continue
@@ -256,6 +310,21 @@ class DetectWork(Work):
     def rehearse(self) -> float:
         picture = np.full((240, 320, 3), 96, np.uint8)
         return _best_ms(lambda: self._model.begin([picture], [1]).finish())
+
+
+def _video_engine(load: Load) -> VideoEngine:
+    from facelane_server.worker.decoding.cpu_video import CpuEngine
+
+    return CpuEngine(load.threads)
+
+
+def _access_units(view: memoryview, item: VideoItem) -> list[bytes]:
+    """Copies: a decoding that was given up must not see the slot's next content."""
+    units, at = [], item.offset
+    for length in item.lengths:
+        units.append(bytes(view[at : at + length]))
+        at += length
+    return units
 
 
 class EmbedWork(Work):

@@ -1,0 +1,90 @@
+"""What a stream of video brings, before anybody decodes it: pure.
+
+Each access unit is examined, and has its place in a group of pictures or is refused. Behind one
+that is missing or broken there is nothing to be had until the next key frame.
+"""
+
+from __future__ import annotations
+
+from facelane_server import annexb
+from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.pools.groups import Group
+
+
+class Footage:
+    """One stream's. ``cache_bytes``: what is kept of a group of pictures."""
+
+    def __init__(self, max_pixels: int, cache_bytes: int) -> None:
+        self._max_pixels = max_pixels
+        self._cache_bytes = cache_bytes
+        self._encoding: Encoding | None = None
+        self._leading = False
+        """The group begins with a soft key frame, and what is shown before it may come."""
+        self.group: Group | None = None
+        """The newest, while it goes on."""
+        self.dry = False
+        """A key frame is wanted."""
+
+    def check(self, encoding: Encoding) -> None:
+        """For every frame of the stream. Raises FacelaneError(ENCODING_CHANGED)."""
+        before = self._encoding
+        if before is None:
+            self._encoding = encoding
+        elif before is not encoding and (before.is_video or encoding.is_video):
+            raise FacelaneError(
+                Reason.ENCODING_CHANGED,
+                f"the stream's frames were {before.value} before and are {encoding.value} now; "
+                "video keeps to one encoding: open another stream",
+            )
+
+    def take(self, unit: bytes, encoding: Encoding) -> tuple[Group, int] | None:
+        """The access unit's group and its number in it; None when it cannot be decoded without
+        a key frame that is not there. Raises FacelaneError for one that is refused."""
+        try:
+            seen = annexb.examine(unit, encoding, self._max_pixels)
+        except FacelaneError:
+            self.lose()
+            raise
+        if seen.format is not None and self._begins(seen.key, seen.format):
+            self.end()
+            self.group = Group(encoding, seen.format, self._cache_bytes)
+            self._leading = seen.key is annexb.Key.SOFT
+            self.dry = False
+        group = self.group
+        if group is None or group.broken:
+            self.lose()
+            return None
+        if seen.key is annexb.Key.NONE and self._leading:
+            if seen.leading:
+                return None  # it needs what was before the group, and nothing needs it
+            self._leading = False
+        if not group.append(unit, disposable=seen.disposable):
+            self.lose()
+            return None
+        return group, len(group) - 1
+
+    def _begins(self, key: annexb.Key, found: annexb.Format) -> bool:
+        """Whether a group begins here. One whose pictures are shown in another order goes on over
+        a soft key frame while it is short enough to be kept, or those shown before it are lost."""
+        group = self.group
+        if key is not annexb.Key.SOFT:
+            return key is annexb.Key.HARD
+        return (
+            group is None
+            or group.broken
+            or not found.reorder
+            or found != group.format
+            or not group.kept
+            or group.size > self._cache_bytes // 2
+        )
+
+    def lose(self) -> None:
+        """An access unit is missing: what follows waits for a key frame."""
+        self.end()
+        self.dry = True
+
+    def end(self) -> None:
+        """No access units follow those of the group."""
+        if self.group is not None:
+            self.group.closed = True
+            self.group = None

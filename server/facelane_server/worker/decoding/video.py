@@ -1,0 +1,281 @@
+"""Video in a worker: a decoder for each lane that sends it, and the seam for those who decode.
+
+An engine opens decoders; a decoder takes access units in decoding order and gives pictures in
+the order of showing (``Shown``), which are converted only when somebody wants to look at them.
+A ``Session`` is one lane's: it knows which access units its decoder has had and which picture
+belongs to which. Where pictures are shown in another order than they are decoded in, the n-th
+access unit of a group stands for the n-th picture shown.
+
+``Sessions`` holds them all, by the lane's number. It is used by one thread, its sessions by one
+thread each: a decoding that was given up (``patience``) takes its session with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from facelane_server import annexb, limits
+from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.ipc.channel import ProtocolError
+from facelane_server.ipc.messages import PictureHeld, VideoItem
+from facelane_server.models import api
+from facelane_server.models.api import U8
+
+SLICE_S: Final = 0.25
+"""What one lane may decode at a stretch before others have their turn: a group of pictures that
+is replayed takes longer, and goes on in the next job."""
+
+Pixels = U8 | api.DevicePicture
+
+
+class Shown(Protocol):
+    """A picture that a decoder gives out."""
+
+    @property
+    def tag(self) -> int:
+        """That its access unit came with."""
+
+    def read(self) -> Pixels:
+        """uint8 [height, width, 3], BGR, C-contiguous, or the same on the model's device."""
+
+
+class VideoDecoder(Protocol):
+    """Of one lane. Not used again after it has raised anything but PICTURE_CORRUPT."""
+
+    @property
+    def reorders(self) -> bool:
+        """It may hold pictures back to show them in order."""
+
+    def decode(self, unit: bytes, tag: int) -> Sequence[Shown]:
+        """One access unit; what is shown by it, in order. Raises FacelaneError:
+        PICTURE_CORRUPT for one that is broken, VIDEO_UNSUPPORTED."""
+
+    def drain(self) -> Sequence[Shown]:
+        """The pictures that are held back; the next unit is a key frame."""
+
+    def reset(self) -> None:
+        """Forget everything; the next unit is a key frame."""
+
+    def close(self) -> None: ...
+
+
+class VideoEngine(Protocol):
+    def open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder:
+        """Raises FacelaneError(VIDEO_UNSUPPORTED) for a format that this engine does not take;
+        OUT_OF_MEMORY (retryable)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Blank:
+    """For models that look at no pixels."""
+
+    tag: int
+    pixels: U8
+
+    def read(self) -> U8:
+        return self.pixels
+
+
+class BlindDecoder:
+    """Decodes nothing: ``blank`` for every access unit."""
+
+    reorders = False
+
+    def __init__(self, blank: U8) -> None:
+        self._blank = blank
+
+    def decode(self, unit: bytes, tag: int) -> Sequence[Shown]:
+        del unit
+        return [_Blank(tag, self._blank)]
+
+    def drain(self) -> Sequence[Shown]:
+        return []
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Session:
+    """One lane's decoder, and where it is in the group of pictures that it decodes."""
+
+    def __init__(self, codec: Encoding, decoder: VideoDecoder, found: annexb.Format) -> None:
+        self.codec = codec
+        self.format = found
+        self.decoder = decoder
+        self.position = -1
+        """The newest access unit of the group that it has had."""
+        self.busy = False
+        """A thread is at it; left so by one that was given up."""
+        self._drained = False
+        self._unshown: deque[int] = deque()
+        self._shown: dict[int, Shown] = {}
+
+    def begin(self, found: annexb.Format) -> None:
+        """The next access unit is the first of a group."""
+        self.decoder.reset()
+        self.format = found
+        self.position = -1
+        self._drained = False
+        self._unshown.clear()
+        self._shown.clear()
+
+    def goes_on_at(self, first: int, count: int) -> bool:
+        """Whether ``count`` access units from ``first`` on are what comes next."""
+        return first == self.position + 1 and not (self._drained and count)
+
+    def feed(self, unit: bytes) -> None:
+        self.position += 1
+        self._unshown.append(self.position)
+        self._take(self.decoder.decode(unit, self.position))
+
+    def drain(self) -> None:
+        if not self._drained:
+            self._take(self.decoder.drain())
+            self._drained = True
+            self._unshown.clear()
+
+    def _take(self, shown: Sequence[Shown]) -> None:
+        for picture in shown:
+            if not self.decoder.reorders:
+                # What lies before it will not be shown any more.
+                while self._unshown and self._unshown[0] < picture.tag:
+                    self._unshown.popleft()
+            if self._unshown:
+                self._shown[self._unshown.popleft()] = picture
+        while len(self._unshown) > limits.MAX_REORDER:
+            self._unshown.popleft()
+
+    def picture(self, number: int) -> Shown | None:
+        """The ``number``-th; earlier ones are let go of. None when it is held back."""
+        for earlier in [n for n in self._shown if n < number]:
+            del self._shown[earlier]
+        found = self._shown.pop(number, None)
+        if found is None and number not in self._unshown:
+            raise _corrupt(self.codec, "its picture was not shown")
+        return found
+
+    @property
+    def held(self) -> int:
+        return len(self._unshown)
+
+
+Read = Pixels | FacelaneError | PictureHeld
+
+
+class Sessions:
+    """Of a worker. ``engine``: who decodes; ``max_pixels``: of one picture."""
+
+    def __init__(
+        self,
+        engine: VideoEngine | None,
+        *,
+        max_pixels: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``engine`` None: nobody looks at pixels."""
+        self._engine = engine
+        self._max_pixels = max_pixels
+        self._clock = clock
+        self._sessions: dict[int, Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def calls(
+        self, items: Sequence[tuple[VideoItem, Sequence[bytes]]]
+    ) -> tuple[Sequence[Callable[[], Sequence[Read]]], list[list[int]]]:
+        """One call for each lane, which decodes its items in order, and the numbers of those items.
+        Raises ProtocolError for a lane too many."""
+        lanes: dict[int, list[int]] = {}
+        for number, (item, _) in enumerate(items):
+            lanes.setdefault(item.lane, []).append(number)
+        self._abandon_busy()
+        if len(self._sessions.keys() | lanes.keys()) > limits.MAX_DECODERS:
+            raise ProtocolError("more decoders than a worker has")
+        calls = [
+            functools.partial(self._run, [items[number] for number in numbers])
+            for numbers in lanes.values()
+        ]
+        return calls, list(lanes.values())
+
+    def close(self, lane: int) -> None:
+        session = self._sessions.pop(lane, None)
+        if session is not None and not session.busy:
+            session.decoder.close()
+
+    def close_all(self) -> None:
+        for lane in list(self._sessions):
+            self.close(lane)
+
+    def _abandon_busy(self) -> None:
+        """A thread that was given up may still be at work on these."""
+        for lane in [lane for lane, session in self._sessions.items() if session.busy]:
+            del self._sessions[lane]
+
+    def _run(self, items: Sequence[tuple[VideoItem, Sequence[bytes]]]) -> list[Read]:
+        until = self._clock() + SLICE_S
+        return [self._read(item, units, until) for item, units in items]
+
+    def _read(self, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
+        try:
+            session = self._session(item, units)
+        except FacelaneError as error:
+            return error
+        if session is None:
+            return PictureHeld(-1)
+        session.busy = True
+        try:
+            for unit in units:
+                session.feed(unit)
+                if self._clock() >= until and session.position < item.last:
+                    return PictureHeld(session.position)
+            if item.drain:
+                session.drain()
+            picture = session.picture(item.picture)
+            return (
+                PictureHeld(session.position, session.held) if picture is None else picture.read()
+            )
+        except FacelaneError as error:
+            if error.reason is not Reason.PICTURE_CORRUPT:
+                self._sessions.pop(item.lane, None)
+            return error
+        finally:
+            session.busy = False
+
+    def _session(self, item: VideoItem, units: Sequence[bytes]) -> Session | None:
+        """That goes on, or begins, with these access units; None when it does not."""
+        session = self._sessions.get(item.lane)
+        if not item.begins:
+            return session if session and session.goes_on_at(item.first, len(units)) else None
+        codec = Encoding(item.encoding)
+        if not units:
+            raise ProtocolError("a group of pictures without a key frame")
+        found = annexb.examine(units[0], codec, item.max_pixels or self._max_pixels).format
+        if found is None:
+            raise _corrupt(codec, "it begins with no key frame")
+        if session is not None and session.codec is codec and session.format == found:
+            session.begin(found)
+            return session
+        if session is not None:
+            self.close(item.lane)
+        decoder: VideoDecoder = (
+            BlindDecoder(api.blank(found.width, found.height))
+            if self._engine is None
+            else self._engine.open(codec, found)
+        )
+        session = self._sessions[item.lane] = Session(codec, decoder, found)
+        return session
+
+
+def _corrupt(codec: Encoding, why: str) -> FacelaneError:
+    return FacelaneError(
+        Reason.PICTURE_CORRUPT, f"the {codec.value} access unit cannot be decoded: {why}"
+    )

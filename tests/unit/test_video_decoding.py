@@ -1,0 +1,352 @@
+"""Video in a worker: access units looked at, decoders and their sessions."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fakes.access_units import clip, picture
+
+from facelane_server import annexb, limits
+from facelane_server.annexb import Key
+from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.ipc.channel import ProtocolError
+from facelane_server.ipc.messages import PictureHeld, VideoItem
+from facelane_server.models.api import U8
+from facelane_server.worker.decoding import video
+from facelane_server.worker.decoding.cpu_video import CpuEngine
+
+ENCODINGS = [Encoding.H264, Encoding.H265]
+
+
+def seen(units: Sequence[bytes], encoding: Encoding) -> list[annexb.AccessUnit]:
+    return [annexb.examine(unit, encoding, 0) for unit in units]
+
+
+def refused(unit: bytes, encoding: Encoding, max_pixels: int = 0) -> Reason:
+    with pytest.raises(FacelaneError) as caught:
+        annexb.examine(unit, encoding, max_pixels)
+    return caught.value.reason
+
+
+# -- looked at ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("bframes", [0, 3])
+def test_key_frames_and_sizes_are_seen(encoding: Encoding, bframes: int) -> None:
+    found = seen(clip(encoding, size=(334, 246), bframes=bframes), encoding)
+    keys = [i for i, unit in enumerate(found) if unit.key is not Key.NONE]
+    assert keys == [0, 10]
+    first = found[0].format
+    assert first is not None
+    assert (first.width, first.height, first.depth) == (334, 246, 8)
+    assert (first.reorder > 0) is (bframes > 0)
+    assert not any(unit.format for i, unit in enumerate(found) if i not in keys)
+
+
+def test_slices_are_one_picture() -> None:
+    found = seen(clip("h264", slices=4), Encoding.H264)
+    assert [unit.key for unit in found[:2]] == [Key.HARD, Key.NONE]
+
+
+def test_pictures_shown_before_a_soft_key_frame_are_known() -> None:
+    found = seen(clip("h265", 30, bframes=3, open_gop=True), Encoding.H265)
+    assert found[0].key is Key.HARD
+    assert Key.SOFT in {unit.key for unit in found}
+    assert any(unit.leading for unit in found)
+
+
+def test_ten_bits() -> None:
+    for encoding in ENCODINGS:
+        found = seen(clip(encoding, 2, pix_fmt="yuv420p10le"), encoding)
+        assert found[0].format is not None
+        assert found[0].format.depth == 10
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_is_not_decoded_here_is_refused_with_a_reason(encoding: Encoding) -> None:
+    assert refused(clip(encoding, 1, pix_fmt="yuv422p")[0], encoding) is Reason.VIDEO_UNSUPPORTED
+    unit = clip(encoding, 1)[0]
+    assert refused(unit, encoding, 10_000) is Reason.PICTURE_TOO_LARGE
+    assert refused(unit[3:], encoding) is Reason.PICTURE_CORRUPT
+    assert refused(unit + unit, encoding) is Reason.PICTURE_CORRUPT
+    assert refused(b"\0\0\1\x09\xf0", encoding) is Reason.PICTURE_CORRUPT
+    many = unit + b"\0\0\1\x0c\xff\xff" * limits.MAX_NAL_UNITS
+    assert refused(many, encoding) is Reason.PICTURE_TOO_COSTLY
+
+
+def test_interlaced_video_is_refused() -> None:
+    assert refused(clip("h264", 1, interlaced=True)[0], Encoding.H264) is Reason.VIDEO_UNSUPPORTED
+
+
+def without(unit: bytes, kinds: set[int], encoding: Encoding) -> bytes:
+    """Some NAL units left out."""
+    parts = unit.replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1")[1:]
+    kind = (lambda p: p[0] & 31) if encoding is Encoding.H264 else (lambda p: p[0] >> 1 & 63)
+    return b"".join(b"\0\0\1" + part for part in parts if kind(part) not in kinds)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sets"), [(Encoding.H264, 7), (Encoding.H264, 8), (Encoding.H265, 32)]
+)
+def test_a_key_frame_without_its_parameter_sets(encoding: Encoding, sets: int) -> None:
+    unit = without(clip(encoding, 1)[0], {sets}, encoding)
+    assert refused(unit, encoding) is Reason.PARAMETER_SETS_MISSING
+
+
+@given(st.data())
+def test_whatever_comes_has_a_reason(data: st.DataObject) -> None:
+    encoding = data.draw(st.sampled_from(ENCODINGS))
+    unit = bytearray(clip(encoding, 1)[0])
+    for _ in range(data.draw(st.integers(1, 6))):
+        unit[data.draw(st.integers(0, min(len(unit), 120) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(unit)))
+    try:
+        found = annexb.examine(bytes(unit[:cut]), encoding, 0)
+    except FacelaneError:
+        return
+    if found.format is not None:
+        assert found.format.width * found.format.height <= limits.MAX_VIDEO_PIXELS
+
+
+@given(st.binary(max_size=200))
+def test_noise_behind_a_start_code(noise: bytes) -> None:
+    for encoding in ENCODINGS:
+        with contextlib.suppress(FacelaneError):
+            assert annexb.examine(b"\0\0\1" + noise, encoding, 0).format is None
+
+
+# -- decoded ------------------------------------------------------------------------------
+
+
+class Clock:
+    """Every look at it takes ``step`` seconds."""
+
+    def __init__(self, step: float = 0.0) -> None:
+        self.now = 0.0
+        self.step = step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def sessions(step: float = 0.0) -> video.Sessions:
+    return video.Sessions(CpuEngine(), max_pixels=0, clock=Clock(step))
+
+
+def item(
+    first: int,
+    last: int,
+    wanted: int,
+    encoding: Encoding = Encoding.H264,
+    *,
+    lane: int = 1,
+    begins: bool | None = None,
+    drain: bool = False,
+) -> VideoItem:
+    begins = first == 0 if begins is None else begins
+    return VideoItem(lane, 0, (), encoding, first, last, wanted, begins=begins, drain=drain)
+
+
+def read(held: video.Sessions, *asked: tuple[VideoItem, Sequence[bytes]]) -> list[video.Read]:
+    calls, numbers = held.calls(asked)
+    assert sorted(n for of_call in numbers for n in of_call) == list(range(len(asked)))
+    found: dict[int, video.Read] = {}
+    for call, of_call in zip(calls, numbers, strict=True):
+        found.update(zip(of_call, call(), strict=True))
+    return [found[i] for i in range(len(asked))]
+
+
+def shows(found: video.Read, number: int, size: tuple[int, int] = (320, 240)) -> bool:
+    assert isinstance(found, np.ndarray), found
+    wanted = picture(number, size).astype(int)
+    assert found.shape == wanted.shape
+    return float(np.abs(found.astype(int) - wanted).mean()) < 4
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_each_picture_in_turn(encoding: Encoding) -> None:
+    held, units = sessions(), clip(encoding, 8, keyint=8)
+    for i, unit in enumerate(units):
+        (found,) = read(held, (item(i, i, i, encoding), [unit]))
+        assert shows(found, i)
+    assert len(held) == 1
+
+
+def test_those_between_are_decoded_for_the_last() -> None:
+    held, units = sessions(), clip(count=10)
+    (found,) = read(held, (item(0, 6, 6), units[:7]))
+    assert shows(found, 6)
+    (found,) = read(held, (item(7, 9, 9), units[7:10]))
+    assert shows(found, 9)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_nth_access_unit_is_the_nth_picture_shown(encoding: Encoding) -> None:
+    units = clip(encoding, 10, keyint=10, bframes=3)
+    found = annexb.examine(units[0], encoding, 0).format
+    assert found is not None
+    held, delay = sessions(), found.reorder
+    (early,) = read(held, (item(0, 0, 0, encoding), units[:1]))
+    assert early == PictureHeld(0, 1)
+    assert delay > 0
+    for i in range(10):
+        last = min(i + delay, 9)
+        fed = 0 if i == 0 else min(i - 1 + delay, 9)
+        (got,) = read(
+            held,
+            (
+                item(fed + 1, last, i, encoding, begins=False, drain=i + delay > 9),
+                units[fed + 1 : last + 1],
+            ),
+        )
+        assert shows(got, i)
+
+
+def test_a_decoder_that_is_elsewhere_says_so() -> None:
+    held, units = sessions(), clip(count=10)
+    assert read(held, (item(3, 3, 3), units[3:4])) == [PictureHeld(-1)]
+    read(held, (item(0, 1, 1), units[:2]))
+    assert read(held, (item(3, 3, 3), units[3:4])) == [PictureHeld(-1)]
+    (found,) = read(held, (item(0, 3, 3), units[:4]))
+    assert shows(found, 3)
+
+
+def test_a_long_group_is_decoded_in_slices() -> None:
+    held, units = sessions(step=video.SLICE_S / 3), clip(count=10)
+    position, rounds = -1, 0
+    while True:
+        rounds += 1
+        first = position + 1
+        (found,) = read(held, (item(first, 9, 9), units[first:]))
+        if not isinstance(found, PictureHeld):
+            break
+        assert found.held == 0
+        assert found.position > position
+        position = found.position
+    assert rounds > 2
+    assert shows(found, 9)
+
+
+def test_another_size_with_a_key_frame() -> None:
+    held = sessions()
+    (small,) = read(held, (item(0, 3, 3), clip(count=4)))
+    (large,) = read(held, (item(0, 3, 3), clip(count=4, size=(640, 480))))
+    assert shows(small, 3)
+    assert shows(large, 3, (640, 480))
+    (other,) = read(held, (item(0, 3, 3, Encoding.H265), clip("h265", 4)))
+    assert shows(other, 3)
+    assert len(held) == 1
+
+
+def test_a_broken_access_unit_is_its_own_error() -> None:
+    held, units = sessions(), clip(count=10)
+    (found,) = read(held, (item(0, 2, 2), [units[0], units[1][: len(units[1]) // 2], units[2]]))
+    assert isinstance(found, FacelaneError)
+    assert found.reason is Reason.PICTURE_CORRUPT
+    (again,) = read(held, (item(0, 2, 2), units[:3]))
+    assert shows(again, 2)
+
+
+def test_garbage_costs_a_reason_and_nothing_else() -> None:
+    rng = random.Random(7)
+    for encoding in ENCODINGS:
+        units = clip(encoding, 5)
+        for _ in range(60):
+            broken = [bytearray(unit) for unit in units]
+            for unit in broken[1:]:
+                for _ in range(rng.randint(0, 4)):
+                    unit[rng.randrange(6, len(unit))] = rng.randrange(256)
+            (found,) = read(sessions(), (item(0, 4, 4, encoding), [bytes(unit) for unit in broken]))
+            assert isinstance(found, np.ndarray | FacelaneError)
+
+
+def test_lanes_do_not_meet() -> None:
+    held, units = sessions(), clip(count=4)
+    one, other = item(0, 3, 3), item(0, 2, 2, lane=2)
+    first, second = read(held, (one, units), (other, units[:3]))
+    assert shows(first, 3)
+    assert shows(second, 2)
+    assert len(held) == 2
+    held.close(1)
+    assert len(held) == 1
+    held.close(7)
+
+
+def test_more_decoders_than_a_worker_has() -> None:
+    held, unit = sessions(), clip(count=1)[0]
+    for lane in range(limits.MAX_DECODERS):
+        read(held, (item(0, 0, 0, lane=lane), [unit]))
+    with pytest.raises(ProtocolError):
+        held.calls([(item(0, 0, 0, lane=999), [unit])])
+    held.close_all()
+    assert not len(held)
+
+
+def test_a_decoding_that_was_given_up_takes_its_session_along() -> None:
+    held, units = sessions(), clip(count=4)
+    read(held, (item(0, 0, 0), units[:1]))
+    held._sessions[1].busy = True  # its thread is still at it
+    assert read(held, (item(1, 1, 1), units[1:2])) == [PictureHeld(-1)]
+
+
+def test_who_looks_at_no_pixels_decodes_none() -> None:
+    held = video.Sessions(None, max_pixels=0)
+    (found,) = read(held, (item(0, 0, 0), clip(count=1)))
+    assert isinstance(found, np.ndarray)
+    assert found.shape == (240, 320, 3)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("size", [(320, 240), (1280, 720)])
+def test_colours_are_those_of_the_picture(size: tuple[int, int], full: bool) -> None:
+    """By range and matrix: what the video names, or the convention for its size."""
+    pixels: U8 = np.zeros((size[1], size[0], 3), np.uint8)
+    for i, colour in enumerate(
+        [(0, 0, 255), (0, 255, 0), (255, 0, 0), (255, 255, 255), (30, 30, 30)]
+    ):
+        pixels[:, i * size[0] // 5 : (i + 1) * size[0] // 5] = colour
+    units = colour_bars(pixels, full=full)
+    (found,) = read(sessions(), (item(0, 0, 0, drain=True), units))
+    assert isinstance(found, np.ndarray)
+    for i in range(5):
+        x = (2 * i + 1) * size[0] // 10
+        assert np.abs(found[size[1] // 2, x].astype(int) - pixels[size[1] // 2, x]).max() < 6
+
+
+def colour_bars(pixels: U8, *, full: bool) -> list[bytes]:
+    import av
+
+    hd = pixels.shape[0] > 576
+    frame = av.VideoFrame.from_ndarray(pixels, format="bgr24").reformat(
+        format="yuv420p",
+        src_color_range=2,
+        dst_color_range=2 if full else 1,
+        dst_colorspace=1 if hd else 5,
+    )
+    options = {"x264-params": "fullrange=on" if full else "fullrange=off", "qp": "4"}
+    return encode_frames([frame], options)
+
+
+def encode_frames(frames: Sequence[object], options: dict[str, str]) -> list[bytes]:
+    import av
+
+    context = av.CodecContext.create("libx264", "w")
+    assert isinstance(context, av.VideoCodecContext)
+    first = frames[0]
+    assert isinstance(first, av.VideoFrame)
+    context.width, context.height, context.pix_fmt = first.width, first.height, "yuv420p"
+    context.framerate = 25  # type: ignore[assignment]
+    context.options = options
+    units = []
+    for frame in frames:
+        assert isinstance(frame, av.VideoFrame)
+        units += [bytes(packet) for packet in context.encode(frame)]
+    return units + [bytes(packet) for packet in context.encode(None)]
