@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # The tests start hundreds of processes: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak soak-cameras gpu-test protos bench gpu-bench wheel install-systemd clean
+.PHONY: help setup demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak soak-cameras gpu-test protos bench gpu-bench wheel install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -98,6 +98,13 @@ bench: setup ## the benchmarks that run on a CPU; results in bench/results
 
 gpu-bench: setup ## the benchmarks that need an NVIDIA card (about twelve minutes)
 	@$(BIN)/python -m bench isolation decode streams:720p streams:720p-nvjpeg leak
+
+DATA =
+OUT = build/models-report
+models-report: setup ## the starter recogniser on people of your own: DATA=FOLDER (subject/picture.jpg), OUT=FOLDER
+	@test -n "$(DATA)" || { echo "say whose pictures: make models-report DATA=FOLDER, which holds subject/picture.jpg"; exit 2; }
+	@$(BIN)/facelane-server models evaluate facelane-recognizer --detector facelane-detector \
+	    --data "$(DATA)" --out "$(OUT)"
 
 wheel: setup ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .

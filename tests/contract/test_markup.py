@@ -43,6 +43,15 @@ def faults(text: str) -> Iterator[str]:
             if not any(OFF.items() <= given(call).items() for call in own):
                 consoles.add(node.name)
     for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and any(
+                isinstance(mark, ast.Call) and called(mark) in ("command", "callback")
+                for mark in node.decorator_list
+            )
+            and "[" in (ast.get_docstring(node) or "")
+        ):
+            yield f"{node.lineno}: a command's help with a bracket, which typer reads as markup"
         if isinstance(node, ast.ImportFrom) and node.module == "rich":
             yield f"{node.lineno}: rich's own print and the like read markup"
         if not isinstance(node, ast.Call):
@@ -80,6 +89,7 @@ def test_no_text_goes_through_markup() -> None:
         "TextColumn('{task.description}')",
         "typer.Option(help='needs facelane[onnx]')",
         "console.print(Markdown(text))",
+        '@app.command(\'x\')\ndef x() -> None:\n    """Reads [[x, y]]."""',
     ],
 )
 def test_what_is_a_fault(wrong: str) -> None:

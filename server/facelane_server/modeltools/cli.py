@@ -242,8 +242,9 @@ def evaluate(
 ) -> None:
     """Measure a package on pictures of your own: error rates, thresholds, plots.
 
-    Recogniser: subject/picture.jpg, or pairs.csv (first,second,same). Liveness: live/ and
-    spoof/. Detector: boxes.json ({"path": [[x, y, width, height], ...]}), or --reference.
+    Recogniser: subject/picture.jpg, or pairs.csv (first,second,same); groups.csv
+    (subject,group) for rates within groups. Liveness: live/ and spoof/. Detector: boxes.json
+    (for each path its lists of x, y, width, height), or --reference.
     """
     import msgspec
 

@@ -4,7 +4,8 @@
 folder must hold depends on the task:
 
 - recogniser: ``subject/picture.jpg``, one folder for each person; or with ``pairs.csv`` (rows
-  ``first,second,same`` with paths and 0 or 1), those pairs alone;
+  ``first,second,same`` with paths and 0 or 1), those pairs alone; ``groups.csv`` (rows
+  ``subject,group``, the subject a folder's name) asks for rates within groups as well;
 - liveness: ``live/…`` and ``spoof/…``; sub-folders of ``spoof`` are kinds of attack;
 - detector: pictures anywhere, and ``boxes.json``: ``{"path": [[x, y, w, h], …], …}``, in which
   a picture without a face has an empty list; or no such file, and another detector to agree with.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from facelane_server.models.api import F32, U8, Embeddings, Recognizer
 from facelane_server.models.package import Package
 from facelane_server.models.promise import Promise
-from facelane_server.modeltools import damage, impostors, measures
+from facelane_server.modeltools import damage, impostors, measures, openset
 from facelane_server.modeltools.report import Bars, Curve, Plot, Report
 from facelane_server.modeltools.samples import (
     BATCH,
@@ -70,11 +70,14 @@ def evaluate_recognizer(
         found, plots = _verification(package, faces, subject, genuine, impostor, run)
         spoilt = _damaged(model, faces, run) if faces.sample else {}
         found |= _naming(package, faces, spoilt, subject, genuine, impostor)
+        found |= _open_set(faces, subject)
+        found |= _groups(run.data, [files[i] for i in faces.used], faces, subject)
         if package.manifest.ood is None or package.manifest.ood.source == "none":
             found["ood"] = {"source": "none: every face is trusted; see the manual to calibrate it"}
         else:
             found["ood"], more = _trust(package, faces, spoilt, genuine, impostor)
             plots += more
+            found["ood"] |= _tellable_but_refused(package, faces, spoilt, subject)
     finally:
         model.close()
     return found, plots
@@ -215,6 +218,75 @@ def _naming(
         "naming": table,
         "impostors": {f"{row.ood:g}": msgspec.to_builtins(row) for row in rows},
     }
+
+
+def _open_set(faces: _Faces, subject: I64) -> Report:
+    """FNIR at FPIR, of as large galleries as there are people for."""
+    table: Report = {}
+    for enrolled in openset.GALLERIES:
+        for templates in openset.TEMPLATES:
+            rates = openset.identification(faces.vectors, subject, enrolled, templates, SEED)
+            if rates is None:
+                continue
+            row: Report = {"mated": rates.mated, "non_mated": rates.non_mated}
+            for fpir, found in rates.fnir.items():
+                row[f"threshold_at_fpir_{fpir:g}"] = found[0] if found else None
+                row[f"fnir_at_fpir_{fpir:g}"] = found[1] if found else None
+            table[f"{enrolled} people, {templates} of each"] = row
+    least = min(openset.GALLERIES)
+    few = f"needs {2 * least} people, {least} of whom have two pictures or more"
+    return {"open_set": table or {"not_measured": few}}
+
+
+def _groups(data: Path, files: Sequence[Path], faces: _Faces, subject: I64) -> Report:
+    """False accept rates within the groups of ``groups.csv`` (columns subject, group)."""
+    listed = data / "groups.csv"
+    if not listed.is_file():
+        return {}
+    groups: dict[str, str] = {}
+    with listed.open(newline="", encoding="utf-8-sig") as stream:
+        for number, row in enumerate(csv.DictReader(stream), 2):
+            try:
+                groups[row["subject"].strip()] = row["group"].strip()
+            except (KeyError, AttributeError) as error:
+                raise refuse(
+                    f"groups.csv, line {number}: needs the columns subject (the name of a folder) "
+                    "and group"
+                ) from error
+    label = [groups.get(path.relative_to(data).parts[0], "") for path in files]
+    table: Report = {}
+    for group in openset.within_groups(faces.vectors, subject, label, FARS, SEED):
+        table[group.name] = {"people": group.people, "pairs": group.pairs} | {
+            f"far_where_overall_{far:g}": rate for far, rate in group.far.items()
+        }
+    few = f"no group in groups.csv has {openset.LEAST_GROUP} people"
+    return {"groups": table or {"not_measured": few}}
+
+
+def _tellable_but_refused(
+    package: Package, faces: _Faces, spoilt: Mapping[str, Embeddings], subject: I64
+) -> Report:
+    """Of the faces that would be named rightly, how many the OOD score refuses; of those that it
+    lets pass, how many would be named wrongly. By kind of damage, and of clean ones."""
+    least, match = package.thresholds.ood, package.thresholds.match
+    assert least is not None
+    assert match is not None
+    rows = np.array(list(faces.sample), np.int64)
+    clean = Embeddings(faces.vectors[rows], faces.trust[rows].astype(np.float32))
+    table: Report = {}
+    for kind, answer in {"clean": clean, **spoilt}.items() if len(rows) else ():
+        own, other = openset.leave_one_out(answer.vectors, rows, faces.vectors, subject)
+        told = openset.tellable(own, other, match)[own > -np.inf]
+        wrong = ((other >= match) & (other > own))[own > -np.inf]
+        passed = (answer.ood >= least)[own > -np.inf]
+        if not len(told):
+            return {}
+        table[kind] = {
+            "tellable": float(told.mean()),
+            "tellable_but_refused": float((told & ~passed).sum() / max(1, told.sum())),
+            "wrongly_named": float((wrong & passed).mean()),
+        }
+    return {"tellable": table}
 
 
 def _trust(

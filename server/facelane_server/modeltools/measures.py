@@ -128,11 +128,19 @@ def accuracy_10_fold(genuine: F64, impostor: F64, seed: int) -> float:
 
 
 def best_threshold(genuine: F64, impostor: F64) -> float:
-    """The threshold of highest balanced accuracy."""
-    values = np.sort(np.concatenate((genuine, impostor)))
+    """The threshold of highest balanced accuracy, in the middle of the gap that it lies in."""
+    values = np.unique(np.concatenate((genuine, impostor)))
     passed = 1 - np.searchsorted(np.sort(genuine), values, "left") / len(genuine)
     stopped = np.searchsorted(np.sort(impostor), values, "left") / len(impostor)
-    return float(values[np.argmax(passed + stopped)])
+    return _middle(values, int(np.argmax(passed + stopped)))
+
+
+def _middle(values: F64, at: int) -> float:
+    """Between ``values[at]`` and the one below: every threshold in that gap does the same to
+    what was measured, and its middle is the likeliest to do so to what was not."""
+    low, high = float(values[max(at - 1, 0)]), float(values[at])
+    middle = (low + high) / 2
+    return middle if middle > low else high
 
 
 def threshold_at_far(impostor: F64, far: float) -> float:
@@ -159,11 +167,11 @@ def error_curve(genuine: F64, impostor: F64, points: int = 400) -> tuple[F64, F6
 
 def equal_error(genuine: F64, impostor: F64) -> tuple[float, float]:
     """(threshold, rate) where as many impostors pass as genuine ones fail."""
-    values = np.sort(np.concatenate((genuine, impostor)))
+    values = np.unique(np.concatenate((genuine, impostor)))
     rejected = np.searchsorted(np.sort(genuine), values, "left") / len(genuine)
     accepted = 1 - np.searchsorted(np.sort(impostor), values, "left") / len(impostor)
     at = int(np.argmin(np.abs(rejected - accepted)))
-    return float(values[at]), float((rejected[at] + accepted[at]) / 2)
+    return _middle(values, at), float((rejected[at] + accepted[at]) / 2)
 
 
 def reject_curve(score: F64, similarity: F64, genuine: npt.NDArray[np.bool_], shares: F64) -> F64:
