@@ -15,7 +15,7 @@ import facelane
 from facelane import Encoding
 from facelane_bridge import handover as handover_module
 from facelane_bridge.handover import VIDEO_ROOM, Handover, Taken
-from facelane_bridge.passing import PATIENCE_KEYS, Passing, picture_of
+from facelane_bridge.passing import PATIENCE_ERRORS, PATIENCE_KEYS, Passing, picture_of
 from facelane_bridge.sources import CapturedFrame, SourceError, SourceReason, open_source
 
 KEY = "K"
@@ -122,6 +122,18 @@ def test_a_server_that_knows_no_video() -> None:
     assert "one of JPEG" in passing.settled(outcome(error))
     other = facelane.FrameError("PICTURE_CORRUPT", "broken", False)
     assert not passing.settled(outcome(other)), "a bad unit is no bad camera"
+    lost = facelane.FrameError("CONNECTION_LOST", "the stream ended", True)
+    for _ in range(2 * PATIENCE_ERRORS):
+        assert not passing.settled(outcome(lost)), "which says nothing of the video"
+
+
+def test_a_server_that_finds_everything_broken() -> None:
+    passing = Passing()
+    passing.sent(unit(True))
+    broken = outcome(facelane.FrameError("PICTURE_CORRUPT", "two pictures", False))
+    assert [bool(passing.settled(broken)) for _ in range(PATIENCE_ERRORS)].index(True) == (
+        PATIENCE_ERRORS - 1
+    )
 
 
 def test_a_server_that_sees_no_key_frame() -> None:

@@ -34,6 +34,7 @@ _STREAM_BUFFER = 32
 """Frames that are kept for drawing until their outcome is there, at least the window."""
 _LOOK_INTERVAL = 0.25
 _LOOK_TRACKS = 20
+_VIDEO_REFUSALS = ("ENCODING_UNSUPPORTED", "VIDEO_UNSUPPORTED", "PICTURE_TOO_LARGE")
 _WRITTEN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _JOIN_TIMEOUT = 12.0
 """Seconds for the reading thread to end; above the read timeout of a camera."""
@@ -418,9 +419,8 @@ def _analyze(
 
 def _check_takes_video(outcome: types.Outcome, item: Item) -> None:
     """The first outcome tells whether the server takes access units."""
-    unsupported = facelane.Reason.ENCODING_UNSUPPORTED
     is_video = item.picture is not None and item.picture.encoding.is_video
-    if is_video and outcome.error is not None and outcome.error.reason == unsupported:
+    if is_video and outcome.error is not None and outcome.error.reason in _VIDEO_REFUSALS:
         raise _NeedsPicturesError(outcome.error.message)
 
 
