@@ -61,7 +61,8 @@ def _write(path: Path, settings: Settings) -> None:
         stream.width, stream.height = SIZE
         stream.pix_fmt, stream.bit_rate = "yuv420p", BIT_RATE
         for data in material.make_frames(settings.sized(8 * FPS, FPS), *SIZE, [1]):
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            pixels = np.asarray(decoded, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="bgr24")))
         container.mux(stream.encode(None))
 
@@ -198,7 +199,7 @@ def _kilobytes(clip: Path, way: str) -> float:
     source = open_source(
         single(str(clip), server={}, options={"pace": "fast", "video": way}).cameras[0]
     )
-    sizes = []
+    sizes: list[int] = []
     try:
         source.open()
         while (frame := source.read()) is not None and len(sizes) < 2 * FPS:
