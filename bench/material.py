@@ -142,7 +142,8 @@ def _imported(stage: Stage, folder: Path) -> Package:
 
 
 @cache
-def _photo(name: str) -> Array:
+def photo(name: str) -> Array:
+    """One of the public-domain photos, BGR. Raises MissingError."""
     import cv2
 
     where = {
@@ -176,11 +177,11 @@ def _paste(canvas: Array, name: str, centre: tuple[float, float], face_px: float
     """Puts a photo's head and shoulders on the canvas, its face ``face_px`` high."""
     import cv2
 
-    photo = _photo(name)
+    picture = photo(name)
     x, y, height = _FACES[name]
     reach = int(height * 1.1)
     top, left = max(0, y - reach), max(0, x - reach)
-    cut = photo[top : y + reach, left : x + reach]
+    cut = picture[top : y + reach, left : x + reach]
     scale = face_px / height
     cut = cv2.resize(cut, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     px, py = int(centre[0] - cut.shape[1] / 2), int(centre[1] - cut.shape[0] / 2)

@@ -40,7 +40,10 @@ class Service:
         tables: str = "",
         start_s: float = START_S,
         environ: Mapping[str, str] | None = None,
+        token: str | None = None,
     ) -> None:
+        """``token``: a key's secret, where ``tables`` ask for keys."""
+        self._token = token
         self._pools = pools_toml
         self._tables = tables
         self._start_s = start_s
@@ -106,7 +109,7 @@ class Service:
 
     async def _until_serving(self) -> None:
         deadline = time.monotonic() + self._start_s
-        async with facelane.aio.Client(self.target, timeout=2.0) as client:
+        async with facelane.aio.Client(self.target, timeout=2.0, token=self._token) as client:
             while True:
                 if self.process.poll() is not None:
                     raise ServiceError(

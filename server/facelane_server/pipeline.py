@@ -300,7 +300,6 @@ class Pipeline:
             evidence.ood_score,
             evidence.candidates,
             self.thresholds.at(plan.gallery_id, plan.source_id),
-            searched=self.searched(plan.gallery_id),
         )
 
     def liveness(self, score: float | None) -> Liveness:

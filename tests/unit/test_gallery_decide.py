@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,15 @@ from hypothesis import strategies as st
 
 from facelane_server import limits
 from facelane_server.domain import Candidate, Decision, LivenessVerdict
-from facelane_server.gallery.decide import Thresholds, best_first, identify, liveness, verify
+from facelane_server.gallery.decide import (
+    Thresholds,
+    best_first,
+    identify,
+    liveness,
+    resembles,
+    verify,
+)
+from facelane_server.models.promise import Promise
 
 THRESHOLDS = Thresholds(match=0.35, margin=0.05, ood=0.4, live=0.9, spoof=0.5)
 
@@ -142,3 +151,23 @@ def test_liveness_of_one_shot(score: float | None, verdict: LivenessVerdict) -> 
 def test_thresholds_outside_of_their_ranges_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"threshold|margin"):
         Thresholds(**wrong)
+
+
+def test_a_face_that_is_trusted_less_passes_for_one_person_and_is_named_nobody() -> None:
+    promise = Promise(0.001, (Measured(0.4, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),))
+    measured = Thresholds(match=0.9, margin=0.05, ood=0.4, promise=promise)
+    found = of(("a", 0.35), ("b", 0.1))
+    # 0.3 among one template, 0.6 among a thousand: who it is, is another question than whether
+    # it is still the same.
+    assert identify(0.9, found, measured, searched=1000).decision is Decision.UNKNOWN
+    for ood, passes in ((0.9, "a"), (0.1, "a"), (0.09, ""), (math.nan, ""), (None, "")):
+        assert resembles(ood, found, measured) == passes, ood
+    assert resembles(0.2, of(("a", 0.29)), measured) == ""
+    assert resembles(0.2, of(("a", 0.35), ("b", 0.34)), measured) == ""
+    assert identify(0.2, found, measured).decision is Decision.REJECTED_OOD
+
+
+@dataclass(frozen=True)
+class Measured:
+    ood: float
+    similarity: tuple[float, ...]

@@ -259,9 +259,9 @@ class Faces:
                 now_ns,
                 link=link,
                 resembles=(
-                    self._pipeline.resembles(evidence, self._plan)
-                    if identity.decision is Decision.REJECTED_OOD
-                    else ""
+                    ""
+                    if identity.decision is Decision.MATCH
+                    else self._pipeline.resembles(evidence, self._plan)
                 ),
             )
         if evidence.live_score is not None:

@@ -15,9 +15,12 @@ the face was not seen for a while; was linked by distance alone; looks unlike th
 before, or unlike the one that the recogniser saw last (``appearance``: a cut of the scene,
 somebody else in the same place); or where its box has just come apart from another track's.
 From a doubtful link on the track is *suspect*: it shows no name, no verdict and no OOD score
-of before, and asks for a look at once. What that look says is shown. If it says the same as
-before, the track goes on; if it says another name, or twice that this is nobody known, the
-track has ended there and another begins (``contradicts``, ``successor``).
+of before, and asks for a look at once, and its picture's outcome waits for the answer as it
+does for a new face's. What that look says is shown. If it says the same as before, the track
+goes on, and so it does where the look names nobody but the face, compared with the one who was
+named and nobody else, still passes for that one (``resembles``: a face that is blurred or turned
+for some pictures). If it says another name, or twice that this is nobody known, the track has
+ended there and another begins (``contradicts``, ``successor``).
 
 **Names.** The best shot by OOD score speaks for the track.
 
@@ -25,7 +28,9 @@ track has ended there and another begins (``contradicts``, ``successor``).
   track asks again soon, and a name that no shot has confirmed for ``identity_max_age`` is
   not shown any more.
 * A name needs two looks that agree, or one that is certain (``Identity.certain``): after a first
-  uncertain match the track asks again on the next frame, and shows what it showed before.
+  uncertain match the track asks again on the next frame, and shows what it showed before. A
+  doubt between the two does not part them: who moves looks otherwise in every picture of a slow
+  stream.
 * A match with *another* subject ends the track at once.
 * Any other contradiction (a name becomes unknown, or the reverse) counts at once when its
   OOD score is at least as good as the best shot's; otherwise it takes two in a row, and the

@@ -112,21 +112,27 @@ def contradicts(track: Track, ood_score: float, identity: Identity, *, link: int
     return identity.decision is Decision.UNKNOWN and doubtful and sure
 
 
-def needs_another_look(track: Track, identity: Identity, link: int) -> bool:
+def needs_another_look(track: Track, identity: Identity) -> bool:
     """Whether a name is withheld until a second look agrees: the look is not certain, and none
-    before it said the same."""
+    before it said the same.
+
+    A doubtful link between the two does not matter: if it hides nobody, they are two looks at
+    one face, and if it hides another person, that one had to be taken for the same subject by
+    chance, which is rarer than that one face is taken for it twice.
+    """
     best = track.shot
     said_before = best is not None and best.identity.subject_id == identity.subject_id
-    said_before = said_before or _agrees(track, identity, link)
-    return identity.decision is Decision.MATCH and not identity.certain and not said_before
+    return (
+        identity.decision is Decision.MATCH
+        and not identity.certain
+        and not said_before
+        and not _agrees(track, identity)
+    )
 
 
-def _agrees(track: Track, identity: Identity, link: int) -> bool:
-    """Whether the pending look named the same, and no doubt lies between that picture and
-    ``link``: else the two looks may be at two people."""
-    certain = track.suspect is None or track.suspect > link
-    undoubted = track.suspect_last <= track.pending_link or (certain and track.suspect_last > link)
-    return bool(track.pending) and track.pending == identity.subject_id and undoubted
+def _agrees(track: Track, identity: Identity) -> bool:
+    """Whether the look before this one named the same."""
+    return bool(track.pending) and track.pending == identity.subject_id
 
 
 def successor(track: Track, track_id: int, now_ns: int, *, link: int = 0) -> Track:
@@ -162,8 +168,8 @@ def with_recognition(
     """The track after the recogniser's answer to its picture ``link`` (0 = the last), taken
     at ``now_ns``.
 
-    ``resembles``: the subject that a rejected face would match if it were trusted a little
-    more. It names nobody, but where a link was doubtful it says that the face is still the one
+    ``resembles``: the subject that a face without a name passes for when nobody else is looked
+    for. It names nobody, but where a link was doubtful it says that the face is still the one
     that was named. An answer of NOT_EVALUATED changes nothing. See the package for the
     rules. An answer that ``contradicts`` the track belongs to its ``successor``.
     """
@@ -181,19 +187,18 @@ def with_recognition(
         looking=b"" if track.looking == found.signature else track.looking,
     )
     best = track.shot
+    same = best is not None and resembles != "" and resembles == best.identity.subject_id
+    still = same and doubtful and not track.strict
     if identity.decision is Decision.REJECTED_OOD:
         rejected = (*track.rejected, ood_score)[-8:]
         better = best is None or (
             best.identity.decision is Decision.REJECTED_OOD and ood_score > best.ood_score
         )
         after = replace(asked, rejected=rejected, shot=shot if better else best)
-        same = best is not None and resembles != "" and resembles == best.identity.subject_id
-        if same and doubtful and not track.strict:
-            return settled(replace(after, reference=found.signature), link)
-        return after
-    if needs_another_look(track, identity, link):
-        return replace(asked, pending=identity.subject_id, pending_link=link, rejected=())
-    agreed = _agrees(track, identity, link)
+        return settled(replace(after, reference=found.signature), link) if still else after
+    if needs_another_look(track, identity):
+        return replace(asked, pending=identity.subject_id, rejected=())
+    agreed = _agrees(track, identity)
     asked = replace(asked, pending="")
     accepted = settled(
         replace(
@@ -215,7 +220,8 @@ def with_recognition(
     matched = identity.decision is Decision.MATCH
     named = matched and (doubtful or old.decision is Decision.MATCH)
     if not (named or agreed or ood_score >= best.ood_score or track.doubts):
-        return replace(asked, doubts=1, rejected=())
+        asked = replace(asked, doubts=1, rejected=())
+        return settled(replace(asked, reference=found.signature), link) if still else asked
     if old.decision is Decision.MATCH or doubtful:
         # One who is not who it seemed: what was seen before is no evidence for this one.
         accepted = without_bona_fide(replace(accepted, tried_quality=quality(found)))

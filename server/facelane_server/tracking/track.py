@@ -109,10 +109,8 @@ class Track:
     """The last shot that was answered."""
     pending: str = ""
     """Whom the last look named, without being certain enough to name the track by itself."""
-    pending_link: int = 0
-    """The picture that it saw."""
     asked_ns: int | None = None
-    """When that was taken."""
+    """When ``latest`` was taken."""
     asked_link: int = 0
     tried_quality: float = 0.0
     """The best ``quality`` among the shots."""
