@@ -48,8 +48,8 @@ async def run(settings: Settings) -> Report:
                 neighbour = asyncio.create_task(_stream(client, frame, ended, asyncio.Event()))
                 for number in range(rounds):
                     settings.say(f"round {number + 1} of {rounds}")
-                    for name, seconds in (await _round(service, file, kept, frame)).items():
-                        taken[name].append(seconds)
+                    for name, lived in (await _round(service, file, kept, frame)).items():
+                        taken[name].append(lived)
                 if neighbour.done():
                     raise ServiceError("the key that stays lost its stream")
                 ended.set()
