@@ -244,7 +244,9 @@ class App:
 
     async def _open_gallery(self, stack: contextlib.AsyncExitStack) -> Gallery:
         gallery = await Gallery.open(
-            place_of(self.settings), max_templates=self.settings.gallery.max_templates
+            place_of(self.settings),
+            max_templates=self.settings.gallery.max_templates,
+            lease_s=self.settings.store.lease_s,
         )
         self._gallery = gallery
         stack.push_async_callback(gallery.close)

@@ -295,6 +295,10 @@ class Store(Section, frozen=True):
     servers of one machine; ``postgresql://user@host:5432/database`` (PostgreSQL 15 or newer,
     ``pip install 'facelane[postgres]'``) for those of several. A password stands better in
     ``~/.pgpass`` or $PGPASSWORD."""
+    lease_s: Annotated[float, msgspec.Meta(ge=2.0, le=86_400.0)] = 300.0
+    """How long a server goes on naming people from memory while it cannot reach a store on another
+    machine, where somebody may be deleted meanwhile. After that it names nobody until the store is
+    back. A deletion waits as long for a server whose machine was lost."""
 
 
 class Gallery(Section, frozen=True):

@@ -161,8 +161,15 @@ MAX_EMBEDDING_DIM: Final = 4_096
 # -- the gallery --------------------------------------------------------------------
 MAX_TEMPLATES: Final = 2_000_000
 MAX_TEMPLATES_PER_SUBJECT: Final = 32
-MAX_SNAPSHOTS_KEPT: Final = 16
-"""Subject tables of older snapshots that results in flight may still refer to."""
+MAX_BASES_KEPT: Final = 3
+"""Subject tables of older bases that results in flight may still refer to."""
+MIN_DELTA_ROWS: Final = 1_024
+MAX_DELTA_ROWS: Final = 16_384
+DELTA_SHARE: Final = 8
+"""A new base is made when so many rows were added or removed since the last one: one in
+``DELTA_SHARE`` of its own, within these bounds. All of them are compared with each face."""
+MAX_GALLERY_LOG_BYTES: Final = 2 * KIB * MIB
+"""What was added and removed since a base. Each template is in it once, a base follows soon."""
 MAX_PAGE_SIZE: Final = 1_000
 MAX_LABELS: Final = 32
 MAX_LABEL_KEY_BYTES: Final = 64

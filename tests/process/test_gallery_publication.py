@@ -14,7 +14,8 @@ from tests.real_pool import PACKAGES, RealPool, open_descriptors, real_pool
 from tests.waiting import auntil
 
 from facelane_server.domain import Candidate, Stage
-from facelane_server.ipc.messages import GallerySnapshot
+from facelane_server.ipc.gallery_log import Added, GalleryLog, Removed
+from facelane_server.ipc.messages import GalleryDelta, GallerySnapshot
 from facelane_server.pools.report import PoolState
 from facelane_server.pools.tasks import EmbedAnswer, EmbedRequest, Task
 
@@ -177,3 +178,34 @@ async def test_a_thousand_publications_leave_nothing_open() -> None:
         os.close(fd)
         await auntil(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before[1])
         assert open_descriptors() <= before[0]
+
+
+async def test_an_enrolment_reaches_every_worker_without_the_rest() -> None:
+    """What came after the snapshot is sent alone, and a worker that comes later has it too."""
+    SUBJECTS[5] = SUBJECTS[6] = SUBJECTS[7] = [*SUBJECTS[1], ("staff", "mary")]
+    async with real_pool(Stage.RECOGNIZER, workers=2, resolve=resolve) as p:
+        rows = []
+        for marker in (b"ada", b"grace", b"mary"):
+            vector = (await embed(p, marker, want_vector=True)).vector
+            rows.append(np.frombuffer(vector, np.float32).astype(np.float16))
+        fd = os.memfd_create("snapshot")
+        os.write(fd, np.stack(rows[:2]).tobytes() + array("i", range(2)).tobytes())
+        message = GallerySnapshot(5, 2, DIM, (("staff", 0, 2),))
+        await p.pool.publish_gallery(message, fd)
+        log = GalleryLog()
+        log.append([Added("staff", 3, rows[2].tobytes())])
+        await p.pool.publish_gallery(message, fd, GalleryDelta(6, 5, log.size), log.reader)
+        for _ in range(4):  # whichever worker answers
+            assert (await embed(p, b"mary", "staff")).candidates[0].subject_id == "mary"
+        log.append([Removed(0)])
+        await p.pool.publish_gallery(message, fd, GalleryDelta(7, 5, log.size), log.reader)
+        for _ in range(4):
+            found = (await embed(p, b"ada", "staff", top_k=5)).candidates
+            assert {c.subject_id for c in found} == {"grace", "mary"}
+        for pid in p.pids():
+            os.kill(pid, signal.SIGKILL)
+        await auntil(lambda: p.pool.info().losses == 2)
+        found = (await embed(p, b"mary", "staff", top_k=5)).candidates
+        assert [c.subject_id for c in found] == ["mary", "grace"]
+        os.close(fd)
+        log.close()

@@ -299,7 +299,8 @@ def test_the_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(path)
     store.create_subject("g", "a", "", {})
     running = installation.check_gallery(settings)
-    assert (running.status, running.detail) == (Status.SKIP, "in use by a server that runs")
+    assert running.status is Status.OK, "beside a server that runs"
+    assert "1 subjects" in running.detail
     store.close()
     check = installation.check_gallery(settings)
     assert (check.status, check.facts) == (Status.OK, {"subjects": 1, "templates": 0})

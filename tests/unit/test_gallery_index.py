@@ -23,6 +23,7 @@ from tests.waiting import auntil
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.gallery import index as index_module
+from facelane_server.gallery import snapshot
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.index import GalleryIndex
 from facelane_server.gallery.snapshot import (
@@ -32,7 +33,13 @@ from facelane_server.gallery.snapshot import (
     RemoveTemplate,
     SubjectKey,
 )
-from facelane_server.ipc.messages import GallerySnapshot, decode_to_worker, encode
+from facelane_server.ipc.gallery_log import Added, LogReader
+from facelane_server.ipc.messages import (
+    GalleryDelta,
+    GallerySnapshot,
+    decode_to_worker,
+    encode,
+)
 from facelane_server.store.records import RequestKey
 
 DIM = 16
@@ -44,16 +51,49 @@ def vector(seed: int, dim: int = DIM) -> F32:
     return values / np.linalg.norm(values)
 
 
+class Numbers:
+    """Of subjects, as the store gives them: another one for each life of a name."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._of: dict[SubjectKey, int] = {}
+
+    def __call__(self, gallery: str, subject: str) -> int:
+        if (gallery, subject) not in self._of:
+            self._next += 1
+            self._of[gallery, subject] = self._next
+        return self._of[gallery, subject]
+
+    def gone(self, gallery: str, subject: str) -> int:
+        number = self(gallery, subject)
+        del self._of[gallery, subject]
+        return number
+
+
+numbers = Numbers()
+
+
 def add(gallery: str, subject: str, template: int) -> AddTemplate:
-    return AddTemplate(gallery, subject, f"t{template}", vector(template).astype(np.float16))
+    half = vector(template).astype(np.float16)
+    return AddTemplate(numbers(gallery, subject), gallery, subject, f"t{template}", half)
 
 
-def read(message: GallerySnapshot, fd: int) -> dict[SubjectKey, list[bytes]]:
-    """A snapshot as a worker reads it: by gallery and subject *index*, from the file alone."""
-    found: dict[tuple[str, int], list[bytes]] = {}
+def remove(gallery: str, subject: str, template: int) -> RemoveTemplate:
+    return RemoveTemplate(numbers(gallery, subject), f"t{template}")
+
+
+def remove_all(gallery: str, subject: str) -> RemoveSubject:
+    return RemoveSubject(numbers.gone(gallery, subject))
+
+
+Content = dict[SubjectKey, list[bytes]]
+
+
+def read(message: GallerySnapshot, fd: int) -> list[tuple[str, int, bytes]]:
+    """A snapshot as a worker reads it, from the file alone: (gallery, subject index, vector)."""
     if message.rows == 0:
         assert os.fstat(fd).st_size == 0
-        return {}
+        return []
     size = message.rows * message.dim * 2
     mapped = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
     matrix = np.frombuffer(mapped, np.float16, message.rows * message.dim)
@@ -61,14 +101,12 @@ def read(message: GallerySnapshot, fd: int) -> dict[SubjectKey, list[bytes]]:
     indices = np.frombuffer(mapped, np.int32, message.rows, offset=size)
     assert os.fstat(fd).st_size == size + 4 * message.rows
     assert (np.diff(indices) >= 0).all(), "rows of a subject must lie together"
-    covered = 0
+    found = []
     for gallery, first, end in message.galleries:
-        assert first == covered
-        covered = end
-        for row in range(first, end):
-            found.setdefault((gallery, int(indices[row])), []).append(matrix[row].tobytes())
-    assert covered == message.rows
-    return found  # type: ignore[return-value]
+        assert first == len(found)
+        found += [(gallery, int(indices[row]), matrix[row].tobytes()) for row in range(first, end)]
+    assert len(found) == message.rows
+    return found
 
 
 class Recogniser:
@@ -76,31 +114,60 @@ class Recogniser:
 
     def __init__(self) -> None:
         self.versions: list[int] = []
+        self.bases: list[int] = []
         self.models: list[str] = []
-        self.content: dict[SubjectKey, list[bytes]] = {}
+        self.content: Content = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self.entered = asyncio.Event()
         self.failures = 0
+        self.bytes_read = 0
+        self._rows: list[tuple[str, int, bytes] | None] = []
+        self._late: list[tuple[str, int, bytes] | None] = []
+        self._log = LogReader()
 
-    async def publish(self, message: GallerySnapshot, fd: int) -> None:
+    async def publish(
+        self, message: GallerySnapshot, fd: int, delta: GalleryDelta | None, log: int
+    ) -> None:
         self.entered.set()
         await self.gate.wait()
         if self.failures:
             self.failures -= 1
             raise FacelaneError(Reason.POOL_UNAVAILABLE, "no worker", retryable=True)
         assert decode_to_worker(encode(message)) == message
-        self.versions.append(message.version)
-        self.models.append(message.model_id)
-        self.content = read(message, fd)
+        if message.version not in self.bases:
+            self.bases.append(message.version)
+            self._rows, self._late, self._log = [*read(message, fd)], [], LogReader()
+            self.bytes_read += os.fstat(fd).st_size
+        version = message.version
+        if delta is not None:
+            assert decode_to_worker(encode(delta)) == delta
+            assert delta.base == message.version
+            version = delta.version
+            for operation in self._log.read(log, delta.log_bytes):
+                if isinstance(operation, Added):
+                    self._late.append((operation.gallery, operation.subject, operation.vector))
+                    self.bytes_read += len(operation.vector)
+                elif operation.row >= 0:
+                    self._rows[operation.row] = None
+                else:
+                    self._late[-1 - operation.row] = None
+        if version not in self.versions:
+            self.versions.append(version)
+            self.models.append(message.model_id)
+        self.content = {}
+        for row in (*self._rows, *self._late):
+            if row is not None:
+                self.content.setdefault((row[0], str(row[1])), []).append(row[2])
 
     def named(self, index: GalleryIndex) -> dict[SubjectKey, set[bytes]]:
-        """What the newest snapshot holds, with its indices resolved."""
+        """What was published, with its indices resolved."""
         out: dict[SubjectKey, set[bytes]] = {}
         for (gallery, number), vectors in self.content.items():
             key = index.resolve(self.versions[-1], int(number))
             assert key is not None
             assert key[0] == gallery
+            assert len(set(vectors)) == len(vectors)
             out[key] = set(vectors)
         return out
 
@@ -142,21 +209,40 @@ async def test_changes_reach_the_recogniser(index: GalleryIndex, recogniser: Rec
         ("g", "b"): {bytes_of[1], bytes_of[4]},
     }
     assert index.templates == 4
-    await settled(index, index.apply([RemoveTemplate("g", "b", "t1"), RemoveSubject("f", "z")]))
+    await settled(index, index.apply([remove("g", "b", 1), remove_all("f", "z")]))
     assert recogniser.named(index) == {("g", "a"): {bytes_of[2]}, ("g", "b"): {bytes_of[4]}}
-    await settled(index, index.apply([RemoveTemplate("g", "b", "t4"), RemoveSubject("g", "a")]))
+    await settled(index, index.apply([remove("g", "b", 4), remove_all("g", "a")]))
     assert recogniser.content == {}
     assert index.templates == 0
 
 
-async def test_the_file_cannot_be_changed(index: GalleryIndex) -> None:
-    await settled(index, index.apply([add("g", "a", 1)]))
-    fd = index.snapshot.fd
-    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+async def test_workers_cannot_change_the_file(index: GalleryIndex) -> None:
+    await settled(index, index.rebase("", DIM, [add("g", "a", 1)]))
+    fd = index._served.rows.base.fd
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    for wanted in (fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_SEAL, 0x10):
+        assert seals & wanted
     with pytest.raises(OSError, match=r"Bad file descriptor|Operation not permitted"):
         os.write(fd, b"x")
-    with pytest.raises(ValueError, match="read-only"):
-        index.snapshot.matrix[0, 0] = 1
+    with pytest.raises(OSError, match=r"Permission denied|Operation not permitted"):
+        mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+async def test_what_is_removed_is_overwritten(index: GalleryIndex) -> None:
+    """In the base, in the log, and in what the log is still to get."""
+    await settled(index, index.rebase("", DIM, [add("g", "a", 1), add("g", "b", 2)]))
+    await settled(index, index.apply([add("g", "c", 3), add("g", "d", 4)]))
+    served = index._served
+
+    def held(number: int) -> bool:
+        needle = vector(number).astype(np.float16).tobytes()
+        base = os.pread(served.rows.base.fd, 1 << 20, 0)
+        return needle in base + os.pread(served.log.reader, 1 << 20, 0)
+
+    assert [held(n) for n in range(1, 5)] == [True] * 4, "the test looks in the wrong place"
+    changes = [remove_all("g", "a"), remove_all("g", "c"), add("g", "e", 5), remove("g", "e", 5)]
+    await settled(index, index.apply(changes))
+    assert [held(n) for n in range(1, 6)] == [False, True, False, True, False]
 
 
 keys = st.tuples(st.sampled_from(["f", "g"]), st.sampled_from(["a", "b", "c"]))
@@ -164,11 +250,11 @@ operations = st.lists(st.tuples(st.sampled_from(["add", "one", "all"]), keys), m
 
 
 @settings(max_examples=60)
-@given(st.lists(operations, max_size=6), st.data())
+@given(st.lists(operations, max_size=6), st.integers(0, 8), st.data())
 def test_any_history_ends_in_the_same_state_as_a_plain_model(
-    batches: list[list[tuple[str, SubjectKey]]], data: st.DataObject
+    batches: list[list[tuple[str, SubjectKey]]], heavy: int, data: st.DataObject
 ) -> None:
-    """Batches of changes, each one snapshot, against a dict of sets."""
+    """Batches of changes, each published, against a dict of sets; new bases are made meanwhile."""
     model: dict[SubjectKey, dict[str, bytes]] = {}
     recogniser: Recogniser
 
@@ -178,6 +264,9 @@ def test_any_history_ends_in_the_same_state_as_a_plain_model(
         index = GalleryIndex(DIM, recogniser.publish)
         index.start()
         number = 0
+        bounds = pytest.MonkeyPatch()
+        bounds.setattr(limits, "MIN_DELTA_ROWS", heavy)
+        bounds.setattr(limits, "MAX_DELTA_ROWS", heavy)
         try:
             for batch in batches:
                 changes: list[Change] = []
@@ -191,16 +280,20 @@ def test_any_history_ends_in_the_same_state_as_a_plain_model(
                     elif kind == "one" and held:
                         name = data.draw(st.sampled_from(sorted(held)))
                         del held[name]
-                        changes.append(RemoveTemplate(*key, name))
+                        changes.append(remove(*key, int(name[1:])))
                     elif kind == "all":
                         held.clear()
-                        changes.append(RemoveSubject(*key))
+                        changes.append(remove_all(*key))
                 await settled(index, index.apply(changes))
                 expected = {key: set(held.values()) for key, held in model.items() if held}
                 assert recogniser.named(index) == expected
                 assert index.templates == sum(map(len, expected.values()))
-                assert sorted(index.snapshot.keys) == list(index.snapshot.keys)
+                for name in ("f", "g"):
+                    assert index.searched(name) == sum(
+                        len(held) for key, held in expected.items() if key[0] == name
+                    )
         finally:
+            bounds.undo()
             await index.close()
 
     asyncio.run(play())
@@ -231,7 +324,7 @@ async def test_a_deleted_subject_is_not_named_from_an_older_snapshot(
     version = recogniser.versions[-1]
     assert index.resolve(version, 0) == ("g", "a")
     recogniser.gate.clear()
-    revision = index.apply([RemoveSubject("g", "a")])
+    index.apply([remove_all("g", "a")])
     # Before any recogniser knows.
     assert index.resolve(version, 0) is None
     assert index.similarity(("g", "a"), vector(1)) is None
@@ -241,49 +334,67 @@ async def test_a_deleted_subject_is_not_named_from_an_older_snapshot(
     assert index.resolve(version, 0) is None
     recogniser.gate.set()
     await settled(index, revision)
-    assert index.resolve(recogniser.versions[-1], 0) == ("g", "a")
+    assert ("g", "a") in recogniser.named(index)
     assert index.resolve(version, 0) is None
 
 
-async def test_recreated_during_a_build_is_not_named_from_that_build(
+async def test_changes_while_a_base_is_made_are_in_it(
     index: GalleryIndex, recogniser: Recogniser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await settled(index, 0)
+    monkeypatch.setattr(limits, "MIN_DELTA_ROWS", 3)
     building, release = threading.Event(), threading.Event()
-    real = index_module.build
+    real = index_module.compact
 
-    def slow(*args: object) -> object:
+    def slow(cut: snapshot.Cut) -> snapshot.Base:
         building.set()
         assert release.wait(10)
-        return real(*args)  # type: ignore[arg-type]
+        return real(cut)
 
-    monkeypatch.setattr(index_module, "build", slow)
-    index.apply([add("g", "a", 1)])
+    monkeypatch.setattr(index_module, "compact", slow)
+    await settled(index, index.apply([add("g", name, n) for n, name in enumerate("abcd", 1)]))
     assert await asyncio.to_thread(building.wait, 10)
-    # The build under way holds the first person; the id now means a second one.
-    monkeypatch.setattr(index_module, "build", real)
-    recogniser.gate.clear()
-    recogniser.entered.clear()
-    revision = index.apply([RemoveSubject("g", "a"), add("g", "a", 2)])
+    older = recogniser.versions[-1]
+    # The base that is being made holds the first person; the id now means a second one.
+    await settled(index, index.apply([remove_all("g", "a"), add("g", "a", 5)]))
+    await settled(index, index.apply([remove("g", "b", 2), add("h", "z", 6)]))
+    assert recogniser.bases == [1], "what goes on waits for no base"
     release.set()
-    await asyncio.wait_for(recogniser.entered.wait(), 30)
-    assert index.snapshot.version == 2
-    assert index.resolve(2, 0) is None
-    recogniser.gate.set()
-    await settled(index, revision)
-    assert index.resolve(recogniser.versions[-1], 0) == ("g", "a")
+    await auntil(lambda: len(recogniser.bases) >= 2)
+    bytes_of = {n: vector(n).astype(np.float16).tobytes() for n in range(10)}
+    assert recogniser.named(index) == {
+        ("g", "a"): {bytes_of[5]},
+        ("g", "c"): {bytes_of[3]},
+        ("g", "d"): {bytes_of[4]},
+        ("h", "z"): {bytes_of[6]},
+    }
+    # Results that are under way since before still mean what they meant.
+    named = [index.resolve(older, n) for n in range(5)]
+    assert named[:4] == [None, None, ("g", "c"), ("g", "d")]
+    gone = index._served.rows.base
+    assert bytes_of[1] not in os.pread(gone.fd, 1 << 20, 0)
 
 
-async def test_only_the_last_versions_are_resolved(
+async def test_only_the_last_bases_are_resolved(
     index: GalleryIndex, recogniser: Recogniser
 ) -> None:
-    for n in range(1, limits.MAX_SNAPSHOTS_KEPT + 5):
-        await settled(index, index.apply([add("g", "a", n)]))
+    for n in range(1, limits.MAX_BASES_KEPT + 5):
+        await settled(index, index.rebase("", DIM, [add("g", "a", n)]))
     newest = recogniser.versions[-1]
     kept = [v for v in range(newest + 1) if index.resolve(v, 0) is not None]
-    assert kept == list(range(newest - limits.MAX_SNAPSHOTS_KEPT + 1, newest + 1))
+    assert kept == list(range(newest - limits.MAX_BASES_KEPT + 1, newest + 1))
     for wrong in (-1, 1, 10**9):
         assert index.resolve(newest, wrong) is None
+
+
+async def test_an_enrolment_costs_what_it_adds(index: GalleryIndex, recogniser: Recogniser) -> None:
+    many = [add("g", f"s{n:05d}", n) for n in range(5_000)]
+    await settled(index, index.rebase("", DIM, many))
+    before = recogniser.bytes_read
+    await settled(index, index.apply([add("g", "one-more", 9_999)]))
+    assert recogniser.bytes_read - before == 2 * DIM
+    await settled(index, index.apply([remove_all("g", "s00007")]))
+    assert recogniser.bytes_read - before == 2 * DIM
+    assert len(recogniser.named(index)) == 5_000
 
 
 async def test_a_failed_publication_is_repeated(
@@ -296,34 +407,29 @@ async def test_a_failed_publication_is_repeated(
     assert set(recogniser.named(index)) == {("g", "a")}
 
 
-async def test_a_failed_build_loses_no_change(
+async def test_a_base_that_cannot_be_made_loses_no_change(
     index: GalleryIndex, recogniser: Recogniser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "RETRY_S", 0.01)
-    await settled(index, index.apply([add("g", "a", 1), add("g", "b", 2), add("g", "c", 3)]))
-    real = index_module.build
+    monkeypatch.setattr(index_module, "RETRY_S", 0.001)
+    monkeypatch.setattr(limits, "MIN_DELTA_ROWS", 1)
+    real = index_module.compact
     failed: list[int] = []
 
-    def failing(*args: object) -> object:
+    def failing(cut: snapshot.Cut) -> snapshot.Base:
         if len(failed) < 2:
             failed.append(1)
-            # Changes that arrive during the build that fails.
-            if len(failed) == 1:
-                index.apply([RemoveTemplate("g", "d", "t4"), add("g", "b", 5)])
-                index.apply([RemoveSubject("g", "c"), add("g", "c", 6)])
             raise MemoryError
-        return real(*args)  # type: ignore[arg-type]
+        return real(cut)
 
-    monkeypatch.setattr(index_module, "build", failing)
-    index.apply([add("g", "d", 4), RemoveTemplate("g", "a", "t1"), add("g", "c", 7)])
+    monkeypatch.setattr(index_module, "compact", failing)
+    await settled(index, index.apply([add("g", "a", 1), add("g", "b", 2), add("g", "c", 3)]))
     await auntil(lambda: len(failed) == 2)
-    await settled(index, index.apply([add("g", "e", 8)]))
+    await settled(index, index.apply([remove_all("g", "c"), add("g", "c", 6)]))
+    await auntil(lambda: len(recogniser.bases) >= 2)
     bytes_of = {n: vector(n).astype(np.float16).tobytes() for n in range(10)}
     assert recogniser.named(index) == {
-        ("g", "b"): {bytes_of[2], bytes_of[5]},
-        ("g", "c"): {bytes_of[6]},
-        ("g", "e"): {bytes_of[8]},
-    }
+        ("g", "a"): {bytes_of[1]}, ("g", "b"): {bytes_of[2]}, ("g", "c"): {bytes_of[6]},
+    }  # fmt: skip
 
 
 def gallery_descriptors() -> int:
@@ -342,7 +448,7 @@ async def test_no_descriptor_is_left(recogniser: Recogniser) -> None:
     for n in range(1, 10):
         await settled(index, index.apply([add("g", "a", n)]))
         # The snapshot's own, and the mapping's, of this version and the one before.
-        assert 1 <= gallery_descriptors() <= 4
+        assert 1 <= gallery_descriptors() <= 6
     await index.close()
     await index.close()
     del index

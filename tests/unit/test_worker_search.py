@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from facelane_server.ipc import gallery_log
+from facelane_server.ipc.gallery_log import Added, Removed
 from facelane_server.ipc.messages import GallerySnapshot
 from facelane_server.worker import search
 from facelane_server.worker.search import Searcher, SnapshotError
@@ -136,3 +138,72 @@ def test_a_snapshot_that_lies_is_refused(broken: dict[str, object]) -> None:
     with pytest.raises(SnapshotError):
         Searcher(GallerySnapshot(**{**values, **broken}), fd, "cpu")
     assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def log_file(operations: list[gallery_log.Operation]) -> gallery_log.GalleryLog:
+    log = gallery_log.GalleryLog()
+    log.append(operations)
+    return log
+
+
+@given(
+    st.lists(st.integers(1, 3), min_size=0, max_size=6),
+    st.lists(st.tuples(st.sampled_from(["g", "h"]), st.integers(98, 110)), max_size=90),
+    st.sets(st.integers(-90, 17)),
+    st.integers(1, 10),
+)
+def test_what_came_after_is_found_as_if_it_had_always_been_there(
+    layout: list[int], late: list[tuple[str, int]], removed: set[int], top_k: int
+) -> None:
+    message, fd, matrix, subjects = snapshot({"g": layout})
+    rng = np.random.default_rng(3)
+    added = rng.standard_normal((len(late), 16))
+    added = (added / np.linalg.norm(added, axis=1, keepdims=True)).astype(np.float16)
+    gone = [row for row in removed if -len(late) <= row < len(subjects)]
+    searcher = Searcher(message, fd, "cpu")
+    log = log_file([Added(g, s, added[n].tobytes()) for n, (g, s) in enumerate(late)])
+    searcher.extend(2, log.reader, log.size)
+    log.append([Removed(row) for row in gone])
+    searcher.extend(3, log.reader, log.size)
+    log.close()
+    assert searcher.version == 3
+    rows = [("g", int(s), matrix[n]) for n, s in enumerate(subjects) if n not in gone]
+    rows += [(g, s, added[n]) for n, (g, s) in enumerate(late) if -1 - n not in gone]
+    probes = rng.standard_normal((3, 16)).astype(np.float32)
+    probes /= np.linalg.norm(probes, axis=1, keepdims=True)
+    for gallery in ("g", "h"):
+        own = [(s, v) for name, s, v in rows if name == gallery]
+        held = np.stack([v for _, v in own]) if own else np.empty((0, 16), np.float16)
+        for probe, hits in zip(probes, searcher.search(probes, gallery, top_k), strict=True):
+            wanted = plain(probe, held, np.asarray([s for s, _ in own], np.int32), top_k)
+            assert [s for s, _ in hits] == [s for s, _ in wanted]
+            assert np.allclose([c for _, c in hits], [c for _, c in wanted], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [Added("g", 1, b"short")],
+        [Removed(3)],
+        [Removed(-1)],
+        [Added("g", 1, bytes(32)), Removed(-2)],
+    ],
+)
+def test_a_log_that_lies_is_refused(operations: list[gallery_log.Operation]) -> None:
+    message, fd, *_ = snapshot({"g": [1, 2]})
+    searcher = Searcher(message, fd, "cpu")
+    log = log_file(operations)
+    with pytest.raises(SnapshotError):
+        searcher.extend(2, log.reader, log.size)
+    log.close()
+
+
+@pytest.mark.parametrize("data", [b"\1\0", b"\5\0\0\0\x93", b"\1\0\0\0\x01", bytes(8)])
+def test_a_log_that_is_none_is_refused(data: bytes) -> None:
+    fd = os.memfd_create("log")
+    os.write(fd, data)
+    with pytest.raises(ValueError, match="gallery's log"):
+        gallery_log.LogReader().read(fd, len(data))
+    with pytest.raises(ValueError, match="gallery's log"):
+        gallery_log.LogReader().read(fd, len(data) + 1)
+    os.close(fd)

@@ -1,13 +1,15 @@
 """The gallery as the rest of the server sees it: asynchronous, store and index in step.
 
-The store works in a thread of its own, one call after another, behind a bounded queue;
-the event loop never waits for a disk. Each change reaches the index in that same thread,
-right after its commit: a caller that goes away in between leaves nothing half done.
+The store works in a thread of its own, one call after another, behind a bounded queue; the event
+loop never waits for a disk. What any process has committed reaches the index through the store's
+numbered changes, in that same thread: right after a commit of its own, and whenever the store is
+said to have changed. A caller that goes away in between leaves nothing half done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -30,21 +32,30 @@ from facelane_server.gallery.snapshot import (
     SubjectKey,
 )
 from facelane_server.naming import check_identifier, gallery_name
+from facelane_server.store.following import ChangeKind, HistoryLostError, StoredChange
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
+from facelane_server.store.readers import Reader
 from facelane_server.store.records import (
     Enrolled,
     NewTemplate,
     RequestKey,
+    StoredVector,
     Subject,
     Template,
-    unit_float16,
 )
+from facelane_server.store.watching import StoreWatch
 
 CALL_TIMEOUT_S: Final = 10.0
 PUBLISHED_TIMEOUT_S: Final = 5.0
 """How long a change waits for the recognisers to have it before its call answers; it is
 committed by then, and reaches them later."""
+
+CONFIRMED_TIMEOUT_S: Final = 5.0
+"""How long a deletion waits for other processes of the store."""
+LEASE_S: Final = 300.0
+FOLLOW_S: Final = 1.0
+RETRY_S: Final = 0.5
 
 log = structlog.get_logger(__name__)
 
@@ -68,12 +79,28 @@ class Gallery:
     when too many wait or the store takes longer than ``CALL_TIMEOUT_S``.
     """
 
-    def __init__(self, store: Store, executor: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, store: Store, executor: ThreadPoolExecutor, *, lease_s: float = LEASE_S
+    ) -> None:
         self._store = store
         self._executor = executor
         self._room = threading.BoundedSemaphore(limits.MAX_GALLERY_CALLS)
         self._index: GalleryIndex | None = None
         self._model_id = ""
+        self._dim = 0
+        self._seen = 0
+        """The revision of the store up to which the index has been told."""
+        self._removed = 0
+        """The revision of the newest removal among them: others wait to hear that it was told."""
+        self._told = 0
+        """The revision up to which all recognisers have been told, as far as others know."""
+        self._reader = Reader(store.database, lease_s=lease_s)
+        self._watch = StoreWatch(store.database)
+        self._changed = asyncio.Event()
+        self._follower: asyncio.Task[None] | None = None
+        self._lost = ""
+        self.on_forgotten: list[Callable[[int], None]] = []
+        """Called on the event loop with the number of a subject that was deleted, by whomever."""
 
     @classmethod
     async def open(
@@ -82,6 +109,7 @@ class Gallery:
         *,
         max_templates: int = limits.MAX_TEMPLATES,
         clock_ns: Callable[[], int] = time.time_ns,
+        lease_s: float = LEASE_S,
     ) -> Self:
         """Opens or makes the store (see ``opening``). Raises GALLERY_UNAVAILABLE with what to do
         about it."""
@@ -94,7 +122,26 @@ class Gallery:
         except BaseException:
             executor.shutdown(wait=False)
             raise
-        return cls(store, executor)
+        gallery = cls(store, executor, lease_s=lease_s)
+        try:
+            await gallery._begin()
+        except BaseException:
+            await gallery.close()
+            raise
+        return gallery
+
+    async def _begin(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seen = await self._call(self._store.revision)
+        loop = self._loop
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has just been closed
+                loop.call_soon_threadsafe(self._changed.set)
+
+        self._watch.subscribe(wake)
+        self._watch.start()
+        self._follower = loop.create_task(self._run(), name="gallery-follower")
 
     async def serve(self, model_id: str, dim: int, publish: Publish) -> bool:
         """Searches with this model from now on: its templates, and no others, are published.
@@ -105,15 +152,11 @@ class Gallery:
         index = self._index or GalleryIndex(dim, publish)
 
         def load() -> tuple[int, int]:
-            revision = index.rebase(
-                model_id,
-                dim,
-                (
-                    AddTemplate(row.gallery_id, row.subject_id, row.template_id, row.vector)
-                    for row in self._store.vectors(model_id, dim)
-                ),
-            )
-            self._model_id = model_id
+            if not self._model_id:
+                # Before the first row is read: from here on, deletions wait for this process.
+                self._reader.join(0)
+            self._model_id, self._dim = model_id, dim
+            revision = self._take_all(index)
             return revision, self._store.counts()[1] - index.templates
 
         revision, others = await self._call(load, bounded=False)
@@ -126,15 +169,29 @@ class Gallery:
                 "templates of other models are not searched: enrol these subjects again",
                 not_searched=others,
             )
-        return await index.published(revision, PUBLISHED_TIMEOUT_S)
+        published = await index.published(revision, PUBLISHED_TIMEOUT_S)
+        await self._acknowledge()
+        return published
 
     async def close(self) -> None:
         """Ends the index, then the store; idempotent."""
+        if self._follower is not None:
+            self._follower.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._follower
+            self._follower = None
         if self._index is not None:
             await self._index.close()
         loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._watch.close)
+
+        def end() -> None:
+            if self._model_id:
+                self._reader.leave()
+            self._store.close()
+
         try:
-            await loop.run_in_executor(self._executor, self._store.close)
+            await loop.run_in_executor(self._executor, end)
         except RuntimeError:
             return  # closed before
         self._executor.shutdown(wait=True)
@@ -153,24 +210,30 @@ class Gallery:
 
     def is_empty(self, gallery_id: str) -> bool:
         """Whether faces are searched in it and nobody can be found: all are UNKNOWN there."""
-        return self._index is not None and not self._index.snapshot.searched(gallery_id)
+        return self._index is not None and not self._index.searched(gallery_id)
 
     def searched(self, gallery_id: str) -> int:
         """Templates that a face is compared with in this gallery."""
-        return 0 if self._index is None else self._index.snapshot.searched(gallery_id)
+        return 0 if self._index is None else self._index.searched(gallery_id)
 
     def knows(self, gallery_id: str, subject_id: str) -> bool:
         """Whether the subject can be found at this moment: not from its deletion on."""
-        return self._index is not None and self._index.knows((gallery_id, subject_id))
+        return (
+            self._index is not None
+            and not self._reader.is_fenced
+            and self._index.knows((gallery_id, subject_id))
+        )
 
     @property
     def version(self) -> int:
-        """Of the newest snapshot."""
-        return 0 if self._index is None else self._index.snapshot.version
+        """Of what recognisers search."""
+        return 0 if self._index is None else self._index.version
 
     def resolve(self, version: int, index: int) -> SubjectKey | None:
-        """See ``GalleryIndex.resolve``."""
-        return None if self._index is None else self._index.resolve(version, index)
+        """See ``GalleryIndex.resolve``; nobody while the store was away for too long."""
+        if self._index is None or self._reader.is_fenced:
+            return None
+        return self._index.resolve(version, index)
 
     def similarity(
         self, gallery_id: str, subject_id: str, vector: bytes, *, model_id: str = ""
@@ -180,7 +243,7 @@ class Gallery:
         ``model_id``, of the model that made the probe, is given and not the one that is
         searched with. It does not know whether the subject exists: ask ``get_subject`` first."""
         key = (gallery_name(gallery_id), check_identifier(subject_id, "subject_id"))
-        if model_id and self._index is not None and self._index.snapshot.model_id != model_id:
+        if model_id and self._index is not None and self._index.model_id != model_id:
             raise model_changing()
         found = (
             None
@@ -197,8 +260,9 @@ class Gallery:
     @property
     def trouble(self) -> str:
         """Why changes are refused, while what is searched stays: FILE_GONE (removed or replaced),
-        DISK_FULL; empty = they are kept."""
-        return self._store.trouble()
+        DISK_FULL, READ_ONLY, REFUSED, UNREACHABLE (the store is away), FENCED (it is away for so
+        long that nobody is named any more); empty = they are kept."""
+        return "FENCED" if self._reader.is_fenced else self._store.trouble() or self._lost
 
     # subjects
 
@@ -237,15 +301,29 @@ class Gallery:
         )
 
     async def delete_subject(self, gallery_id: str, subject_id: str) -> int:
-        """Gone from the answers at once, from the store when this returns, and from the
-        recognisers' memory as soon as they have the next snapshot, for which this waits."""
+        """Gone from the answers of this process at once; when this returns, from the store and from
+        the answers of every process, and from the recognisers' memory as soon as they have the
+        change, for which this waits.
 
-        def delete() -> tuple[int, int]:
-            count = self._store.delete_subject(gallery_id, subject_id)
-            return count, self._apply(RemoveSubject(gallery_name(gallery_id), subject_id))
+        Raises GALLERY_UNAVAILABLE (retryable, cause NOT_CONFIRMED) when another process has not
+        confirmed it within ``CONFIRMED_TIMEOUT_S``: the subject is deleted, and a repeated call
+        waits for that process again."""
 
-        count, revision = await self._call(delete)
+        def delete() -> tuple[int, int, int]:
+            gone = self._store.delete_subject(gallery_id, subject_id)
+            # At once, whatever becomes of the store: the deletion stands.
+            self._apply([RemoveSubject(gone.number)])
+            return gone.templates, gone.revision, self._follow()
+
+        try:
+            count, stored, revision = await self._call(delete)
+        except FacelaneError as error:
+            if error.reason is Reason.SUBJECT_NOT_FOUND:
+                # Perhaps by a call that could not wait for all: then this one does.
+                await self._confirmed(await self._call(self._store.last_removal))
+            raise
         await self._published(revision)
+        await self._confirmed(stored)
         return count
 
     # templates
@@ -256,13 +334,11 @@ class Gallery:
     async def delete_template(self, gallery_id: str, template_id: str) -> Template:
         def delete() -> tuple[Template, int]:
             gone = self._store.delete_template(gallery_id, template_id)
-            if gone.model_id != self._model_id:
-                return gone, 0
-            change = RemoveTemplate(gallery_name(gallery_id), gone.subject_id, template_id)
-            return gone, self._apply(change)
+            return gone, self._follow()
 
         gone, revision = await self._call(delete)
         await self._published(revision)
+        await self._confirmed(await self._call(self._store.last_removal))
         return gone
 
     async def enroll(
@@ -298,15 +374,7 @@ class Gallery:
                 request=request,
                 answer=answer,
             )
-            if not enrolled.created:
-                return enrolled, 0
-            change = AddTemplate(
-                enrolled.subject.gallery_id,
-                subject_id,
-                enrolled.template.template_id,
-                unit_float16(vector),
-            )
-            return enrolled, self._apply(change)
+            return enrolled, self._follow() if enrolled.created else 0
 
         enrolled, revision = await self._call(enroll)
         await self._published(revision)
@@ -320,10 +388,99 @@ class Gallery:
         """(subjects, templates) in the store, of all galleries and models."""
         return await self._call(self._store.counts)
 
-    # the thread
+    # the store's thread
 
-    def _apply(self, change: Change) -> int:
-        return 0 if self._index is None else self._index.apply([change])
+    def _apply(self, changes: list[Change]) -> int:
+        return 0 if self._index is None or not changes else self._index.apply(changes)
+
+    def _follow(self) -> int:
+        """Tells the index what the store has and it has not; the index's revision to wait for, 0 =
+        none."""
+        revision = 0
+        while True:
+            try:
+                found = self._store.changes(self._seen, self._model_id, self._dim)
+            except HistoryLostError:
+                log.warning("the gallery is read anew: the store has forgotten what came between")
+                return 0 if self._index is None else self._take_all(self._index)
+            if not found:
+                return revision
+            revision = self._apply([c for c in map(_change, found) if c is not None]) or revision
+            self._seen = found[-1].revision
+            for change in found:
+                if change.kind in (ChangeKind.SUBJECT_REMOVED, ChangeKind.TEMPLATE_REMOVED):
+                    self._removed = change.revision
+                if change.kind is ChangeKind.SUBJECT_REMOVED:
+                    self._tell_forgotten(change.subject)
+
+    def _tell_forgotten(self, number: int) -> None:
+        for callback in self.on_forgotten:
+            with contextlib.suppress(RuntimeError):  # the loop has just been closed
+                self._loop.call_soon_threadsafe(callback, number)
+
+    def _take_all(self, index: GalleryIndex) -> int:
+        with self._store.loading(self._model_id, self._dim) as (seen, rows):
+            revision = index.rebase(self._model_id, self._dim, map(_added, rows))
+            self._seen = seen
+        return revision
+
+    # what others do
+
+    async def _run(self) -> None:
+        """Follows what other processes commit, and says how far this one has come."""
+        renewed = time.monotonic()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FOLLOW_S):
+                    await self._changed.wait()
+            self._changed.clear()
+            try:
+                revision = await self._call(self._follow, counted=False)
+                self._lost = ""
+                if revision:
+                    await self._published(revision)
+                due = self._reader.needs_renewal and (
+                    time.monotonic() - renewed >= self._reader.renew_s
+                )
+                if due or self._told < self._removed:
+                    await self._acknowledge()
+                    renewed = time.monotonic()
+            except FacelaneError as error:
+                # Recognition goes on from memory. ``trouble`` says why changes are refused.
+                if error.reason is Reason.GALLERY_UNAVAILABLE and not error.retryable:
+                    self._lost = error.metadata.get("cause", "UNUSABLE")
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                log.exception("the gallery's store was not followed; trying again")
+                await asyncio.sleep(RETRY_S)
+
+    async def _acknowledge(self) -> None:
+        """All that this process was told, its recognisers were told too."""
+        if not self._model_id:
+            return
+
+        def renew() -> int:
+            told = self._seen
+            self._reader.renew(told)
+            return told
+
+        self._told = await self._call(renew, counted=False)
+
+    async def _confirmed(self, revision: int) -> None:
+        """Until every other process has come so far; see ``delete_subject``."""
+        deadline = time.monotonic() + CONFIRMED_TIMEOUT_S
+        pause = 0.002
+        while lacking := await self._call(lambda: self._reader.lacking(revision)):
+            if time.monotonic() > deadline:
+                raise FacelaneError(
+                    Reason.GALLERY_UNAVAILABLE,
+                    f"deleted, but {lacking} other servers of this store have not confirmed that "
+                    "they name the subject no more; call again to wait for them",
+                    metadata={"cause": "NOT_CONFIRMED", "servers": str(lacking)},
+                    retryable=True,
+                )
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.05)
 
     async def _published(self, revision: int) -> None:
         if self._index is None or not revision:
@@ -331,8 +488,11 @@ class Gallery:
         if not await self._index.published(revision, PUBLISHED_TIMEOUT_S):
             log.warning("gallery change committed, but not yet with every recogniser")
 
-    async def _call(self, call: Callable[[], T], *, bounded: bool = True) -> T:
-        if not self._room.acquire(blocking=False):
+    async def _call(
+        self, call: Callable[[], T], *, bounded: bool = True, counted: bool = True
+    ) -> T:
+        """``bounded`` in time; ``counted`` among those of clients, whose number is bounded."""
+        if counted and not self._room.acquire(blocking=False):
             raise FacelaneError(
                 Reason.GALLERY_UNAVAILABLE,
                 "too many gallery calls wait; try again in a moment",
@@ -347,12 +507,14 @@ class Gallery:
                     raise FacelaneError(Reason.CANCELLED, "the caller is gone")
                 return call()
             finally:
-                self._room.release()
+                if counted:
+                    self._room.release()
 
         try:
             work = asyncio.get_running_loop().run_in_executor(self._executor, run)
         except RuntimeError:
-            self._room.release()
+            if counted:
+                self._room.release()
             raise FacelaneError(
                 Reason.GALLERY_UNAVAILABLE, "the server is shutting down; try another, or later"
             ) from None
@@ -372,3 +534,20 @@ class Gallery:
             ) from None
         finally:
             abandoned.set()
+
+
+def _added(row: StoredVector) -> AddTemplate:
+    return AddTemplate(row.subject, row.gallery_id, row.subject_id, row.template_id, row.vector)
+
+
+def _change(change: StoredChange) -> Change | None:
+    """What the index is told; what it does not know it passes over."""
+    match change.kind:
+        case ChangeKind.TEMPLATE_ADDED:
+            return None if change.added is None else _added(change.added)
+        case ChangeKind.TEMPLATE_REMOVED:
+            return RemoveTemplate(change.subject, change.template_id)
+        case ChangeKind.SUBJECT_REMOVED:
+            return RemoveSubject(change.subject)
+        case ChangeKind.SUBJECT:
+            return None

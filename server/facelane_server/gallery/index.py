@@ -1,11 +1,9 @@
-"""The gallery in memory: every change becomes a new immutable snapshot for the recognisers.
+"""The gallery in memory: who can be found, and what the recognisers search.
 
-Changes may come from any thread, in the order of the store's commits. One task on the
-event loop builds (in a thread) and publishes; changes that arrive meanwhile are taken
-together into the next snapshot, so at most one rebuild is under way and the last write wins.
-
-A deleted subject is gone at once: ``resolve`` stops naming it before any worker has the
-new snapshot, also for results in flight that were computed from an older one.
+Changes may come from any thread, in the order of the store's commits. Each holds for the answers
+of this module at once: ``resolve`` stops naming who was deleted before any worker has heard of it,
+also for results in flight. One task on the event loop publishes; changes that come meanwhile are
+published together. A new base (see ``snapshot``) is made in a thread, beside all that.
 """
 
 from __future__ import annotations
@@ -13,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -26,21 +24,20 @@ from facelane_server.gallery.snapshot import (
     F32,
     AddTemplate,
     Change,
-    Pending,
+    Generation,
     RemoveSubject,
     RemoveTemplate,
-    Snapshot,
     SubjectKey,
-    after,
-    build,
-    empty,
+    compact,
+    load,
 )
-from facelane_server.ipc.messages import GallerySnapshot
+from facelane_server.ipc.gallery_log import GalleryLog
+from facelane_server.ipc.messages import GalleryDelta, GallerySnapshot
 
-Publish = Callable[[GallerySnapshot, int], Awaitable[None]]
-"""Gives a snapshot to all recognisers; returns when those that are ready have it. The
-descriptor is read-only and stays the index's own. It is open until a later call has
-returned; who needs it for longer duplicates it."""
+Publish = Callable[[GallerySnapshot, int, GalleryDelta | None, int], Awaitable[None]]
+"""Gives a base and what came after it to all recognisers; returns when those that are ready have
+it. The descriptors (of base and log, -1 = none) are read-only and stay the index's own. They are
+open until a later call has returned; who needs them for longer duplicates them."""
 
 PUBLISH_TIMEOUT_S: Final = 40.0
 """Longer than a pool waits for its workers: it reports its own failure first."""
@@ -49,8 +46,21 @@ RETRY_S: Final = 1.0
 log = structlog.get_logger(__name__)
 
 
+@dataclass(slots=True)
+class _Served:
+    """A generation, its log, and the versions that were published of it."""
+
+    rows: Generation
+    log: GalleryLog
+    version: int = 0
+
+    def close(self) -> None:
+        self.rows.base.close()
+        self.log.close()
+
+
 class GalleryIndex:
-    """Owns the current snapshot, the changes since, and the task that publishes.
+    """Owns the rows that are searched and the task that publishes them.
 
     ``apply`` and ``rebase`` may be called from any thread; all else from the event loop.
     """
@@ -59,25 +69,29 @@ class GalleryIndex:
         """``dim``: length of the serving model's embeddings."""
         self._publish = publish
         self._lock = threading.Lock()
-        self._changes: dict[SubjectKey, Pending] = {}
-        self._counts: dict[SubjectKey, int] = {}
-        """Templates of each subject that has any, changes to come included."""
-        self._live: dict[SubjectKey, int] = {}
-        """The same subjects -> the first version that may name them."""
+        self._keys: dict[int, SubjectKey] = {}
+        """Who can be found: number -> name."""
+        self._numbers: dict[SubjectKey, int] = {}
+        self._per_gallery: dict[str, int] = {}
+        """Templates of each gallery."""
         self._templates = 0
         self._revision = 0
-        self._next_version = 1
-        self._rebased: Snapshot | None = None
-        self._snapshot = empty(dim)
-        self._published: Snapshot | None = None
+        self._version = 0
+        self._served = _Served(Generation(load(dim, ())), GalleryLog())
+        self._tables: list[tuple[int, Generation]] = []
+        """(first version, generation), the oldest first: what an index of a result means."""
+        self._since: list[Change] | None = None
+        """Changes since the rows were cut for the base that is being made; ``None`` = none is."""
+        self._old: list[_Served] = []
+        """Replaced, and perhaps being published: closed when another one was."""
         self._published_revision = -1
-        self._tables: OrderedDict[int, tuple[SubjectKey, ...]] = OrderedDict()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gallery-index")
         self._dirty = asyncio.Event()
         self._dirty.set()
         self._progress = asyncio.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
+        self._compaction: asyncio.Task[None] | None = None
 
     # life
 
@@ -87,43 +101,55 @@ class GalleryIndex:
         self._task = self._loop.create_task(self._run(), name="gallery-index")
 
     async def close(self) -> None:
-        """Stops publishing and frees the snapshots; idempotent."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        """Stops publishing and frees the rows; idempotent."""
+        for task in (self._task, self._compaction):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._task = self._compaction = None
         self._loop = None
         self._executor.shutdown(wait=True)
-        self._snapshot.close()
-        if self._published is not None:
-            self._published.close()
-        self._snapshot, self._published = empty(self._snapshot.dim), None
+        for served in (self._served, *self._old):
+            served.close()
+        self._old = []
 
     # changes
 
     def apply(self, changes: Iterable[Change]) -> int:
-        """Takes changes in; the revision to wait for in ``published``. From any thread.
-
-        The caller knows what the gallery holds: templates are added once, and only those
-        that were added are removed.
-        """
+        """Takes changes in; the revision to wait for in ``published``. From any thread. What is
+        known already changes nothing: a template that is there, one that is not."""
         with self._lock:
             for change in changes:
-                self._take(change)
+                if self._take(self._served, change) and self._since is not None:
+                    self._since.append(change)
             self._revision += 1
             revision = self._revision
         self._wake()
         return revision
 
     def rebase(self, model_id: str, dim: int, templates: Iterable[AddTemplate]) -> int:
-        """Forgets all and takes ``templates`` of another model in; like ``apply``."""
-        templates = list(templates)  # read before the lock: the event loop takes it too
+        """Forgets all and takes ``templates`` of another model, or of the store as it is now, in;
+        they come in the order of galleries and subjects. Like ``apply``."""
+        keys: dict[int, SubjectKey] = {}
+        per_gallery: dict[str, int] = {}
+
+        def noted() -> Iterable[AddTemplate]:
+            for row in templates:
+                if row.number not in keys:
+                    keys[row.number] = (row.gallery_id, row.subject_id)
+                per_gallery[row.gallery_id] = per_gallery.get(row.gallery_id, 0) + 1
+                yield row
+
+        base = load(dim, noted())  # before the lock: the event loop takes it too
+        fresh = _Served(Generation(base, model_id), GalleryLog())
+        numbers = {key: number for number, key in keys.items()}
         with self._lock:
-            self._rebased = empty(dim, model_id)
-            self._changes, self._counts, self._live, self._templates = {}, {}, {}, 0
-            for template in templates:
-                self._take(template)
+            self._old.append(self._served)
+            self._served = fresh
+            self._keys, self._numbers, self._per_gallery = keys, numbers, per_gallery
+            self._templates = base.rows
+            self._since = None  # a base that is being made is of what was forgotten
             self._revision += 1
             revision = self._revision
         self._wake()
@@ -135,66 +161,98 @@ class GalleryIndex:
             with contextlib.suppress(RuntimeError):  # the loop has just been closed
                 loop.call_soon_threadsafe(self._dirty.set)
 
-    def _take(self, change: Change) -> None:
-        key = (change.gallery_id, change.subject_id)
-        pending = self._changes.get(key)
-        if pending is None:
-            pending = self._changes[key] = Pending(False, set(), {})
-        before = self._counts.get(key, 0)
-        match change:
-            case AddTemplate():
-                pending.added[change.template_id] = change.vector
-                count = before + 1
-            case RemoveTemplate():
-                if pending.added.pop(change.template_id, None) is None:
-                    pending.removed.add(change.template_id)
-                count = max(0, before - 1)
-            case RemoveSubject():
-                pending.cleared = True
-                pending.added.clear()
-                pending.removed.clear()
-                count = 0
-        self._templates += count - before
-        if count:
-            self._live.setdefault(key, self._next_version)
-            self._counts[key] = count
+    def _take(self, served: _Served, change: Change) -> bool:
+        """Whether it changed anything."""
+        rows = served.rows
+        number = change.number
+        places: list[int] = []
+        if isinstance(change, AddTemplate):
+            if rows.has(number, change.template_id):
+                return False
+            rows.add(change)
+            key = (change.gallery_id, change.subject_id)
+            self._keys[number] = key
+            self._numbers[key] = number
+            self._count(change.gallery_id, 1)
+            return True
+        known = self._keys.get(number)
+        if known is None:
+            return False
+        if isinstance(change, RemoveSubject):
+            self._count(known[0], -rows.count(number))
+            places = rows.remove_subject(number)
+            self._forget(number, known)
         else:
-            self._live.pop(key, None)
-            self._counts.pop(key, None)
+            if not rows.has(number, change.template_id):
+                return False
+            places = rows.remove(number, change.template_id)
+            self._count(known[0], -1)
+            if not rows.count(number):
+                self._forget(number, known)
+        for place in places:
+            served.log.wipe(place, 2 * rows.base.dim)
+        return True
+
+    def _count(self, gallery_id: str, more: int) -> None:
+        self._templates += more
+        left = self._per_gallery.get(gallery_id, 0) + more
+        if left:
+            self._per_gallery[gallery_id] = left
+        else:
+            self._per_gallery.pop(gallery_id, None)
+
+    def _forget(self, number: int, key: SubjectKey) -> None:
+        del self._keys[number]
+        if self._numbers.get(key) == number:
+            del self._numbers[key]
 
     # answers
 
     @property
-    def snapshot(self) -> Snapshot:
-        """The newest that was built; valid for as long as the caller refers to it."""
-        return self._snapshot
+    def model_id(self) -> str:
+        """Of the templates that are searched."""
+        return self._served.rows.model_id
 
     @property
     def templates(self) -> int:
         """Templates of the serving model, changes that are not yet published included."""
         return self._templates
 
+    @property
+    def version(self) -> int:
+        """The newest that was published."""
+        return self._version
+
+    def searched(self, gallery_id: str) -> int:
+        """Templates of the gallery."""
+        return self._per_gallery.get(gallery_id, 0)
+
     def resolve(self, version: int, index: int) -> SubjectKey | None:
-        """The subject at ``index`` of a snapshot's table; ``None`` when it was deleted since,
-        or when the version is older than the ``limits.MAX_SNAPSHOTS_KEPT`` last ones."""
-        table = self._tables.get(version)
-        if table is None or not 0 <= index < len(table):
-            return None
-        key = table[index]
-        first = self._live.get(key)
-        return key if first is not None and first <= version else None
+        """The subject at ``index`` of the table that a version was searched with; ``None`` when it
+        was deleted since, or when that is older than ``limits.MAX_BASES_KEPT`` bases."""
+        for first, rows in reversed(self._tables):
+            if first <= version:
+                number = rows.number_at(index)
+                return None if number is None else self._keys.get(number)
+        return None
+
+    def key(self, number: int) -> SubjectKey | None:
+        """The subject of a number, while it has a template."""
+        return self._keys.get(number)
 
     def knows(self, key: SubjectKey) -> bool:
         """Whether the subject has any template, changes that are not yet published included."""
-        return key in self._live
+        return key in self._numbers
 
     def similarity(self, key: SubjectKey, vector: F32) -> float | None:
         """Cosine, [-1, 1], of ``vector`` [dim] (unit norm) to the subject's nearest template;
         ``None`` when the subject has none."""
-        first, snapshot = self._live.get(key), self._snapshot
-        if first is None or first > snapshot.version or len(vector) != snapshot.dim:
-            return None
-        held = snapshot.vectors(key)
+        with self._lock:
+            number = self._numbers.get(key)
+            rows = self._served.rows
+            if number is None or len(vector) != rows.base.dim:
+                return None
+            held = rows.vectors(number)
         if not len(held):
             return None
         return float(np.clip(np.max(held.astype(np.float32) @ vector), -1.0, 1.0))
@@ -215,53 +273,95 @@ class GalleryIndex:
             await self._dirty.wait()
             self._dirty.clear()
             try:
-                revision = await self._rebuild()
-                async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                    await self._publish(self._snapshot.message(), self._snapshot.fd)
+                await self._publish_newest()
             except Exception as error:
                 # Nothing may end this task: a gallery that no longer follows its store
                 # would go on naming people who were deleted.
                 log.warning(
-                    "gallery snapshot not published; trying again",
-                    version=self._snapshot.version,
+                    "gallery not published; trying again",
+                    version=self._version,
                     error=str(getattr(error, "reason", type(error).__name__)),
                     retry_s=RETRY_S,
                 )
                 await asyncio.sleep(RETRY_S)
                 self._dirty.set()
                 continue
-            if self._published is not None and self._published is not self._snapshot:
-                self._published.close()
-            self._published = self._snapshot
-            self._published_revision = max(self._published_revision, revision)
             async with self._progress:
                 self._progress.notify_all()
+            if self._served.rows.is_heavy and self._compaction is None:
+                self._compaction = asyncio.create_task(self._compact(), name="gallery-base")
 
-    async def _rebuild(self) -> int:
-        """Takes the changes into a new snapshot; the revision that the newest one holds."""
+    async def _publish_newest(self) -> None:
         with self._lock:
-            revision = self._revision
-            if not self._changes and self._rebased is None and self._snapshot.version:
-                return revision
-            changes, self._changes = self._changes, {}
-            rebased, self._rebased = self._rebased, None
-            version = self._next_version
-            # Counted up at the start: what changes during the build is in a later version.
-            self._next_version += 1
-        loop = asyncio.get_running_loop()
-        base = rebased or self._snapshot
+            served, revision = self._served, self._revision
+            self._write(served)
+            version = self._version
+            snapshot = served.rows.base.message(served.rows.version, served.rows.model_id)
+            delta = None
+            if served.log.size:
+                delta = GalleryDelta(version, served.rows.version, served.log.size)
+        async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+            await self._publish(snapshot, served.rows.base.fd, delta, served.log.reader)
+        with self._lock:
+            done = [old for old in self._old if old is not served]
+            self._old = [old for old in self._old if old is served]
+        for old in done:
+            old.close()
+        self._published_revision = max(self._published_revision, revision)
+
+    def _write(self, served: _Served) -> None:
+        """Counts the version up when there is something that no version has."""
+        rows = served.rows
+        if not rows.version:
+            self._version += 1
+            rows.version = served.version = self._version
+            self._tables.append((self._version, rows))
+            del self._tables[: -limits.MAX_BASES_KEPT]
+        if not rows.unwritten:
+            return
+        places = iter(served.log.append(rows.unwritten))
+        rows.placed(places)
+        self._version += 1
+        served.version = self._version
+
+    # the next base
+
+    async def _compact(self) -> None:
         try:
-            built = await loop.run_in_executor(self._executor, build, base, changes, version)
-        except BaseException:
             with self._lock:
-                if self._rebased is None:
-                    self._rebased = rebased
-                    self._changes = after(changes, self._changes)
-            raise
-        self._tables[built.version] = built.keys
-        while len(self._tables) > limits.MAX_SNAPSHOTS_KEPT:
-            self._tables.popitem(last=False)
-        replaced, self._snapshot = self._snapshot, built
-        if replaced is not self._published:
-            replaced.close()
-        return revision
+                served, cut = self._served, self._served.rows.cut()
+                self._since = []
+            loop = asyncio.get_running_loop()
+            base = await loop.run_in_executor(self._executor, compact, cut)
+            with self._lock:
+                since, self._since = self._since, None
+                if since is None or self._served is not served:
+                    base.close()  # of what was forgotten meanwhile
+                    return
+                fresh = _Served(Generation(base, served.rows.model_id), GalleryLog())
+                for change in since:
+                    _replay(fresh, change)
+                self._served = fresh
+                self._old.append(served)
+            log.info("gallery has a new base", templates=base.rows, since=len(since))
+            self._dirty.set()
+        except Exception as error:
+            # The one there is goes on; the next try is a later one.
+            log.warning("no new base of the gallery", error=type(error).__name__)
+            await asyncio.sleep(10 * RETRY_S)
+        finally:
+            with self._lock:
+                self._since = None
+            self._compaction = None
+            self._dirty.set()
+
+
+def _replay(fresh: _Served, change: Change) -> None:
+    """A change that was counted when it came."""
+    match change:
+        case AddTemplate():
+            fresh.rows.add(change)
+        case RemoveTemplate():
+            fresh.rows.remove(change.number, change.template_id)
+        case RemoveSubject():
+            fresh.rows.remove_subject(change.number)

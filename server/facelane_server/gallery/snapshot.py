@@ -1,28 +1,32 @@
-"""Immutable states of the gallery, and how the next one is made from the last.
+"""What recognisers search: a base of many rows that stays, and a log of what came after it.
 
-A snapshot is one sealed memory file (see ``ipc.messages.GallerySnapshot``)::
+A base is one memory file (see ``ipc.messages.GallerySnapshot``)::
 
     0            rows x dim float16       unit vectors, by gallery, subject, age
-    rows*dim*2   rows x int32             row -> index in the version's subject table
+    rows*dim*2   rows x int32             row -> index in the table of subjects
 
-and it is also this module's own copy: the next snapshot is made from the last one and the
-changes since. Nothing is held twice, except while one is being built.
+It is also this module's own copy. Nobody else can write to it or change its size; its owner
+overwrites the rows of who was deleted. A change costs what it adds: it is an entry of the log (see
+``ipc.gallery_log``), which each worker reads on from where it was. When the log has grown, a new
+base is made from both beside what goes on.
 """
 
 from __future__ import annotations
 
-import bisect
+import contextlib
 import fcntl
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from facelane_server import limits
+from facelane_server.ipc.gallery_log import Added, Operation, Removed
 from facelane_server.ipc.messages import GallerySnapshot
 
 F16 = npt.NDArray[np.float16]
@@ -33,13 +37,16 @@ SubjectKey = tuple[str, str]
 """(gallery id, subject id)."""
 
 CHUNK_ROWS: Final = 8_192
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_SEAL_FUTURE_WRITE: Final = 0x10
+"""Linux 5.1; ``fcntl`` does not name it. Existing mappings go on writing, nobody else can begin."""
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 @dataclass(frozen=True, slots=True)
 class AddTemplate:
-    """``vector`` [dim] float16 of unit norm."""
+    """``number``: of the subject, never another's. ``vector`` [dim] float16 of unit norm."""
 
+    number: int
     gallery_id: str
     subject_id: str
     template_id: str
@@ -48,91 +55,80 @@ class AddTemplate:
 
 @dataclass(frozen=True, slots=True)
 class RemoveTemplate:
-    gallery_id: str
-    subject_id: str
+    number: int
     template_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class RemoveSubject:
-    gallery_id: str
-    subject_id: str
+    number: int
 
 
 Change = AddTemplate | RemoveTemplate | RemoveSubject
 
 
-@dataclass(slots=True)
-class Pending:
-    """The changes to one subject since the last snapshot, in their net effect."""
-
-    cleared: bool
-    """All templates of the last snapshot are gone."""
-    removed: set[str]
-    added: dict[str, F16]
-
-
-class Snapshot:
-    """One immutable state of the gallery. Owns its memory file; see ``close``."""
+class Base:
+    """Rows of one moment. Owns its memory file; see ``close``."""
 
     def __init__(
         self,
-        version: int,
         dim: int,
         matrix: F16,
         template_ids: npt.NDArray[np.bytes_],
-        keys: tuple[SubjectKey, ...],
+        numbers: I64,
+        galleries: Sequence[str],
         counts: I64,
         fd: int,
-        model_id: str = "",
     ) -> None:
-        self.version = version
-        self.model_id = model_id
         self.dim = dim
         self.matrix = matrix
-        """[rows, dim] float16, read-only."""
+        """[rows, dim] float16."""
         self.template_ids = template_ids
         """[rows] ASCII."""
-        self.keys = keys
-        """The subject table, sorted: a row's subject index points into it."""
+        self.numbers = numbers
+        """[subjects] the subject at each index."""
+        self.galleries = galleries
+        """[subjects] its gallery; in ascending order."""
         self.counts = counts
-        """[len(keys)] rows of each subject."""
+        """[subjects] rows of each."""
         self.starts: I64 = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        """[len(keys) + 1] first row of each subject."""
+        self.alive = np.ones(len(matrix), bool)
         self.fd = fd
+        self._order = np.argsort(numbers, kind="stable")
+        self._sorted = numbers[self._order]
         self._closer = weakref.finalize(self, os.close, fd) if fd >= 0 else None
 
     @property
     def rows(self) -> int:
         return len(self.matrix)
 
-    def position(self, key: SubjectKey) -> int | None:
-        """The subject's index in ``keys``."""
-        at = bisect.bisect_left(self.keys, key)
-        return at if at < len(self.keys) and self.keys[at] == key else None
+    def index(self, number: int) -> int | None:
+        """Of a subject in the table."""
+        at = int(np.searchsorted(self._sorted, number))
+        if at == len(self._sorted) or self._sorted[at] != number:
+            return None
+        return int(self._order[at])
 
-    def searched(self, gallery_id: str) -> int:
-        """Templates of the gallery."""
-        first = bisect.bisect_left(self.keys, gallery_id, key=lambda key: key[0])
-        end = bisect.bisect_right(self.keys, gallery_id, lo=first, key=lambda key: key[0])
-        return int(self.starts[end] - self.starts[first])
+    def rows_of(self, index: int) -> I64:
+        """Rows of the subject that are left."""
+        first, last = int(self.starts[index]), int(self.starts[index + 1])
+        return first + np.flatnonzero(self.alive[first:last])
 
-    def vectors(self, key: SubjectKey) -> F16:
-        """[n, dim] the subject's templates; n may be 0."""
-        at = self.position(key)
-        if at is None:
-            return self.matrix[:0]
-        return self.matrix[self.starts[at] : self.starts[at + 1]]
+    def wipe(self, row: int) -> None:
+        """Its vector is nowhere in the file from here on."""
+        self.alive[row] = False
+        self.matrix[row] = 0
 
-    def message(self) -> GallerySnapshot:
-        galleries: list[tuple[str, int, int]] = []
+    def message(self, version: int, model_id: str) -> GallerySnapshot:
+        table: list[tuple[str, int, int]] = []
         first = 0
-        while first < len(self.keys):
-            gallery = self.keys[first][0]
-            end = bisect.bisect_right(self.keys, gallery, lo=first, key=lambda key: key[0])
-            galleries.append((gallery, int(self.starts[first]), int(self.starts[end])))
+        while first < len(self.galleries):
+            end = first + 1
+            while end < len(self.galleries) and self.galleries[end] == self.galleries[first]:
+                end += 1
+            table.append((self.galleries[first], int(self.starts[first]), int(self.starts[end])))
             first = end
-        return GallerySnapshot(self.version, self.rows, self.dim, tuple(galleries), self.model_id)
+        return GallerySnapshot(version, self.rows, self.dim, tuple(table), model_id)
 
     def close(self) -> None:
         """Gives the descriptor back. The matrix stays mapped for as long as it is referred to."""
@@ -140,148 +136,298 @@ class Snapshot:
             self._closer()
 
 
-def empty(dim: int, model_id: str = "") -> Snapshot:
-    """A gallery without templates and without a memory file: what the first is built from."""
-    return Snapshot(
-        0,
-        dim,
-        np.empty((0, dim), np.float16),
-        np.empty(0, "S32"),
-        (),
-        np.empty(0, np.int64),
-        fd=-1,
-        model_id=model_id,
-    )
+class BaseWriter:
+    """Makes a base row by row, or block by block, in the order of galleries and subjects."""
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+        self._fd = os.memfd_create("facelane-gallery", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+    def write(self, block: F16) -> None:
+        """``block`` [n, dim]. Raises ``OSError`` when there is no memory."""
+        view = memoryview(b"") if block.size == 0 else np.ascontiguousarray(block).data.cast("B")
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def finish(
+        self,
+        template_ids: npt.NDArray[np.bytes_],
+        numbers: I64,
+        galleries: Sequence[str],
+        counts: I64,
+    ) -> Base:
+        """Closes the writer."""
+        rows = int(counts.sum())
+        try:
+            subjects = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+            view = memoryview(b"") if rows == 0 else subjects.data.cast("B")
+            while view:
+                view = view[os.write(self._fd, view) :]
+            matrix: F16 = np.empty((0, self._dim), np.float16)
+            if rows:
+                # Lives for as long as the matrix, or a view of it, is referred to.
+                mapped = mmap.mmap(self._fd, 0, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+                matrix = np.frombuffer(mapped, np.float16, rows * self._dim)
+                matrix = matrix.reshape(rows, self._dim)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+            # Without write permission, for the workers.
+            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            self.close()
+        return Base(self._dim, matrix, template_ids, numbers, galleries, counts, fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
-def build(last: Snapshot, changes: dict[SubjectKey, Pending], version: int) -> Snapshot:
-    """The snapshot after ``last``: one copy of the rows, Python's work only for the changes.
-
-    Raises ``OSError`` when the memory file cannot be had.
-    """
-    # 1. Which rows stay, and which come in where (in positions of the old rows).
-    keep = np.ones(last.rows, bool)
-    insert_at: list[int] = []
-    insert_ids: list[bytes] = []
-    vectors: list[F16] = []
-    counts = last.counts.copy()
-    new_at: list[int] = []
-    new_keys: list[SubjectKey] = []
-    new_counts: list[int] = []
-    for key in sorted(changes):
-        change = changes[key]
-        at = bisect.bisect_left(last.keys, key)
-        known = at < len(last.keys) and last.keys[at] == key
-        if known:
-            span = slice(int(last.starts[at]), int(last.starts[at + 1]))
-            if change.cleared:
-                keep[span] = False
-            elif change.removed:
-                keep[span] = ~np.isin(
-                    last.template_ids[span], [name.encode() for name in change.removed]
-                )
-            counts[at] = int(keep[span].sum()) + len(change.added)
-        elif change.added:
-            new_at.append(at)
-            new_keys.append(key)
-            new_counts.append(len(change.added))
-        row = int(last.starts[at + 1] if known else last.starts[at])
-        for template_id, vector in change.added.items():
-            insert_at.append(row)
-            insert_ids.append(template_id.encode())
-            vectors.append(vector)
-
-    # 2. Where each new row comes from: an old row, or -1 - k for the k-th vector.
-    fresh = -1 - np.arange(len(vectors), dtype=np.int64)
-    kept_before = np.concatenate([[0], np.cumsum(keep)])
-    at_kept = kept_before[np.asarray(insert_at, np.int64)]
-    order = np.insert(np.flatnonzero(keep).astype(np.int64), at_kept, fresh)
-    template_ids = np.insert(last.template_ids[keep], at_kept, np.asarray(insert_ids, "S32"))
-
-    # 3. The subject table.
-    keys = last.keys
-    if new_keys or not counts.all():
-        keys = _merge(last.keys, counts, new_at, new_keys)
-    counts = np.insert(counts, new_at, new_counts)
-    counts = counts[counts > 0]
-
-    # 4. The file.
-    block = np.stack(vectors) if vectors else np.empty((0, last.dim), np.float16)
-    fd, matrix = _write(last.matrix, order, block, counts)
-    return Snapshot(version, last.dim, matrix, template_ids, keys, counts, fd, last.model_id)
-
-
-def _merge(
-    old: Sequence[SubjectKey], counts: I64, new_at: Sequence[int], new_keys: Sequence[SubjectKey]
-) -> tuple[SubjectKey, ...]:
-    merged: list[SubjectKey] = []
-    cuts = sorted(
-        [(at, 1, key) for at, key in zip(new_at, new_keys, strict=True)]
-        + [(int(at), 2, old[int(at)]) for at in np.flatnonzero(counts == 0)]
-    )
-    begin = 0
-    for at, kind, key in cuts:
-        merged.extend(old[begin:at])
-        if kind == 1:
-            merged.append(key)
-            begin = at
-        else:
-            begin = at + 1
-    merged.extend(old[begin:])
-    return tuple(merged)
-
-
-def _write(old: F16, order: I64, block: F16, counts: I64) -> tuple[int, F16]:
-    """A sealed, read-only memory file and its matrix."""
-    dim = block.shape[1]
-    writable = os.memfd_create("facelane-gallery", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def load(dim: int, rows: Iterable[AddTemplate]) -> Base:
+    """A base of rows that come in the order of galleries and subjects."""
+    writer = BaseWriter(dim)
+    template_ids: list[bytes] = []
+    numbers: list[int] = []
+    galleries: list[str] = []
+    counts: list[int] = []
+    block: list[F16] = []
     try:
-        for first in range(0, len(order), CHUNK_ROWS):
-            source = order[first : first + CHUNK_ROWS]
-            if source[0] >= 0 and (np.diff(source) == 1).all():
-                _write_all(writable, old[source[0] : source[-1] + 1])
-                continue
-            chunk = np.empty((len(source), dim), np.float16)
-            from_old = source >= 0
-            chunk[from_old] = old[source[from_old]]
-            chunk[~from_old] = block[-1 - source[~from_old]]
-            _write_all(writable, chunk)
-        _write_all(writable, np.repeat(np.arange(len(counts), dtype=np.int32), counts))
-        fcntl.fcntl(writable, fcntl.F_ADD_SEALS, _SEALS)
-        # A descriptor without write permission: shared read-only mappings of a sealed file
-        # are refused through a writable one by kernels before 6.7.
-        fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+        for row in rows:
+            if not numbers or numbers[-1] != row.number:
+                numbers.append(row.number)
+                same = bool(galleries) and galleries[-1] == row.gallery_id
+                galleries.append(galleries[-1] if same else row.gallery_id)
+                counts.append(0)
+            counts[-1] += 1
+            template_ids.append(row.template_id.encode())
+            block.append(row.vector)
+            if len(block) == CHUNK_ROWS:
+                writer.write(np.stack(block))
+                block.clear()
+        if block:
+            writer.write(np.stack(block))
+        return writer.finish(
+            np.asarray(template_ids, "S32"),
+            np.asarray(numbers, np.int64),
+            galleries,
+            np.asarray(counts, np.int64),
+        )
     finally:
-        os.close(writable)
-    rows = len(order)
-    if rows == 0:
-        return fd, np.empty((0, dim), np.float16)
+        writer.close()
+
+
+@dataclass(slots=True)
+class _Late:
+    """A template that came after the base; ``vector`` is ``None`` once it is gone."""
+
+    number: int
+    template_id: str
+    subject: int
+    vector: F16 | None
+    operation: Added
+    written_at: int = -1
+    """Where its vector lies in the log; -1 = not written yet."""
+
+
+@dataclass(slots=True)
+class Generation:
+    """A base and all that came after it. Whoever uses it sees to it that one thread does."""
+
+    base: Base
+    model_id: str = ""
+    version: int = 0
+    """Of the base, once it is published."""
+    late: list[_Late] = field(default_factory=list)
+    late_subjects: list[tuple[int, str]] = field(default_factory=list)
+    """(number, gallery) of the subjects behind the base's table."""
+    unwritten: list[Operation] = field(default_factory=list)
+    gone: int = 0
+    """Rows of the base that were wiped."""
+    _placed: int = 0
+    """Late rows that are written."""
+    _late_of: dict[int, list[int]] = field(default_factory=dict)
+    _late_index: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        """How much came after the base."""
+        return len(self.late) + self.gone
+
+    @property
+    def is_heavy(self) -> bool:
+        """It is time for a new base."""
+        share = self.base.rows // limits.DELTA_SHARE
+        bound = min(max(share, limits.MIN_DELTA_ROWS), limits.MAX_DELTA_ROWS)
+        return self.weight > bound
+
+    def number_at(self, index: int) -> int | None:
+        """The subject at an index of the table."""
+        subjects = len(self.base.numbers)
+        if 0 <= index < subjects:
+            return int(self.base.numbers[index])
+        if subjects <= index < subjects + len(self.late_subjects):
+            return self.late_subjects[index - subjects][0]
+        return None
+
+    def count(self, number: int) -> int:
+        """Templates of a subject."""
+        index = self.base.index(number)
+        rows = 0 if index is None else len(self.base.rows_of(index))
+        late = self._late_of.get(number, ())
+        return rows + sum(self.late[at].vector is not None for at in late)
+
+    def has(self, number: int, template_id: str) -> bool:
+        """Whether the template is there."""
+        late = self._late_of.get(number, ())
+        if any(
+            self.late[at].template_id == template_id and self.late[at].vector is not None
+            for at in late
+        ):
+            return True
+        return self._base_row(number, template_id) is not None
+
+    def _base_row(self, number: int, template_id: str) -> int | None:
+        index = self.base.index(number)
+        if index is None:
+            return None
+        for row in self.base.rows_of(index):
+            if self.base.template_ids[row] == template_id.encode():
+                return int(row)
+        return None
+
+    def vectors(self, number: int) -> F16:
+        """[n, dim] of a subject; n may be 0."""
+        index = self.base.index(number)
+        rows = self.base.matrix[:0] if index is None else self.base.matrix[self.base.rows_of(index)]
+        late = [
+            found
+            for at in self._late_of.get(number, ())
+            if (found := self.late[at].vector) is not None
+        ]
+        return np.concatenate([rows, np.stack(late)]) if late else rows
+
+    def add(self, new: AddTemplate) -> None:
+        index = self.base.index(new.number)
+        if index is None:
+            index = self._late_index.get(new.number)
+            if index is None:
+                index = len(self.base.numbers) + len(self.late_subjects)
+                self._late_index[new.number] = index
+                self.late_subjects.append((new.number, new.gallery_id))
+        operation = Added(new.gallery_id, index, new.vector.tobytes())
+        self._late_of.setdefault(new.number, []).append(len(self.late))
+        self.late.append(_Late(new.number, new.template_id, index, new.vector, operation))
+        self.unwritten.append(operation)
+
+    def remove(self, number: int, template_id: str) -> list[int]:
+        """Takes a template out; where its vector lies in the log, to be overwritten there."""
+        for at in self._late_of.get(number, ()):
+            if self.late[at].template_id == template_id and self.late[at].vector is not None:
+                return self._remove_late(at)
+        row = self._base_row(number, template_id)
+        if row is not None:
+            self._remove_row(row)
+        return []
+
+    def remove_subject(self, number: int) -> list[int]:
+        """Takes a subject out; where its vectors lie in the log."""
+        index = self.base.index(number)
+        if index is not None:
+            for row in self.base.rows_of(index):
+                self._remove_row(int(row))
+        places: list[int] = []
+        for at in self._late_of.pop(number, ()):
+            if self.late[at].vector is not None:
+                places += self._remove_late(at)
+        # Its name's next owner has another number, and so another index.
+        self._late_index.pop(number, None)
+        return places
+
+    def _remove_row(self, row: int) -> None:
+        self.base.wipe(row)
+        self.gone += 1
+        self.unwritten.append(Removed(row))
+
+    def _remove_late(self, at: int) -> list[int]:
+        late = self.late[at]
+        late.vector = None
+        blank = Added(late.operation.gallery, late.subject, bytes(len(late.operation.vector)))
+        if late.written_at < 0:
+            # Its place is kept: workers count what was added.
+            position = next(i for i, one in enumerate(self.unwritten) if one is late.operation)
+            self.unwritten[position] = blank
+        late.operation = blank
+        self.unwritten.append(Removed(-1 - at))
+        return [late.written_at] if late.written_at >= 0 else []
+
+    def placed(self, places: Iterator[int]) -> None:
+        """What was unwritten stands in the log: each addition's vector at its place."""
+        for operation in self.unwritten:
+            if isinstance(operation, Added):
+                self.late[self._placed].written_at = next(places)
+                self._placed += 1
+        self.unwritten.clear()
+
+    # -- the next base -------------------------------------------------------------------------
+
+    def cut(self) -> Cut:
+        """What the next base is to hold: later changes are not in it."""
+        rows = np.flatnonzero(self.base.alive)
+        late = [(at, one.vector) for at, one in enumerate(self.late) if one.vector is not None]
+        return Cut(
+            self.base,
+            rows,
+            [vector for _, vector in late],
+            [self.late[at].template_id.encode() for at, _ in late],
+            np.asarray([self.late[at].subject for at, _ in late], np.int64),
+            list(self.late_subjects),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The rows of a generation at one moment, for ``compact``."""
+
+    base: Base
+    rows: I64
+    vectors: list[F16]
+    template_ids: list[bytes]
+    subjects: I64
+    late_subjects: list[tuple[int, str]]
+
+
+def compact(cut: Cut) -> Base:
+    """One base of all: a copy of the rows. Raises ``OSError`` when there is no memory."""
+    base = cut.base
+    numbers = np.concatenate([base.numbers, [n for n, _ in cut.late_subjects]]).astype(np.int64)
+    names = [*base.galleries, *(gallery for _, gallery in cut.late_subjects)]
+    ranks = {name: rank for rank, name in enumerate(sorted(set(names)))}
+    rank = np.asarray([ranks[name] for name in names], np.int64)
+    owner = np.repeat(np.arange(len(base.numbers)), base.counts)
+    subjects = np.concatenate([owner[cut.rows], cut.subjects]).astype(np.int64)
+    # Old rows before new ones of a subject; -1 - k is the k-th of the new.
+    source = np.concatenate([cut.rows, -1 - np.arange(len(cut.vectors))]).astype(np.int64)
+    order = np.lexsort((np.arange(len(subjects)), subjects, rank[subjects]))
+    subjects, source = subjects[order], source[order]
+    begins = (
+        np.flatnonzero(np.concatenate([[True], np.diff(subjects) != 0])) if len(order) else order
+    )
+    present = subjects[begins] if len(order) else subjects
+    counts = np.diff(np.append(begins, len(subjects))).astype(np.int64)
+    new = np.stack(cut.vectors) if cut.vectors else np.empty((0, base.dim), np.float16)
+    ids = np.concatenate([base.template_ids[cut.rows], np.asarray(cut.template_ids, "S32")])[order]
+    writer = BaseWriter(base.dim)
     try:
-        # The mapping lives for as long as the matrix, or a view of it, is referred to.
-        mapped = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd, np.frombuffer(mapped, np.float16, rows * dim).reshape(rows, dim)
-
-
-def _write_all(fd: int, values: npt.NDArray[np.generic]) -> None:
-    view = memoryview(b"") if values.size == 0 else values.data.cast("B")
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def after(
-    earlier: dict[SubjectKey, Pending], later: dict[SubjectKey, Pending]
-) -> dict[SubjectKey, Pending]:
-    """Both sets of changes as one, after a build that failed."""
-    merged = dict(earlier)
-    for key, change in later.items():
-        first = merged.get(key)
-        if first is None or change.cleared:
-            merged[key] = change
-            continue
-        added = {k: v for k, v in first.added.items() if k not in change.removed}
-        removed = first.removed | (change.removed - first.added.keys())
-        merged[key] = Pending(first.cleared, removed, added | change.added)
-    return merged
+        for first in range(0, len(source), CHUNK_ROWS):
+            part = source[first : first + CHUNK_ROWS]
+            chunk = np.empty((len(part), base.dim), np.float16)
+            old = part >= 0
+            chunk[old] = base.matrix[part[old]]
+            chunk[~old] = new[-1 - part[~old]]
+            writer.write(chunk)
+        galleries = [names[int(subject)] for subject in present]
+        return writer.finish(ids.astype("S32"), numbers[present], galleries, counts)
+    finally:
+        writer.close()

@@ -11,6 +11,7 @@ in the slots of two memfd arenas, and messages hold offsets into the job's slot.
       |  -- Load (+ fds: request, response) --> |   arenas by SCM_RIGHTS
       |  <- Ready ------------------------------|   model loaded, warmed, measured
       |  -- GallerySnapshot (+ fds) ----------> |   recognisers only; newest wins
+      |  -- GalleryDelta (+ fd) --------------> |   what came after it; newest wins
       |  <- GalleryLoaded ----------------------|
       |  -- Infer(job, slot) -----------------> |   at most JOBS_PER_WORKER in flight
       |  <- InferDone | InferFailed ------------|   in the order of Infer
@@ -246,7 +247,16 @@ class GallerySnapshot(Message, frozen=True):
     table_bytes: int = 0
 
 
-ToWorker = Load | Infer | Cancel | CloseVideo | Ping | Drain | GallerySnapshot
+class GalleryDelta(Message, frozen=True):
+    """With the log of the snapshot of version ``base`` (``gallery_log``), read up to ``log_bytes``:
+    all that came after it, up to ``version``."""
+
+    version: int
+    base: int
+    log_bytes: int
+
+
+ToWorker = Load | Infer | Cancel | CloseVideo | Ping | Drain | GallerySnapshot | GalleryDelta
 
 
 # -- from the worker ------------------------------------------------------------------

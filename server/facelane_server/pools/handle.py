@@ -22,6 +22,7 @@ from facelane_server.ipc.messages import (
     Drained,
     Fatal,
     FromWorker,
+    GalleryDelta,
     GalleryLoaded,
     GallerySnapshot,
     Hello,
@@ -177,6 +178,8 @@ class ReadyHandle:
         """In flight, in the order sent."""
         self.memory_mib = facts.memory_mib
         self.gallery_version = 0
+        self.gallery_base = 0
+        """The version of the last snapshot that was sent."""
         self.gallery_sent_ns = 0
         """When the oldest snapshot that it has not answered was sent."""
         self.ping_sent_ns = 0
@@ -238,13 +241,18 @@ class ReadyHandle:
             self.ping_sent_ns = now_ns
         self.gallery_sent_ns = now_ns
 
-    def publish(self, snapshot: GallerySnapshot, descriptors: list[int], now_ns: int) -> None:
-        """``snapshot`` without its table, which is in the second descriptor (see
-        ``gallery_table``). Raises ChannelClosed."""
+    def publish(
+        self, gallery: GallerySnapshot | GalleryDelta, descriptors: list[int], now_ns: int
+    ) -> None:
+        """A snapshot without its table, which is in the second descriptor (see
+        ``gallery_table``), or a delta of the last one that was sent, with its log. Raises
+        ChannelClosed."""
         if self.gallery_sent_ns == 0 or self.gallery_version == self._gallery_sent:
             self.gallery_sent_ns = now_ns
-        self._gallery_sent = snapshot.version
-        self._channel.send(snapshot, descriptors)
+        if isinstance(gallery, GallerySnapshot):
+            self.gallery_base = gallery.version
+        self._gallery_sent = gallery.version
+        self._channel.send(gallery, descriptors)
 
     def receive_last(self) -> None:
         """``send`` failed: hear the worker's last words, if it left any."""

@@ -21,7 +21,7 @@ import structlog
 from facelane_server import config, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.ipc.channel import ChannelError, ProtocolError
-from facelane_server.ipc.messages import GallerySnapshot, InferDone, InferFailed
+from facelane_server.ipc.messages import GalleryDelta, GallerySnapshot, InferDone, InferFailed
 from facelane_server.models.api import CropSpec
 from facelane_server.models.package import Package
 from facelane_server.pools.briefing import Briefing
@@ -456,18 +456,21 @@ class Pool:
 
     # -- the gallery ----------------------------------------------------------------------
 
-    async def publish_gallery(self, snapshot: GallerySnapshot, fd: int) -> None:
-        """Hand a snapshot to every worker; returns when all that are ready have loaded it, or
-        were lost. Workers that become ready later load it first. ``fd`` stays the caller's."""
+    async def publish_gallery(
+        self, snapshot: GallerySnapshot, fd: int, delta: GalleryDelta | None = None, log: int = -1
+    ) -> None:
+        """Hand a snapshot, and what came after it, to every worker; returns when all that are
+        ready have loaded it, or were lost. Workers that become ready later load it first. The
+        descriptors stay the caller's."""
         workers = [w for w in self._crew.everyone() if w.life is Life.READY and w.handle]
         handles = [w.handle for w in workers if w.handle]
-        if self._feed.renew(snapshot, fd):
+        if self._feed.renew(snapshot, fd, delta, log):
             for worker, handle in zip(workers, handles, strict=True):
                 try:
                     self._feed.send(handle, self._clock.now_ns())
                 except ChannelError as error:
                     self._crew.lost(worker, WorkerLostError.by(error))
-        await self._feed.loaded(handles, snapshot.version)
+        await self._feed.loaded(handles, self._feed.version)
 
 
 def _invalid(package: Package, why: str) -> FacelaneError:

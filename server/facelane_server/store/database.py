@@ -63,8 +63,18 @@ class Database(abc.ABC):
         """Overwrites what was just deleted, as far as the engine can. Never raises."""
 
     @abc.abstractmethod
+    def wait_for_change(self, timeout_s: float) -> bool:
+        """Whether something may have been committed, by whomever, since the last call; waits for it
+        at most so long. One thread calls it. Never raises: a store that is away has not changed,
+        and has when it is back."""
+
+    @abc.abstractmethod
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent; ends a wait within its timeout."""
+
+    @abc.abstractmethod
+    def end_waiting(self) -> None:
+        """Frees what ``wait_for_change`` holds, in its thread."""
 
     @abc.abstractmethod
     def _hold_schema(self, connection: sa.Connection) -> None:

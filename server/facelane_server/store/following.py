@@ -100,6 +100,13 @@ def after(
     ]
 
 
+def last_removal(connection: sa.Connection) -> int:
+    """The revision of the newest change that took a template away; 0 = none is remembered."""
+    removing = (ChangeKind.TEMPLATE_REMOVED.value, ChangeKind.SUBJECT_REMOVED.value)
+    newest = sa.select(sa.func.max(changes.c.revision)).where(changes.c.kind.in_(removing))
+    return int(connection.scalar(newest) or 0)
+
+
 def vectors(
     connection: sa.Connection, model_id: str, dim: int, name: str
 ) -> Iterator[StoredVector]:

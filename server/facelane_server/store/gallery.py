@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import secrets
 import time
@@ -27,6 +28,7 @@ from facelane_server.store.database import Database
 from facelane_server.store.following import ChangeKind, StoredChange
 from facelane_server.store.records import (
     F16,
+    Deleted,
     Enrolled,
     NewTemplate,
     RequestKey,
@@ -198,8 +200,8 @@ class Store:
                 following.append(connection, ChangeKind.SUBJECT, subject=key or 0)
             return self._subject(connection, gallery_id, subject_id)
 
-    def delete_subject(self, gallery_id: str, subject_id: str) -> int:
-        """Deletes the subject and its templates; how many those were. Raises SUBJECT_NOT_FOUND."""
+    def delete_subject(self, gallery_id: str, subject_id: str) -> Deleted:
+        """Deletes the subject and its templates. Raises SUBJECT_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
         with self.database.writing(GALLERY) as connection:
             key = self._find(connection, gallery_id, subject_id)
@@ -213,9 +215,9 @@ class Store:
             )
             gone = connection.execute(sa.delete(templates).where(templates.c.subject == key))
             connection.execute(sa.delete(subjects).where(subjects.c.id == key))
-            following.append(connection, ChangeKind.SUBJECT_REMOVED, subject=key)
+            at = following.append(connection, ChangeKind.SUBJECT_REMOVED, subject=key)
         self.database.forget_deleted()
-        return int(gone.rowcount)
+        return Deleted(key, int(gone.rowcount), at)
 
     def _find(self, connection: sa.Connection, gallery_id: str, subject_id: str) -> int | None:
         found: int | None = connection.scalar(
@@ -479,12 +481,22 @@ class Store:
         with self.database.reading() as connection:
             yield from following.vectors(connection, model_id, dim, self.database.name)
 
-    def load(self, model_id: str, dim: int) -> tuple[int, list[StoredVector]]:
-        """All templates of one model, and the revision up to which they are the gallery's."""
+    @contextlib.contextmanager
+    def loading(self, model_id: str, dim: int) -> Iterator[tuple[int, Iterator[StoredVector]]]:
+        """The gallery's revision, and all templates of one model as of then."""
         with self.database.reading() as connection:
             seen = revision(connection, GALLERY)
-            found = following.vectors(connection, model_id, dim, self.database.name)
-            return seen, list(found)
+            yield seen, following.vectors(connection, model_id, dim, self.database.name)
+
+    def revision(self) -> int:
+        """Of the gallery's newest change."""
+        with self.database.reading() as connection:
+            return revision(connection, GALLERY)
+
+    def last_removal(self) -> int:
+        """The revision at which somebody was taken away last, as far as the log goes back."""
+        with self.database.reading() as connection:
+            return following.last_removal(connection)
 
     def changes(self, seen: int, model_id: str, dim: int) -> list[StoredChange]:
         """See ``following.after``."""

@@ -28,6 +28,9 @@ POOL_TIMEOUT_S: Final = 5.0
 _SCHEMA_LOCK: Final = 0x66616365_6C616E65
 """``facelane``: of all transactions that change the schema."""
 
+_CHANNEL: Final = "facelane"
+_RETRY_S: Final = 0.5
+
 # A peer that went away without a word is noticed after about so long.
 _NETWORK: Final = {
     "connect_timeout": CONNECT_TIMEOUT_S,
@@ -63,6 +66,10 @@ class PostgresDatabase(Database):
         self._look = look
         self._lock = threading.Lock()
         self._trouble = ""
+        self._closed = threading.Event()
+        self._listening: Any = None
+        """The driver's own connection, which hears of commits."""
+        self._held: sa.Connection | None = None
         try:
             import psycopg as _  # noqa: F401  # the extra, before anything is begun
         except ImportError:
@@ -135,6 +142,9 @@ class PostgresDatabase(Database):
                     .with_for_update()
                 )
             yield connection
+            if counters:
+                # Told when it is committed, and not otherwise.
+                connection.execute(sa.select(sa.func.pg_notify(_CHANNEL, "")))
 
     @contextlib.contextmanager
     def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
@@ -210,9 +220,52 @@ class PostgresDatabase(Database):
         """Nothing: dead rows are PostgreSQL's to overwrite, and stand in its log until then. What
         was deleted is unreadable because its key is."""
 
+    def wait_for_change(self, timeout_s: float) -> bool:
+        try:
+            heard = self._listening
+            if heard is None:
+                heard = self._listening = self._listen()
+                return True  # whatever happened before
+            if any(True for _ in heard.notifies(timeout=timeout_s, stop_after=1)):
+                return True
+            heard.execute("SELECT 1")  # whether anybody is there
+            if self._trouble == "UNREACHABLE":
+                self._trouble = ""
+        except Exception as error:
+            # Whatever it is, it is the connection's: the next call begins with another.
+            told = self._told(error) if isinstance(error, exc.DBAPIError) else None
+            self._trouble = "UNREACHABLE" if told is None else told.metadata.get("trouble", "")
+            self._hang_up()
+            self._closed.wait(min(timeout_s, _RETRY_S))
+        return False
+
+    def _listen(self) -> Any:
+        connection = self.engine.connect()
+        try:
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            connection.detach()  # from the pool: it is ours until it is closed
+            raw = connection.connection.driver_connection
+            assert raw is not None
+            raw.execute(f"LISTEN {_CHANNEL}")
+        except BaseException:
+            connection.close()
+            raise
+        self._held = connection
+        return raw
+
+    def _hang_up(self) -> None:
+        held, self._held, self._listening = self._held, None, None
+        if held is not None:
+            with contextlib.suppress(Exception):
+                held.close()
+
     def close(self) -> None:
+        self._closed.set()
         with self._lock:
             self.engine.dispose()
+
+    def end_waiting(self) -> None:
+        self._hang_up()
 
     def _hold_schema(self, connection: sa.Connection) -> None:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SCHEMA_LOCK)))

@@ -56,6 +56,15 @@ class StoredVector:
 
 
 @dataclass(frozen=True, slots=True)
+class Deleted:
+    """A subject that is gone. ``number``: its own; ``revision``: of the gallery."""
+
+    number: int
+    templates: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
 class Enrolled:
     """``created`` is false when the template was there already: an earlier call with this
     request id, or the same picture again. ``answer`` is what was kept with the request id."""

@@ -11,8 +11,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import sqlite3
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Final
@@ -26,7 +29,14 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store.database import Database, Kind, unavailable
 
 BUSY_TIMEOUT_MS: Final = 2_000
+WRITER_TIMEOUT_MS: Final = 5_000
+"""How long a change waits for those of other threads and processes."""
 POOL_SIZE: Final = 4
+POLL_S: Final = 0.02
+"""Between two looks whether somebody else has committed: some microseconds each."""
+_WRITERS: Final = 1 << 40
+"""A byte of the file, far behind SQLite's own locks, that is whose who writes, or overwrites the
+log. SQLite's own waiting lets some of eight writers starve: its pauses grow."""
 _MARK: Final = b"a gallery lies beside this file\n"
 """In the lock's file, once there is one: an empty gallery file is then a damaged one."""
 
@@ -51,6 +61,9 @@ class SqliteFile(Database):
         """SQLite has one writer at a time; threads queue here, processes at the file."""
         self._log_is_full = True
         """It may hold what was deleted and could not be emptied; a killed server left it so."""
+        self._closed = threading.Event()
+        self._watching: sqlite3.Connection | None = None
+        self._data_version = 0
         self._closing = contextlib.ExitStack()
         self._is_open = False
         try:
@@ -73,8 +86,36 @@ class SqliteFile(Database):
             raise
 
     def close(self) -> None:
-        """Gives the file back; idempotent."""
+        self._closed.set()
         self._closing.close()
+
+    def wait_for_change(self, timeout_s: float) -> bool:
+        """By ``data_version``, which a commit of any other connection changes."""
+        deadline = time.monotonic() + timeout_s
+        while not self._closed.is_set():
+            try:
+                if self._watching is None:
+                    uri = f"{self._path.absolute().as_uri()}?mode=ro"
+                    self._watching = sqlite3.connect(uri, uri=True, isolation_level=None)
+                cursor = self._watching.execute("PRAGMA data_version")
+                version = int(cursor.fetchone()[0])
+                cursor.close()
+            except sqlite3.Error:
+                self.end_waiting()
+                version = self._data_version
+            if version != self._data_version:
+                self._data_version = version
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0 or self._closed.wait(min(POLL_S, left)):
+                break
+        return False
+
+    def end_waiting(self) -> None:
+        if self._watching is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._watching.close()
+            self._watching = None
 
     def check(self) -> str:
         """Empty when the file is sound, else what is wrong; reads all of it."""
@@ -125,6 +166,7 @@ class SqliteFile(Database):
             # SQLite has closed it: closing it sooner would take SQLite's own locks along.
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._closing.callback(os.close, file)
+            self._file = file
             self._hold_file()
             if os.fstat(file).st_mode & 0o077:
                 os.fchmod(file, 0o600)
@@ -143,13 +185,14 @@ class SqliteFile(Database):
             ) from None
 
     def _lock_or_refuse(self, descriptor: int) -> None:
+        """With the servers of this machine; those of before version 3 wanted it alone."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             raise FacelaneError(
                 Reason.GALLERY_UNAVAILABLE,
-                f"{self._path}: another server uses this gallery; stop it, or give this "
-                "one another file in gallery.path",
+                f"{self._path}: another server, of an earlier version, uses this gallery; stop it, "
+                "or give this one another file in gallery.path",
                 retryable=True,
             ) from None
 
@@ -221,15 +264,37 @@ class SqliteFile(Database):
         del counters
         if self._look:
             raise unavailable(f"{self._path} was opened to be looked at")
-        if not self._writing.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
+        if not self._writing.acquire(timeout=WRITER_TIMEOUT_MS / 1000):
             raise unavailable("the gallery's file is busy; try again", cause="BUSY", retryable=True)
         try:
-            with self._transaction(writes=True) as connection:
-                yield connection
+            if not self._lock_writers(fcntl.F_WRLCK, WRITER_TIMEOUT_MS):
+                raise unavailable(
+                    "the gallery's file is busy; try again", cause="BUSY", retryable=True
+                )
+            try:
+                with self._transaction(writes=True) as connection:
+                    yield connection
+            finally:
+                self._lock_writers(fcntl.F_UNLCK, 0)
             if self._log_is_full:
                 self._forget_deleted()
         finally:
             self._writing.release()
+
+    def _lock_writers(self, kind: int, wait_ms: int) -> bool:
+        """Of this process, which has one writer. A lock of the open file: no other descriptor's
+        end gives it back."""
+        wanted = struct.pack("hhqqi4x", kind, os.SEEK_SET, _WRITERS, 1, 0)
+        deadline = time.monotonic() + wait_ms / 1000
+        while True:
+            try:
+                fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, wanted)
+            except BlockingIOError:
+                pause = random.uniform(0.0005, 0.004)
+                if self._closed.wait(pause) or time.monotonic() >= deadline:
+                    return False
+            else:
+                return True
 
     @contextlib.contextmanager
     def _transaction(self, *, writes: bool) -> Iterator[sa.Connection]:
@@ -292,10 +357,20 @@ class SqliteFile(Database):
         Never raises: the deletion stands. While another process reads the file (a backup), the
         log cannot be emptied; then the next transaction tries again.
         """
+        # Nobody writes meanwhile, in no process: what is overwritten is not read any more.
+        wait_ms = 0 if self._log_is_full else BUSY_TIMEOUT_MS
+        if self._look or not self._lock_writers(fcntl.F_WRLCK, wait_ms):
+            self._log_is_full = True
+            return
+        try:
+            self._empty_log(wait_ms)
+        finally:
+            self._lock_writers(fcntl.F_UNLCK, 0)
+
+    def _empty_log(self, wait_ms: int) -> None:
         # Not through a transaction: a checkpoint inside of one is refused.
         try:
             with contextlib.closing(self._engine.raw_connection()) as connection:
-                wait_ms = 0 if self._log_is_full else BUSY_TIMEOUT_MS
                 connection.cursor().execute(f"PRAGMA busy_timeout = {wait_ms}").close()
                 try:
                     self._wipe_log(connection)

@@ -39,6 +39,7 @@ from facelane_server.ipc.messages import (
     Drained,
     Fatal,
     FromWorker,
+    GalleryDelta,
     GallerySnapshot,
     Hello,
     Infer,
@@ -60,6 +61,7 @@ from facelane_server.worker.search import GalleryLoader
 from facelane_server.worker.work import Finish, work_for
 
 _WAIT_S: Final = 60.0
+_DESCRIPTORS: Final = {GallerySnapshot: 2, GalleryDelta: 1}
 
 _STARTING = threading.Lock()
 """The threads of a group load and warm up one after the other: neither torch's import nor
@@ -230,7 +232,7 @@ class Loop:
         while (received := self._channel.receive(timeout_s)) is not None:
             message, descriptors = received
             timeout_s = 0.0
-            if len(descriptors) != (2 if isinstance(message, GallerySnapshot) else 0):
+            if len(descriptors) != _DESCRIPTORS.get(type(message), 0):
                 close_all(descriptors)
                 raise ProtocolError(f"{type(message).__name__} with {len(descriptors)} descriptors")
             if isinstance(message, Infer):
@@ -245,6 +247,8 @@ class Loop:
                 self._draining = True
             elif isinstance(message, GallerySnapshot):
                 self._gallery.offer(message, descriptors)
+            elif isinstance(message, GalleryDelta):
+                self._gallery.extend(message, descriptors[0])
             else:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
             if len(self._jobs) > limits.JOBS_PER_WORKER:

@@ -1,9 +1,10 @@
-"""Exact cosine search of a gallery snapshot, inside the recogniser's worker.
+"""Exact cosine search of a gallery, inside the recogniser's worker.
 
 Rows are unit vectors sorted by gallery, then by subject; a subject's similarity is that
 of its best template. On a CPU the snapshot is held as float32 and searched by BLAS; on
 a CUDA device it is held as float16 and only the best subjects' rows are scored again in
-float32, so that what comes back is exact there too.
+float32, so that what comes back is exact there too. What came after the snapshot is in ``late``:
+few rows, compared one by one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy.typing as npt
 from facelane_server import limits
 from facelane_server.ipc import gallery_table
 from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, close_all
-from facelane_server.ipc.messages import Fatal, GalleryLoaded, GallerySnapshot
+from facelane_server.ipc.gallery_log import Added, LogReader
+from facelane_server.ipc.messages import Fatal, GalleryDelta, GalleryLoaded, GallerySnapshot
 from facelane_server.worker import exit_codes
 from facelane_server.worker.faults import Quit, ending
 
@@ -54,14 +56,68 @@ class _Segment:
     subjects: npt.NDArray[np.int32]
 
 
+_NEVER: Final = -2.0
+"""Below every cosine: of rows that were removed."""
+_GONE_BELOW: Final = -1.5
+
+
 class _Rows(Protocol):
     """Where the matrix lives."""
 
-    def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]: ...
+    def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
+        """Subjects of whom no row is left are not among them."""
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Overwrites rows: they are never found again."""
+
+
+class _Late:
+    """Rows that came after the snapshot, in the order in which they came."""
+
+    def __init__(self, dim: int) -> None:
+        self._matrix: F32 = np.zeros((64, dim), np.float32)
+        self._subjects = np.zeros(64, np.int32)
+        self._galleries = np.zeros(64, np.int32)
+        self._names: dict[str, int] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, gallery: str, subject: int, vector: npt.NDArray[np.float16]) -> None:
+        at = self._count
+        if at == len(self._matrix):
+            # Whoever searches meanwhile has the old arrays, which stay as they are.
+            self._matrix = np.concatenate([self._matrix, np.zeros_like(self._matrix)])
+            self._subjects = np.concatenate([self._subjects, np.zeros_like(self._subjects)])
+            self._galleries = np.concatenate([self._galleries, np.zeros_like(self._galleries)])
+        self._matrix[at] = vector
+        self._subjects[at] = subject
+        self._galleries[at] = self._names.setdefault(gallery, len(self._names) + 1)
+        self._count = at + 1
+
+    def remove(self, at: int) -> None:
+        self._galleries[at] = 0
+        self._matrix[at] = 0
+
+    def best(self, probes: F32, gallery: str, keep: int) -> list[Hits]:
+        number = self._names.get(gallery, -1)
+        count = self._count
+        rows = np.flatnonzero(self._galleries[:count] == number)
+        if not len(rows):
+            return [() for _ in range(len(probes))]
+        scores = probes @ self._matrix[rows].T
+        subjects = self._subjects[rows]
+        order = np.argsort(subjects, kind="stable")
+        own = subjects[order]
+        starts = np.flatnonzero(np.diff(own, prepend=-1))
+        best = np.maximum.reduceat(scores[:, order], starts, axis=1)
+        return _top(best, own[starts], keep)
 
 
 class Searcher:
-    """One snapshot. Immutable, so it may be built by one thread and used by another."""
+    """A snapshot and what came after it. One thread extends it; any may search meanwhile, and then
+    finds more or less of what is being taken in."""
 
     def __init__(self, snapshot: GallerySnapshot, fd: int, device: str) -> None:
         """Read the snapshot from ``fd`` (closed in any case) onto ``device``.
@@ -80,25 +136,78 @@ class Searcher:
         self._rows: _Rows = (
             _TorchRows(matrix, device) if device.startswith("cuda") else _NumpyRows(matrix)
         )
+        self._size = len(matrix)
+        self._late = _Late(self.dim)
+        self._log = LogReader()
+
+    def extend(self, version: int, fd: int, log_bytes: int) -> None:
+        """Takes in what came after the snapshot; ``fd`` stays the caller's. Raises
+        SnapshotError."""
+        try:
+            operations = self._log.read(fd, log_bytes)
+        except ValueError as error:
+            raise SnapshotError(str(error)) from None
+        removed: list[int] = []
+        for operation in operations:
+            if isinstance(operation, Added):
+                if len(operation.vector) != 2 * self.dim:
+                    raise SnapshotError("a vector of another length")
+                vector = np.frombuffer(operation.vector, np.float16)
+                self._late.add(operation.gallery, operation.subject, vector)
+            elif 0 <= operation.row < self._size:
+                removed.append(operation.row)
+            elif 0 <= -1 - operation.row < len(self._late):
+                self._late.remove(-1 - operation.row)
+            else:
+                raise SnapshotError("a row that is not there was removed")
+        if removed:
+            self._rows.remove(removed)
+        self.version = version
 
     def search(self, probes: F32, gallery: str, top_k: int) -> list[Hits]:
         """``probes`` [N, dim] unit vectors → for each the best ``top_k`` subjects of
         ``gallery``; empty for a gallery that has no templates."""
-        segment = self._segments.get(gallery)
-        if segment is None or segment.last == segment.first or top_k < 1:
+        if top_k < 1:
             return [() for _ in range(len(probes))]
         keep = min(top_k, limits.MAX_CANDIDATES)
-        return self._rows.best_of_subjects(probes, segment, keep)
+        segment = self._segments.get(gallery)
+        if segment is None or segment.last == segment.first:
+            return self._late.best(probes, gallery, keep)
+        found = self._rows.best_of_subjects(probes, segment, keep)
+        if not len(self._late):
+            return found
+        late = self._late.best(probes, gallery, keep)
+        return [_merged(a, b, keep) for a, b in zip(found, late, strict=True)]
+
+
+def _merged(first: Hits, second: Hits, keep: int) -> Hits:
+    """A subject may have rows of both kinds."""
+    if not second:
+        return first
+    best: dict[int, float] = {}
+    for subject, cosine in (*first, *second):
+        best[subject] = max(cosine, best.get(subject, _NEVER))
+    return tuple(sorted(best.items(), key=lambda hit: -hit[1])[:keep])
 
 
 class _NumpyRows:
     def __init__(self, matrix: npt.NDArray[np.float16]) -> None:
         self._matrix = matrix.astype(np.float32)
+        self._gone: npt.NDArray[np.intp] = np.empty(0, np.intp)
+        """Rows that were removed, ascending."""
+
+    def remove(self, rows: Sequence[int]) -> None:
+        self._gone = np.union1d(self._gone, np.asarray(rows, np.intp))
+        self._matrix[np.asarray(rows, np.intp)] = 0
 
     def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
         best = np.empty((len(probes), len(segment.starts)), np.float32)
+        gone = self._gone
         for lo, hi, first, last in _chunks(segment):
             scores = probes @ self._matrix[segment.first + first : segment.first + last].T
+            if len(gone):
+                begin, end = np.searchsorted(gone, (segment.first + first, segment.first + last))
+                scores[:, gone[begin:end] - segment.first - first] = _NEVER
             np.maximum.reduceat(scores, segment.starts[lo:hi] - first, axis=1, out=best[:, lo:hi])
         return _top(best, segment.subjects, keep)
 
@@ -117,6 +226,21 @@ class _TorchRows:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         self._layouts: dict[int, tuple[Any, Any, Any, int]] = {}
+        self._gone: Any = None
+        """[rows] whether a row was removed; ``None`` = none was."""
+
+    def remove(self, rows: Sequence[int]) -> None:
+        torch = self._torch
+        with torch.inference_mode():
+            at = torch.tensor(list(rows), device=self._device)
+            gone = self._gone
+            if gone is None:
+                gone = torch.zeros(len(self._matrix), dtype=torch.bool, device=self._device)
+            gone[at] = True
+            self._matrix[at] = 0
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._gone = gone
 
     def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
         torch = self._torch
@@ -124,18 +248,24 @@ class _TorchRows:
             exact = torch.from_numpy(probes).to(self._device)
             ids, starts, lengths, longest = self._layout(segment)
             count = len(segment.starts)
-            best = torch.full((len(probes), count), -2.0, device=self._device)
+            best = torch.full((len(probes), count), _NEVER, device=self._device)
+            gone = self._gone
             coarse = exact.half()
             for first in range(segment.first, segment.last, _CHUNK_ROWS):
                 last = min(first + _CHUNK_ROWS, segment.last)
                 scores = (coarse @ self._matrix[first:last].T).float()
+                if gone is not None:
+                    scores.masked_fill_(gone[first:last], _NEVER)
                 own = ids[first - segment.first : last - segment.first]
                 best.scatter_reduce_(1, own.expand(len(probes), -1), scores, "amax")
             _, chosen = torch.topk(best, min(keep + _RESCORED, count), dim=1)
             # Every template of the chosen subjects, scored again: [N, chosen, longest].
             offset = torch.arange(longest, device=self._device)
             rows = starts[chosen][..., None] + torch.minimum(offset, lengths[chosen][..., None] - 1)
-            again = torch.einsum("nsld,nd->nsl", self._matrix[rows].float(), exact).amax(2)
+            scored = torch.einsum("nsld,nd->nsl", self._matrix[rows].float(), exact)
+            if gone is not None:
+                scored.masked_fill_(gone[rows], _NEVER)
+            again = scored.amax(2)
             values, order = torch.topk(again, min(keep, again.shape[1]), dim=1)
             subjects = torch.gather(chosen, 1, order)
             packed = torch.cat([values.double(), subjects.double()], 1).cpu().numpy()
@@ -144,6 +274,7 @@ class _TorchRows:
             tuple(
                 (int(segment.subjects[int(subject)]), float(value))
                 for value, subject in zip(row[:half], row[half:], strict=True)
+                if value > _GONE_BELOW
             )
             for row in packed
         ]
@@ -215,16 +346,19 @@ def _top(best: F32, subjects: Sequence[int] | npt.NDArray[np.int32], keep: int) 
     hits: list[Hits] = []
     for row, chosen in zip(best, columns, strict=True):
         ordered = chosen[np.argsort(-row[chosen], kind="stable")]
-        hits.append(tuple((int(subjects[c]), float(row[c])) for c in ordered))
+        hits.append(
+            tuple((int(subjects[c]), float(row[c])) for c in ordered if row[c] > _GONE_BELOW)
+        )
     return hits
 
 
 class GalleryLoader:
-    """Builds searchers in a thread of its own, so that inference goes on meanwhile.
+    """Builds searchers, and extends them, in a thread of its own, so that inference goes on
+    meanwhile.
 
-    At most one snapshot is being built and one waits; a newer one takes the place of
-    the one that waits. ``current`` is replaced whole. After ``close`` nothing is said any
-    more: in a thread group the channel is the next model's by then.
+    At most one snapshot is being built and one waits, with the newest of what came after it; a
+    newer one takes the place of the one that waits. ``current`` is replaced whole. After ``close``
+    nothing is said any more: in a thread group the channel is the next model's by then.
     """
 
     def __init__(self, channel: WorkerChannel) -> None:
@@ -234,54 +368,101 @@ class GalleryLoader:
         self._channel = channel
         self._lock = threading.Lock()
         self._waiting: tuple[GallerySnapshot, list[int]] | None = None
+        self._further: tuple[GalleryDelta, int] | None = None
+        self._base = 0
+        """The version of the snapshot that ``current`` was built from."""
+        self._foreign = False
+        """It was of another model: so is what comes after it."""
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def offer(self, snapshot: GallerySnapshot, descriptors: list[int]) -> None:
         """Takes the descriptors (matrix, table) over."""
         with self._lock:
-            if self._waiting is not None:
-                close_all(self._waiting[1])
+            self._drop()
             self._waiting = (snapshot, descriptors)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._build, name="gallery", daemon=True)
-                self._thread.start()
+            self._begin()
+
+    def extend(self, delta: GalleryDelta, fd: int) -> None:
+        """Takes the descriptor of the log over."""
+        with self._lock:
+            if self._further is not None:
+                os.close(self._further[1])
+            self._further = (delta, fd)
+            self._begin()
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            if self._waiting is not None:
-                close_all(self._waiting[1])
-                self._waiting = None
+            self._drop()
 
-    def _build(self) -> None:
+    def _drop(self) -> None:
+        if self._waiting is not None:
+            close_all(self._waiting[1])
+            self._waiting = None
+        if self._further is not None:
+            os.close(self._further[1])
+            self._further = None
+
+    def _begin(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="gallery", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
         while True:
             with self._lock:
-                if self._waiting is None:
+                waiting, self._waiting = self._waiting, None
+                further = None
+                if waiting is None:
+                    further, self._further = self._further, None
+                if waiting is None and further is None:
                     self._thread = None
                     return
-                snapshot, (fd, table_fd) = self._waiting
-                self._waiting = None
-            if snapshot.model_id not in ("", self.model_id):
-                # Of the model before or after this one: nothing may be compared with it.
-                os.close(table_fd)
-                snapshot = GallerySnapshot(snapshot.version, 0, snapshot.dim, ())
-            else:
-                try:
-                    snapshot = gallery_table.attach(snapshot, table_fd)
-                except ValueError as error:
-                    self._give_up(SnapshotError(str(error)))
             try:
-                searcher = Searcher(snapshot, fd, self.device)
-                if self.current is None or searcher.version > self.current.version:
-                    self.current = searcher
+                if waiting is not None:
+                    version = self._build(*waiting)
+                else:
+                    assert further is not None
+                    version = self._extend(*further)
                 with self._lock:
                     if not self._closed:
-                        self._channel.send(GalleryLoaded(snapshot.version))
+                        self._channel.send(GalleryLoaded(version))
             except ChannelClosed:
                 return
             except Exception as error:
                 self._give_up(error)
+
+    def _build(self, snapshot: GallerySnapshot, descriptors: list[int]) -> int:
+        fd, table_fd = descriptors
+        self._base = snapshot.version
+        self._foreign = snapshot.model_id not in ("", self.model_id)
+        if self._foreign:
+            # Of the model before or after this one: nothing may be compared with it.
+            os.close(table_fd)
+            snapshot = GallerySnapshot(snapshot.version, 0, snapshot.dim, ())
+        else:
+            try:
+                snapshot = gallery_table.attach(snapshot, table_fd)
+            except ValueError as error:
+                os.close(fd)
+                raise SnapshotError(str(error)) from None
+        searcher = Searcher(snapshot, fd, self.device)
+        if self.current is None or searcher.version > self.current.version:
+            self.current = searcher
+        return snapshot.version
+
+    def _extend(self, delta: GalleryDelta, fd: int) -> int:
+        try:
+            if delta.base != self._base or self.current is None:
+                raise SnapshotError("a delta of another snapshot")
+            if self._foreign:
+                self.current.version = delta.version
+            else:
+                self.current.extend(delta.version, fd, delta.log_bytes)
+            return delta.version
+        finally:
+            os.close(fd)
 
     def _give_up(self, error: Exception) -> NoReturn:
         """A recogniser without the present gallery would name people wrongly."""

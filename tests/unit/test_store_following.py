@@ -1,0 +1,228 @@
+"""Several processes on one store: each follows the others, and a deletion waits for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from tests.unit.test_gallery_index import Recogniser
+from tests.waiting import auntil
+
+from facelane_server import limits
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.gallery import gallery as gallery_module
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.store import schema
+from facelane_server.store.gallery import Store
+from facelane_server.store.opening import open_store
+from facelane_server.store.readers import Reader
+from facelane_server.store.records import NewTemplate
+
+DIM = 16
+MODEL = "m@1"
+
+
+def vector(seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
+    return values / np.linalg.norm(values)
+
+
+async def served(place: Path | str) -> Gallery:
+    gallery = await Gallery.open(place)
+    assert await gallery.serve(MODEL, DIM, Recogniser().publish)
+    return gallery
+
+
+@pytest.fixture
+async def two(place: Path | str) -> AsyncIterator[tuple[Gallery, Gallery]]:
+    first, second = await served(place), await served(place)
+    yield first, second
+    await first.close()
+    await second.close()
+
+
+async def test_what_one_enrols_another_finds(two: tuple[Gallery, Gallery]) -> None:
+    first, second = two
+    made = await first.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    await auntil(lambda: second.knows("g", "a"))
+    assert second.similarity("g", "a", vector(1).tobytes()) > 0.99
+    assert second.searched("g") == 1
+    await second.delete_template("g", made.template.template_id)
+    assert not first.knows("g", "a"), "it was told before the call returned"
+    await second.enroll("g", "a", vector=vector(2), ood_score=0.9)
+    await auntil(lambda: first.knows("g", "a"))
+
+
+async def test_a_deletion_is_everywhere_when_its_call_returns(
+    two: tuple[Gallery, Gallery],
+) -> None:
+    first, second = two
+    for n in range(20):
+        await first.enroll("g", "a", vector=vector(n), ood_score=0.9, create_subject=True)
+        await auntil(lambda: second.knows("g", "a"))
+        forgotten: list[int] = []
+        second.on_forgotten = [forgotten.append]
+        await first.delete_subject("g", "a")
+        assert not second.knows("g", "a")
+        await auntil(lambda told=forgotten: len(told) == 1)
+
+
+async def test_a_process_that_does_not_answer_holds_the_confirmation_up_and_not_the_deletion(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery_module, "CONFIRMED_TIMEOUT_S", 0.05)
+    gallery = await served(place)
+    silent = Reader(gallery._store.database, lease_s=300.0)  # of this very process: it lives
+    silent.join(0)
+    await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    with pytest.raises(FacelaneError) as told:
+        await gallery.delete_subject("g", "a")
+    assert (told.value.reason, told.value.retryable) == (Reason.GALLERY_UNAVAILABLE, True)
+    assert told.value.metadata["cause"] == "NOT_CONFIRMED"
+    assert not gallery.knows("g", "a")
+    with pytest.raises(FacelaneError) as again:
+        await gallery.delete_subject("g", "a")
+    assert again.value.metadata["cause"] == "NOT_CONFIRMED"
+    silent.renew(1 << 40)
+    with pytest.raises(FacelaneError) as gone:
+        await gallery.delete_subject("g", "a")
+    assert gone.value.reason is Reason.SUBJECT_NOT_FOUND
+    await gallery.close()
+
+
+async def test_a_process_that_died_holds_nobody_up(place: Path | str) -> None:
+    gallery = await served(place)
+    database = gallery._store.database
+    dead = Reader(database, lease_s=300.0)
+    child = started("-c", "input()")
+    dead._process = f"{child.pid}:{Path(f'/proc/{child.pid}/stat').read_text().split()[21]}"
+    dead.join(0)
+    await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    assert dead._database is database
+    child.kill()
+    child.communicate()
+    # One on a machine that was lost: its lease is over.
+    lost = Reader(database, lease_s=-1.0)
+    lost._host = "another"
+    lost.join(0)
+    await gallery.delete_subject("g", "a")
+    with database.reading() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(schema.shards)) == 1
+    await gallery.close()
+
+
+async def test_who_was_away_for_longer_than_its_lease_names_nobody(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = await served(place)
+    await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    assert gallery.knows("g", "a")
+    assert gallery.resolve(gallery.version, 0) == ("g", "a")
+    alone = gallery._store.database.kind == "sqlite"
+    assert gallery._reader._trusted_until == float("inf") or not alone
+    gallery._reader._trusted_until = 0.0
+    assert gallery.trouble == "FENCED"
+    assert not gallery.knows("g", "a")
+    assert gallery.resolve(gallery.version, 0) is None
+    gallery._reader.renew(gallery._seen)
+    if not alone:
+        assert gallery.knows("g", "a")
+    await gallery.close()
+
+
+async def test_who_is_too_far_behind_takes_all_in_again(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_CHANGES_KEPT", 4)
+    monkeypatch.setattr(limits, "CHANGES_PRUNED_EVERY", 1)
+    gallery = await served(place)
+    with contextlib.closing(Store(open_store(place))) as other:
+        with monkeypatch.context() as slow:
+            # Nothing is heard for a while.
+            slow.setattr(gallery._store, "changes", lambda *_: [])
+            for n in range(12):
+                other.enroll("g", f"s{n}", NewTemplate(MODEL, vector(n), 0.9), create_subject=True)
+            other.delete_subject("g", "s3")
+        await auntil(lambda: gallery.templates == 11)
+        assert not gallery.knows("g", "s3")
+        assert gallery.knows("g", "s11")
+    await gallery.close()
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+WRITER = """
+import sys
+import numpy as np
+from pathlib import Path
+from facelane_server.store.gallery import Store
+from facelane_server.store.opening import open_store
+from facelane_server.store.records import NewTemplate
+
+place, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+store = Store(open_store(place if place.startswith("postgresql") else Path(place)))
+rng = np.random.default_rng(int(name))
+for n in range(count):
+    new = NewTemplate("m@1", rng.standard_normal(16).astype(np.float32), 0.9)
+    subject = f"p{name}-{n}"
+    store.enroll("g", subject, new, create_subject=True)
+    print("+", subject, flush=True)
+    # The same subjects as all others.
+    store.enroll("g", f"shared-{n // 3}", new, create_subject=True)
+    print("+", f"shared-{n // 3}", flush=True)
+    if n % 3 == 2:
+        store.delete_subject("g", subject)
+        print("-", subject, flush=True)
+"""
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.slow)])
+async def test_eight_processes_write_at_once_and_none_is_missed(
+    place: Path | str, count: int
+) -> None:
+    """Half of them are killed meanwhile: what they told is there, in every follower's memory."""
+    open_store(place).close()
+    gallery = await served(place)
+    writers = [
+        started("-c", WRITER, str(place), str(n), str(count if n % 2 else 1_000)) for n in range(8)
+    ]
+    told: list[str] = []
+    for n, writer in enumerate(writers):
+        if n % 2:
+            told += (await asyncio.to_thread(writer.communicate))[0].splitlines()
+    for n, writer in enumerate(writers):
+        if n % 2 == 0:
+            writer.kill()
+            # A line that was cut off was not told.
+            out = (await asyncio.to_thread(writer.communicate))[0]
+            told += out[: out.rfind("\n") + 1].splitlines()
+    assert all(w.returncode == (0 if n % 2 else -9) for n, w in enumerate(writers))
+    there: set[str] = set()
+    for line in told:
+        kind, subject = line.split()
+        (there.add if kind == "+" else there.discard)(subject)
+    gone = {line.split()[1] for line in told if line[0] == "-"}
+    assert len(there) > 4 * count * 2 // 3
+    assert "shared-0" in there
+    with contextlib.closing(Store(open_store(place))) as store:
+        stored = {row.template_id: row.subject_id for row in store.vectors(MODEL, DIM)}
+        newest = store.revision()
+        names = set(stored.values())
+        assert there <= names, "what was acknowledged was lost"
+        assert not gone & names, "what was deleted is back"
+    await auntil(lambda: gallery._seen == newest)
+    assert gallery.templates == len(stored)
+    assert {name for name in names if not gallery.knows("g", name)} == set()
+    assert [name for name in gone if gallery.knows("g", name)] == []
+    await gallery.close()
