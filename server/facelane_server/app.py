@@ -169,7 +169,9 @@ class App:
             self.edge.streams.on_closed = watch.closed
             stack.push_async_callback(self.edge.close)
             await self.edge.open(pipeline, gallery, self.events, self, watch)
-            scraped = await MetricsServer.start(self.settings.metrics, self.metrics.exposition)
+            scraped = await MetricsServer.start(
+                self.settings.metrics, self.metrics.exposition, self.edge.health.find
+            )
             if scraped is not None:
                 stack.push_async_callback(scraped.close)
             self.monitor.start()

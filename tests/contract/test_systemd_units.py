@@ -291,43 +291,6 @@ class TestOtherSupervisors:
         assert set(bridge["exitcodes"].split(",")) == {"0", *never_again[0].split()}
         assert bridge["startretries"] == "0", "an early end is retried whatever its code"
 
-    def test_compose_configs_are_accepted(self) -> None:
-        folder = DEPLOY / "compose"
-        found = server_config.load(folder / "server.toml")
-        assert found.pools.recognizer is not None
-        assert found.pools.recognizer.isolation == "external"
-        assert found.runtime_dir == "/run/facelane"
-
-    def test_compose_file(self) -> None:
-        """No YAML reader is among our dependencies, and the file keeps to a plain subset."""
-        text = (DEPLOY / "compose/compose.yaml").read_text()
-        services = services_of(text)
-        shared = text.split("x-service: &service\n", 1)[1].split("\n\n", 1)[0]
-        assert "cap_drop: [ALL]" in shared
-        assert "no-new-privileges:true" in shared
-        assert "read_only: true" in shared
-        assert 'user: "10001:10001"' in shared
-        assert set(services) == {"server", "detector", "recognizer", "liveness"}
-        for name, body in services.items():
-            assert "    <<: *service\n" in body, name
-            assert not re.search("cap_drop|security_opt|read_only|user:", body), name
-            assert "sockets:/run/facelane" in body, name
-            assert re.search(r"mem_limit: \d+[mg]", body), name
-        for name in ("detector", "recognizer", "liveness"):
-            assert 'network_mode: "none"' in services[name]
-            assert f"/run/facelane/{name}.sock" in services[name]
-        assert "\t" not in text
-
-    def test_dockerfile(self) -> None:
-        text = (DEPLOY / "compose/Dockerfile").read_text()
-        lines = re.sub(r"\\\n", "", text).splitlines()
-        words = [line.split()[0] for line in lines if line and not line.startswith("#")]
-        known = {"ARG", "FROM", "COPY", "RUN", "USER", "ENV", "ENTRYPOINT", "CMD", "EXPOSE"}
-        known |= {"HEALTHCHECK", "WORKDIR", "STOPSIGNAL", "VOLUME", "LABEL"}
-        assert set(words) <= known
-        assert words[:2] == ["ARG", "FROM"]
-        assert "USER" in words, "nothing runs as root"
-
     def test_all_toml_under_deploy_parses(self) -> None:
         files = sorted(DEPLOY.rglob("*.toml"))
         assert files
@@ -399,11 +362,3 @@ class TestOperationsPage:
         assert unit["StartLimitBurst"] == ["20"]
         assert unit["StartLimitIntervalSec"] == ["600"]
         assert "20 failed starts in 10 minutes" in self.page
-
-
-def services_of(text: str) -> dict[str, str]:
-    """The bodies of the services of a compose file, by name."""
-    inside = text.split("\nservices:\n", 1)[1]
-    inside = re.split(r"(?m)^\S", inside, maxsplit=1)[0]
-    parts = re.split(r"(?m)^  (\w+):\n", inside)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))

@@ -373,7 +373,8 @@ async def test_a_blocked_event_loop_is_seen() -> None:
 @pytest.fixture
 async def server() -> AsyncIterator[MetricsServer]:
     section = config.Metrics(listen="127.0.0.1:0")
-    started = await MetricsServer.start(section, Metrics().exposition)
+    serving = {"": False, "facelane.process": True}
+    started = await MetricsServer.start(section, Metrics().exposition, serving.get)
     assert started is not None
     yield started
     await started.close()
@@ -410,6 +411,13 @@ async def test_a_scrape(server: MetricsServer) -> None:
         (b"GET / HTTP/1.1\r\n\r\n", "404"),
         (b"GET /metrics?x=1 HTTP/1.1\r\n\r\n", "200"),
         (b"POST /metrics HTTP/1.1\r\n\r\n", "405"),
+        (b"GET /metrics/x HTTP/1.1\r\n\r\n", "404"),
+        (b"GET /health HTTP/1.1\r\n\r\n", "503"),
+        (b"GET /health/facelane.process HTTP/1.1\r\n\r\n", "200"),
+        (b"HEAD /health/facelane.process HTTP/1.1\r\n\r\n", "200"),
+        (b"GET /health/nothing HTTP/1.1\r\n\r\n", "404"),
+        (b"GET /health/\xff HTTP/1.1\r\n\r\n", "404"),
+        (b"POST /health HTTP/1.1\r\n\r\n", "405"),
         (b"nonsense\r\n\r\n", "400"),
         (b"\x16\x03\x01 \r\n\r\n", "400"),
     ],
@@ -464,7 +472,7 @@ async def test_a_scraper_that_does_not_read_keeps_no_connection(
     monkeypatch.setattr(MetricsServer, "REQUEST_TIMEOUT_S", 0.2)
     big = b"x" * (32 << 20)  # more than the kernel keeps for a peer
     section = config.Metrics(listen="127.0.0.1:0")
-    started = await MetricsServer.start(section, lambda: big)
+    started = await MetricsServer.start(section, lambda: big, {}.get)
     assert started is not None
     with socket.create_connection(("127.0.0.1", started.port)) as scraper:
         scraper.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
@@ -487,7 +495,7 @@ async def test_close_frees_the_port_and_ends_what_is_open(server: MetricsServer)
     assert await asyncio.wait_for(reader.read(), 30) == b""
     writer.close()
     await writer.wait_closed()
-    again = await MetricsServer.start(config.Metrics(listen=f"127.0.0.1:{port}"), bytes)
+    again = await MetricsServer.start(config.Metrics(listen=f"127.0.0.1:{port}"), bytes, {}.get)
     assert again is not None
     await again.close()
 
@@ -495,8 +503,8 @@ async def test_close_frees_the_port_and_ends_what_is_open(server: MetricsServer)
 async def test_a_taken_port_is_told(server: MetricsServer) -> None:
     # It may be free later: the service manager tries again.
     with pytest.raises(AddressError, match=r"metrics\.listen.*already in use.*another port"):
-        await MetricsServer.start(config.Metrics(listen=f"127.0.0.1:{server.port}"), bytes)
-    assert await MetricsServer.start(config.Metrics(listen=""), bytes) is None
+        await MetricsServer.start(config.Metrics(listen=f"127.0.0.1:{server.port}"), bytes, {}.get)
+    assert await MetricsServer.start(config.Metrics(listen=""), bytes, {}.get) is None
 
 
 def test_calls_are_counted_by_key() -> None:

@@ -95,6 +95,10 @@ class Health:
         """Whether the server as a whole serves."""
         return self._published.get("", False)
 
+    def find(self, service: str) -> bool | None:
+        """Whether the service serves; None for a name that there is not (yet)."""
+        return self._published.get(service)
+
     async def publish(self, can_infer: Mapping[Stage, bool], *, draining: bool) -> list[str]:
         """Returns the names whose status changed."""
         wanted = derive(

@@ -1,4 +1,4 @@
-"""The port that metrics are scraped from."""
+"""The port that metrics are scraped from, and that probes ask for health."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ log = structlog.get_logger(__name__)
 
 
 class MetricsServer:
-    """``GET /metrics`` over HTTP/1.1, one request a connection. Owns its socket.
+    """``GET /metrics`` and ``/health`` over HTTP/1.1, one request a connection. Owns its socket.
+
+    ``/health`` is of the server as a whole, ``/health/NAME`` of a name of ``grpc.health.v1``: 200
+    where it is SERVING, 503 where not, 404 where there is no such name. For probes that speak no
+    gRPC, or have no key and no certificate.
 
     At most ``limits.MAX_METRICS_CONNECTIONS`` at a time, each within ``REQUEST_TIMEOUT_S``:
     a scraper that hangs costs nothing but its own scrape.
@@ -24,18 +28,27 @@ class MetricsServer:
 
     REQUEST_TIMEOUT_S: Final = 5.0
 
-    def __init__(self, exposition: Callable[[], bytes]) -> None:
+    def __init__(
+        self, exposition: Callable[[], bytes], serving: Callable[[str], bool | None]
+    ) -> None:
         self._exposition = exposition
+        self._serving = serving
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def start(cls, section: config.Metrics, exposition: Callable[[], bytes]) -> Self | None:
-        """Listens on ``section.listen``; ``None`` when that is empty. Raises ``AddressError``."""
+    async def start(
+        cls,
+        section: config.Metrics,
+        exposition: Callable[[], bytes],
+        serving: Callable[[str], bool | None],
+    ) -> Self | None:
+        """Listens on ``section.listen``; ``None`` when that is empty. ``serving``: of a name of
+        ``grpc.health.v1``, None where there is none. Raises ``AddressError``."""
         if not section.listen:
             return None
         host, _, port = section.listen.rpartition(":")
-        made = cls(exposition)
+        made = cls(exposition, serving)
         try:
             made._server = await asyncio.start_server(
                 made._accept, host.strip("[]"), int(port), limit=limits.MAX_METRICS_HEADER_BYTES
@@ -96,12 +109,22 @@ class MetricsServer:
         if len(request) != 3 or not request[2].startswith(b"HTTP/1."):
             return _response("400 Bad Request", b"")
         method, target = request[0], request[1].split(b"?", 1)[0]
-        if target != b"/metrics":
-            return _response("404 Not Found", b"the metrics are at /metrics\n")
+        path, _, name = target[1:].partition(b"/")
+        if path not in (b"metrics", b"health") or (path == b"metrics" and name):
+            return _response("404 Not Found", b"there are /metrics and /health\n")
         if method not in (b"GET", b"HEAD"):
             return _response("405 Method Not Allowed", b"")
-        body = self._exposition()
-        return _response("200 OK", body, CONTENT_TYPE_PLAIN_0_0_4, head_only=method == b"HEAD")
+        head_only = method == b"HEAD"
+        if path == b"metrics":
+            body = self._exposition()
+            return _response("200 OK", body, CONTENT_TYPE_PLAIN_0_0_4, head_only=head_only)
+        serving = self._serving(name.decode("ascii", "replace"))
+        status, body = {
+            True: ("200 OK", b"SERVING\n"),
+            False: ("503 Service Unavailable", b"NOT_SERVING\n"),
+            None: ("404 Not Found", b"health knows no such name\n"),
+        }[serving]
+        return _response(status, body, head_only=head_only)
 
 
 def _response(
