@@ -38,6 +38,7 @@ ENCODINGS: Final = {"h264": Encoding.H264, "hevc": Encoding.H265}
 """FFmpeg's names of the codecs that servers take."""
 FORMATS: Final = frozenset({"yuv420p", "yuvj420p", "yuv420p10le"})
 """FFmpeg's names of the pixel formats that servers take: 4:2:0 of 8 and 10 bits."""
+KEY_FRAMES_PASSED_OVER: Final = 3
 MAX_PARAMETER_SETS: Final = 64
 """Of one kind, that are kept for key frames which come without."""
 
@@ -158,8 +159,9 @@ class Passage:
     before anything of the packet is used.
     """
 
-    def __init__(self, stream: VideoStream) -> None:
-        """Raises NotPassableError: the track is neither H.264 nor H.265."""
+    def __init__(self, stream: VideoStream, *, patient: bool = False) -> None:
+        """``patient``: of a camera, whose first key frame may have come in part, a few are
+        passed over. Raises NotPassableError: the track is neither H.264 nor H.265."""
         context = stream.codec_context
         encoding = ENCODINGS.get(context.name)
         if encoding is None:
@@ -171,6 +173,7 @@ class Passage:
         self.rotation = 0
         """Degrees against the clock by which pictures are to be turned; servers do not."""
         self._begun = False
+        self._may_fail = KEY_FRAMES_PASSED_OVER if patient else 0
         self._step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
         self._numbered: float | None = None
         self._shift = 0.0
@@ -198,8 +201,9 @@ class Passage:
         if not packet.size or not (self._begun or packet.is_keyframe):
             return None
         is_key, stamp = packet.is_keyframe, self._stamp(packet)
-        if is_key:
-            self._look(packet)
+        if is_key and not self._is_sound(packet):
+            self._begun = False
+            return None
         data = bytes(packet)
         if self._filter is not None:
             data = b"".join(bytes(part) for part in self._filter.filter(packet))
@@ -226,12 +230,12 @@ class Passage:
         self._numbered = float(shown * base) if before is None else before + self._step
         return self._numbered
 
-    def _look(self, packet: Packet[VideoStream]) -> None:
-        """Decode a key frame to see what it is, where that is not known."""
+    def _is_sound(self, packet: Packet[VideoStream]) -> bool:
+        """Decode a key frame to see what it is, where that is not known. False: pass it over."""
         if self._filter is None:
             self._sets.learn(bytes(packet))
         if self._looked_at == (self._sets.sequence if self._filter is None else ()):
-            return
+            return True
         import av
 
         context = self._stream.codec_context
@@ -239,6 +243,9 @@ class Passage:
         with contextlib.suppress(av.FFmpegError):
             frames = [*context.decode(packet), *context.decode(None)]
         context.flush_buffers()
+        if not frames and self._may_fail:
+            self._may_fail -= 1
+            return False
         if not frames:
             raise NotPassableError("its key frames cannot be decoded by themselves")
         frame = frames[0]
@@ -249,6 +256,7 @@ class Passage:
             raise NotPassableError("it is interlaced")
         self.rotation = frame.rotation
         self._looked_at = self._sets.sequence if self._filter is None else ()
+        return True
 
 
 def access_units(
@@ -298,7 +306,7 @@ def _units(container: InputContainer, live: bool) -> Iterator[Frame]:
     stream = next(films, None)
     if stream is None:
         raise NotPassableError("the source has no video")
-    passage = Passage(stream)
+    passage = Passage(stream, patient=live)
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     first: float | None = None
     last = 0.0

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from tests.fakes import clips
 from tests.fakes.scripted_server import ScriptedServer
 from tests.waiting import auntil
 
+import facelane
 from facelane_bridge import config
 from facelane_bridge.bridge import Bridge
 from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings
 from facelane_bridge.output import Callback, Line, ResultLine, StateLine
+from facelane_bridge.passing import picture_of
 from facelane_bridge.reader import check_camera
 from facelane_bridge.sources import SourceError, SourceReason, open_source
 from facelane_bridge.sources.jpeg import read_header
@@ -114,14 +117,24 @@ def camera(url: str, **options: Any) -> CameraSettings:
     return config.single(url, server={}, options=options).cameras[0]
 
 
-@pytest.mark.parametrize("transport", ["tcp", "udp"])
-@pytest.mark.parametrize("codec", ["h264", "h265", "mjpeg"])
-def test_codecs_and_transports(codec: str, transport: str) -> None:
+@pytest.mark.parametrize(
+    ("codec", "transport", "video"),
+    [
+        ("h264", "tcp", "auto"),
+        ("h264", "udp", "decode"),
+        ("h265", "tcp", "decode"),
+        ("h265", "udp", "auto"),
+        ("mjpeg", "tcp", "auto"),
+        ("mjpeg", "udp", "auto"),
+    ],
+)
+def test_codecs_and_transports(codec: str, transport: str, video: str) -> None:
+    passes = codec != "mjpeg" and video == "auto"
     with RtspCamera("--codec", codec, "--fps", "25") as rtsp:
-        source = open_source(camera(rtsp.url, transport=transport))
+        source = open_source(camera(rtsp.url, transport=transport, video=video))
         info = source.open()
         assert info.codec == {"h265": "hevc"}.get(codec, codec)
-        assert info.reencodes == (codec != "mjpeg")
+        assert info.reencodes == (codec != "mjpeg" and not passes)
         frames = [source.read() for _ in range(10)]
         source.close()
     times = [frame.media_time for frame in frames if frame is not None]
@@ -131,7 +144,13 @@ def test_codecs_and_transports(codec: str, transport: str) -> None:
         # A busy machine may lose a packet, and a frame with it; the clock goes on.
         steps = [step / max(1, round(step / 0.04)) for step in steps]
     assert steps == pytest.approx([0.04] * 9, abs=0.005), "the camera's own clock"
-    headers = [read_header(frame.data) for frame in frames if frame is not None]
+    given = [frame for frame in frames if frame is not None]
+    assert {frame.video for frame in given} == {facelane.Encoding(codec) if passes else None}
+    if passes:
+        assert given[0].is_key
+        assert len(clips.shown([picture_of(frame) for frame in given])) == 10
+        return
+    headers = [read_header(frame.data) for frame in given]
     assert {(found.width, found.height) for found in headers if found} == {(320, 240)}
 
 

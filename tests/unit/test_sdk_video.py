@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.fakes import clips
 
 from facelane import Encoding, PictureError, Reason
-from facelane.video import NotPassableError, ParameterSets, access_units, head_of
+from facelane.video import NotPassableError, ParameterSets, Passage, access_units, head_of
 
 SPS, PPS, IDR, SLICE, SEI, AUD = b"\x67sps", b"\x68pps", b"\x65idr", b"\x41p", b"\x06i", b"\x09a"
 VPS_5, SPS_5, PPS_5, IDR_5 = b"\x40\x01v", b"\x42\x01s", b"\x44\x01p", b"\x26\x01i"
@@ -123,6 +123,27 @@ def test_a_format_may_change_into_one_that_is_not_taken(tmp_path: Path) -> None:
         taken.extend(access_units(both))
     frames = access_units(both)
     assert len([next(frames) for _ in range(10)]) == 10
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_first_key_frame_that_came_in_part(patient: bool, tmp_path: Path) -> None:
+    with av.open(str(clips.write(tmp_path, "no container"))) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        whole = bytes(packets[0])
+        _, slices = head_of(whole, Encoding.H264)
+        part = av.Packet(whole[:slices] + b"\0\0\1\x65\x88")
+        part.is_keyframe, part.time_base = True, packets[0].time_base
+        passage = Passage(stream, patient=patient)
+        if not patient:
+            with pytest.raises(NotPassableError):
+                passage.take(part)
+            return
+        units = [passage.take(packet) for packet in (part, *packets[1:])]
+    pictures = [unit.picture for unit in units if unit is not None]
+    assert clips.shown(pictures) == pytest.approx(
+        [clips.brightness(n) for n in range(10, 30)], abs=4
+    )
 
 
 def test_an_open_container_stays_open(tmp_path: Path) -> None:

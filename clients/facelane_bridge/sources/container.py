@@ -210,7 +210,7 @@ class ContainerSource:
         known = name in video.ENCODINGS
         if self._camera.passes_video and (known or (self._must_pass and not self._pass_through)):
             try:
-                self._passage = video.Passage(stream)
+                self._passage = video.Passage(stream, patient=self._is_live)
             except video.NotPassableError as why:
                 self._decode_instead(why)
         return container
