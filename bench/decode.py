@@ -9,8 +9,10 @@ processors, all threads together: with many cameras that is what is short.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,6 +24,7 @@ from bench.stats import percentile
 
 SIZES: Final = {"720p": (1280, 720), "1080p": (1920, 1080)}
 BATCHES: Final = (1, 8, 16)
+WORKER_BATCHES: Final = (1, 8, 16, 32)
 FACES: Final = (0, 1, 2, 1, 4, 0, 3, 1)
 
 
@@ -38,22 +41,18 @@ async def run(settings: Settings) -> Report:
                 report.note(f"nvJPEG, {size}: {type(error).__name__}: {error}")
         _crops(report, size, frames[0], rounds, settings.device)
         settings.keep(report)
-    ways: dict[str, dict[str, Any]] = (
-        {
-            "decoded by OpenCV": {},
-            "decoded by OpenCV, suppression on the card": {"suppress": True},
-            "decoded by nvJPEG": {"decode": "cuda"},
-            "decoded by nvJPEG, suppression on the card": {"decode": "cuda", "suppress": True},
-        }
-        if settings.device.startswith("cuda")
-        else {"decoded by OpenCV": {}, "suppression in the network": {"suppress": True}}
-    )
+    ways: dict[str, dict[str, Any]] = {"decoded by OpenCV": {}}
+    if settings.device.startswith("cuda"):
+        ways["decoded by nvJPEG"] = {"decode": "cuda"}
     for name, options in ways.items():
         settings.say(f"detector, {name}")
         try:
             _detector(report, settings, name, rounds, options)
         except Exception as error:  # the others are still measured
             report.note(f"detector, {name}: {type(error).__name__}: {error}")
+        settings.keep(report)
+    if settings.device.startswith("cuda"):
+        _nv12(report, settings, rounds)
         settings.keep(report)
     return report
 
@@ -151,7 +150,8 @@ def _crops(report: Report, size: str, data: bytes, rounds: int, device: str) -> 
 
     from facelane_server.domain import Encoding
     from facelane_server.models.api import AlignedCrop, ContextCrop
-    from facelane_server.worker.decoding import crops, device_crops
+    from facelane_server.worker.decoding import crops
+    from facelane_server.worker.decoding.device_pictures import DevicePictures
     from facelane_server.worker.decoding.pictures import decode
 
     picture = decode(memoryview(data), Encoding.JPEG)
@@ -164,64 +164,120 @@ def _crops(report: Report, size: str, data: bytes, rounds: int, device: str) -> 
     _row(report, "crops on the host", f"two faces of {size}", 1, host)
     if not device.startswith("cuda"):
         return
-    staged = torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)
+    pictures = DevicePictures(device)
 
     def cut() -> None:
-        staged.numpy()[...] = picture
-        there = staged.to(device, non_blocking=True)
-        for crop in device_crops.cut(there, boxes, landmarks, specs):
-            crop.cpu()
+        there = pictures.upload(picture)
+        torch.cuda.synchronize()
+        pictures.cut([there], [len(boxes)], boxes, landmarks, specs)
 
-    with torch.inference_mode():
-        _row(
-            report,
-            "upload, crops on the device",
-            f"two faces of {size}",
-            1,
-            _timed(cut, rounds),
-        )
+    _row(report, "upload, crops on the device", f"two faces of {size}", 1, _timed(cut, rounds))
 
 
 def _detector(
     report: Report, settings: Settings, name: str, rounds: int, options: dict[str, Any]
 ) -> None:
-    """The starter detector on 720p frames with 0 to 4 faces, as a worker runs it: a batch is
-    begun before the one before it is finished."""
+    """The starter detector on 720p frames with 0 to 4 faces, as a worker runs it, from a job's
+    slot to its answer's: a job is begun before the one before it is finished."""
     from facelane_server.domain import Encoding, Stage
-    from facelane_server.models.api import Detector, DeviceOptions, Pending
-    from facelane_server.worker.decoding.pictures import decode
+    from facelane_server.ipc.arena import Arena
+    from facelane_server.ipc.messages import DetectItem, Infer, Load
+    from facelane_server.models.api import Detector, DeviceOptions
     from facelane_server.worker.networks.load import load
+    from facelane_server.worker.work import DetectWork
 
     models = material.real_models(settings.cache)
     data = material.make_frames(8 if not settings.smoke else 2, *SIZES["720p"], FACES)
-    views = [memoryview(frame) for frame in data]
+    most = max(WORKER_BATCHES) if not settings.smoke else len(data)
     model = load(
         models.packages[Stage.DETECTOR],
         DeviceOptions(device=settings.device, **options),
-        batch_max=len(views),
+        batch_max=most,
         crops=models.crops,
     )
     assert isinstance(model, Detector)
-    try:
+    slot_bytes = 32 << 20
+    with (
+        contextlib.closing(Arena.create("request", 2, slot_bytes)) as request,
+        contextlib.closing(Arena.create("response", 2, slot_bytes)) as response,
+        contextlib.closing(model),
+    ):
         model.warm_up()
+        told = Load(
+            "w", Stage.DETECTOR, "", settings.device, most, 2, slot_bytes, slot_bytes, threads=4
+        )
+        work = DetectWork(model, told, request, response)
+        items: list[DetectItem] = []
+        at = 0
+        for i in range(most):
+            frame = data[i % len(data)]
+            for slot in range(2):
+                request.slot(slot)[at : at + len(frame)] = frame
+            items.append(DetectItem(at, len(frame), Encoding.JPEG.value, 0, 0, 0, 64, 0))
+            at += -(-len(frame) // 64) * 64
+        for count in sorted({1, *(n for n in WORKER_BATCHES if n <= most), most}):
+            under_way: list[Any] = []
+            jobs = itertools.count()
 
-        def begun(some: list[memoryview]) -> Pending[Any]:
-            pictures: list[Any] = list(model.decode(some))
-            for i, picture in enumerate(pictures):
-                if picture is None:
-                    pictures[i] = decode(some[i], Encoding.JPEG)
-            return model.begin(pictures, [4] * len(some))
+            def one(
+                count: int = count,
+                under_way: list[Any] = under_way,
+                jobs: Iterator[int] = jobs,
+            ) -> None:
+                number = next(jobs)
+                finish, there = work.begin(Infer(number, number % 2, list(items[:count])))
+                if there:
+                    finish()
+                    return
+                under_way.append(finish)
+                if len(under_way) > 1:
+                    under_way.pop(0)()
 
-        for count in (1, len(views)):
-            under_way: list[Pending[Any]] = []
+            times = _timed(one, rounds)
+            for finish in under_way:
+                finish()
+            _row(report, name, "detector worker, 720p JPEG to faces", count, times)
 
-            def one(count: int = count, under_way: list[Pending[Any]] = under_way) -> None:
-                under_way.append(begun(views[:count]))
+
+def _nv12(report: Report, settings: Settings, rounds: int) -> None:
+    """The same detector on pictures that lie on the card already, as NVDEC leaves them."""
+    import cv2
+    import numpy as np
+    import torch
+
+    from facelane_server.domain import Stage
+    from facelane_server.models.api import Detector, DeviceOptions
+    from facelane_server.worker.decoding.pixels import OnDevice
+    from facelane_server.worker.networks.load import load
+
+    models = material.real_models(settings.cache)
+    width, height = SIZES["720p"]
+    surfaces = []
+    for data in material.make_frames(8, width, height, FACES):
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert picture is not None
+        planes = cv2.cvtColor(picture, cv2.COLOR_BGR2YUV_I420)
+        chroma = planes[height:].reshape(2, height // 2, width // 2).transpose(1, 2, 0)
+        surface = np.concatenate((planes[:height], chroma.reshape(height // 2, width)))
+        surfaces.append(torch.from_numpy(surface).to(settings.device))
+    pictures = [OnDevice.nv12(surfaces[i % 8], height) for i in range(max(WORKER_BATCHES))]
+    model = load(
+        models.packages[Stage.DETECTOR],
+        DeviceOptions(device=settings.device),
+        batch_max=len(pictures),
+        crops=models.crops,
+    )
+    assert isinstance(model, Detector)
+    with contextlib.closing(model):
+        model.warm_up()
+        for count in WORKER_BATCHES:
+            under_way: list[Any] = []
+
+            def one(count: int = count, under_way: list[Any] = under_way) -> None:
+                under_way.append(model.begin(pictures[:count], [64] * count))
                 if len(under_way) > 1:
                     under_way.pop(0).finish()
 
             times = _timed(one, rounds)
             under_way.pop().finish()
-            _row(report, name, "detector, 720p JPEG to faces", count, times)
-    finally:
-        model.close()
+            _row(report, "NV12 on the card", "detector, 720p NV12 to faces", count, times)

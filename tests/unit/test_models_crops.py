@@ -5,14 +5,14 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facelane_server.models.api import AlignedCrop, ContextCrop
 from facelane_server.modeltools.verify import synthetic_picture
-from facelane_server.worker.decoding import crops, device_crops
+from facelane_server.worker.decoding import crops
 from facelane_server.worker.decoding.crops import ARCFACE_TEMPLATE, alignment, context_region
+from facelane_server.worker.decoding.device_pictures import DevicePictures
 
 COORDINATE = st.floats(-2000, 4000, allow_nan=False, width=32)
 
@@ -124,8 +124,10 @@ def test_the_device_version_agrees_with_opencv(zoom: float) -> None:
     boxes = np.concatenate((low, high - low), 1)
     specs = [AlignedCrop(), AlignedCrop(128), ContextCrop(2.7), ContextCrop(4.0)]
     host = crops.cut(picture, boxes, landmarks, specs)
-    device = device_crops.cut(torch.from_numpy(picture), boxes, landmarks, specs)
+    pictures = DevicePictures("cpu")
+    there = pictures.upload(picture)
+    [device] = pictures.cut([there], [len(boxes)], boxes, landmarks, specs)
     for spec, a, b in zip(specs, host, device, strict=True):
-        difference = np.abs(a.astype(int) - b.numpy().astype(int))
+        difference = np.abs(a.astype(int) - b.astype(int))
         assert difference.mean() <= 1.0, spec
         assert a.std() > 5, "the crop shows something"

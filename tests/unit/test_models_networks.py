@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.api import (
@@ -19,6 +21,7 @@ from facelane_server.models.api import (
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Input, Ood
 from facelane_server.modeltools.verify import synthetic_picture, verify
+from facelane_server.worker.decoding.device_pictures import DevicePictures
 from facelane_server.worker.networks.architectures.folding import fold
 from facelane_server.worker.networks.architectures.irse import RtsIrSe
 from facelane_server.worker.networks.architectures.minifasnet import MiniFASNetPair
@@ -236,8 +239,7 @@ def test_pictures_are_scaled_down_and_never_up(
 class OneFace(Runner):
     """A runner whose network finds one face at a fixed place of its input."""
 
-    def __init__(self, fixed_side: int = 0) -> None:
-        self.fixed_side = fixed_side
+    def __init__(self) -> None:
         self.batches: list[tuple[int, ...]] = []
         self.staged: tuple[np.ndarray, ...] = ()
 
@@ -246,7 +248,7 @@ class OneFace(Runner):
         self.staged = (np.full((count, *shape, 3), 9, np.uint8),)
         return self.staged
 
-    def launch(self, placed: object = ()) -> Ticket:
+    def launch(self) -> Ticket:
         count = len(self.staged[0])
         self.batches.append(self.staged[0].shape)
         row = np.zeros((count, 1, 15), np.float32)
@@ -277,18 +279,41 @@ def test_a_detector_answers_in_pixels_of_each_picture() -> None:
     assert found[0].scores[0] == pytest.approx(0.9)
 
 
-def test_a_fixed_canvas_is_one_batch_and_padded_with_black() -> None:
-    runner = OneFace(fixed_side=320)
-    pictures = [np.full((100, 200, 3), 255, np.uint8), np.full((600, 300, 3), 255, np.uint8)]
-    pending = detector(runner).begin(pictures, [1, 0])
+class OnCanvases(OneFace):
+    """The same on a "card" with canvases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.canvases = ((320, 320), (256, 320), (192, 320))
+        self.pictures = DevicePictures("cpu")
+        self.filled: list[np.ndarray] = []
+
+    def run(self, count: int, shape: tuple[int, int], fill: Callable[[Tensor], None]) -> Ticket:
+        canvases = torch.full((count, *shape, 3), 9, dtype=torch.uint8)
+        fill(canvases)
+        self.filled.append(canvases.numpy())
+        self.staged = (canvases.numpy(),)
+        return self.launch()
+
+
+def test_a_picture_goes_on_the_smallest_canvas_and_is_padded_with_black() -> None:
+    runner = OnCanvases()
+    sizes = [(100, 200), (600, 300), (720, 1280), (480, 640), (60, 30)]
+    pictures = [np.full((*size, 3), 255, np.uint8) for size in sizes]
+    pending = detector(runner).begin(pictures, [1, 0, 1, 1, 1])
     assert not isinstance(pending, Immediate)
     found = pending.finish()
-    assert runner.batches == [(2, 320, 320, 3)]
-    canvas = runner.staged[0]
-    assert (canvas[0, :100, :200] == 255).all()
-    assert canvas[0].sum() == 100 * 200 * 3 * 255
-    assert canvas[1].sum() == 320 * 160 * 3 * 255
-    assert [len(d.boxes) for d in found] == [1, 0]
+    assert runner.batches == [(3, 192, 320, 3), (1, 320, 320, 3), (1, 256, 320, 3)]
+    placed = [(100, 200), (320, 160), (180, 320), (240, 320), (60, 30)]
+    order = [0, 2, 4, 1, 3]
+    canvases = [canvas for batch in runner.filled for canvas in batch]
+    for canvas, i in zip(canvases, order, strict=True):
+        height, width = placed[i]
+        assert (canvas[:height, :width] == 255).all()
+        assert canvas.sum(dtype=np.int64) == height * width * 3 * 255
+    assert [len(d.boxes) for d in found] == [1, 0, 1, 1, 1]
+    assert found[2].boxes[0].tolist() == [128, 64, 256, 192]
+    assert found[2].crops[0].shape == (1, 112, 112, 3)
 
 
 def test_batches_out_of_bounds_are_refused() -> None:
@@ -351,7 +376,7 @@ def test_a_wrong_declared_dimension_is_found_in_warm_up() -> None:
         def stage(self, count: int, shapes: object) -> tuple[np.ndarray, ...]:
             return (np.zeros((count, 112, 112, 3), np.uint8),)
 
-        def launch(self, placed: object = ()) -> Ticket:
+        def launch(self) -> Ticket:
             return Computed(np.zeros((1, 257), np.float32))
 
         def warm_up(self) -> None:

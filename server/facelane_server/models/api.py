@@ -171,8 +171,7 @@ class DeviceOptions:
     ``threads``: intra-op CPU threads. ``stream_priority``: CUDA stream priority,
     negative = higher. ``memory_mib``: cap of the process's device memory, its CUDA
     context counted in (0 = none). ``decode``: who decodes a detector's JPEG frames: ``cpu``,
-    ``cuda``, or ``auto``: the device where it can. ``suppress``: overlapping candidates of a
-    detector go on the device already.
+    ``cuda``, or ``auto``: the device where it can.
     """
 
     device: str = "cpu"
@@ -182,4 +181,3 @@ class DeviceOptions:
     stream_priority: int = 0
     memory_mib: int = 0
     decode: str = "cpu"
-    suppress: bool = False

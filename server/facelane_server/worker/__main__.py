@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import os
 import signal
 import socket
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     stopping, wake = _stop_on_sigterm()
 
+    _import_first()
     try:
         held = _confine(options)
     except sandbox.SandboxError as error:
@@ -95,6 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
             os.set_inheritable(sock.fileno(), False)
     sandbox.close_doors(held, cards=options.cards or bool(options.attach), mps=bool(options.mps))
     return _serve(sockets, stopping, wake, ready, str(held))
+
+
+def _import_first() -> None:
+    """What cannot be imported inside of a sandbox: the finder of CUDA's libraries, which torch
+    and our kernels use, asks a compiler where the C library lies."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("cuda.pathfinder")
 
 
 def _confine(options: argparse.Namespace) -> sandbox.Confinement:

@@ -1,11 +1,10 @@
 """Faces cut out of pictures for the models behind the detector, on the CPU.
 
-``device_crops`` does the same with torch on a GPU; a test holds the two together.
+``pixels`` does the same on a card; a test holds the two together.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Final, assert_never
 
@@ -69,7 +68,14 @@ def _warp(picture: U8, matrix: npt.NDArray[np.float64], out: U8) -> None:
 
 
 def alignment(landmarks: npt.ArrayLike, size: int = ARCFACE_SIZE) -> npt.NDArray[np.float64]:
-    """The similarity [2, 3] that takes picture to chip pixels, best in the least squares.
+    """``alignments`` of one face: [2, 3]."""
+    [found] = alignments(np.asarray(landmarks, np.float64)[None], size)
+    return np.asarray(found)
+
+
+def alignments(landmarks: npt.ArrayLike, size: int = ARCFACE_SIZE) -> npt.NDArray[np.float64]:
+    """The similarities [N, 2, 3] that take picture to chip pixels, best in the least squares,
+    of the faces with ``landmarks`` [N, 5, 2].
 
     Rotation, uniform scale and shift, no reflection, in closed form: with the points
     as complex numbers around their means, the factor is <source, target>/<source, source>.
@@ -77,40 +83,53 @@ def alignment(landmarks: npt.ArrayLike, size: int = ARCFACE_SIZE) -> npt.NDArray
     """
     source = np.asarray(landmarks, np.float64)
     target = ARCFACE_TEMPLATE * (size / ARCFACE_SIZE)
-    source_mean, target_mean = source.mean(0), target.mean(0)
-    z = (source - source_mean) @ (1.0, 1.0j)
+    source_mean, target_mean = source.mean(1), target.mean(0)
+    z = (source - source_mean[:, None]) @ (1.0, 1.0j)
     w = (target - target_mean) @ (1.0, 1.0j)
-    energy = float(np.vdot(z, z).real)
-    factor = complex(np.vdot(z, w)) / energy if energy > 1e-6 else 1.0 + 0.0j
-    if abs(factor) < 1e-6:
-        factor = 1.0 + 0.0j
-    a, b = factor.real, factor.imag
-    linear = np.array([[a, -b], [b, a]])
-    return np.concatenate((linear, (target_mean - linear @ source_mean)[:, None]), 1)
+    energy = (z.real**2 + z.imag**2).sum(1)
+    spread = energy > 1e-6
+    factor = np.ones(len(source), np.complex128)
+    factor[spread] = (z[spread].conj() @ w) / energy[spread]
+    factor[np.abs(factor) < 1e-6] = 1.0
+    maps = np.empty((len(source), 2, 3))
+    maps[:, 0, 0] = maps[:, 1, 1] = factor.real
+    maps[:, 1, 0], maps[:, 0, 1] = factor.imag, -factor.imag
+    maps[:, :, 2] = target_mean - (maps[:, :, :2] @ source_mean[:, :, None])[:, :, 0]
+    return maps
 
 
 def context_region(
     box: npt.ArrayLike, scale: float, width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a context crop, the last two exclusive.
+    """``context_regions`` of one face."""
+    found = context_regions(np.asarray(box, np.float64)[None], scale, np.array([[width, height]]))
+    left, top, right, bottom = (int(value) for value in found[0])
+    return left, top, right, bottom
 
-    The box is enlarged ``scale`` times around its centre, by less where it would not
+
+def context_regions(
+    boxes: npt.ArrayLike, scale: float, bounds: npt.NDArray[np.intp]
+) -> npt.NDArray[np.intp]:
+    """(left, top, right, bottom) of context crops [N, 4], the last two exclusive. ``boxes``
+    [N, 4] are x, y, w, h; ``bounds`` [N, 2] the widths and heights of their pictures.
+
+    A box is enlarged ``scale`` times around its centre, by less where it would not
     fit into the picture, and shifted to lie inside it.
     """
-    x, y, w, h = (float(v) for v in np.asarray(box, np.float64))
-    w, h = max(w, 1.0), max(h, 1.0)
-    scale = min(scale, (width - 1) / w, (height - 1) / h)
-    left, right = _interval(x + w / 2, w * scale, width - 1)
-    top, bottom = _interval(y + h / 2, h * scale, height - 1)
-    return left, top, right + 1, bottom + 1
-
-
-def _interval(centre: float, length: float, last: int) -> tuple[int, int]:
-    low = centre - length / 2
-    high = centre + length / 2
-    if low < 0:
-        low, high = 0.0, high - low
-    if high > last:
-        low, high = low - (high - last), float(last)
-    first = min(max(math.floor(low), 0), last)
-    return first, min(max(math.floor(high), first), last)
+    found = np.asarray(boxes, np.float64)
+    last = np.asarray(bounds, np.float64) - 1
+    sizes = np.maximum(found[:, 2:], 1.0)
+    factors = np.minimum((last / sizes).min(1), scale)
+    # From the corner and the unbounded size, as the box says them.
+    centres = found[:, :2] + sizes / 2
+    half = sizes * factors[:, None] / 2
+    low, high = centres - half, centres + half
+    under = low < 0
+    high = np.where(under, high - low, high)
+    low = np.where(under, 0.0, low)
+    over = high > last
+    low = np.where(over, low - (high - last), low)
+    high = np.where(over, last, high)
+    first = np.clip(np.floor(low), 0, last)
+    end = np.clip(np.floor(high), first, last)
+    return np.concatenate((first, end + 1), 1).astype(np.intp)

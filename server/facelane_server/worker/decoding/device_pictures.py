@@ -1,15 +1,18 @@
-"""Pictures that are decoded on the device and stay there: nvJPEG, through torchvision.
+"""Pictures on their way to the detector's device, where they stay: the host hands over JPEG data,
+or pixels that it decoded itself, and gets back boxes, landmarks and crops.
 
-The host hands over JPEG data and gets back boxes, landmarks and crops; the picture itself
-never crosses the bus. What nvJPEG is not given, or does not take, the worker decodes on the
-host: progressive, grey or CMYK files, those with a colour transform of Adobe's, and
-pictures that end in one plain block, because such an end may be a decoder's filler for data
-that are missing, and the host's decoder tells the one from the other.
+JPEG is decoded by nvJPEG, through torchvision. What nvJPEG is not given, or does not take, the
+worker decodes on the host: progressive, grey or CMYK files, those with a colour transform of
+Adobe's, and pictures that end in one plain block, because such an end may be a decoder's filler
+for data that are missing, and the host's decoder tells the one from the other.
 
-Three streams, so that no batch waits for another's: torchvision decodes on one of its own,
-``stream`` waits for it and scales, and the crops of an earlier batch are cut on a third.
-torchvision writes into memory of ``stream`` without waiting for what is queued there, so
-that is waited for before each decoding: the little that was still to be scaled.
+Two streams beside the network's, so that no batch waits for another's: pictures arrive on
+``stream``, and the crops of an earlier batch are cut on another. A picture's memory is free again
+when its crops are cut, which ends all that reads it.
+
+nvJPEG's engine heeds no stream: it writes into its memory at once, whatever is still queued for
+that memory. So ``stream`` is waited for before each decoding, and after it: nobody promises
+either that it has read the data before it has decoded them.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from typing import Any, Final
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.api import F32, U8, CropSpec, DevicePicture
-from facelane_server.worker.decoding import device_crops
+from facelane_server.worker.decoding.pixels import Layout, OnDevice, Pixels, crop_maps
+from facelane_server.worker.decoding.torch_pixels import TorchPixels
 from facelane_server.worker.faults import Fault, classify
 from facelane_server.worker.journal import log_event
 
@@ -39,33 +43,32 @@ _ALIKE: Final = 4.0
 """Grey levels on average that a trial picture may differ from the host's decoding."""
 
 
-class OnDevice(DevicePicture):
-    """``pixels``: uint8 [H, W, 3], BGR."""
-
-    def __init__(self, pixels: Tensor) -> None:
-        self.height, self.width = pixels.shape[:2]
-        self.pixels = pixels
-
-
 class DevicePictures:
-    """Decodes, scales and crops on one device. Used by one thread.
+    """Pictures of one device. Used by one thread.
 
-    ``decode_jpegs``: nvJPEG; a test on a CPU brings its own.
+    ``decode_jpegs``: nvJPEG, or what a test brings; None = every picture comes as pixels.
     """
 
-    def __init__(self, device: str, decode_jpegs: Decode) -> None:
+    def __init__(
+        self, device: str, decode_jpegs: Decode | None = None, pixels: Pixels | None = None
+    ) -> None:
         self._device = torch.device(device)
         self._decode_jpegs = decode_jpegs
+        self.pixels = pixels or _pixels(self._device)
         self._told = -_TOLD_EVERY_S
         cuda = self._device.type == "cuda"
         self.stream: Any = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
-        self._crops: Any = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
+        # What it does is little, and somebody waits for it while the next batch computes.
+        self._crops: Any = torch.cuda.Stream(self._device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
 
-    @classmethod
-    def open(cls, device: str) -> DevicePictures:
-        """With nvJPEG, tried out on one picture.
+    @property
+    def decodes(self) -> bool:
+        return self._decode_jpegs is not None
 
-        Raises FacelaneError(CONFIG_INVALID) where it is not installed or does not work.
+    def add_nvjpeg(self) -> None:
+        """JPEG is decoded here from now on; tried out on one picture.
+
+        Raises FacelaneError(CONFIG_INVALID) where nvJPEG is not installed or does not work.
         """
         try:
             from torchvision.io import ImageReadMode, decode_jpeg
@@ -73,12 +76,15 @@ class DevicePictures:
             raise _unusable(f"torchvision cannot be imported ({error})") from error
 
         def decode_jpegs(data: list[Tensor]) -> list[Tensor]:
-            found: list[Tensor] = decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
+            found: list[Tensor] = decode_jpeg(data, mode=ImageReadMode.RGB, device=self._device)
             return found
 
-        pictures = cls(device, decode_jpegs)
-        pictures.try_out()
-        return pictures
+        self._decode_jpegs = decode_jpegs
+        try:
+            self.try_out()
+        except BaseException:
+            self._decode_jpegs = None
+            raise
 
     def try_out(self) -> None:
         """A picture of a usual size, against the host's decoding; this also makes nvJPEG take
@@ -86,11 +92,11 @@ class DevicePictures:
         y, x = np.mgrid[:1080, :1920]
         plain = np.stack((x % 256, y % 256, (x + y) // 12), -1).astype(np.uint8)
         _, data = cv2.imencode(".jpg", plain, [cv2.IMWRITE_JPEG_QUALITY, 90])
-        expected = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        expected = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
         assert expected is not None
         try:
             [found] = self._decode_all([np.asarray(data, np.uint8).reshape(-1)])
-            pixels = found.cpu().numpy()
+            pixels = found.cpu().numpy().transpose(1, 2, 0)
         except Exception as error:
             if classify(error) is not Fault.ORDINARY:
                 raise
@@ -105,9 +111,13 @@ class DevicePictures:
         """Decoded pictures; None for those that the host should decode. The caller has examined
         them: they are plain. Raises only what costs the device: no memory, a poisoned context."""
         found: list[DevicePicture | None] = [None] * len(jpegs)
+        if self._decode_jpegs is None:
+            return found
         try:
-            pixels = self._decode_all([np.frombuffer(data, np.uint8) for data in jpegs])
-            ends = self._plain_ends(pixels)
+            planes = self._decode_all([np.frombuffer(data, np.uint8) for data in jpegs])
+            pictures = [OnDevice(one, Layout.RGB_PLANES) for one in planes]
+            with self._on(self.stream), torch.inference_mode():
+                ends = self.pixels.plain_ends(pictures)
         except Exception as error:
             if classify(error) is not Fault.ORDINARY:
                 raise
@@ -120,57 +130,78 @@ class DevicePictures:
                     pictures=len(jpegs),
                 )
             return found
-        for i, (picture, plain) in enumerate(zip(pixels, ends, strict=True)):
+        for i, (picture, plain) in enumerate(zip(pictures, ends, strict=True)):
             if not plain:
-                found[i] = OnDevice(picture)
+                found[i] = picture
         return found
 
-    def scaled(self, picture: DevicePicture, height: int, width: int) -> Tensor:
-        """uint8 [height, width, 3], scaled as the host does it: averaging where pixels would be
-        skipped. Queued on ``stream``."""
-        assert isinstance(picture, OnDevice)
-        if (picture.height, picture.width) == (height, width):
-            return picture.pixels
+    def upload(self, picture: U8) -> OnDevice:
+        """``picture``: uint8 [H, W, 3], BGR, which may be overwritten afterwards."""
         with self._on(self.stream), torch.inference_mode():
-            planes = picture.pixels.permute(2, 0, 1)[None].float()
-            if width * 2 < picture.width or height * 2 < picture.height:
-                planes = F.interpolate(planes, (height, width), mode="area")
-            else:
-                planes = F.interpolate(planes, (height, width), mode="bilinear")
-            return planes[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+            if self._device.type != "cuda":
+                return OnDevice(torch.from_numpy(picture.copy()), Layout.BGR)
+            staged = torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)
+            staged.numpy()[...] = picture
+            return OnDevice(staged.to(self._device, non_blocking=True), Layout.BGR)
+
+    def place(
+        self, pictures: Sequence[OnDevice], sizes: Sequence[tuple[int, int]], canvases: Tensor
+    ) -> None:
+        """``Pixels.letterbox`` on the current stream, after what has arrived."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self.stream)
+        self.pixels.letterbox(pictures, sizes, canvases)
 
     def cut(
         self,
-        faces: Sequence[tuple[DevicePicture, F32, F32]],
+        pictures: Sequence[OnDevice],
+        counts: Sequence[int],
+        boxes: F32,
+        landmarks: F32,
         specs: Sequence[CropSpec],
     ) -> list[tuple[U8, ...]]:
-        """``crops.cut`` for several pictures with their boxes and landmarks; waits for it."""
-        if not specs:
-            return [()] * len(faces)
-        with self._on(self._crops), torch.inference_mode():
-            pieces: list[Tensor] = []
-            for picture, boxes, landmarks in faces:
-                assert isinstance(picture, OnDevice)
-                pieces += device_crops.cut(picture.pixels, boxes, landmarks, specs)
-            # One copy for all of them, and one wait.
-            flat = torch.cat([piece.reshape(-1) for piece in pieces]).cpu().numpy()
+        """``crops.cut`` for several pictures, whose arrival was waited for: ``counts[i]`` of the
+        faces ``boxes`` [N, 4] and ``landmarks`` [N, 5, 2] lie in picture i. Waits for it."""
+        sizes = [spec.size for spec in specs]
+        faces = np.repeat(np.arange(len(pictures)), counts)
+        cut: npt.NDArray[np.uint8] = np.zeros((len(faces), 0), np.uint8)
+        if specs and len(faces):
+            bounds = np.array([(picture.width, picture.height) for picture in pictures])[faces]
+            maps = [crop_maps(spec, boxes, landmarks, bounds) for spec in specs]
+            with self._on(self._crops), torch.inference_mode():
+                found = self.pixels.cut(pictures, faces, maps, sizes)
+                cut = self._fetched(found)
         results: list[tuple[U8, ...]] = []
+        ends = np.cumsum([0, *(3 * size * size for size in sizes)])
+        if not len(faces):
+            cut = np.zeros((0, int(ends[-1])), np.uint8)
         at = 0
-        for first in range(0, len(pieces), len(specs)):
-            crops: list[U8] = []
-            for piece in pieces[first : first + len(specs)]:
-                crops.append(flat[at : at + piece.numel()].reshape(piece.shape))
-                at += piece.numel()
-            results.append(tuple(crops))
+        for count in counts:
+            rows, at = cut[at : at + count], at + count
+            results.append(
+                tuple(
+                    rows[:, first:end].reshape(count, size, size, 3)
+                    for first, end, size in zip(ends, ends[1:], sizes, strict=False)
+                )
+            )
         return results
 
+    def _fetched(self, found: Tensor) -> U8:
+        """On the host; waits for all that is queued for crops."""
+        if self._crops is None:
+            return np.asarray(found.numpy(), np.uint8)
+        there = torch.empty(found.shape, dtype=torch.uint8, pin_memory=True)
+        there.copy_(found, non_blocking=True)
+        self._crops.synchronize()
+        return np.asarray(there.numpy(), np.uint8)
+
     def _decode_all(self, data: Sequence[U8]) -> list[Tensor]:
+        assert self._decode_jpegs is not None
         # Copies: what comes from a worker's arena may not be written to, and torch would say so.
         encoded = [torch.from_numpy(one.copy()) for one in data]
         self._settle()
         with self._on(self.stream), torch.inference_mode():
-            found = [rgb.flip(0).permute(1, 2, 0) for rgb in self._decode_jpegs(encoded)]
-        # Nobody promises that nvJPEG has read the data before it has decoded them.
+            found = self._decode_jpegs(encoded)
         self._settle()
         return found
 
@@ -178,22 +209,28 @@ class DevicePictures:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def _plain_ends(self, pictures: Sequence[Tensor]) -> list[bool]:
-        """Whether the last block of each is of one colour."""
-        with self._on(self.stream), torch.inference_mode():
-            ends = torch.stack([_last_block(pixels) for pixels in pictures])
-            plain: list[bool] = (ends.amax(1) == ends.amin(1)).all(1).tolist()
-        return plain
-
     def _on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         if stream is None:
             return contextlib.nullcontext()
         return torch.cuda.stream(stream)
 
 
-def _last_block(pixels: Tensor) -> Tensor:
-    """[64, 3]; sides are at least that of a block."""
-    return pixels[-8:, -8:].reshape(-1, 3)
+def _pixels(device: torch.device) -> Pixels:
+    if device.type != "cuda":
+        return TorchPixels()
+    from facelane_server.worker.decoding.cuda_pixels import CudaPixels
+
+    try:
+        return CudaPixels(device)
+    except (ImportError, OSError, RuntimeError) as error:
+        if classify(error) is not Fault.ORDINARY:
+            raise
+        log_event(
+            "kernels for pictures cannot be had; torch operations do it, slower",
+            level="warning",
+            cause=f"{type(error).__name__}: {error}",
+        )
+        return TorchPixels()
 
 
 def _unusable(why: str) -> FacelaneError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import cv2
 import numpy as np
@@ -21,8 +23,12 @@ from facelane_server.models.api import (
 )
 from facelane_server.models.package import DETECTOR_STRIDE
 from facelane_server.worker.decoding.crops import cut
-from facelane_server.worker.networks.candidates import select
+from facelane_server.worker.networks.candidates import WIDTH, select
 from facelane_server.worker.networks.runner import Runner, Ticket
+
+if TYPE_CHECKING:
+    from facelane_server.worker.decoding.device_pictures import DevicePictures
+    from facelane_server.worker.decoding.pixels import OnDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +56,12 @@ def _padded(side: int) -> int:
 
 
 class NetworkDetector(Detector):
-    """A network that answers with candidates [n, K, 15] in pixels of its input.
+    """A network that answers with candidates [n, K, 15] in pixels of its input, best first, or
+    with those that suppression left.
 
     Pictures are scaled down to ``max_side``, put at the top left of the input and padded
-    with black to multiples of 32, or to the runner's fixed square. Each input shape is
-    one batch. Pictures that the runner decoded on its device are scaled and cropped there.
+    with black to multiples of 32, or to the smallest of the runner's canvases that holds them.
+    Each input shape is one batch. Where the runner computes on a card all of it is done there.
     """
 
     def __init__(
@@ -69,13 +76,12 @@ class NetworkDetector(Detector):
     ) -> None:
         self.crops = crops
         self.batch_max = batch_max
-        self.decodes = runner.pictures is not None
+        self.decodes = runner.pictures is not None and runner.pictures.decodes
         self._runner = runner
+        self._suppressed = runner.pictures is not None and runner.pictures.pixels.suppresses
         self._max_side = max_side
         self._score = score
         self._nms = nms
-        self._used: dict[int, tuple[int, int]] = {}
-        """Height and width of what lies in each of the runner's kept canvases, by address."""
 
     def warm_up(self) -> None:
         self._runner.warm_up()
@@ -96,69 +102,91 @@ class NetworkDetector(Detector):
         fits = [fit(*_size(picture), self._max_side) for picture in pictures]
         shapes: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for i, place in enumerate(fits):
-            side = self._runner.fixed_side
-            shape = (side, side) if side else (_padded(place.height), _padded(place.width))
-            shapes[shape].append(i)
+            shapes[self._canvas(place)].append(i)
+        there = self._runner.pictures
+        if there is None:
+            return Immediate(self._on_host(pictures, max_faces, fits, shapes))
+        brought = [_on_device(picture, there) for picture in pictures]
         launched: list[tuple[list[int], Ticket]] = []
+        for shape, rows in shapes.items():
+            fill = functools.partial(
+                there.place,
+                [brought[i] for i in rows],
+                [(fits[i].height, fits[i].width) for i in rows],
+            )
+            launched.append((rows, self._runner.run(len(rows), shape, fill)))
+        return _PendingDetections(self, brought, list(max_faces), fits, launched)
+
+    def _canvas(self, place: _Fit) -> tuple[int, int]:
+        """Height and width of the smallest input that holds a picture."""
+        holding = [
+            (height, width)
+            for height, width in self._runner.canvases
+            if height >= place.height and width >= place.width
+        ]
+        return min(holding, default=(_padded(place.height), _padded(place.width)))
+
+    def _on_host(
+        self,
+        pictures: Sequence[U8 | DevicePicture],
+        max_faces: Sequence[int],
+        fits: Sequence[_Fit],
+        shapes: Mapping[tuple[int, int], list[int]],
+    ) -> list[Detections]:
+        found: dict[int, Detections] = {}
         for shape, indices in shapes.items():
             (canvases,) = self._runner.stage(len(indices), [shape])
-            placed = []
-            for row, (canvas, i) in enumerate(zip(canvases, indices, strict=True)):
+            for canvas, i in zip(canvases, indices, strict=True):
                 picture = pictures[i]
-                if isinstance(picture, DevicePicture):
-                    assert self._runner.pictures is not None
-                    place = fits[i]
-                    scaled = self._runner.pictures.scaled(picture, place.height, place.width)
-                    placed.append((row, scaled))
-                else:
-                    _place(picture, fits[i], canvas, self._dirt(canvas, fits[i]))
-            launched.append((indices, self._runner.launch(placed)))
-        pending = _PendingDetections(self, list(pictures), list(max_faces), fits, launched)
-        return pending if self._runner.fixed_side else Immediate(pending.finish())
+                assert not isinstance(picture, DevicePicture), "no pictures on a device here"
+                _place(picture, fits[i], canvas)
+            for candidates, i in zip(self._runner.launch().wait(), indices, strict=True):
+                picture = pictures[i]
+                assert not isinstance(picture, DevicePicture)
+                rows = self.faces(candidates, max_faces[i])
+                boxes, landmarks = _in_pictures(rows, np.array([fits[i].scale], np.float32))
+                crops = cut(picture, boxes, landmarks, self.crops)
+                found[i] = Detections(boxes, rows[:, 0], landmarks, crops)
+        return [found[i] for i in range(len(pictures))]
 
-    def _dirt(self, canvas: U8, place: _Fit) -> tuple[int, int]:
-        """How far down and to the right the canvas may not be black."""
-        if not self._runner.keeps_content:
-            return canvas.shape[0], canvas.shape[1]
-        address = int(canvas.__array_interface__["data"][0])
-        before = self._used.get(address, (0, 0))
-        self._used[address] = place.height, place.width
-        return before
+    def faces(self, candidates: F32, limit: int) -> F32:
+        """The rows of one picture's faces."""
+        if self._suppressed:
+            return candidates[: min(limit, int((candidates[:, 0] > 0).sum()))]
+        return select(candidates, score=self._score, iou=self._nms, limit=limit)
 
-    def faces(
-        self, candidates: F32, picture: U8 | DevicePicture, place: _Fit, limit: int
-    ) -> Detections:
-        """The faces of one picture from its candidates; without crops as yet when the picture
-        lies on the device."""
-        rows = select(candidates, score=self._score, iou=self._nms, limit=limit)
-        scale = np.array(place.scale, np.float32)
-        boxes = (rows[:, 1:5].reshape(-1, 2, 2) / scale).reshape(-1, 4)
-        landmarks = rows[:, 5:].reshape(-1, 5, 2) / scale
-        return Detections(
-            boxes=boxes,
-            scores=rows[:, 0],
-            landmarks=landmarks,
-            crops=()
-            if isinstance(picture, DevicePicture)
-            else cut(picture, boxes, landmarks, self.crops),
-        )
-
-    def cut_on_device(self, faces: Sequence[tuple[DevicePicture, Detections]]) -> list[Detections]:
-        """The same with the crops of pictures that lie on the device."""
-        pictures = self._runner.pictures
-        if pictures is None or not faces:
-            return []
-        crops = pictures.cut(
-            [(picture, found.boxes, found.landmarks) for picture, found in faces], self.crops
-        )
-        return [replace(found, crops=cut) for (_, found), cut in zip(faces, crops, strict=True)]
+    def finish(
+        self,
+        pictures: list[OnDevice],
+        max_faces: list[int],
+        fits: list[_Fit],
+        launched: list[tuple[list[int], Ticket]],
+    ) -> list[Detections]:
+        """Of a batch on a card, the faces of all its pictures at once."""
+        there = self._runner.pictures
+        assert there is not None
+        kept: list[F32] = [np.zeros((0, WIDTH), np.float32)] * len(pictures)
+        for indices, ticket in launched:
+            for candidates, i in zip(ticket.wait(), indices, strict=True):
+                kept[i] = self.faces(candidates, max_faces[i])
+        counts = [len(rows) for rows in kept]
+        rows = np.concatenate(kept)
+        scales = np.repeat(np.array([place.scale for place in fits], np.float32), counts, 0)
+        boxes, landmarks = _in_pictures(rows, scales)
+        crops = there.cut(pictures, counts, boxes, landmarks, self.crops)
+        found: list[Detections] = []
+        at = 0
+        for count, chips in zip(counts, crops, strict=True):
+            own, at = slice(at, at + count), at + count
+            found.append(Detections(boxes[own], rows[own, 0], landmarks[own], chips))
+        return found
 
 
 class _PendingDetections(Pending[list[Detections]]):
     def __init__(
         self,
         detector: NetworkDetector,
-        pictures: list[U8 | DevicePicture],
+        pictures: list[OnDevice],
         max_faces: list[int],
         fits: list[_Fit],
         launched: list[tuple[list[int], Ticket]],
@@ -170,21 +198,20 @@ class _PendingDetections(Pending[list[Detections]]):
         self._launched = launched
 
     def finish(self) -> list[Detections]:
-        found: dict[int, Detections] = {}
-        for indices, ticket in self._launched:
-            for row, i in zip(ticket.wait(), indices, strict=True):
-                found[i] = self._detector.faces(
-                    row, self._pictures[i], self._fits[i], self._max_faces[i]
-                )
-        there = [
-            (i, picture)
-            for i, picture in enumerate(self._pictures)
-            if isinstance(picture, DevicePicture)
-        ]
-        crops = self._detector.cut_on_device([(picture, found[i]) for i, picture in there])
-        for (i, _), complete in zip(there, crops, strict=True):
-            found[i] = complete
-        return [found[i] for i in range(len(self._pictures))]
+        return self._detector.finish(self._pictures, self._max_faces, self._fits, self._launched)
+
+
+def _on_device(picture: U8 | DevicePicture, there: DevicePictures) -> OnDevice:
+    if not isinstance(picture, DevicePicture):
+        return there.upload(picture)
+    # What the runner's pictures decoded: their class needs torch, so it is known by its base.
+    return cast("OnDevice", picture)
+
+
+def _in_pictures(rows: F32, scales: F32) -> tuple[F32, F32]:
+    """Boxes [N, 4] and landmarks [N, 5, 2] in pixels of the pictures; ``scales`` [N or 1, 2]."""
+    boxes = (rows[:, 1:5].reshape(-1, 2, 2) / scales[:, None]).reshape(-1, 4)
+    return boxes, rows[:, 5:].reshape(-1, 5, 2) / scales[:, None]
 
 
 def _size(picture: U8 | DevicePicture) -> tuple[int, int]:
@@ -194,7 +221,7 @@ def _size(picture: U8 | DevicePicture) -> tuple[int, int]:
     return picture.shape[0], picture.shape[1]
 
 
-def _place(picture: U8, place: _Fit, canvas: U8, dirty: tuple[int, int]) -> None:
+def _place(picture: U8, place: _Fit, canvas: U8) -> None:
     inside = canvas[: place.height, : place.width]
     if picture.shape[:2] == (place.height, place.width):
         inside[...] = picture
@@ -207,5 +234,5 @@ def _place(picture: U8, place: _Fit, canvas: U8, dirty: tuple[int, int]) -> None
             dst=inside,
             interpolation=cv2.INTER_AREA if halved else cv2.INTER_LINEAR,
         )
-    canvas[place.height : dirty[0], : dirty[1]] = 0
-    canvas[: place.height, place.width : dirty[1]] = 0
+    canvas[place.height :] = 0
+    canvas[: place.height, place.width :] = 0

@@ -6,6 +6,7 @@ a worker of null models starts in a fraction of a second.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import io
@@ -13,7 +14,7 @@ import json
 import pickle
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
@@ -66,7 +67,6 @@ def load_model(message: Load) -> tuple[Model, str, str]:
         stream_priority=message.stream_priority,
         memory_mib=message.memory_mib if device.startswith("cuda") else 0,
         decode=message.decode,
-        suppress=message.options.get("nms") == "device",
     )
     model = load(
         package,
@@ -313,50 +313,70 @@ def _torch_runner(
     open_device(options)
     manifest = package.manifest
     network = network_with_weights(package)
-    served: serving.Served
-    pictures = None
+    on_card = is_cuda(options.device)
     if manifest.task is Stage.DETECTOR:
-        thresholds = manifest.thresholds
-        assert thresholds.score is not None
-        assert thresholds.nms is not None
-        suppress = (thresholds.score, thresholds.nms) if options.suppress else None
-        served = serving.ServedDetector(network, manifest.input, suppress=suppress)
-        pictures = _pictures(options)
+        pictures = _pictures(options) if on_card else None
+        served: serving.Served = serving.ServedDetector(
+            network, manifest.input, suppress=_suppression(manifest, pictures)
+        )
+        if on_card:
+            return torch_runner.CudaRunner(
+                served,
+                canvases=canvases(max_side),
+                batch_max=batch_max,
+                options=options,
+                pictures=pictures,
+            )
     elif manifest.task is Stage.RECOGNIZER:
         assert manifest.ood is not None
         served = serving.ServedRecognizer(network, manifest.input, manifest.ood)
     else:
         served = serving.ServedLiveness(network, manifest.input)
-    if not is_cuda(options.device):
-        return torch_runner.CpuRunner(served, warm_shapes=_shapes(package, max_side))
-    fixed_side = max_side if manifest.task is Stage.DETECTOR else 0
-    return torch_runner.CudaRunner(
-        served,
-        shapes=[(fixed_side, fixed_side)] if fixed_side else _shapes(package, max_side),
-        batch_max=batch_max,
-        options=options,
-        fixed_side=fixed_side,
-        pictures=pictures,
-    )
+    shapes = _shapes(package, max_side)
+    if not on_card:
+        return torch_runner.CpuRunner(served, warm_shapes=shapes)
+    return torch_runner.CudaRunner(served, shapes=shapes, batch_max=batch_max, options=options)
 
 
-def _pictures(options: DeviceOptions) -> DevicePictures | None:
-    """Who decodes on the device; None = the host does. Raises FacelaneError(CONFIG_INVALID)
-    where the device was asked for and cannot."""
-    from facelane_server.worker.device import is_cuda
+def canvases(max_side: int) -> list[tuple[int, int]]:
+    """Heights and widths of what a card's graphs take: a square, which holds any picture, and
+    those of the shapes that cameras have, 4:3 and 16:9."""
+    found = [(max_side, max_side), (_padded(max_side * 3 // 4), max_side)]
+    found.append((_padded(max_side * 9 // 16), max_side))
+    return sorted(set(found), reverse=True)
+
+
+def _pictures(options: DeviceOptions) -> DevicePictures:
+    """What brings pictures to the card, and who decodes JPEG. Raises FacelaneError(CONFIG_INVALID)
+    where the card was asked for and cannot."""
+    from facelane_server.worker.decoding.device_pictures import DevicePictures
     from facelane_server.worker.journal import log_event
 
-    if options.decode == "cpu" or not is_cuda(options.device):
-        return None
-    from facelane_server.worker.decoding.device_pictures import DevicePictures
+    pictures = DevicePictures(options.device)
+    if options.decode != "cpu":
+        try:
+            pictures.add_nvjpeg()
+        except FacelaneError as error:
+            if options.decode != "auto":
+                raise
+            log_event("JPEG is decoded on the host", cause=error.message)
+    return pictures
 
-    try:
-        return DevicePictures.open(options.device)
-    except FacelaneError as error:
-        if options.decode != "auto":
-            raise
-        log_event("JPEG is decoded on the host", cause=error.message)
+
+def _suppression(
+    manifest: Manifest, pictures: DevicePictures | None
+) -> Callable[[Tensor], Tensor] | None:
+    """On the card where there are kernels for it."""
+    if pictures is None:
         return None
+    from facelane_server.worker.decoding.cuda_pixels import CudaPixels
+
+    if not isinstance(pictures.pixels, CudaPixels):
+        return None
+    score, iou = manifest.thresholds.score, manifest.thresholds.nms
+    assert score is not None
+    assert iou is not None
+    return functools.partial(pictures.pixels.suppress, score=score, iou=iou)
 
 
 def _onnx_runner(package: Package, options: DeviceOptions, max_side: int) -> Runner:

@@ -7,7 +7,7 @@ decode; recognisers and liveness networks are read as their package says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import cv2
 import numpy as np
@@ -18,9 +18,6 @@ from facelane_server.models.package import Input, Ood, Package, invalid
 from facelane_server.worker.device import device_index, is_cuda
 from facelane_server.worker.networks.candidates import HEADS, decode_yunet
 from facelane_server.worker.networks.runner import Computed, Runner, Ticket
-
-if TYPE_CHECKING:
-    from facelane_server.worker.networks.runner import Placed
 
 _DECODES: Final = {"yunet": tuple(f"{head}_{s}" for head in HEADS for s in (8, 16, 32))}
 
@@ -44,8 +41,7 @@ class OnnxRunner(Runner):
         self._staged = tuple(np.empty((count, *shape, 3), np.uint8) for shape in shapes)
         return self._staged
 
-    def launch(self, placed: Placed = ()) -> Ticket:
-        assert not placed, "no pictures on the device here"
+    def launch(self) -> Ticket:
         spec = self._package.manifest.input
         feed = {
             name: prepare(pictures, spec)

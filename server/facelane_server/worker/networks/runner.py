@@ -7,7 +7,7 @@ a CPU, CUDA graphs and ONNX Runtime.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from facelane_server.models.api import F32, U8
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from facelane_server.worker.decoding.device_pictures import DevicePictures
 
-    Placed = Sequence[tuple[int, Tensor]]
+    Fill = Callable[[Tensor], None]
 
 
 class Ticket(ABC):
@@ -39,16 +39,14 @@ class Computed(Ticket):
 
 
 class Runner(ABC):
-    """Used by one thread: ``stage``, fill the arrays, ``launch``; and so on.
+    """Used by one thread: ``stage``, fill the arrays, ``launch``; and so on. Or ``run``.
 
-    ``fixed_side``: every picture must be staged at this height and width (0 = any).
-    ``keeps_content``: staged arrays are the same few buffers again and again, zero at
-    first, which keep what was written to them. ``pictures``: decodes on the device that
-    the runner runs on; None = it takes host arrays alone.
+    ``canvases``: heights and widths of the one input that it takes, the largest first (empty =
+    any). ``pictures``: what brings pictures to the device that the runner runs on, to be
+    put on canvases there by ``run``; None = it takes host arrays, by ``stage`` and ``launch``.
     """
 
-    fixed_side: int = 0
-    keeps_content: bool = False
+    canvases: tuple[tuple[int, int], ...] = ()
     pictures: DevicePictures | None = None
 
     @abstractmethod
@@ -57,10 +55,13 @@ class Runner(ABC):
         filled before ``launch``; their content is undefined."""
 
     @abstractmethod
-    def launch(self, placed: Placed = ()) -> Ticket:
-        """Run what was staged. ``placed``: rows of the first input that are on the device
-        already, uint8 [h, w, 3] each, put at the top left of black instead of what was staged
-        for the row."""
+    def launch(self) -> Ticket:
+        """Run what was staged."""
+
+    def run(self, count: int, shape: tuple[int, int], fill: Fill) -> Ticket:
+        """A batch that is on the device already: ``fill`` queues on the current stream what
+        writes the input, uint8 [count, height, width, 3]."""
+        raise NotImplementedError("this runner takes host arrays")
 
     @abstractmethod
     def warm_up(self) -> None:

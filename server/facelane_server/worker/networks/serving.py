@@ -8,7 +8,7 @@ device, and a CUDA graph captures all of it. Inputs are uint8 [n, H, W, 3] BGR.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from facelane_server.models.package import Input, Ood
 from facelane_server.worker.networks.architectures.folding import fold
 from facelane_server.worker.networks.architectures.yunet import decode
 from facelane_server.worker.networks.candidates import TOP
-from facelane_server.worker.networks.device_candidates import survivors
 
 _COMPARED = 64
 """Candidates of a picture that two ways of running a detector must agree on: the faces are
@@ -78,20 +77,17 @@ class Served(nn.Module):
 
 
 class ServedDetector(Served):
-    """Output [n, K, 15]: the best K candidates, best first. Suppression is the host's, unless
-    ``suppress`` gives (least score, most overlap): then most of it is done here."""
+    """Output [n, K, 15]: the best K candidates, best first. ``suppress``: leaves the faces of
+    them on the device; None = suppression is the host's."""
 
     def __init__(
-        self, network: nn.Module, spec: Input, *, suppress: tuple[float, float] | None = None
+        self, network: nn.Module, spec: Input, *, suppress: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__(network, spec)
         self._suppress = suppress
 
     def conclude(self, output: Tensor) -> Tensor:
-        if self._suppress is None:
-            return output
-        score, iou = self._suppress
-        return survivors(output, score=score, iou=iou)
+        return output if self._suppress is None else self._suppress(output)
 
     def forward(self, pictures: Tensor) -> Tensor:
         height, width = pictures.shape[1:3]

@@ -8,8 +8,11 @@ batches are copied on a second stream, beside the one before that computes; for 
 ones that hop would cost more than it hides.
 
 Graphs run in half precision and channels-last. Warm-up compares each with eager full
-precision on the same device; one that disagrees is refused, and the model runs eagerly
-in full precision, with a warning.
+precision on the same device; where one disagrees all are captured again in full precision,
+with a warning, and where those disagree as well the model runs eagerly.
+
+A detector has graphs for several canvases, of the shapes that cameras have: a square one is
+44 % padding under a picture of 16:9.
 
 cuDNN's search for the fastest algorithm of every convolution takes a second or more a
 batch size, most of a worker's start. It is done for the two that matter: one picture,
@@ -20,6 +23,7 @@ and what is run only to compare with, take what cuDNN's heuristics say.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
@@ -37,13 +41,15 @@ from facelane_server.worker.networks.serving import Served, check_pictures
 
 if TYPE_CHECKING:
     from facelane_server.worker.decoding.device_pictures import DevicePictures
-    from facelane_server.worker.networks.runner import Placed
+    from facelane_server.worker.networks.runner import Fill
 
 STAGES: Final = 2
 """Batches under way at a time: one computes, the next is staged."""
 OVERLAP_BYTES: Final = 512 * 1024
 """Inputs from here on are copied on a stream of their own: 10 microseconds of PCIe."""
 AGREEMENT: Final = 0.999
+_Way = tuple[tuple[int, int], ...]
+"""Heights and widths of the inputs of a batch."""
 _warm_up_lock = threading.Lock()
 _CAPTURE_ROUNDS: Final = 3
 """Eager rounds before a capture: libraries choose their algorithms in the first ones."""
@@ -58,8 +64,10 @@ class CpuRunner(Runner):
         *,
         warm_shapes: Sequence[tuple[int, int]],
         pictures: DevicePictures | None = None,
+        canvases: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.pictures = pictures
+        self.canvases = tuple(canvases)
         self._served = served.float()
         self._warm_shapes = list(warm_shapes)
         self._staged: tuple[U8, ...] = ()
@@ -68,13 +76,18 @@ class CpuRunner(Runner):
         self._staged = tuple(np.empty((count, *shape, 3), np.uint8) for shape in shapes)
         return self._staged
 
-    def launch(self, placed: Placed = ()) -> Ticket:
+    def launch(self) -> Ticket:
         with torch.inference_mode():
-            inputs = [torch.from_numpy(array) for array in self._staged]
-            for row, picture in placed:
-                _put(inputs[0][row], picture)
-            output = self._served.conclude(self._served(*inputs))
-        return Computed(output.numpy())
+            return self._computed([torch.from_numpy(array) for array in self._staged])
+
+    def run(self, count: int, shape: tuple[int, int], fill: Fill) -> Ticket:
+        with torch.inference_mode():
+            canvases = torch.empty((count, *shape, 3), dtype=torch.uint8)
+            fill(canvases)
+            return self._computed([canvases])
+
+    def _computed(self, inputs: list[Tensor]) -> Ticket:
+        return Computed(self._served.conclude(self._served(*inputs)).numpy())
 
     def warm_up(self) -> None:
         for _ in range(2):
@@ -86,6 +99,7 @@ class CpuRunner(Runner):
 class _Stage:
     """One set of pinned buffers, and the batch that uses it.
 
+    ``shapes``: of the inputs that come from the host. ``output``: values of the largest batch's.
     ``landed``: where inputs are copied to on the device while the batch before computes
     on the graphs' own; empty when the largest batch is small.
     """
@@ -94,14 +108,14 @@ class _Stage:
         self,
         shapes: Sequence[tuple[int, int]],
         batch_max: int,
-        output: tuple[int, ...],
+        output: int,
         device: torch.device,
     ) -> None:
         self.inputs = [
             torch.zeros((batch_max, *shape, 3), dtype=torch.uint8, pin_memory=True)
             for shape in shapes
         ]
-        self.output = torch.zeros((batch_max, *output), dtype=torch.float32, pin_memory=True)
+        self.output = torch.zeros(output, dtype=torch.float32, pin_memory=True)
         large = sum(buffer.nbytes for buffer in self.inputs) >= OVERLAP_BYTES
         self.landed = [torch.zeros_like(b, device=device) for b in self.inputs] if large else []
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -116,44 +130,46 @@ class _Stage:
 
 
 class _Launched(Ticket):
-    def __init__(self, stage: _Stage, count: int) -> None:
+    def __init__(self, stage: _Stage, shape: tuple[int, ...]) -> None:
         self._stage: _Stage | None = stage
-        self._count = count
+        self._shape = shape
         self._output: F32 | None = None
 
     def wait(self) -> F32:
         if self._stage is not None:
             self._stage.done.synchronize()
-            self._output = self._stage.output[: self._count].numpy().copy()
+            values = self._stage.output[: math.prod(self._shape)]
+            self._output = values.view(self._shape).numpy().copy()
             self._stage = None
         assert self._output is not None
         return self._output
 
 
 class CudaRunner(Runner):
-    """Runs batches of one shape on its own stream of one device. What is staged stays in its
-    buffer until it is overwritten.
+    """Runs batches of its own shapes on its own stream of one device.
 
-    ``shapes``: height and width of each input; the network must take them all. A runner
-    is warmed up and used by one thread, beside others in the process.
+    ``shapes``: height and width of each input; the network must take them all. ``canvases``
+    instead: those of one input that is written on the device (``run``), the largest first. A
+    runner is warmed up and used by one thread, beside others in the process.
     """
 
     def __init__(
         self,
         served: Served,
         *,
-        shapes: Sequence[tuple[int, int]],
+        shapes: Sequence[tuple[int, int]] = (),
         batch_max: int,
         options: DeviceOptions,
-        fixed_side: int = 0,
+        canvases: Sequence[tuple[int, int]] = (),
         pictures: DevicePictures | None = None,
     ) -> None:
-        self.fixed_side = fixed_side
+        self.canvases = tuple(canvases)
         self.pictures = pictures
-        self.keeps_content = True
         self._options = options
         self._device = torch.device(options.device)
         self._shapes = list(shapes)
+        self._ways: list[_Way] = [(c,) for c in self.canvases] or [tuple(shapes)]
+        """Shapes of all inputs of a batch, each way with graphs of its own."""
         self._batch_max = batch_max
         buckets = batch_buckets(batch_max)
         self._bucket = {n: min(b for b in buckets if b >= n) for n in range(1, batch_max + 1)}
@@ -168,10 +184,11 @@ class CudaRunner(Runner):
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._served = plain_affine(served.float()).to(self._device)
             self._inputs = [
-                torch.zeros((batch_max, *shape, 3), dtype=torch.uint8, device=self._device)
-                for shape in shapes
+                torch.zeros(batch_max * height * width * 3, dtype=torch.uint8, device=self._device)
+                for height, width in self._ways[0]
             ]
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+            """Of the largest batch; every way takes as much of them as it needs."""
+        self._graphs: dict[tuple[_Way, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._stages: list[_Stage] = []
         self._next = 0
         self._count = 0
@@ -179,7 +196,12 @@ class CudaRunner(Runner):
     @property
     def captured(self) -> tuple[int, ...]:
         """The batch buckets that run as graphs; empty when the model runs eagerly."""
-        return tuple(sorted(self._graphs))
+        return tuple(sorted({count for _, count in self._graphs}))
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it runs in half precision."""
+        return self._served.prepare.mean.dtype == torch.float16
 
     def warm_up(self) -> None:
         # One at a time in a process: a capture forbids other captures to synchronise.
@@ -189,48 +211,49 @@ class CudaRunner(Runner):
             torch.cuda.stream(self._stream),
             torch.inference_mode(),
         ):
-            self._fill_inputs()
-            reference = self._eager(self._batch_max).cpu()
+            references = {way: self._reference(way) for way in self._ways}
             exact = {k: v.to("cpu", copy=True) for k, v in self._served.state_dict().items()}
-            if self._half:
-                self._served.half()
-                torch.cuda.empty_cache()
-            if not self._agrees(reference, self._eager(self._batch_max), "half precision"):
-                self._back_to_exact(exact)
-            elif self._options.graphs:
-                self._capture(reference, exact)
+            if not (self._half and self._in_half(references)):
+                self._served.float()
+                self._served.load_state_dict(exact)
+                if self._options.graphs:
+                    self._captures(references, "CUDA graph in full precision")
             del exact
-            output = tuple(self._concluded(1).shape[1:])
+            output = max(self._concluded(way, self._batch_max).numel() for way in self._ways)
             self._stages = [
                 _Stage(self._shapes, self._batch_max, output, self._device) for _ in range(STAGES)
             ]
             self._stream.synchronize()
             torch.cuda.empty_cache()
         # One whole round over every bucket, so that no first time is left.
-        for count in batch_buckets(self._batch_max):
-            self.stage(count, self._shapes)
-            self.launch().wait()
+        for way in self._ways:
+            for count in batch_buckets(self._batch_max):
+                if self.canvases:
+                    self.run(count, way[0], lambda _: None).wait()
+                else:
+                    self.stage(count, self._shapes)
+                    self.launch().wait()
         settle_memory(self._options)
 
     def stage(self, count: int, shapes: Sequence[tuple[int, int]]) -> tuple[U8, ...]:
-        if list(map(tuple, shapes)) != self._shapes or not 1 <= count <= self._batch_max:
+        if (
+            self.canvases
+            or list(map(tuple, shapes)) != self._shapes
+            or not 1 <= count <= self._batch_max
+        ):
             raise ValueError("this runner takes batches of its own shapes and size only")
-        stage = self._stages[self._next]
-        stage.claim()
         self._count = count
-        return tuple(buffer[:count].numpy() for buffer in stage.inputs)
+        return tuple(buffer[:count].numpy() for buffer in self._claimed().inputs)
 
-    def launch(self, placed: Placed = ()) -> Ticket:
+    def launch(self) -> Ticket:
         stage, count = self._stages[self._next], self._count
-        self._next = (self._next + 1) % STAGES
         with (
             torch.cuda.device(self._device),
             torch.cuda.stream(self._stream),
             torch.inference_mode(),
         ):
             sources = stage.inputs
-            staged = count if len(placed) < count else 0
-            if staged and stage.landed and count * self._item_bytes >= OVERLAP_BYTES:
+            if stage.landed and count * self._item_bytes >= OVERLAP_BYTES:
                 # The stage is free, so nothing reads ``landed`` any more.
                 with torch.cuda.stream(self._copies):
                     for target, source in zip(stage.landed, stage.inputs, strict=True):
@@ -238,24 +261,22 @@ class CudaRunner(Runner):
                     stage.copied.record(self._copies)
                 self._stream.wait_event(stage.copied)
                 sources = stage.landed
-            for target, source in zip(self._inputs, sources, strict=True):
-                target[:staged].copy_(source[:staged], non_blocking=True)
-            if placed:
-                assert self.pictures is not None
-                self._stream.wait_stream(self.pictures.stream)
-                for row, picture in placed:
-                    # It may be dropped before this has run.
-                    picture.record_stream(self._stream)
-                    _put(self._inputs[0][row], picture)
-            if self._graphs:
-                graph, output = self._graphs[self._bucket[count]]
-                graph.replay()
-            else:
-                output = self._concluded(count)
-            stage.output[:count].copy_(output[:count], non_blocking=True)
-            stage.done.record(self._stream)
-        stage.ticket = _Launched(stage, count)
-        return stage.ticket
+            way = self._ways[0]
+            for target, source in zip(self._input(way, count), sources, strict=True):
+                target.copy_(source[:count], non_blocking=True)
+            return self._computed(stage, way, count)
+
+    def run(self, count: int, shape: tuple[int, int], fill: Fill) -> Ticket:
+        if shape not in self.canvases or not 1 <= count <= self._batch_max:
+            raise ValueError("this runner takes batches of its own canvases and size only")
+        stage = self._claimed()
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+            torch.inference_mode(),
+        ):
+            fill(self._input((shape,), count)[0])
+            return self._computed(stage, (shape,), count)
 
     def close(self) -> None:
         self._copies.synchronize()
@@ -263,39 +284,85 @@ class CudaRunner(Runner):
         self._graphs.clear()
         self._stages.clear()
 
-    def _eager(self, count: int) -> Tensor:
-        output: Tensor = self._served(*(buffer[:count] for buffer in self._inputs))
+    def _claimed(self) -> _Stage:
+        stage = self._stages[self._next]
+        stage.claim()
+        return stage
+
+    def _input(self, way: _Way, count: int) -> list[Tensor]:
+        """The network's inputs [count, height, width, 3] on the device."""
+        return [
+            flat[: count * height * width * 3].view(count, height, width, 3)
+            for flat, (height, width) in zip(self._inputs, way, strict=True)
+        ]
+
+    def _computed(self, stage: _Stage, way: _Way, count: int) -> Ticket:
+        """Queue the network, for the inputs that are queued, and the way back of its output."""
+        self._next = (self._next + 1) % STAGES
+        if self._graphs:
+            graph, output = self._graphs[way, self._bucket[count]]
+            graph.replay()
+        else:
+            output = self._concluded(way, count)
+        output = output[:count]
+        room = stage.output[: output.numel()].view(output.shape)
+        room.copy_(output, non_blocking=True)
+        stage.done.record(self._stream)
+        stage.ticket = _Launched(stage, tuple(output.shape))
+        return stage.ticket
+
+    def _eager(self, way: _Way, count: int) -> Tensor:
+        output: Tensor = self._served(*self._input(way, count))
         return output
 
-    def _concluded(self, count: int) -> Tensor:
-        return self._served.conclude(self._eager(count))
+    def _concluded(self, way: _Way, count: int) -> Tensor:
+        return self._served.conclude(self._eager(way, count))
 
-    def _fill_inputs(self) -> None:
-        pictures = check_pictures(self._shapes, self._batch_max)
-        for target, source in zip(self._inputs, pictures, strict=True):
+    def _reference(self, way: _Way) -> Tensor:
+        """What full precision answers to the check pictures, on the host."""
+        self._fill(way)
+        return self._eager(way, self._batch_max).cpu()
+
+    def _fill(self, way: _Way) -> None:
+        pictures = check_pictures(way, self._batch_max)
+        for target, source in zip(self._input(way, self._batch_max), pictures, strict=True):
             target.copy_(source)
 
-    def _capture(self, reference: Tensor, exact: dict[str, Tensor]) -> None:
+    def _in_half(self, references: dict[_Way, Tensor]) -> bool:
+        """Whether the network is in half precision now, and right."""
+        self._served.half()
+        torch.cuda.empty_cache()
+        for way, reference in references.items():
+            self._fill(way)
+            output = self._eager(way, self._batch_max)
+            if not self._agrees(reference, output, "half precision"):
+                return False
+        return not self._options.graphs or self._captures(references, "CUDA graph")
+
+    def _captures(self, references: dict[_Way, Tensor], what: str) -> bool:
+        """Whether graphs for all buckets exist now, and are right."""
         pool = torch.cuda.graph_pool_handle()
-        # The largest first: the others then fit into its memory.
-        for count in reversed(batch_buckets(self._batch_max)):
-            graph = torch.cuda.CUDAGraph()
-            with _algorithm_search(count in (1, self._batch_max)):
-                for _ in range(_CAPTURE_ROUNDS):
-                    self._concluded(count)
-                self._stream.synchronize()
-                # Other threads of this process may use the device meanwhile.
-                with torch.cuda.graph(
-                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    raw = self._eager(count)
-                    output = self._served.conclude(raw)
-            self._graphs[count] = (graph, output)
-            graph.replay()
-            if not self._agrees(reference[:count], raw, "CUDA graph"):
-                self._graphs.clear()
-                self._back_to_exact(exact)
-                return
+        for way, reference in references.items():
+            self._fill(way)
+            # The largest first: the others then fit into its memory.
+            for count in reversed(batch_buckets(self._batch_max)):
+                graph = torch.cuda.CUDAGraph()
+                with _algorithm_search(count in (1, self._batch_max)):
+                    for _ in range(_CAPTURE_ROUNDS):
+                        self._concluded(way, count)
+                    self._stream.synchronize()
+                    # Other threads of this process may use the device meanwhile.
+                    with torch.cuda.graph(
+                        graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                    ):
+                        raw = self._eager(way, count)
+                        output = self._served.conclude(raw)
+                self._graphs[way, count] = (graph, output)
+                graph.replay()
+                if not self._agrees(reference[:count], raw, what):
+                    self._graphs.clear()
+                    return False
+        return True
 
     def _agrees(self, reference: Tensor, output: Tensor, what: str) -> bool:
         host = output.cpu()
@@ -303,24 +370,13 @@ class CudaRunner(Runner):
         if value >= AGREEMENT:
             return True
         log_event(
-            "model disagrees with full precision and runs eagerly in it",
+            "model disagrees with full precision",
             level="warning",
             what=what,
             agreement=round(value, 5),
             needed=AGREEMENT,
         )
         return False
-
-    def _back_to_exact(self, exact: dict[str, Tensor]) -> None:
-        self._served.float()
-        self._served.load_state_dict(exact)
-
-
-def _put(canvas: Tensor, picture: Tensor) -> None:
-    """A picture at the top left of a canvas [H, W, 3], the rest black."""
-    height, width = picture.shape[:2]
-    canvas.zero_()
-    canvas[:height, :width].copy_(picture, non_blocking=True)
 
 
 @contextlib.contextmanager
