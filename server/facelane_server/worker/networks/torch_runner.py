@@ -14,10 +14,11 @@ with a warning, and where those disagree as well the model runs eagerly.
 A detector has graphs for several canvases, of the shapes that cameras have: a square one is
 44 % padding under a picture of 16:9.
 
-cuDNN's search for the fastest algorithm of every convolution takes a second or more a
-batch size, most of a worker's start. It is done for the two that matter: one picture,
-which somebody waits for, and the full batch, which decides the throughput. The others,
-and what is run only to compare with, take what cuDNN's heuristics say.
+cuDNN's search for the fastest algorithm of every convolution takes seconds a batch size, most
+of a worker's start. It is done for the two that matter: one picture, which somebody waits
+for, and the full batch, which decides the throughput, both on the smallest canvas, which most
+cameras fill. The others, and what is run only to compare with, take what cuDNN's heuristics
+say.
 """
 
 from __future__ import annotations
@@ -347,7 +348,8 @@ class CudaRunner(Runner):
             # The largest first: the others then fit into its memory.
             for count in reversed(batch_buckets(self._batch_max)):
                 graph = torch.cuda.CUDAGraph()
-                with _algorithm_search(count in (1, self._batch_max)):
+                wanted = way == self._ways[-1] and count in (1, self._batch_max)
+                with _algorithm_search(wanted):
                     for _ in range(_CAPTURE_ROUNDS):
                         self._concluded(way, count)
                     self._stream.synchronize()
