@@ -32,7 +32,7 @@ from facelane_server.pools.mps import MpsDaemon
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolChange, PoolEvent
 from facelane_server.served import ServedModels
-from facelane_server.store.opening import place_of
+from facelane_server.store.opening import place_of, unlock
 from facelane_server.watch import LaneWatch
 
 log = structlog.get_logger(__name__)
@@ -75,6 +75,7 @@ class App:
         self._told_ready = False
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[Reloaded]] = set()
+        self._renewals: set[asyncio.Task[None]] = set()
 
     # -- what others ask -----------------------------------------------------------------
 
@@ -180,6 +181,8 @@ class App:
             stack.push_async_callback(_cancel, lag)
             guard = asyncio.create_task(self._watch_gallery(gallery), name="gallery-file")
             stack.push_async_callback(_cancel, guard)
+            eraser = asyncio.create_task(gallery.keep_erased(), name="gallery-erasure")
+            stack.push_async_callback(_cancel, eraser)
             keeper = asyncio.create_task(self.notifier.keep_alive(self._alive), name="watchdog")
             stack.push_async_callback(_cancel, keeper)
             yield self
@@ -249,6 +252,7 @@ class App:
             place_of(self.settings),
             max_templates=self.settings.gallery.max_templates,
             lease_s=self.settings.store.lease_s,
+            unlock=lambda database: unlock(database, self.settings),
         )
         self._gallery = gallery
         stack.push_async_callback(gallery.close)
@@ -378,8 +382,8 @@ class App:
             )
 
     async def _end_reloads(self) -> None:
-        for reload in list(self._reloads):
-            await _cancel(reload)
+        for task in (*self._reloads, *self._renewals):
+            await _cancel(task)
 
     def _read_package(self, model: str, present: Package) -> Package:
         if not model:
@@ -407,9 +411,27 @@ class App:
                 and getattr(fresh, name) != getattr(self.settings, name)
             ]
             configure_logging(fresh.log)
+            self._renew_keys()
             log.info("config reloaded", applied=applied, needs_restart=stale)
         if self._told_ready:
             self.notifier.ready(self._status_line())
+
+    def _renew_keys(self) -> None:
+        """A master key that was rotated locks the store from now on."""
+        gallery = self._gallery
+        if gallery is None:
+            return
+
+        async def renew() -> None:
+            try:
+                if done := await gallery.renew_keys():
+                    log.info("the store is locked by another master key now", keys=done)
+            except (FacelaneError, config.ConfigError) as error:
+                log.error("the store keeps its master key", problem=str(error))
+
+        task = asyncio.create_task(renew(), name="master-key")
+        self._renewals.add(task)
+        task.add_done_callback(self._renewals.discard)
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:

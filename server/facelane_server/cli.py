@@ -226,15 +226,18 @@ def gallery_check(
     from facelane_server.domain import Stage
     from facelane_server.gallery.examine import examine
     from facelane_server.served import ServedModels
+    from facelane_server.store.database import opening
     from facelane_server.store.gallery import Store
-    from facelane_server.store.opening import open_store, place_of
+    from facelane_server.store.opening import open_store, place_of, unlock
 
     try:
         models = ServedModels.resolve(loaded)
         package = models.packages.get(Stage.RECOGNIZER)
         if package is None:
             raise configuration.ConfigError("this server runs without a recogniser")
-        store = Store(open_store(place_of(loaded), look=True))
+        database = open_store(place_of(loaded), look=True)
+        with opening(database):
+            store = Store(database, vault=unlock(database, loaded, look=True))
         try:
             rows = store.vectors(package.model_id, package.embedding_dim)
             found = examine(rows, models.thresholds)
@@ -411,6 +414,36 @@ def keys_remove(
     typer.echo(f"removed {len(gone)} of {len(keys)}; gone after {_AFTER}", err=True)
     if not kept:
         typer.echo("none is left: the server refuses a file without keys", err=True)
+
+
+@keys_app.command("rotate-master")
+def keys_rotate_master(config: ConfigOption = None) -> None:
+    """Put another master key in the place of the one that locks the store, in two steps with a
+    reload of the server between them; nothing ends meanwhile."""
+    loaded = _load(config)
+    from facelane_server.store.opening import key_source, open_store, place_of
+    from facelane_server.store.vault import locked_by
+
+    try:
+        source = key_source(loaded)
+        if source is None:
+            raise configuration.ConfigError("the store is not encrypted")
+        with contextlib.closing(open_store(place_of(loaded), look=True)) as database:
+            in_use = locked_by(database)
+        if not in_use:
+            raise configuration.ConfigError("the store is not encrypted")
+        begun = source.rotate(in_use)
+    except (configuration.ConfigError, FacelaneError) as error:
+        typer.echo(f"facelane-server: {error}", err=True)
+        raise typer.Exit(EX_CONFIG) from None
+    if begun:
+        typer.echo(
+            f"{source.name} holds a new key and the old one: reload the server (SIGHUP), then call "
+            "this again; keep a copy of the new key elsewhere",
+            err=True,
+        )
+    else:
+        typer.echo(f"the old key is taken out of {source.name}: destroy its copies", err=True)
 
 
 @keys_app.command("deny")

@@ -299,6 +299,15 @@ class Store(Section, frozen=True):
     """How long a server goes on naming people from memory while it cannot reach a store on another
     machine, where somebody may be deleted meanwhile. After that it names nobody until the store is
     back. A deletion waits as long for a server whose machine was lost."""
+    encryption: Literal["auto", "on", "off"] = "auto"
+    """Whether vectors, names, labels and ids lie encrypted in the store. ``auto``: in new ones, and
+    in PostgreSQL where ``master_key`` is set; ``on``: one that lies open is encrypted at the next
+    start; ``off``: not. What is encrypted stays so."""
+    master_key: str = ""
+    """Where the key is that opens the store: ``file:PATH`` (mode 0600), ``credential:NAME``
+    (systemd's, which a TPM can seal), ``env:NAME``, or ``command:PROGRAM ARGUMENTS`` that prints
+    it; 64 hexadecimal digits (``openssl rand -hex 32``). Empty = ``master.key`` in the state
+    folder, made by the first start: then whoever has the disk has the key, too."""
 
 
 class Gallery(Section, frozen=True):

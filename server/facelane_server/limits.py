@@ -180,6 +180,8 @@ RECHECK_S: Final = 30.0
 """Open calls are looked at again this often, whether or not anything has been told."""
 MAX_METERED_TRACKS: Final = 1024
 """Tracks of a stream whose names are known to have been counted."""
+ERASE_WITHIN_S: Final = 30.0
+"""Between two looks whether what was deleted still has a key that would open it."""
 GALLERY_WATCH_S: Final = 1.0
 """Between two looks whether the gallery's file is still where it was."""
 MIN_DISK_BYTES: Final = 4 * MIB

@@ -18,11 +18,12 @@ from structlog.testing import capture_logs
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.store import gallery as store_module
-from facelane_server.store import schema, sqlite
+from facelane_server.store import remembered, schema, sqlite
 from facelane_server.store.gallery import Store
+from facelane_server.store.masterkey import Source
 from facelane_server.store.opening import open_store
 from facelane_server.store.records import NewTemplate, RequestKey, unit_float16
+from facelane_server.store.vault import Mode, open_vault
 
 DIM = 64
 MODEL = "m@1#aa"
@@ -58,14 +59,21 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "gallery.db"
 
 
-@pytest.fixture
-def store(place: Path | str, clock: Clock) -> Iterator[Store]:
-    """On each engine."""
-    opened = Store(open_store(place), max_templates=100, clock_ns=clock)
+@pytest.fixture(params=["plain", "sealed"])
+def store(
+    request: pytest.FixtureRequest, place: Path | str, tmp_path: Path, clock: Clock
+) -> Iterator[Store]:
+    """On each engine, as it is and encrypted."""
+    database = open_store(place)
+    mode: Mode = "on" if request.param == "sealed" else "off"
+    vault = open_vault(database, Source("", tmp_path), mode=mode)
+    opened = Store(database, vault=vault, max_templates=100, clock_ns=clock)
     yield opened
     opened.close()
 
 
+as_it_is = pytest.mark.parametrize("store", ["plain"], indirect=True)
+"""What a store that is encrypted does not show, or does not open without its keys."""
 in_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 """What a file alone has, at ``path``."""
 
@@ -230,6 +238,7 @@ def test_an_embedding_without_a_direction_is_refused(store: Store) -> None:
     assert store.counts() == (0, 0)
 
 
+@as_it_is
 @in_a_file
 def test_a_deleted_vector_is_in_none_of_the_files(store: Store, path: Path) -> None:
     kept = store.enroll("g", "a", new(1), create_subject=True)
@@ -247,6 +256,7 @@ def test_a_deleted_vector_is_in_none_of_the_files(store: Store, path: Path) -> N
     assert not on_disk(unit_float16(vector(1)).tobytes())
 
 
+@as_it_is
 @in_a_file
 def test_a_log_that_somebody_reads_is_emptied_as_soon_as_it_can_be(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -327,7 +337,7 @@ def test_a_late_repetition_does_not_bring_a_deleted_face_back(store: Store) -> N
 def test_requests_are_forgotten_after_a_day(store: Store, clock: Clock) -> None:
     key = RequestKey("r1", b"digest")
     store.enroll("g", "a", new(1), create_subject=True, request=key)
-    clock.now += store_module.REQUEST_MEMORY_NS
+    clock.now += remembered.REQUEST_MEMORY_NS
     assert store.recall("g", key) is None
     # The row is pruned by then, so the same id can be used again.
     store.enroll("g", "a", new(2), request=key)

@@ -32,6 +32,7 @@ from facelane_server.pools.tasks import DetectRequest, EmbedRequest, LivenessReq
 from facelane_server.served import ServedModels
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store, place_of
+from facelane_server.store.vault import Vault
 
 INFERENCE_TIMEOUT_S: Final = 120.0
 MIN_DISK_MIB: Final = 256
@@ -175,7 +176,8 @@ def check_gallery(settings: config.Config) -> Finding:
                 advice = "set gallery.path or state_dir to a folder that this user may write to"
                 return Finding("gallery", Status.FAIL, f"{folder} cannot be written to", advice)
             return _with_disk(Finding("gallery", Status.OK, f"{path}: will be made"), folder)
-        store = Store(path)
+        # Sealed or not: nobody's name is looked at.
+        store = Store(path, vault=Vault(str(path), None, ()))
         try:
             wrong = store.check()
             subjects, templates = store.counts()
@@ -204,7 +206,9 @@ def check_gallery(settings: config.Config) -> Finding:
 
 def _check_database(url: str) -> Finding:
     try:
-        with contextlib.closing(Store(open_store(url, look=True))) as store:
+        database = open_store(url, look=True)
+        unread = Vault(database.name, None, ())
+        with contextlib.closing(Store(database, vault=unread)) as store:
             wrong = store.check()
             subjects, templates = store.counts()
     except FacelaneError as error:

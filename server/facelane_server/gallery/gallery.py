@@ -21,6 +21,7 @@ import numpy as np
 import structlog
 
 from facelane_server import limits
+from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.index import GalleryIndex, Publish
 from facelane_server.gallery.snapshot import (
@@ -32,6 +33,7 @@ from facelane_server.gallery.snapshot import (
     SubjectKey,
 )
 from facelane_server.naming import check_identifier, gallery_name
+from facelane_server.store.database import Database, opening
 from facelane_server.store.following import ChangeKind, HistoryLostError, StoredChange
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
@@ -44,6 +46,7 @@ from facelane_server.store.records import (
     Subject,
     Template,
 )
+from facelane_server.store.vault import Vault, open_vault
 from facelane_server.store.watching import StoreWatch
 
 CALL_TIMEOUT_S: Final = 10.0
@@ -56,6 +59,7 @@ CONFIRMED_TIMEOUT_S: Final = 5.0
 LEASE_S: Final = 300.0
 FOLLOW_S: Final = 1.0
 RETRY_S: Final = 0.5
+_END: Final = object()
 
 log = structlog.get_logger(__name__)
 
@@ -110,15 +114,20 @@ class Gallery:
         max_templates: int = limits.MAX_TEMPLATES,
         clock_ns: Callable[[], int] = time.time_ns,
         lease_s: float = LEASE_S,
+        unlock: Callable[[Database], Vault] = open_vault,
     ) -> Self:
-        """Opens or makes the store (see ``opening``). Raises GALLERY_UNAVAILABLE with what to do
-        about it."""
+        """Opens or makes the store (see ``opening``), and its keys with ``unlock``. Raises
+        GALLERY_UNAVAILABLE with what to do about it, and what ``unlock`` raises."""
+
+        def opened() -> Store:
+            database = open_store(place)
+            with opening(database):
+                vault = unlock(database)
+            return Store(database, vault=vault, max_templates=max_templates, clock_ns=clock_ns)
+
         executor = ThreadPoolExecutor(1, thread_name_prefix="gallery-store")
         try:
-            store = await asyncio.get_running_loop().run_in_executor(
-                executor,
-                lambda: Store(open_store(place), max_templates=max_templates, clock_ns=clock_ns),
-            )
+            store = await asyncio.get_running_loop().run_in_executor(executor, opened)
         except BaseException:
             executor.shutdown(wait=False)
             raise
@@ -383,6 +392,24 @@ class Gallery:
     async def recall(self, gallery_id: str, request: RequestKey) -> Enrolled | None:
         """What an earlier enrolment with this request id gave; see ``Store.recall``."""
         return await self._call(lambda: self._store.recall(gallery_id, request))
+
+    # the keys
+
+    async def keep_erased(self) -> None:
+        """Sees to it that keys of the deleted are opened by none that is left, until it is
+        cancelled. In steps, so that other calls come between them."""
+        while True:
+            try:
+                steps = self._store.erasing()
+                while await self._call(lambda: next(steps, _END)) is not _END:  # noqa: B023
+                    await asyncio.sleep(0)
+            except (FacelaneError, ConfigError) as error:
+                log.warning("what was deleted keeps its old epoch for now", problem=str(error))
+            await asyncio.sleep(limits.ERASE_WITHIN_S)
+
+    async def renew_keys(self) -> int:
+        """See ``Store.renew_keys``."""
+        return await self._call(self._store.renew_keys)
 
     async def counts(self) -> tuple[int, int]:
         """(subjects, templates) in the store, of all galleries and models."""

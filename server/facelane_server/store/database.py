@@ -69,6 +69,10 @@ class Database(abc.ABC):
         and has when it is back."""
 
     @abc.abstractmethod
+    def rewrite(self) -> None:
+        """Writes the store anew, so that nothing is left of what it held before."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Idempotent; ends a wait within its timeout."""
 

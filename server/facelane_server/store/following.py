@@ -8,9 +8,9 @@ change is there, and says nothing that the reader knows.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import sqlalchemy as sa
@@ -18,8 +18,9 @@ import sqlalchemy as sa
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store.records import F16, StoredVector
-from facelane_server.store.schema import GALLERY, changes, next_revision, revision, subjects
+from facelane_server.store.schema import GALLERY, changes, keys, next_revision, revision, subjects
 from facelane_server.store.schema import templates as templates_table
+from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT, Vault
 
 UNIT_TOLERANCE: Final = 0.01
 """Stored vectors have unit norm up to the rounding of float16."""
@@ -67,7 +68,7 @@ def append(
 
 
 def after(
-    connection: sa.Connection, seen: int, model_id: str, dim: int, name: str
+    connection: sa.Connection, seen: int, model_id: str, dim: int, name: str, vault: Vault
 ) -> list[StoredChange]:
     """At most ``limits.MAX_CHANGE_BATCH`` changes behind revision ``seen``, oldest first, none left
     out. Raises HistoryLostError, and GALLERY_UNAVAILABLE for a damaged vector."""
@@ -84,10 +85,9 @@ def after(
     wanted = [row.template_id for row in rows if row.kind == ChangeKind.TEMPLATE_ADDED]
     found: dict[str, StoredVector] = {}
     if wanted and model_id:
-        query = _vectors(model_id).where(templates_table.c.template_id.in_(wanted))
-        found = {
-            row.template_id: _checked(row, dim, name) for row in connection.execute(query).all()
-        }
+        query = _vectors(model_id, vault).where(templates_table.c.template_id.in_(wanted))
+        rows_of = connection.execute(query).all()
+        found = {one.template_id: one for one in _opened(connection, rows_of, dim, name, vault)}
     return [
         StoredChange(
             row.revision,
@@ -108,23 +108,39 @@ def last_removal(connection: sa.Connection) -> int:
 
 
 def vectors(
-    connection: sa.Connection, model_id: str, dim: int, name: str
+    connection: sa.Connection, model_id: str, dim: int, name: str, vault: Vault
 ) -> Iterator[StoredVector]:
     """All templates of one model, in the order of gallery, subject, age.
 
     A row whose vector does not have ``dim`` values, or no unit norm, is a damaged store:
     GALLERY_UNAVAILABLE.
     """
-    query = _vectors(model_id).order_by(
+    query = _vectors(model_id, vault).order_by(
         subjects.c.gallery_id, subjects.c.subject_id, templates_table.c.id
     )
     with connection.execution_options(yield_per=4096).execute(query) as rows:
+        yield from _opened(connection, rows, dim, name, vault)
+
+
+def _opened(
+    connection: sa.Connection, rows: Iterable[sa.Row[Any]], dim: int, name: str, vault: Vault
+) -> Iterator[StoredVector]:
+    if not vault.encrypts:
         for row in rows:
-            yield _checked(row, dim, name)
+            yield _checked(row, row.subject_id, row.vector, dim, name)
+        return
+    number, lock, subject_id = 0, None, ""
+    for row in rows:
+        if lock is None or row.number != number:
+            number, lock = row.number, vault.lock(connection, row.number, row)
+            subject_id = vault.person(lock, number, row.sealed).subject_id
+        vector = vault.vector(lock, row.template_id, row.vector)
+        yield _checked(row, subject_id, vector, dim, name)
 
 
-def _vectors(model_id: str) -> sa.Select[tuple[str, str, int, str, bytes]]:
-    return (
+def _vectors(model_id: str, vault: Vault) -> sa.Select[Any]:
+    """With the subjects' keys, where there are any."""
+    query = (
         sa.select(
             subjects.c.gallery_id,
             subjects.c.subject_id,
@@ -135,16 +151,19 @@ def _vectors(model_id: str) -> sa.Select[tuple[str, str, int, str, bytes]]:
         .join_from(templates_table, subjects)
         .where(templates_table.c.model_id == model_id)
     )
+    if not vault.encrypts:
+        return query
+    return query.add_columns(subjects.c.sealed, *KEY_COLUMNS).join(keys, OF_SUBJECT, isouter=True)
 
 
-def _checked(row: sa.Row[tuple[str, str, int, str, bytes]], dim: int, name: str) -> StoredVector:
-    if len(row.vector) != 2 * dim:
+def _checked(row: sa.Row[Any], subject_id: str, found: bytes, dim: int, name: str) -> StoredVector:
+    if len(found) != 2 * dim:
         raise FacelaneError(
             Reason.GALLERY_UNAVAILABLE,
-            f"{name}: a template of the serving model has {len(row.vector)} bytes instead of "
+            f"{name}: a template of the serving model has {len(found)} bytes instead of "
             f"{2 * dim}; restore a backup of the gallery",
         )
-    vector: F16 = np.frombuffer(row.vector, np.float16)
+    vector: F16 = np.frombuffer(found, np.float16)
     length = float(np.linalg.norm(vector.astype(np.float32)))
     if not abs(length - 1.0) < UNIT_TOLERANCE:
         raise FacelaneError(
@@ -153,4 +172,4 @@ def _checked(row: sa.Row[tuple[str, str, int, str, bytes]], dim: int, name: str)
             "of the gallery, or delete that template",
             metadata={"template_id": row.template_id},
         )
-    return StoredVector(row.gallery_id, row.subject_id, row.template_id, vector, row.number)
+    return StoredVector(row.gallery_id, subject_id, row.template_id, vector, row.number)

@@ -7,10 +7,7 @@ repeat one safely; their number is bounded by ``limits.MAX_REQUEST_IDS``.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
-import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,9 +19,10 @@ import sqlalchemy as sa
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.naming import check_identifier, gallery_name, is_identifier
+from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store import following
 from facelane_server.store.database import Database
+from facelane_server.store.envelope import Lock
 from facelane_server.store.following import ChangeKind, StoredChange
 from facelane_server.store.records import (
     F16,
@@ -40,26 +38,34 @@ from facelane_server.store.records import (
     invalid,
     unit_float16,
 )
+from facelane_server.store.remembered import recalled, remember
+from facelane_server.store.rows import (
+    as_template,
+    page_token_of,
+    read_page_token,
+    subject_query,
+    template_query,
+)
 from facelane_server.store.schema import (
     GALLERY,
     galleries,
+    keys,
     requests,
     revision,
     subjects,
     templates,
 )
 from facelane_server.store.sqlite import SqliteFile
+from facelane_server.store.vault import (
+    Person,
+    SortedIds,
+    Vault,
+    open_vault,
+)
 
 DUPLICATE_SIMILARITY: Final = 0.999
 """Two shots of one person never come so near; the same picture enrolled again does
 (float16 and another batch size move a cosine by less than 5e-4)."""
-REQUEST_MEMORY_NS: Final = 24 * 3600 * 1_000_000_000
-
-
-def _digest(request_id: str) -> str:
-    """What is kept of a request's id: clients like to put a subject's into it, and the memory of
-    requests outlives subjects."""
-    return hashlib.sha256(request_id.encode()).hexdigest()
 
 
 def _subject_missing() -> FacelaneError:
@@ -83,10 +89,17 @@ class Store:
         max_templates: int = limits.MAX_TEMPLATES,
         clock_ns: Callable[[], int] = time.time_ns,
         look: bool = False,
+        vault: Vault | None = None,
     ) -> None:
         """``place``: a store that is open, or a file that is opened, made, or with ``look`` only
-        looked at; see ``SqliteFile``."""
+        looked at; see ``SqliteFile``. ``vault``: the store's keys; None where it is not sealed."""
         self.database = SqliteFile(place, look=look) if isinstance(place, Path) else place
+        try:
+            self._vault = vault or open_vault(self.database)
+        except BaseException:
+            self.database.close()
+            raise
+        self._ids = SortedIds(self._vault)
         self._max_templates = max_templates
         self._clock_ns = clock_ns
 
@@ -128,13 +141,14 @@ class Store:
             connection.execute(
                 sa.insert(galleries).values(gallery_id=gallery_id, settings={}, created_ns=now)
             )
+        number = following.append(connection, ChangeKind.SUBJECT)
+        lock = self._vault.new_lock(connection, number) if self._vault.encrypts else None
+        person = Person(subject_id, display_name, labels)
         connection.execute(
             sa.insert(subjects).values(
-                id=following.append(connection, ChangeKind.SUBJECT),
+                id=number,
                 gallery_id=gallery_id,
-                subject_id=subject_id,
-                display_name=display_name,
-                labels=dict(labels),
+                **self._vault.columns(lock, number, gallery_id, person),
                 etag=secrets.token_hex(8),
                 created_ns=now,
                 updated_ns=now,
@@ -156,18 +170,23 @@ class Store:
         size = min(page_size or 100, limits.MAX_PAGE_SIZE)
         if size < 0:
             raise invalid("page_size", "must not be negative")
-        after = _read_page_token(page_token)
-        query = (
-            _subject_query()
-            .where(subjects.c.gallery_id == gallery_name(gallery_id))
-            .where(subjects.c.subject_id > after)
-            .order_by(subjects.c.subject_id)
-            .limit(size + 1)
-        )
+        after = read_page_token(page_token)
+        query = subject_query().where(subjects.c.gallery_id == gallery_name(gallery_id))
         with self.database.reading() as connection:
-            found = [_as_subject(row) for row in connection.execute(query)]
+            if self._vault.encrypts:
+                numbers = self._ids.after(connection, gallery_name(gallery_id), after, size + 1)
+                query = query.where(subjects.c.id.in_(numbers))
+            else:
+                query = (
+                    query.where(subjects.c.subject_id > after)
+                    .order_by(subjects.c.subject_id)
+                    .limit(size + 1)
+                )
+            rows = connection.execute(query).all()
+            found = [self._as_subject(connection, row) for row in rows]
+        found.sort(key=lambda subject: subject.subject_id)
         page = tuple(found[:size])
-        return page, _page_token(page[-1].subject_id) if len(found) > size else ""
+        return page, page_token_of(page[-1].subject_id) if len(found) > size else ""
 
     def update_subject(
         self,
@@ -195,9 +214,17 @@ class Store:
                     metadata={"etag": current.etag},
                 )
             if values:
-                self._touch(connection, gallery_id, subject_id, **values)
                 key = self._find(connection, gallery_id, subject_id)
-                following.append(connection, ChangeKind.SUBJECT, subject=key or 0)
+                assert key is not None
+                lock = self._vault.lock_of(connection, key) if self._vault.encrypts else None
+                person = Person(
+                    subject_id,
+                    values.get("display_name", current.display_name),
+                    values.get("labels", current.labels),
+                )
+                columns = self._vault.columns(lock, key, gallery_id, person)
+                self._touch(connection, key, **columns)
+                following.append(connection, ChangeKind.SUBJECT, subject=key)
             return self._subject(connection, gallery_id, subject_id)
 
     def delete_subject(self, gallery_id: str, subject_id: str) -> Deleted:
@@ -214,8 +241,11 @@ class Store:
                 .values(answer=sa.null())
             )
             gone = connection.execute(sa.delete(templates).where(templates.c.subject == key))
+            connection.execute(sa.delete(keys).where(keys.c.subject == key))
             connection.execute(sa.delete(subjects).where(subjects.c.id == key))
             at = following.append(connection, ChangeKind.SUBJECT_REMOVED, subject=key)
+            if self._vault.encrypts:
+                self._vault.erased(connection)
         self.database.forget_deleted()
         return Deleted(key, int(gone.rowcount), at)
 
@@ -223,27 +253,42 @@ class Store:
         found: int | None = connection.scalar(
             sa.select(subjects.c.id)
             .where(subjects.c.gallery_id == gallery_id)
-            .where(subjects.c.subject_id == subject_id)
+            .where(subjects.c.subject_id == self._vault.blind("subject", gallery_id, subject_id))
         )
         return found
 
     def _subject(self, connection: sa.Connection, gallery_id: str, subject_id: str) -> Subject:
         row = connection.execute(
-            _subject_query()
+            subject_query()
             .where(subjects.c.gallery_id == gallery_id)
-            .where(subjects.c.subject_id == subject_id)
+            .where(subjects.c.subject_id == self._vault.blind("subject", gallery_id, subject_id))
         ).first()
         if row is None:
             raise _subject_missing()
-        return _as_subject(row)
+        return self._as_subject(connection, row)
 
-    def _touch(
-        self, connection: sa.Connection, gallery_id: str, subject_id: str, **values: Any
-    ) -> None:
+    def _as_subject(self, connection: sa.Connection, row: sa.Row[Any]) -> Subject:
+        if self._vault.encrypts:
+            person = self._vault.person(
+                self._vault.lock(connection, row.id, row), row.id, row.sealed
+            )
+        else:
+            person = Person(row.subject_id, row.display_name, row.labels)
+        return Subject(
+            gallery_id=row.gallery_id,
+            subject_id=person.subject_id,
+            display_name=person.display_name,
+            labels=person.labels,
+            etag=row.etag,
+            created_ns=row.created_ns,
+            updated_ns=row.updated_ns,
+            template_count=row.template_count,
+        )
+
+    def _touch(self, connection: sa.Connection, number: int, **values: Any) -> None:
         connection.execute(
             sa.update(subjects)
-            .where(subjects.c.gallery_id == gallery_id)
-            .where(subjects.c.subject_id == subject_id)
+            .where(subjects.c.id == number)
             .values(etag=secrets.token_hex(8), updated_ns=self._clock_ns(), **values)
         )
 
@@ -256,9 +301,9 @@ class Store:
             if key is None:
                 raise _subject_missing()
             rows = connection.execute(
-                _template_query().where(templates.c.subject == key).order_by(templates.c.id)
+                template_query().where(templates.c.subject == key).order_by(templates.c.id)
             )
-            return tuple(_as_template(row) for row in rows)
+            return tuple(as_template(row, subject_id) for row in rows)
 
     def delete_template(self, gallery_id: str, template_id: str) -> Template:
         """What was deleted. Raises TEMPLATE_NOT_FOUND."""
@@ -276,12 +321,13 @@ class Store:
                 .values(answer=sa.null())
             )
             key = self._find(connection, gallery_id, template.subject_id)
+            assert key is not None
             connection.execute(sa.delete(templates).where(templates.c.template_id == template_id))
-            self._touch(connection, gallery_id, template.subject_id)
+            self._touch(connection, key)
             following.append(
                 connection,
                 ChangeKind.TEMPLATE_REMOVED,
-                subject=key or 0,
+                subject=key,
                 template_id=template_id,
             )
         self.database.forget_deleted()
@@ -291,11 +337,16 @@ class Store:
         self, connection: sa.Connection, gallery_id: str, template_id: str
     ) -> Template | None:
         row = connection.execute(
-            _template_query()
+            template_query()
             .where(subjects.c.gallery_id == gallery_id)
             .where(templates.c.template_id == template_id)
         ).first()
-        return None if row is None else _as_template(row)
+        if row is None:
+            return None
+        if not self._vault.encrypts:
+            return as_template(row, row.subject_id)
+        lock = self._vault.lock(connection, row.number, row)
+        return as_template(row, self._vault.person(lock, row.number, row.sealed).subject_id)
 
     def enroll(
         self,
@@ -330,7 +381,8 @@ class Store:
                 self._insert_subject(connection, gallery_id, subject_id, display_name, {})
             key = self._find(connection, gallery_id, subject_id)
             assert key is not None
-            template = self._same_shot(connection, key, new.model_id, vector)
+            lock = self._vault.lock_of(connection, key) if self._vault.encrypts else None
+            template = self._same_shot(connection, key, subject_id, lock, new.model_id, vector)
             created = template is None
             if template is None:
                 self._check_room(connection, key)
@@ -342,6 +394,9 @@ class Store:
                     created_ns=self._clock_ns(),
                     quality=new.quality,
                 )
+                kept = vector.tobytes()
+                if lock is not None:
+                    kept = self._vault.sealed_vector(lock, template.template_id, kept)
                 following.append(
                     connection,
                     ChangeKind.TEMPLATE_ADDED,
@@ -354,15 +409,24 @@ class Store:
                         subject=key,
                         model_id=template.model_id,
                         dim=len(vector),
-                        vector=vector.tobytes(),
+                        vector=kept,
                         ood_score=template.ood_score,
                         created_ns=template.created_ns,
                         quality=template.quality,
                     )
                 )
-                self._touch(connection, gallery_id, subject_id)
+                self._touch(connection, key)
             if request is not None:
-                self._remember(connection, gallery_id, request, template.template_id, answer)
+                remember(
+                    connection,
+                    self._vault,
+                    lock,
+                    gallery_id,
+                    request,
+                    template.template_id,
+                    answer,
+                    self._clock_ns(),
+                )
             subject = self._subject(connection, gallery_id, subject_id)
             best = connection.scalar(
                 sa.select(sa.func.max(templates.c.quality))
@@ -372,10 +436,16 @@ class Store:
             return Enrolled(subject, template, created, answer, best or 0.0)
 
     def _same_shot(
-        self, connection: sa.Connection, key: int, model_id: str, vector: F16
+        self,
+        connection: sa.Connection,
+        key: int,
+        subject_id: str,
+        lock: Lock | None,
+        model_id: str,
+        vector: F16,
     ) -> Template | None:
         rows = connection.execute(
-            _template_query()
+            template_query()
             .add_columns(templates.c.vector)
             .where(templates.c.subject == key)
             .where(templates.c.model_id == model_id)
@@ -383,10 +453,16 @@ class Store:
         ).all()
         if not rows:
             return None
-        matrix = np.stack([np.frombuffer(row.vector, np.float16) for row in rows])
+        found = (
+            row.vector if lock is None else self._vault.vector(lock, row.template_id, row.vector)
+            for row in rows
+        )
+        matrix = np.stack([np.frombuffer(one, np.float16) for one in found])
         cosines = matrix.astype(np.float32) @ vector.astype(np.float32)
         best = int(np.argmax(cosines))
-        return _as_template(rows[best]) if cosines[best] >= DUPLICATE_SIMILARITY else None
+        if cosines[best] < DUPLICATE_SIMILARITY:
+            return None
+        return as_template(rows[best], subject_id)
 
     def _check_room(self, connection: sa.Connection, key: int) -> None:
         count = sa.select(sa.func.count()).select_from(templates)
@@ -418,20 +494,9 @@ class Store:
     def _recall(
         self, connection: sa.Connection, gallery_id: str, request: RequestKey
     ) -> Enrolled | None:
-        row = connection.execute(
-            sa.select(requests)
-            .where(requests.c.gallery_id == gallery_id)
-            .where(requests.c.request_id == _digest(request.request_id))
-            .where(requests.c.created_ns >= self._clock_ns() - REQUEST_MEMORY_NS)
-        ).first()
+        row = recalled(connection, self._vault, gallery_id, request, self._clock_ns())
         if row is None:
             return None
-        if not secrets.compare_digest(row.fingerprint, request.fingerprint):
-            raise FacelaneError(
-                Reason.REQUEST_ID_REUSED,
-                "this request_id was used with other arguments; use a fresh one for every "
-                "enrolment, and the same one only to repeat it",
-            )
         template = self._template(connection, gallery_id, row.template_id)
         if template is None:
             raise FacelaneError(
@@ -440,53 +505,30 @@ class Store:
                 "request_id to enrol again",
             )
         subject = self._subject(connection, gallery_id, template.subject_id)
-        return Enrolled(subject, template, created=False, answer=row.answer)
-
-    def _remember(
-        self,
-        connection: sa.Connection,
-        gallery_id: str,
-        request: RequestKey,
-        template_id: str,
-        answer: Mapping[str, Any] | None,
-    ) -> None:
-        now = self._clock_ns()
-        connection.execute(
-            sa.delete(requests).where(requests.c.created_ns < now - REQUEST_MEMORY_NS)
-        )
-        oldest = (
-            sa.select(requests.c.created_ns)
-            .order_by(requests.c.created_ns.desc())
-            .offset(limits.MAX_REQUEST_IDS - 1)
-            .limit(1)
-        )
-        bound = connection.scalar(oldest)
-        if bound is not None:
-            connection.execute(sa.delete(requests).where(requests.c.created_ns <= bound))
-        connection.execute(
-            sa.insert(requests).values(
-                gallery_id=gallery_id,
-                request_id=_digest(request.request_id),
-                fingerprint=request.fingerprint,
-                template_id=template_id,
-                answer=sa.null() if answer is None else dict(answer),
-                created_ns=now,
-            )
-        )
+        answer = row.answer
+        if answer is not None and self._vault.encrypts:
+            number = self._find(connection, gallery_id, template.subject_id)
+            assert number is not None
+            lock = self._vault.lock_of(connection, number)
+            answer = self._vault.answer(lock, row.template_id, answer)
+        return Enrolled(subject, template, created=False, answer=answer)
 
     # for the index and the gauges
 
     def vectors(self, model_id: str, dim: int) -> Iterator[StoredVector]:
         """See ``following.vectors``."""
         with self.database.reading() as connection:
-            yield from following.vectors(connection, model_id, dim, self.database.name)
+            yield from following.vectors(connection, model_id, dim, self.database.name, self._vault)
 
     @contextlib.contextmanager
     def loading(self, model_id: str, dim: int) -> Iterator[tuple[int, Iterator[StoredVector]]]:
         """The gallery's revision, and all templates of one model as of then."""
         with self.database.reading() as connection:
             seen = revision(connection, GALLERY)
-            yield seen, following.vectors(connection, model_id, dim, self.database.name)
+            yield (
+                seen,
+                following.vectors(connection, model_id, dim, self.database.name, self._vault),
+            )
 
     def revision(self) -> int:
         """Of the gallery's newest change."""
@@ -501,7 +543,25 @@ class Store:
     def changes(self, seen: int, model_id: str, dim: int) -> list[StoredChange]:
         """See ``following.after``."""
         with self.database.reading() as connection:
-            return following.after(connection, seen, model_id, dim, self.database.name)
+            return following.after(connection, seen, model_id, dim, self.database.name, self._vault)
+
+    # the keys
+
+    def erasing(self) -> Iterator[None]:
+        """Leaves what was deleted to none of the keys that are left, where that is due; see
+        ``Vault.turning``."""
+        with self.database.reading() as connection:
+            due = self._vault.is_erasure_due(connection)
+        if due:
+            yield from self._vault.turning(self.database)
+
+    def renew_keys(self) -> int:
+        """Locks the store with the master key that is given now, where it is another one; how many
+        keys that were. Raises ``ConfigError``."""
+        if not self._vault.refresh():
+            return 0
+        with self.database.writing(GALLERY) as connection:
+            return self._vault.rewrap(connection)
 
     def check(self) -> str:
         """See ``Database.check``."""
@@ -518,64 +578,3 @@ class Store:
                 connection.scalar(sa.select(sa.func.count()).select_from(subjects)) or 0,
                 connection.scalar(sa.select(sa.func.count()).select_from(templates)) or 0,
             )
-
-
-def _subject_query() -> sa.Select[Any]:
-    count = (
-        sa.select(sa.func.count())
-        .where(templates.c.subject == subjects.c.id)
-        .scalar_subquery()
-        .label("template_count")
-    )
-    return sa.select(subjects, count)
-
-
-def _template_query() -> sa.Select[Any]:
-    return sa.select(
-        templates.c.template_id,
-        subjects.c.subject_id,
-        templates.c.model_id,
-        templates.c.ood_score,
-        templates.c.created_ns,
-        templates.c.quality,
-    ).join_from(templates, subjects)
-
-
-def _as_subject(row: sa.Row[Any]) -> Subject:
-    return Subject(
-        gallery_id=row.gallery_id,
-        subject_id=row.subject_id,
-        display_name=row.display_name,
-        labels=row.labels,
-        etag=row.etag,
-        created_ns=row.created_ns,
-        updated_ns=row.updated_ns,
-        template_count=row.template_count,
-    )
-
-
-def _as_template(row: sa.Row[Any]) -> Template:
-    return Template(
-        template_id=row.template_id,
-        subject_id=row.subject_id,
-        model_id=row.model_id,
-        ood_score=row.ood_score,
-        created_ns=row.created_ns,
-        quality=row.quality,
-    )
-
-
-def _page_token(subject_id: str) -> str:
-    return base64.urlsafe_b64encode(subject_id.encode()).decode().rstrip("=")
-
-
-def _read_page_token(token: str) -> str:
-    if not token:
-        return ""
-    try:
-        subject_id = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
-    except (binascii.Error, ValueError):
-        subject_id = ""
-    if not is_identifier(subject_id):
-        raise invalid("page_token", "it is not one that a list call gave; start without one")
-    return subject_id

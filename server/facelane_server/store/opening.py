@@ -1,14 +1,16 @@
-"""Which engine a store has: one place that knows all of them."""
+"""Which engine a store has, and which key opens it: one place that knows all of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from facelane_server import config
-from facelane_server.folders import gallery_path
+from facelane_server.folders import gallery_path, state_dir
 from facelane_server.store.database import Database
+from facelane_server.store.masterkey import Source
 from facelane_server.store.postgres import PostgresDatabase
 from facelane_server.store.sqlite import SqliteFile
+from facelane_server.store.vault import Vault, open_vault
 
 
 def place_of(settings: config.Config) -> Path | str:
@@ -23,3 +25,23 @@ def open_store(place: Path | str, *, look: bool = False) -> Database:
     if isinstance(place, Path):
         return SqliteFile(place, look=look)
     return PostgresDatabase(place, look=look)
+
+
+def key_source(settings: config.Config) -> Source | None:
+    """Where the master key comes from. None: nowhere, since a store of several machines has no
+    folder beside it that all of them see. Raises ``ConfigError``."""
+    chosen = settings.store.master_key
+    if not chosen and isinstance(place_of(settings), str):
+        if settings.store.encryption == "on":
+            raise config.ConfigError(
+                "store.encryption = 'on' with PostgreSQL needs store.master_key, the same for "
+                "every server of the store"
+            )
+        return None
+    return Source(chosen, state_dir(settings) if not chosen else Path())
+
+
+def unlock(database: Database, settings: config.Config, *, look: bool = False) -> Vault:
+    """The keys of a store that was opened; see ``open_vault``. Raises ``ConfigError`` and
+    GALLERY_UNAVAILABLE."""
+    return open_vault(database, key_source(settings), mode=settings.store.encryption, look=look)

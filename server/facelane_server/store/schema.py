@@ -4,7 +4,7 @@
     meta            name, value: what the store is called by (``STORE_ID``)
     counters        name, value: the newest revision of ``GALLERY``, ``EVENTS``, ``AUDIT``
     galleries       gallery_id, settings, created
-    subjects        id, gallery_id, subject_id, display_name, labels, etag, created, updated
+    subjects        id, gallery_id, subject_id, display_name, labels, etag, created, updated, sealed
     templates       id, template_id, subject (-> subjects.id, cascade), model_id, dim,
                     vector (float16, unit norm), ood_score, created, quality
     chips           template_id (-> templates.template_id, cascade), encoding, chip
@@ -92,6 +92,9 @@ subjects = sa.Table(
     sa.Column("etag", sa.String(32), nullable=False),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
     sa.Column("updated_ns", sa.BigInteger, nullable=False),
+    # Where the store is encrypted (``vault``): id, name and labels. ``subject_id`` is blinded then,
+    # ``display_name`` and ``labels`` are empty, and a template's ``vector`` is sealed.
+    sa.Column("sealed", sa.LargeBinary, nullable=True),
     sa.UniqueConstraint("gallery_id", "subject_id"),
 )
 
@@ -270,6 +273,17 @@ def _version_3(connection: sa.Connection) -> None:
         )
 
 
-MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_version_1, _version_2, _version_3)
+def _version_4(connection: sa.Connection) -> None:
+    """Room for what is sealed of a subject."""
+    binary = "BYTEA" if connection.dialect.name == "postgresql" else "BLOB"
+    _add_column(connection, "subjects", "sealed", binary)
+
+
+MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
+    _version_1,
+    _version_2,
+    _version_3,
+    _version_4,
+)
 """The n-th entry brings a store from version n to n + 1; entries are only appended. Later
 ones spell out their statements: the tables above show the newest version alone."""

@@ -351,6 +351,12 @@ class SqliteFile(Database):
         with self._writing:
             self._forget_deleted()
 
+    def rewrite(self) -> None:
+        with self._writing:
+            with contextlib.closing(self._engine.raw_connection()) as connection:
+                connection.cursor().execute("VACUUM").close()
+            self._forget_deleted()
+
     def _forget_deleted(self) -> None:
         """Empties the write-ahead log, which still holds what was just deleted.
 

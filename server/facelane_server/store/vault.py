@@ -1,0 +1,504 @@
+"""The keys of one store, and what is sealed with them: vectors, names, labels, ids.
+
+A vault is open (``encrypts``) or absent: then everything lies in the store as it is, as in the
+galleries of before. Which of both is the store's own matter, written in its ``meta``; so no process
+mistakes one for the other. Keys of subjects are read as they are needed; index and epoch keys are
+kept, and read again when a row names one that another process has made.
+"""
+
+from __future__ import annotations
+
+import bisect
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import msgspec
+import sqlalchemy as sa
+import structlog
+
+from facelane_server.config import ConfigError
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.store import envelope
+from facelane_server.store.database import Database
+from facelane_server.store.envelope import Lock, SealBrokenError
+from facelane_server.store.masterkey import Source
+from facelane_server.store.schema import GALLERY, keys, meta, revision, subjects, templates
+from facelane_server.store.schema import requests as requests_table
+
+log = structlog.get_logger(__name__)
+
+Mode = Literal["auto", "on", "off"]
+ENCRYPTION: Final = "encryption"
+"""In ``meta``: ``SEALED`` where the store is; ``DUE``: and has to be written anew, since what
+lay open is left in its free pages."""
+ERASURE: Final = "erasure"
+"""In ``meta``: the revision of the newest deletion that waits for the epoch's turn."""
+SEALED: Final = "1"
+DUE: Final = "due"
+BATCH: Final = 2_000
+"""Rows of a transaction that goes over all subjects: other writers wait for no more."""
+
+KEY_COLUMNS: Final = (keys.c.wrapped, keys.c.wrapped_by)
+"""What ``Vault.lock`` needs of a row, from a join with ``OF_SUBJECT``."""
+OF_SUBJECT: Final = (keys.c.subject == subjects.c.id) & (keys.c.kind == "subject")
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """What is said of a subject, and sealed."""
+
+    subject_id: str
+    display_name: str
+    labels: Mapping[str, str]
+
+
+def broken(name: str) -> FacelaneError:
+    return FacelaneError(
+        Reason.GALLERY_UNAVAILABLE,
+        f"{name}: the gallery is damaged, or its keys are of another store: what is sealed in it "
+        "cannot be opened; restore a backup of the whole store",
+    )
+
+
+class Vault:
+    """See the module. Made by ``open_vault``. All methods may be called from any thread."""
+
+    def __init__(self, name: str, source: Source | None, masters: Sequence[Lock]) -> None:
+        self.encrypts = bool(masters)
+        self._name = name
+        self._source = source
+        self._masters = {lock.name: lock for lock in masters}
+        self._master = masters[0] if masters else None
+        self._index = b""
+        self._epochs: dict[str, Lock] = {}
+        self._epoch = ""
+        self._guard = threading.Lock()
+
+    # -- names and persons -------------------------------------------------------------------
+
+    def blind(self, *parts: str) -> str:
+        """What stands for a name in the store; the last part itself where nothing is sealed."""
+        return envelope.blinded(self._index, *parts) if self.encrypts else parts[-1]
+
+    def lock(self, connection: sa.Connection, number: int, row: sa.Row[Any]) -> Lock:
+        """A subject's lock, from a row with ``KEY_COLUMNS``."""
+        if row.wrapped is None:
+            raise broken(self._name)
+        epoch = self._epochs.get(row.wrapped_by)
+        if epoch is None:
+            self._read_keys(connection)
+            epoch = self._epochs.get(row.wrapped_by)
+        if epoch is None:
+            raise broken(self._name)
+        return Lock.of(self._opened(epoch, row.wrapped, f"key {number}"), "subject")
+
+    def new_lock(self, connection: sa.Connection, number: int) -> Lock:
+        """A fresh key for a subject, kept in the store."""
+        # Another process may have gone on to a newer epoch: of the keys of an older one none is
+        # to be made any more.
+        if self._newest(connection) != self._epoch:
+            self._read_keys(connection)
+        key = envelope.new_key()
+        connection.execute(
+            sa.insert(keys).values(
+                key_id=f"subject-{number}",
+                kind="subject",
+                subject=number,
+                wrapped=self._epochs[self._epoch].seal(key, f"key {number}"),
+                wrapped_by=self._epoch,
+                created_ns=time.time_ns(),
+            )
+        )
+        return Lock.of(key, "subject")
+
+    def lock_of(self, connection: sa.Connection, number: int) -> Lock:
+        """A subject's lock, by its number."""
+        row = connection.execute(
+            sa.select(*KEY_COLUMNS).where(keys.c.subject == number, keys.c.kind == "subject")
+        ).first()
+        if row is None:
+            raise broken(self._name)
+        return self.lock(connection, number, row)
+
+    def sealed_person(self, lock: Lock, number: int, person: Person) -> bytes:
+        plain = msgspec.json.encode([person.subject_id, person.display_name, person.labels])
+        return lock.seal(plain, f"person {number}")
+
+    def person(self, lock: Lock, number: int, sealed: bytes) -> Person:
+        subject_id, display_name, labels = _PERSON.decode(
+            self._opened(lock, sealed, f"person {number}")
+        )
+        return Person(subject_id, display_name, labels)
+
+    def vector(self, lock: Lock, template_id: str, sealed: bytes) -> bytes:
+        return self._opened(lock, sealed, f"vector {template_id}")
+
+    def sealed_vector(self, lock: Lock, template_id: str, plain: bytes) -> bytes:
+        return lock.seal(plain, f"vector {template_id}")
+
+    def answer(self, lock: Lock, template_id: str, kept: Mapping[str, Any]) -> Any:
+        """What was kept with a request."""
+        sealed = bytes.fromhex(kept.get("sealed", ""))
+        return msgspec.json.decode(self._opened(lock, sealed, f"answer {template_id}"))
+
+    def sealed_answer(
+        self, lock: Lock, template_id: str, answer: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        sealed = lock.seal(msgspec.json.encode(answer), f"answer {template_id}")
+        return {"sealed": sealed.hex()}
+
+    def _opened(self, lock: Lock, sealed: bytes, where: str) -> bytes:
+        try:
+            return lock.open(sealed, where)
+        except SealBrokenError:
+            raise broken(self._name) from None
+
+    # -- secrets of the store itself -----------------------------------------------------------
+
+    def secret(self, connection: sa.Connection, kind: str) -> bytes:
+        """32 bytes that the store keeps for a purpose of its own, made when first asked for (in
+        a transaction that writes)."""
+        row = connection.execute(sa.select(keys).where(keys.c.key_id == kind)).first()
+        if row is not None:
+            return self._unwrapped(row)
+        assert self._master is not None
+        key = envelope.new_key()
+        self._keep(connection, kind, kind, key)
+        return key
+
+    # -- life of the keys --------------------------------------------------------------------
+
+    def begin(self, connection: sa.Connection) -> None:
+        """The first keys of a store, which is sealed from here on."""
+        self._index = envelope.new_key()
+        self._keep(connection, "index", "index", self._index)
+        self._new_epoch(connection)
+        connection.execute(sa.insert(meta).values(name=ENCRYPTION, value=DUE))
+
+    def take(self, connection: sa.Connection) -> None:
+        """Reads the keys of a store that is sealed. Raises ``ConfigError`` for the wrong master
+        key."""
+        self._read_keys(connection)
+        if not self._index:
+            raise broken(self._name)
+
+    def refresh(self) -> bool:
+        """Asks the source for the master key again; whether another one locks now."""
+        if self._source is None or not self.encrypts:
+            return False
+        masters = self._source.read()
+        if not masters:
+            return False
+        before = self._master
+        self._masters = {lock.name: lock for lock in masters}
+        self._master = masters[0]
+        return before is None or before.name != self._master.name
+
+    def rewrap(self, connection: sa.Connection) -> int:
+        """Locks everything with the newest master key; how many keys that were. Raises
+        ``ConfigError``, and changes nothing, where the one of before is not given any more."""
+        assert self._master is not None
+        old = connection.execute(
+            sa.select(keys)
+            .where(keys.c.kind != "subject")
+            .where(keys.c.wrapped_by != self._master.name)
+        ).all()
+        for row in old:
+            sealed = self._master.seal(self._unwrapped(row), f"key {row.key_id}")
+            connection.execute(
+                sa.update(keys)
+                .where(keys.c.key_id == row.key_id)
+                .values(wrapped=sealed, wrapped_by=self._master.name)
+            )
+        return len(old)
+
+    def turn_epoch(self, database: Database) -> str:
+        """All of ``turning``; the new epoch's name."""
+        for _ in self.turning(database):
+            pass
+        return self._epoch
+
+    def turning(self, database: Database) -> Iterator[None]:
+        """Wraps all subjects' keys under a fresh epoch key and destroys the old ones: a key that
+        was deleted before can be opened by nobody any more. One transaction a step; may be
+        ended at any point, and begun again."""
+        with database.writing(GALLERY) as connection:
+            self._read_keys(connection)
+            self.refresh()
+            begun_at = revision(connection, GALLERY)
+            self._new_epoch(connection)
+            newest = self._epoch
+        while self._move(database, newest, begun_at):
+            yield
+        database.forget_deleted()
+
+    def _move(self, database: Database, newest: str, begun_at: int) -> bool:
+        """Wraps some keys of older epochs under this one; False once there were none, and no key
+        of those epochs is left either. Another process that has begun a newer one is let be."""
+        with database.writing(GALLERY) as connection:
+            older = (keys.c.kind == "subject") & (keys.c.wrapped_by < newest)
+            rows = connection.execute(
+                sa.select(keys.c.key_id, keys.c.subject, *KEY_COLUMNS).where(older).limit(BATCH)
+            ).all()
+            if not rows:
+                connection.execute(
+                    sa.delete(keys).where(keys.c.kind == "epoch", keys.c.key_id < newest)
+                )
+                self._read_keys(connection)
+                connection.execute(
+                    sa.delete(meta)
+                    .where(meta.c.name == ERASURE)
+                    .where(sa.cast(meta.c.value, sa.BigInteger) <= begun_at)
+                )
+                return False
+            self._read_keys(connection)
+            lock = self._epochs.get(newest)
+            if lock is None:  # another process went on to a newer epoch, and has done with this one
+                return False
+            moved = []
+            for row in rows:
+                old, where = self._epochs.get(row.wrapped_by), f"key {row.subject}"
+                if old is None:
+                    raise broken(self._name)
+                sealed = lock.seal(self._opened(old, row.wrapped, where), where)
+                moved.append({"which": row.key_id, "sealed": sealed})
+            connection.execute(
+                sa.update(keys)
+                .where(keys.c.key_id == sa.bindparam("which"))
+                .values(wrapped=sa.bindparam("sealed"), wrapped_by=newest),
+                moved,
+            )
+        return True
+
+    def erased(self, connection: sa.Connection) -> None:
+        """Deletions of this transaction are waiting for the epoch's turn."""
+        connection.execute(sa.delete(meta).where(meta.c.name == ERASURE))
+        now = revision(connection, GALLERY)
+        connection.execute(sa.insert(meta).values(name=ERASURE, value=str(now)))
+
+    def is_erasure_due(self, connection: sa.Connection) -> bool:
+        """Whether keys were deleted that the present epoch key would still open."""
+        query = sa.select(meta.c.value).where(meta.c.name == ERASURE)
+        return self.encrypts and connection.scalar(query) is not None
+
+    def seal_all(self, connection: sa.Connection) -> int:
+        """Seals a gallery that lies open; how many subjects it had."""
+        self.begin(connection)
+        done = 0
+        for row in connection.execute(sa.select(subjects)).all():
+            lock = self.new_lock(connection, row.id)
+            person = Person(row.subject_id, row.display_name, row.labels)
+            connection.execute(
+                sa.update(subjects)
+                .where(subjects.c.id == row.id)
+                .values(**self.columns(lock, row.id, row.gallery_id, person))
+            )
+            for template in connection.execute(
+                sa.select(templates.c.template_id, templates.c.vector).where(
+                    templates.c.subject == row.id
+                )
+            ).all():
+                sealed = self.sealed_vector(lock, template.template_id, template.vector)
+                connection.execute(
+                    sa.update(templates)
+                    .where(templates.c.template_id == template.template_id)
+                    .values(vector=sealed)
+                )
+            done += 1
+        # Kept for a day, for clients that repeat an enrolment, under digests that can be guessed.
+        connection.execute(sa.delete(requests_table))
+        return done
+
+    def columns(
+        self, lock: Lock | None, number: int, gallery_id: str, person: Person
+    ) -> dict[str, Any]:
+        """A subject's columns in the store."""
+        if lock is None:
+            return {
+                "subject_id": person.subject_id,
+                "display_name": person.display_name,
+                "labels": dict(person.labels),
+            }
+        return {
+            "subject_id": self.blind("subject", gallery_id, person.subject_id),
+            "display_name": "",
+            "labels": {},
+            "sealed": self.sealed_person(lock, number, person),
+        }
+
+    def _new_epoch(self, connection: sa.Connection) -> None:
+        # In the order of their making, whatever the clocks of several machines say.
+        before = self._newest(connection)
+        after = int(before.split("-")[1]) + 1 if before else 0
+        name = f"epoch-{max(time.time_ns(), after):020d}-{secrets.token_hex(4)}"
+        key = envelope.new_key()
+        self._keep(connection, name, "epoch", key)
+        with self._guard:
+            self._epochs[name] = Lock.of(key, name)
+            self._epoch = name
+
+    def _keep(self, connection: sa.Connection, key_id: str, kind: str, key: bytes) -> None:
+        assert self._master is not None
+        connection.execute(
+            sa.insert(keys).values(
+                key_id=key_id,
+                kind=kind,
+                subject=None,
+                wrapped=self._master.seal(key, f"key {key_id}"),
+                wrapped_by=self._master.name,
+                created_ns=time.time_ns(),
+            )
+        )
+
+    def _newest(self, connection: sa.Connection) -> str:
+        # Their names begin with the time.
+        query = sa.select(sa.func.max(keys.c.key_id)).where(keys.c.kind == "epoch")
+        return connection.scalar(query) or ""
+
+    def _read_keys(self, connection: sa.Connection) -> None:
+        rows = connection.execute(sa.select(keys).where(keys.c.kind.in_(("index", "epoch")))).all()
+        epochs = {}
+        for row in rows:
+            if row.kind == "index":
+                self._index = self._index or self._unwrapped(row)
+            else:
+                epochs[row.key_id] = self._epochs.get(row.key_id) or Lock.of(
+                    self._unwrapped(row), row.key_id
+                )
+        with self._guard:
+            self._epochs = epochs
+            self._epoch = max(epochs, default="")
+
+    def _unwrapped(self, row: sa.Row[Any]) -> bytes:
+        master = self._masters.get(row.wrapped_by)
+        if master is None:
+            named = "none" if self._source is None else self._source.name
+            raise ConfigError(
+                f"{self._name} is locked by the master key {row.wrapped_by}, which "
+                f"store.master_key ({named}) does not give: "
+                "without that key nothing in it can be read"
+            )
+        return self._opened(master, row.wrapped, f"key {row.key_id}")
+
+
+_PERSON: Final = msgspec.json.Decoder(tuple[str, str, dict[str, str]])
+
+
+def locked_by(database: Database) -> set[str]:
+    """The names of the master keys that lock a store."""
+    with database.reading() as connection:
+        query = sa.select(keys.c.wrapped_by).where(keys.c.kind != "subject").distinct()
+        return set(connection.scalars(query))
+
+
+class SortedIds:
+    """The ids of each gallery's subjects in their order, which the blinded ones do not have.
+
+    Read when first listed, and brought up to date by what has changed since."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self._seen: dict[str, int] = {}
+        self._sorted: dict[str, list[tuple[str, int]]] = {}
+
+    def after(self, connection: sa.Connection, gallery_id: str, last: str, count: int) -> list[int]:
+        """The numbers of at most ``count`` subjects behind the id ``last``."""
+        newest = revision(connection, GALLERY)
+        if self._seen.get(gallery_id) != newest:
+            self._read(connection, gallery_id)
+            self._seen[gallery_id] = newest
+        ids = self._sorted[gallery_id]
+        begin = bisect.bisect_right(ids, last, key=lambda one: one[0])
+        return [number for _, number in ids[begin : begin + count]]
+
+    def _read(self, connection: sa.Connection, gallery_id: str) -> None:
+        """Opens those that were not known, and leaves out those that are gone."""
+        present = set(
+            connection.scalars(sa.select(subjects.c.id).where(subjects.c.gallery_id == gallery_id))
+        )
+        known = [one for one in self._sorted.get(gallery_id, ()) if one[1] in present]
+        fresh = present.difference(number for _, number in known)
+        query = (
+            sa.select(subjects.c.id, subjects.c.sealed, *KEY_COLUMNS)
+            .join(keys, OF_SUBJECT, isouter=True)
+            .where(subjects.c.gallery_id == gallery_id)
+        )
+        if fresh and len(fresh) <= BATCH:
+            query = query.where(subjects.c.id.in_(fresh))
+        if fresh:
+            for row in connection.execute(query).all():
+                if row.id in fresh:
+                    lock = self._vault.lock(connection, row.id, row)
+                    person = self._vault.person(lock, row.id, row.sealed)
+                    known.append((person.subject_id, row.id))
+            known.sort()
+        self._sorted[gallery_id] = known
+
+
+def is_sealed(database: Database) -> bool:
+    with database.reading() as connection:
+        return bool(_state(connection))
+
+
+def _state(connection: sa.Connection) -> str:
+    """Of the encryption: empty, ``SEALED``, or ``DUE`` while what lay open may be left."""
+    return connection.scalar(sa.select(meta.c.value).where(meta.c.name == ENCRYPTION)) or ""
+
+
+def open_vault(
+    database: Database, source: Source | None = None, *, mode: Mode = "off", look: bool = False
+) -> Vault:
+    """The vault of a store.
+
+    ``mode``, for stores that are not sealed: ``auto`` seals new ones, ``on`` seals old ones too (at
+    once, which for 100,000 templates takes a minute), ``off`` none. A store that is sealed stays
+    so. Raises ``ConfigError`` where the master key is not to be had, and GALLERY_UNAVAILABLE.
+    """
+    if is_sealed(database):
+        masters = () if source is None else source.read()
+        if not masters:
+            raise ConfigError(
+                f"{database.name} is encrypted, and its master key is not to be had"
+                + ("" if source is None else f" ({source.name})")
+                + "; set store.master_key, or put the key's file back"
+            )
+        vault = Vault(database.name, source, masters)
+        with database.reading() as connection:
+            vault.take(connection)
+            due = _state(connection) == DUE
+        if not look and len(masters) > 1:
+            with database.writing(GALLERY) as connection:
+                vault.rewrap(connection)
+        if due and not look:
+            _write_anew(database)
+        return vault
+    with database.reading() as connection:
+        is_new = not connection.scalar(sa.select(sa.func.count()).select_from(subjects))
+    wanted = mode == "on" or (mode == "auto" and is_new)
+    if look or source is None or not wanted:
+        if mode == "auto" and not look:
+            log.warning(
+                "the gallery lies on the disk as it is: store.encryption = 'on' encrypts it",
+                store=database.name,
+            )
+        return Vault(database.name, None, ())
+    vault = Vault(database.name, source, source.read() or source.make())
+    with database.writing(GALLERY) as connection:
+        if _state(connection):  # another process was first
+            vault.take(connection)
+            return vault
+        done = vault.seal_all(connection)
+    _write_anew(database)
+    if done:
+        log.info("the gallery was encrypted", subjects=done)
+    return vault
+
+
+def _write_anew(database: Database) -> None:
+    database.rewrite()
+    with database.writing(GALLERY) as connection:
+        connection.execute(sa.update(meta).where(meta.c.name == ENCRYPTION).values(value=SEALED))
