@@ -91,7 +91,8 @@ def test_a_file_of_an_earlier_version_is_taken_over_whole(tmp_path: Path, ddl: s
         assert store.get_subject("staff", "bo").labels == {"k": "v"}
         assert [t.quality for t in store.list_templates("staff", "cy")] == [0.0]
         # Whoever follows begins here, and no number is used twice.
-        seen, found = store.load(MODEL, DIM)
+        with store.loading(MODEL, DIM) as (seen, following):
+            found = list(following)
         assert (seen, len(found)) == (9, 3)
         new = NewTemplate(MODEL, vector(9).astype(np.float32), 0.8, 0.5)
         store.enroll("staff", "dee", new, create_subject=True)

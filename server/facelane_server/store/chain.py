@@ -119,11 +119,11 @@ def verify(
     were kept elsewhere; those of before the stub say nothing any more.
     """
     number, before, log = 0, START, None if head is None else head.log
+    awaited: dict[int, str] = {}
     if stub is not None:
         if not stub.stub or stub.log != log or not stub.is_of(public):
             return Finding(stub.number, "the stub of what retention ended is not signed by the key")
         number, before = stub.number, bytes.fromhex(stub.digest)
-    awaited = {}
     for kept in checkpoints:
         if kept.log != log or not kept.is_of(public):
             return Finding(kept.number, "a checkpoint is not one of this log and key")

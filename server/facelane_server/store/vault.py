@@ -84,7 +84,7 @@ class Vault:
         """What stands for a name in the store; the last part itself where nothing is sealed."""
         return envelope.blinded(self._index, *parts) if self.encrypts else parts[-1]
 
-    def lock(self, connection: sa.Connection, number: int, row: sa.Row[Any]) -> Lock:
+    def lock(self, connection: sa.Connection, number: int, row: Any) -> Lock:
         """A subject's lock, from a row with ``KEY_COLUMNS``."""
         if row.wrapped is None:
             raise broken(self._name)
