@@ -14,6 +14,7 @@ be reached, when events were lost, and when a pool of the server cannot infer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -44,7 +45,10 @@ def main() -> int:
     parser.add_argument("--source", required=True, help="the camera's source id")
     chosen = parser.parse_args()
     token = ""
-    with facelane.Client(chosen.target, token=chosen.token) as client:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        facelane.Client(chosen.target, token=chosen.token, timeout=5.0) as client,
+    ):
         while True:
             try:
                 with client.watch_events(token, kinds=KINDS) as events:
@@ -61,9 +65,8 @@ def main() -> int:
                 tell({"blind": error.reason})
                 if not error.retryable:
                     return 1
-            except KeyboardInterrupt:
-                return 0
             time.sleep(1.0)
+    return 0
 
 
 def tell(line: dict[str, object]) -> None:

@@ -7,12 +7,13 @@ last argument. Copy it and make it yours: ``Door`` is the rule, ``main`` the loo
 
 It fails closed. Nothing opens without an event that says so, and each event opens once: not for a
 face that is known but not LIVE, not for one of another source, not while the server cannot be
-reached, and not afterwards for what happened meanwhile (``LATEST_S``).
+reached, and not afterwards for what happened meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import facelane
 
 KINDS = ("SUBJECT_SEEN", "TRACK_STARTED", "TRACK_UPDATED")
 LATEST_S = 2.0
-"""An event older than this opens nothing: who stood there may be gone."""
+"""An event older than this opens nothing (``--latest``): who stood there may be gone."""
 REMEMBERED = 1000
 """Tracks for which the door has opened; a track opens it once for each name."""
 
@@ -32,8 +33,9 @@ REMEMBERED = 1000
 class Door:
     """Whom to open for."""
 
-    def __init__(self, source_id: str) -> None:
+    def __init__(self, source_id: str, latest_s: float = LATEST_S) -> None:
         self._source_id = source_id
+        self._latest_s = latest_s
         self._opened: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def hears(self, event: facelane.Event, now: datetime) -> str:
@@ -43,7 +45,7 @@ class Door:
         if not event.identity.matched or event.liveness.verdict != "LIVE":
             return ""
         age_s = (now - event.event_time).total_seconds()
-        if abs(age_s) > LATEST_S:
+        if abs(age_s) > self._latest_s:
             print(f"closed: an event is {age_s:.1f} s old; do the clocks agree?", file=sys.stderr)
             return ""
         whom = (event.track.global_track_id, event.identity.subject_id)
@@ -60,10 +62,14 @@ def main() -> int:
     parser.add_argument("--target", default=None, help="the server; default: this machine's")
     parser.add_argument("--token", default=None, help="the key's secret")
     parser.add_argument("--source", required=True, help="the camera's source id")
+    parser.add_argument("--latest", type=float, default=LATEST_S, help="seconds; see LATEST_S")
     parser.add_argument("command", nargs="*", help="what opens the door")
     chosen = parser.parse_args()
-    door = Door(chosen.source)
-    with facelane.Client(chosen.target, token=chosen.token) as client:
+    door = Door(chosen.source, chosen.latest)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        facelane.Client(chosen.target, token=chosen.token, timeout=5.0) as client,
+    ):
         while True:
             try:
                 # No resume token: what happened while nobody listened opens nothing.
@@ -76,9 +82,8 @@ def main() -> int:
                 print(f"closed: {error}", file=sys.stderr)
                 if not error.retryable:
                     return 1
-            except KeyboardInterrupt:
-                return 0
             time.sleep(1.0)
+    return 0
 
 
 def open_for(subject: str, event: facelane.Event, command: list[str]) -> None:

@@ -163,14 +163,24 @@ def test_a_key_that_is_removed_ends_its_streams(keyed: Keyed) -> None:
             assert streams[name].read().WhichOneof("message") == "opened"
         key = keyed.keys.pop("leaver")
         keyed.keys["shrinking"] = Key("shrinking", keyed.keys["shrinking"].sha256, ("analyze",))
+        # Not the file ends them, and not their clients: the reload does, and nothing else.
+        keyed.write()
+        for name in streams:
+            streams[name].write(wire.frame(1))
+            assert streams[name].outcome().frame_id == 1
+        told = len(keyed.server.text())
         keyed.reload()
         for name, reason in (("leaver", "UNAUTHENTICATED"), ("shrinking", "PERMISSION_DENIED")):
             with pytest.raises(grpc.RpcError) as error:
                 streams[name].read()
             assert wire.refusal(error.value)[1] == reason
-        streams["other"].write(wire.frame(1))
-        assert streams["other"].outcome().frame_id == 1
+        streams["other"].write(wire.frame(2))
+        assert streams["other"].outcome().frame_id == 2
         assert key.name == "leaver"
+        log = keyed.server.text()[told:]
+        ends = [line for line in log.splitlines() if "call refused or ended" in line]
+        assert len(ends) == 2
+        assert log.index("config reloaded") < log.index("call refused or ended")
 
 
 def test_a_key_that_expires_ends_its_streams(keyed: Keyed) -> None:
