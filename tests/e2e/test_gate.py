@@ -165,9 +165,9 @@ def test_a_key_that_is_removed_ends_its_streams(keyed: Keyed) -> None:
         keyed.keys["shrinking"] = Key("shrinking", keyed.keys["shrinking"].sha256, ("analyze",))
         # Not the file ends them, and not their clients: the reload does, and nothing else.
         keyed.write()
-        for name in streams:
-            streams[name].write(wire.frame(1))
-            assert streams[name].outcome().frame_id == 1
+        for stream in streams.values():
+            stream.write(wire.frame(1))
+            assert stream.outcome().frame_id == 1
         told = len(keyed.server.text())
         keyed.reload()
         for name, reason in (("leaver", "UNAUTHENTICATED"), ("shrinking", "PERMISSION_DENIED")):

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 from tests.waiting import auntil
 
 from facelane_server import config
@@ -22,13 +23,13 @@ class Context:
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
-        self.reason = ""
+        self.code: grpc.StatusCode | None = None
 
     def invocation_metadata(self) -> list[tuple[str, str]]:
         return [("authorization", f"Bearer {self._secret}")]
 
-    async def abort(self, _code: Any, details: str, _trailing: Any = ()) -> None:
-        self.reason = details
+    async def abort(self, code: grpc.StatusCode, *_told: Any) -> None:
+        self.code = code
         raise asyncio.CancelledError
 
     async def write(self, _message: Any) -> None:
@@ -41,7 +42,7 @@ async def test_all_calls_of_a_key_end_at_once_and_those_of_others_go_on(tmp_path
     file.write_text("\n".join(key.entry() for key in keys))
     settings = config.parse(f'[auth]\nmode = "keys"\nkeys_file = "{file}"\n')
     authenticator = Authenticator.of(settings)
-    gate = Gate(authenticator, Quotas(settings.quotas), first_message_s=60.0, slow_reader_s=60.0)
+    gate = Gate(authenticator, Quotas(settings), first_message_s=60.0, slow_reader_s=60.0)
     waiting: list[str] = []
 
     async def waits(_requests: Any, context: Context) -> None:
@@ -69,7 +70,8 @@ async def test_all_calls_of_a_key_end_at_once_and_those_of_others_go_on(tmp_path
         await asyncio.sleep(0)
     ended = [call.done() for call in calls]
     assert ended == [k % 2 == 0 for k in range(20)], "within a few turns of the loop"
-    assert all("not known" in context.reason for context in contexts[::2])
+    assert {c.code for c in contexts[::2]} == {grpc.StatusCode.UNAUTHENTICATED}
+    assert {c.code for c in contexts[1::2]} == {None}
     for call in calls[1::2]:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
