@@ -54,7 +54,7 @@ class RunningExample:
             assert self._process.poll() is None, self.complaints
             return [line for line in self.lines if wanted(line)]
 
-        return until(found, 60, f"a line of {self._command[1]}")[0]
+        return until(found, what=f"a line of {self._command[1]}")[0]
 
     def __exit__(self, *_exc: object) -> None:
         self._process.send_signal(signal.SIGINT)

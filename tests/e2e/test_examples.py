@@ -123,7 +123,7 @@ def test_both_beside_a_server(server: RunningServer, tmp_path: Path) -> None:
         ada = film(31, "example-front")
         line = door.wait_for(lambda line: line.get("open"))
         assert (line["open"], line["stream"]) == ("ada-of-the-door", ada)
-        until(opened.exists, 30, "the command")
+        until(opened.exists, what="the command")
         line = alarm.wait_for(lambda line: line.get("alarm"))
         assert (line["alarm"], line["stream"]) == ("UNKNOWN_SEEN", unknown)
         assert len(door.lines) == len(alarm.lines) == 2
@@ -143,4 +143,4 @@ def test_without_a_server_they_say_so(
 ) -> None:
     at = ("--target", f"unix:{tmp_path}/nobody.sock", "--source", "front")
     with RunningExample(name, *at) as program:
-        until(lambda: says_so(program), 60, "its complaint")
+        until(lambda: says_so(program), what="its complaint")
