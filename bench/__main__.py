@@ -18,15 +18,16 @@ from bench.material import MissingError
 from bench.report import RESULTS, Report, command_line
 from bench.settings import Settings
 
-CPU: Final = ("overhead", "article", "front", "recovery", "revocation", "bridge")
+CPU: Final = ("overhead", "article", "front", "recovery", "revocation", "bridge", "overload")
 GPU: Final = ("isolation", "leak", "streams", "decode")
 ABOUT: Final = {
     "overhead": "the service against the same models in one loop; null models for its own cost",
     "article": "threads with polled queues, processes with pickled frames, and facelane",
-    "front": "the server's own process: memory over time, what it imports, what it leaves",
+    "front": "the server's own process: memory, imports, what it leaves, what a frame costs it",
     "recovery": "a recogniser worker is killed under load; with peers in their own environments",
     "revocation": "a key is removed: how long its streams and watchers live after SIGHUP",
     "bridge": "one camera's H.264 through bridge and server: decoded by the bridge, or passed on",
+    "overload": "more cameras than fit: age of results, equal rates, every frame's outcome",
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
     "leak": "a model that leaks device memory is replaced beside two that behave",
     "streams": "how many cameras one card takes; 720p and 1080p, with -mps, -nvjpeg, -nvjpeg-mps",

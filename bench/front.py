@@ -1,13 +1,17 @@
-"""The server's own process: does it stay small, import little and leave nothing behind?
+"""The server's own process: does it stay small, import little and leave nothing behind, and
+what does a frame cost it?
 
-Null models, so that the front works hardest. After a warm-up its resident memory is read
-before and after 20,000 frames; then the server is killed with SIGKILL, and neither a
-worker nor a file in /dev/shm may be left.
+Null models, so that the front works hardest. Part ``process``: after a warm-up its resident
+memory is read before and after 20,000 frames; then the server is killed with SIGKILL, and
+neither a worker nor a file in /dev/shm may be left. Part ``paced``: twenty cameras, how old
+results are, and the processor time of the event loop's thread, as the kernel counts it. The
+load's client shares the machine's cores with the server and its workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -21,12 +25,15 @@ from bench import load, material
 from bench.report import Report, Row
 from bench.service import Service
 from bench.settings import Settings
-from bench.stats import median
+from bench.stats import median, percentile
 
 GROWTH_MIB = 5.0
 IMPORT_S = 1.0
 LEFT_BEHIND_S = 5.0
 STREAMS = 8
+CAMERAS = 20
+PACED_P99_MS = 5.0
+LOOP_MS = 0.40
 _SHM = Path("/dev/shm")
 _PART = 2_000
 
@@ -56,6 +63,60 @@ def _libraries(pid: int) -> list[str]:
 
 async def run(settings: Settings) -> Report:
     report = Report("front", smoke=settings.smoke)
+    if settings.wants("process"):
+        await _process(settings, report)
+    if settings.wants("paced"):
+        await _paced(settings, report)
+    return report
+
+
+def _loop_seconds(pid: int) -> float:
+    """Processor time of a process's first thread, which runs the event loop."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+async def _paced(settings: Settings, report: Report) -> None:
+    frames = material.frames_of_size(settings.sized(16, 4), 10_000)
+    seconds = settings.lasting(20.0, 1.0)
+    async with Service(material.null_models(decoding=False).pools_toml()) as service:
+        front = service.front()
+
+        async def cameras(seconds: float) -> load.Measured:
+            return await load.paced(
+                service.target, frames, streams=CAMERAS, rate_hz=25.0, seconds=seconds
+            )
+
+        await cameras(settings.lasting(4.0, 0.5))
+        before, loop = front.cpu_times(), _loop_seconds(front.pid)
+        measured = await cameras(seconds)
+        after = front.cpu_times()
+        each_ms = 1e3 / max(1, measured.sent)
+        loop_ms = (_loop_seconds(front.pid) - loop) * each_ms
+        process_ms = (after.user + after.system - before.user - before.system) * each_ms
+    ages_ms = [age * 1e3 for age in measured.ages()]
+    p99 = percentile(ages_ms, 99)
+    report.add(
+        Row(
+            deployment="facelane-server",
+            scenario=f"{CAMERAS} cameras of 25 frames/s, 10 kB, null models",
+            rate_hz=25.0,
+            p50_ms=percentile(ages_ms, 50),
+            p99_ms=p99,
+            throughput_per_s=len(measured.results) / (measured.end - measured.begin),
+            extra={
+                **measured.counts(),
+                "max_ms": max(ages_ms, default=math.nan),
+                "loop_ms_a_frame": loop_ms,
+                "process_ms_a_frame": process_ms,
+            },
+        )
+    )
+    report.aim("p99 age of results, ms:", p99, PACED_P99_MS, at_most=True)
+    report.aim("loop time a frame, ms:", loop_ms, LOOP_MS, at_most=True)
+    report.aim("frames lost:", measured.lost + measured.errors, 0, at_most=True)
+
+
+async def _process(settings: Settings, report: Report) -> None:
     for module in ("facelane_server.app", "facelane"):
         runs = [_import_seconds(module) for _ in range(settings.sized(5, 2))]
         seconds = median([s for s, _, _ in runs])
@@ -143,7 +204,6 @@ async def run(settings: Settings) -> Report:
     report.aim(
         "new files in /dev/shm at the end:", len(set(os.listdir(_SHM)) - shm), 0, at_most=True
     )
-    return report
 
 
 async def _kill(service: Service) -> tuple[int, float]:

@@ -25,6 +25,8 @@ from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
+import msgspec
+
 from facelane_server import limits
 from facelane_server.domain import Decision, FacelaneError, Identity, Reason, TrackReport
 
@@ -161,10 +163,12 @@ class EventFeed:
             if identity.subject_id == subject_id:
                 identity = Identity(Decision.NOT_EVALUATED)
             elif len(near) < len(identity.candidates):
-                identity = replace(identity, candidates=near)
+                identity = msgspec.structs.replace(identity, candidates=near)
             else:
                 continue
-            self._ring[index] = replace(event, track=replace(track, identity=identity))
+            self._ring[index] = replace(
+                event, track=msgspec.structs.replace(track, identity=identity)
+            )
 
     def close(self) -> None:
         """Ends every watcher with DRAINING, once it has read what is there; idempotent."""

@@ -19,8 +19,10 @@ All times are media time, so a recording tells the same however fast it is playe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
+
+from msgspec.structs import replace
 
 from facelane_server.domain import (
     Decision,

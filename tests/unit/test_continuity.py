@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, replace
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 from bench import material
@@ -394,7 +395,7 @@ def test_two_looks_agree_over_a_doubt_between_them() -> None:
         tracking.Tracks({1: said}, 1), [second], 40 * MS, PARAMS
     ).tracks.active
     assert track.suspect == 2
-    other = replace(unsure, subject_id=BOB)
+    other = msgspec.structs.replace(unsure, subject_id=BOB)
     not_yet = tracking.with_recognition(track, second, 0.8, other, 40 * MS)
     assert tracking.identity_at(not_yet, 40 * MS, PARAMS).decision is Decision.NOT_EVALUATED
     twice = tracking.with_recognition(track, second, 0.8, unsure, 40 * MS)

@@ -180,16 +180,18 @@ def test_outcomes() -> None:
     result = FrameResult(
         4, 3, (FACE,), (StageTiming(Stage.LIVENESS, 5, 1_500_000_007),), (Stage.RECOGNIZER,)
     )
-    message = convert.outcome(Outcome(2**63, 3_000_000_001, -1, result, 9), "s", ALL)
+    message = convert.outcome(Outcome(2**63, 3_000_000_001, -1, result, 9), "s", ALL).outcome
     assert message.frame_id == 2**63
     assert (message.stream_offset.seconds, message.stream_offset.nanos) == (3, 1)
     assert (message.capture_time.seconds, message.capture_time.nanos) == (-1, 999_999_999)
     assert message.result.timings[0].service.ToNanoseconds() == 1_500_000_007
     assert list(message.result.missing_stages) == [pb.STAGE_RECOGNIZER]
-    message = convert.outcome(Outcome(1, 0, None, FrameDrop(DropReason.TOO_OLD), 9), "s", ALL)
+    late = Outcome(1, 0, None, FrameDrop(DropReason.TOO_OLD), 9)
+    message = convert.outcome(late, "s", ALL).outcome
     assert message.drop.reason == analysis_pb.DROP_REASON_TOO_OLD
     assert not message.HasField("capture_time")
-    message = convert.outcome(Outcome(1, 0, None, FrameError(Reason.POISONED, "why"), 9), "s", ALL)
+    poisoned = Outcome(1, 0, None, FrameError(Reason.POISONED, "why"), 9)
+    message = convert.outcome(poisoned, "s", ALL).outcome
     assert message.error.message == "why"
 
 

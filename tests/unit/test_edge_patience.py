@@ -49,3 +49,22 @@ async def test_nothing_is_left_to_fire() -> None:
         patience.end()
     await asyncio.sleep(0.1)  # past the patience
     assert not task.cancelling()
+    patience.begin()
+    patience.close()
+    await asyncio.sleep(0.1)  # past the patience
+    assert not task.cancelling()
+
+
+async def test_each_thing_begun_has_all_of_the_time() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    patience = _Patience(task, 0.2)
+    for _ in range(12):  # together three times as long
+        patience.begin()
+        await asyncio.sleep(0.05)  # a quarter of the patience
+        patience.end()
+    assert not task.cancelling()
+    patience.begin()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.Event().wait()
+    task.uncancel()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -260,12 +261,12 @@ async def test_without_a_recogniser_nobody_is_enrolled(tmp_path: Path) -> None:
 async def test_a_vector_of_another_model_is_neither_kept_nor_compared(gallery: Gallery) -> None:
     """The recogniser's model was changed while the picture was on its way."""
     pipeline = Pipeline(face())
-    pipeline.reading = dataclasses.replace(pipeline.reading, model_id="m@2")
+    pipeline.reading = msgspec.structs.replace(pipeline.reading, model_id="m@2")
     with pytest.raises(FacelaneError) as changing:
         await run(gallery, pipeline, request())
     assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
     assert await gallery.counts() == (0, 0)
-    pipeline.reading = dataclasses.replace(pipeline.reading, model_id="m@1")
+    pipeline.reading = msgspec.structs.replace(pipeline.reading, model_id="m@1")
     assert (await run(gallery, pipeline, request())).created
     assert gallery.similarity("", "ada", face().vector, model_id="m@1") > 0.99
     with pytest.raises(FacelaneError) as changing:
@@ -277,7 +278,7 @@ async def test_a_vector_of_another_model_is_neither_kept_nor_compared(gallery: G
 
 
 def near(*candidates: tuple[str, float]) -> FaceReading:
-    return dataclasses.replace(face(), candidates=tuple(Candidate(*c) for c in candidates))
+    return msgspec.structs.replace(face(), candidates=tuple(Candidate(*c) for c in candidates))
 
 
 @pytest.mark.parametrize(

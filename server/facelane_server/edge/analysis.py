@@ -40,11 +40,13 @@ log = structlog.get_logger(__name__)
 
 
 class _Patience:
-    """Cancels its task, with ``LOST``, when what has begun does not end within so many seconds.
+    """Cancels its task, with ``LOST``, when what has begun does not end within so many seconds,
+    or a quarter more.
 
-    A timer, not ``wait_for``, which would cost a task for every outcome. It runs in quarters:
-    when this process stood still (a paused machine), the clock leaps ahead with every timer
-    due at once, and a peer that read all the while must not pay for it.
+    Not ``wait_for``, which would cost a task for every outcome, nor a timer for each: one timer
+    goes by as long as anything is begun, and looks whether the same thing is still under way. It
+    runs in quarters: when this process stood still (a paused machine), the clock leaps ahead with
+    every timer due at once, and a peer that read all the while must not pay for it.
     """
 
     LOST: Final = "slow reader"
@@ -55,13 +57,20 @@ class _Patience:
         self._quarter_s = seconds / self.QUARTERS
         self._loop = asyncio.get_running_loop()
         self._left = 0
+        """Passes until it is too late; 0 = nothing is under way."""
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        self._left = self.QUARTERS
-        self._timer = self._loop.call_later(self._quarter_s, self._pass)
+        if self._timer is None:
+            self._left = self.QUARTERS
+            self._timer = self._loop.call_later(self._quarter_s, self._pass)
+        else:
+            self._left = self.QUARTERS + 1  # the first of them may be over at once
 
     def _pass(self) -> None:
+        self._timer = None
+        if not self._left:
+            return
         self._left -= 1
         if self._left:
             self._timer = self._loop.call_later(self._quarter_s, self._pass)
@@ -69,6 +78,10 @@ class _Patience:
             self._task.cancel(self.LOST)
 
     def end(self) -> None:
+        self._left = 0
+
+    def close(self) -> None:
+        """Nothing is left to fire."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -218,25 +231,27 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         patience = _Patience(task, self._config.limits.slow_reader_s)
         plan = lane.options.plan
         view = self._view(gate.caller(), plan.gallery_id, plan.source_id)
-        while items := await lane.take():
-            for item in items:
-                message = (
-                    pb.AnalyzeStreamResponse(outcome=convert.outcome(item, lane.stream_id, view))
-                    if isinstance(item, Outcome)
-                    else _update(item)
-                )
-                patience.begin()
-                try:
+        try:
+            while items := await lane.take():
+                for item in items:
+                    told = isinstance(item, Outcome)
+                    message = (
+                        convert.outcome(item, lane.stream_id, view)
+                        if isinstance(item, Outcome)
+                        else _update(item)
+                    )
+                    patience.begin()
                     await context.write(message)
-                except asyncio.CancelledError as error:
-                    if error.args != (_Patience.LOST,):
-                        raise
-                    task.uncancel()
-                    raise gate.unread(self._config.limits.slow_reader_s) from None
-                finally:
                     patience.end()
-                if isinstance(item, Outcome):
-                    lane.written()
+                    if told:
+                        lane.written()
+        except asyncio.CancelledError as error:
+            if error.args != (_Patience.LOST,):
+                raise
+            task.uncancel()
+            raise gate.unread(self._config.limits.slow_reader_s) from None
+        finally:
+            patience.close()
 
     # -- single pictures -------------------------------------------------------------------
 

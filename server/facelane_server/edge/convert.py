@@ -281,10 +281,21 @@ class View:
         return round(value, 2)
 
 
+# Outcomes are written where they belong: a message that is made first and then put into another
+# is copied, at every level, for every frame.
+
+
 def identity(value: Identity, view: View, track_id: int = 0) -> pb.Identity:
+    message = pb.Identity()
+    _fill_identity(message, value, view, track_id)
+    return message
+
+
+def _fill_identity(message: pb.Identity, value: Identity, view: View, track_id: int = 0) -> None:
     if not view.names or (view.meter is not None and not view.meter.names(track_id, value)):
         value = _UNNAMED
-    message = pb.Identity(decision=DECISIONS[value.decision], subject_id=value.subject_id)
+    message.decision = DECISIONS[value.decision]
+    message.subject_id = value.subject_id
     if (shown := view.similarity(value.similarity, value)) is not None:
         message.similarity = shown
     if value.threshold is not None:
@@ -292,16 +303,20 @@ def identity(value: Identity, view: View, track_id: int = 0) -> pb.Identity:
     for candidate in value.candidates:
         if (shown := view.similarity(candidate.similarity, value)) is not None:
             message.candidates.add(subject_id=candidate.subject_id, similarity=shown)
-    return message
 
 
 def liveness(value: Liveness) -> pb.Liveness:
-    message = pb.Liveness(verdict=VERDICTS[value.verdict])
+    message = pb.Liveness()
+    _fill_liveness(message, value)
+    return message
+
+
+def _fill_liveness(message: pb.Liveness, value: Liveness) -> None:
+    message.verdict = VERDICTS[value.verdict]
     if value.score is not None:
         message.score = value.score
     if value.no_context:
         message.reason = pb.LIVENESS_REASON_NO_CONTEXT
-    return message
 
 
 def box(value: Box) -> pb.BoundingBox:
@@ -309,59 +324,76 @@ def box(value: Box) -> pb.BoundingBox:
 
 
 def face(value: Face, view: View) -> pb.Face:
-    message = pb.Face(
-        track_id=value.track_id,
-        box=box(value.box),
-        score=value.score,
-        landmarks=[pb.Point(x=x, y=y) for x, y in value.landmarks],
-        identity=identity(value.identity, view, value.track_id),
-        liveness=liveness(value.liveness),
-        recognized_now=value.recognized_now,
-        links_since_evidence=value.links_since_evidence,
-    )
+    message = pb.Face()
+    _fill_face(message, value, view)
+    return message
+
+
+def _fill_face(message: pb.Face, value: Face, view: View) -> None:
+    message.track_id = value.track_id
+    message.score = value.score
+    place, where = message.box, value.box
+    place.SetInParent()
+    place.x, place.y, place.width, place.height = where.x, where.y, where.width, where.height
+    add = message.landmarks.add
+    for x, y in value.landmarks:
+        add(x=x, y=y)
+    _fill_identity(message.identity, value.identity, view, value.track_id)
+    _fill_liveness(message.liveness, value.liveness)
+    message.recognized_now = value.recognized_now
+    message.links_since_evidence = value.links_since_evidence
     if value.ood_score is not None:
         message.ood_score = value.ood_score
     if value.evidence_age_ns is not None:
-        message.evidence_age.CopyFrom(duration(value.evidence_age_ns))
-    return message
+        _fill_duration(message.evidence_age, value.evidence_age_ns)
 
 
 def faces(values: Iterable[Face], view: View) -> list[pb.Face]:
     return [face(value, view) for value in values]
 
 
+def _fill_duration(message: duration_pb2.Duration, ns: int) -> None:
+    message.SetInParent()
+    message.seconds, message.nanos = divmod(ns, 1_000_000_000)
+
+
 def result(value: FrameResult, view: View) -> pb.FrameResult:
-    message = pb.FrameResult(
-        width=value.width,
-        height=value.height,
-        faces=faces(value.faces, view),
-        missing_stages=stages(value.missing_stages),
-    )
-    for timing in value.timings:
-        message.timings.add(
-            stage=STAGES[timing.stage],
-            queue=duration(timing.queue_ns),
-            service=duration(timing.service_ns),
-        )
+    message = pb.FrameResult()
+    _fill_result(message, value, view)
     return message
+
+
+def _fill_result(message: pb.FrameResult, value: FrameResult, view: View) -> None:
+    message.SetInParent()
+    message.width = value.width
+    message.height = value.height
+    for shown in value.faces:
+        _fill_face(message.faces.add(), shown, view)
+    for timing in value.timings:
+        told = message.timings.add(stage=STAGES[timing.stage])
+        _fill_duration(told.queue, timing.queue_ns)
+        _fill_duration(told.service, timing.service_ns)
+    if value.missing_stages:
+        message.missing_stages.extend(stages(value.missing_stages))
 
 
 def stages(values: Sequence[Stage]) -> list[pb.Stage.ValueType]:
     return [STAGES[value] for value in values]
 
 
-def outcome(value: Outcome, stream_id: str, view: View) -> analysis_pb.FrameOutcome:
-    message = analysis_pb.FrameOutcome(
-        frame_id=value.frame_id,
-        stream_id=stream_id,
-        stream_offset=duration(value.stream_offset_ns),
-        age=duration(value.age_ns),
-    )
+def outcome(value: Outcome, stream_id: str, view: View) -> analysis_pb.AnalyzeStreamResponse:
+    """The message of a stream that tells an outcome."""
+    response = analysis_pb.AnalyzeStreamResponse()
+    message = response.outcome
+    message.frame_id = value.frame_id
+    message.stream_id = stream_id
+    _fill_duration(message.stream_offset, value.stream_offset_ns)
+    _fill_duration(message.age, value.age_ns)
     if value.capture_time_ns is not None:
         message.capture_time.CopyFrom(timestamp(value.capture_time_ns))
     body = value.body
     if isinstance(body, FrameResult):
-        message.result.CopyFrom(result(body, view))
+        _fill_result(message.result, body, view)
     elif isinstance(body, FrameDrop):
         message.drop.reason = DROPS[body.reason]
     else:
@@ -369,4 +401,4 @@ def outcome(value: Outcome, stream_id: str, view: View) -> analysis_pb.FrameOutc
         message.error.CopyFrom(
             status(body.reason, body.message, dict(body.metadata), retryable=body.retryable)
         )
-    return message
+    return response

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from facelane.v1 import face_pb2
 from facelane.v1 import gallery_service_pb2 as pb

@@ -89,7 +89,7 @@ class LoadWatch:
 
     async def _watch(self, capacity: Capacity) -> None:
         before, used = time.monotonic(), time.thread_time()
-        thinned: set[int] = set()
+        thinning = False
         while True:
             await asyncio.sleep(PERIOD_S)
             now, spent = time.monotonic(), time.thread_time()
@@ -99,11 +99,11 @@ class LoadWatch:
             rates = capacity.step(reading)
             for lane in self._streams.lanes:
                 rate = rates.get(lane.lane_id)
-                if rate is not None or lane.lane_id in thinned:
+                if rate is not None or lane.taken_at is not None:
                     lane.take_at(rate)
-            if bool(rates) is not bool(thinned):
+            if bool(rates) is not thinning:
                 self._tell(rates)
-            thinned = set(rates)
+            thinning = bool(rates)
 
     def _tell(self, rates: Mapping[int, float]) -> None:
         load = self.load

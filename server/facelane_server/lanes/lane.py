@@ -254,6 +254,11 @@ class Lane:
         )
         return None if entry.task is None else before
 
+    @property
+    def taken_at(self) -> float | None:
+        """Pictures a second that are taken; ``None`` = all."""
+        return self._pace.rate
+
     def take_at(self, fps: float | None) -> None:
         """From now on so many pictures a second are taken, all with ``None``; the client is told
         of what makes a difference to it."""

@@ -10,6 +10,8 @@ from typing import Final, Protocol
 
 _S: Final = 1e9
 _AT_LATEST_S: Final = 0.05
+_GRAIN_S: Final = 0.001
+"""What a timer may be late by rather than early."""
 
 
 class Timer(Protocol):
@@ -23,6 +25,34 @@ class Clock(Protocol):
     def call_at(self, when_ns: int, callback: Callable[[], None]) -> Timer: ...
 
 
+class _LoopTimer:
+    """Never early: a loop counts from when its turn began, which may be long ago, and in whole
+    milliseconds at that; who waits for a moment would find that it has not come, and wait on."""
+
+    __slots__ = ("_callback", "_handle", "_loop", "_when_ns")
+
+    def __init__(self, when_ns: int, callback: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._when_ns = when_ns
+        self._callback = callback
+        self._handle: asyncio.TimerHandle | None = None
+        self._wait()
+
+    def _wait(self) -> None:
+        left_ns = self._when_ns - time.monotonic_ns()
+        self._handle = self._loop.call_later(max(0.0, left_ns / _S + _GRAIN_S), self._due)
+
+    def _due(self) -> None:
+        if time.monotonic_ns() < self._when_ns:
+            self._wait()
+        else:
+            self._callback()
+
+    def cancel(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+
 class LoopClock:
     """The running event loop's time."""
 
@@ -30,8 +60,7 @@ class LoopClock:
         return time.monotonic_ns()
 
     def call_at(self, when_ns: int, callback: Callable[[], None]) -> Timer:
-        delay_s = (when_ns - time.monotonic_ns()) / _S
-        return asyncio.get_running_loop().call_later(max(0.0, delay_s), callback)
+        return _LoopTimer(when_ns, callback)
 
 
 class Changes:

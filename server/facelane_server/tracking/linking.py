@@ -6,8 +6,10 @@ import bisect
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
 
 from facelane_server import limits
 from facelane_server.domain import Box, DetectedFace
@@ -30,8 +32,7 @@ SKIPPED_SHARE: Final = 0.5
 _FORBIDDEN: Final = 1e6
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(msgspec.Struct, frozen=True, gc=False):
     """``assignments[i]`` is the track id of detection i; 0 for a face that is not tracked
     (a box without an area, or more faces than ``limits.MAX_TRACKS``)."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final, Protocol
+
+from msgspec.structs import replace
 
 from facelane_server import limits
 from facelane_server.domain import DetectedFace, Liveness, LivenessVerdict

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from facelane_server.domain import Decision, DetectedFace, Identity, Landmarks
 from facelane_server.tracking.track import (
@@ -245,8 +247,7 @@ def forgotten(track: Track) -> Track:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
+class Shown(msgspec.Struct, frozen=True, gc=False):
     """What may be said of one picture of a track. ``age_ns`` and ``links`` since the look
     that says so; 0 for a look at this very picture."""
 

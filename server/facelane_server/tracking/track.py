@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Final, Self
+
+import msgspec
+from msgspec.structs import replace
 
 from facelane_server import config
 from facelane_server.domain import Box, Decision, Identity, Liveness, LivenessVerdict
@@ -17,8 +19,7 @@ NOT_EVALUATED: Final = Identity(Decision.NOT_EVALUATED)
 UNDECIDED: Final = Liveness(LivenessVerdict.UNDECIDED)
 
 
-@dataclass(frozen=True, slots=True)
-class Params:
+class Params(msgspec.Struct, frozen=True, gc=False):
     """``max_centre_distance`` is in box widths, ``min_iou`` and ``better_shot_margin`` in
     [0, 1], times in nanoseconds of media time."""
 
@@ -51,24 +52,21 @@ class Params:
         return max(self.max_age_ns or 2 * self.interval_ns, STALE_FLOOR_NS)
 
 
-@dataclass(frozen=True, slots=True)
-class Shot:
+class Shot(msgspec.Struct, frozen=True, gc=False):
     """What the recogniser said of one shot. ``ood_score`` in [0, 1]."""
 
     identity: Identity
     ood_score: float
 
 
-@dataclass(frozen=True, slots=True)
-class LivenessShot:
+class LivenessShot(msgspec.Struct, frozen=True, gc=False):
     """``attack``: the score was below the spoof threshold."""
 
     score: float
     attack: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Track:
+class Track(msgspec.Struct, frozen=True, gc=False):
     """One face over time. ``velocity`` in pixels a nanosecond.
 
     A *link* is the number of a picture of this track, from 1: what came before what is
@@ -137,11 +135,10 @@ class Track:
         return None if self.shot is None else self.shot.ood_score
 
 
-@dataclass(frozen=True, slots=True)
-class Tracks:
+class Tracks(msgspec.Struct, frozen=True, gc=False):
     """All tracks of a stream. ``created`` counts them since its start."""
 
-    by_id: Mapping[int, Track] = field(default_factory=dict)
+    by_id: Mapping[int, Track] = msgspec.field(default_factory=dict)
     """In the order of ids."""
     created: int = 0
     now_ns: int = 0

@@ -1,0 +1,164 @@
+"""More cameras than a server can serve in time: do results keep their age, and streams their
+equal part?
+
+What fits is learnt first, by cameras that are let in one after another until the server thins
+them. Then so many come as send half, once, twice and four times that. A first part of each load
+is not counted, in which the server learns. Ages are the server's own; the clients' view, from
+when a frame was due, stands beside them.
+
+Parts: ``null`` (models that compute nothing and take a set time) and ``starter`` (the models that
+ship, whose time is the processor's).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import facelane
+import facelane.aio
+from bench import load, material
+from bench.report import Report, Row
+from bench.service import Service
+from bench.settings import Settings
+from bench.stats import percentile
+
+TARGET_MS = 100.0
+AGE_RATIO = 1.2
+SPREAD = 1.10
+TIMES = (0.5, 1.0, 2.0, 4.0)
+DETECT_MS = 6
+RECOGNIZE_MS = 8
+"""Set times of the null models: the recogniser is what is short."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    name: str
+    pools: str
+    frames: list[bytes]
+    fps: float
+
+
+async def run(settings: Settings) -> Report:
+    report = Report("overload", smoke=settings.smoke)
+    if settings.wants("null"):
+        models = material.null_models(decoding=False)
+        slow = {"detector": DETECT_MS, "recognizer": RECOGNIZE_MS}
+        pools = models.pools_toml(
+            **{
+                stage: f"batch_max = 1\noptions = {{ 'fail.slow_ms' = '{ms}' }}"
+                for stage, ms in slow.items()
+            }
+        )
+        await _case(
+            settings, report, _Case("null", pools, material.frames_of_size(8, 10_000), 12.5)
+        )
+    if settings.wants("starter"):
+        models = material.real_models(settings.cache)
+        frames = material.make_frames(settings.sized(24, 4), 640, 480, [1])
+        await _case(settings, report, _Case(models.name, models.pools_toml(), frames, 5.0))
+    return report
+
+
+async def _case(settings: Settings, report: Report, case: _Case) -> None:
+    tables = f"[limits]\nage_target_ms = {TARGET_MS:g}"
+    async with Service(case.pools, tables=tables) as service:
+        fits = await _fits(settings, service.target, case)
+        report.note(
+            f"{case.name}: {fits:.0f} frames/s fit, learnt from cameras of {case.fps:g} frames/s"
+        )
+        for times in TIMES:
+            streams = max(1, round(times * fits / case.fps))
+            fps = times * fits / streams
+            settings.say(f"{case.name}: {times:g} times what fits: {streams} cameras")
+            await _measure(settings, report, case, service.target, times, streams, fps)
+
+
+async def _fits(settings: Settings, target: str, case: _Case) -> float:
+    """Frames a second that the server says it can serve in time, loaded to its limit."""
+    streams = 2
+    async with facelane.aio.Client(target) as client:
+        while True:
+            begun = asyncio.create_task(
+                load.paced(
+                    target,
+                    case.frames,
+                    streams=streams,
+                    rate_hz=case.fps,
+                    seconds=settings.lasting(8.0, 2.0),
+                    disable_tracking=True,
+                )
+            )
+            await asyncio.sleep(settings.lasting(7.0, 1.5))
+            known = (await client.server_info()).load
+            await begun
+            settings.say(f"{case.name}: {streams} cameras: {known}")
+            if known is not None and (known.thinned_streams or settings.smoke):
+                return known.capacity_fps
+            if known is not None and known.load > 0.5:
+                streams = max(streams + 1, math.ceil(streams / known.load * 1.3))
+            else:
+                streams *= 2
+            if streams > 200:
+                return streams * case.fps
+
+
+async def _measure(
+    settings: Settings,
+    report: Report,
+    case: _Case,
+    target: str,
+    times: float,
+    streams: int,
+    fps: float,
+) -> None:
+    learning = settings.lasting(6.0, 0.5)
+    measured = await load.paced(
+        target,
+        case.frames,
+        streams=streams,
+        rate_hz=fps,
+        seconds=learning + settings.lasting(15.0, 1.0),
+        disable_tracking=True,
+    )
+    since = measured.begin + learning
+    counted = [a for a in measured.results if a.at >= since]
+    by_stream = Counter(a.stream for a in counted)
+    rates = [by_stream[n] / (measured.end - since) for n in range(streams)]
+    ages = [a.age for a in counted]
+    drops = Counter(a.reason for a in measured.answers if a.kind == "drop")
+    p99 = percentile(ages, 99) * 1e3
+    spread = max(rates) / min(rates) if min(rates) > 0 else math.inf
+    report.add(
+        Row(
+            deployment=f"facelane, {case.name} models",
+            scenario=f"{times:g} times what fits",
+            model=case.name,
+            rate_hz=fps,
+            p50_ms=percentile(ages, 50) * 1e3,
+            p99_ms=p99,
+            throughput_per_s=len(counted) / (measured.end - since),
+            extra={
+                "streams": streams,
+                "offered_per_s": streams * fps,
+                "client_p99_ms": percentile([a.latency for a in counted], 99) * 1e3,
+                "learning_p99_ms": percentile([a.age for a in measured.results if a.at < since], 99)
+                * 1e3,
+                "least_rate": min(rates),
+                "spread": spread,
+                "thinned": drops["THINNED"],
+                "superseded": drops["SUPERSEDED"],
+                "too_old": drops["TOO_OLD"],
+                "errors": measured.errors,
+                "without_outcome": measured.lost,
+            },
+        )
+    )
+    what = f"{case.name} at {times:g} times what fits:"
+    if times >= 2.0:
+        report.aim(f"p99 age of results, ms, {what}", p99, AGE_RATIO * TARGET_MS, at_most=True)
+        report.aim(f"most / least rate of equal streams, {what}", spread, SPREAD, at_most=True)
+    report.aim(f"frames without an outcome, {what}", measured.lost, 0, at_most=True)

@@ -1,0 +1,68 @@
+"""Streams are thinned while they have to be, those that have just come included."""
+
+from __future__ import annotations
+
+import pytest
+from tests.fakes.scripted_pool import ScriptedPools
+from tests.waiting import auntil
+
+from facelane_server import config, tracking
+from facelane_server.domain import FacelaneError, Overload, Reason
+from facelane_server.edge.load import LoadWatch
+from facelane_server.edge.streams import StreamRegistry
+from facelane_server.lanes import Lane, LaneOptions
+from facelane_server.pools.tasks import ANYBODY
+
+
+def opened(streams: StreamRegistry, **options: object) -> Lane:
+    lane = Lane(
+        streams.next_id(),
+        "stream",
+        LaneOptions(**options),  # type: ignore[arg-type]
+        ScriptedPools().pipeline,
+        window=8,
+        window_bytes=1_000,
+        tracking_params=tracking.Params(),
+    )
+    streams.add(lane)
+    return lane
+
+
+async def test_who_comes_while_others_give_way_is_taken_whole_when_nobody_has_to() -> None:
+    streams = StreamRegistry()
+    watch = LoadWatch(config.Limits(), streams)
+    assert watch._capacity is not None
+    watch._capacity.budget = 10.0
+    lane, lossless = opened(streams), opened(streams, overload=Overload.LOSSLESS)
+    watch.opened(lane)
+    watch.opened(lossless)
+    assert lane.taken_at == pytest.approx(10.0)
+    assert lossless.taken_at is None, "it is held back by its window"
+    watch.begin({})
+    try:
+        await auntil(lambda: lane.taken_at is None)  # nobody sends: nothing has to give way
+    finally:
+        watch.close()
+
+
+async def test_where_each_would_have_too_little_no_more_are_let_in() -> None:
+    streams = StreamRegistry()
+    watch = LoadWatch(config.Limits(min_fps=3.0), streams)
+    watch.admit(LaneOptions(), ANYBODY)
+    assert watch._capacity is not None
+    watch._capacity.budget = 7.0
+    for _ in range(2):
+        watch.admit(LaneOptions(), ANYBODY)
+        opened(streams)
+    with pytest.raises(FacelaneError) as refused:
+        watch.admit(LaneOptions(), ANYBODY)
+    assert refused.value.reason is Reason.CAPACITY
+    assert refused.value.metadata == {"fits": "2", "open": "2", "min_fps": "3"}
+
+
+def test_the_bound_can_be_switched_off() -> None:
+    watch = LoadWatch(config.Limits(age_target_ms=0), StreamRegistry())
+    watch.begin({})
+    watch.admit(LaneOptions(), ANYBODY)
+    assert watch.load is None
+    watch.close()
