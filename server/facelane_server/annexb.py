@@ -49,13 +49,11 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class AccessUnit:
-    """``format``: where it brings a sequence parameter set. ``disposable``: no other picture
-    needs it. ``leading``: it is shown before the soft key frame that it follows, and cannot be
-    decoded when decoding began with that one."""
+    """``format``: where it brings a sequence parameter set. ``leading``: it is shown before the
+    soft key frame that it follows, and cannot be decoded where decoding began with that one."""
 
     key: Key
     format: Format | None = None
-    disposable: bool = False
     leading: bool = False
 
 
@@ -95,7 +93,7 @@ def _units(data: bytes, encoding: Encoding) -> Iterator[tuple[int, int]]:
 def _h264(data: bytes, max_pixels: int) -> AccessUnit:
     found: Format | None = None
     idr = recovery = pps = False
-    intra = disposable = True
+    intra = True
     pictures = 0
     for begin, end in _units(data, Encoding.H264):
         head = data[begin]
@@ -106,7 +104,6 @@ def _h264(data: bytes, max_pixels: int) -> AccessUnit:
             pictures += first == 0
             idr = idr or kind == 5
             intra = intra and slice_type in _INTRA_SLICES
-            disposable = disposable and not head & 0x60
         elif kind in (2, 3, 4):
             _unsupported(Encoding.H264, "partitioned")
         elif kind == 7:
@@ -123,7 +120,7 @@ def _h264(data: bytes, max_pixels: int) -> AccessUnit:
             _sets_missing(Encoding.H264, "SPS and PPS")
         return AccessUnit(Key.HARD, found)
     soft = recovery and intra and found is not None and pps
-    return AccessUnit(Key.SOFT if soft else Key.NONE, found, disposable and not soft)
+    return AccessUnit(Key.SOFT if soft else Key.NONE, found)
 
 
 def _is_recovery_point(payload: bytes) -> bool:

@@ -96,6 +96,11 @@ class Limits(Section, frozen=True):
     min_fps: Annotated[float, msgspec.Meta(ge=0.0, le=1_000.0)] = 2.0
     """Analysed frames a second that a stream is let in for: while streams are thinned, one more
     that would leave each with less is refused with CAPACITY."""
+    video_cache_bytes: Annotated[int, msgspec.Meta(ge=64 * 1024, le=limits.MAX_VIDEO_CACHE)] = (
+        8 * limits.MIB
+    )
+    """Video: what is kept of a stream since its last key frame, to be decoded again where a
+    worker was lost. Of a group of pictures that is larger the rest waits for a key frame then."""
     max_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 1_000
     """LATEST_WINS: a frame older than this when a worker is free is dropped."""
     lossless_frame_age_ms: Annotated[int, msgspec.Meta(ge=10, le=3_600_000)] = 60_000

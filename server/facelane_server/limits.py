@@ -62,6 +62,8 @@ MAX_NAL_UNITS: Final = 1_024
 MAX_PARAMETER_SET_BYTES: Final = 4 * KIB
 MAX_GROUP_UNITS: Final = 2_048
 """Access units kept since a key frame: 80 s at 25 a second."""
+MAX_VIDEO_CACHE: Final = 32 * MIB
+"""Bytes of access units kept since a key frame; they fit into one job."""
 MAX_DECODER_THREADS: Final = 2
 """Of one decoder on a CPU."""
 MAX_DECODERS: Final = 64
@@ -220,6 +222,7 @@ MAX_STATUS_CHARS: Final = 256
 
 assert MAX_PICTURE_BYTES < MAX_MESSAGE_BYTES, "a picture must fit into a message"
 assert MAX_PICTURE_BYTES <= REQUEST_SLOT_BYTES, "a picture must fit into a slot"
+assert MAX_VIDEO_CACHE <= REQUEST_SLOT_BYTES, "a group of pictures must fit into a slot"
 assert MAX_BATCH * MAX_ITEM_MESSAGE_BYTES <= MAX_PACKET_BYTES, "a job's answer is one packet"
 assert MAX_WORKER_TRACEBACK_CHARS < MAX_WORKER_LINE_BYTES
 assert SLOT_KEEP_BYTES % 4096 == 0

@@ -35,6 +35,7 @@ from facelane_server.domain import (
 )
 from facelane_server.gallery import decide
 from facelane_server.gallery.decide import Thresholds
+from facelane_server.pools.groups import Wanted
 from facelane_server.pools.tasks import (
     ANYBODY,
     DetectAnswer,
@@ -45,12 +46,18 @@ from facelane_server.pools.tasks import (
     LivenessRequest,
     Sender,
     Task,
+    Undecoded,
+    VideoRequest,
 )
 
 LEAST_CONTEXT: Final = 0.6
 """Share of the area around a face, enlarged as liveness wants it, that a picture must show. Less
 is filled up by shifting and shrinking the crop, and a tightly cropped portrait then looks like a
 photo that is held before the camera."""
+
+
+Detection = Task[DetectAnswer | Undecoded]
+"""``Undecoded``: of video alone."""
 
 
 class PoolPort(Protocol):
@@ -64,6 +71,8 @@ class PoolPort(Protocol):
     def withdraw(self, task: Task[Any]) -> bool: ...
 
     def replace(self, task: Task[Any], by: Task[Any]) -> bool: ...
+
+    def release(self, lane: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,36 +163,49 @@ class Pipeline:
         self.searched = searched
         self.context = context
         self._crops = dict(crops)
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self._detector = pools[Stage.DETECTOR]
 
     # -- first stage ---------------------------------------------------------------
 
-    def detect(self, picture: Picture, plan: Plan, origin: Origin) -> Task[DetectAnswer]:
-        """The task of a picture; its future is resolved in a later turn of the loop."""
+    def detect(self, picture: Picture | Wanted, plan: Plan, origin: Origin) -> Detection:
+        """The task of a picture, or of one of the lane's video; its future is resolved in a later
+        turn of the loop."""
         task = self._detection(picture, plan, origin)
         self._detector.submit(task)
         return task
 
     def detect_instead(
-        self, waiting: Task[DetectAnswer], picture: Picture, plan: Plan, origin: Origin
-    ) -> Task[DetectAnswer] | None:
+        self, waiting: Detection, picture: Picture | Wanted, plan: Plan, origin: Origin
+    ) -> Detection | None:
         """The task of a picture that takes the turn of another one of its stream, whose future
         stays unresolved; ``None`` when a worker has begun that one already."""
         task = self._detection(picture, plan, origin)
         return task if self._detector.replace(waiting, task) else None
 
-    def _detection(self, picture: Picture, plan: Plan, origin: Origin) -> Task[DetectAnswer]:
+    def _detection(self, picture: Picture | Wanted, plan: Plan, origin: Origin) -> Detection:
+        request: DetectRequest | VideoRequest
+        losses = 0
+        if isinstance(picture, Wanted):
+            request = VideoRequest(picture, plan.max_faces, self.max_pixels)
+            losses = picture.group.losses
+        else:
+            request = DetectRequest(picture, plan.max_faces, self.max_pixels)
         return Task(
-            DetectRequest(picture, plan.max_faces, self._max_pixels),
+            request,
             origin.lane,
             origin.weight,
             origin.deadline_ns,
             asyncio.get_running_loop().create_future(),
+            attempts=losses,
             sender=origin.sender,
         )
 
-    def give_up(self, task: Task[DetectAnswer]) -> None:
+    def release(self, lane: int) -> None:
+        """A lane of video has ended."""
+        self._detector.release(lane)
+
+    def give_up(self, task: Detection) -> None:
         """Nobody waits for the picture any more: it costs no work that was not begun."""
         _give_up(self._detector, task)
 
@@ -323,6 +345,7 @@ class Pipeline:
         task = self.detect(picture, plan, origin)
         try:
             answer = await task.future
+            assert isinstance(answer, DetectAnswer)
         except asyncio.CancelledError:
             self.give_up(task)
             raise

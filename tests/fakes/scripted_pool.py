@@ -38,6 +38,7 @@ class ScriptedPool:
         self.begun: list[Task[Any]] = []
         self.withdrawn = 0
         self.replaced = 0
+        self.released: list[int] = []
 
     def submit(self, task: Task[Any]) -> None:
         task.submitted_ns = 1
@@ -49,6 +50,9 @@ class ScriptedPool:
         self.waiting.remove(task)
         self.withdrawn += 1
         return True
+
+    def release(self, lane: int) -> None:
+        self.released.append(lane)
 
     def replace(self, task: Task[Any], by: Task[Any]) -> bool:
         if task not in self.waiting:

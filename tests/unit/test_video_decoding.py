@@ -251,6 +251,9 @@ def test_a_broken_access_unit_is_its_own_error() -> None:
     (found,) = read(held, (item(0, 2, 2), [units[0], units[1][: len(units[1]) // 2], units[2]]))
     assert isinstance(found, FacelaneError)
     assert found.reason is Reason.PICTURE_CORRUPT
+    # What follows would be wrong.
+    assert read(held, (item(3, 3, 3), units[3:4])) == [PictureHeld(-1)]
+    assert read(held, (item(2, 3, 3), units[2:4])) == [PictureHeld(-1)]
     (again,) = read(held, (item(0, 2, 2), units[:3]))
     assert shows(again, 2)
 

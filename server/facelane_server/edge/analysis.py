@@ -24,6 +24,7 @@ from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.roles import Caller
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.lanes import (
+    KeyFrameWanted,
     Lane,
     LaneDraining,
     LaneObserver,
@@ -178,6 +179,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             self._pipeline,
             window=self._config.limits.window,
             window_bytes=self._config.limits.window_bytes,
+            video_cache_bytes=self._config.limits.video_cache_bytes,
             tracking_params=self._params.with_interval(options.reinference_interval_ns),
             observer=self._observer,
             sender=sender,
@@ -309,6 +311,11 @@ def _update(item: Update) -> pb.AnalyzeStreamResponse:
     elif isinstance(item, RateChanged):
         told = f"{item.fps:.1f} frames a second are analysed" if item.fps else "all are analysed"
         update = pb.StreamUpdate(kind=pb.STREAM_UPDATE_KIND_RATE, message=told, rate_fps=item.fps)
+    elif isinstance(item, KeyFrameWanted):
+        update = pb.StreamUpdate(
+            kind=pb.STREAM_UPDATE_KIND_KEY_FRAME_WANTED,
+            message="frames are dropped until the next key frame",
+        )
     else:
         assert isinstance(item, LaneDraining)
         update = pb.StreamUpdate(

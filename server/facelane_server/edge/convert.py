@@ -63,6 +63,8 @@ VERDICTS: Final = {
 DROPS: Final = {d: analysis_pb.DropReason.Value(f"DROP_REASON_{d.value}") for d in DropReason}
 
 DEFAULT_WEIGHT: Final = 10
+_LEAST_RATE: Final = 0.0999  # a float32's tenth
+_HIGHEST_RATE: Final = 1000.0
 _NO_PICTURE: Final = Picture(Encoding.JPEG, b"")
 
 
@@ -76,13 +78,19 @@ def gallery(gallery_id: str, caller: Caller, verb: Verb) -> str:
     return gallery_name(caller.place(verb, gallery=gallery_id, default=DEFAULT_GALLERY)[0])
 
 
-def picture(message: pb.Picture, config: Config) -> Picture:
+def picture(message: pb.Picture, config: Config, *, in_stream: bool = False) -> Picture:
     """A picture whose bytes are bounded and whose encoding is known."""
     encoding = ENCODINGS.get(message.encoding)
-    if encoding is None or encoding.is_video:
+    if encoding is None:
         raise FacelaneError(
             Reason.ENCODING_UNSUPPORTED,
-            "picture.encoding must be one of JPEG, PNG, WEBP, BGR24, RGB24, NV12",
+            "picture.encoding must be one of JPEG, PNG, WEBP, BGR24, RGB24, NV12, and in streams "
+            "H264, H265",
+        )
+    if encoding.is_video and not in_stream:
+        raise FacelaneError(
+            Reason.ENCODING_UNSUPPORTED,
+            "an access unit of video is no single picture; send it in a stream",
         )
     data = message.data
     if not data:
@@ -123,6 +131,9 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Call
             raise invalid("source_id must be 0-64 of letters, digits, and - _ .")
         if message.weight > 100:
             raise invalid("weight must be 0-100")
+        rate = message.analysis_fps
+        if rate and not _LEAST_RATE <= rate <= _HIGHEST_RATE:  # nor NaN
+            raise invalid("analysis_fps must be 0.1-1000, or 0 for all")
         lossless = message.overload_policy == analysis_pb.OVERLOAD_POLICY_LOSSLESS
         if not lossless and message.overload_policy not in (
             analysis_pb.OVERLOAD_POLICY_UNSPECIFIED,
@@ -155,6 +166,7 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Call
             weight=message.weight or DEFAULT_WEIGHT,
             tracking=not message.disable_tracking,
             reinference_interval_ns=interval_ns,
+            analysis_fps=rate,
         )
     except FacelaneError as error:
         if error.reason is Reason.PERMISSION_DENIED:
@@ -209,7 +221,7 @@ def frame(
             offset_ns = elapsed_ns
         if message.HasField("capture_time"):
             capture_ns = timestamp_ns(message.capture_time, "capture_time")
-        body = picture(message.picture, config)
+        body = picture(message.picture, config, in_stream=True)
     except FacelaneError as error:
         fault = error
     return Frame(message.frame_id, body, offset_ns, capture_ns), fault

@@ -5,6 +5,7 @@ from __future__ import annotations
 from facelane_server.lanes.allowance import Allowance
 from facelane_server.lanes.lane import Lane
 from facelane_server.lanes.types import (
+    KeyFrameWanted,
     LaneDraining,
     LaneObserver,
     LaneOptions,
@@ -19,6 +20,7 @@ from facelane_server.lanes.types import (
 
 __all__ = [
     "Allowance",
+    "KeyFrameWanted",
     "Lane",
     "LaneDraining",
     "LaneObserver",

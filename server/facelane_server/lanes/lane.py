@@ -9,7 +9,9 @@ A frame's way through its lane::
 
 Three things happen strictly in the order of receipt: the tracker's update (``turn``),
 the fusion of new evidence into the tracks, and the emission of outcomes. Detection and
-appraisal of different frames overlap freely between them.
+appraisal of different frames overlap freely between them. Of video, a frame names its picture of
+a group of pictures (``Footage``); one that is dropped is decoded all the same where a later one
+needs it, and one that a decoder holds back waits for those that bring it out (``_ahead``).
 
 Invariants: every frame offered gets exactly one outcome; outcomes leave in increasing
 ``frame_id``; at most ``window`` frames are without a written outcome, and at most
@@ -26,7 +28,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from facelane_server import tracking
+from facelane_server import limits, tracking
 from facelane_server.domain import (
     DropReason,
     FacelaneError,
@@ -36,13 +38,16 @@ from facelane_server.domain import (
     FrameResult,
     Outcome,
     Overload,
+    Picture,
     Reason,
     Stage,
 )
 from facelane_server.lanes.allowance import Allowance
+from facelane_server.lanes.entry import Entry
 from facelane_server.lanes.faces import Faces, Look
-from facelane_server.lanes.pace import Pace
+from facelane_server.lanes.pace import Pace, Rhythm
 from facelane_server.lanes.types import (
+    KeyFrameWanted,
     LaneDraining,
     LaneObserver,
     LaneOptions,
@@ -54,39 +59,10 @@ from facelane_server.lanes.types import (
     TrackEnded,
     Update,
 )
-from facelane_server.pipeline import Evidence, Origin, Pipeline, Timings, error_of
-from facelane_server.pools.tasks import ANYBODY, DetectAnswer, Sender, Task
-
-
-class _Entry:
-    """One frame on its way through the lane."""
-
-    __slots__ = (
-        "answer",
-        "body",
-        "frame",
-        "looks",
-        "missing",
-        "outstanding",
-        "received_ns",
-        "size",
-        "task",
-        "timings",
-        "turned",
-    )
-
-    def __init__(self, frame: Frame, received_ns: int) -> None:
-        self.frame = frame
-        self.received_ns = received_ns
-        self.size = len(frame.picture.data)
-        self.task: Task[DetectAnswer] | None = None
-        self.answer: DetectAnswer | None = None
-        self.body: FrameDrop | FrameError | None = None
-        self.looks: list[Look] = []
-        self.missing: tuple[Stage, ...] = ()
-        self.outstanding = 0
-        self.turned = False
-        self.timings = Timings()
+from facelane_server.lanes.video import Footage
+from facelane_server.pipeline import Evidence, Origin, Pipeline, error_of
+from facelane_server.pools.groups import Wanted
+from facelane_server.pools.tasks import ANYBODY, DetectAnswer, Sender, Undecoded
 
 
 class _Told:
@@ -97,7 +73,6 @@ class _Told:
         self.ended = functools.partial(observer.track_ended, lane)
 
 
-_EMPTY: Final = b""
 _TELL_NS: Final = 1_000_000_000
 """Least time between two changes of a rate that the client is told."""
 _LEAST_FPS: Final = 0.1
@@ -119,6 +94,7 @@ class Lane:
         window: int,
         window_bytes: int,
         tracking_params: tracking.Params,
+        video_cache_bytes: int = 8 * limits.MIB,
         sender: Sender = ANYBODY,
         allowance: Allowance | None = None,
         observer: LaneObserver | None = None,
@@ -142,9 +118,9 @@ class Lane:
             _Told(self, observer or SilentObserver()),
         )
 
-        self._entries: deque[_Entry] = deque()
+        self._entries: deque[Entry] = deque()
         self._turn = 0  # entries at the left of the deque that have had their turn
-        self._waiting: _Entry | None = None  # LATEST_WINS: the newest, perhaps not begun
+        self._waiting: Entry | None = None  # LATEST_WINS: the newest, perhaps not begun
         self._outbox: deque[Outcome | Update] = deque()
         self._unwritten = 0
         self._held = 0
@@ -157,6 +133,12 @@ class Lane:
         self._wake_writer = asyncio.Event()
 
         self._unavailable = set(pipeline.unavailable(options.plan))
+
+        self._rhythm = Rhythm(options.analysis_fps) if options.analysis_fps else None
+        self._passed_over = 0
+        self._footage = Footage(pipeline.max_pixels, video_cache_bytes, allowance)
+        self._ahead: deque[Entry] = deque()  # of video: held back until others bring them out
+        self._asked = False
 
         self._pace = Pace(lane_id)
         self._told_fps, self._told_ns = 0.0, 0
@@ -204,6 +186,10 @@ class Lane:
             )
         self._last_frame_id = frame.frame_id
         self._received += 1
+        entry = Entry(frame, self._clock())
+        self._entries.append(entry)
+        if fault is not None or not self._footage.knows(frame.picture.encoding):
+            fault = self._admit(entry, fault)
         if fault is None and frame.stream_offset_ns < self._last_offset_ns:
             fault = FacelaneError(
                 Reason.ARGUMENT_INVALID,
@@ -211,46 +197,107 @@ class Lane:
             )
         else:
             self._last_offset_ns = max(self._last_offset_ns, frame.stream_offset_ns)
-        entry = _Entry(frame, self._clock())
-        self._entries.append(entry)
         if fault is not None:
-            entry.body = FrameError(fault.reason, fault.message, fault.retryable, fault.metadata)
-            self._release(entry)
-            self._advance()
-            return
-        if self._draining:
-            entry.body = FrameDrop(DropReason.DRAINING)
-            self._release(entry)
-            self._advance()
-            return
+            self._settle(
+                entry, FrameError(fault.reason, fault.message, fault.retryable, fault.metadata)
+            )
+        elif self._draining:
+            self._settle(entry, FrameDrop(DropReason.DRAINING))
+        elif frame.picture.encoding.is_video:
+            if entry.place is None:
+                self._settle(entry, FrameDrop(DropReason.WAITING_FOR_KEY_FRAME))
+            else:
+                self._hold(entry)
+                self._ahead.append(entry)
+        elif self._is_wanted(entry):
+            self._submit(entry, frame.picture)
+        if self._ahead:
+            stuck = len(self._ahead) == len(self._entries) and not self.can_accept
+            self._show(drains=stuck)
+
+    def _admit(self, entry: Entry, fault: FacelaneError | None) -> FacelaneError | None:
+        """Of video: its place in a group of pictures; what is wrong with the frame, if anything."""
+        footage, picture = self._footage, entry.frame.picture
+        try:
+            if fault is not None:
+                footage.lose()
+                return fault
+            footage.check(picture.encoding)
+            if picture.encoding.is_video:
+                entry.place = footage.take(picture.data, picture.encoding)
+        except FacelaneError as error:
+            return error
+        finally:
+            self._after_footage()
+        return None
+
+    def _after_footage(self) -> None:
+        """Asks for a key frame, once."""
+        footage = self._footage
+        if footage.dry is not self._asked:
+            self._asked = footage.dry
+            if footage.dry:
+                self._push(KeyFrameWanted())
+
+    def _is_wanted(self, entry: Entry) -> bool:
+        """Whether the stream's own rhythm takes the frame; else it has its outcome."""
+        if self._rhythm is None or self._rhythm.takes(entry.frame.stream_offset_ns):
+            return True
+        self._passed_over += 1
+        self._settle(entry, FrameDrop(DropReason.SUPERSEDED))
+        return False
+
+    def _show(self, *, drains: bool = False) -> None:
+        """Of video: hands over those that a decoder shows with what has come; all, where it is
+        to be drained."""
+        while self._ahead:
+            entry = self._ahead[0]
+            assert entry.place is not None
+            group, number = entry.place
+            newest = len(group) - 1
+            if number + group.delay > newest and not group.closed and not drains:
+                return
+            self._ahead.popleft()
+            if self._is_wanted(entry):
+                last = min(number + group.delay, newest)
+                beyond = number + group.delay > newest
+                self._submit(entry, Wanted(self.lane_id, group, number, last, beyond))
+
+    def _submit(self, entry: Entry, picture: Picture | Wanted) -> None:
+        self._hold(entry)
         before = None
         if self.options.overload is Overload.LATEST_WINS:
-            before = self._supersede(entry)
+            before = self._supersede(entry, picture)
             if before is None and not self._pace.takes(entry.received_ns):
-                entry.body = FrameDrop(DropReason.THINNED)
-                self._release(entry)
-                self._advance()
+                self._settle(entry, FrameDrop(DropReason.THINNED))
                 return
-        self._held += entry.size
-        if self._allowance is not None:
-            self._allowance.take(entry.size)
         self._waiting = entry
         if entry.task is None:
-            entry.task = self._pipeline.detect(frame.picture, self._plan, self._origin(entry))
+            entry.task = self._pipeline.detect(picture, self._plan, self._origin(entry))
         entry.task.future.add_done_callback(functools.partial(self._detected, entry))
         if before is not None:
-            before.body = FrameDrop(DropReason.SUPERSEDED)
-            self._release(before)
-            self._advance()
+            self._settle(before, FrameDrop(DropReason.SUPERSEDED))
 
-    def _supersede(self, entry: _Entry) -> _Entry | None:
+    def _hold(self, entry: Entry) -> None:
+        if not entry.held:
+            entry.held = True
+            self._held += entry.size
+            if self._allowance is not None:
+                self._allowance.take(entry.size)
+
+    def _settle(self, entry: Entry, body: FrameDrop | FrameError) -> None:
+        entry.body = body
+        self._release(entry)
+        self._advance()
+
+    def _supersede(self, entry: Entry, picture: Picture | Wanted) -> Entry | None:
         """Gives the turn of the frame of this lane that still waits for a worker, if any, to this
         one; the other one then."""
         before = self._waiting
         if before is None or before.task is None or before.task.dispatched_ns:
             return None
         entry.task = self._pipeline.detect_instead(
-            before.task, entry.frame.picture, self._plan, self._origin(entry)
+            before.task, picture, self._plan, self._origin(entry)
         )
         return None if entry.task is None else before
 
@@ -272,8 +319,9 @@ class Lane:
 
     def tally(self) -> Tally:
         """What happened since this was asked before."""
-        received, results = self._received - self._tallied[0], self._results - self._tallied[1]
-        self._tallied = (self._received, self._results)
+        asked = self._received - self._passed_over
+        received, results = asked - self._tallied[0], self._results - self._tallied[1]
+        self._tallied = (asked, self._results)
         ages_ns = tuple(self._ages_ns)
         self._ages_ns.clear()
         return Tally(received, results, ages_ns)
@@ -281,6 +329,8 @@ class Lane:
     def close_input(self) -> None:
         """No more frames will come."""
         self._input_closed = True
+        self._footage.end()
+        self._show()
         self._wake_writer.set()
 
     def drain(self, grace_ns: int) -> None:
@@ -288,6 +338,8 @@ class Lane:
         if self._draining:
             return
         self._draining = True
+        self._footage.end()
+        self._show()
         self._push(LaneDraining(grace_ns))
 
     def stages_changed(self) -> None:
@@ -316,6 +368,7 @@ class Lane:
             self._release(entry)
             self._count(self._outcome(entry, entry.body))
         self._entries.clear()
+        self._ahead.clear()
         self._waiting = None
         self._outbox.clear()
         self._wake_reader.set()
@@ -324,6 +377,9 @@ class Lane:
     def finish(self) -> None:
         """The stream is over: its remaining tracks end. Safe to call twice."""
         self._faces.finish()
+        self._footage.close()
+        if self._footage.is_video:
+            self._pipeline.release(self.lane_id)
 
     # -- the writer's side -------------------------------------------------------------
 
@@ -361,30 +417,27 @@ class Lane:
 
     # -- on the way --------------------------------------------------------------------
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         """Lets go of the picture's bytes as soon as nobody needs them."""
-        if entry.task is not None and entry.size:
+        if entry.held and entry.size:
             self._held -= entry.size
             if self._allowance is not None:
                 self._allowance.give(entry.size)
             entry.size = 0
-        picture = entry.frame.picture
-        if picture.data is not _EMPTY:
-            entry.frame = Frame(
-                entry.frame.frame_id,
-                type(picture)(picture.encoding, _EMPTY, picture.width, picture.height),
-                entry.frame.stream_offset_ns,
-                entry.frame.capture_time_ns,
-            )
+        if entry.let_go():
             self._wake_reader.set()
 
-    def _detected(self, entry: _Entry, future: asyncio.Future[DetectAnswer]) -> None:
+    def _detected(self, entry: Entry, future: asyncio.Future[DetectAnswer | Undecoded]) -> None:
         if self._aborted or entry.body is not None:
             if not future.cancelled():
                 future.exception()  # retrieved: nobody else will
             return
         if not future.cancelled() and future.exception() is None:
-            entry.answer = future.result()
+            answer = future.result()
+            if isinstance(answer, Undecoded):
+                self._undecoded(entry, answer)
+                return
+            entry.answer = answer
             assert entry.task is not None
             entry.timings.note(Stage.DETECTOR, entry.task)
         else:
@@ -396,8 +449,32 @@ class Lane:
                 entry.body = FrameError(
                     error.reason, error.message, error.retryable, error.metadata
                 )
+            self._give_up_broken(entry)
         self._release(entry)
         self._advance()
+
+    def _undecoded(self, entry: Entry, answer: Undecoded) -> None:
+        """There is no picture yet, or none before the next key frame."""
+        assert entry.place is not None
+        group = entry.place[0]
+        if answer.held:
+            group.delay = max(group.delay, answer.held)
+            self._waiting = None if self._waiting is entry else self._waiting
+            entry.task = None
+            self._ahead = deque(sorted([entry, *self._ahead], key=lambda e: e.frame.frame_id))
+            self._show()
+            return
+        group.broken = True
+        self._give_up_broken(entry)
+        self._settle(entry, FrameDrop(DropReason.WAITING_FOR_KEY_FRAME))
+
+    def _give_up_broken(self, entry: Entry) -> None:
+        """The stream goes on with its next key frame, where the frame's group is of no more use."""
+        group = self._footage.group
+        if group is not None and group.broken and entry.place and entry.place[0] is group:
+            self._footage.lose()
+            self._after_footage()
+            self._show()
 
     def _advance(self) -> None:
         """Gives every frame whose turn has come its turn, then emits what is complete."""
@@ -412,7 +489,7 @@ class Lane:
                 self._take_turn(entry, entry.answer)
         self._emit()
 
-    def _take_turn(self, entry: _Entry, answer: DetectAnswer) -> None:
+    def _take_turn(self, entry: Entry, answer: DetectAnswer) -> None:
         """Tracks the faces of a frame and asks the second stages for what is wanted."""
         entry.missing = self._pipeline.unavailable(self._plan)
         entry.looks = self._faces.turn(
@@ -438,11 +515,11 @@ class Lane:
             if look.evidence is None:
                 look.take_back = take_back
 
-    def _origin(self, entry: _Entry) -> Origin:
+    def _origin(self, entry: Entry) -> Origin:
         deadline_ns = entry.received_ns + self.options.max_frame_age_ns
         return Origin(self.lane_id, self.options.weight, deadline_ns, self.sender)
 
-    def _appraised(self, entry: _Entry, look: Look, evidence: Evidence) -> None:
+    def _appraised(self, entry: Entry, look: Look, evidence: Evidence) -> None:
         self._faces.answered(look, evidence)
         entry.outstanding -= 1
         if entry.outstanding == 0 and not self._aborted:
@@ -473,7 +550,7 @@ class Lane:
         """Those of frames on their way."""
         return (look for entry in self._entries for look in entry.looks)
 
-    def _outcome(self, entry: _Entry, body: FrameResult | FrameDrop | FrameError) -> Outcome:
+    def _outcome(self, entry: Entry, body: FrameResult | FrameDrop | FrameError) -> Outcome:
         frame = entry.frame
         return Outcome(
             frame.frame_id,
@@ -483,7 +560,7 @@ class Lane:
             self._clock() - entry.received_ns,
         )
 
-    def _compose(self, entry: _Entry) -> FrameResult:
+    def _compose(self, entry: Entry) -> FrameResult:
         """The result of a frame: new evidence fused into its tracks, then their state read."""
         assert entry.answer is not None
         missing = set(entry.missing)

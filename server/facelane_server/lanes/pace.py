@@ -1,4 +1,4 @@
-"""How much of a stream is taken while the server thins: pure."""
+"""How much of a stream is taken, by its own wish and while the server thins: pure."""
 
 from __future__ import annotations
 
@@ -42,3 +42,23 @@ class Pace:
     def _earn(self, now_ns: int, rate: float) -> None:
         self._level = min(_BURST, self._level + rate * (now_ns - self._since_ns) / 1e9)
         self._since_ns = now_ns
+
+
+class Rhythm:
+    """Takes at most ``fps`` pictures a second of media time, those nearest behind the beats of an
+    even rhythm, so that a camera's own rate is not rounded down to one that divides it."""
+
+    __slots__ = ("_beat_ns", "_next_ns")
+
+    def __init__(self, fps: float) -> None:
+        self._beat_ns = 1e9 / fps
+        self._next_ns: float | None = None
+
+    def takes(self, at_ns: int) -> bool:
+        """Whether the picture of this moment is taken; moments do not go back."""
+        if self._next_ns is None:
+            self._next_ns = float(at_ns)
+        if at_ns < self._next_ns:
+            return False
+        self._next_ns += self._beat_ns * ((at_ns - self._next_ns) // self._beat_ns + 1)
+        return True

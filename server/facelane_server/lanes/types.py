@@ -26,6 +26,8 @@ class LaneOptions:
     weight: int = 10
     tracking: bool = True
     reinference_interval_ns: int = 3_000_000_000
+    analysis_fps: float = 0.0
+    """Pictures a second of media time; 0 = all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,12 @@ class RateChanged:
     fps: float
 
 
-Update = TrackEnded | StageChanged | LaneDraining | RateChanged
+@dataclass(frozen=True, slots=True)
+class KeyFrameWanted:
+    """Frames of video are dropped until the next key frame."""
+
+
+Update = TrackEnded | StageChanged | LaneDraining | RateChanged | KeyFrameWanted
 
 
 @dataclass(frozen=True, slots=True)

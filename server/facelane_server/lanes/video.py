@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from facelane_server import annexb
 from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.lanes.allowance import Allowance
 from facelane_server.pools.groups import Group
 
 
 class Footage:
-    """One stream's. ``cache_bytes``: what is kept of a group of pictures."""
+    """One stream's. ``cache_bytes``: what is kept of a group of pictures; it counts in the
+    ``allowance``, and goes where that is full: a key's room is for what waits."""
 
-    def __init__(self, max_pixels: int, cache_bytes: int) -> None:
+    def __init__(
+        self, max_pixels: int, cache_bytes: int, allowance: Allowance | None = None
+    ) -> None:
         self._max_pixels = max_pixels
         self._cache_bytes = cache_bytes
+        self._allowance = allowance
+        self._counted = 0
         self._encoding: Encoding | None = None
         self._leading = False
         """The group begins with a soft key frame, and what is shown before it may come."""
@@ -24,6 +30,15 @@ class Footage:
         """The newest, while it goes on."""
         self.dry = False
         """A key frame is wanted."""
+
+    @property
+    def is_video(self) -> bool:
+        return self._encoding is not None and self._encoding.is_video
+
+    def knows(self, encoding: Encoding) -> bool:
+        """Whether a frame of this encoding is a still like the one before, and nobody's concern
+        here."""
+        return encoding is self._encoding and not encoding.is_video
 
     def check(self, encoding: Encoding) -> None:
         """For every frame of the stream. Raises FacelaneError(ENCODING_CHANGED)."""
@@ -58,10 +73,20 @@ class Footage:
             if seen.leading:
                 return None  # it needs what was before the group, and nothing needs it
             self._leading = False
-        if not group.append(unit, disposable=seen.disposable):
+        if not group.append(unit):
             self.lose()
             return None
+        self._count()
         return group, len(group) - 1
+
+    def _count(self) -> None:
+        if self._allowance is None:
+            return
+        if self.group is not None and self._allowance.full:
+            self.group.trim()
+        kept = self.group.size if self.group is not None else 0
+        self._allowance.take(kept - self._counted)
+        self._counted = kept
 
     def _begins(self, key: annexb.Key, found: annexb.Format) -> bool:
         """Whether a group begins here. One whose pictures are shown in another order goes on over
@@ -80,11 +105,17 @@ class Footage:
 
     def lose(self) -> None:
         """An access unit is missing: what follows waits for a key frame."""
-        self.end()
-        self.dry = True
+        if self.is_video:
+            self.end()
+            self.dry = True
 
     def end(self) -> None:
         """No access units follow those of the group."""
         if self.group is not None:
             self.group.closed = True
             self.group = None
+
+    def close(self) -> None:
+        """The stream is over. Safe to call twice."""
+        self.end()
+        self._count()

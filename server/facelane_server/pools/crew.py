@@ -477,11 +477,11 @@ class Crew:
         now = self._clock.now_ns()
         for task in tasks:
             task.dispatched_ns = now
-        job = Job(self._jobs, slot, tasks)
-        if not handle.jobs:
-            job.started_ns = now
+        job = Job(self._jobs, slot, tasks, started_ns=0 if handle.jobs else now)
         try:
-            items, job.request_used = worker.codec.write([task.request for task in tasks], view)
+            requests = [task.request for task in tasks]
+            items, job.request_used = worker.codec.write(requests, view, handle.decoders)
+            handle.take_over([t.lane for t in tasks], [w.handle for w in self.everyone()])
             handle.send(job, items)
         except ChannelError as error:
             self._owner.jobs_came_back([job], "NOT_SENT", overlaps=False)

@@ -12,7 +12,7 @@ Pure: no clock, no loop.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from facelane_server import annexb, limits
@@ -38,7 +38,7 @@ class Group:
         self.size = 0
         """Bytes kept."""
         self._bytes_max = bytes_max
-        self._units: deque[tuple[bytes, bool]] = deque()
+        self._units: deque[bytes] = deque()
         self._first = 0
         self._decoded = -1
 
@@ -51,7 +51,7 @@ class Group:
         """It can be decoded from its key frame on."""
         return self._first == 0
 
-    def append(self, unit: bytes, *, disposable: bool = False) -> bool:
+    def append(self, unit: bytes) -> bool:
         """False where it does not fit: the group is broken then."""
         if self.size + len(unit) > self._bytes_max or len(self) >= limits.MAX_GROUP_UNITS:
             self.trim()
@@ -60,14 +60,14 @@ class Group:
         ):
             self.broken = True
             return False
-        self._units.append((unit, disposable))
+        self._units.append(unit)
         self.size += len(unit)
         return True
 
     def trim(self) -> None:
         """Lets go of what was decoded: it cannot be replayed any more."""
         while self._units and self._first <= self._decoded:
-            self.size -= len(self._units.popleft()[0])
+            self.size -= len(self._units.popleft())
             self._first += 1
 
     def decoded(self, number: int) -> None:
@@ -75,24 +75,19 @@ class Group:
         self._decoded = max(self._decoded, number)
         self.losses = 0
 
-    def is_disposable(self, number: int) -> bool:
-        """No other picture needs it."""
-        at = number - self._first
-        return 0 <= at < len(self._units) and self._units[at][1]
-
     def units(self, first: int, last: int) -> list[bytes] | None:
         """From ``first`` to ``last``; None when some are no longer kept."""
         if first < self._first or last >= len(self):
             return None
         at = first - self._first
-        return [self._units[i][0] for i in range(at, at + last - first + 1)]
+        return [self._units[i] for i in range(at, at + last - first + 1)]
 
     def bytes_between(self, first: int, last: int) -> int:
         """Of the units from ``first`` to ``last`` that are kept."""
         if first <= self._first and last >= len(self) - 1:
             return self.size
         low, high = max(first - self._first, 0), min(last - self._first, len(self._units) - 1)
-        return sum(len(self._units[i][0]) for i in range(low, high + 1))
+        return sum(len(self._units[i]) for i in range(low, high + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +154,7 @@ class Decoders:
     def sent(self, wanted: Wanted, span: Span) -> None:
         if span.begins and span.last > 0:
             self.replayed += 1
+        self._states.pop(wanted.lane, None)
         self._states[wanted.lane] = _State(wanted.group, span.last, span.drains)
 
     def at(self, lane: int, position: int) -> None:
@@ -167,6 +163,11 @@ class Decoders:
         if state is not None:
             state.position = position
             state.drained = False
+
+    def beyond(self, most: int, needed: Collection[int]) -> list[int]:
+        """Lanes that make it more than ``most``: those sent to longest ago, but these."""
+        spare = [lane for lane in self._states if lane not in needed]
+        return spare[: max(len(self._states) - most, 0)]
 
     def forget(self, lanes: Iterable[int]) -> None:
         """Whatever is sent next begins anew."""

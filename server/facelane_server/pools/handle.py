@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from facelane_server import limits
 from facelane_server.ipc import messages
 from facelane_server.ipc.arena import Arena
 from facelane_server.ipc.channel import ChannelError, ProtocolError, ServerChannel
 from facelane_server.ipc.messages import (
     Cancel,
+    CloseVideo,
     Drain,
     Drained,
     Fatal,
@@ -35,6 +37,7 @@ from facelane_server.ipc.messages import (
     Ready,
     Warming,
 )
+from facelane_server.pools.groups import Decoders
 from facelane_server.pools.host import Link
 from facelane_server.pools.tasks import Job
 
@@ -176,6 +179,7 @@ class ReadyHandle:
         """Running mean of a job's time."""
         self.jobs: deque[Job] = deque()
         """In flight, in the order sent."""
+        self.decoders = Decoders()
         self.memory_mib = facts.memory_mib
         self.gallery_version = 0
         self.gallery_base = 0
@@ -228,6 +232,26 @@ class ReadyHandle:
         """Best effort: the worker may have begun it."""
         with contextlib.suppress(ChannelError):
             self._channel.send(Cancel(job.job_id))
+
+    def close_video(self, lane: int) -> None:
+        """The lane's decoder is not needed here any more."""
+        if lane in self.decoders:
+            self.decoders.forget([lane])
+            with contextlib.suppress(ChannelError):  # end of file tells
+                self._channel.send(CloseVideo(lane))
+
+    def take_over(self, lanes: Sequence[int], everyone: Sequence[ReadyHandle | None]) -> None:
+        """These lanes are given to this worker: of video, no other decodes them from now on, and
+        those that it decoded longest ago go where there would be too many."""
+        given = [lane for lane in lanes if lane in self.decoders] if len(self.decoders) else []
+        if not given:
+            return
+        for other in everyone:
+            if other is not None and other is not self:
+                for lane in given:
+                    other.close_video(lane)
+        for lane in self.decoders.beyond(limits.MAX_DECODERS, given):
+            self.close_video(lane)
 
     def ping(self, now_ns: int) -> None:
         self._pings += 1

@@ -157,7 +157,8 @@ class Pool:
         if self._ending:
             refusal: FacelaneError | None = self._shutting_down()
         else:
-            refusal = self._schedule.submit(task, now, self._crew.can_serve_by)
+            seats = self._crew.seats()
+            refusal = self._schedule.submit(task, now, self._crew.can_serve_by, seats)
         if refusal is not None:
             self._resolve([(task, refusal)])
             return
@@ -173,6 +174,13 @@ class Pool:
         self._arm_deadline()
         self._schedule_dispatch()
         return True
+
+    def release(self, lane: int) -> None:
+        """A lane of video has ended: nobody decodes it any more."""
+        self._schedule.release(lane)
+        for worker in self._crew.everyone():
+            if worker.handle is not None:
+                worker.handle.close_video(lane)
 
     def withdraw(self, task: AnyTask) -> bool:
         """Take a task back. True when it was still queued: its future is then the caller's to
@@ -240,9 +248,14 @@ class Pool:
         self._expire()
         while (given := self._schedule.next(self._crew.seats())) is not None:
             handle, tasks = given
+            if lost := self._schedule.without_pictures(tasks, handle):
+                self._resolve(lost)
+                tasks = [task for task in tasks if not task.future.done()]
             try:
-                self._crew.give(handle, tasks)
+                if tasks:
+                    self._crew.give(handle, tasks)
             except (ValueError, OverflowError):
+                handle.decoders.forget(task.lane for task in tasks)
                 self._resolve(self._schedule.cannot_be_sent(tasks))
             self._arm_deadline()
 
@@ -253,7 +266,12 @@ class Pool:
         if isinstance(message, InferDone):
             try:
                 ended, used = self._schedule.answered(
-                    job, message, codec, handle.response(job), self._clock.now_ns()
+                    job,
+                    message,
+                    codec,
+                    handle.response(job),
+                    self._clock.now_ns(),
+                    handle.decoders,
                 )
             except Exception as error:
                 handle.jobs.appendleft(job)
@@ -263,6 +281,7 @@ class Pool:
                 self._crew.lost(worker, WorkerLostError.by(error))
                 return
         else:
+            handle.decoders.forget(task.lane for task in job.tasks)
             ended = self._schedule.failed(job, message)
         self._resolve(ended)
         self._arm_deadline()

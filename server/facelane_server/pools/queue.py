@@ -152,6 +152,21 @@ class FairQueue:
         return self._by_key.get(key, 0)
 
     @property
+    def share(self) -> float:
+        """Weights of those that wait: streams by their keys, single pictures as a quarter."""
+        kinds = self._root.children.values()
+        waiting = [kind for kind in kinds if isinstance(kind, _Kind) and kind.weight]
+        return sum(k.total if k.weight > 1 else 1 / _STREAMS_SHARE for k in waiting) or 1.0
+
+    def has_lane(self, task: AnyTask) -> bool:
+        """Whether another task of its lane waits."""
+        return any(other.lane == task.lane for other in self._queued)
+
+    def in_order(self) -> list[AnyTask]:
+        """All that is queued, in the order of coming."""
+        return [task for _, _, task in sorted(self._deadlines) if task in self._queued]
+
+    @property
     def next_is_alone(self) -> bool:
         """The next task came back to be taken alone."""
         return bool(self._front) and self._front[0][1]

@@ -23,7 +23,7 @@ is handed back (``Ended``) for the pool to tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol, TypeVar
 
 import structlog
@@ -31,11 +31,20 @@ import structlog
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.ipc.channel import ProtocolError
-from facelane_server.ipc.messages import InferDone, InferFailed
+from facelane_server.ipc.messages import InferDone, InferFailed, PictureHeld
+from facelane_server.pools.groups import Decoders, Group
+from facelane_server.pools.lineup import Lineup
 from facelane_server.pools.offenders import Offenders
-from facelane_server.pools.queue import FairQueue
 from facelane_server.pools.slots import Codec, failure_of
-from facelane_server.pools.tasks import Answer, AnyTask, DetectRequest, Job
+from facelane_server.pools.tasks import (
+    Answer,
+    AnyTask,
+    DetectAnswer,
+    DetectRequest,
+    Job,
+    Undecoded,
+    VideoRequest,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -85,6 +94,10 @@ class Seat(Protocol):
     def service_ns(self) -> float:
         """Running mean of a job's time."""
 
+    @property
+    def decoders(self) -> Decoders:
+        """Of the lanes of video that it has."""
+
 
 S = TypeVar("S", bound=Seat)
 
@@ -102,7 +115,7 @@ class Schedule:
         self._accusers: dict[str | int, int] = {}
         """Senders whose picture ended a worker, and when."""
         self._pool = pool
-        self._queue = FairQueue()
+        self._queue: Lineup[Seat] = Lineup()
 
     @property
     def queued(self) -> int:
@@ -111,13 +124,30 @@ class Schedule:
     # -- in and out -----------------------------------------------------------------------
 
     def submit(
-        self, task: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
+        self,
+        task: AnyTask,
+        now_ns: int,
+        can_be_served: Callable[[int], bool],
+        seats: Sequence[Seat] = (),
     ) -> FacelaneError | None:
-        """Queue a task, or say why not. ``can_be_served``: by that deadline."""
+        """Queue a task, or say why not. ``can_be_served``: by that deadline. ``seats``: the workers
+        that there are, one of which the lanes of video belong to."""
         refusal = self._refusal(task, now_ns, can_be_served)
+        if refusal is None and not self._queue.has_home(task, seats):
+            refusal = FacelaneError(
+                Reason.POOL_OVERLOADED,
+                f"every worker of the {self._pool} pool decodes {limits.MAX_DECODERS} streams of "
+                "video; add workers",
+                retryable=True,
+                metadata={"pool": self._pool},
+            )
         if refusal is None:
-            self._queue.put(task)
+            self._queue.put(task, seats)
         return refusal
+
+    def release(self, lane: int) -> None:
+        """The lane, of video, has ended."""
+        self._queue.release(lane)
 
     def _refusal(
         self, task: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
@@ -191,24 +221,28 @@ class Schedule:
 
     # -- what goes next -------------------------------------------------------------------
 
-    def next(self, seats: Collection[S]) -> tuple[S, list[AnyTask]] | None:
+    def next(self, seats: Sequence[S]) -> tuple[S, list[AnyTask]] | None:
         """Whom to give which batch now; None when nothing waits or nobody has room."""
+        self._queue.settle(seats)
         while len(self._queue):
-            seat = self._next_seat(seats, alone=self._queue.next_is_alone)
+            seat = self._next_seat(seats)
             if seat is None:
                 return None
             # A caller that gave up (cancelled future) costs no inference.
-            tasks = [t for t in self._take_batch(seat.batch_max) if not t.future.done()]
+            tasks = [t for t in self._take_batch(seat) if not t.future.done()]
             if tasks:
                 return seat, tasks
         return None
 
-    def _next_seat(self, seats: Iterable[S], *, alone: bool) -> S | None:
-        """An idle worker; else, all being busy, the one whose staged place is free and whose
-        first job began longest ago. Where jobs overlap, the end of a worker is blamed on both:
-        ``alone`` = a task that may be the guilty one shares it with no other."""
+    def _next_seat(self, seats: Iterable[S]) -> S | None:
+        """Of those for whom there is something: an idle worker; else the one whose staged place is
+        free and whose first job began longest ago. Where jobs overlap, the end of a worker is
+        blamed on both: a task that may be the guilty one shares it with no other."""
         best: S | None = None
         for seat in seats:
+            alone = self._queue.is_alone(seat)
+            if alone is None:
+                continue
             jobs = seat.jobs
             if not jobs:
                 return seat
@@ -222,18 +256,31 @@ class Schedule:
                 best = seat
         return best
 
-    def _take_batch(self, most: int) -> list[AnyTask]:
+    def _take_batch(self, seat: Seat) -> list[AnyTask]:
         room = [limits.REQUEST_SLOT_BYTES, limits.RESPONSE_SLOT_BYTES]
 
         def accept(task: AnyTask) -> bool:
-            request, response = self.codec.cost(task.request)
+            request, response = (
+                self.codec.cost(task.request, seat.decoders)
+                if isinstance(task.request, VideoRequest)
+                else self.codec.cost(task.request)
+            )
             if request > room[0] or response > room[1]:
                 return False
             room[0] -= request
             room[1] -= response
             return True
 
-        return self._queue.take(most, accept)
+        return self._queue.take(seat, seat.batch_max, accept)
+
+    def without_pictures(self, tasks: Sequence[AnyTask], seat: Seat) -> Ended:
+        """Those of video that cannot be decoded any more: what they need is not kept."""
+        return [
+            (task, Undecoded())
+            for task in tasks
+            if isinstance(task.request, VideoRequest)
+            and seat.decoders.span(task.request.wanted) is None
+        ]
 
     # -- what came of it ------------------------------------------------------------------
 
@@ -247,10 +294,17 @@ class Schedule:
         return [(tasks[0], FacelaneError(Reason.INTERNAL, "the request cannot be sent"))]
 
     def answered(
-        self, job: Job, message: InferDone, codec: Codec, slot: memoryview, now_ns: int
+        self,
+        job: Job,
+        message: InferDone,
+        codec: Codec,
+        slot: memoryview,
+        now_ns: int,
+        decoders: Decoders | None = None,
     ) -> tuple[Ended, int]:
-        """A job's answers, and the bytes that they took in the response slot. ``codec``: of
-        the worker that answers. Raises ProtocolError for what cannot be an answer."""
+        """A job's answers, and the bytes that they took in the response slot. ``codec`` and
+        ``decoders``: of the worker that answers. Raises ProtocolError for what cannot be an
+        answer."""
         if len(message.items) != len(job.tasks):
             raise ProtocolError("another number of answers than of items")
         read = [
@@ -260,7 +314,29 @@ class Schedule:
         for task, answer, _ in read:
             if isinstance(answer, FacelaneError) and answer.reason is Reason.PICTURE_TOO_COSTLY:
                 self.offenders.strike(task, now_ns)
-        return [(task, answer) for task, answer, _ in read], max(end for _, _, end in read)
+        if decoders is not None and any(isinstance(t.request, VideoRequest) for t in job.tasks):
+            for task, answer, _ in read:
+                _note(task, answer, decoders)
+        ended: Ended = []
+        again: list[AnyTask] = []
+        for task, answer, _ in read:
+            if not isinstance(answer, PictureHeld):
+                ended.append((task, answer))
+            elif answer.held:
+                ended.append((task, Undecoded(answer.held)))
+            else:
+                again.append(task)
+        for task in reversed(again):
+            self._go_on(task)
+        return ended, max(end for _, _, end in read)
+
+    def _go_on(self, task: AnyTask) -> None:
+        """Others have had their turn: the rest of what it takes is decoded."""
+        task.slices += 1
+        if task.slices > limits.MAX_GROUP_UNITS:
+            raise ProtocolError("a picture that never comes")
+        if not task.future.done():
+            self._queue.put_back(task, alone=task.attempts > 0)
 
     def failed(self, job: Job, message: InferFailed) -> Ended:
         """A job failed whole: its tasks are tried once more, or end."""
@@ -269,7 +345,7 @@ class Schedule:
         for task in reversed(job.tasks):
             if task.future.done():
                 continue
-            task.attempts += 1
+            _count_loss([task])
             # Out of memory may pass; an error that nobody foresaw may be one item's fault.
             again = message.retryable or (message.reason == Reason.INTERNAL and not alone)
             if not task.canary and again and task.attempts < limits.MAX_TASK_ATTEMPTS:
@@ -299,8 +375,7 @@ class Schedule:
         guilty = _guilty(suspects, reason)
         if guilty is not None:
             self.offenders.strike(guilty, now_ns)  # also when its sender has gone since
-        for task in suspects:
-            task.attempts += 1
+        _count_loss(suspects)
         for task in reversed([task for job in jobs for task in job.tasks]):
             if task.future.done():
                 continue
@@ -354,6 +429,38 @@ class Schedule:
         )
 
 
+def _note(task: AnyTask, answer: Answer | PictureHeld | FacelaneError, decoders: Decoders) -> None:
+    """What an answer says of the lane's decoder, and of its group of pictures."""
+    if not isinstance(task.request, VideoRequest):
+        return
+    wanted = task.request.wanted
+    if isinstance(answer, FacelaneError):
+        decoders.forget([task.lane])
+        # What follows needs what cannot be decoded; only where it was a matter of time it can.
+        wanted.group.broken = wanted.group.broken or not answer.retryable
+    elif isinstance(answer, DetectAnswer) or (isinstance(answer, PictureHeld) and answer.held):
+        wanted.group.decoded(wanted.last)
+    elif isinstance(answer, PictureHeld) and answer.position >= 0:
+        decoders.at(task.lane, answer.position)
+    else:
+        decoders.forget([task.lane])
+
+
+def _count_loss(tasks: Sequence[AnyTask]) -> None:
+    """A worker ended, or failed whole, over these. Pictures of a group answer for each other: the
+    newest one takes over from one that was given up, and must not cost worker after worker."""
+    groups = {id(group): group for task in tasks if (group := _group_of(task))}
+    for group in groups.values():
+        group.losses += 1
+        group.broken = group.broken or group.losses >= limits.MAX_TASK_ATTEMPTS
+    for task in tasks:
+        task.attempts = max(task.attempts + 1, group.losses if (group := _group_of(task)) else 0)
+
+
+def _group_of(task: AnyTask) -> Group | None:
+    return task.request.wanted.group if isinstance(task.request, VideoRequest) else None
+
+
 def _suspects(jobs: Sequence[Job], reason: str, *, overlaps: bool) -> list[AnyTask]:
     """Who may have ended a worker. A staged job has not been begun by a worker that computes in
     order."""
@@ -366,7 +473,7 @@ def _suspects(jobs: Sequence[Job], reason: str, *, overlaps: bool) -> list[AnyTa
 def _guilty(suspects: Sequence[AnyTask], reason: str) -> AnyTask | None:
     """The picture that has ended a worker, where that is known: it was alone on one that hung,
     or on a second one that ended."""
-    if len(suspects) != 1 or not isinstance(suspects[0].request, DetectRequest):
+    if len(suspects) != 1 or not isinstance(suspects[0].request, DetectRequest | VideoRequest):
         return None
     ended_before = suspects[0].attempts + 1 >= limits.MAX_TASK_ATTEMPTS
     return suspects[0] if reason == HUNG or ended_before else None

@@ -27,7 +27,10 @@ from facelane_server.ipc.messages import (
     ItemFailed,
     LivenessDone,
     LivenessItem,
+    PictureHeld,
+    VideoItem,
 )
+from facelane_server.pools.groups import Decoders
 from facelane_server.pools.tasks import (
     Answer,
     DetectAnswer,
@@ -37,6 +40,7 @@ from facelane_server.pools.tasks import (
     LivenessAnswer,
     LivenessRequest,
     Request,
+    VideoRequest,
 )
 
 SubjectResolver = Callable[[int, int], tuple[str, str] | None]
@@ -59,6 +63,8 @@ _REASONS: Final = {
         Reason.ENCODING_UNSUPPORTED,
         Reason.ENCODING_MISMATCH,
         Reason.RAW_LAYOUT_INVALID,
+        Reason.VIDEO_UNSUPPORTED,
+        Reason.PARAMETER_SETS_MISSING,
         Reason.DEADLINE_EXCEEDED,
         Reason.OUT_OF_MEMORY,
         Reason.CANCELLED,
@@ -92,15 +98,20 @@ class Codec:
         self._dim = embedding_dim
         self._resolve = resolve
 
-    def cost(self, request: Request) -> tuple[int, int]:
-        """(request bytes, response bytes) that one item takes at most in the slots.
+    def cost(self, request: Request, decoders: Decoders | None = None) -> tuple[int, int]:
+        """(request bytes, response bytes) that one item takes at most in the slots; of video, for
+        the worker with these ``decoders``.
 
         Raises FacelaneError for a request that this stage cannot serve.
         """
         if isinstance(request, DetectRequest) and self._stage is Stage.DETECTOR:
-            faces = min(request.max_faces, limits.MAX_FACES)
-            response = aligned(faces * _FACE.size) + aligned(faces * self._record)
-            return aligned(max(len(request.picture.data), 1)), response
+            return aligned(max(len(request.picture.data), 1)), self._response(request.max_faces)
+        if isinstance(request, VideoRequest) and self._stage is Stage.DETECTOR:
+            wanted = request.wanted
+            span = None if decoders is None else decoders.span(wanted)
+            first, last = (0, wanted.last) if span is None else (span.first, span.last)
+            size = wanted.group.bytes_between(first, last)
+            return aligned(max(size, 1)), self._response(request.max_faces)
         if isinstance(request, EmbedRequest) and self._stage is Stage.RECOGNIZER:
             if len(request.chip) == self._record:
                 return aligned(self._record), aligned(self._dim * 4)
@@ -111,8 +122,15 @@ class Codec:
             raise self._wrong_size()
         raise FacelaneError(Reason.INTERNAL, f"the {self._stage} pool does not take this request")
 
-    def write(self, requests: Sequence[Request], slot: memoryview) -> tuple[list[Item], int]:
-        """Lay a batch into a request slot; its items, and the bytes used."""
+    def _response(self, max_faces: int) -> int:
+        faces = min(max_faces, limits.MAX_FACES)
+        return aligned(faces * _FACE.size) + aligned(faces * self._record)
+
+    def write(
+        self, requests: Sequence[Request], slot: memoryview, decoders: Decoders | None = None
+    ) -> tuple[list[Item], int]:
+        """Lay a batch into a request slot; its items, and the bytes used. ``decoders``: of the
+        worker that is to have it."""
         items: list[Item] = []
         end = 0
         for request in requests:
@@ -133,6 +151,10 @@ class Codec:
                     )
                 )
                 end = aligned(end + size)
+            elif isinstance(request, VideoRequest):
+                assert decoders is not None
+                item, end = _write_video(request, slot, end, decoders)
+                items.append(item)
             elif isinstance(request, EmbedRequest):
                 size = len(request.chip)
                 slot[end : end + size] = request.chip
@@ -149,7 +171,7 @@ class Codec:
 
     def read(
         self, request: Request, done: ItemDone, slot: memoryview
-    ) -> tuple[Answer | FacelaneError, int]:
+    ) -> tuple[Answer | PictureHeld | FacelaneError, int]:
         """One item's answer (or its own error), and where it ends in the response slot.
 
         Raises ProtocolError when the answer cannot be one to this request.
@@ -159,8 +181,12 @@ class Codec:
             # There was no time for it; that was not its own doing.
             late = reason is Reason.DEADLINE_EXCEEDED
             return FacelaneError(reason, done.message, retryable=late), 0
-        if isinstance(done, DetectDone) and isinstance(request, DetectRequest):
+        if isinstance(done, DetectDone) and isinstance(request, DetectRequest | VideoRequest):
             return self._faces(request, done, slot)
+        if isinstance(done, PictureHeld) and isinstance(request, VideoRequest):
+            if done.position > len(request.wanted.group):
+                raise ProtocolError("access units decoded that were not sent")
+            return done, 0
         if isinstance(done, EmbedDone) and isinstance(request, EmbedRequest):
             return self._embedding(request, done, slot)
         if isinstance(done, LivenessDone) and isinstance(request, LivenessRequest):
@@ -168,7 +194,7 @@ class Codec:
         raise ProtocolError("an answer of another kind than its request")
 
     def _faces(
-        self, request: DetectRequest, done: DetectDone, slot: memoryview
+        self, request: DetectRequest | VideoRequest, done: DetectDone, slot: memoryview
     ) -> tuple[Answer, int]:
         count, offset, crops_at = done.count, done.offset, done.crops_offset
         if done.width * done.height > limits.MAX_SHRUNK_PIXELS:
@@ -243,6 +269,36 @@ class Codec:
         return FacelaneError(
             Reason.INTERNAL, f"the crops are not those that the {self._stage} model takes"
         )
+
+
+def _write_video(
+    request: VideoRequest, slot: memoryview, end: int, decoders: Decoders
+) -> tuple[VideoItem, int]:
+    """Raises ValueError for a picture that cannot be decoded any more."""
+    wanted = request.wanted
+    span = decoders.span(wanted)
+    units = None if span is None else wanted.group.units(span.first, span.last)
+    if span is None or units is None:
+        raise ValueError("its group of pictures is not kept")
+    offset = end
+    for unit in units:
+        slot[end : end + len(unit)] = unit
+        end += len(unit)
+    decoders.sent(wanted, span)
+    item = VideoItem(
+        wanted.lane,
+        offset,
+        tuple([len(unit) for unit in units]),
+        wanted.group.encoding,
+        span.first,
+        span.last,
+        wanted.picture,
+        begins=span.begins,
+        drain=span.drains,
+        max_faces=request.max_faces,
+        max_pixels=request.max_pixels,
+    )
+    return item, aligned(end)
 
 
 def failure_of(done: Any, attempts: int) -> FacelaneError:

@@ -7,11 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from facelane_server.domain import Candidate, DetectedFace, Picture
+from facelane_server.pools.groups import Wanted
 
 
 @dataclass(frozen=True, slots=True)
 class DetectRequest:
     picture: Picture
+    max_faces: int
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRequest:
+    """One picture of a lane's video."""
+
+    wanted: Wanted
     max_faces: int
     max_pixels: int
 
@@ -36,6 +46,14 @@ class DetectAnswer:
     width: int
     height: int
     faces: tuple[DetectedFace, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Undecoded:
+    """Of video there is no picture. ``held``: the decoder holds so many back, more access units
+    bring them out; 0 = none comes before the next key frame."""
+
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +83,8 @@ class Sender:
 
 ANYBODY: Final = Sender()
 
-Request = DetectRequest | EmbedRequest | LivenessRequest
-Answer = DetectAnswer | EmbedAnswer | LivenessAnswer
+Request = DetectRequest | VideoRequest | EmbedRequest | LivenessRequest
+Answer = DetectAnswer | Undecoded | EmbedAnswer | LivenessAnswer
 
 A = TypeVar("A", bound=Answer)
 
@@ -91,6 +109,8 @@ class Task(Generic[A]):
     finished_ns: int = 0
     attempts: int = 0
     """Workers that ended, or failed whole, over it."""
+    slices: int = 0
+    """Jobs that decoded a part of what it takes."""
     sender: Sender = ANYBODY
     canary: bool = False
     """The pool's own: nobody asked for it."""

@@ -114,6 +114,7 @@ class Session:
         """The newest access unit of the group that it has had."""
         self.busy = False
         """A thread is at it; left so by one that was given up."""
+        self._broken = False
         self._drained = False
         self._unshown: deque[int] = deque()
         self._shown: dict[int, Shown] = {}
@@ -123,18 +124,26 @@ class Session:
         self.decoder.reset()
         self.format = found
         self.position = -1
+        self._broken = False
         self._drained = False
         self._unshown.clear()
         self._shown.clear()
 
     def goes_on_at(self, first: int, count: int) -> bool:
         """Whether ``count`` access units from ``first`` on are what comes next."""
-        return first == self.position + 1 and not (self._drained and count)
+        if self._broken or (self._drained and count):
+            return False
+        return first == self.position + 1
 
     def feed(self, unit: bytes) -> None:
         self.position += 1
         self._unshown.append(self.position)
-        self._take(self.decoder.decode(unit, self.position))
+        try:
+            self._take(self.decoder.decode(unit, self.position))
+        except FacelaneError:
+            # What follows would be decoded on top of it: wrong, and nobody could see it.
+            self._broken = True
+            raise
 
     def drain(self) -> None:
         if not self._drained:

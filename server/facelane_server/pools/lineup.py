@@ -1,0 +1,173 @@
+"""Who stands where: the tasks that any worker can take, and those of each worker's video.
+
+A lane of video belongs to one worker at a time, whose decoder knows what came before. It is given
+to the worker with the fewest, and stays there until that one is gone; with a key frame, which
+needs nothing of what came before, it may move to one that has fewer. What has no worker to
+belong to waits with the others, and belongs to whoever takes it.
+
+Each queue is fair in itself (``queue``); a worker that finds tasks in both takes from each by the
+shares of the keys that wait there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+from facelane_server import limits
+from facelane_server.pools.queue import FairQueue
+from facelane_server.pools.tasks import AnyTask, VideoRequest
+
+S = TypeVar("S")
+
+
+class _Own:
+    """A worker's queue beside the one for all."""
+
+    def __init__(self, lanes: Iterable[int] = ()) -> None:
+        self.queue = FairQueue()
+        self.lanes = set(lanes)
+        self.turns = 0.0
+        self.turns_of_all = 0.0
+
+    def pick(self, shared: FairQueue) -> FairQueue:
+        """Whose turn it is, both having tasks."""
+        if self.turns <= self.turns_of_all:
+            self.turns += 1 / self.queue.share
+            chosen = self.queue
+        else:
+            self.turns_of_all += 1 / shared.share
+            chosen = shared
+        least = min(self.turns, self.turns_of_all)
+        self.turns -= least
+        self.turns_of_all -= least
+        return chosen
+
+
+class Lineup(Generic[S]):
+    """``S``: a worker."""
+
+    def __init__(self) -> None:
+        self._shared = FairQueue()
+        self._own: dict[S, _Own] = {}
+        self._homes: dict[int, S] = {}
+
+    def __len__(self) -> int:
+        count = len(self._shared)
+        return count + sum(len(own.queue) for own in self._own.values()) if self._own else count
+
+    def __contains__(self, task: AnyTask) -> bool:
+        return any(task in queue for queue in self._queues())
+
+    def _queues(self) -> Iterator[FairQueue]:
+        yield self._shared
+        for own in self._own.values():
+            yield own.queue
+
+    # -- in and out -----------------------------------------------------------------------
+
+    def has_home(self, task: AnyTask, seats: Sequence[S]) -> bool:
+        """Whether some worker has room for the task's lane."""
+        if not isinstance(task.request, VideoRequest) or not seats:
+            return True
+        return self._home(task, seats) is not None
+
+    def put(self, task: AnyTask, seats: Sequence[S] = ()) -> None:
+        """Queue a task behind those of its lane; ``seats``: the workers that there are."""
+        home = self._home(task, seats) if isinstance(task.request, VideoRequest) else None
+        (self._shared if home is None else self._own[home].queue).put(task)
+
+    def put_back(self, task: AnyTask, *, alone: bool) -> None:
+        """See ``FairQueue``: in front of all, where its lane belongs now."""
+        home = self._homes.get(task.lane) if isinstance(task.request, VideoRequest) else None
+        (self._shared if home is None else self._own[home].queue).put_back(task, alone=alone)
+
+    def withdraw(self, task: AnyTask) -> bool:
+        return any(queue.withdraw(task) for queue in self._queues())
+
+    def replace(self, task: AnyTask, by: AnyTask) -> bool:
+        return any(queue.replace(task, by) for queue in self._queues())
+
+    def expire(self, now_ns: int) -> list[AnyTask]:
+        return [task for queue in self._queues() for task in queue.expire(now_ns)]
+
+    def next_deadline(self) -> int | None:
+        found = [queue.next_deadline() for queue in self._queues()]
+        return min((at for at in found if at is not None), default=None)
+
+    def waiting_of(self, key: str) -> int:
+        return sum(queue.waiting_of(key) for queue in self._queues())
+
+    def tasks(self) -> list[AnyTask]:
+        return [task for queue in self._queues() for task in queue.tasks()]
+
+    def clear(self) -> list[AnyTask]:
+        return [task for queue in self._queues() for task in queue.clear()]
+
+    # -- lanes and their workers ------------------------------------------------------------
+
+    def settle(self, seats: Sequence[S]) -> None:
+        """These workers there are: what belonged to others belongs to them."""
+        if not self._own:
+            return
+        for seat in [seat for seat in self._own if seat not in seats]:
+            own = self._own.pop(seat)
+            for lane in own.lanes:
+                del self._homes[lane]
+            for task in own.queue.in_order():
+                own.queue.withdraw(task)
+                self.put(task, seats)
+
+    def release(self, lane: int) -> None:
+        """The lane has ended."""
+        home = self._homes.pop(lane, None)
+        if home is not None:
+            self._own[home].lanes.discard(lane)
+
+    def _home(self, task: AnyTask, seats: Sequence[S]) -> S | None:
+        """Of the task's lane; a new one if it has none, or better begins in another place."""
+        home = self._homes.get(task.lane)
+        if home is not None and (home not in seats or not self._may_move(task, home)):
+            return home
+        fewest = min(seats, key=self._load, default=None)
+        if fewest is None or (home is not None and self._load(fewest) + 1 >= self._load(home)):
+            return home
+        if self._load(fewest) >= limits.MAX_DECODERS:
+            return home
+        self._move(task.lane, fewest)
+        return fewest
+
+    def _may_move(self, task: AnyTask, home: S) -> bool:
+        """With a key frame, unless pictures before it still wait there."""
+        assert isinstance(task.request, VideoRequest)
+        return task.request.wanted.picture == 0 and not self._own[home].queue.has_lane(task)
+
+    def _load(self, seat: S) -> int:
+        own = self._own.get(seat)
+        return len(own.lanes) if own else 0
+
+    def _move(self, lane: int, seat: S) -> None:
+        self.release(lane)
+        self._homes[lane] = seat
+        self._own.setdefault(seat, _Own()).lanes.add(lane)
+
+    # -- what goes next -------------------------------------------------------------------
+
+    def is_alone(self, seat: S) -> bool | None:
+        """Whether the next task for this worker must be alone; None when there is none."""
+        own = self._own.get(seat)
+        if own is not None and len(own.queue):
+            return own.queue.next_is_alone or (len(self._shared) > 0 and self._shared.next_is_alone)
+        return self._shared.next_is_alone if len(self._shared) else None
+
+    def take(self, seat: S, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
+        """The next batch for this worker; see ``FairQueue``."""
+        own, queue = self._own.get(seat), self._shared
+        if own is not None and len(own.queue):
+            queue = own.pick(queue) if len(queue) else own.queue
+        batch = queue.take(most, accept)
+        if queue is self._shared:
+            for task in batch:
+                if isinstance(task.request, VideoRequest) and self._homes.get(task.lane) != seat:
+                    self._move(task.lane, seat)
+        return batch
