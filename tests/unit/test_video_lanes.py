@@ -1,0 +1,648 @@
+"""Streams of video from the lane to the worker and back, without processes: whatever arrives, is
+lost, or is done in which order, every frame has one outcome, in order, and its own picture."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.fakes.access_units import clip
+from tests.fakes.scripted_pool import ScriptedPools
+
+from facelane_server import annexb, limits, tracking
+from facelane_server.annexb import Format
+from facelane_server.domain import (
+    DropReason,
+    Encoding,
+    FacelaneError,
+    Frame,
+    FrameDrop,
+    FrameError,
+    FrameResult,
+    Outcome,
+    Overload,
+    Picture,
+    Reason,
+    Stage,
+)
+from facelane_server.ipc.messages import (
+    DetectDone,
+    InferDone,
+    InferFailed,
+    ItemDone,
+    PictureHeld,
+    VideoItem,
+)
+from facelane_server.lanes import Allowance, KeyFrameWanted, Lane, LaneOptions
+from facelane_server.lanes.pace import Rhythm
+from facelane_server.pools.groups import Decoders, Group, Wanted
+from facelane_server.pools.lineup import Lineup
+from facelane_server.pools.schedule import HUNG, Ended, Schedule
+from facelane_server.pools.slots import Codec
+from facelane_server.pools.tasks import AnyTask, Job, Task, VideoRequest
+
+S = 1_000_000_000
+COUNT = 36
+KEYINT = 9
+CLIPS = {
+    "plain": clip("h264", COUNT, size=(64, 48), keyint=KEYINT),
+    "reordered": clip("h264", COUNT, size=(64, 48), keyint=KEYINT, bframes=2),
+}
+WIDTH = 1_000
+"""Of the picture that the n-th frame is to show: this and n."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """A worker: does what a real one does, but looks at numbers instead of pictures."""
+
+    jobs: deque[Job] = field(default_factory=deque)
+    sent: deque[list[VideoItem]] = field(default_factory=deque)
+    slots: deque[bytes] = field(default_factory=deque)
+    batch_max: int = 3
+    overlaps: bool = True
+    service_ns: float = 0.0
+    free_slots: int = 2
+    decoders: Decoders = field(default_factory=Decoders)
+    fed: dict[int, list[int]] = field(default_factory=dict)
+    """For each lane, which access units of the clip its decoder has had since a key frame."""
+
+    def work(self, units: Sequence[bytes], delay: int, most: int) -> list[ItemDone]:
+        """``most`` access units are decoded; the others must wait for their turn."""
+        items, slot = self.sent.popleft(), self.slots.popleft()
+        return [self._item(item, slot, units, delay, most) for item in items]
+
+    def _item(
+        self, item: VideoItem, slot: bytes, units: Sequence[bytes], delay: int, most: int
+    ) -> ItemDone:
+        if item.begins:
+            self.fed[item.lane] = []
+        fed = self.fed.get(item.lane)
+        if fed is None or len(fed) != item.first:
+            return PictureHeld(-1)
+        at = item.offset
+        for i, length in enumerate(item.lengths):
+            fed.append(units.index(slot[at : at + length]))
+            at += length
+            if i + 1 >= most and len(fed) <= item.last:
+                return PictureHeld(len(fed) - 1)
+        assert fed == list(range(fed[0], fed[0] + len(fed))), "units that do not follow each other"
+        assert fed[0] % KEYINT == 0, "a group that begins with no key frame"
+        if item.picture + delay >= len(fed) and not item.drain:
+            return PictureHeld(len(fed) - 1, min(delay, len(fed)))
+        if item.drain and item.last + 1 > len(fed):
+            return PictureHeld(-1)
+        return DetectDone(WIDTH + fed[0] + item.picture, 48, 0, 0, 0)
+
+
+class Bench:
+    """Two lanes, the schedule, and its workers; ``PoolPort``."""
+
+    def __init__(
+        self, kind: str, policy: Overload, *, cache: int = 1 << 20, fps: float = 0
+    ) -> None:
+        self.units = CLIPS[kind]
+        found = annexb.examine(self.units[0], Encoding.H264, 0).format
+        assert found is not None
+        self.delay = found.reorder
+        self.codec = Codec(Stage.DETECTOR, [8])
+        self.schedule = Schedule("detector", self.codec)
+        self.seats = [Seat(), Seat()]
+        self.available = True
+        self.released: list[int] = []
+        self.blamed = 0
+        pools = ScriptedPools(Stage.DETECTOR)
+        pools.pipeline._detector = self
+        self.lanes = [
+            Lane(
+                number,
+                str(number),
+                LaneOptions(overload=policy, max_frame_age_ns=10**15, analysis_fps=fps),
+                pools.pipeline,
+                window=256,
+                window_bytes=1 << 30,
+                tracking_params=tracking.Params(),
+                video_cache_bytes=cache,
+                clock=lambda: 0,
+            )
+            for number in (1, 2)
+        ]
+        self.arrived = [0, 0]
+        self.taken: list[list[Any]] = [[], []]
+
+    # -- the pool's side ------------------------------------------------------------------
+
+    def submit(self, task: Task[Any]) -> None:
+        refusal = self.schedule.submit(task, 0, lambda _: True, self.seats)
+        if refusal is not None:
+            task.future.set_exception(refusal)
+
+    def replace(self, task: Task[Any], by: Task[Any]) -> bool:
+        return self.schedule.replace(task, by, 0, lambda _: True)
+
+    def withdraw(self, task: Task[Any]) -> bool:
+        return self.schedule.withdraw(task)
+
+    def release(self, lane: int) -> None:
+        self.schedule.release(lane)
+        self.released.append(lane)
+
+    def resolve(self, ended: Ended) -> None:
+        for task, outcome in ended:
+            if task.future.done():
+                continue
+            if isinstance(outcome, FacelaneError):
+                task.future.set_exception(outcome)
+            else:
+                task.future.set_result(outcome)
+
+    def dispatch(self) -> bool:
+        given = self.schedule.next(self.seats)
+        if given is None:
+            return False
+        seat, tasks = given
+        self.resolve(self.schedule.without_pictures(tasks, seat))
+        tasks = [task for task in tasks if not task.future.done()]
+        if not tasks:
+            return True
+        for task in tasks:
+            task.dispatched_ns = 1
+        slot = bytearray(1 << 20)
+        items, used = self.codec.write(
+            [task.request for task in tasks], memoryview(slot), seat.decoders
+        )
+        for other in self.seats:
+            if other is not seat:
+                for task in tasks:
+                    if task.lane in other.decoders:
+                        other.decoders.forget([task.lane])
+                        other.fed.pop(task.lane, None)
+        seat.jobs.append(Job(1, 0, tasks))
+        seat.sent.append([item for item in items if isinstance(item, VideoItem)])
+        seat.slots.append(bytes(slot[:used]))
+        seat.free_slots -= 1
+        return True
+
+    def complete(self, which: int, most: int = 10**6) -> None:
+        seat = self.seats[which]
+        if not seat.jobs:
+            return
+        job = seat.jobs.popleft()
+        done = seat.work(self.units, self.delay, most)
+        seat.free_slots += 1
+        ended, _ = self.schedule.answered(
+            job, InferDone(1, done), self.codec, memoryview(b""), 0, seat.decoders
+        )
+        self.resolve(ended)
+
+    def fail(self, which: int) -> None:
+        """A job fails whole: it was not begun."""
+        seat = self.seats[which]
+        if not seat.jobs:
+            return
+        job = seat.jobs.popleft()
+        seat.sent.popleft()
+        seat.slots.popleft()
+        seat.free_slots += 1
+        self.blamed += 1
+        seat.decoders.forget(task.lane for task in job.tasks)
+        self.resolve(self.schedule.failed(job, InferFailed(1, "OUT_OF_MEMORY", "full", True)))
+
+    def lose(self, which: int, reason: str) -> None:
+        seat, self.seats[which] = self.seats[which], Seat()
+        self.blamed += reason != "RESTARTED" and bool(seat.jobs)
+        self.resolve(self.schedule.taken_back(seat.jobs, reason, 0, overlaps=True))
+
+    # -- the streams' side ------------------------------------------------------------------
+
+    def arrive(self, which: int) -> None:
+        number = self.arrived[which]
+        if number < len(self.units):
+            self.arrived[which] += 1
+            picture = Picture(Encoding.H264, self.units[number])
+            self.lanes[which].offer(Frame(number + 1, picture, number * S // 25))
+
+    async def settle(self) -> None:
+        for _ in range(4):
+            await asyncio.sleep(0)
+        for which, lane in enumerate(self.lanes):
+            if lane._outbox:
+                self.taken[which] += await lane.take()
+
+    async def finish(self) -> None:
+        """Everything that was begun comes to its end."""
+        for lane in self.lanes:
+            lane.close_input()
+        for _ in range(10 * COUNT):
+            await self.settle()
+            while self.dispatch():
+                pass
+            for which in range(len(self.seats)):
+                self.complete(which)
+            if all(lane.settled for lane in self.lanes):
+                break
+        await self.settle()
+        for lane in self.lanes:
+            assert lane.settled
+            lane.finish()
+
+    def outcomes(self, which: int) -> list[Outcome]:
+        found = [item for item in self.taken[which] if isinstance(item, Outcome)]
+        assert [o.frame_id for o in found] == list(range(1, self.arrived[which] + 1))
+        for outcome in found:
+            if isinstance(outcome.body, FrameResult):
+                assert outcome.body.width == WIDTH + outcome.frame_id - 1, "another's picture"
+        return found
+
+    def drops(self, which: int) -> list[DropReason]:
+        return [o.body.reason for o in self.outcomes(which) if isinstance(o.body, FrameDrop)]
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["arrive"]), st.integers(0, 1)),
+        st.tuples(st.sampled_from(["dispatch", "settle"]), st.just(0)),
+        st.tuples(st.sampled_from(["complete", "slice", "restart"]), st.integers(0, 1)),
+    ),
+    max_size=120,
+)
+VIOLENT = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["arrive", "arrive", "complete"]), st.integers(0, 1)),
+        st.tuples(st.sampled_from(["dispatch", "settle"]), st.just(0)),
+        st.tuples(st.sampled_from(["fail", "crash", "hang", "restart"]), st.integers(0, 1)),
+    ),
+    max_size=120,
+)
+
+
+async def play(bench: Bench, operations: Sequence[tuple[str, int]]) -> None:
+    for name, which in operations:
+        match name:
+            case "arrive":
+                bench.arrive(which)
+            case "dispatch":
+                bench.dispatch()
+            case "settle":
+                await bench.settle()
+            case "complete":
+                bench.complete(which)
+            case "slice":
+                bench.complete(which, most=2)
+            case "restart":
+                bench.lose(which, "RESTARTED")
+            case "crash":
+                bench.lose(which, "EXITED")
+            case "hang":
+                bench.lose(which, HUNG)
+            case "fail":
+                bench.fail(which)
+    await bench.finish()
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+@pytest.mark.parametrize("policy", list(Overload))
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@given(operations=OPERATIONS)
+def test_workers_that_leave_cost_no_picture(
+    kind: str, policy: Overload, operations: list[tuple[str, int]]
+) -> None:
+    """Drained, reloaded, recycled: the group is decoded elsewhere, and nothing waits."""
+
+    async def scenario() -> None:
+        bench = Bench(kind, policy)
+        await play(bench, operations)
+        for which in (0, 1):
+            drops = bench.drops(which)
+            assert DropReason.WAITING_FOR_KEY_FRAME not in drops
+            assert not any(isinstance(o.body, FrameError) for o in bench.outcomes(which))
+            if policy is Overload.LOSSLESS:
+                assert drops == []
+        assert bench.released == [n for n in (1, 2) if bench.arrived[n - 1]]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+@pytest.mark.parametrize("policy", list(Overload))
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@given(operations=VIOLENT)
+def test_whatever_happens_every_frame_has_its_outcome(
+    kind: str, policy: Overload, operations: list[tuple[str, int]]
+) -> None:
+    async def scenario() -> None:
+        bench = Bench(kind, policy)
+        await play(bench, operations)
+        for which in (0, 1):
+            if DropReason.WAITING_FOR_KEY_FRAME in bench.drops(which):
+                assert bench.blamed >= limits.MAX_TASK_ATTEMPTS, "one loss is nobody's proof"
+                wanted = [i for i in bench.taken[which] if isinstance(i, KeyFrameWanted)]
+                assert wanted, "and the client is asked for a key frame"
+
+    asyncio.run(scenario())
+
+
+def run(scenario: Any) -> None:
+    asyncio.run(scenario())
+
+
+def test_a_group_that_kills_two_workers_is_given_up() -> None:
+    """One picture takes over from another; they must not cost worker after worker."""
+
+    async def scenario() -> None:
+        bench = Bench("plain", Overload.LATEST_WINS)
+        for _ in range(3):
+            bench.arrive(0)
+        losses = 0
+        for _ in range(10):
+            if bench.dispatch():
+                bench.lose(next(i for i, s in enumerate(bench.seats) if s.jobs), "EXITED")
+                losses += 1
+            await bench.settle()
+            if bench.arrived[0] < KEYINT:
+                bench.arrive(0)
+        assert losses == limits.MAX_TASK_ATTEMPTS
+        while bench.arrived[0] < KEYINT + 2:
+            bench.arrive(0)
+        await bench.finish()
+        bodies = [o.body for o in bench.outcomes(0)]
+        reasons = [b.reason for b in bodies if isinstance(b, FrameError)]
+        assert set(reasons) == {Reason.POISONED}, "what was in flight"
+        assert DropReason.WAITING_FOR_KEY_FRAME in bench.drops(0)
+        assert isinstance(bodies[-1], FrameResult), "the next key frame begins anew"
+
+    run(scenario)
+
+
+def test_a_group_that_is_too_large_waits_for_a_key_frame_after_a_loss() -> None:
+    async def scenario() -> None:
+        sizes = [len(unit) for unit in CLIPS["plain"]]
+        bench = Bench("plain", Overload.LOSSLESS, cache=sizes[0] + 10)
+        for _ in range(4):
+            bench.arrive(0)
+            await bench.settle()
+            bench.dispatch()
+            bench.complete(0)
+            bench.complete(1)
+        home = next(i for i, seat in enumerate(bench.seats) if len(seat.decoders))
+        bench.lose(home, "RESTARTED")
+        for _ in range(KEYINT):
+            bench.arrive(0)
+            await bench.settle()
+            bench.dispatch()
+            bench.complete(0)
+            bench.complete(1)
+        await bench.finish()
+        results = [isinstance(o.body, FrameResult) for o in bench.outcomes(0)]
+        assert results == [True] * 4 + [False] * (KEYINT - 4) + [True] * 4
+        assert set(bench.drops(0)) == {DropReason.WAITING_FOR_KEY_FRAME}
+        asked = [item for item in bench.taken[0] if isinstance(item, KeyFrameWanted)]
+        assert len(asked) == 1
+
+    run(scenario)
+
+
+def test_what_is_superseded_is_decoded_for_the_next() -> None:
+    async def scenario() -> None:
+        bench = Bench("plain", Overload.LATEST_WINS)
+        for _ in range(6):
+            bench.arrive(0)
+        assert bench.dispatch()
+        (items,) = [seat.sent[0] for seat in bench.seats if seat.sent]
+        assert (items[0].first, items[0].last, items[0].begins) == (0, 5, True)
+        await bench.finish()
+        assert bench.drops(0) == [DropReason.SUPERSEDED] * 5
+
+    run(scenario)
+
+
+def test_a_rate_is_kept_over_video_and_its_age_bound() -> None:
+    async def scenario() -> None:
+        bench = Bench("plain", Overload.LOSSLESS, fps=5)
+        for _ in range(25):
+            bench.arrive(0)
+            await bench.settle()
+        assert bench.schedule.queued == 5
+        assert bench.lanes[0].tally().received == 5, "the others are no work for who thins"
+        await bench.finish()
+        results = [i for i, o in enumerate(bench.outcomes(0)) if isinstance(o.body, FrameResult)]
+        assert results == [0, 5, 10, 15, 20]
+        assert bench.drops(0) == [DropReason.SUPERSEDED] * 20
+
+    run(scenario)
+
+
+def test_a_frame_that_did_not_arrive_whole_waits_for_a_key_frame() -> None:
+    async def scenario() -> None:
+        bench = Bench("plain", Overload.LOSSLESS)
+        bench.arrive(0)
+        broken = FacelaneError(Reason.PICTURE_TOO_LARGE, "too large")
+        bench.lanes[0].offer(Frame(2, Picture(Encoding.JPEG, b""), S // 25), broken)
+        bench.arrived[0] = 2
+        for _ in range(KEYINT):
+            bench.arrive(0)
+        await bench.finish()
+        bodies = [o.body for o in bench.outcomes(0)]
+        assert isinstance(bodies[1], FrameError)
+        assert bench.drops(0) == [DropReason.WAITING_FOR_KEY_FRAME] * (KEYINT - 2)
+
+    run(scenario)
+
+
+def test_a_window_smaller_than_the_delay_does_not_stand_still() -> None:
+    async def scenario() -> None:
+        bench = Bench("reordered", Overload.LOSSLESS)
+        lane = bench.lanes[0]
+        lane._window = 1
+        for _ in range(4):
+            bench.arrive(0)
+            for _ in range(3):
+                await bench.settle()
+                while bench.dispatch():
+                    pass
+                bench.complete(0)
+                bench.complete(1)
+            while lane._unwritten:
+                lane.written()
+            assert lane.can_accept
+        await bench.finish()
+        assert len(bench.outcomes(0)) == 4
+
+    run(scenario)
+
+
+# -- groups and decoders ------------------------------------------------------------------
+
+FORMAT = Format(64, 48, 8)
+
+
+def group(*sizes: int, most: int = 100) -> Group:
+    made = Group(Encoding.H264, FORMAT, most)
+    for size in sizes:
+        made.append(bytes(size))
+    return made
+
+
+def test_a_group_is_kept_while_it_fits() -> None:
+    made = group(40, 20, 20)
+    assert made.kept
+    assert made.units(0, 2) == [bytes(40), bytes(20), bytes(20)]
+    assert made.bytes_between(1, 2) == 40
+    made.decoded(1)
+    assert made.append(bytes(50))
+    assert not made.kept
+    assert made.units(0, 2) is None
+    assert made.units(2, 3) == [bytes(20), bytes(50)]
+    assert made.bytes_between(0, 3) == made.size == 70
+
+
+def test_a_group_that_nobody_decodes_does_not_grow() -> None:
+    made = group(40, 40)
+    assert not made.append(bytes(40))
+    assert made.broken
+    assert made.size == 80
+
+
+def test_the_first_access_unit_is_kept_whatever_its_size() -> None:
+    assert group(500).size == 500
+
+
+def test_what_a_decoder_is_given() -> None:
+    held, made = Decoders(), group(1, 1, 1, 1, 1)
+
+    def asks(picture: int, **more: Any) -> tuple[int, int, bool] | None:
+        wanted = Wanted(7, made, picture, picture, **more)
+        span = held.span(wanted)
+        if span is None:
+            return None
+        held.sent(wanted, span)
+        return span.first, span.last, span.begins
+
+    assert asks(1) == (0, 1, True)
+    assert asks(3) == (2, 3, False)
+    assert asks(2) == (0, 2, True), "a picture that is past takes the group again"
+    assert held.replayed == 2
+    held.at(7, 1)
+    assert asks(3) == (2, 3, False)
+    held.forget([7])
+    assert asks(4) == (0, 4, True)
+    made.broken = True
+    held.forget([7])
+    assert asks(4) is None
+
+
+# -- lanes and their workers ----------------------------------------------------------------
+
+
+def task(lane: int, picture: int = 0) -> AnyTask:
+    request = VideoRequest(Wanted(lane, group(1), picture, picture), 1, 0)
+    return Task(request, lane, 1, 10**18, None)  # type: ignore[arg-type]
+
+
+def everything(lineup: Lineup[str], seat: str) -> list[int]:
+    found = []
+    while lineup.is_alone(seat) is not None:
+        found += [t.lane for t in lineup.take(seat, 1, lambda _: True)]
+    return found
+
+
+def test_lanes_are_spread_and_stay() -> None:
+    lineup: Lineup[str] = Lineup()
+    for lane in range(6):
+        lineup.put(task(lane), ["a", "b"])
+    assert everything(lineup, "a") == [0, 2, 4]
+    assert everything(lineup, "b") == [1, 3, 5]
+    for lane in range(6):
+        lineup.put(task(lane, 3), ["a", "b"])
+    assert everything(lineup, "b") == [1, 3, 5]
+    assert len(lineup) == 3
+
+
+def test_a_worker_that_comes_is_given_lanes_with_their_key_frames() -> None:
+    lineup: Lineup[str] = Lineup()
+    for lane in range(4):
+        lineup.put(task(lane), ["a"])
+    assert len(everything(lineup, "a")) == 4
+    for lane in range(4):
+        lineup.put(task(lane, 1), ["a", "b"])
+    assert everything(lineup, "b") == [], "not between key frames"
+    assert len(everything(lineup, "a")) == 4
+    for lane in range(4):
+        lineup.put(task(lane), ["a", "b"])
+    assert len(everything(lineup, "b")) == 2
+    assert len(everything(lineup, "a")) == 2
+
+
+def test_what_belonged_to_a_worker_that_is_gone() -> None:
+    lineup: Lineup[str] = Lineup()
+    for lane in range(4):
+        lineup.put(task(lane), ["a", "b"])
+    lineup.settle(["b"])
+    assert sorted(everything(lineup, "b")) == [0, 1, 2, 3]
+    lineup.settle([])
+    lineup.put(task(9), [])
+    assert everything(lineup, "c") == [9], "without a worker it waits for whoever comes"
+    lineup.put(task(9, 1), ["c", "d"])
+    assert everything(lineup, "d") == []
+    assert everything(lineup, "c") == [9]
+
+
+def test_more_lanes_than_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_DECODERS", 2)
+    lineup: Lineup[str] = Lineup()
+    for lane in range(4):
+        assert lineup.has_home(task(lane), ["a", "b"])
+        lineup.put(task(lane), ["a", "b"])
+    assert not lineup.has_home(task(9), ["a", "b"])
+    lineup.release(0)
+    assert lineup.has_home(task(9), ["a", "b"])
+
+
+# -- rhythm ---------------------------------------------------------------------------------
+
+
+@given(
+    fps=st.floats(0.5, 30),
+    gaps=st.lists(st.integers(0, S // 10), min_size=20, max_size=200),
+)
+def test_a_rhythm_takes_no_more_than_its_rate(fps: float, gaps: list[int]) -> None:
+    rhythm, at, taken = Rhythm(fps), 0, 0
+    for gap in gaps:
+        at += gap
+        taken += rhythm.takes(at)
+    span = sum(gaps[1:]) / S
+    assert taken <= span * fps + 1.001
+    # One picture may lie up to its own gap behind each beat.
+    assert taken >= int(span / (1 / fps + 0.1))
+
+
+def test_the_allowance_of_a_key_is_given_back() -> None:
+    async def scenario() -> None:
+        allowance = Allowance(1 << 20)
+        pools = ScriptedPools(Stage.DETECTOR)
+        lane = Lane(
+            1,
+            "1",
+            LaneOptions(overload=Overload.LOSSLESS),
+            pools.pipeline,
+            window=64,
+            window_bytes=1 << 20,
+            tracking_params=tracking.Params(),
+            allowance=allowance,
+        )
+        for number, unit in enumerate(CLIPS["plain"][:12]):
+            lane.offer(Frame(number + 1, Picture(Encoding.H264, unit), number * S // 25))
+        assert allowance._held > sum(map(len, CLIPS["plain"][:12]))
+        lane.abort()
+        lane.finish()
+        lane.finish()
+        assert allowance._held == 0
+        assert pools.detector.released[:1] == [1]
+
+    run(scenario)
