@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -57,22 +56,6 @@ def test_a_client_that_never_reads_loses_its_stream_and_nobody_else(
         grown = psutil.Process(server.process.pid).memory_info().rss - before
         assert grown < 64 << 20
         assert stream.failure() == (EXHAUSTED, "SLOW_READER")
-
-
-def test_who_reads_no_answer_holds_no_place(start: Start) -> None:
-    """A watcher of events or of health, or a single call: its place is another's soon."""
-    server = start(extra="[limits]\nslow_reader_s = 0.5")
-    with contextlib.closing(wire.Deaf(server.target.removeprefix("unix:"))) as deaf:
-        calls = {
-            deaf.call("/facelane.v1.EventService/WatchEvents"),
-            deaf.call("/grpc.health.v1.Health/Watch"),
-            deaf.call("/facelane.v1.ServerService/GetServerInfo"),
-            deaf.call("/facelane.v1.GalleryService/ListSubjects"),
-        }
-        assert deaf.resets(len(calls)) == calls
-    ended = [json.loads(line) for line in server.text().splitlines()]
-    told = [line["reason"] for line in ended if line["event"] == "call refused or ended"]
-    assert told == ["SLOW_READER"] * len(calls)
 
 
 def test_a_slow_reader_that_does_read_keeps_its_stream(start: Start, tmp_path: Path) -> None:

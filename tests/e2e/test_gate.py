@@ -19,7 +19,7 @@ import facelane
 from facelane_server.edge.auth import Key, new_key
 
 IMAGE = "/facelane.v1.AnalysisService/AnalyzeImage"
-QUOTAS = "[quotas]\nstreams = 2\nwatchers = 1\n"
+QUOTAS = "[quotas]\nstreams = 2\nwatchers = 1\n[limits]\nslow_reader_s = 1\n"
 
 
 class Keyed:
@@ -138,6 +138,28 @@ def test_a_key_has_its_share_and_not_that_of_others(keyed: Keyed) -> None:
             "QUOTA_EXCEEDED",
         )
         assert opened("ops").read().WhichOneof("message") == "opened"
+
+
+def test_who_reads_no_answer_holds_no_place(keyed: Keyed) -> None:
+    """A watcher of events or of health, or a single call."""
+    keyed.add("deaf", "admin")
+    keyed.reload()
+    log = keyed.server.text
+    told = '"reason": "SLOW_READER", "event": "call refused or ended"'
+    before = log().count(told)
+    ((_, bearer),) = keyed.metadata("deaf")
+    with contextlib.closing(wire.Deaf(keyed.server.target.removeprefix("unix:"))) as deaf:
+        for number, method in enumerate((
+            "/facelane.v1.EventService/WatchEvents",
+            "/grpc.health.v1.Health/Watch",
+            "/facelane.v1.ServerService/GetServerInfo",
+            "/facelane.v1.GalleryService/ListSubjects",
+        )):  # fmt: skip
+            deaf.call(method, authorization=bearer)
+            until(lambda n=number: log().count(told) == before + n + 1, what=method)
+        # It may have one watcher, and has it again though it is still there.
+        with keyed.client("deaf") as client, client.watch_events():
+            pass
 
 
 def test_a_camera_sends_as_itself_and_searches_its_own_gallery(keyed: Keyed) -> None:

@@ -229,11 +229,11 @@ class Deaf:
             + payload
         )
 
-    def call(self, method: str, request: bytes = b"") -> int:
-        """Makes a call with one message; its number."""
+    def call(self, method: str, **more: str) -> None:
+        """Makes a call with one empty message, and ``more`` headers."""
         headers = {
             ":method": "POST", ":scheme": "http", ":path": method, ":authority": "localhost",
-            "te": "trailers", "content-type": "application/grpc",
+            "te": "trailers", "content-type": "application/grpc", **more,
         }  # fmt: skip
         # Each a literal that enters no table (RFC 7541, 6.2.2).
         block = b"".join(
@@ -241,22 +241,7 @@ class Deaf:
             for name, value in headers.items()
         )
         number, self._next = self._next, self._next + 2
-        message = struct.pack(">BI", 0, len(request)) + request
-        self._socket.sendall(self._frame(1, 4, number, block) + self._frame(0, 1, number, message))
-        return number
-
-    def resets(self, count: int) -> set[int]:
-        """Reads until so many calls were reset by the server; which."""
-        found: set[int] = set()
-        with self._socket.makefile("rb") as stream:
-            while len(found) < count:
-                head = stream.read(9)
-                assert len(head) == 9, "the server closed the connection"
-                length, kind = struct.unpack(">I", head[:4])[0] >> 8, head[3]
-                stream.read(length)
-                if kind == 3:  # RST_STREAM
-                    found.add(struct.unpack(">I", head[5:])[0])
-        return found
+        self._socket.sendall(self._frame(1, 4, number, block) + self._frame(0, 1, number, bytes(5)))
 
     def close(self) -> None:
         self._socket.close()

@@ -116,8 +116,8 @@ async def abort(context: Context, error: FacelaneError) -> NoReturn:
     """Ends the call with the error's status.
 
     The status travels behind what is still to be written. A peer that does not read that
-    either is cut off after ``ABORT_S``: otherwise it would hold its call, and the next one
-    too, for as long as it stays connected.
+    either is given up after ``ABORT_S``, with ``CancelledError``; gRPC keeps what it was sent
+    until it reads it or is gone.
     """
     for tell in _observers:
         tell(error.reason)
@@ -128,7 +128,7 @@ async def abort(context: Context, error: FacelaneError) -> NoReturn:
         async with asyncio.timeout(ABORT_S):
             await context.abort(rich.code, rich.details, rich.trailing_metadata)
     except (TimeoutError, grpc.aio.InternalError) as end:
-        # Not read, or the peer is gone: nobody is there to be told. gRPC resets the call.
+        # Not read, or the peer is gone: nobody is there to be told.
         log.info("peer not told", reason=error.reason.value, cause=type(end).__name__)
         raise asyncio.CancelledError from None
     raise AssertionError("abort raises")
