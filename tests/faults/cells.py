@@ -300,6 +300,8 @@ class Fault:
     loses: bool = True
     gallery: frozenset[str] = frozenset()
     """Reasons that gallery calls may be refused with besides those of a missing pool."""
+    detector: frozenset[str] = frozenset()
+    """Further ``errors`` when it is the detector's."""
     stalls: bool = False
     """It holds up the whole server: others' times are not judged."""
 
@@ -415,13 +417,14 @@ def _judge(
     patterns: tuple[traffic.Pattern, ...],
 ) -> None:
     broken = cell.broken
+    errors = fault.errors | (fault.detector if cell.stage == "detector" else frozenset())
     own = books[len(cell.extra) :]
     for book in books:
         broken += [f"{book.name}: {what}" for what in book.broken]
     for book, pattern in zip(own, patterns, strict=True):
         if book.ended:
             broken.append(f"{book.name}: ended by {book.ended}")
-        allowed = fault.errors | (frozenset() if pattern.lossless else LATE)
+        allowed = errors | (frozenset() if pattern.lossless else LATE)
         if set(book.errors) - allowed:
             broken.append(f"{book.name}: errors {dict(book.errors)}")
         if set(book.drops) - (set() if pattern.lossless else {"SUPERSEDED", "TOO_OLD", "THINNED"}):
@@ -433,7 +436,7 @@ def _judge(
         if not book.results:
             broken.append(f"{book.name}: not one result")
     for ledger in ledgers:
-        if set(ledger.refusals) - GALLERY - fault.errors - fault.gallery:
+        if set(ledger.refusals) - GALLERY - errors - fault.gallery:
             broken.append(f"enrolments refused: {dict(ledger.refusals)}")
         if not ledger.templates and not ledger.deleted:
             broken.append("nobody was enrolled")

@@ -197,7 +197,8 @@ FAULTS = {
         Fault("crash_in_load", on_start("crash_load")),
         Fault("crash_in_warm_up", on_start("crash_warm_up")),
         Fault("slow_load", while_on("slow_load_ms", "700", 0.2)),
-        Fault("hang_in_job", on_job("hang_on_job"), errors=frozenset({"PICTURE_TOO_COSTLY"})),
+        # Where a picture is decoded, the hang is its own.
+        Fault("hang_in_job", on_job("hang_on_job"), detector=frozenset({"PICTURE_TOO_COSTLY"})),
         Fault("crash_in_job", on_job("crash_on_job")),
         Fault("exit_in_job", on_job("exit_on_job")),
         Fault("sticky_device_error", on_job("sticky_on_job")),
