@@ -266,6 +266,7 @@ def test_commands_in_documents_exist() -> None:
         "facelane": "facelane.cli",
         "facelane-server": "facelane_server.cli",
         "facelane-bridge": "facelane_bridge.cli",
+        "facelane-events": "facelane_events.cli",
     }
 
     @cache

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from facelane_bridge import config as bridge_config
+from facelane_events import config as events_config
 from facelane_server import config as server_config
 from facelane_server.capacity import Load
 from facelane_server.domain import Stage
@@ -28,6 +29,7 @@ DEPLOY = ROOT / "deploy"
 SYSTEM = DEPLOY / "systemd" / "system"
 UNITS = sorted(path.name for path in SYSTEM.iterdir())
 SERVICES = [name for name in UNITS if name.endswith(".service")]
+PROGRAMS = ("facelane-server", "facelane-bridge", "facelane-events")
 MAX_EXPOSURE_TENTHS = 25
 
 needs_systemd = [
@@ -45,7 +47,7 @@ class Installed:
     def __init__(self, folder: Path) -> None:
         self.destdir = folder / "dest"
         self.venv = folder / "venv"
-        programs = [self.venv / "bin" / name for name in ("facelane-server", "facelane-bridge")]
+        programs = [self.venv / "bin" / name for name in PROGRAMS]
         programs += [self.venv / "bin" / "python", folder / "nvidia-cuda-mps-control"]
         for program in programs:
             program.parent.mkdir(parents=True, exist_ok=True)
@@ -255,6 +257,13 @@ class TestExamples:
         full = re.sub(r"(?m)^#(?! )", "", text)
         assert full != text
         assert "/run/credentials/" in bridge_config.parse(full).cameras[0].credentials_file
+
+    def test_events_config_is_accepted(self) -> None:
+        text = (DEPLOY / "systemd/examples/events.toml").read_text()
+        assert len(events_config.parse(text).sink) == 1
+        full = events_config.parse(re.sub(r"(?m)^#(?! )", "", text))
+        assert len(full.sink) == 3
+        assert "/run/credentials/facelane-events.service/" in full.server.token_file
 
     @pytest.mark.parametrize("name", ["unattended.conf", "cpu-only.conf"])
     @pytest.mark.systemd

@@ -376,7 +376,8 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
         owner.subscriptions.append(request)
         owner.fail_if_told(context)
         first = int(request.resume_token or owner.events_before) + 1
-        numbers = range(first, first + owner.event_burst)
+        last = min(first + owner.event_burst - 1, owner.events_end)
+        numbers = range(first, last + 1)
         yield event_service_pb2.WatchEventsResponse(resume_token=str(first - 1))
         for number in self._numbers(numbers, context):
             event = event_service_pb2.Event(
@@ -387,7 +388,8 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
                 liveness=face().liveness,
                 ood_score=0.8,
             )
-            event.event_time.GetCurrentTime()
+            # As often as it is told, it was then.
+            event.event_time.FromSeconds(1_800_000_000 + number)
             yield event_service_pb2.WatchEventsResponse(event=event, resume_token=str(number))
         if owner.after_subscription:
             owner.failures.append(owner.after_subscription.popleft())
@@ -496,6 +498,8 @@ class ScriptedServer:
         self.health: dict[str, int] = {"": 1}
         self.event_burst = 3
         self.events_before = 0
+        self.events_end = 1 << 40
+        """Number of the last one that there is."""
         self.after_subscription: deque[tuple[grpc.StatusCode, str, str]] = deque()
         """Moved to ``failures`` one by one, as subscriptions end."""
         self.events_stay_open = False

@@ -1,0 +1,86 @@
+"""How far a sink has come, and what it would not take: on disk."""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+MAX_TOKEN_BYTES: Final = 3072
+_SLOT: Final = 4096
+_SYNC_S: Final = 1.0
+
+
+class Position:
+    """A resume token, in two slots of one file that are written in turns.
+
+    Survives the death of this process at any moment; of the machine, too, within a second: an
+    older token delivers again what was delivered, and loses nothing. Its size never changes, so
+    that a full disk does not stop it. Owns the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if os.fstat(self._file).st_size < 2 * _SLOT:
+            os.posix_fallocate(self._file, 0, 2 * _SLOT)
+        found = [slot for slot in map(self._read, (0, 1)) if slot is not None]
+        self._number, self.token = max(found, default=(0, ""))
+        self._synced = 0.0
+
+    def _read(self, slot: int) -> tuple[int, str] | None:
+        raw = os.pread(self._file, _SLOT, slot * _SLOT)
+        size, check = int.from_bytes(raw[:4], "big"), int.from_bytes(raw[4:8], "big")
+        body = raw[8 : 8 + size]
+        if not size or size > _SLOT - 8 or zlib.crc32(body) != check:
+            return None
+        number, token = msgspec.json.decode(body, type=tuple[int, str])
+        return number, token
+
+    def save(self, token: str) -> None:
+        """Raises OSError; ValueError of a token that is no token."""
+        if len(token.encode()) > MAX_TOKEN_BYTES:
+            raise ValueError("the server's resume token is too long to be kept")
+        self._number += 1
+        self.token = token
+        body = msgspec.json.encode((self._number, token))
+        raw = len(body).to_bytes(4, "big") + zlib.crc32(body).to_bytes(4, "big") + body
+        os.pwrite(self._file, raw, self._number % 2 * _SLOT)
+        now = time.monotonic()
+        if now - self._synced >= _SYNC_S:
+            self.sync()
+            self._synced = now
+
+    def sync(self) -> None:
+        os.fdatasync(self._file)
+
+    def close(self) -> None:
+        self.sync()
+        os.close(self._file)
+
+
+class DeadLetters:
+    """A file of JSON lines with what a sink refuses for good; never more than ``max_bytes``."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._path = path
+        self._max = max_bytes
+
+    def add(self, number: str, why: str, body: bytes) -> bool:
+        """Whether there was room. Raises OSError."""
+        record = {"id": number, "why": why, "body": body.decode("utf-8", "replace")}
+        line = msgspec.json.encode(record) + b"\n"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        file = os.open(self._path, flags, 0o600)
+        try:
+            if os.fstat(file).st_size + len(line) > self._max:
+                return False
+            os.write(file, line)
+            return True
+        finally:
+            os.close(file)

@@ -1,0 +1,82 @@
+"""MQTT: every event, what is so now as retained topics, and Home Assistant's discovery."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from contextlib import AsyncExitStack, suppress
+
+import aiomqtt
+
+from facelane_events import config
+from facelane_events.delivery import UnavailableError
+from facelane_events.message import Message
+from facelane_events.sinks.homeassistant import States, discovery, topic
+
+
+class MqttSink:
+    def __init__(self, settings: config.Mqtt) -> None:
+        self._settings = settings
+        self._password = config.secret(settings.password_file)
+        self._stack = AsyncExitStack()
+        self._client: aiomqtt.Client | None = None
+        self._states: dict[str, States] = {}
+        self._announced: set[str] = set()
+
+    async def open(self) -> None:
+        settings = self._settings
+        will = aiomqtt.Will(self._status, b"offline", qos=1, retain=True)
+        context = None
+        try:
+            if settings.tls:
+                context = ssl.create_default_context(cafile=settings.tls_ca or None)
+            client = aiomqtt.Client(
+                settings.host,
+                settings.port,
+                username=settings.username or None,
+                password=self._password or None,
+                identifier=f"facelane-events-{settings.name}",
+                will=will,
+                tls_context=context,
+                timeout=settings.attempt_timeout,
+            )
+            self._client = await self._stack.enter_async_context(client)
+            await self._publish(self._status, b"online", retain=True)
+        except (aiomqtt.MqttError, OSError) as error:
+            raise UnavailableError(str(error)) from None
+        # Another broker, perhaps, or one that has forgotten.
+        self._announced.clear()
+
+    @property
+    def _status(self) -> str:
+        return f"{self._settings.prefix}/status/{self._settings.name}"
+
+    async def send(self, event: Message) -> None:
+        settings = self._settings
+        source = event.source_id
+        try:
+            if settings.homeassistant and source and source not in self._announced:
+                where, device = discovery(
+                    source, settings.prefix, settings.discovery_prefix, self._status
+                )
+                await self._publish(where, json.dumps(device).encode(), retain=True)
+                self._announced.add(source)
+            await self._publish(topic(settings.prefix, source or "server", "event"), event.body)
+            if event.event is not None and source:
+                states = self._states.setdefault(source, States())
+                for name, value in states.after(event.event).items():
+                    where = topic(settings.prefix, source, name)
+                    await self._publish(where, value.encode(), retain=True)
+        except (aiomqtt.MqttError, OSError) as error:
+            raise UnavailableError(str(error)) from None
+
+    async def _publish(self, where: str, body: bytes, *, retain: bool = False) -> None:
+        """Returns when the broker has it."""
+        assert self._client is not None, "not open"
+        await self._client.publish(where, body, qos=1, retain=retain)
+
+    async def close(self) -> None:
+        self._client = None
+        with suppress(aiomqtt.MqttError, OSError):
+            await self._stack.aclose()
+        self._stack = AsyncExitStack()

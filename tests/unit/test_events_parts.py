@@ -1,0 +1,204 @@
+"""What is delivered, how far a sink has come, and what it would not take."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from facelane.types import BoundingBox, Event, EventKind, Identity, TrackReport
+from facelane_events import config
+from facelane_events.message import event_id, message, wanted
+from facelane_events.position import DeadLetters, Position
+from facelane_events.sinks.homeassistant import States, discovery, topic
+from facelane_events.sinks.nats import subject
+from facelane_events.sinks.syslog import record
+
+NOON = datetime(2027, 3, 4, 12, 0, tzinfo=UTC)
+TRACK = TrackReport("s-1/7", 0.0, 1.0, None, None, BoundingBox(1, 2, 3, 4), labels={"role": "vip"})
+SEEN = Event(
+    5, EventKind.SUBJECT_SEEN, NOON, "token", "front-door", "s-1", 7, "default",
+    identity=Identity(subject_id="grace"), track=replace(TRACK, display_name='Grace "G"'),
+)  # fmt: skip
+
+
+def sink(**fields: object) -> config.JsonLines:
+    return config.JsonLines(name="file", path="/x", **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "passes"),
+    [
+        ({}, True),
+        ({"kinds": (EventKind.UNKNOWN_SEEN,)}, False),
+        ({"kinds": (EventKind.SUBJECT_SEEN,)}, True),
+        ({"sources": ("front-*",)}, True),
+        ({"sources": ("front",)}, False),
+        ({"sources": ("back", "front-door")}, True),
+        ({"labels": {"role": "vip"}}, True),
+        ({"labels": {"role": "guest"}}, False),
+        ({"hours": "11:00-13:00"}, True),
+        ({"hours": "22:00-06:00"}, False),
+        ({"hours": "22:00-12:30"}, True),
+    ],
+)
+def test_filters(fields: dict[str, object], passes: bool) -> None:
+    assert wanted(sink(**fields), SEEN, NOON) is passes
+
+
+def test_what_is_of_no_camera_passes_no_filter_for_cameras() -> None:
+    pool = Event(6, EventKind.POOL_CHANGED, NOON, "t", pool="detector")
+    assert wanted(sink(), pool, NOON)
+    assert not wanted(sink(sources=("*",)), pool, NOON)
+    assert not wanted(sink(labels={"role": "vip"}), pool, NOON)
+
+
+def test_the_body_is_the_event_and_its_id_stays() -> None:
+    found = message(sink(), SEEN)
+    body = json.loads(found.body)
+    assert body["id"] == found.id == event_id(replace(SEEN, resume_token="another"))
+    assert (body["type"], body["kind"], body["source_id"]) == (
+        "event",
+        "SUBJECT_SEEN",
+        "front-door",
+    )
+    assert "resume_token" not in body
+    assert body["track"]["labels"] == {"role": "vip"}
+
+
+def test_a_template_stays_json_whatever_is_in_a_name() -> None:
+    text = '{"who": "${display_name}", "at": "${source_id}", "cost": "5 $$", "x": "${nothing}"}'
+    found = json.loads(message(sink(template=text), SEEN).body)
+    assert found == {
+        "who": 'Grace "G"',
+        "at": "front-door",
+        "cost": "5 $",
+        "x": "${nothing}",
+    }
+
+
+@given(st.lists(st.text(max_size=200), min_size=1, max_size=12), st.integers(0, 4095))
+def test_a_position_survives_a_write_that_was_cut_short(
+    tmp_path_factory: pytest.TempPathFactory, tokens: list[str], at: int
+) -> None:
+    path = tmp_path_factory.mktemp("position") / "x.position"
+    position = Position(path)
+    for token in tokens:
+        position.save(token)
+    position.close()
+    again = Position(path)
+    assert again.token == tokens[-1]
+    again.close()
+    # The next write tears: it goes to the slot that the last one did not use.
+    slot = (len(tokens) + 1) % 2
+    with path.open("r+b") as file:
+        file.seek(slot * 4096 + at)
+        file.write(b"\xff" * 8)
+    torn = Position(path)
+    assert torn.token == tokens[-1]
+    torn.close()
+
+
+def test_a_position_is_nobodys_business_and_never_grows(tmp_path: Path) -> None:
+    position = Position(tmp_path / "state" / "x.position")
+    size = (tmp_path / "state" / "x.position").stat().st_size
+    for number in range(50):
+        position.save("t" * number)
+    position.close()
+    found = (tmp_path / "state" / "x.position").stat()
+    assert (found.st_mode & 0o777, found.st_size) == (0o600, size)
+    with pytest.raises(ValueError, match="too long"):
+        Position(tmp_path / "y").save("x" * 4000)
+
+
+def test_dead_letters_have_an_end(tmp_path: Path) -> None:
+    dead = DeadLetters(tmp_path / "dead", 200)
+    assert dead.add("1", "it answered 400", b'{"a": 1}')
+    assert not dead.add("2", "it answered 400", b"x" * 200)
+    (line,) = (tmp_path / "dead").read_text().splitlines()
+    assert json.loads(line) == {"id": "1", "why": "it answered 400", "body": '{"a": 1}'}
+    assert not DeadLetters(tmp_path / "none", 0).add("1", "", b"")
+
+
+def test_syslog_has_the_form_of_rfc_5424() -> None:
+    found = record(message(sink(), SEEN), 16, "box")
+    head, body = found.split(b"\xef\xbb\xbf")
+    pid = os.getpid()
+    want = f"<133>1 2027-03-04T12:00:00.000+00:00 box facelane-events {pid} SUBJECT_SEEN - "
+    assert head.decode() == want
+    assert json.loads(body)["kind"] == "SUBJECT_SEEN"
+
+
+def test_a_camera_is_one_device_whose_topics_are_those_that_are_told() -> None:
+    where, device = discovery("front/door", "facelane", "homeassistant", "facelane/status/x")
+    plain, _ = discovery("front_door", "facelane", "homeassistant", "facelane/status/x")
+    assert where != plain, "two cameras became one"
+    assert where.startswith("homeassistant/device/facelane_front_door_")
+    assert where.endswith("/config")
+    told = States().after(replace(SEEN, source_id="front/door"))
+    topics = {part["state_topic"] for part in device["components"].values()}
+    assert topics == {topic("facelane", "front/door", name) for name in told}
+    ids = [part["unique_id"] for part in device["components"].values()]
+    assert len(set(ids)) == len(ids)
+    assert device["availability"] == [{"topic": "facelane/status/x"}]
+
+
+def test_what_is_so_follows_from_what_happened() -> None:
+    states = States()
+
+    def after(kind: EventKind, track: str = "s/1") -> dict[str, str]:
+        report = replace(TRACK, global_track_id=track)
+        return states.after(replace(SEEN, kind=kind, track=report))
+
+    assert after(EventKind.TRACK_STARTED)["occupancy"] == "ON"
+    assert after(EventKind.TRACK_STARTED, "s/2")["unknown"] == "OFF"
+    assert after(EventKind.UNKNOWN_SEEN, "s/2")["unknown"] == "ON"
+    assert after(EventKind.SPOOF_SUSPECTED)["spoof"] == "ON"
+    seen = after(EventKind.SUBJECT_SEEN, "s/2")
+    assert (seen["person"], seen["unknown"]) == ("grace", "OFF")
+    assert after(EventKind.TRACK_ENDED)["spoof"] == "OFF"
+    assert after(EventKind.TRACK_ENDED, "s/2")["occupancy"] == "OFF"
+    assert after(EventKind.POOL_CHANGED) == {}
+    after(EventKind.TRACK_STARTED)
+    assert after(EventKind.STREAM_CLOSED)["occupancy"] == "OFF"
+
+
+def test_subjects_are_tokens() -> None:
+    found = message(sink(), replace(SEEN, source_id="a.b >*c"))
+    assert subject("facelane", found) == "facelane.a_b___c.SUBJECT_SEEN"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "there is no sink"),
+        ("[[sink", "no TOML"),
+        ('[[sink]]\ntype = "fax"\nname = "x"', "fax"),
+        ('[[sink]]\ntype = "jsonl"\nname = "x"', "path"),
+        ('[[sink]]\ntype = "jsonl"\nname = "x"\npath = "y"\nhours = "9-17"', "22:00-06:00"),
+        ('[[sink]]\ntype = "jsonl"\nname = "x"\npath = "y"\ncolour = 1', "colour"),
+        ('[[sink]]\ntype = "webhook"\nname = "x"\nurl = "ftp://y"', "url"),
+        (2 * '[[sink]]\ntype = "jsonl"\nname = "x"\npath = "y"\n', "two sinks have one name"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_with_what_to_write(
+    text: str, says: str
+) -> None:
+    with pytest.raises(config.ConfigError, match=says):
+        config.parse(text)
+
+
+def test_secrets_are_read_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "one").write_text("whsec_x\n")
+    assert config.secret("") == ""
+    assert config.secret(str(tmp_path / "one")) == "whsec_x"
+    for name in ("empty", "absent"):
+        with pytest.raises(config.ConfigError, match="hold the secret alone"):
+            config.secret(str(tmp_path / name))
