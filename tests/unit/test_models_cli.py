@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tomli_w
 from typer.testing import CliRunner, Result
 
 from facelane_server.models.catalog import Catalog
 from facelane_server.modeltools.cli import app
-from facelane_server.modeltools.importer import to_toml
 
 
 def run(*arguments: str) -> Result:
@@ -22,7 +22,7 @@ def broken(tmp_path: Path) -> Path:
     """A directory with a package whose manifest has a typo."""
     folder = tmp_path / "typo"
     folder.mkdir()
-    (folder / "model.toml").write_text(to_toml({"schema": 1, "nmae": "typo"}))
+    (folder / "model.toml").write_text(tomli_w.dumps({"schema": 1, "nmae": "typo"}))
     return tmp_path
 
 
@@ -104,7 +104,7 @@ def test_verify_passes_and_fails_by_exit_status(broken: Path, tmp_path: Path) ->
         "thresholds": {"score": 0.5, "nms": 0.3},
         "weights": [{"file": "weights.pth", "sha256": "0" * 64}],
     }
-    (folder / "model.toml").write_text(to_toml(table))
+    (folder / "model.toml").write_text(tomli_w.dumps(table))
     bad = run("verify", str(folder))
     assert bad.exit_code == 1
     assert "failed" in bad.stdout
@@ -128,7 +128,7 @@ def test_import_of_a_public_model(shared: Path, tmp_path: Path) -> None:
 
 def test_directories_come_from_the_configuration(broken: Path, tmp_path: Path) -> None:
     config = tmp_path / "facelane.toml"
-    config.write_text(to_toml({"models": {"path": [str(broken)]}}))
+    config.write_text(tomli_w.dumps({"models": {"path": [str(broken)]}}))
     result = run("list", "--json", "--config", str(config))
     assert len(json.loads(result.stdout)["broken"]) == 1
     # As the server does.
@@ -136,9 +136,9 @@ def test_directories_come_from_the_configuration(broken: Path, tmp_path: Path) -
         patch.setenv("FACELANE_CONFIG", str(config))
         patch.setenv("HOME", str(broken.parent))
         assert run("list", "--json").stdout == result.stdout
-        config.write_text(to_toml({"models": {"path": [f"~/{broken.name}"]}}))
+        config.write_text(tomli_w.dumps({"models": {"path": [f"~/{broken.name}"]}}))
         assert run("list", "--json").stdout == result.stdout
-    config.write_text(to_toml({"models": {"paths": [str(broken)]}}))
+    config.write_text(tomli_w.dumps({"models": {"paths": [str(broken)]}}))
     wrong = run("list", "--config", str(config))
     assert wrong.exit_code == 1
     assert "did you mean" in wrong.stderr.replace("\n", " ")

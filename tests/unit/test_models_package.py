@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import save_file
 
@@ -19,7 +20,7 @@ from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.models.api import AlignedCrop, ContextCrop, DeviceOptions
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package, read_package
-from facelane_server.modeltools.importer import RECIPES, guess_recipe, import_model, to_toml
+from facelane_server.modeltools.importer import RECIPES, guess_recipe, import_model
 from facelane_server.worker.networks.load import load, network_with_weights
 
 SMALL = {"widths": [4, 8, 8, 8, 8, 8]}
@@ -71,7 +72,7 @@ def write(tmp_path: Path) -> Write:
         }
         table |= manifest or {}
         table = {key: value for key, value in table.items() if value is not None}
-        (folder / "model.toml").write_text(to_toml(table))
+        (folder / "model.toml").write_text(tomli_w.dumps(table))
         return folder
 
     return make
@@ -385,7 +386,7 @@ def test_every_recipe_makes_a_manifest_that_reads(tmp_path: Path) -> None:
             for i in range(len(recipe.parts))
         ]
         table = {"schema": 1, "name": key, "version": "1", **recipe.manifest, "weights": weights}
-        (folder / "model.toml").write_text(to_toml(table))
+        (folder / "model.toml").write_text(tomli_w.dumps(table))
         assert read_package(folder).name == key
 
 

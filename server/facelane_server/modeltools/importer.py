@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from facelane_server.domain import FacelaneError, Reason, Stage
+import tomli_w
+
+from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.package import MANIFEST, Package, read_package
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def import_model(
         manifest = _merged(found.build(found, sources, folder), overrides or {})
         manifest["name"] = final.name
         manifest["version"] = version
-        (folder / MANIFEST).write_text(to_toml({"schema": 1, **manifest}), encoding="utf-8")
+        (folder / MANIFEST).write_bytes(tomli_w.dumps({"schema": 1, **manifest}).encode())
         package = read_package(folder)
         _try_weights(package)
         if final.exists():
@@ -363,49 +365,6 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         },
     ),
 }
-
-
-# -- writing ----------------------------------------------------------------------------
-
-
-def to_toml(table: Mapping[str, Any]) -> str:
-    """A manifest's table as TOML: scalars first, then sub-tables and arrays of tables."""
-    return "\n".join(_toml_lines(table, "")) + "\n"
-
-
-def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
-    lines: list[str] = []
-    for key, value in table.items():
-        if not _is_table(value) and not _is_table_array(value):
-            lines.append(f"{key} = {_toml_value(value)}")
-    for key, value in table.items():
-        if _is_table(value) and value:
-            lines += ["", f"[{prefix}{key}]", *_toml_lines(value, f"{prefix}{key}.")]
-        elif _is_table_array(value):
-            for row in value:
-                lines += ["", f"[[{prefix}{key}]]", *_toml_lines(row, f"{prefix}{key}.")]
-    return lines
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _is_table_array(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(map(_is_table, value))
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Stage | str):
-        escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    raise TypeError(f"no TOML for {type(value).__name__}")
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
