@@ -20,6 +20,7 @@ from facelane_server.edge.quotas import Kind
 from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.trail import Trail
 from facelane_server.models.package import Package, read_package
 from facelane_server.monitor import DeviceReading, Monitor
 from facelane_server.notify import Notifier
@@ -32,6 +33,7 @@ from facelane_server.pools.mps import MpsDaemon
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolChange, PoolEvent
 from facelane_server.served import ServedModels
+from facelane_server.store.audit import Action
 from facelane_server.store.opening import place_of, unlock
 from facelane_server.watch import LaneWatch
 
@@ -68,6 +70,7 @@ class App:
             settings.monitor, workers=self._workers, on_memory=self._device_memory
         )
         self._gallery: Gallery | None = None
+        self._trail: Trail | None = None
         self._pipeline: Pipeline | None = None
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
@@ -166,10 +169,12 @@ class App:
                 gallery,
                 settings=self.settings.events,
             )
+            trail = self._trail = Trail(gallery, self.settings.audit)
+            stack.push_async_callback(trail.close)
             self.edge.streams.on_opened = watch.opened
             self.edge.streams.on_closed = watch.closed
             stack.push_async_callback(self.edge.close)
-            await self.edge.open(pipeline, gallery, self.events, self, watch)
+            await self.edge.open(pipeline, gallery, self.events, self, watch, trail)
             scraped = await MetricsServer.start(
                 self.settings.metrics, self.metrics.exposition, self.edge.health.find
             )
@@ -181,6 +186,8 @@ class App:
             stack.push_async_callback(_cancel, lag)
             guard = asyncio.create_task(self._watch_gallery(gallery), name="gallery-file")
             stack.push_async_callback(_cancel, guard)
+            writer = asyncio.create_task(trail.run(), name="audit")
+            stack.push_async_callback(_cancel, writer)
             eraser = asyncio.create_task(gallery.keep_erased(), name="gallery-erasure")
             stack.push_async_callback(_cancel, eraser)
             keeper = asyncio.create_task(self.notifier.keep_alive(self._alive), name="watchdog")
@@ -192,7 +199,8 @@ class App:
         left among those who watch events."""
         health, before = self.edge.health, ""
         while True:
-            trouble = gallery.trouble
+            unwritten = self._trail is not None and self._trail.trouble
+            trouble = gallery.trouble or ("AUDIT_LOG" if unwritten else "")
             takes = not self.edge.quotas.full(Kind.WATCHERS)
             if trouble != before or takes is not health.takes_watchers:
                 health.keeps_changes, health.takes_watchers = not trouble, takes
@@ -402,6 +410,7 @@ class App:
             renewed = self.edge.reload(fresh)
         except config.ConfigError as error:
             log.error("config not reloaded", problem=str(error))
+            self._note_reload(error="refused")
         else:
             applied = ["auth", "log", *(["tls"] if renewed else [])]
             stale = [
@@ -413,8 +422,13 @@ class App:
             configure_logging(fresh.log)
             self._renew_keys()
             log.info("config reloaded", applied=applied, needs_restart=stale)
+            self._note_reload(applied=" ".join(applied), needs_restart=" ".join(stale))
         if self._told_ready:
             self.notifier.ready(self._status_line())
+
+    def _note_reload(self, **told: str) -> None:
+        if self._trail is not None:
+            self._trail.note(Action.RELOADED, **told)
 
     def _renew_keys(self) -> None:
         """A master key that was rotated locks the store from now on."""

@@ -510,10 +510,12 @@ def version() -> None:
 
 
 def _attach_models() -> None:
-    """``facelane-server models``: it needs no torch until a model is loaded."""
+    """``facelane-server models`` and ``audit``: no torch until a model is loaded."""
+    from facelane_server.auditing import app as audit_app
     from facelane_server.modeltools.cli import app as models_app
 
     app.add_typer(models_app, name="models")
+    app.add_typer(audit_app, name="audit")
 
 
 def _open_standard_streams() -> None:

@@ -315,6 +315,18 @@ class Store(Section, frozen=True):
     folder, made by the first start: then whoever has the disk has the key, too."""
 
 
+class Audit(Section, frozen=True):
+    keep_days: Annotated[int, msgspec.Meta(ge=1, le=36_500)] = 400
+    """How long entries of the audit log are kept; a signed stub takes their place."""
+    max_entries: Annotated[int, msgspec.Meta(ge=1_000, le=100_000_000)] = 1_000_000
+    """More than that, and the oldest go first."""
+    checkpoint: str = ""
+    """Where the log's signed head is kept beside the server's own log, so that a cut end is found:
+    a file that lines are added to (better on another machine), or ``syslog``."""
+    checkpoint_every_s: Seconds = 300.0
+    """How often, where something has been added."""
+
+
 class Gallery(Section, frozen=True):
     path: str = ""
     """SQLite file of the store, where ``store.url`` names no other; empty =
@@ -363,6 +375,7 @@ class Config(Section, frozen=True):
     identity: Identity = Identity()
     tracking: Tracking = Tracking()
     store: Store = Store()
+    audit: Audit = Audit()
     gallery: Gallery = Gallery()
     events: Events = Events()
     metrics: Metrics = Metrics()

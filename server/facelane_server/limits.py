@@ -178,6 +178,12 @@ MAX_LABEL_KEY_BYTES: Final = 64
 MAX_LABEL_VALUE_BYTES: Final = 512
 MAX_ID_CHARS: Final = 128
 MAX_DISPLAY_NAME_BYTES: Final = 256
+MAX_AUDIT_PENDING: Final = 10_000
+"""Entries of the audit log that wait to be written, while the store is away."""
+AUDIT_PRUNE_S: Final = 3600.0
+"""Between two looks whether entries of the audit log are old enough to end."""
+AUDIT_FLUSH_S: Final = 0.5
+"""Look-ups and refusals reach the audit log within this time."""
 RECHECK_S: Final = 30.0
 """Open calls are looked at again this often, whether or not anything has been told."""
 MAX_METERED_TRACKS: Final = 1024

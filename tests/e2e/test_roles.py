@@ -4,6 +4,7 @@ allowed exactly as docs/roles.md says."""
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import grpc
 import pytest
 from tests.running_server import RunningServer, toml
 from tests.waiting import until
+from typer.testing import CliRunner
 
 import facelane
 from facelane.v1 import (
@@ -25,6 +27,7 @@ from facelane.v1 import (
     gallery_service_pb2,
     server_service_pb2,
 )
+from facelane_server import auditing
 from facelane_server.edge.auth import new_key
 from facelane_server.edge.roles import VERBS, Role
 
@@ -178,3 +181,38 @@ def test_whoever_may_not_identify_gets_no_names(
     assert len(faces) >= 4
     assert {face.identity.decision.name for face in faces} == {"NOT_EVALUATED"}
     assert {face.identity.similarity for face in faces} == {None}
+
+
+def test_what_they_did_stands_in_the_audit_log(
+    holders: tuple[RunningServer, dict[str, str]],
+) -> None:
+    from tests.e2e import wire
+
+    server, secrets = holders
+    with server.client(token=secrets["enroll"]) as client:
+        client.enroll("lovelace", wire.picture(), gallery="own")
+        with pytest.raises(facelane.PermissionDeniedError):
+            client.identify(wire.picture(), gallery="own")
+    with server.client(token=secrets["identify"]) as client:
+        client.identify(wire.picture(), gallery="own")
+    with server.client(token=secrets["admin"]) as client, pytest.raises(facelane.FacelaneError):
+        client.restart_worker("none#0")
+    command = ["list", "-n", "100000", "--json", "--config", str(server.config)]
+
+    def done() -> set[tuple[str, str, str]]:
+        listed = CliRunner().invoke(auditing.app, command)
+        assert listed.exit_code == 0, listed.stderr
+        assert "lovelace" not in listed.stdout
+        lines = [json.loads(line) for line in listed.stdout.splitlines()]
+        return {(e["action"], e.get("by", ""), e.get("method", "")) for e in lines}
+
+    expected = {
+        ("STARTED", "", ""),
+        ("ENROLLED", "enroll", "EnrollFace"),
+        ("REFUSED", "enroll", "IdentifyFace"),
+        ("LOOKED_UP", "identify", "IdentifyFace"),
+        ("ADMINISTERED", "admin", "RestartWorker"),
+    }
+    until(lambda: expected <= done(), what="the entries")
+    verified = CliRunner().invoke(auditing.app, ["verify", "--config", str(server.config)])
+    assert verified.exit_code == 0, verified.output

@@ -185,7 +185,7 @@ class Analysis:
 async def test_vectors_of_either_model_are_given_up() -> None:
     pipeline = type("Pipeline", (), {"pools": {Stage.RECOGNIZER: None}})()
     both: Any = Analysis()
-    service = GalleryService(config.Config(), None, both, pipeline, both, both, both)  # type: ignore[arg-type]
+    service = GalleryService(config.Config(), None, both, pipeline, both, both, both, both)  # type: ignore[arg-type]
     with pytest.raises(FacelaneError) as changing:
         await service._read(None, service._plan(""), None)  # type: ignore[arg-type]
     assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
@@ -193,7 +193,7 @@ async def test_vectors_of_either_model_are_given_up() -> None:
 
 async def test_a_server_without_a_recogniser_says_so_and_not_to_try_again() -> None:
     pipeline = type("Pipeline", (), {"pools": {}})()
-    service = GalleryService(config.Config(), None, None, pipeline, None, None, None)  # type: ignore[arg-type]
+    service = GalleryService(config.Config(), None, None, pipeline, None, None, None, None)  # type: ignore[arg-type]
     with pytest.raises(FacelaneError) as refused:
         service._plan("default")
     assert not refused.value.retryable

@@ -23,6 +23,7 @@ from facelane_server.edge.pictures import SinglePictures
 from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.roles import Caller
 from facelane_server.edge.streams import StreamRegistry
+from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import (
     KeyFrameWanted,
     Lane,
@@ -36,6 +37,7 @@ from facelane_server.lanes import (
 )
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.tasks import Sender
+from facelane_server.store.audit import Action
 
 log = structlog.get_logger(__name__)
 
@@ -98,6 +100,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         controls: Controls,
         load: LoadWatch,
         quotas: Quotas,
+        trail: Trail,
     ) -> None:
         self._config = config
         self._pipeline = pipeline
@@ -107,6 +110,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         self._observer = observer
         self._controls = controls
         self._quotas = quotas
+        self._trail = trail
         self._params = tracking.Params.of(config.tracking)
 
     # -- streams -------------------------------------------------------------------------
@@ -185,6 +189,10 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             sender=sender,
             allowance=gate.allowance(),
         )
+        if options.plan.recognize:
+            self._trail.note(
+                Action.STREAM_OPENED, gallery=options.plan.gallery_id, source=options.source_id
+            )
         opened = pb.StreamOpened(
             stream_id=lane.stream_id,
             limits=pb.StreamLimits(
@@ -268,6 +276,9 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         if named and plan.recognize:
             self._quotas.look_up(caller, caller.lookups_per_minute("identify", gallery=gallery_id))
         reading = await self._pictures.analyse(picture, plan, remaining_s=context.time_remaining())
+        if named and plan.recognize:
+            faces = len(reading.result.faces)
+            self._trail.note(Action.LOOKED_UP, gallery=gallery_id, faces=faces)
         view = self._view(caller, gallery_id, None, credit=1)
         return pb.AnalyzeImageResponse(result=convert.result(reading.result, view))
 

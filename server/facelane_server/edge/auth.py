@@ -316,6 +316,12 @@ class Authenticator:
         return self._keys is not None
 
     @property
+    def callers(self) -> frozenset[Caller]:
+        """All whom it knows, by key or certificate."""
+        certified = (caller for _, caller in self._certificates)
+        return frozenset((*(self._keys or {}).values(), *certified))
+
+    @property
     def wants_peers(self) -> bool:
         """Whether it matters which certificate a client has."""
         return bool(self._certificates)
@@ -414,7 +420,7 @@ def _let_in(method: str, caller: Caller) -> None:
         raise FacelaneError(
             Reason.PERMISSION_DENIED,
             f"the key `{caller.name}` lacks `{rule.verb}`; ask for a key with a role that has it",
-            metadata={"scope": rule.verb},
+            metadata={"scope": rule.verb, "key": caller.name},
         )
 
 

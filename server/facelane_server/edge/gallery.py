@@ -20,7 +20,9 @@ from facelane_server.edge.roles import Verb
 from facelane_server.events import EventFeed
 from facelane_server.gallery import enrolment, verification
 from facelane_server.gallery.gallery import Gallery, model_changing
+from facelane_server.gallery.trail import Trail
 from facelane_server.pipeline import Pipeline, Plan
+from facelane_server.store.audit import Action
 from facelane_server.store.records import Subject, Template
 
 
@@ -34,6 +36,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         controls: Controls,
         events: EventFeed,
         quotas: Quotas,
+        trail: Trail,
     ) -> None:
         self._config = config
         self._gallery = gallery
@@ -42,6 +45,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         self._controls = controls
         self._events = events
         self._quotas = quotas
+        self._trail = trail
 
     # -- subjects ------------------------------------------------------------------------
 
@@ -171,6 +175,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         plan, remaining = self._plan("", want_vectors=True), context.time_remaining()
         picture = convert.picture(request.picture, self._config)
         self._look_up(gallery_id)
+        self._trail.note(Action.LOOKED_UP, gallery=gallery_id, subject=request.subject_id)
         found = await verification.verify(
             self._gallery,
             gallery_id,
@@ -203,11 +208,11 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         reading = await self._pictures.analyse(picture, plan, remaining_s=context.time_remaining())
         if Stage.RECOGNIZER in reading.result.missing_stages:
             raise verification.unanswered()
+        faces = reading.result.faces
+        self._trail.note(Action.LOOKED_UP, gallery=gallery_id, faces=len(faces))
         view = convert.View.of(caller, "identify", gallery_id)
         return pb.IdentifyFaceResponse(
-            faces=convert.faces(
-                reading.result.faces, view.bounded(self._quotas, caller, per_minute, credit=1)
-            )
+            faces=convert.faces(faces, view.bounded(self._quotas, caller, per_minute, credit=1))
         )
 
     def _look_up(self, gallery_id: str) -> float:

@@ -25,9 +25,12 @@ from facelane_server.edge import errors
 from facelane_server.edge.auth import NO_PEER, Authenticator, Peer
 from facelane_server.edge.errors import Context
 from facelane_server.edge.quotas import Kind, Quotas
-from facelane_server.edge.roles import Caller
+from facelane_server.edge.roles import METHODS, Caller
 from facelane_server.edge.tls import peer_of
+from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import Allowance
+from facelane_server.store import audit
+from facelane_server.store.audit import Action, Actor
 
 T = TypeVar("T")
 
@@ -118,6 +121,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         self._receiving = asyncio.Semaphore(limits.MAX_RECEIVING)
         self._calls: set[_Call] = set()
         self._handlers: dict[str, Any] = {}
+        self.trail: Trail | None = None
+        """The audit log, once there is one: before a call is served."""
 
     async def intercept_service(
         self,
@@ -133,6 +138,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             guarded = self._handlers[method] = self._guarded(method, handler)
         return guarded
 
+    async def _written_down(self, method: str) -> None:
+        """Who administers stands in the audit log before anything is done, or it is not."""
+        trail, rule = self.trail, METHODS.get(method)
+        if trail is None or rule is None:
+            return
+        if rule.verb == "admin":
+            await trail.written(Action.ADMINISTERED)
+        elif rule.verb == "events":
+            trail.note(Action.WATCHED)
+
     def recheck(self) -> None:
         """Ends the calls whose keys are gone, have expired or may less than before."""
         for call in list(self._calls):
@@ -142,6 +157,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                 call.ended = error
                 call.task.cancel()
 
+    def denied(self) -> None:
+        """The list of those who are denied says something else now."""
+        log.warning("others are denied than before")
+        if self.trail is not None:
+            self.trail.note(Action.KEYS_CHANGED, denied="changed")
+        self.recheck()
+
     async def watch_expiry(self) -> None:
         """Ends calls as their keys expire or are denied, until it is cancelled; and looks at
         all of them every so often, whatever it was told."""
@@ -150,9 +172,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             await asyncio.sleep(EXPIRY_S)
             denied = self._authenticator.reload_denied()
             if denied:
-                log.warning("others are denied than before")
+                self.denied()
             expired = any(call.caller.expired for call in self._calls)
-            if denied or expired or time.monotonic() >= due:
+            if expired or time.monotonic() >= due:
                 due = time.monotonic() + limits.RECHECK_S
                 self.recheck()
 
@@ -179,6 +201,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                 }
                 peer = peer_of(context) if self._authenticator.wants_peers else NO_PEER
                 let_in = self._authenticator.check(method, metadata, peer)
+                audit.acting(Actor(let_in.name, method))
+                await self._written_down(method)
                 with self._quotas.place(kind, let_in) as allowed:
                     _caller.set(let_in)
                     _allowance.set(allowed)
@@ -186,6 +210,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                     await self._serve(_Call(method, let_in, peer), serve(requests, heard))
             except FacelaneError as error:
                 told = log.warning if error.reason in _STRANGERS else log.info
+                if error.reason in _STRANGERS and self.trail is not None:
+                    audit.acting(Actor(error.metadata.get("key", ""), method))
+                    self.trail.note_repeated(Action.REFUSED, reason=error.reason.value)
                 told("call refused or ended", method=method, reason=error.reason.value)
                 await errors.abort(context, error)
 

@@ -37,8 +37,10 @@ from facelane_server.edge.streams import StreamRegistry
 from facelane_server.edge.tls import Certificates, Presented
 from facelane_server.events import EventFeed
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import LaneObserver
 from facelane_server.pipeline import Pipeline
+from facelane_server.store.audit import Action
 
 log = structlog.get_logger(__name__)
 
@@ -98,9 +100,11 @@ class Edge:
         events: EventFeed,
         controls: Controls,
         observer: LaneObserver,
+        trail: Trail,
     ) -> None:
         """Registers the services, binds the address and serves. Raises ``AddressError``."""
         settings = self._settings
+        self._gate.trail = trail
         pictures = SinglePictures(settings, pipeline, self.streams)
         self.load.begin(controls.pools)
         server = self._server = grpc.aio.server(interceptors=[self._gate], options=_options())
@@ -114,11 +118,14 @@ class Edge:
                 controls,
                 self.load,
                 self.quotas,
+                trail,
             ),
             server,
         )
         gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
-            GalleryService(settings, gallery, pictures, pipeline, controls, events, self.quotas),
+            GalleryService(
+                settings, gallery, pictures, pipeline, controls, events, self.quotas, trail
+            ),
             server,
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
@@ -168,14 +175,18 @@ class Edge:
             fresh, server=self._settings.server, tls=self._settings.tls
         )
         config.check(inforce, source="reload")
+        before = self._authenticator.callers
         self._authenticator.reload(inforce)
         self._gate.recheck()
+        changed = sorted({caller.name for caller in before ^ self._authenticator.callers})
+        if self._gate.trail is not None and changed:
+            self._gate.trail.note(Action.KEYS_CHANGED, keys=" ".join(changed))
         return fresh.tls == self._settings.tls and self._renew_certificates()
 
     def reload_denied(self) -> None:
         """Ends the calls of those who are denied now. Needs nothing that could be wrong."""
         if self._authenticator.reload_denied():
-            self._gate.recheck()
+            self._gate.denied()
 
     def calls_by_key(self) -> dict[tuple[str, str, bool], int]:
         """Calls by key or certificate, verb, and whether they were let in."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -33,6 +34,8 @@ from facelane_server.gallery.snapshot import (
     SubjectKey,
 )
 from facelane_server.naming import check_identifier, gallery_name
+from facelane_server.store.audit import Deed
+from facelane_server.store.chain import Head
 from facelane_server.store.database import Database, opening
 from facelane_server.store.following import ChangeKind, HistoryLostError, StoredChange
 from facelane_server.store.gallery import Store
@@ -393,6 +396,18 @@ class Gallery:
         """What an earlier enrolment with this request id gave; see ``Store.recall``."""
         return await self._call(lambda: self._store.recall(gallery_id, request))
 
+    # the audit log
+
+    async def write_down(self, deeds: Sequence[Deed]) -> Head:
+        """Adds entries to the audit log; its head then."""
+        return await self._call(lambda: self._store.audit.write(deeds), counted=False)
+
+    async def prune_log(self, before_ns: int, most: int) -> int:
+        """Ends old entries of the audit log; see ``AuditLog.prune``."""
+        return await self._call(
+            lambda: self._store.audit.prune(before_ns=before_ns, most=most), counted=False
+        )
+
     # the keys
 
     async def keep_erased(self) -> None:
@@ -538,7 +553,9 @@ class Gallery:
                     self._room.release()
 
         try:
-            work = asyncio.get_running_loop().run_in_executor(self._executor, run)
+            # Who acts goes along (``store.audit``).
+            context = contextvars.copy_context()
+            work = asyncio.get_running_loop().run_in_executor(self._executor, context.run, run)
         except RuntimeError:
             if counted:
                 self._room.release()

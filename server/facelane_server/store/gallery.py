@@ -20,7 +20,8 @@ import sqlalchemy as sa
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.naming import check_identifier, gallery_name
-from facelane_server.store import following
+from facelane_server.store import audit, following
+from facelane_server.store.audit import Action, AuditLog, Deed
 from facelane_server.store.database import Database
 from facelane_server.store.envelope import Lock
 from facelane_server.store.following import ChangeKind, StoredChange
@@ -47,6 +48,7 @@ from facelane_server.store.rows import (
     template_query,
 )
 from facelane_server.store.schema import (
+    AUDIT,
     GALLERY,
     galleries,
     keys,
@@ -100,12 +102,23 @@ class Store:
             self.database.close()
             raise
         self._ids = SortedIds(self._vault)
+        self.audit = AuditLog(self.database, self._vault, clock_ns=clock_ns)
         self._max_templates = max_templates
         self._clock_ns = clock_ns
 
     def close(self) -> None:
         """Gives the store back; idempotent."""
         self.database.close()
+
+    @contextlib.contextmanager
+    def _changing(
+        self, action: Action, gallery_id: str, subject_id: str = "", **told: str
+    ) -> Iterator[sa.Connection]:
+        """A transaction that is written down in the audit log, or not done."""
+        with self.database.writing(GALLERY, AUDIT) as connection:
+            yield connection
+            deed = Deed(action, audit.actor(), gallery_id, subject_id, tuple(told.items()))
+            self.audit.append(connection, [deed])
 
     # subjects
 
@@ -117,7 +130,7 @@ class Store:
         check_identifier(subject_id, "subject_id")
         check_display_name(display_name)
         kept = check_labels(labels)
-        with self.database.writing(GALLERY) as connection:
+        with self._changing(Action.SUBJECT_CREATED, gallery_id, subject_id) as connection:
             if self._find(connection, gallery_id, subject_id) is not None:
                 raise FacelaneError(
                     Reason.SUBJECT_EXISTS,
@@ -205,7 +218,7 @@ class Store:
             values["display_name"] = check_display_name(display_name)
         if labels is not None:
             values["labels"] = check_labels(labels)
-        with self.database.writing(GALLERY) as connection:
+        with self._changing(Action.SUBJECT_UPDATED, gallery_id, subject_id) as connection:
             current = self._subject(connection, gallery_id, subject_id)
             if etag and etag != current.etag:
                 raise FacelaneError(
@@ -230,7 +243,7 @@ class Store:
     def delete_subject(self, gallery_id: str, subject_id: str) -> Deleted:
         """Deletes the subject and its templates. Raises SUBJECT_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
-        with self.database.writing(GALLERY) as connection:
+        with self._changing(Action.SUBJECT_DELETED, gallery_id, subject_id) as connection:
             key = self._find(connection, gallery_id, subject_id)
             if key is None:
                 raise _subject_missing()
@@ -308,7 +321,9 @@ class Store:
     def delete_template(self, gallery_id: str, template_id: str) -> Template:
         """What was deleted. Raises TEMPLATE_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
-        with self.database.writing(GALLERY) as connection:
+        with self._changing(
+            Action.TEMPLATE_DELETED, gallery_id, template=template_id
+        ) as connection:
             template = self._template(connection, gallery_id, template_id)
             if template is None:
                 raise FacelaneError(
@@ -370,7 +385,7 @@ class Store:
         check_identifier(subject_id, "subject_id")
         check_display_name(display_name)
         vector = unit_float16(new.vector)
-        with self.database.writing(GALLERY) as connection:
+        with self._changing(Action.ENROLLED, gallery_id, subject_id) as connection:
             if request is not None:
                 known = self._recall(connection, gallery_id, request)
                 if known is not None:

@@ -1,0 +1,276 @@
+"""The audit log in the store: what stands in it, and that nothing is done that does not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from tests.waiting import auntil
+from typer.testing import CliRunner
+
+from facelane_server import auditing, config, limits
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.trail import Trail
+from facelane_server.store import audit, chain
+from facelane_server.store.audit import Action, Actor, AuditLog, Deed, Pending
+from facelane_server.store.gallery import Store
+from facelane_server.store.masterkey import Source
+from facelane_server.store.opening import open_store, unlock
+from facelane_server.store.records import NewTemplate
+from facelane_server.store.schema import audit as audit_table
+from facelane_server.store.vault import open_vault
+
+DIM, MODEL = 64, "m@1"
+NOTHING = "CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END"
+
+
+def vector(seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
+
+
+@contextlib.contextmanager
+def opened(place: Path | str, folder: Path) -> Iterator[Store]:
+    database = open_store(place)
+    vault = open_vault(database, Source("", folder), mode="on")
+    with contextlib.closing(Store(database, vault=vault)) as store:
+        yield store
+
+
+def entries(store: Store) -> list[dict[str, object]]:
+    with store.database.reading() as connection:
+        return [audit.shown(link) for link in audit.links(connection)]
+
+
+def judged(store: Store) -> chain.Finding | None:
+    with store.database.reading() as connection:
+        head, stub = audit.heads(connection)
+        public = store.audit.public(connection)
+        return chain.verify(audit.links(connection), head, public=public, stub=stub)
+
+
+def test_changes_stand_in_the_log_and_name_nobody(place: Path | str, tmp_path: Path) -> None:
+    audit.acting(Actor("desk-1", "/facelane.v1.GalleryService/EnrollFace"))
+    with opened(place, tmp_path) as store:
+        store.create_subject("staff", "lovelace", "Ada Lovelace", {"team": "engine"})
+        template = store.enroll("staff", "lovelace", NewTemplate(MODEL, vector(1), 0.8)).template
+        store.update_subject("staff", "lovelace", display_name="Countess")
+        store.delete_template("staff", template.template_id)
+        store.delete_subject("staff", "lovelace")
+        found = entries(store)
+        assert [entry["action"] for entry in found] == [
+            "SUBJECT_CREATED", "ENROLLED", "SUBJECT_UPDATED", "TEMPLATE_DELETED", "SUBJECT_DELETED",
+        ]  # fmt: skip
+        assert {(entry["by"], entry["gallery"]) for entry in found} == {("desk-1", "staff")}
+        assert {entry["method"] for entry in found} == {"EnrollFace"}
+        codes = {entry["subject"] for entry in found if "subject" in entry}
+        assert codes == {store.audit.code("staff", "lovelace")}
+        assert store.audit.code("staff", "bo") not in codes
+        for word in ("lovelace", "Lovelace", "Countess", "engine"):
+            assert word not in str(found)
+        assert judged(store) is None
+    audit.acting(audit.NOBODY)
+    with opened(place, tmp_path) as store:
+        store.create_subject("staff", "bo", "", {})
+        assert judged(store) is None
+        assert entries(store)[-1]["number"] == 6
+        with contextlib.closing(open_store(place)) as other:
+            plain = AuditLog(other, open_vault(other, Source("", tmp_path)))
+            plain.write([Deed(Action.STARTED)])
+        store.create_subject("staff", "cy", "", {})
+        assert judged(store) is None, "two processes write one log"
+
+
+def test_what_cannot_be_written_down_is_not_done(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.db"
+    with opened(path, tmp_path) as store:
+        kept = store.enroll("g", "ada", NewTemplate(MODEL, vector(1), 0.8), create_subject=True)
+        with sqlite3.connect(path) as raw:
+            raw.execute(NOTHING)
+        for change in (
+            lambda: store.create_subject("g", "bo", "", {}),
+            lambda: store.enroll("g", "ada", NewTemplate(MODEL, vector(2), 0.8)),
+            lambda: store.update_subject("g", "ada", display_name="x"),
+            lambda: store.delete_template("g", kept.template.template_id),
+            lambda: store.delete_subject("g", "ada"),
+        ):
+            with pytest.raises(FacelaneError) as refused:
+                change()
+            assert refused.value.reason is Reason.GALLERY_UNAVAILABLE
+        assert store.counts() == (1, 1)
+        assert store.get_subject("g", "ada").display_name == ""
+        assert len(entries(store)) == 1
+        with sqlite3.connect(path) as raw:
+            raw.execute("DROP TRIGGER full")
+        store.delete_subject("g", "ada")
+        assert judged(store) is None
+
+
+def test_ten_thousand_operations_and_what_is_done_to_the_file_is_found(tmp_path: Path) -> None:
+    """The chain's own test changes more; here it is a database that somebody writes into."""
+    path = tmp_path / "gallery.db"
+    with opened(path, tmp_path) as store:
+        for batch in range(100):
+            store.audit.write(
+                [Deed(Action.LOOKED_UP, Actor(f"k{n % 9}"), "g") for n in range(batch, batch + 100)]
+            )
+        assert judged(store) is None
+        with store.database.reading() as connection:
+            assert connection.scalar(sa.select(sa.func.count()).select_from(audit_table)) == 10_000
+        dice = random.Random(3)
+        statements = []
+        for number in dice.sample(range(2, 9_999), 4):
+            byte = dice.randrange(8)
+            statements += [
+                (
+                    f"UPDATE audit SET body = CAST(replace(body, 'LOOKED', 'WORKED') AS BLOB) "
+                    f"WHERE sequence = {number}"
+                ),
+                f"UPDATE audit SET time_ns = time_ns + {1 << byte} WHERE sequence = {number}",
+                f"UPDATE audit SET digest = zeroblob(32) WHERE sequence = {number}",
+                f"DELETE FROM audit WHERE sequence = {number}",
+                f"DELETE FROM audit WHERE sequence > {number}",
+                f"UPDATE audit SET body = CAST('{{}}' AS BLOB) WHERE sequence = {number}",
+            ]
+        statements += [
+            "DELETE FROM meta WHERE name = 'audit_head'",
+            "UPDATE meta SET value = replace(value, '10000', '9999') WHERE name = 'audit_head'",
+            "DELETE FROM audit WHERE sequence = 10000",
+            "DELETE FROM audit WHERE sequence = 1",
+        ]
+        for statement in statements:
+            with store.database.writing() as connection:
+                changed = connection.exec_driver_sql(statement).rowcount
+                assert changed, statement
+                head, stub = audit.heads(connection)
+                public = store.audit.public(connection)
+                found = chain.verify(audit.links(connection), head, public=public, stub=stub)
+                assert found is not None, statement
+                connection.rollback()
+        assert judged(store) is None
+
+
+def test_retention_leaves_a_stub(place: Path | str, tmp_path: Path) -> None:
+    with opened(place, tmp_path) as store:
+        for _ in range(10):
+            store.audit.write([Deed(Action.LOOKED_UP)] * 3)
+        with store.database.reading() as connection:
+            early = [link.time_ns for link in audit.links(connection)][9]
+        assert store.audit.prune(before_ns=early + 1, most=10**6) >= 10
+        assert judged(store) is None
+        assert store.audit.prune(before_ns=0, most=5) > 0
+        assert len(entries(store)) == 6
+        assert entries(store)[-1]["action"] == "PRUNED"
+        assert judged(store) is None
+        assert store.audit.prune(before_ns=2**62, most=10**6) == 5, "one is always left"
+        assert store.audit.prune(before_ns=0, most=10**6) == 0
+        store.audit.write([Deed(Action.STARTED)])
+        assert judged(store) is None
+
+
+def test_what_waits_is_bounded_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_AUDIT_PENDING", 5)
+    pending = Pending()
+    refusal = Deed(Action.REFUSED, Actor("", "/x/Y"), told=(("reason", "UNAUTHENTICATED"),))
+    for _ in range(1000):
+        pending.repeat(refusal)
+    for _ in range(7):
+        pending.add(Deed(Action.LOOKED_UP))
+    taken = pending.take()
+    assert [d.action for d in taken] == [Action.LOOKED_UP] * 4 + [Action.REFUSED, Action.GAP]
+    assert dict(taken[4].told)["times"] == 1000
+    assert dict(taken[5].told) == {"times": 3}
+    assert pending.take() == []
+    pending.add(Deed(Action.WATCHED))
+    pending.put_back(taken)
+    assert len(pending) <= 6
+    assert pending.take()[-1].action is Action.GAP
+
+
+async def test_look_ups_go_on_without_the_log_and_administration_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.db"
+    gallery = await Gallery.open(path)
+    trail = Trail(gallery, config.Audit(checkpoint=str(tmp_path / "checkpoints")))
+    try:
+        await trail.written(Action.ADMINISTERED)
+        with sqlite3.connect(path) as raw:
+            raw.execute(NOTHING)
+        trail.note(Action.LOOKED_UP, gallery="g", faces=2)
+        trail.note_repeated(Action.REFUSED, reason="UNAUTHENTICATED")
+        with pytest.raises(FacelaneError):
+            await trail.written(Action.ADMINISTERED)
+        assert trail.trouble
+        await trail._flush()
+        assert trail.trouble
+        with sqlite3.connect(path) as raw:
+            raw.execute("DROP TRIGGER full")
+        running = asyncio.create_task(trail.run())
+        kept = tmp_path / "checkpoints"
+        await auntil(lambda: kept.exists() and not trail.trouble, what="the log to go on")
+        running.cancel()
+    finally:
+        await trail.close()
+        await gallery.close()
+    with contextlib.closing(Store(path)) as store:
+        actions = [entry["action"] for entry in entries(store)]
+        assert sorted(actions) == sorted(
+            ["ADMINISTERED", "LOOKED_UP", "REFUSED", "STARTED", "RESUMED"]
+        )
+        kept = auditing._checkpoints(tmp_path / "checkpoints")
+        with store.database.reading() as connection:
+            assert audit.heads(connection)[0] in kept
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.db"
+    (tmp_path / "server.toml").write_text(f'state_dir = "{tmp_path}"\n')
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        option = ["--config", str(tmp_path / "server.toml")]
+        done = CliRunner().invoke(auditing.app, [*arguments, *option])
+        return done.exit_code, done.stdout, done.stderr
+
+    audit.acting(Actor("desk-1"))
+    with opened(path, tmp_path) as store:
+        store.create_subject("staff", "ada", "", {})
+        store.create_subject("staff", "bo", "", {})
+        with store.database.reading() as connection:
+            head = audit.heads(connection)[0]
+        assert head is not None
+        store.delete_subject("staff", "ada")
+        audit.acting(audit.NOBODY)
+        # Beside a server that runs.
+        assert len(run("list")[1].splitlines()) == 3
+        assert len(run("list", "--subject", "ada", "--gallery", "staff")[1].splitlines()) == 2
+        assert "SUBJECT_DELETED" in run("list", "--action", "SUBJECT_DELETED", "--json")[1]
+        assert run("list", "--by", "nobody")[1] == ""
+        assert run("list", "--action", "NONE")[0] == 2
+        code, said, told = run("verify")
+        assert (code, "up to entry 3" in said, "--checkpoint" in told) == (0, True, True)
+        kept = tmp_path / "kept"
+        kept.write_text(f"Nov 27 facelane audit {head.text()}\n")
+        assert run("verify", "--checkpoint", str(kept))[0] == 0
+        assert run("export", str(tmp_path / "out.jsonl"))[0] == 0
+        exported = ("verify", "--file", str(tmp_path / "out.jsonl"))
+        assert run(*exported, "--key", head.key)[0] == 0
+        assert run("verify", "--key", chain.Signer(bytes(32)).public)[0] == 1
+    text = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "out.jsonl").write_text(text.replace("desk-1", "desk-2", 1))
+    assert "entry 1: an entry was changed" in run(*exported)[2]
+    # Cut back to what it was before: only what was kept elsewhere tells.
+    with sqlite3.connect(path) as raw:
+        raw.execute("DELETE FROM audit")
+        raw.execute("DELETE FROM meta WHERE name = 'audit_head'")
+    assert run("verify")[0] == 0
+    assert "the log is gone" in run("verify", "--checkpoint", str(kept))[2]
+    assert run("verify", "--checkpoint", str(tmp_path / "server.toml"))[0] == 1
+    settings = config.load(tmp_path / "server.toml")
+    with contextlib.closing(open_store(path)) as database:
+        assert unlock(database, settings).encrypts
