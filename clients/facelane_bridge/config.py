@@ -143,7 +143,7 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_side: Annotated[int, Meta(ge=0, le=8192)] = 0
     """Frames with a longer side are scaled down; 0 = never."""
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 90
-    video: VideoChoice = VideoChoice.DECODE
+    video: VideoChoice = VideoChoice.AUTO
     analysis_fps: Annotated[float, Meta(ge=0, le=1000)] = 0.0
     """Pictures a second that the server analyses at most; 0 = all that it has room for."""
 

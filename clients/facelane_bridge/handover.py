@@ -58,6 +58,10 @@ class Handover:
         self._lossless = lossless
         self._frames: deque[NumberedFrame] = deque()
         self._bytes = 0
+        self._group: list[NumberedFrame] = []
+        self._group_bytes = 0
+        """Of live video the newest key frame and what came behind it; none where that is more
+        than there is room for."""
         self._gap = False
         """Of video that is passed on, what comes before the next key frame is worth nothing."""
         self._changed = threading.Condition()
@@ -143,6 +147,22 @@ class Handover:
             self._gap = self._gap or not self._frames
             self._changed.notify_all()
 
+    def replay(self) -> None:
+        """Whoever took what is in here has lost it: the newest key frame and what followed it
+        are given once more, as frames of their own. None where they are not kept."""
+        with self._changed:
+            if not self._group or self._gap:
+                return
+            self._clear()
+            for before in self._group:
+                frame = NumberedFrame(
+                    self._next_id, self._last_offset, before.arrived, before.frame
+                )
+                self._frames.append(frame)
+                self._bytes += len(frame.frame.data)
+                self._next_id += 1
+            self._wake()
+
     async def take(self) -> Taken:
         """The next frame; waits for one. A frame of ``None``: closed and empty."""
         while True:
@@ -180,11 +200,25 @@ class Handover:
             offset = max(self._last_offset, self._offset_base + frame.media_time)
             self._last_offset = offset
             if not self._gap:
-                self._frames.append(NumberedFrame(self._next_id, offset, arrived, frame))
+                numbered = NumberedFrame(self._next_id, offset, arrived, frame)
+                self._frames.append(numbered)
                 self._bytes += len(frame.data)
+                self._keep(numbered)
             self._next_id += 1
             self._wake()
             return True
+
+    def _keep(self, numbered: NumberedFrame) -> None:
+        """For a ``replay``."""
+        frame = numbered.frame
+        size = self._group_bytes + len(frame.data)
+        fits = len(self._group) < VIDEO_ROOM and size <= VIDEO_ROOM_BYTES
+        if frame.video is None or self._lossless or frame.is_key or not fits:
+            self._group.clear()
+            self._group_bytes = 0
+        if frame.video is not None and not self._lossless and (frame.is_key or self._group):
+            self._group.append(numbered)
+            self._group_bytes += len(frame.data)
 
     def _make_room(self, frame: CapturedFrame) -> None:
         """For the next frame of a live source; ``_gap`` says whether it is taken at all."""

@@ -98,6 +98,8 @@ class CameraRunner:
         self._held: NumberedFrame | None = None
         """A frame of another kind, which wants a stream of its own."""
         self._passing = Passing()
+        self._rejoined = False
+        """The stream came back after its connection broke, and no key frame was wanted since."""
         self._started_at = time.monotonic()
         self._skipped = 0
 
@@ -392,11 +394,24 @@ class CameraRunner:
         if count:
             await self._ledger.dropped(first, count, "SUPERSEDED", where="bridge")
 
+    def _give_key_frame(self) -> None:
+        oldest = self._ledger.oldest_in_flight
+        if self._reader is not None and oldest is not None:
+            self._reader.source.wants_key_frame(oldest.frame.media_time)
+        if self._rejoined and self._settings.is_live:
+            # Only the connection was to blame: what is wanted is here. Once: of a unit that is
+            # broken itself nothing better would come.
+            self._rejoined = False
+            self._handover.replay()
+
     def _on_update(self, update: facelane.StreamUpdate) -> None:
-        if update.kind is facelane.StreamUpdateKind.KEY_FRAME_WANTED and self._reader is not None:
-            oldest = self._ledger.oldest_in_flight
-            if oldest is not None:
-                self._reader.source.wants_key_frame(oldest.frame.media_time)
+        match update.kind:
+            case facelane.StreamUpdateKind.RECONNECTED:
+                self._rejoined = True
+            case facelane.StreamUpdateKind.KEY_FRAME_WANTED:
+                self._give_key_frame()
+            case _:
+                pass
         if update.kind is not facelane.StreamUpdateKind.TRACK_ENDED:
             self._log.info("stream update", kind=update.kind.value, stage=update.stage.value)
         self._ledger.update(update)

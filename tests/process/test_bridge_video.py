@@ -185,3 +185,45 @@ async def test_an_rtsp_camera_goes_on_as_it_is(sets_in_stream: bool) -> None:
     offsets = [frame.stream_offset.ToNanoseconds() / 1e9 for frame in frames]
     steps = [after - before for before, after in itertools.pairwise(offsets)]
     assert steps == pytest.approx([0.1] * len(steps), abs=0.002), "the camera's own clock"
+
+
+async def test_after_a_broken_connection_the_key_frame_is_sent_again() -> None:
+    """Of a camera whose next one is far away."""
+
+    def breaking(requests: Iterator[Request], context: Context) -> Iterator[Response]:
+        next(requests)
+        yield opened()
+        for _ in range(8):
+            yield outcome(next(requests).frame)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+
+    def waiting(requests: Iterator[Request], context: Context) -> Iterator[Response]:
+        next(requests)
+        yield opened()
+        dry, results, drops = True, 0, 0
+        for request in requests:
+            was, dry = dry, dry and b"\0\0\1\x65" not in request.frame.picture.data
+            if dry and was and not drops:
+                yield update("KEY_FRAME_WANTED")
+            drops += dry
+            results += not dry
+            yield outcome(request.frame, **({"drop": drop("WAITING_FOR_KEY_FRAME")} if dry else {}))
+        yield summary(results=results, drops=drops)
+
+    # A key frame in thirty seconds.
+    with RtspCamera(Play(gop=300)) as rtsp, ScriptedServer(breaking, waiting) as server:
+        bridge = Bridge(
+            settings(server.target, {"name": "a", "source": rtsp.url, "video": "auto"}),
+            Callback(lambda _: None),
+        )
+        task = asyncio.create_task(bridge.run())
+        await auntil(lambda: bridge.totals.get("a") is not None and bridge.totals["a"].results > 20)
+        bridge.stop()
+        report = await asyncio.wait_for(task, 30)
+    assert report.summary.cameras["a"].balanced
+    pictures = [
+        facelane.Picture.access_unit(request.frame.picture.data)
+        for request in server.streams[1][1:]
+    ]
+    key = next(n for n, picture in enumerate(pictures) if b"\0\0\1\x65" in picture.data)
+    assert len(clips.shown(pictures[key:])) == len(pictures) - key

@@ -101,7 +101,7 @@ def test_check(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         )
         assert cli.main(["check", str(file)]) == cli.EXIT_CAMERA_FAILED
         out = capsys.readouterr().out.splitlines()
-        assert out[0].startswith("file: ok, file, h264, 64x48, 10 fps, 0.5 s, encoded as JPEG")
+        assert out[0].startswith("file: ok, file, h264, 64x48, 10 fps, 0.5 s, passed on as it is")
         assert out[1].startswith("folder: ok, folder, pictures, 5 fps, 0.2 s, passed on as it is")
         assert out[2] == "gone: FAILED NOT_FOUND: the file does not exist"
         assert out[3].endswith("SERVING")

@@ -94,6 +94,34 @@ async def test_after_a_unit_that_was_not_sent_the_next_is_a_key_frame() -> None:
     assert (ids(every), counted(every)) == ([3], 3)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "replayed"),
+    [(KEY + "pp" + KEY + "pp", 3), (KEY + "p" * 300, 0), ("ppp", 0), (KEY + "p" * 300 + KEY, 1)],
+)
+async def test_a_group_is_given_once_more(pattern: str, replayed: int) -> None:
+    handover, reader = Handover(asyncio.get_running_loop(), lossless=False), object()
+    handover.admit(reader, 0.0)
+    for letter in pattern:
+        handover.offer(reader, unit(letter == KEY))
+        assert (await handover.take()).frame is not None
+    handover.replay()
+    every = await taken(handover)
+    first = len(pattern) + 1
+    assert ids(every) == list(range(first, first + replayed))
+    assert [one.frame.frame.is_key for one in every if one.frame] == (
+        [True] + [False] * (replayed - 1) if replayed else []
+    )
+
+
+async def test_what_waits_is_part_of_what_is_given_once_more() -> None:
+    handover = await filled(KEY + "pp")
+    assert (await handover.take()).frame is not None
+    handover.replay()
+    every = await taken(handover)
+    assert ids(every) == [4, 5, 6]
+    assert every[0].replaced == 2, "those that waited"
+
+
 async def test_a_picture_takes_the_place_of_video() -> None:
     handover, reader = Handover(asyncio.get_running_loop(), lossless=False), object()
     handover.admit(reader, 0.0)

@@ -62,10 +62,10 @@ def analyze(
     video: Annotated[
         Video,
         typer.Option(
-            help="H.264 and H.265 of files and RTSP cameras: auto: as they are where the server "
+            help="H.264 and H.265 of files and RTSP cameras: as they are where the server "
             "takes them so, else as JPEG; with --out always decoded."
         ),
-    ] = Video.DECODE,
+    ] = Video.AUTO,
     analysis_fps: Annotated[
         float, typer.Option(min=0, help="Pictures a second that are analysed; 0 = all.")
     ] = 0,
