@@ -200,6 +200,8 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def passes_video(self) -> bool:
         """Whether H.264 and H.265 are to go on as they are, where they can."""
+        if self.resolved_kind in (SourceKind.MJPEG, SourceKind.FOLDER):
+            return False
         too_slow = 0 < self.max_fps < MIN_ANALYSIS_FPS
         return self.video is not VideoChoice.DECODE and not self.max_side and not too_slow
 

@@ -33,7 +33,7 @@ from facelane_bridge.camera import (
     start,
     step,
 )
-from facelane_bridge.config import MIN_ANALYSIS_FPS, CameraSettings, ServerSettings, VideoChoice
+from facelane_bridge.config import CameraSettings, ServerSettings, VideoChoice
 from facelane_bridge.handover import Handover, NumberedFrame
 from facelane_bridge.ledger import Ledger
 from facelane_bridge.output import CameraTotals, Line, StateLine, now_utc
@@ -273,7 +273,8 @@ class CameraRunner:
             max_faces=camera.max_faces,
             max_candidates=camera.max_candidates,
             min_face_size=camera.min_face_size,
-            analysis_fps=camera.analysed_fps if camera.analysed_fps >= MIN_ANALYSIS_FPS else 0.0,
+            # What is not passed on is thinned out here already.
+            analysis_fps=camera.analysed_fps if camera.passes_video else 0.0,
         )
 
     async def _serve(self, stream: aio.AnalyzeStream) -> None:
