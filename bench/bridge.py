@@ -32,7 +32,7 @@ FPS: Final = 25
 SIZE: Final = (1280, 720)
 BIT_RATE: Final = 2_000_000
 _WAYS: Final = ("decode", "pass")
-_WARM_S: Final = 4.0
+_WARM_S: Final = 3.0
 _START_S: Final = 60.0
 
 
@@ -69,7 +69,7 @@ def _write(path: Path, settings: Settings) -> None:
 
 async def _compare(settings: Settings, report: Report, clip: Path, models: material.Models) -> None:
     rounds = settings.sized(3, 1)
-    seconds = settings.lasting(20.0, 1.0)
+    seconds = settings.lasting(10.0, 1.0)
     runs: dict[str, list[_Run]] = {way: [] for way in _WAYS}
     for number in range(rounds):
         for way in _WAYS:
