@@ -8,6 +8,9 @@ _BURST: Final = 2.0
 """Pictures that may be owed to a stream: one, and the part of another by which the camera's own
 rhythm misses the rate, so that over time exactly the rate is taken."""
 _GOLDEN: Final = 0.618034
+_EARLY: Final = 0.1
+"""Part of a beat by which a picture may come before it: time stamps are rounded to milliseconds
+by cameras and files, and 30 of 30 pictures a second have to stay 30."""
 
 
 class Pace:
@@ -58,7 +61,8 @@ class Rhythm:
         """Whether the picture of this moment is taken; moments do not go back."""
         if self._next_ns is None:
             self._next_ns = float(at_ns)
-        if at_ns < self._next_ns:
+        late = at_ns + _EARLY * self._beat_ns - self._next_ns
+        if late < 0:
             return False
-        self._next_ns += self._beat_ns * ((at_ns - self._next_ns) // self._beat_ns + 1)
+        self._next_ns += self._beat_ns * (late // self._beat_ns + 1)
         return True
