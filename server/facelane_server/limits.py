@@ -84,6 +84,9 @@ MAX_RECEIVING: Final = 16
 """Requests of single calls that are being received; the others wait unread."""
 OPERATORS_PART: Final = 8
 """One in so many places is kept for keys with the ``admin`` scope."""
+MAX_PENDING_CALLS: Final = 256
+"""Calls that wait to be looked at; beyond them some are refused, beyond twice as many all. Each
+takes some 20 KiB of the front: a flood of calls that are reset at once fills this queue."""
 MAX_STREAMS_PER_CONNECTION: Final = 100
 """HTTP/2 streams; further calls of a connection wait at its client."""
 MAX_CONNECTIONS: Final = 4_096

@@ -57,6 +57,8 @@ OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     # What a stranger holds is little, and for a short time.
     ("grpc.max_concurrent_streams", limits.MAX_STREAMS_PER_CONNECTION),
+    ("grpc.server.max_pending_requests", limits.MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * limits.MAX_PENDING_CALLS),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 60_000),
 )
