@@ -18,7 +18,9 @@ from bench.material import MissingError
 from bench.report import RESULTS, Report, command_line
 from bench.settings import Settings
 
-CPU: Final = ("overhead", "article", "front", "recovery", "revocation", "bridge", "overload")
+CPU: Final = (
+    "overhead", "article", "front", "recovery", "revocation", "bridge", "overload", "gallery",
+)  # fmt: skip
 GPU: Final = ("isolation", "leak", "streams", "decode")
 ABOUT: Final = {
     "overhead": "the service against the same models in one loop; null models for its own cost",
@@ -28,6 +30,7 @@ ABOUT: Final = {
     "revocation": "a key is removed: how long its streams and watchers live after SIGHUP",
     "bridge": "one camera's H.264 through bridge and server: decoded by the bridge, or passed on",
     "overload": "more cameras than fit: age of results, equal rates, every frame's outcome",
+    "gallery": "search at 10k to 1M templates against the memory's bandwidth; exactness",
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
     "leak": "a model that leaks device memory is replaced beside two that behave",
     "streams": "how many cameras one card takes; 720p and 1080p, with -mps, -nvjpeg, -nvjpeg-mps",

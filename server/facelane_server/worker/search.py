@@ -1,10 +1,10 @@
 """Exact cosine search of a gallery, inside the recogniser's worker.
 
-Rows are unit vectors sorted by gallery, then by subject; a subject's similarity is that
-of its best template. On a CPU the snapshot is held as float32 and searched by BLAS; on
-a CUDA device it is held as float16 and only the best subjects' rows are scored again in
-float32, so that what comes back is exact there too. What came after the snapshot is in ``late``:
-few rows, compared one by one.
+Rows are unit vectors sorted by gallery, then by subject; a subject's similarity is that of its
+best template. On a CPU the snapshot is held as float32 and searched by BLAS, a large one in 8
+bits (``coarse``). On a CUDA device it is held as float16, and only the best subjects' rows are
+scored again in float32, so that what comes back is exact there too. What came after the snapshot
+is in ``late``: few rows, compared one by one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from facelane_server.ipc import gallery_table
 from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, close_all
 from facelane_server.ipc.gallery_log import Added, LogReader
 from facelane_server.ipc.messages import Fatal, GalleryDelta, GalleryLoaded, GallerySnapshot
-from facelane_server.worker import exit_codes
+from facelane_server.worker import coarse, exit_codes
 from facelane_server.worker.faults import Quit, ending
 
 if TYPE_CHECKING:
@@ -133,9 +133,7 @@ class Searcher:
         self._segments = {
             gallery: _segment(first, last, subjects) for gallery, first, last in snapshot.galleries
         }
-        self._rows: _Rows = (
-            _TorchRows(matrix, device) if device.startswith("cuda") else _NumpyRows(matrix)
-        )
+        self._rows: _Rows = _rows(matrix, device)
         self._size = len(matrix)
         self._late = _Late(self.dim)
         self._log = LogReader()
@@ -210,6 +208,33 @@ class _NumpyRows:
                 scores[:, gone[begin:end] - segment.first - first] = _NEVER
             np.maximum.reduceat(scores, segment.starts[lo:hi] - first, axis=1, out=best[:, lo:hi])
         return _top(best, segment.subjects, keep)
+
+
+class _CoarseRows:
+    """See ``coarse``."""
+
+    def __init__(self, matrix: npt.NDArray[np.float16]) -> None:
+        self._rows = coarse.CoarseRows(matrix)
+
+    def remove(self, rows: Sequence[int]) -> None:
+        self._rows.remove(rows)
+
+    def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
+        found = self._rows.best_of_subjects(
+            probes, segment.first, segment.starts, segment.last, keep, _chunks(segment)
+        )
+        return [
+            tuple((int(segment.subjects[place]), cosine) for place, cosine in hits)
+            for hits in found
+        ]
+
+
+def _rows(matrix: npt.NDArray[np.float16], device: str) -> _Rows:
+    if device.startswith("cuda"):
+        return _TorchRows(matrix, device)
+    if len(matrix) >= coarse.LEAST_ROWS and coarse.CoarseRows.can():
+        return _CoarseRows(matrix)
+    return _NumpyRows(matrix)
 
 
 class _TorchRows:
