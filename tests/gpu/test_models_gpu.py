@@ -27,6 +27,7 @@ from facelane_server.models.api import (
     DeviceOptions,
     Recognizer,
 )
+from facelane_server.models.canary import batch_buckets
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package, read_package
 from facelane_server.modeltools.importer import to_toml
@@ -38,7 +39,6 @@ from facelane_server.worker.decoding.pixels import OnDevice
 from facelane_server.worker.faults import Fault, classify
 from facelane_server.worker.networks import serving, torch_runner
 from facelane_server.worker.networks.load import load, network_with_weights
-from facelane_server.worker.networks.runner import batch_buckets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -7,9 +7,9 @@ import torch
 
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.api import DeviceOptions
+from facelane_server.models.canary import batch_buckets
 from facelane_server.worker import device
 from facelane_server.worker.faults import Fault, classify
-from facelane_server.worker.networks.runner import batch_buckets
 from facelane_server.worker.networks.serving import (
     ServedDetector,
     ServedLiveness,

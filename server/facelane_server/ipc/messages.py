@@ -44,6 +44,7 @@ Cosine = Annotated[float, msgspec.Meta(ge=-1.001, le=1.001)]
 Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 MiB = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Known = Annotated[list[float], msgspec.Meta(max_length=limits.MAX_EMBEDDING_DIM + 1)]
 Word = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=limits.MAX_ITEM_MESSAGE_BYTES)]
 
@@ -179,6 +180,7 @@ class Load(Message, frozen=True):
     ``slots * slot bytes`` long. ``options`` are architecture-independent extras for
     fault tests and benchmarks (for example ``fail_load``); empty in production.
     ``job_timeout_ms``: when a job counts as hung; pictures are given up well before.
+    ``canary_side``: of a detector's canary pictures.
     """
 
     worker_id: str
@@ -200,6 +202,7 @@ class Load(Message, frozen=True):
     decode: str = "cpu"
     options: dict[str, str] = {}
     job_timeout_ms: int = 5_000
+    canary_side: int = 0
 
 
 class Infer(Message, frozen=True):
@@ -277,7 +280,8 @@ class Ready(Message, frozen=True):
     """``memory_mib`` on the device by NVML or the allocator, context included; resident on
     a CPU. ``latency_ms``: one item, measured after warm-up. ``embedding_dim``: of
     recognisers, else 0. ``batch_max``: the largest job that it takes. ``sandbox``: what the
-    worker's process is confined by."""
+    worker's process is confined by. ``known``: what its model has for an answer to each of the
+    canary's pictures, in full precision (``models.canary``); empty = it does not say."""
 
     model_id: Word
     load_ms: Millis
@@ -288,6 +292,9 @@ class Ready(Message, frozen=True):
     embedding_dim: Number = 0
     batch_max: Number = limits.BATCH
     sandbox: Word = "off"
+    known: Annotated[list[Known], msgspec.Meta(max_length=limits.MAX_CANARIES)] = msgspec.field(
+        default_factory=list
+    )
 
 
 class GalleryLoaded(Message, frozen=True):

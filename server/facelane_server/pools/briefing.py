@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from facelane_server import config, limits
 from facelane_server.domain import Encoding, Picture, Stage
 from facelane_server.ipc.channel import ProtocolError
 from facelane_server.ipc.messages import CropSpecMessage, Load, Ready
+from facelane_server.models import canary
 from facelane_server.models.api import AlignedCrop, ContextCrop, CropSpec
 from facelane_server.models.package import Package
 from facelane_server.pools.slots import Codec, SubjectResolver
 from facelane_server.pools.tasks import DetectRequest, EmbedRequest, LivenessRequest, Request
-
-_CANARY_SIDE: Final = 64
 
 
 class Briefing:
@@ -57,6 +54,7 @@ class Briefing:
             decode=settings.decode,
             options=dict(settings.options),
             job_timeout_ms=settings.job_timeout_ms,
+            canary_side=self._canary_side(package),
         )
 
     def check(self, package: Package, facts: Ready) -> None:
@@ -76,16 +74,30 @@ class Briefing:
             resolve=self._resolve,
         )
 
-    def canary(self, package: Package) -> Request:
-        """An even grey picture: cheap, and every model has an answer to it."""
+    def canaries(self, package: Package) -> list[Request]:
+        """Cheap, and every model has an answer to them."""
         if self._stage is Stage.DETECTOR:
-            data = b"\x60" * (_CANARY_SIDE * _CANARY_SIDE * 3)
-            picture = Picture(Encoding.BGR24, data, _CANARY_SIDE, _CANARY_SIDE, _CANARY_SIDE * 3)
-            return DetectRequest(picture, max_faces=1, max_pixels=limits.MAX_PIXELS)
-        grey = tuple(b"\x60" * (spec.size * spec.size * 3) for spec in package.crops)
+            return [
+                DetectRequest(
+                    Picture(
+                        Encoding.BGR24,
+                        picture.tobytes(),
+                        picture.shape[1],
+                        picture.shape[0],
+                        picture.shape[1] * 3,
+                    ),
+                    max_faces=canary.MOST_FACES,
+                    max_pixels=limits.MAX_PIXELS,
+                )
+                for picture in canary.pictures(self._canary_side(package))
+            ]
+        crops = tuple(canary.face(spec.size).tobytes() for spec in package.crops)
         if self._stage is Stage.RECOGNIZER:
-            return EmbedRequest(grey[0])
-        return LivenessRequest(grey)
+            return [EmbedRequest(crops[0], want_vector=True)]
+        return [LivenessRequest(crops)]
+
+    def _canary_side(self, package: Package) -> int:
+        return self._settings.max_side or package.manifest.input.max_side
 
     def _crops_of(self, package: Package) -> tuple[CropSpec, ...]:
         return self._crops if self._stage is Stage.DETECTOR else package.crops

@@ -2,7 +2,7 @@
 
 ``restart`` decides what a worker's life does next; here it is done. A worker is in
 service only after it did what it is for: it has loaded, warmed up, answered a canary
-inference and loaded the newest gallery; when idle, the canary is repeated.
+inference and loaded the newest gallery; the canary is repeated while it serves.
 
 Workers serve in generations: those that serve, those that a reload warms beside them,
 and those that retire. Of those that serve and are ready, at most ``workers`` are active;
@@ -21,12 +21,12 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from facelane_server import config
+from facelane_server import config, limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.ipc.channel import ChannelError
 from facelane_server.ipc.messages import InferDone, InferFailed
 from facelane_server.models.package import Package
-from facelane_server.pools import host, restart
+from facelane_server.pools import canary, host, restart
 from facelane_server.pools.briefing import Briefing
 from facelane_server.pools.clock import Clock, Timer
 from facelane_server.pools.feed import GalleryFeed
@@ -521,28 +521,55 @@ class Crew:
                     return
 
     def _send_canary(self, worker: Worker) -> asyncio.Future[Any]:
-        """One built-in item through the worker; a failure loses the worker."""
+        """Built-in items through the worker, for a batch bucket and a picture in turn; a failure,
+        or an answer that full precision does not agree with, loses the worker."""
         now = self._clock.now_ns()
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        task: AnyTask = Task(
-            self._briefing.canary(worker.package),
-            lane=_CANARY_LANE,
-            weight=1,
-            deadline_ns=now + self._job_timeout_ns,
-            future=future,
-            submitted_ns=now,
-            canary=True,
-        )
         handle = worker.handle
         assert handle is not None
+        requests = self._briefing.canaries(worker.package)
+        which, count = canary.batch(requests, handle.batch_max, handle.canaries)
+        known = handle.facts.known[which] if which < len(handle.facts.known) else None
+        least = worker.package.manifest.thresholds.score or 0.0
+        handle.canaries += 1
+        handle.canary_ns, handle.canary_due = now, False
 
         def judge(done: asyncio.Future[Any]) -> None:
-            if not done.cancelled() and done.exception() is not None and worker.handle is handle:
+            if done.cancelled() or worker.handle is not handle:
+                return
+            if done.exception() is not None:
                 self.lost(worker, WorkerLostError("CANARY_FAILED"))
+            elif known is not None and not canary.agrees(known, done.result(), least):
+                why = f"full precision does not agree (a batch of {count})"
+                self.lost(worker, WorkerLostError(canary.WRONG_ANSWER, why))
 
-        future.add_done_callback(judge)
-        self.give(handle, [task])
-        return future
+        tasks: list[AnyTask] = []
+        for _ in range(count):
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            future.add_done_callback(judge)
+            tasks.append(
+                Task(
+                    requests[which],
+                    lane=_CANARY_LANE,
+                    weight=1,
+                    deadline_ns=now + self._job_timeout_ns,
+                    future=future,
+                    submitted_ns=now,
+                    canary=True,
+                )
+            )
+        self.give(handle, tasks)
+        return tasks[0].future
+
+    def give_due_canary(self, worker: Worker) -> None:
+        handle = worker.handle
+        if (
+            handle is not None
+            and handle.canary_due
+            and worker.life is Life.READY
+            and len(handle.jobs) < limits.JOBS_PER_WORKER
+            and handle.free_slots
+        ):
+            self._send_canary(worker)
 
     # -- troubles -------------------------------------------------------------------------
 

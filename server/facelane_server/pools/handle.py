@@ -189,6 +189,10 @@ class ReadyHandle:
         self.ping_sent_ns = 0
         """When the ping that is not answered yet was sent; 0 = none."""
         self.last_success_ns = 0
+        self.canary_ns = 0
+        """When the last canary was sent; ``canary_due``: one goes as soon as there is a place."""
+        self.canary_due = False
+        self.canaries = 0
         self.on_answer: Callable[[ReadyHandle, Job, InferDone | InferFailed], None] = _unset
         self.on_gallery: Callable[[ReadyHandle], None] = _unset
         self.on_drained: Callable[[ReadyHandle], None] = _unset

@@ -289,6 +289,7 @@ class Pool:
             self._busy_ns += self._clock.now_ns() - job.started_ns
         self._answers += len(job.tasks)
         self._crew.finish(worker, job, message, used)
+        self._crew.give_due_canary(worker)
         self._dispatch()
 
     def jobs_came_back(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> None:

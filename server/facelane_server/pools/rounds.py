@@ -87,8 +87,11 @@ class Rounds:
         elif handle.ping_sent_ns:
             if not handle.jobs and now - handle.ping_sent_ns >= self._timeout_ns:
                 self._crew.handle_lost(handle, WorkerLostError(HUNG, "no pong in time"))
-        elif not handle.jobs:
-            if now - handle.last_success_ns >= self._canary_ns:
+        elif handle.jobs:
+            # It goes when a job is done, before the next: who is busy is not asked less.
+            handle.canary_due = now - handle.canary_ns >= self._canary_ns
+        else:
+            if now - handle.canary_ns >= self._canary_ns:
                 self._crew.ask_canary(handle)
             else:
                 handle.ping(now)

@@ -12,6 +12,7 @@ chip the brightness of 16 x 16 fields, the fineness of its detail and its mean c
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import cv2
@@ -26,16 +27,19 @@ FIELDS: Final = 16
 def signatures(chips: U8) -> U8:
     """[N, size, size, 3] uint8 BGR to [N, limits.SIGNATURE_BYTES]."""
     found = np.zeros((len(chips), limits.SIGNATURE_BYTES), np.uint8)
-    for chip, signature in zip(chips, found, strict=True):
+    reliefs = np.empty((len(chips), FIELDS * FIELDS), np.float32)
+    for chip, signature, relief in zip(chips, found, reliefs, strict=True):
         grey = cv2.cvtColor(chip, cv2.COLOR_BGR2GRAY)
         fields = cv2.resize(grey, (FIELDS, FIELDS), interpolation=cv2.INTER_AREA)
-        relief = fields.astype(np.float32).ravel()
-        relief -= relief.mean()
-        highest = float(np.abs(relief).max())
-        if highest >= 1.0:
-            signature[: FIELDS * FIELDS].view(np.int8)[:] = np.rint(relief * (127.0 / highest))
+        relief[:] = fields.ravel()
         edge = len(grey) // 7
         laplacian = cv2.Laplacian(grey[edge:-edge, edge:-edge], cv2.CV_32F)
-        signature[-4] = min(255.0, 16.0 * np.log2(1.0 + float(laplacian.var())))
+        _, deviation = cv2.meanStdDev(laplacian)
+        signature[-4] = min(255.0, 16.0 * math.log2(1.0 + float(deviation[0, 0]) ** 2))
         signature[-3:] = cv2.mean(chip)[:3]
+    reliefs -= reliefs.mean(1, keepdims=True)
+    highest = np.abs(reliefs).max(1, keepdims=True, initial=0.0)
+    there = highest[:, 0] >= 1.0
+    scaled = np.rint(reliefs[there] * (127.0 / highest[there]))
+    found[there, : FIELDS * FIELDS] = scaled.astype(np.int8).view(np.uint8)
     return found

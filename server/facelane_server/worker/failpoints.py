@@ -21,6 +21,8 @@ each process; the warm-up is no job, the canary is one.
 ``fail.garbage_on_job``   job N is answered with bytes that are no message
 ``fail.truncated_on_job`` job N is answered with half of its packet
 ``fail.error_on_job``     job N raises an error that nobody foresaw
+``fail.wrong_from_job``   job N and every later one is answered wrongly: what could be,
+                          but is not what the model says
 ``fail.leak_mib``         every job leaks so many MiB, of the device's memory on CUDA
 ``fail.poison``           an item that contains ``POISON`` kills the process (SIGSEGV)
 ``fail.from_file``        a file of further ``name = "value"`` lines (TOML), read when a
@@ -42,6 +44,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NoReturn
 
+from msgspec.structs import replace
+
+from facelane_server.ipc.messages import DetectDone, EmbedDone, ItemDone, LivenessDone
+
 PREFIX: Final = "fail."
 POISON: Final = b"facelane-poison-marker"
 """Bytes that crash a worker with ``fail.poison``."""
@@ -50,7 +56,7 @@ NAMES: Final = frozenset({
     "load", "hang_load", "slow_load_ms", "crash_load", "crash_warm_up", "hang_on_job",
     "crash_on_job", "exit_on_job", "slow_ms", "oom_on_job", "oom_once_on_job",
     "sticky_on_job", "garbage_on_job", "truncated_on_job", "error_on_job", "leak_mib",
-    "poison", "only_file", "from_file",
+    "wrong_from_job", "poison", "only_file", "from_file",
 })  # fmt: skip
 
 
@@ -72,6 +78,7 @@ class Failpoints:
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values = dict(values)
         self._job = 0
+        self._wrong = False
         self._leaked: list[object] = []
         self.device = "cpu"
         self._marker = Path(values["only_file"]) if "only_file" in values else None
@@ -152,6 +159,11 @@ class Failpoints:
             torch.zeros(4, device=self.device)[column].cpu()
         raise InjectedStickyError("CUDA error: an illegal memory access (failpoint)")
 
+    def said(self, items: list[ItemDone]) -> list[ItemDone]:
+        """The answers of the present job."""
+        self._wrong = self._wrong or self._at("wrong_from_job")
+        return [_wrong(item) for item in items] if self._wrong else items
+
     def answer(self, packet: bytes) -> bytes:
         """What to send instead of ``packet``, the answer to the present job."""
         if self._at("garbage_on_job"):
@@ -187,6 +199,16 @@ def from_options(options: Mapping[str, str]) -> Failpoints | None:
     if unknown:
         raise ValueError(f"unknown failpoint {PREFIX}{unknown[0]}")
     return Failpoints(values)
+
+
+def _wrong(item: ItemDone) -> ItemDone:
+    if isinstance(item, DetectDone):
+        return replace(item, count=0)
+    if isinstance(item, EmbedDone):
+        return replace(item, ood=(item.ood + 0.5) % 1.0)
+    if isinstance(item, LivenessDone):
+        return replace(item, score=(item.score + 0.5) % 1.0)
+    return item
 
 
 def _crash() -> None:

@@ -168,8 +168,9 @@ class Loop:
             try:
                 if self._fail is not None:
                     self._fail.warming()
-                model.warm_up()
                 work = work_for(model, load, request, response, self._gallery)
+                known = work.known()
+                model.warm_up()
                 latency_ms = work.rehearse()
             except Exception as error:
                 raise ending(error, otherwise=(exit_codes.LOAD_FAILED, "WARM_UP_FAILED")) from error
@@ -194,6 +195,7 @@ class Loop:
                 embedding_dim=getattr(model, "embedding_dim", 0),
                 batch_max=self._batch_max,
                 sandbox=self._sandbox,
+                known=known,
             )
         )
 
@@ -299,6 +301,8 @@ class Loop:
             self._job_failed(begun.job_id, error)
             return
         self._faults.succeeded()
+        if self._fail is not None:
+            items = self._fail.said(items)
         answer = InferDone(begun.job_id, items, self._memory())
         if self._fail is None:
             self._send(answer)

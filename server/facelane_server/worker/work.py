@@ -34,7 +34,7 @@ from facelane_server.ipc.messages import (
     PictureHeld,
     VideoItem,
 )
-from facelane_server.models import api
+from facelane_server.models import api, canary
 from facelane_server.models.api import U8
 from facelane_server.worker.search import GalleryLoader, Hits, Searcher
 
@@ -64,6 +64,11 @@ class Work:
 
     def rehearse(self) -> float:
         """Milliseconds of one synthetic item, the best of a few."""
+        raise NotImplementedError
+
+    def known(self) -> list[list[float]]:
+        """The model's answers to the canary's pictures, as ``models.canary`` compares them. Asked
+        for before the model is warmed up, so in full precision."""
         raise NotImplementedError
 
     def close_video(self, lane: int) -> None:
@@ -112,6 +117,7 @@ class DetectWork(Work):
 
         self._model = model
         self._max_pixels = load.max_pixels
+        self._max_side = load.canary_side
         self._needs_pixels = bool(getattr(model, "needs_pixels", True))
         pictures.silence_opencv(load.threads)
         self._decode = pictures.read
@@ -119,12 +125,11 @@ class DetectWork(Work):
         self._record = sum(spec.size * spec.size * 3 for spec in model.crops)
         self._blank: U8 = np.zeros((1, 1, 3), np.uint8)
         timeout_s = load.job_timeout_ms / 1000
+        engine, threads = _video_engine(load, model) if self._needs_pixels else (None, load.threads)
         self._decoders = patience.Decoders(
-            load.threads, min(limits.DECODE_SECONDS, 0.4 * timeout_s), 0.6 * timeout_s
+            threads, min(limits.DECODE_SECONDS, 0.4 * timeout_s), 0.6 * timeout_s
         )
-        self._video = video.Sessions(
-            _video_engine(load) if self._needs_pixels else None, max_pixels=load.max_pixels
-        )
+        self._video = video.Sessions(engine, max_pixels=load.max_pixels)
 
     @property
     def worn_out(self) -> bool:
@@ -311,11 +316,29 @@ class DetectWork(Work):
         picture = np.full((240, 320, 3), 96, np.uint8)
         return _best_ms(lambda: self._model.begin([picture], [1]).finish())
 
+    def known(self) -> list[list[float]]:
+        answers: list[list[float]] = []
+        for picture in canary.pictures(self._max_side):
+            looked_at = picture if self._needs_pixels else self._blank
+            [faces] = self._model.begin([looked_at], [canary.MOST_FACES]).finish()
+            rows = (faces.scores[:, None], faces.boxes, faces.landmarks.reshape(-1, 10))
+            answers.append(np.concatenate(rows, 1).ravel().tolist())
+        return answers
 
-def _video_engine(load: Load) -> VideoEngine:
+
+def _video_engine(load: Load, model: api.Detector) -> tuple[VideoEngine, int]:
+    """Who decodes video, and by how many threads."""
     from facelane_server.worker.decoding.cpu_video import CpuEngine
+    from facelane_server.worker.networks.detector import NetworkDetector
 
-    return CpuEngine(load.threads)
+    engine = CpuEngine(load.threads)
+    there = model.device_pictures if isinstance(model, NetworkDetector) else None
+    if there is None or load.decode == "cpu":
+        return engine, load.threads
+    from facelane_server.worker.decoding.nvdec import THREADS, NvdecEngine, engine_for
+
+    found = engine_for(there, engine)
+    return found, max(load.threads, THREADS if isinstance(found, NvdecEngine) else 0)
 
 
 def _access_units(view: memoryview, item: VideoItem) -> list[bytes]:
@@ -375,6 +398,10 @@ class EmbedWork(Work):
         chip = np.full((1, self._size, self._size, 3), 96, np.uint8)
         return _best_ms(lambda: self._model.begin(chip).finish())
 
+    def known(self) -> list[list[float]]:
+        found = self._model.begin(canary.face(self._size)[None]).finish()
+        return [[*found.vectors[0].tolist(), float(found.ood[0])]]
+
 
 def _search(searcher: Searcher | None, vectors: api.F32, items: Sequence[EmbedItem]) -> list[Hits]:
     """Hits of every item, items of one gallery searched together."""
@@ -422,6 +449,10 @@ class LivenessWork(Work):
     def rehearse(self) -> float:
         crops = [np.full((1, size, size, 3), 96, np.uint8) for size in self._sizes]
         return _best_ms(lambda: self._model.begin(crops).finish())
+
+    def known(self) -> list[list[float]]:
+        found = self._model.begin([canary.face(size)[None] for size in self._sizes]).finish()
+        return [[float(found[0])]]
 
 
 def work_for(

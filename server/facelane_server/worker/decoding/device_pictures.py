@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import cv2
@@ -44,7 +44,7 @@ _ALIKE: Final = 4.0
 
 
 class DevicePictures:
-    """Pictures of one device. Used by one thread.
+    """Pictures of one device. Used by one thread, but for ``arriving``.
 
     ``decode_jpegs``: nvJPEG, or what a test brings; None = every picture comes as pixels.
     """
@@ -52,14 +52,14 @@ class DevicePictures:
     def __init__(
         self, device: str, decode_jpegs: Decode | None = None, pixels: Pixels | None = None
     ) -> None:
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._decode_jpegs = decode_jpegs
-        self.pixels = pixels or _pixels(self._device)
+        self.pixels = pixels or _pixels(self.device)
         self._told = -_TOLD_EVERY_S
-        cuda = self._device.type == "cuda"
-        self.stream: Any = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
+        cuda = self.device.type == "cuda"
+        self.stream: Any = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
         # What it does is little, and somebody waits for it while the next batch computes.
-        self._crops: Any = torch.cuda.Stream(self._device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
+        self._crops: Any = torch.cuda.Stream(self.device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
 
     @property
     def decodes(self) -> bool:
@@ -76,7 +76,7 @@ class DevicePictures:
             raise _unusable(f"torchvision cannot be imported ({error})") from error
 
         def decode_jpegs(data: list[Tensor]) -> list[Tensor]:
-            found: list[Tensor] = decode_jpeg(data, mode=ImageReadMode.RGB, device=self._device)
+            found: list[Tensor] = decode_jpeg(data, mode=ImageReadMode.RGB, device=self.device)
             return found
 
         self._decode_jpegs = decode_jpegs
@@ -135,21 +135,27 @@ class DevicePictures:
                 found[i] = picture
         return found
 
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[None]:
+        """What is queued in here is waited for before pictures are placed. Of any thread."""
+        with self._on(self.stream), torch.inference_mode():
+            yield
+
     def upload(self, picture: U8) -> OnDevice:
         """``picture``: uint8 [H, W, 3], BGR, which may be overwritten afterwards."""
-        with self._on(self.stream), torch.inference_mode():
-            if self._device.type != "cuda":
+        with self.arriving():
+            if self.device.type != "cuda":
                 return OnDevice(torch.from_numpy(picture.copy()), Layout.BGR)
             staged = torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)
             staged.numpy()[...] = picture
-            return OnDevice(staged.to(self._device, non_blocking=True), Layout.BGR)
+            return OnDevice(staged.to(self.device, non_blocking=True), Layout.BGR)
 
     def place(
         self, pictures: Sequence[OnDevice], sizes: Sequence[tuple[int, int]], canvases: Tensor
     ) -> None:
         """``Pixels.letterbox`` on the current stream, after what has arrived."""
         if self.stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self.stream)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.pixels.letterbox(pictures, sizes, canvases)
 
     def cut(

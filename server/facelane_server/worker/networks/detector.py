@@ -83,6 +83,11 @@ class NetworkDetector(Detector):
         self._score = score
         self._nms = nms
 
+    @property
+    def device_pictures(self) -> DevicePictures | None:
+        """What brings pictures to the card that it computes on; None on a CPU."""
+        return self._runner.pictures
+
     def warm_up(self) -> None:
         self._runner.warm_up()
 

@@ -69,9 +69,3 @@ class Runner(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional
         """Free what is held outside of Python's own memory."""
-
-
-def batch_buckets(batch_max: int) -> list[int]:
-    """Powers of two up to ``batch_max``, and itself: the sizes that graphs exist for."""
-    sizes = [1 << i for i in range(batch_max.bit_length()) if 1 << i < batch_max]
-    return [*sizes, batch_max]

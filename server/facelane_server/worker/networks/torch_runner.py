@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 
 from facelane_server.models.api import F32, U8, DeviceOptions
+from facelane_server.models.canary import batch_buckets
 from facelane_server.worker.device import settle_memory
 from facelane_server.worker.journal import log_event
 from facelane_server.worker.networks.architectures.folding import plain_affine
-from facelane_server.worker.networks.runner import Computed, Runner, Ticket, batch_buckets
+from facelane_server.worker.networks.runner import Computed, Runner, Ticket
 from facelane_server.worker.networks.serving import Served, check_pictures
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ class CudaRunner(Runner):
 
     ``shapes``: height and width of each input; the network must take them all. ``canvases``
     instead: those of one input that is written on the device (``run``), the largest first. A
-    runner is warmed up and used by one thread, beside others in the process.
+    runner is warmed up and used by one thread, beside others in the process. Before it is warmed
+    up it computes eagerly in full precision.
     """
 
     def __init__(
@@ -220,10 +222,6 @@ class CudaRunner(Runner):
                 if self._options.graphs:
                     self._captures(references, "CUDA graph in full precision")
             del exact
-            output = max(self._concluded(way, self._batch_max).numel() for way in self._ways)
-            self._stages = [
-                _Stage(self._shapes, self._batch_max, output, self._device) for _ in range(STAGES)
-            ]
             self._stream.synchronize()
             torch.cuda.empty_cache()
         # One whole round over every bucket, so that no first time is left.
@@ -286,6 +284,17 @@ class CudaRunner(Runner):
         self._stages.clear()
 
     def _claimed(self) -> _Stage:
+        if not self._stages:
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.stream(self._stream),
+                torch.inference_mode(),
+            ):
+                output = max(self._concluded(way, self._batch_max).numel() for way in self._ways)
+                self._stages = [
+                    _Stage(self._shapes, self._batch_max, output, self._device)
+                    for _ in range(STAGES)
+                ]
         stage = self._stages[self._next]
         stage.claim()
         return stage

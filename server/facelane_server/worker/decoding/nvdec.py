@@ -1,0 +1,202 @@
+"""Video decoded by the card (NVDEC, by PyNvVideoCodec): pictures are NV12 and stay there.
+
+What the card is not given, or does not take, another engine decodes, and the journal says so once
+for each reason: 10 bits, odd sides, a format beyond its limits, no memory for one more session.
+
+A session takes 16 MiB of the card at 720p, 26 (H.264) or 52 (H.265) at 1080p, and 50 ms to
+open: so there is one open already, of the format that was asked for last, which a thread of its
+own has opened.
+
+A decoder's pictures lie in its own memory, which its next ones take: each is copied at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+from torch.utils import dlpack
+
+from facelane_server import annexb
+from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.worker.decoding.device_pictures import DevicePictures
+from facelane_server.worker.decoding.pixels import BT601, BT709, OnDevice
+from facelane_server.worker.decoding.video import Shown, VideoDecoder, VideoEngine
+from facelane_server.worker.faults import Fault, classify
+from facelane_server.worker.journal import log_event
+
+THREADS: Final = 8
+"""That wait for the card's decoder; its engines work side by side."""
+_HD_HEIGHT: Final = 576
+_Kind = tuple[Encoding, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    tag: int
+    found: OnDevice
+
+    def read(self) -> OnDevice:
+        return self.found
+
+
+class NvdecDecoder:
+    """See ``VideoDecoder``. ``opened``: of PyNvVideoCodec."""
+
+    def __init__(self, engine: NvdecEngine, kind: _Kind, opened: Any, found: annexb.Format) -> None:
+        self._engine = engine
+        self._kind = kind
+        self._opened = opened
+        self.reorders = found.reorder > 0
+
+    def decode(self, unit: bytes, tag: int) -> Sequence[Shown]:
+        return self._run(unit, tag)
+
+    def drain(self) -> Sequence[Shown]:
+        return self._run(b"", 0)
+
+    def reset(self) -> None:
+        """What is held back comes out, and is let go."""
+        self._run(b"", 0)
+
+    def close(self) -> None:
+        self._opened = None
+
+    def _run(self, unit: bytes, tag: int) -> Sequence[Shown]:
+        packet = self._engine.library.PacketData()
+        packet.bsl = len(unit)
+        packet.bsl_data = ctypes.cast(ctypes.c_char_p(unit), ctypes.c_void_p).value or 0
+        packet.pts = tag
+        flags = self._engine.library.VideoPacketFlag
+        packet.decode_flag = flags.ENDOFPICTURE if unit else flags.ENDOFSTREAM
+        try:
+            return [
+                _Picture(int(frame.getPTS()), self._kept(frame))
+                for frame in self._opened.Decode(packet)
+            ]
+        except FacelaneError:
+            raise
+        except Exception as error:
+            if classify(error) is not Fault.ORDINARY:
+                raise
+            raise FacelaneError(
+                Reason.PICTURE_CORRUPT,
+                f"the {self._kind[0].value} access unit cannot be decoded "
+                f"({type(error).__name__}); a key frame is needed",
+            ) from error
+
+    def _kept(self, frame: Any) -> OnDevice:
+        codec, width, height = self._kind
+        with self._engine.pictures.arriving():
+            surface: Tensor = dlpack.from_dlpack(frame).clone()
+        if surface.shape != (height * 3 // 2, width):
+            raise FacelaneError(
+                Reason.VIDEO_UNSUPPORTED,
+                f"the {codec.value} video's pictures are not of the size that it names; let the "
+                "bridge decode it",
+            )
+        return OnDevice.nv12(surface, height, BT709 if height > _HD_HEIGHT else BT601)
+
+
+class NvdecEngine:
+    """See ``VideoEngine``. ``other`` decodes what the card does not; ``library`` is
+    PyNvVideoCodec, or what a test brings.
+
+    Raises ImportError or RuntimeError where the card's decoder cannot be had.
+    """
+
+    def __init__(self, pictures: DevicePictures, other: VideoEngine, library: Any = None) -> None:
+        self.library: Any = library or importlib.import_module("PyNvVideoCodec")
+        self.pictures = pictures
+        self._other = other
+        self._lock = threading.Lock()
+        self._spare: dict[_Kind, Any] = {}
+        self._told: set[str] = set()
+        self._opener = ThreadPoolExecutor(1, "nvdec")
+
+    def open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder:
+        if found.depth != 8:
+            return self._by_other(codec, found, f"{found.depth} bits a sample")
+        if found.width % 2 or found.height % 2:
+            return self._by_other(codec, found, "sides that are odd")
+        kind = codec, found.width, found.height
+        with self._lock:
+            opened = self._spare.pop(kind, None)
+        try:
+            opened = opened or self._session(kind)
+        except Exception as error:
+            if classify(error) is Fault.POISONED:
+                raise
+            return self._by_other(codec, found, f"{type(error).__name__}: {error}")
+        self._opener.submit(self._prepare, kind)
+        return NvdecDecoder(self, kind, opened, found)
+
+    @property
+    def spares(self) -> int:
+        """Sessions that are open for the next lane."""
+        with self._lock:
+            return len(self._spare)
+
+    def _session(self, kind: _Kind) -> Any:
+        codec, width, height = kind
+        library = self.library
+        codecs = library.cudaVideoCodec
+        device = self.pictures.device
+        return library.CreateDecoder(
+            gpuid=device.index or 0,
+            codec=codecs.H264 if codec is Encoding.H264 else codecs.HEVC,
+            cudacontext=0,
+            cudastream=0,
+            usedevicememory=True,
+            maxwidth=width,
+            maxheight=height,
+            latency=library.DisplayDecodeLatencyType.LOW,
+        )
+
+    def _prepare(self, kind: _Kind) -> None:
+        """The next of this kind, if there is none yet; one in all."""
+        with self._lock:
+            if kind in self._spare:
+                return
+        try:
+            opened = self._session(kind)
+        except Exception:  # whoever needs it finds out
+            return
+        with self._lock:
+            self._spare.clear()
+            self._spare[kind] = opened
+
+    def _by_other(self, codec: Encoding, found: annexb.Format, why: str) -> VideoDecoder:
+        if why not in self._told and len(self._told) < 16:
+            self._told.add(why)
+            log_event(
+                "video is decoded on the host",
+                codec=codec.value,
+                width=found.width,
+                height=found.height,
+                cause=why,
+            )
+        return self._other.open(codec, found)
+
+
+def engine_for(pictures: DevicePictures | None, other: VideoEngine) -> VideoEngine:
+    """The card's where the model lies on one that has it."""
+    if pictures is None or pictures.device.type != "cuda":
+        return other
+    try:
+        return NvdecEngine(pictures, other)
+    except (ImportError, OSError, RuntimeError) as error:
+        if classify(error) is not Fault.ORDINARY:
+            raise
+        log_event(
+            "video is decoded on the host",
+            cause=f"PyNvVideoCodec cannot be had ({type(error).__name__}: {error}); "
+            "install facelane[nvdec]",
+        )
+        return other

@@ -1,0 +1,194 @@
+"""The card's video decoder behind the workers' seam, with a library that decodes nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.waiting import until
+
+from facelane_server import annexb
+from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.worker.decoding import nvdec
+from facelane_server.worker.decoding.device_pictures import DevicePictures
+from facelane_server.worker.decoding.nvdec import NvdecDecoder, NvdecEngine
+from facelane_server.worker.decoding.pixels import BT601, BT709, Layout, OnDevice
+from facelane_server.worker.decoding.video import Session, Shown, VideoDecoder
+
+HD = annexb.Format(64, 720, 8)
+SMALL = annexb.Format(64, 48, 8)
+
+
+class Frame:
+    """NV12 in memory that the decoder takes again for its next picture."""
+
+    def __init__(self, surface: torch.Tensor, pts: int) -> None:
+        self._surface, self._pts = surface, pts
+
+    def getPTS(self) -> int:
+        return self._pts
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._surface.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self._surface.__dlpack_device__()
+
+
+class Opened:
+    def __init__(self, library: Library, width: int, height: int) -> None:
+        self._library = library
+        self._surface = torch.zeros((height * 3 // 2, width), dtype=torch.uint8)
+        self._held: list[int] = []
+
+    def Decode(self, packet: Any) -> list[Frame]:
+        data = ctypes.string_at(packet.bsl_data, packet.bsl) if packet.bsl else b""
+        self._library.fed.append((data, packet.decode_flag))
+        if data == b"broken":
+            raise RuntimeError("cuvidParseVideoData returned an error")
+        if data == b"poison":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if not data:
+            held, self._held = self._held, []
+            return [Frame(self._surface, pts) for pts in held]
+        if data.startswith(b"held"):
+            self._held.append(packet.pts)
+            return []
+        self._surface[:] = data[-1]
+        return [Frame(self._surface, packet.pts)]
+
+
+class Library:
+    """In PyNvVideoCodec's place."""
+
+    cudaVideoCodec = SimpleNamespace(H264="h264", HEVC="hevc")  # noqa: N815
+    DisplayDecodeLatencyType = SimpleNamespace(LOW="low")
+    VideoPacketFlag = SimpleNamespace(ENDOFPICTURE=1, ENDOFSTREAM=2)
+    PacketData = SimpleNamespace
+
+    def __init__(self) -> None:
+        self.fed: list[tuple[bytes, int]] = []
+        self.opened: list[tuple[str, int, int]] = []
+        self.refuse: str | None = None
+
+    def CreateDecoder(self, **options: Any) -> Opened:
+        if self.refuse:
+            raise RuntimeError(self.refuse)
+        self.opened.append((options["codec"], options["maxwidth"], options["maxheight"]))
+        return Opened(self, options["maxwidth"], options["maxheight"])
+
+
+class Other:
+    """The engine that takes what the card does not."""
+
+    def __init__(self) -> None:
+        self.asked: list[annexb.Format] = []
+
+    def open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder:
+        self.asked.append(found)
+        return NoDecoder()
+
+
+class NoDecoder:
+    reorders = False
+
+    def decode(self, unit: bytes, tag: int) -> Sequence[Shown]:
+        return []
+
+    def drain(self) -> Sequence[Shown]:
+        return []
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def engine() -> tuple[NvdecEngine, Library, Other]:
+    library, other = Library(), Other()
+    return NvdecEngine(DevicePictures("cpu"), other, library), library, other
+
+
+def test_pictures_stay_what_they_were_when_the_decoder_goes_on() -> None:
+    made, library, _ = engine()
+    decoder = made.open(Encoding.H264, HD)
+    assert isinstance(decoder, NvdecDecoder)
+    shown = [decoder.decode(bytes([0, 0, 1, value]), tag)[0] for tag, value in enumerate((7, 9))]
+    assert [one.tag for one in shown] == [0, 1]
+    first, second = (one.read() for one in shown)
+    assert isinstance(first, OnDevice)
+    assert isinstance(second, OnDevice)
+    assert (first.layout, first.height, first.width) == (Layout.NV12, 720, 64)
+    assert bool((first.pixels == 7).all())
+    assert bool((second.pixels == 9).all())
+    assert first.colours == BT709
+    assert library.fed == [(b"\0\0\1\7", 1), (b"\0\0\1\t", 1)]
+    small = made.open(Encoding.H265, SMALL).decode(b"x\5", 0)[0].read()
+    assert isinstance(small, OnDevice)
+    assert small.colours == BT601
+
+
+def test_what_is_held_back_comes_when_it_is_drained_and_is_let_go_when_reset() -> None:
+    made, library, _ = engine()
+    decoder = made.open(Encoding.H264, SMALL)
+    session = Session(Encoding.H264, decoder, annexb.Format(64, 48, 8, 2))
+    for unit in (b"held0", b"held1"):
+        session.feed(unit)
+    assert session.picture(0) is None
+    session.drain()
+    assert session.picture(1) is not None
+    decoder.decode(b"held2", 2)
+    decoder.reset()
+    assert decoder.drain() == []
+    assert [flag for data, flag in library.fed if not data] == [2, 2, 2]
+
+
+def test_a_broken_unit_is_its_own_fault_and_a_poisoned_card_is_not() -> None:
+    made, _, _ = engine()
+    decoder = made.open(Encoding.H264, SMALL)
+    with pytest.raises(FacelaneError, match="a key frame is needed") as caught:
+        decoder.decode(b"broken", 0)
+    assert caught.value.reason is Reason.PICTURE_CORRUPT
+    assert decoder.decode(b"x\3", 1)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        decoder.decode(b"poison", 2)
+
+
+def test_what_the_card_does_not_take_another_decodes_and_it_is_said_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    made, library, other = engine()
+    unfit = [annexb.Format(64, 48, 10), annexb.Format(63, 48, 8), annexb.Format(63, 48, 8)]
+    for found in unfit:
+        assert isinstance(made.open(Encoding.H265, found), NoDecoder)
+    library.refuse = "MBCount not supported on this GPU"
+    assert isinstance(made.open(Encoding.H264, SMALL), NoDecoder)
+    assert other.asked == [*unfit, SMALL]
+    said = capfd.readouterr().err
+    assert said.count("video is decoded on the host") == 3
+    assert "MBCount" in said
+    library.refuse = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError):
+        made.open(Encoding.H264, SMALL)
+
+
+def test_the_next_session_is_open_before_somebody_asks() -> None:
+    made, library, _ = engine()
+    made.open(Encoding.H264, SMALL)
+    until(lambda: made.spares == 1, 5.0, "a spare session")
+    library.refuse = "no more"
+    assert isinstance(made.open(Encoding.H264, SMALL), NvdecDecoder), "that was open"
+
+
+def test_without_a_card_or_the_library_another_decodes(capfd: pytest.CaptureFixture[str]) -> None:
+    other = Other()
+    assert nvdec.engine_for(None, other) is other
+    assert nvdec.engine_for(DevicePictures("cpu"), other) is other
+    on_card: Any = SimpleNamespace(device=torch.device("cuda:0"))
+    if importlib.util.find_spec("PyNvVideoCodec") is None:
+        assert nvdec.engine_for(on_card, other) is other
+        assert "install facelane[nvdec]" in capfd.readouterr().err
