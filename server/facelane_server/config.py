@@ -199,8 +199,9 @@ class Pool(Section, frozen=True):
     max_side: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SIDE)] = 0
     """Detector: longer side of the network's input; 0 = what the package says."""
     decode: Decode = "cpu"
-    """Detector: who decodes JPEG frames. ``cuda``: the card, by nvJPEG (needs
-    ``facelane[nvjpeg]``); frames then stay there, and what nvJPEG does not take the CPU decodes.
+    """Detector: who decodes. ``cuda``: the card, JPEG by nvJPEG (needs ``facelane[nvjpeg]``), video
+    by NVDEC (``facelane[nvdec]``); frames then stay there, and what the card does not take the
+    CPU decodes.
     ``auto``: the card where it can, else the CPU."""
     job_timeout_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 5_000
     """A job that takes longer means that the worker hangs: it is killed."""

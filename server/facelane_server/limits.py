@@ -101,7 +101,7 @@ MAX_LIVENESS_SHOTS: Final = 8
 # -- pools and workers --------------------------------------------------------------
 MAX_WORKERS: Final = 64
 MAX_BATCH: Final = 32
-MAX_CANARIES: Final = 3
+MAX_CANARIES: Final = 2
 """Pictures of the canary, each with a known answer."""
 BATCH: Final = 8
 """Where nothing else is said."""

@@ -284,7 +284,7 @@ class OnCanvases(OneFace):
 
     def __init__(self) -> None:
         super().__init__()
-        self.canvases = ((320, 320), (256, 320), (192, 320))
+        self.canvases = ((320, 320), (192, 320))
         self.pictures = DevicePictures("cpu")
         self.filled: list[np.ndarray] = []
 
@@ -303,7 +303,7 @@ def test_a_picture_goes_on_the_smallest_canvas_and_is_padded_with_black() -> Non
     pending = detector(runner).begin(pictures, [1, 0, 1, 1, 1])
     assert not isinstance(pending, Immediate)
     found = pending.finish()
-    assert runner.batches == [(3, 192, 320, 3), (1, 320, 320, 3), (1, 256, 320, 3)]
+    assert runner.batches == [(3, 192, 320, 3), (2, 320, 320, 3)]
     placed = [(100, 200), (320, 160), (180, 320), (240, 320), (60, 30)]
     order = [0, 2, 4, 1, 3]
     canvases = [canvas for batch in runner.filled for canvas in batch]

@@ -53,7 +53,7 @@ def face(side: int = SIDE) -> U8:
 def pictures(max_side: int) -> tuple[U8, ...]:
     """For a detector: the face, on pictures for each of the canvases that a card may have."""
     found = []
-    for height in (SIDE, max_side * 3 // 4, max_side):
+    for height in (SIDE, max_side):
         picture = np.full((max(height, SIDE), SIDE, 3), 96, np.uint8)
         picture[:SIDE] = face()
         found.append(picture)

@@ -174,8 +174,11 @@ class CudaRunner(Runner):
         self._ways: list[_Way] = [(c,) for c in self.canvases] or [tuple(shapes)]
         """Shapes of all inputs of a batch, each way with graphs of its own."""
         self._batch_max = batch_max
-        buckets = batch_buckets(batch_max)
-        self._bucket = {n: min(b for b in buckets if b >= n) for n in range(1, batch_max + 1)}
+        self._buckets = {way: batch_buckets(batch_max) for way in self._ways}
+        # Most of a start goes to what cuDNN prepares for every shape. Few pictures need the
+        # largest canvas; they do with every second size.
+        if len(self._ways) > 1:
+            self._buckets[self._ways[0]] = _every_second(batch_buckets(batch_max))
         self._half = options.precision != "fp32"
         self._stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
             self._device, priority=options.stream_priority
@@ -226,7 +229,7 @@ class CudaRunner(Runner):
             torch.cuda.empty_cache()
         # One whole round over every bucket, so that no first time is left.
         for way in self._ways:
-            for count in batch_buckets(self._batch_max):
+            for count in self._buckets[way]:
                 if self.canvases:
                     self.run(count, way[0], lambda _: None).wait()
                 else:
@@ -310,7 +313,8 @@ class CudaRunner(Runner):
         """Queue the network, for the inputs that are queued, and the way back of its output."""
         self._next = (self._next + 1) % STAGES
         if self._graphs:
-            graph, output = self._graphs[way, self._bucket[count]]
+            bucket = next(size for size in self._buckets[way] if size >= count)
+            graph, output = self._graphs[way, bucket]
             graph.replay()
         else:
             output = self._concluded(way, count)
@@ -355,7 +359,7 @@ class CudaRunner(Runner):
         for way, reference in references.items():
             self._fill(way)
             # The largest first: the others then fit into its memory.
-            for count in reversed(batch_buckets(self._batch_max)):
+            for count in reversed(self._buckets[way]):
                 graph = torch.cuda.CUDAGraph()
                 wanted = way == self._ways[-1] and count in (1, self._batch_max)
                 with _algorithm_search(wanted):
@@ -388,6 +392,11 @@ class CudaRunner(Runner):
             needed=AGREEMENT,
         )
         return False
+
+
+def _every_second(sizes: list[int]) -> list[int]:
+    """From the last on, and the first."""
+    return sorted({sizes[0], *sizes[::-2]})
 
 
 @contextlib.contextmanager
