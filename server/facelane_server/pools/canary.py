@@ -15,7 +15,14 @@ import numpy as np
 from facelane_server import limits
 from facelane_server.ipc.arena import aligned
 from facelane_server.models.canary import batch_buckets
-from facelane_server.pools.tasks import Answer, DetectAnswer, DetectRequest, EmbedAnswer, Request
+from facelane_server.pools.tasks import (
+    Answer,
+    DetectAnswer,
+    DetectRequest,
+    EmbedAnswer,
+    LivenessAnswer,
+    Request,
+)
 
 WRONG_ANSWER: Final = "WRONG_ANSWER"
 _SCORE: Final = 0.05
@@ -58,7 +65,9 @@ def agrees(known: Sequence[float], answer: Answer, least: float) -> bool:
         if len(vector) != len(expected) or not len(vector):
             return False
         return bool(vector @ expected >= _COSINE) and abs(answer.ood_score - known[-1]) <= _SCORE
-    return len(known) == 1 and abs(answer.score - known[0]) <= _SCORE
+    if isinstance(answer, LivenessAnswer):
+        return len(known) == 1 and abs(answer.score - known[0]) <= _SCORE
+    return False
 
 
 def _all_among(some: np.ndarray, others: np.ndarray, least: float) -> bool:
