@@ -179,7 +179,7 @@ def test_what_the_card_does_not_take_another_decodes_and_it_is_said_once(
 def test_the_next_session_is_open_before_somebody_asks() -> None:
     made, library, _ = engine()
     made.open(Encoding.H264, SMALL)
-    until(lambda: made.spares == 1, 5.0, "a spare session")
+    until(lambda: made.spares == 1, what="a spare session")
     library.refuse = "no more"
     assert isinstance(made.open(Encoding.H264, SMALL), NvdecDecoder), "that was open"
 
