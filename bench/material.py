@@ -226,17 +226,22 @@ def make_frames(
 
 
 def frames_of_size(count: int, size_bytes: int) -> list[bytes]:
-    """640x480 JPEG frames of about ``size_bytes`` each, for models that do not look at them."""
+    """640x480 JPEG frames of about ``size_bytes`` each, for models that do not look at them.
+
+    They differ in a strip at the top alone, so that whatever is taken for a face is the same in
+    each: tracks would else be looked at again in every frame, and that would be measured.
+    """
     import cv2
     import numpy as np
 
     found = []
     for seed in range(count):
-        rng = np.random.default_rng(seed)
         grain = 4.0
         data = b""
         while len(data) < size_bytes:
-            noisy = _texture(640, 480, seed) + rng.normal(0, grain, (480, 640, 1))
+            rng, own = np.random.default_rng(0), np.random.default_rng(seed)
+            noisy = _texture(640, 480, 0) + rng.normal(0, grain, (480, 640, 1))
+            noisy[:48] += own.normal(0, grain, (48, 640, 1))
             picture = np.clip(noisy, 0, 255).astype(np.uint8)
             for quality in range(30, 95, 2):
                 _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
