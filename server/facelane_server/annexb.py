@@ -39,32 +39,48 @@ class Key(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Format:
     """Of a sequence: ``width`` and ``height`` as shown, ``depth`` in bits a sample, and how many
-    pictures a decoder holds back to show them in order (``reorder``, as far as it is told)."""
+    pictures a decoder holds back to show them in order (``reorder``, as far as it is told).
+    ``number_bits``: of H.264's frame numbers, where they have no gaps; 0 = they tell nothing."""
 
     width: int
     height: int
     depth: int
     reorder: int = 0
+    number_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class AccessUnit:
     """``format``: where it brings a sequence parameter set. ``leading``: it is shown before the
-    soft key frame that it follows, and cannot be decoded where decoding began with that one."""
+    soft key frame that it follows, and cannot be decoded where decoding began with that one.
+    ``number``: H.264's frame number, -1 = none is told; ``reference``: others may need it."""
 
     key: Key
     format: Format | None = None
     leading: bool = False
+    number: int = -1
+    reference: bool = True
+
+    def follows(self, reference: AccessUnit, found: Format) -> bool:
+        """Whether no picture that others need lies between the reference picture and this one.
+        H.265 needs no such question: its decoders miss the picture themselves."""
+        if not found.number_bits or self.number < 0 or reference.number < 0:
+            return True
+        return self.number == (reference.number + 1) % (1 << found.number_bits)
 
 
-def examine(data: bytes, encoding: Encoding, max_pixels: int) -> AccessUnit:
-    """Raises FacelaneError: PICTURE_CORRUPT, PICTURE_TOO_LARGE, PICTURE_TOO_SMALL,
+def examine(
+    data: bytes, encoding: Encoding, max_pixels: int, known: Format | None = None
+) -> AccessUnit:
+    """``known``: of the sequence that it belongs to, where it brings no parameter sets.
+
+    Raises FacelaneError: PICTURE_CORRUPT, PICTURE_TOO_LARGE, PICTURE_TOO_SMALL,
     PICTURE_TOO_COSTLY, VIDEO_UNSUPPORTED, PARAMETER_SETS_MISSING."""
     if not data.startswith((_START, b"\0" + _START)):
         _corrupt(encoding, "it begins with no start code (Annex B is what is read)")
     try:
         if encoding is Encoding.H264:
-            return _h264(data, max_pixels)
+            return _h264(data, max_pixels, known)
         return _h265(data, max_pixels)
     except _EndOfBits:
         _corrupt(encoding, "a parameter set is cut off")
@@ -90,8 +106,9 @@ def _units(data: bytes, encoding: Encoding) -> Iterator[tuple[int, int]]:
 # -- H.264 ------------------------------------------------------------------------------
 
 
-def _h264(data: bytes, max_pixels: int) -> AccessUnit:
+def _h264(data: bytes, max_pixels: int, known: Format | None) -> AccessUnit:
     found: Format | None = None
+    number, reference = -1, False
     idr = recovery = pps = False
     intra = True
     pictures = 0
@@ -103,6 +120,10 @@ def _h264(data: bytes, max_pixels: int) -> AccessUnit:
             first, slice_type = bits.ue(), bits.ue()
             pictures += first == 0
             idr = idr or kind == 5
+            reference = reference or head & 0x60 > 0
+            if number < 0 and (sequence := found or known) is not None and sequence.number_bits:
+                bits.ue()
+                number = bits.u(sequence.number_bits)
             intra = intra and slice_type in _INTRA_SLICES
         elif kind in (2, 3, 4):
             _unsupported(Encoding.H264, "partitioned")
@@ -118,9 +139,10 @@ def _h264(data: bytes, max_pixels: int) -> AccessUnit:
     if idr:
         if found is None or not pps:
             _sets_missing(Encoding.H264, "SPS and PPS")
-        return AccessUnit(Key.HARD, found)
+        return AccessUnit(Key.HARD, found, number=number)
     soft = recovery and intra and found is not None and pps
-    return AccessUnit(Key.SOFT if soft else Key.NONE, found)
+    key = Key.SOFT if soft else Key.NONE
+    return AccessUnit(key, found, number=number, reference=reference)
 
 
 def _is_recovery_point(payload: bytes) -> bool:
@@ -144,7 +166,9 @@ def _h264_sps(data: bytes) -> Format:
             for i in range(8 if chroma != 3 else 12):
                 if bits.u(1):
                     _skip_scaling_list(bits, 16 if i < 6 else 64)
-    bits.ue()
+    number_bits = bits.ue() + 4
+    if number_bits > 16:
+        _corrupt(Encoding.H264, "a parameter set contradicts itself")
     order = bits.ue()
     if order == 0:
         bits.ue()
@@ -158,7 +182,8 @@ def _h264_sps(data: bytes) -> Format:
         for _ in range(cycle):
             bits.ue()
     references = bits.ue()
-    bits.u(1)
+    if bits.u(1):  # numbers may be left out on purpose
+        number_bits = 0
     columns, rows = bits.ue() + 1, bits.ue() + 1
     if not bits.u(1):
         _unsupported(Encoding.H264, "interlaced")
@@ -173,7 +198,7 @@ def _h264_sps(data: bytes) -> Format:
             reorder = 0  # what it says beside is not needed
     width = columns * 16 - 2 * (left + right)
     height = rows * 16 - 2 * (top + bottom)
-    return Format(width, height, depth, min(reorder, limits.MAX_REORDER))
+    return Format(width, height, depth, min(reorder, limits.MAX_REORDER), number_bits)
 
 
 def _skip_scaling_list(bits: _Bits, size: int) -> None:

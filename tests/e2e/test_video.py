@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import psutil
 import pytest
 from tests.e2e.conftest import Start
-from tests.fakes.access_units import clip
+from tests.fakes.access_units import clip, encode
 from tests.running_server import RunningServer
 from tests.waiting import until
 
@@ -170,3 +170,57 @@ def test_a_worker_that_is_killed_costs_no_picture(start: Start) -> None:
         stream.close_send()
         outcomes += list(stream)
     assert kinds(outcomes) == {"result": 120}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_video_and_stills_name_the_same_people(start: Start) -> None:
+    """One clip as H.264, as H.265 and as JPEG, with the models that ship."""
+    pytest.importorskip("skimage")
+    cv2 = pytest.importorskip("cv2")
+    from facelane_bridge import demo_clip
+    from facelane_server.models.catalog import SHIPPED
+
+    if not (SHIPPED[0] / "facelane-recognizer").is_dir():
+        pytest.skip("no starter models in this tree")
+    camera = demo_clip.Camera()
+    pictures = [camera.frame(number) for number in (*range(0, 70, 2), *range(74, 136, 2))]
+    stills = [
+        facelane.Picture.encoded(cv2.imencode(".jpg", picture)[1].tobytes()) for picture in pictures
+    ]
+    kinds_of = {
+        "jpeg": stills,
+        "h264": [
+            facelane.Picture.access_unit(u)
+            for u in encode(pictures, "h264", preset="veryfast", crf="18", bf="0", g="20")
+        ],
+        "h265": [
+            facelane.Picture.access_unit(u, "h265")
+            for u in encode(
+                pictures,
+                "h265",
+                preset="ultrafast",
+                crf="18",
+                **{"x265-params": "log-level=none:repeat-headers=1:bframes=0:keyint=20"},
+            )
+        ],
+    }
+    server = start("[pools.detector]\n[pools.recognizer]\n[pools.liveness]\n")
+    named: dict[str, list[set[str]]] = {}
+    with server.client() as client:
+        for subject, photo in demo_clip.photos().items():
+            client.enroll(subject, facelane.Picture.from_file(photo.path), skip_liveness=True)
+        for kind, sent in kinds_of.items():
+            frames = [facelane.Frame(p, stream_offset=i / 10) for i, p in enumerate(sent)]
+            outcomes = analysed(client, frames)
+            assert kinds(outcomes) == {"result": len(pictures)}
+            named[kind] = [
+                {f.identity.subject_id for f in o.result.faces if f.identity.matched}
+                for o in outcomes
+                if o.result
+            ]
+    assert set().union(*named["jpeg"]) == set(demo_clip.photos())
+    for kind in ("h264", "h265"):
+        assert set().union(*named[kind]) == set().union(*named["jpeg"])
+        same = sum(a == b for a, b in zip(named[kind], named["jpeg"], strict=True))
+        assert same >= 0.9 * len(pictures), f"{kind}: {same} of {len(pictures)} frames alike"

@@ -308,6 +308,9 @@ class Fault:
 
 LATE = frozenset({"POOL_UNAVAILABLE", "DEADLINE_EXCEEDED", "WORKER_LOST"})
 """What a frame with a deadline, or a caller who does not wait, may be told."""
+GIVES_UP = frozenset({"POISONED", "OUT_OF_MEMORY", "INTERNAL"})
+"""Of video: two workers ended, or failed, over one group of pictures. Else nothing ever waits for a
+key frame: the group is decoded again."""
 GALLERY = LATE | {"POOL_OVERLOADED"}
 
 
@@ -339,8 +342,15 @@ TRAFFIC: Patterns = {
         traffic.Pattern(pace_s=0.15, tracking=bool(n % 2), jumps=n == 3) for n in range(16)
     ),
     "file": (traffic.lossless(pace_s=0.01, tracking=False),),
+    "video": (
+        traffic.Pattern(video=True),
+        traffic.Pattern(video=True),
+        traffic.lossless(pace_s=0.02, video=True),
+    ),
     "enrolments": (),
     "mixed": (
+        traffic.Pattern(video=True),
+        traffic.lossless(pace_s=0.04, video=True),
         traffic.Pattern(),
         traffic.Pattern(tracking=False),
         traffic.lossless(pace_s=0.02, tracking=False),
@@ -427,7 +437,10 @@ def _judge(
         allowed = errors | (frozenset() if pattern.lossless else LATE)
         if set(book.errors) - allowed:
             broken.append(f"{book.name}: errors {dict(book.errors)}")
-        if set(book.drops) - (set() if pattern.lossless else {"SUPERSEDED", "TOO_OLD", "THINNED"}):
+        given_up = set() if pattern.lossless else {"SUPERSEDED", "TOO_OLD", "THINNED"}
+        if pattern.video and fault.errors & GIVES_UP:
+            given_up.add("WAITING_FOR_KEY_FRAME")
+        if set(book.drops) - given_up:
             broken.append(f"{book.name}: drops {dict(book.drops)}")
         # Behind a server that stood still a deadline may have passed between two stages.
         spared = set() if fault.stalls else set(book.missing) - {cell.stage}

@@ -28,7 +28,9 @@ from facelane.v1 import admin_service_pb2 as admin_pb
 from facelane.v1 import admin_service_pb2_grpc as admin_grpc
 
 PATTERNS = tuple(
-    traffic.lossless(pace_s=0.03, tracking=bool(n % 2)) if n % 2 else traffic.Pattern(pace_s=0.03)
+    traffic.lossless(pace_s=0.03, video=n % 8 == 1)
+    if n % 2
+    else traffic.Pattern(pace_s=0.03, video=n % 8 == 0)
     for n in range(16)
 )
 

@@ -19,6 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 from tests.e2e import wire
+from tests.fakes.access_units import clip
 
 from facelane.v1 import analysis_service_pb2 as pb
 from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
@@ -27,6 +28,7 @@ from facelane.v1 import gallery_service_pb2 as gallery_pb
 from facelane.v1 import gallery_service_pb2_grpc as gallery_grpc
 
 CALL_S = 200.0
+KEYINT = 50
 STAGES = {face_pb2.STAGE_DETECTOR: "detector", face_pb2.STAGE_RECOGNIZER: "recognizer",
           face_pb2.STAGE_LIVENESS: "liveness"}  # fmt: skip
 
@@ -75,12 +77,14 @@ class Books:
 @dataclass(frozen=True)
 class Pattern:
     """How a stream behaves. ``jumps``: its media time leaps ahead and its wall clock goes
-    anywhere. ``limit``: frames; 0 = until told to stop."""
+    anywhere. ``limit``: frames; 0 = until told to stop. ``video``: access units, with a key frame
+    every ``KEYINT``."""
 
     policy: int = pb.OVERLOAD_POLICY_LATEST_WINS
     pace_s: float = 0.04
     tracking: bool = True
     jumps: bool = False
+    video: bool = False
     limit: int = 0
     marked: int = 0
     """The number of the one frame that is ``special``."""
@@ -127,7 +131,12 @@ async def stream(
             if pattern.jumps and rng.random() < 0.2:
                 offset += rng.randrange(86_400) * 10**9
                 wall = rng.randrange(4 * 10**18)
-            picture = wire.pb_picture(wire.encoded(96, 80, rng.randrange(4)))
+            if pattern.video:
+                units = clip("h264", 2 * KEYINT, size=(96, 80), keyint=KEYINT)
+                unit = units[(number - 1) % len(units)]
+                picture = wire.pb_picture(unit, face_pb2.PICTURE_ENCODING_H264)
+            else:
+                picture = wire.pb_picture(wire.encoded(96, 80, rng.randrange(4)))
             if number == pattern.marked:
                 raw = pattern.special + bytes(64 * 64 * 3 - len(pattern.special))
                 picture = wire.pb_picture(raw, face_pb2.PICTURE_ENCODING_BGR24, width=64, height=64)

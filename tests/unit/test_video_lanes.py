@@ -41,6 +41,7 @@ from facelane_server.ipc.messages import (
 )
 from facelane_server.lanes import Allowance, KeyFrameWanted, Lane, LaneOptions
 from facelane_server.lanes.pace import Rhythm
+from facelane_server.lanes.video import Footage
 from facelane_server.pools.groups import Decoders, Group, Wanted
 from facelane_server.pools.lineup import Lineup
 from facelane_server.pools.schedule import HUNG, Ended, Schedule
@@ -455,6 +456,26 @@ def test_a_frame_that_did_not_arrive_whole_waits_for_a_key_frame() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("kind", CLIPS)
+def test_a_picture_that_was_left_out_is_missed(kind: str) -> None:
+    """An H.264 decoder makes something up for it, which nobody could tell from a face."""
+    whole = annexb.examine(CLIPS[kind][0], Encoding.H264, 0).format
+    needed = [
+        number
+        for number in range(1, KEYINT - 1)
+        if annexb.examine(CLIPS[kind][number], Encoding.H264, 0, whole).reference
+    ]
+    assert needed
+    for missing in needed:
+        footage = Footage(0, 1 << 20)
+        footage.check(Encoding.H264)
+        for number, unit in enumerate(CLIPS[kind]):
+            if number == missing:
+                continue
+            found = footage.take(unit, Encoding.H264)
+            assert (found is None) is (missing < number < KEYINT), (missing, number)
+
+
 def test_a_window_smaller_than_the_delay_does_not_stand_still() -> None:
     async def scenario() -> None:
         bench = Bench("reordered", Overload.LOSSLESS)
@@ -527,11 +548,13 @@ def test_what_a_decoder_is_given() -> None:
     assert asks(1) == (0, 1, True)
     assert asks(3) == (2, 3, False)
     assert asks(2) == (0, 2, True), "a picture that is past takes the group again"
-    assert held.replayed == 2
+    assert held.take_replayed() == 0, "no picture of it was decoded yet"
+    made.decoded(2)
     held.at(7, 1)
     assert asks(3) == (2, 3, False)
     held.forget([7])
     assert asks(4) == (0, 4, True)
+    assert (held.take_replayed(), held.take_replayed()) == (1, 0)
     made.broken = True
     held.forget([7])
     assert asks(4) is None

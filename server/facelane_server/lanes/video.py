@@ -26,6 +26,8 @@ class Footage:
         self._encoding: Encoding | None = None
         self._leading = False
         """The group begins with a soft key frame, and what is shown before it may come."""
+        self._reference: annexb.AccessUnit | None = None
+        """The newest that others may need."""
         self.group: Group | None = None
         """The newest, while it goes on."""
         self.dry = False
@@ -56,7 +58,8 @@ class Footage:
         """The access unit's group and its number in it; None when it cannot be decoded without
         a key frame that is not there. Raises FacelaneError for one that is refused."""
         try:
-            seen = annexb.examine(unit, encoding, self._max_pixels)
+            known = self.group.format if self.group is not None else None
+            seen = annexb.examine(unit, encoding, self._max_pixels, known)
         except FacelaneError:
             self.lose()
             raise
@@ -64,6 +67,7 @@ class Footage:
             self.end()
             self.group = Group(encoding, seen.format, self._cache_bytes)
             self._leading = seen.key is annexb.Key.SOFT
+            self._reference = None
             self.dry = False
         group = self.group
         if group is None or group.broken:
@@ -73,9 +77,12 @@ class Footage:
             if seen.leading:
                 return None  # it needs what was before the group, and nothing needs it
             self._leading = False
-        if not group.append(unit):
+        missed = self._reference is not None and not seen.follows(self._reference, group.format)
+        if missed or not group.append(unit):
             self.lose()
             return None
+        if seen.reference:
+            self._reference = seen
         self._count()
         return group, len(group) - 1
 

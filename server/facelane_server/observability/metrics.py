@@ -329,6 +329,11 @@ def _pool_metrics(pools: tuple[PoolInfo, ...]) -> Iterator[Metric]:
         ("failed", "Tasks failed.", lambda p: p.failed),
         ("retried", "Tasks tried again after their worker was lost.", lambda p: p.retried),
         ("worker_losses", "Workers lost: crash, hang, kill.", lambda p: p.losses),
+        (
+            "video_replays",
+            "Groups of pictures that were decoded again: after a loss, or in another worker.",
+            lambda p: p.replayed,
+        ),
     )
     for name, text, read in totals:
         yield _counter(f"facelane_pool_{name}", text, one, [([p.pool], read(p)) for p in pools])
@@ -345,6 +350,12 @@ def _pool_metrics(pools: tuple[PoolInfo, ...]) -> Iterator[Metric]:
         "Memory of a worker: on its GPU, the CUDA context counted in; on a CPU, its own.",
         two,
         (([pool, w.worker_id], w.memory_mib * limits.MIB) for pool, w in workers),
+    )
+    yield _gauge(
+        "facelane_worker_video_decoders",
+        "Streams of video that a worker decodes.",
+        two,
+        (([pool, w.worker_id], w.decoders) for pool, w in workers),
     )
     yield _gauge(
         "facelane_worker_state",

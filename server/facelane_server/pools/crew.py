@@ -191,6 +191,7 @@ class Crew:
                 uptime_s=(now - w.ready_since_ns) / _S if w.handle else 0.0,
                 spare=w.life is Life.READY and w not in self.active,
                 sandbox=w.handle.facts.sandbox if w.handle else "",
+                decoders=len(w.handle.decoders) if w.handle else 0,
             )
             for w in self.everyone()
         )

@@ -51,6 +51,11 @@ class Group:
         """It can be decoded from its key frame on."""
         return self._first == 0
 
+    @property
+    def begun(self) -> bool:
+        """A picture of it was decoded."""
+        return self._decoded >= 0
+
     def append(self, unit: bytes) -> bool:
         """False where it does not fit: the group is broken then."""
         if self.size + len(unit) > self._bytes_max or len(self) >= limits.MAX_GROUP_UNITS:
@@ -124,8 +129,7 @@ class Decoders:
 
     def __init__(self) -> None:
         self._states: dict[int, _State] = {}
-        self.replayed = 0
-        """Groups that were decoded again from their key frame on."""
+        self._replayed = 0
 
     def __len__(self) -> int:
         return len(self._states)
@@ -147,13 +151,17 @@ class Decoders:
             return None
         return Span(0, wanted.last, begins=True, drains=wanted.drains)
 
+    def take_replayed(self) -> int:
+        """Groups that were decoded again from their key frame on, since this was asked."""
+        count, self._replayed = self._replayed, 0
+        return count
+
     @staticmethod
     def _has(group: Group, state: _State, last: int) -> bool:
         return last == state.position or group.units(state.position + 1, last) is not None
 
     def sent(self, wanted: Wanted, span: Span) -> None:
-        if span.begins and span.last > 0:
-            self.replayed += 1
+        self._replayed += span.begins and wanted.group.begun
         self._states.pop(wanted.lane, None)
         self._states[wanted.lane] = _State(wanted.group, span.last, span.drains)
 

@@ -57,6 +57,8 @@ class Lineup(Generic[S]):
         return count + sum(len(own.queue) for own in self._own.values()) if self._own else count
 
     def __contains__(self, task: AnyTask) -> bool:
+        if not self._own:
+            return task in self._shared
         return any(task in queue for queue in self._queues())
 
     def _queues(self) -> Iterator[FairQueue]:
@@ -74,7 +76,10 @@ class Lineup(Generic[S]):
 
     def put(self, task: AnyTask, seats: Sequence[S] = ()) -> None:
         """Queue a task behind those of its lane; ``seats``: the workers that there are."""
-        home = self._home(task, seats) if isinstance(task.request, VideoRequest) else None
+        if not isinstance(task.request, VideoRequest):
+            self._shared.put(task)
+            return
+        home = self._home(task, seats)
         (self._shared if home is None else self._own[home].queue).put(task)
 
     def put_back(self, task: AnyTask, *, alone: bool) -> None:
@@ -83,19 +88,29 @@ class Lineup(Generic[S]):
         (self._shared if home is None else self._own[home].queue).put_back(task, alone=alone)
 
     def withdraw(self, task: AnyTask) -> bool:
+        if not self._own:
+            return self._shared.withdraw(task)
         return any(queue.withdraw(task) for queue in self._queues())
 
     def replace(self, task: AnyTask, by: AnyTask) -> bool:
+        if not self._own:
+            return self._shared.replace(task, by)
         return any(queue.replace(task, by) for queue in self._queues())
 
     def expire(self, now_ns: int) -> list[AnyTask]:
+        if not self._own:
+            return self._shared.expire(now_ns)
         return [task for queue in self._queues() for task in queue.expire(now_ns)]
 
     def next_deadline(self) -> int | None:
+        if not self._own:
+            return self._shared.next_deadline()
         found = [queue.next_deadline() for queue in self._queues()]
         return min((at for at in found if at is not None), default=None)
 
     def waiting_of(self, key: str) -> int:
+        if not self._own:
+            return self._shared.waiting_of(key)
         return sum(queue.waiting_of(key) for queue in self._queues())
 
     def tasks(self) -> list[AnyTask]:
@@ -155,14 +170,14 @@ class Lineup(Generic[S]):
 
     def is_alone(self, seat: S) -> bool | None:
         """Whether the next task for this worker must be alone; None when there is none."""
-        own = self._own.get(seat)
+        own = self._own.get(seat) if self._own else None
         if own is not None and len(own.queue):
             return own.queue.next_is_alone or (len(self._shared) > 0 and self._shared.next_is_alone)
         return self._shared.next_is_alone if len(self._shared) else None
 
     def take(self, seat: S, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
         """The next batch for this worker; see ``FairQueue``."""
-        own, queue = self._own.get(seat), self._shared
+        own, queue = self._own.get(seat) if self._own else None, self._shared
         if own is not None and len(own.queue):
             queue = own.pick(queue) if len(queue) else own.queue
         batch = queue.take(most, accept)

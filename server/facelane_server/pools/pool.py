@@ -101,6 +101,7 @@ class Pool:
         self._completed = 0
         self._failed = 0
         self._busy_ns = 0
+        self._replayed = 0
         self._answers = 0
 
     # -- what the server asks -------------------------------------------------------------
@@ -146,6 +147,7 @@ class Pool:
             failed=self._failed,
             retried=self._schedule.retried,
             losses=self._crew.losses,
+            replayed=self._replayed,
             workers=self._crew.info(),
         )
 
@@ -254,6 +256,7 @@ class Pool:
             try:
                 if tasks:
                     self._crew.give(handle, tasks)
+                    self._replayed += handle.decoders.take_replayed()
             except (ValueError, OverflowError):
                 handle.decoders.forget(task.lane for task in tasks)
                 self._resolve(self._schedule.cannot_be_sent(tasks))

@@ -74,6 +74,8 @@ class WorkerInfo:
     spare: bool
     sandbox: str = ""
     """What its process is confined by, as it says itself."""
+    decoders: int = 0
+    """Streams of video that it decodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +94,5 @@ class PoolInfo:
     retried: int
     losses: int
     workers: tuple[WorkerInfo, ...]
+    replayed: int = 0
+    """Groups of pictures of video that were decoded again."""

@@ -342,10 +342,9 @@ class Schedule:
         """A job failed whole: its tasks are tried once more, or end."""
         ended: Ended = []
         alone = len(job.tasks) == 1
-        for task in reversed(job.tasks):
-            if task.future.done():
-                continue
-            _count_loss([task])
+        waited_for = [task for task in job.tasks if not task.future.done()]
+        _count_loss(waited_for)
+        for task in reversed(waited_for):
             # Out of memory may pass; an error that nobody foresaw may be one item's fault.
             again = message.retryable or (message.reason == Reason.INTERNAL and not alone)
             if not task.canary and again and task.attempts < limits.MAX_TASK_ATTEMPTS:
