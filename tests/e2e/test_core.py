@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 from tests.e2e import wire
+from tests.fakes.access_units import clip
 from tests.running_server import RunningServer
 from tests.waiting import until
 
@@ -30,6 +31,16 @@ def test_a_picture(client: facelane.Client) -> None:
     assert {timing.stage for timing in result.timings} == {"detector", "recognizer", "liveness"}
     assert all(timing.service > 0 and timing.queue >= 0 for timing in result.timings)
     assert result.missing_stages == ()
+
+
+def test_a_stream_of_video(client: facelane.Client) -> None:
+    """In whatever a worker is confined by."""
+    frames = [
+        facelane.Frame(facelane.Picture.access_unit(unit), stream_offset=k / 25)
+        for k, unit in enumerate(clip(count=12))
+    ]
+    outcomes = list(client.analyze(frames))
+    assert [o.result.width for o in outcomes if o.result] == [320] * 12
 
 
 def test_stages_that_were_not_asked_for(client: facelane.Client) -> None:

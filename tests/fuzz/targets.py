@@ -19,8 +19,10 @@ from facelane.errors import PictureError
 from facelane_server import config, limits
 from facelane_server.domain import Encoding, FacelaneError
 from facelane_server.ipc import messages
+from facelane_server.lanes.video import Footage
 from facelane_server.models.package import MANIFEST, read_package
 from facelane_server.worker.decoding import headers, pictures
+from facelane_server.worker.decoding.cpu_video import CpuDecoder, CpuEngine
 
 COMPRESSED: Final = (Encoding.JPEG, Encoding.PNG, Encoding.WEBP)
 _MAX_PIXELS: Final = 1 << 20
@@ -83,6 +85,28 @@ def still(data: bytes) -> None:
         stills.Picture.encoded(data)
 
 
+def video(data: bytes) -> None:
+    """Access units, the first byte choosing between H.264 and H.265: looked at, and where nothing
+    is wrong with them decoded."""
+    encoding = Encoding.H265 if data[:1] == b"5" else Encoding.H264
+    units = [b"\0\0\0\1" + unit for unit in data[1:].split(b"\0\0\0\1\x09|")[1:][:8]]
+    footage = Footage(_MAX_PIXELS, 1 << 20)
+    footage.check(encoding)
+    decoder: CpuDecoder | None = None
+    for unit in units:
+        with contextlib.suppress(FacelaneError):
+            place = footage.take(unit, encoding)
+            if place is None:
+                continue
+            group, number = place
+            assert group.format.width * group.format.height <= _MAX_PIXELS
+            if number == 0:
+                decoder = CpuEngine().open(encoding, group.format)
+            if decoder is not None:
+                for shown in decoder.decode(unit, number):
+                    assert shown.read().ndim == 3
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
-    target.__name__: target for target in (header, picture, ipc, toml, package, still)
+    target.__name__: target for target in (header, picture, ipc, toml, package, still, video)
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -565,7 +566,8 @@ def test_what_a_decoder_is_given() -> None:
 
 def task(lane: int, picture: int = 0) -> AnyTask:
     request = VideoRequest(Wanted(lane, group(1), picture, picture), 1, 0)
-    return Task(request, lane, 1, 10**18, None)  # type: ignore[arg-type]
+    future: Any = Future()
+    return Task(request, lane, 1, 10**18, future)
 
 
 def everything(lineup: Lineup[str], seat: str) -> list[int]:
@@ -614,6 +616,23 @@ def test_what_belonged_to_a_worker_that_is_gone() -> None:
     lineup.put(task(9, 1), ["c", "d"])
     assert everything(lineup, "d") == []
     assert everything(lineup, "c") == [9]
+
+
+def test_lanes_do_not_wait_for_a_worker_that_may_hang() -> None:
+    schedule = Schedule("detector", Codec(Stage.DETECTOR, [8]))
+    stuck, other = Seat(), Seat()
+    assert schedule.submit(task(1), 0, lambda _: True, [stuck]) is None
+    given = schedule.next([stuck, other])
+    assert given is not None
+    assert given[0] is stuck
+    stuck.jobs.append(Job(1, 0, given[1], started_ns=1))
+    assert schedule.submit(task(1, 1), 0, lambda _: True, [stuck, other]) is None
+    seats = [stuck, other]
+    assert list(schedule.answering(seats, S // 4)) == seats
+    assert list(schedule.answering([stuck], S)) == [stuck], "while there is nobody else"
+    given = schedule.next(schedule.answering(seats, S))
+    assert given is not None
+    assert given[0] is other
 
 
 def test_more_lanes_than_decoders(monkeypatch: pytest.MonkeyPatch) -> None:

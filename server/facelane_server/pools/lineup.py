@@ -119,6 +119,11 @@ class Lineup(Generic[S]):
     def clear(self) -> list[AnyTask]:
         return [task for queue in self._queues() for task in queue.clear()]
 
+    @property
+    def has_homes(self) -> bool:
+        """Some lanes belong to a worker."""
+        return bool(self._homes)
+
     # -- lanes and their workers ------------------------------------------------------------
 
     def settle(self, seats: Sequence[S]) -> None:

@@ -28,7 +28,7 @@ from facelane_server.pools.briefing import Briefing
 from facelane_server.pools.clock import Changes, Clock, LoopClock, Timer
 from facelane_server.pools.crew import Crew, Worker
 from facelane_server.pools.feed import GalleryFeed
-from facelane_server.pools.handle import WorkerLostError
+from facelane_server.pools.handle import ReadyHandle, WorkerLostError
 from facelane_server.pools.host import Launcher
 from facelane_server.pools.report import PoolChange, PoolEvent, PoolInfo, PoolState, Work
 from facelane_server.pools.restart import Happening, Life
@@ -159,7 +159,7 @@ class Pool:
         if self._ending:
             refusal: FacelaneError | None = self._shutting_down()
         else:
-            seats = self._crew.seats()
+            seats = self._answering(now)
             refusal = self._schedule.submit(task, now, self._crew.can_serve_by, seats)
         if refusal is not None:
             self._resolve([(task, refusal)])
@@ -248,7 +248,8 @@ class Pool:
     def _dispatch(self) -> None:
         self._dispatch_due = False
         self._expire()
-        while (given := self._schedule.next(self._crew.seats())) is not None:
+        now = self._clock.now_ns()
+        while (given := self._schedule.next(self._answering(now))) is not None:
             handle, tasks = given
             if lost := self._schedule.without_pictures(tasks, handle):
                 self._resolve(lost)
@@ -261,6 +262,9 @@ class Pool:
                 handle.decoders.forget(task.lane for task in tasks)
                 self._resolve(self._schedule.cannot_be_sent(tasks))
             self._arm_deadline()
+
+    def _answering(self, now_ns: int) -> Sequence[ReadyHandle]:
+        return self._schedule.answering(self._crew.seats(), now_ns)
 
     def worker_answered(self, worker: Worker, job: Job, message: InferDone | InferFailed) -> None:
         handle, codec, used = worker.handle, worker.codec, 0

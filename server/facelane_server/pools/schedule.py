@@ -55,6 +55,9 @@ _S: Final = 1_000_000_000
 _OVERLAP_NS: Final = 5_000_000
 """A CPU worker whose jobs are longer gains nothing from a staged one: the hop is short
 beside them, and a staged frame can no longer be replaced by a newer one."""
+_STUCK_NS: Final = 500_000_000
+_STUCK_MEANS: Final = 4
+"""A job that takes so long, and so many times the mean, may never end."""
 HUNG: Final = "HUNG"
 _WORN_OUT: Final = "WORN_OUT"
 """It has given up decodings that go on for ever; their pictures have been answered."""
@@ -218,6 +221,13 @@ class Schedule:
         """Everything that waits, refused."""
         why = unavailable(self._pool, "is shutting down")
         return [(task, why) for task in self._queue.clear()]
+
+    def answering(self, seats: Sequence[S], now_ns: int) -> Sequence[S]:
+        """Those who do not look as if they hung, while there are others: what belongs to a worker
+        that hangs need not wait until that is certain."""
+        if not self._queue.has_homes:
+            return seats
+        return [seat for seat in seats if not _seems_stuck(seat, now_ns)] or seats
 
     # -- what goes next -------------------------------------------------------------------
 
@@ -426,6 +436,11 @@ class Schedule:
             f"two workers of the {self._pool} pool ended over this item; it is not tried again",
             metadata={"pool": self._pool},
         )
+
+
+def _seems_stuck(seat: Seat, now_ns: int) -> bool:
+    began_ns = seat.jobs[0].started_ns if seat.jobs else 0
+    return began_ns > 0 and now_ns - began_ns > max(_STUCK_NS, _STUCK_MEANS * seat.service_ns)
 
 
 def _note(task: AnyTask, answer: Answer | PictureHeld | FacelaneError, decoders: Decoders) -> None:
