@@ -49,8 +49,9 @@ class CoarseRows:
         rows, dim = matrix.shape
         self._matrix = matrix
         self._removed = np.zeros(rows, bool)
-        codes = torch.empty((rows, dim), dtype=torch.int8)
-        written = codes.numpy()
+        self._any_removed = False
+        # NumPy's memory, not PyTorch's: it asks for huge pages, and reading is all there is to it.
+        written = np.empty((rows, dim), np.int8)
         self._scales: F32 = np.empty(rows, np.float32)
         errors: F32 = np.empty(rows, np.float32)
         for first in range(0, rows, _BUILD_ROWS):
@@ -62,7 +63,7 @@ class CoarseRows:
             block -= rounded * scales[:, None]
             self._scales[first:last] = scales
             errors[first:last] = np.sqrt(np.einsum("nd,nd->n", block, block))
-        self._codes = codes
+        self._codes = torch.from_numpy(written)
         self._factors = torch.from_numpy(self._scales).bfloat16()
         self._error = float(errors.max(initial=0.0)) * 1.001
         self._longest = 1.01
@@ -74,7 +75,7 @@ class CoarseRows:
         """Whether this PyTorch has what it takes."""
         try:
             import torch
-        except ImportError:
+        except (ImportError, OSError):  # not there, or out of a confined worker's reach
             return False
         return hasattr(torch, "_int_mm") and hasattr(torch, "_weight_int8pack_mm")
 
@@ -82,6 +83,7 @@ class CoarseRows:
         """They are never found again; their codes are overwritten."""
         chosen = np.asarray(rows, np.intp)
         self._removed[chosen] = True
+        self._any_removed = True
         self._codes[self._torch.from_numpy(chosen)] = 0
 
     def best_of_subjects(
@@ -103,9 +105,8 @@ class CoarseRows:
         error = 0.0
         for lo, hi, begin, end in chunks:
             scores, error = self._coarse(probes, first + begin, first + end)
-            gone = self._removed[first + begin : first + end]
-            if gone.any():
-                scores[gone] = _NEVER
+            if self._any_removed:
+                scores[self._removed[first + begin : first + end]] = _NEVER
             if hi - lo == end - begin:
                 best[lo:hi] = scores
             elif len(probes) == 1:
@@ -115,6 +116,10 @@ class CoarseRows:
         bounds = np.append(starts, last - first)
         keep = min(keep, count)
         least = np.maximum(_least(best, keep) - 2 * error, _NEVER / 2).astype(np.float32)
+        if len(probes) == 1:
+            return [
+                self._again(probes[0], np.flatnonzero(best[:, 0] >= least), first, bounds, keep)
+            ]
         places, columns = np.nonzero(best >= least)
         return [
             self._again(probe, places[columns == column], first, bounds, keep)
@@ -212,7 +217,10 @@ def _least(coarse: F32, keep: int) -> F32:
     """For each column a cosine that at least ``keep`` subjects reach: the least of the ``keep``
     best among blocks' best, which costs one look at each instead of a sort."""
     whole = len(coarse) // _BLOCK * _BLOCK
-    tops = coarse[:whole].reshape(-1, _BLOCK, coarse.shape[1]).max(axis=1)
+    if coarse.shape[1] == 1:  # else each of its inner loops would be one number long
+        tops = coarse[:whole, 0].reshape(-1, _BLOCK).max(axis=1)[:, None]
+    else:
+        tops = coarse[:whole].reshape(-1, _BLOCK, coarse.shape[1]).max(axis=1)
     if len(tops) < keep:
         tops = coarse
     found: F32 = np.partition(tops, len(tops) - keep, axis=0)[len(tops) - keep]

@@ -215,13 +215,17 @@ class _CoarseRows:
 
     def __init__(self, matrix: npt.NDArray[np.float16]) -> None:
         self._rows = coarse.CoarseRows(matrix)
+        self._cut: dict[int, list[tuple[int, int, int, int]]] = {}
 
     def remove(self, rows: Sequence[int]) -> None:
         self._rows.remove(rows)
 
     def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
+        chunks = self._cut.get(segment.first)
+        if chunks is None:
+            chunks = self._cut[segment.first] = _chunks(segment)
         found = self._rows.best_of_subjects(
-            probes, segment.first, segment.starts, segment.last, keep, _chunks(segment)
+            probes, segment.first, segment.starts, segment.last, keep, chunks
         )
         return [
             tuple((int(segment.subjects[place]), cosine) for place, cosine in hits)
