@@ -19,6 +19,7 @@ from facelane_server.edge.controls import Reloaded
 from facelane_server.edge.quotas import Kind
 from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventKind
+from facelane_server.gallery import renewal
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
 from facelane_server.models.package import Package, read_package
@@ -27,7 +28,7 @@ from facelane_server.notify import Notifier
 from facelane_server.observability.http import MetricsServer
 from facelane_server.observability.logs import configure_logging
 from facelane_server.observability.metrics import GalleryReading, Metrics, Sources
-from facelane_server.pipeline import Pipeline
+from facelane_server.pipeline import Origin, Pipeline
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.mps import MpsDaemon
 from facelane_server.pools.pool import Pool
@@ -182,6 +183,8 @@ class App:
                 stack.push_async_callback(scraped.close)
             self.monitor.start()
             stack.callback(self.monitor.close)
+            renewing = asyncio.create_task(self._enroll_again_after_start(), name="renewal")
+            stack.push_async_callback(_cancel, renewing)
             lag = asyncio.create_task(self.metrics.watch_loop(), name="loop-lag")
             stack.push_async_callback(_cancel, lag)
             guard = asyncio.create_task(self._watch_gallery(gallery), name="gallery-file")
@@ -350,7 +353,7 @@ class App:
                 except config.ConfigError as error:
                     raise FacelaneError(Reason.MODEL_INVALID, str(error)) from None
                 if pool.stage is Stage.RECOGNIZER and not forget_templates:
-                    self._refuse_forgetting(package)
+                    await self._refuse_forgetting(old, package)
                 await pool.reload(package)
                 # A model's scores mean something by its own thresholds alone.
                 assert self._pipeline is not None
@@ -361,6 +364,7 @@ class App:
                         await self._gallery.serve(
                             package.model_id, package.embedding_dim, pool.publish_gallery
                         )
+                    await self._enroll_again(package)
             except FacelaneError as error:
                 log.warning("model not reloaded", pool=pool.name, reason=error.reason.value)
                 raise
@@ -376,18 +380,54 @@ class App:
             remembered = False
         return Reloaded(old.model_id, package.model_id, not_searched, remembered)
 
-    def _refuse_forgetting(self, package: Package) -> None:
-        """Raises TEMPLATES_LOST when people are enrolled whom this recogniser would not find."""
+    async def _refuse_forgetting(self, old: Package, package: Package) -> None:
+        """Raises TEMPLATES_LOST when people are enrolled whom this recogniser would not find, nor
+        could be shown."""
         assert self._gallery is not None
-        searched = self._gallery.templates
-        if searched and package.model_id != self._gallery.model_id:
+        lost = self._gallery.templates
+        if not lost or package.model_id == self._gallery.model_id:
+            return
+        if package.crops == old.crops:
+            lost = await self._gallery.without_chip()
+        if lost:
             raise FacelaneError(
                 Reason.TEMPLATES_LOST,
-                f"{searched} templates are of the present recogniser, and no other finds anybody "
-                "by them; enrol the pictures again afterwards, and say --forget-templates "
-                "(they stay in the gallery's file and are searched again with their model)",
-                metadata={"templates": str(searched)},
+                f"{lost} templates are of the present recogniser, and no other finds anybody by "
+                "them, nor were their chips kept (gallery.keep_chips); enrol the pictures again "
+                "afterwards, and say --forget-templates (they stay in the store and are searched "
+                "again with their model)",
+                metadata={"templates": str(lost)},
             )
+
+    async def _enroll_again(self, package: Package) -> None:
+        """What was kept of templates of other recognisers is shown to this one, which serves; no
+        other takes its place meanwhile."""
+        pipeline, gallery = self._pipeline, self._gallery
+        assert pipeline is not None
+        assert gallery is not None
+
+        async def embed(chip: bytes) -> renewal.Seen:
+            deadline_ns = time.monotonic_ns() + limits.RENEWAL_S * 1_000_000_000
+            answer = await pipeline.embed(chip, Origin(0, 1, deadline_ns))
+            return renewal.Seen(answer.ood_score, answer.vector)
+
+        side = package.crops[0].size
+        await renewal.renew(
+            gallery, embed, chip_bytes=side * side * 3, least_ood=pipeline.thresholds.enrolled_ood
+        )
+
+    async def _enroll_again_after_start(self) -> None:
+        """For those whose recogniser was changed by the config."""
+        pool = self.pools.get(Stage.RECOGNIZER)
+        if pool is None:
+            return
+        while not pool.available:
+            await asyncio.sleep(START_POLL_S)
+        async with self._reloading:
+            try:
+                await self._enroll_again(pool.package)
+            except FacelaneError as error:
+                log.warning("nobody was enrolled again", reason=error.reason.value)
 
     async def _end_reloads(self) -> None:
         for task in (*self._reloads, *self._renewals):

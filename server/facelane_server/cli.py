@@ -222,8 +222,9 @@ def gallery_check(
     config: ConfigOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Say which match threshold each gallery gets, and which of its subjects are too alike to be
-    told apart. Reads the file alone, also while the server runs. Exit status 69 when it cannot."""
+    """Say which match threshold each gallery gets, which of its subjects are too alike to be told
+    apart, and whose templates promise so little that a better picture is wanted. Reads the file
+    alone, also while the server runs. Exit status 69 when it cannot."""
     import json
 
     loaded = _load(config)
@@ -268,6 +269,10 @@ def gallery_check(
             typer.echo(f"  too alike: {pair.first}, {pair.second}: {pair.similarity:.3f}")
         if one.alike > len(one.pairs):
             typer.echo(f"  and {one.alike - len(one.pairs)} more")
+        for subject in one.weakest:
+            typer.echo(f"  wants a better picture: {subject.subject}: {subject.quality:.3f}")
+        if one.weak > len(one.weakest):
+            typer.echo(f"  and {one.weak - len(one.weakest)} more")
     if others:
         typer.echo(f"{others} templates of other models are not searched: enrol them again")
     if not found:

@@ -334,6 +334,11 @@ class Gallery(Section, frozen=True):
     ``<state dir>/gallery.db``."""
     max_templates: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_TEMPLATES)] = 100_000
     """Templates in all galleries together; more enrolments are refused with GALLERY_FULL."""
+    keep_chips: bool = False
+    """Keep what the recogniser saw of each enrolled face (38 kB a template), sealed with the
+    subject's key where the store is encrypted: after a change of recogniser, here or with
+    ``server reload``, everybody is enrolled again by itself. Pictures of people: off unless
+    wanted."""
 
 
 class Events(Section, frozen=True):

@@ -349,6 +349,8 @@ class FaceReading(msgspec.Struct, frozen=True, gc=False):
     vector: bytes = b""
     candidates: tuple[Candidate, ...] = ()
     """Of the gallery that was searched, if any; for those who decide, not for callers."""
+    chip: bytes = b""
+    """What the recogniser saw, size x size x 3 uint8 BGR, where it was asked for."""
 
 
 class Reading(msgspec.Struct, frozen=True, gc=False):

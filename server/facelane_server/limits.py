@@ -195,6 +195,8 @@ MAX_METERED_TRACKS: Final = 1024
 """Tracks of a stream whose names are known to have been counted."""
 ERASE_WITHIN_S: Final = 30.0
 """Between two looks whether what was deleted still has a key that would open it."""
+RENEWAL_S: Final = 60
+"""A chip that was kept waits so long for the recogniser, beside the cameras."""
 GALLERY_WATCH_S: Final = 1.0
 """Between two looks whether the gallery's file is still where it was."""
 MIN_DISK_BYTES: Final = 4 * MIB

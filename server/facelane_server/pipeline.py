@@ -87,6 +87,8 @@ class Plan:
     max_candidates: int = 0
     min_face_size: int = 0
     want_vectors: bool = False
+    want_chips: bool = False
+    """Of single pictures: what the recogniser saw of each face."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +304,19 @@ class Pipeline:
 
         return take_back
 
+    async def embed(self, chip: bytes, origin: Origin) -> EmbedAnswer:
+        """What the recogniser says of a chip that was kept. Raises ``FacelaneError``."""
+        task: Task[EmbedAnswer] = Task(
+            EmbedRequest(chip, want_vector=True),
+            origin.lane,
+            origin.weight,
+            origin.deadline_ns,
+            asyncio.get_running_loop().create_future(),
+            sender=origin.sender,
+        )
+        self.pools[Stage.RECOGNIZER].submit(task)
+        return await task.future
+
     def remembers(self, identity: Identity, plan: Plan) -> bool:
         """Whether everybody whom an identity names is still in the gallery: a subject that was
         deleted is named no more, whatever was seen before."""
@@ -399,6 +414,9 @@ class Pipeline:
                 ),
                 evidence.vector,
                 evidence.candidates,
+                face.crops[self._crops[Stage.RECOGNIZER][0]]
+                if plan.want_chips and evidence.recognized
+                else b"",
             )
             for face, evidence, live in zip(found, evidences, judged, strict=True)
         )

@@ -10,6 +10,7 @@ import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
 from tests.running_server import RunningServer
+from tests.waiting import until
 
 import facelane
 
@@ -149,3 +150,33 @@ def _without(text: str, stage: str) -> str:
     _, _, tail = rest.partition("\n[")
     kept = f"{head}\n[{tail}" if tail else head
     return kept.replace("[pools.detector]", f"[pools]\n{stage} = false\n[pools.detector]")
+
+
+def test_a_gallery_outlives_its_recogniser_where_chips_are_kept(
+    start: Start, tmp_path: Path
+) -> None:
+    manifest = Path("server/facelane_server/models/builtin/null-recognizer/model.toml")
+    text = (Path(__file__).parents[2] / manifest).read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.toml").write_text(text.replace('"1.0.0"', '"2.0.0"'))
+    server = start(extra="[gallery]\nkeep_chips = true\n")
+
+    def name() -> str:
+        with server.client() as client:
+            (face,) = client.identify(wire.picture(5))
+            return face.identity.subject_id
+
+    with server.client() as client:
+        client.enroll("ada", wire.picture(5))
+        done = client.reload_model("recognizer", str(other))
+        assert (done.templates_not_searched, done.remembered) == (0, False)
+        assert name() == "ada"
+        (template,) = client.list_templates("ada")
+        assert template.model_id == done.new_model_id
+    server.stop()
+    # With the model of its config again: taken over once more, and by itself.
+    with RunningServer(server.folder, server.config.read_text()) as again:
+        again.wait_serving()
+        server = again
+        until(lambda: name() == "ada", what="the renewal")

@@ -42,6 +42,19 @@ def test_pairs_are_of_different_people_and_come_once() -> None:
     assert alike(np.stack(rows), names, 0.999) == []
 
 
+def test_a_better_picture_is_wanted_of_those_whose_templates_all_promise_little() -> None:
+    rows = [
+        StoredVector("a", who, f"t{n}", unit_float16(vector(n)), 1, quality)
+        for n, (who, quality) in enumerate(
+            [("dim", 0.3), ("dim", 0.1), ("dark", 0.2), ("fine", 0.1), ("fine", 0.8), ("old", 0.0)]
+        )
+    ]
+    [found] = examine(rows, Thresholds(match=0.9, ood=0.4))
+    assert [(one.subject, one.quality) for one in found.weakest] == [("dark", 0.2), ("dim", 0.3)]
+    assert found.weak == 2
+    assert found.as_json()["weakest"] == [["dark", 0.2], ["dim", 0.3]]
+
+
 def test_every_gallery_has_the_threshold_of_its_size_and_of_its_own() -> None:
     bands = (Impostors(0.4, 10**6, 1e-5, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),)
     general = Thresholds(match=0.9, promise=Promise(0.001, bands))

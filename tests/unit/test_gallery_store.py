@@ -571,3 +571,82 @@ def test_what_was_deleted_is_in_no_file(tmp_path: Path) -> None:
         assert store.counts() == (1, 0)
     finally:
         store.close()
+
+
+# -- chips ------------------------------------------------------------------------------------
+
+OTHER = "n@1#bb"
+
+
+def with_chip(seed: int, model: str = MODEL) -> NewTemplate:
+    return NewTemplate(model, vector(seed), 0.8, 0.4, bytes([seed]) * 300)
+
+
+def test_a_kept_chip_makes_its_template_another_model_s(store: Store) -> None:
+    store.enroll("g", "a", new(1), create_subject=True)
+    kept = store.enroll("g", "b", with_chip(2), create_subject=True).template
+    assert store.chips.without(MODEL) == 1
+    assert store.chips.behind(MODEL, "", 9) == []
+    [chip] = store.chips.behind(OTHER, "", 9)
+    assert (chip.template_id, chip.chip) == (kept.template_id, bytes([2]) * 300)
+    assert chip.size_quality == pytest.approx(0.5)
+    assert store.chips.behind(OTHER, kept.template_id, 9) == []
+    seen = store.revision()
+    assert store.chips.renew(kept.template_id, NewTemplate(OTHER, vector(3), 0.6, 0.3))
+    assert not store.chips.renew("nobody", NewTemplate(OTHER, vector(3), 0.6, 0.3))
+    [row] = store.vectors(OTHER, DIM)
+    assert (row.subject_id, row.template_id) == ("b", kept.template_id)
+    assert np.array_equal(row.vector, unit_float16(vector(3)))
+    assert [row.subject_id for row in store.vectors(MODEL, DIM)] == ["a"]
+    assert store.get_subject("g", "b").template_count == 1
+    [template] = store.list_templates("g", "b")
+    assert (template.model_id, template.ood_score, template.quality) == (OTHER, 0.6, 0.3)
+    # Whoever searches with the old model is told that it is gone, with the new one that it came.
+    for model, added in ((MODEL, False), (OTHER, True)):
+        gone, came = store.changes(seen, model, DIM)
+        assert gone.kind == "TEMPLATE_REMOVED"
+        assert (came.added is not None) is added
+    # And back again.
+    assert [k.template_id for k in store.chips.behind(MODEL, "", 9)] == [kept.template_id]
+
+
+def test_chips_go_with_their_templates_and_subjects(store: Store) -> None:
+    for seed in (1, 2, 3):
+        store.enroll("g", "a" if seed < 3 else "b", with_chip(seed), create_subject=True)
+    first, second, _ = store.chips.behind(OTHER, "", 9)
+    owners = {t.template_id: t.subject_id for who in "ab" for t in store.list_templates("g", who)}
+    assert owners.keys() >= {first.template_id, second.template_id}
+    gone = next(t for t, who in owners.items() if who == "b")
+    store.delete_template("g", gone)
+    assert len(store.chips.behind(OTHER, "", 9)) == 2
+    store.delete_subject("g", "a")
+    assert store.chips.behind(OTHER, "", 9) == []
+
+
+def test_the_same_picture_again_brings_its_chip(store: Store) -> None:
+    template = store.enroll("g", "a", new(1), create_subject=True).template
+    assert not store.enroll("g", "a", with_chip(1)).created
+    assert [k.template_id for k in store.chips.behind(OTHER, "", 9)] == [template.template_id]
+    assert store.chips.without(MODEL) == 0
+
+
+@in_a_file
+def test_a_chip_lies_open_only_where_all_does(
+    store: Store, path: Path, request: pytest.FixtureRequest
+) -> None:
+    store.enroll("g", "a", with_chip(7), create_subject=True)
+    found = any(bytes([7]) * 300 in file.read_bytes() for file in path.parent.iterdir())
+    assert found is ("plain" in request.node.callspec.id)
+
+
+def test_a_store_that_is_sealed_later_seals_its_chips(path: Path, tmp_path: Path) -> None:
+    plain = Store(path)
+    plain.enroll("g", "a", with_chip(7), create_subject=True)
+    plain.close()
+    database = open_store(path)
+    sealed = Store(database, vault=open_vault(database, Source("", tmp_path), mode="on"))
+    try:
+        assert [k.chip for k in sealed.chips.behind(OTHER, "", 9)] == [bytes([7]) * 300]
+    finally:
+        sealed.close()
+    assert not any(bytes([7]) * 300 in file.read_bytes() for file in path.parent.iterdir())

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from facelane_server import app, config
@@ -13,6 +14,9 @@ from facelane_server.domain import FacelaneError, Picture, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.gallery import GalleryService
 from facelane_server.models.package import Package, read_package
+from facelane_server.pools.tasks import EmbedAnswer
+from facelane_server.store.chips import KeptChip
+from facelane_server.store.records import NewTemplate
 
 BUILTIN = Path(app.__file__).parent / "models" / "builtin"
 
@@ -46,6 +50,21 @@ class Gallery:
         self.broken = False
         self.stored = 0
         self.templates = 0
+        self.chips = 0
+        self.renewed: list[str] = []
+
+    async def without_chip(self) -> int:
+        return self.templates - self.chips
+
+    async def behind(self, after: str, _count: int) -> list[KeptChip]:
+        kept = [KeptChip(f"{k:02}", bytes(112 * 112 * 3), 0.5) for k in range(self.chips)]
+        return [chip for chip in kept if chip.template_id > after][:2]
+
+    async def renew(self, template_id: str, new: NewTemplate) -> bool:
+        assert new.model_id == self.model_id
+        self.renewed.append(template_id)
+        self.templates += 1
+        return True
 
     async def counts(self) -> tuple[int, int]:
         return 1, self.stored
@@ -68,8 +87,12 @@ class Bench:
         self.gallery = Gallery(self.pools[Stage.RECOGNIZER].model_id)
         self.app.pools = self.pools  # type: ignore[assignment]
         self.app._gallery = self.gallery  # type: ignore[assignment]
-        self.app._pipeline = type("Pipeline", (), {})()
+        self.app._pipeline = type("Pipeline", (), {"embed": self.embed})()  # type: ignore[assignment]
         self.app._pipeline.thresholds = self.app.models.thresholds  # type: ignore[union-attr]
+
+    @staticmethod
+    async def embed(*_asked: Any) -> EmbedAnswer:
+        return EmbedAnswer(0.9, (), np.ones(4, np.float32).tobytes())
 
     @property
     def thresholds(self) -> Any:
@@ -125,6 +148,22 @@ async def test_a_recogniser_that_knows_nobody_enrolled_is_refused_unless_that_is
     done = await bench.app.reload_model("recognizer", other, forget_templates=True)
     assert (done.old, done.new) == (present, bench.gallery.model_id)
     assert (done.not_searched, done.remembered) == (3, False)
+
+
+async def test_those_whose_chips_were_kept_are_enrolled_again(tmp_path: Path) -> None:
+    bench = Bench()
+    pool = bench.pools[Stage.RECOGNIZER]
+    pool.go.set()
+    other = variant(tmp_path, Stage.RECOGNIZER, "match = 0.5", "match = 0.9")
+    bench.gallery.templates = bench.gallery.stored = 3
+    bench.gallery.chips = 2
+    with pytest.raises(FacelaneError) as caught:
+        await bench.app.reload_model("recognizer", other)
+    assert caught.value.metadata == {"templates": "1"}
+    bench.gallery.chips = 3
+    done = await bench.app.reload_model("recognizer", other)
+    assert bench.gallery.renewed == ["00", "01", "02"]
+    assert (done.new, done.not_searched) == (bench.gallery.model_id, 0)
 
 
 async def test_two_reloads_at_a_time_keep_the_thresholds_of_both(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             gallery_id="" if may_reassign else gallery_id,
             max_faces=self._config.limits.max_faces,
             want_vectors=True,
+            want_chips=self._config.gallery.keep_chips,
         )
         enrolled = await enrolment.enroll(
             self._gallery,

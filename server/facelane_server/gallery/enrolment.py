@@ -145,6 +145,7 @@ async def enroll(
         display_name=request.display_name,
         request=key,
         quality=quality_of(chosen.face),
+        chip=chosen.chip,
         answer=_face_facts(chosen.face),
     )
     warnings = []

@@ -27,6 +27,15 @@ class Alike:
 
 
 @dataclass(frozen=True, slots=True)
+class Weak:
+    """A subject none of whose templates promises enough: a better picture is wanted.
+    ``quality``: of the best, (0, OOD threshold)."""
+
+    subject: str
+    quality: float
+
+
+@dataclass(frozen=True, slots=True)
 class Examined:
     """One gallery. ``threshold`` and ``worst_threshold``: least cosine of a match for a perfect
     look, and for one that is just trusted. ``false_naming``: None with a bare cosine."""
@@ -39,6 +48,8 @@ class Examined:
     worst_threshold: float
     alike: int
     pairs: tuple[Alike, ...]
+    weak: int = 0
+    weakest: tuple[Weak, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         pairs = [[p.first, p.second, round(p.similarity, 4)] for p in self.pairs]
@@ -51,21 +62,32 @@ class Examined:
             "worst_threshold": round(self.worst_threshold, 4),
             "alike": self.alike,
             "most_alike": pairs,
+            "weak": self.weak,
+            "weakest": [[one.subject, round(one.quality, 4)] for one in self.weakest],
         }
 
 
 def examine(rows: Iterable[StoredVector], thresholds: Thresholds) -> list[Examined]:
     """Every gallery of the rows, which come in the order of galleries and subjects."""
     by_gallery: dict[str, tuple[list[str], list[npt.NDArray[np.float16]]]] = {}
+    best: dict[str, dict[str, float]] = {}
     for row in rows:
         names, vectors = by_gallery.setdefault(row.gallery_id, ([], []))
         names.append(row.subject_id)
         vectors.append(row.vector)
+        known = best.setdefault(row.gallery_id, {})
+        known[row.subject_id] = max(known.get(row.subject_id, 0.0), row.quality)
     found = []
     for gallery_id, (names, vectors) in by_gallery.items():
         own = thresholds.at(gallery_id)
         searched = len(names)
         threshold = own.match_at(1.0, searched)
+        # 0: enrolled before this was measured; nothing is known of it.
+        weak = sorted(
+            (Weak(name, quality) for name, quality in best[gallery_id].items() if quality),
+            key=lambda one: (one.quality, one.subject),
+        )
+        weak = [one for one in weak if one.quality < own.ood]
         pairs = alike(np.stack(vectors).astype(np.float32), names, threshold)
         found.append(
             Examined(
@@ -77,6 +99,8 @@ def examine(rows: Iterable[StoredVector], thresholds: Thresholds) -> list[Examin
                 own.match_at(own.ood, searched),
                 len(pairs),
                 tuple(pairs[:SHOWN]),
+                len(weak),
+                tuple(weak[:SHOWN]),
             )
         )
     return found

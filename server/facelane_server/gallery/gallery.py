@@ -27,17 +27,18 @@ from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.index import GalleryIndex, Publish
 from facelane_server.gallery.snapshot import (
     F32,
-    AddTemplate,
     Change,
     RemoveSubject,
-    RemoveTemplate,
     SubjectKey,
+    added,
+    change_of,
 )
 from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store.audit import Deed
 from facelane_server.store.chain import Head
+from facelane_server.store.chips import KeptChip
 from facelane_server.store.database import Database, opening
-from facelane_server.store.following import ChangeKind, HistoryLostError, StoredChange
+from facelane_server.store.following import ChangeKind, HistoryLostError
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
 from facelane_server.store.readers import Reader
@@ -45,7 +46,6 @@ from facelane_server.store.records import (
     Enrolled,
     NewTemplate,
     RequestKey,
-    StoredVector,
     Subject,
     Template,
 )
@@ -361,6 +361,7 @@ class Gallery:
         vector: F32,
         ood_score: float,
         quality: float = 0.0,
+        chip: bytes = b"",
         model_id: str = "",
         create_subject: bool = False,
         display_name: str = "",
@@ -376,7 +377,7 @@ class Gallery:
         def enroll() -> tuple[Enrolled, int]:
             if model_id and model_id != self._model_id:
                 raise model_changing()
-            new = NewTemplate(self._model_id, vector, ood_score, quality)
+            new = NewTemplate(self._model_id, vector, ood_score, quality, chip)
             enrolled = self._store.enroll(
                 gallery_id,
                 subject_id,
@@ -407,6 +408,22 @@ class Gallery:
         return await self._call(
             lambda: self._store.audit.prune(before_ns=before_ns, most=most), counted=False
         )
+
+    # chips that were kept; see ``Chips``
+
+    async def without_chip(self) -> int:
+        return await self._call(lambda: self._store.chips.without(self._model_id))
+
+    async def behind(self, after: str, count: int) -> list[KeptChip]:
+        return await self._call(lambda: self._store.chips.behind(self._model_id, after, count))
+
+    async def renew(self, template_id: str, new: NewTemplate) -> bool:
+        def renew() -> bool:
+            done = self._store.chips.renew(template_id, new)
+            self._follow()
+            return done
+
+        return await self._call(renew)
 
     # the keys
 
@@ -447,7 +464,7 @@ class Gallery:
                 return 0 if self._index is None else self._take_all(self._index)
             if not found:
                 return revision
-            revision = self._apply([c for c in map(_change, found) if c is not None]) or revision
+            revision = self._apply([c for c in map(change_of, found) if c is not None]) or revision
             self._seen = found[-1].revision
             for change in found:
                 if change.kind in (ChangeKind.SUBJECT_REMOVED, ChangeKind.TEMPLATE_REMOVED):
@@ -462,7 +479,7 @@ class Gallery:
 
     def _take_all(self, index: GalleryIndex) -> int:
         with self._store.loading(self._model_id, self._dim) as (seen, rows):
-            revision = index.rebase(self._model_id, self._dim, map(_added, rows))
+            revision = index.rebase(self._model_id, self._dim, map(added, rows))
             self._seen = seen
         return revision
 
@@ -578,20 +595,3 @@ class Gallery:
             ) from None
         finally:
             abandoned.set()
-
-
-def _added(row: StoredVector) -> AddTemplate:
-    return AddTemplate(row.subject, row.gallery_id, row.subject_id, row.template_id, row.vector)
-
-
-def _change(change: StoredChange) -> Change | None:
-    """What the index is told; what it does not know it passes over."""
-    match change.kind:
-        case ChangeKind.TEMPLATE_ADDED:
-            return None if change.added is None else _added(change.added)
-        case ChangeKind.TEMPLATE_REMOVED:
-            return RemoveTemplate(change.subject, change.template_id)
-        case ChangeKind.SUBJECT_REMOVED:
-            return RemoveSubject(change.subject)
-        case ChangeKind.SUBJECT:
-            return None

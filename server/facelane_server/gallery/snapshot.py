@@ -28,6 +28,8 @@ import numpy.typing as npt
 from facelane_server import limits
 from facelane_server.ipc.gallery_log import Added, Operation, Removed
 from facelane_server.ipc.messages import GallerySnapshot
+from facelane_server.store.following import ChangeKind, StoredChange
+from facelane_server.store.records import StoredVector
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -65,6 +67,23 @@ class RemoveSubject:
 
 
 Change = AddTemplate | RemoveTemplate | RemoveSubject
+
+
+def added(row: StoredVector) -> AddTemplate:
+    return AddTemplate(row.subject, row.gallery_id, row.subject_id, row.template_id, row.vector)
+
+
+def change_of(change: StoredChange) -> Change | None:
+    """What the index is told of a change of the store; what it does not know it passes over."""
+    match change.kind:
+        case ChangeKind.TEMPLATE_ADDED:
+            return None if change.added is None else added(change.added)
+        case ChangeKind.TEMPLATE_REMOVED:
+            return RemoveTemplate(change.subject, change.template_id)
+        case ChangeKind.SUBJECT_REMOVED:
+            return RemoveSubject(change.subject)
+        case ChangeKind.SUBJECT:
+            return None
 
 
 class Base:

@@ -147,6 +147,7 @@ def _vectors(model_id: str, vault: Vault) -> sa.Select[Any]:
             subjects.c.id.label("number"),
             templates_table.c.template_id,
             templates_table.c.vector,
+            templates_table.c.quality,
         )
         .join_from(templates_table, subjects)
         .where(templates_table.c.model_id == model_id)
@@ -172,4 +173,6 @@ def _checked(row: sa.Row[Any], subject_id: str, found: bytes, dim: int, name: st
             "of the gallery, or delete that template",
             metadata={"template_id": row.template_id},
         )
-    return StoredVector(row.gallery_id, subject_id, row.template_id, vector, row.number)
+    return StoredVector(
+        row.gallery_id, subject_id, row.template_id, vector, row.number, row.quality
+    )

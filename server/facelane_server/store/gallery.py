@@ -22,6 +22,8 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store import audit, following
 from facelane_server.store.audit import Action, AuditLog, Deed
+from facelane_server.store.chips import Chips
+from facelane_server.store.chips import keep as keep_chip
 from facelane_server.store.database import Database
 from facelane_server.store.envelope import Lock
 from facelane_server.store.following import ChangeKind, StoredChange
@@ -103,6 +105,7 @@ class Store:
             raise
         self._ids = SortedIds(self._vault)
         self.audit = AuditLog(self.database, self._vault, clock_ns=clock_ns)
+        self.chips = Chips(self.database, self._vault)
         self._max_templates = max_templates
         self._clock_ns = clock_ns
 
@@ -431,6 +434,8 @@ class Store:
                     )
                 )
                 self._touch(connection, key)
+            if new.chip:
+                keep_chip(connection, self._vault, lock, template.template_id, new.chip)
             if request is not None:
                 remember(
                     connection,

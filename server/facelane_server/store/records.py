@@ -46,13 +46,14 @@ class Template:
 @dataclass(frozen=True, slots=True)
 class StoredVector:
     """A template as the index needs it: ``vector`` [dim] float16, unit norm. ``subject``: the
-    number of its subject, which is never another's."""
+    number of its subject, which is never another's. ``quality``: as ``Template`` has it."""
 
     gallery_id: str
     subject_id: str
     template_id: str
     vector: F16
     subject: int = 0
+    quality: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +89,13 @@ class RequestKey:
 @dataclass(frozen=True, slots=True)
 class NewTemplate:
     """``vector`` [dim] float32, any positive norm; ``ood_score`` and ``quality`` in
-    [0, 1]."""
+    [0, 1]. ``chip``: size x size x 3 uint8 BGR, kept where it is given; see ``chips``."""
 
     model_id: str
     vector: F32
     ood_score: float
     quality: float = 0.0
+    chip: bytes = b""
 
 
 def invalid(field: str, message: str) -> FacelaneError:

@@ -26,7 +26,7 @@ from facelane_server.store import envelope
 from facelane_server.store.database import Database
 from facelane_server.store.envelope import Lock, SealBrokenError
 from facelane_server.store.masterkey import Source
-from facelane_server.store.schema import GALLERY, keys, meta, revision, subjects, templates
+from facelane_server.store.schema import GALLERY, chips, keys, meta, revision, subjects, templates
 from facelane_server.store.schema import requests as requests_table
 
 log = structlog.get_logger(__name__)
@@ -139,6 +139,12 @@ class Vault:
 
     def sealed_vector(self, lock: Lock, template_id: str, plain: bytes) -> bytes:
         return lock.seal(plain, f"vector {template_id}")
+
+    def chip(self, lock: Lock, template_id: str, sealed: bytes) -> bytes:
+        return self._opened(lock, sealed, f"chip {template_id}")
+
+    def sealed_chip(self, lock: Lock, template_id: str, plain: bytes) -> bytes:
+        return lock.seal(plain, f"chip {template_id}")
 
     def answer(self, lock: Lock, template_id: str, kept: Mapping[str, Any]) -> Any:
         """What was kept with a request."""
@@ -308,6 +314,13 @@ class Vault:
                     .where(templates.c.template_id == template.template_id)
                     .values(vector=sealed)
                 )
+                kept = sa.select(chips.c.chip).where(chips.c.template_id == template.template_id)
+                if (chip := connection.scalar(kept)) is not None:
+                    connection.execute(
+                        sa.update(chips)
+                        .where(chips.c.template_id == template.template_id)
+                        .values(chip=self.sealed_chip(lock, template.template_id, chip))
+                    )
             done += 1
         # Kept for a day, for clients that repeat an enrolment, under digests that can be guessed.
         connection.execute(sa.delete(requests_table))
