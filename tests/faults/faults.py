@@ -215,7 +215,7 @@ FAULTS = {
         Fault("sigterm", sigterm),
         Fault("sigstop", sigstop),
         Fault("storm", storm, errors=LOST_WITH_TWO),
-        Fault("starved", starved, errors=OOM | {"INTERNAL"}, loses=False),
+        Fault("starved", starved, errors=OOM, loses=False),
         Fault("frozen", frozen, stages=(), loses=False, stalls=True),
         Fault(
             "full_disk",

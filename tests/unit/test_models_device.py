@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+import cv2
 import pytest
 import torch
 
@@ -45,10 +49,19 @@ def test_sticky_errors_poison(text: str) -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError("can't start new thread"),
+        cv2.error("OpenCV(4.11.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to ..."),
     ],
 )
 def test_out_of_memory_is_told_apart(error: Exception) -> None:
     assert classify(error) is Fault.OUT_OF_MEMORY
+
+
+def test_out_of_the_hosts_memory_as_torch_says_it() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert classify(raised.value) is Fault.OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,14 @@ _STICKY: Final = (
     "unknown error",
 )
 _MEMORY: Final = ("out of memory", "alloc_failed", "failed to allocate")
+# The host's: of the kernel, torch, OpenCV and C++.
+_HOST_MEMORY: Final = (
+    "cannot allocate memory",
+    "can't allocate memory",
+    "insufficient memory",
+    "bad_alloc",
+    "can't start new thread",
+)
 _CUDA: Final = ("cuda", "cublas", "cudnn", "nvrtc", "nvml")
 
 
@@ -74,6 +82,8 @@ def classify(error: BaseException) -> Fault:
         if isinstance(current, MemoryError) or type(current).__name__ == "OutOfMemoryError":
             return Fault.OUT_OF_MEMORY
         text = str(current).lower()
+        if any(words in text for words in _HOST_MEMORY):
+            return Fault.OUT_OF_MEMORY
         cuda = type(current).__name__ == "AcceleratorError" or any(word in text for word in _CUDA)
         if cuda and any(word in text for word in _MEMORY):
             return Fault.OUT_OF_MEMORY
