@@ -87,6 +87,10 @@ def run(config: ConfigOption = None) -> None:
     """Run the server in the foreground until SIGTERM or SIGINT; SIGHUP reloads the config."""
     # The watchdog ends a hung server with SIGABRT: its stacks belong into the journal.
     faulthandler.enable()
+    # A core would hold templates and keys. One byte, since a program that cores are piped to
+    # (systemd-coredump) is started for a limit of 0 all the same.
+    with contextlib.suppress(OSError, ValueError):  # less is allowed already
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     # A connection is a descriptor; what the limit allows is used.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):

@@ -14,6 +14,7 @@ import ctypes
 import faulthandler
 import importlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ[variable] = str(max(1, options.threads))
     _keep_heap()
     _close_stdin()
+    with contextlib.suppress(OSError, ValueError):  # a core would hold templates and faces
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
