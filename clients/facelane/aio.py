@@ -219,6 +219,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
 
     update_subject = _awaited(calls.update_subject)
     delete_subject = _awaited(calls.delete_subject)
+    erase_subject = _awaited(calls.erase_subject)
     list_templates = _awaited(calls.list_templates)
     delete_template = _awaited(calls.delete_template)
     enroll = _awaited(calls.enroll)

@@ -257,6 +257,18 @@ def delete_subject(
     )
 
 
+def erase_subject(
+    subject_id: str, *, gallery: str = DEFAULT_GALLERY, timeout: float | None = None
+) -> Call[types.Erased]:
+    """Deletes a subject as ``delete_subject`` does, and gives the signed receipt of it."""
+    return _call(
+        lambda stubs: stubs.gallery.DeleteSubject,
+        gallery_service_pb2.DeleteSubjectRequest(gallery_id=gallery, subject_id=subject_id),
+        lambda answer: types.Erased(answer.templates_deleted, answer.receipt),
+        timeout,
+    )
+
+
 def list_templates(
     subject_id: str, *, gallery: str = DEFAULT_GALLERY, timeout: float | None = None
 ) -> Call[list[types.Template]]:

@@ -261,6 +261,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
 
     update_subject = _blocking(calls.update_subject)
     delete_subject = _blocking(calls.delete_subject)
+    erase_subject = _blocking(calls.erase_subject)
     list_templates = _blocking(calls.list_templates)
     delete_template = _blocking(calls.delete_template)
     enroll = _blocking(calls.enroll)

@@ -29,7 +29,7 @@ EX_BROKEN = 1
 
 
 @contextlib.contextmanager
-def _opened(config: Path | None) -> Iterator[tuple[configuration.Config, Database]]:
+def opened(config: Path | None) -> Iterator[tuple[configuration.Config, Database]]:
     try:
         settings = configuration.load(config)
         with contextlib.closing(open_store(place_of(settings), look=True)) as database:
@@ -56,7 +56,7 @@ def list_entries(
     """The newest entries, oldest first."""
     if action and action not in list(Action):
         raise typer.BadParameter(f"one of {', '.join(Action)}")
-    with _opened(config) as (settings, database):
+    with opened(config) as (settings, database):
         code = ""
         if subject:
             log = AuditLog(database, unlock(database, settings, look=True))
@@ -88,7 +88,7 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """Write all of the log into a file, which `audit verify --file` can judge on its own."""
-    with _opened(config) as (_, database):
+    with opened(config) as (_, database):
         try:
             with (
                 open(file, "x", encoding="utf-8") as stream,
@@ -133,7 +133,7 @@ def verify(
             links, head, stub = _exported(file)
             found = _judge(links, head, stub, kept, key)
         else:
-            with _opened(config) as (settings, database):
+            with opened(config) as (settings, database):
                 if not key:
                     key = _own_key(settings, database)
                 with database.reading() as connection:

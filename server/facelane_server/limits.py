@@ -193,6 +193,9 @@ RECHECK_S: Final = 30.0
 """Open calls are looked at again this often, whether or not anything has been told."""
 MAX_METERED_TRACKS: Final = 1024
 """Tracks of a stream whose names are known to have been counted."""
+ERASED_WITHIN_NS: Final = 300 * 1_000_000_000
+"""By then the keys of the deleted are opened by none that is left, as receipts say; a large gallery
+on a slow disk takes a while."""
 ERASE_WITHIN_S: Final = 30.0
 """Between two looks whether what was deleted still has a key that would open it."""
 RENEWAL_S: Final = 60

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from tests.waiting import auntil
 from typer.testing import CliRunner
 
-from facelane_server import auditing, config, limits
+from facelane_server import auditing, config, erasing, limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
@@ -274,3 +274,49 @@ def test_the_command(tmp_path: Path) -> None:
     settings = config.load(tmp_path / "server.toml")
     with contextlib.closing(open_store(path)) as database:
         assert unlock(database, settings).encrypts
+
+
+def test_an_erasure_has_a_receipt_that_can_be_judged(tmp_path: Path) -> None:
+    state, path = tmp_path / "state", tmp_path / "state" / "gallery.db"
+    state.mkdir()
+    (tmp_path / "server.toml").write_text(f'state_dir = "{state}"\n')
+    kept = tmp_path / "receipt"
+
+    def verify(*arguments: str) -> tuple[int, str]:
+        option = ["verify", str(kept), "--config", str(tmp_path / "server.toml")]
+        done = CliRunner().invoke(erasing.app, [*option, *arguments])
+        return done.exit_code, done.output
+
+    with opened(path, state) as store:
+        for name in ("lovelace", "hopper"):
+            new = NewTemplate(MODEL, vector(len(name)), 0.8)
+            store.enroll("staff", name, new, create_subject=True)
+        backup = tmp_path / "backup.db"
+        with sqlite3.connect(path) as raw:
+            raw.execute(f"VACUUM INTO '{backup}'")
+        gone = store.delete_subject("staff", "lovelace")
+        kept.write_text(gone.receipt + "\n")
+        assert "lovelace" not in gone.receipt
+        code, said = verify()
+        assert (code, "epoch key of that time" in said) == (1, True)
+        list(store.erasing())
+        everything = ("--scan", str(state), "--subject", "lovelace")
+        assert verify(*everything) == (0, verify()[1])
+        # Where it is left, and where it is planted.
+        code, said = verify("--scan", str(backup))
+        assert (code, "backup.db: something of the subject" in said) == (1, True)
+        (state / "note").write_bytes(bytes(100) + b"lovelace")
+        assert "note: something of the subject at byte 100" in verify(*everything)[1]
+        (state / "note").unlink()
+        for name in ("templates", "code", "entry", "time_ns"):
+            forged = gone.receipt.replace(f'"{name}":', f'"{name}":1', 1)
+            if name == "code":
+                forged = gone.receipt.replace('"code":"', '"code":"0', 1)
+            kept.write_text(forged)
+            assert verify()[0] == 1, name
+        kept.write_text("{}")
+        assert "no receipt" in verify()[1]
+        kept.write_text(gone.receipt)
+        assert verify("--key", chain.Signer(bytes(32)).public)[0] == 1
+        store.audit.prune(before_ns=2**62, most=10**6)
+        assert verify()[0] == 0, "the entry has ended, the receipt has not"

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from facelane_server import cli, config
 from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason
+from facelane_server.store import audit, chain
 from facelane_server.store import vault as vault_module
 from facelane_server.store.database import Database
 from facelane_server.store.envelope import new_key
@@ -126,6 +127,12 @@ def test_a_gallery_that_lay_open_is_encrypted_and_leaves_nothing_behind(
             assert all(secret not in b"".join(files) for secret in secrets_of())
     with opened(place, tmp_path, "off") as store:
         assert store.get_subject("staff", NAMES[2]).subject_id == NAMES[2], "it stays so"
+        # The audit log goes on with the key that it had.
+        store.create_subject("staff", "late", "", {})
+        with store.database.reading() as connection:
+            head, _ = audit.heads(connection)
+            public = store.audit.public(connection)
+            assert chain.verify(audit.links(connection), head, public=public) is None
 
 
 def test_values_that_were_moved_do_not_open(tmp_path: Path) -> None:
@@ -251,7 +258,7 @@ def test_a_master_key_is_rotated_while_the_server_runs(tmp_path: Path) -> None:
         file.write_text(f"{fresh}\n{old}\n")
         assert vault.refresh()
         with store.database.writing(GALLERY) as connection:
-            assert vault.rewrap(connection) == 2  # index and epoch
+            assert vault.rewrap(connection) == 3  # index, epoch, and the audit log's
             assert vault.rewrap(connection) == 0
         file.write_text(f"{fresh}\n")
         store._vault.turn_epoch(store.database)
@@ -320,7 +327,7 @@ def test_the_command_that_rotates(tmp_path: Path) -> None:
         assert "holds a new key and the old one" in rotate()
         assert old == file.read_text().split()[1]
         assert "78 facelane-server: the store is still locked by an older key" in rotate()
-        assert store.renew_keys() == 2
+        assert store.renew_keys() == 3
         assert store.renew_keys() == 0
         assert rotate().startswith("0 the old key is taken out")
         assert old not in file.read_text()

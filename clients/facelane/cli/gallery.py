@@ -234,10 +234,17 @@ def subjects_delete(
     subject: Annotated[str, typer.Argument(help="The subject's id.")],
     gallery: GalleryOption = "default",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    receipt: Annotated[
+        Path | None, typer.Option(help="Keep the signed receipt in this new file.")
+    ] = None,
 ) -> None:
     """Delete a subject and all its templates."""
+    if receipt is not None and receipt.exists():
+        raise typer.BadParameter(f"{receipt} is there already")
     if not yes:
         typer.confirm(f"Delete {subject} and all its templates?", abort=True)
     with ctx.obj.client() as client:
-        count = client.delete_subject(subject, gallery=gallery)
-    typer.echo(f"deleted {subject} and {count} templates")
+        erased = client.erase_subject(subject, gallery=gallery)
+    typer.echo(f"deleted {subject} and {erased.templates} templates")
+    if receipt is not None:
+        receipt.write_text(erased.receipt + "\n")

@@ -165,6 +165,15 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
+class Erased:
+    """A subject was deleted. ``receipt``: one signed line, for ``facelane-server erasure verify``;
+    empty from a server that gives none."""
+
+    templates: int
+    receipt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Template:
     """One enrolled face of a subject. The embedding itself never leaves the server."""
 

@@ -282,15 +282,22 @@ class DeleteSubjectResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TEMPLATES_DELETED_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     templates_deleted: _builtins.int
+    receipt: _builtins.str
+    """One line of JSON, signed by the store's key: what was deleted, when, by whose key, at which entry
+    of the audit log, and by when the keys that would open copies are destroyed. It names nobody.
+    `facelane-server erasure verify` judges it.
+    """
     def __init__(
         self,
         *,
         templates_deleted: _builtins.int = ...,
+        receipt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["templates_deleted", b"templates_deleted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "templates_deleted", b"templates_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -104,9 +104,9 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         self, request: pb.DeleteSubjectRequest, context: Context
     ) -> pb.DeleteSubjectResponse:
         gallery_id = _gallery(request.gallery_id, "gallery.write")
-        count = await self._gallery.delete_subject(gallery_id, request.subject_id)
+        gone = await self._gallery.delete_subject(gallery_id, request.subject_id)
         self._events.forget_subject(gallery_id, request.subject_id)
-        return pb.DeleteSubjectResponse(templates_deleted=count)
+        return pb.DeleteSubjectResponse(templates_deleted=gone.templates, receipt=gone.receipt)
 
     # -- templates -----------------------------------------------------------------------
 

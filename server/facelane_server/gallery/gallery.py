@@ -43,6 +43,7 @@ from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
 from facelane_server.store.readers import Reader
 from facelane_server.store.records import (
+    Deleted,
     Enrolled,
     NewTemplate,
     RequestKey,
@@ -312,7 +313,7 @@ class Gallery:
             )
         )
 
-    async def delete_subject(self, gallery_id: str, subject_id: str) -> int:
+    async def delete_subject(self, gallery_id: str, subject_id: str) -> Deleted:
         """Gone from the answers of this process at once; when this returns, from the store and from
         the answers of every process, and from the recognisers' memory as soon as they have the
         change, for which this waits.
@@ -321,22 +322,22 @@ class Gallery:
         confirmed it within ``CONFIRMED_TIMEOUT_S``: the subject is deleted, and a repeated call
         waits for that process again."""
 
-        def delete() -> tuple[int, int, int]:
+        def delete() -> tuple[Deleted, int]:
             gone = self._store.delete_subject(gallery_id, subject_id)
             # At once, whatever becomes of the store: the deletion stands.
             self._apply([RemoveSubject(gone.number)])
-            return gone.templates, gone.revision, self._follow()
+            return gone, self._follow()
 
         try:
-            count, stored, revision = await self._call(delete)
+            gone, revision = await self._call(delete)
         except FacelaneError as error:
             if error.reason is Reason.SUBJECT_NOT_FOUND:
                 # Perhaps by a call that could not wait for all: then this one does.
                 await self._confirmed(await self._call(self._store.last_removal))
             raise
         await self._published(revision)
-        await self._confirmed(stored)
-        return count
+        await self._confirmed(gone.revision)
+        return gone
 
     # templates
 

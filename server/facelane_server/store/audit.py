@@ -22,10 +22,20 @@ import sqlalchemy as sa
 
 from facelane_server import limits
 from facelane_server.store import envelope
-from facelane_server.store.chain import START, Head, Link, Signer, digest_of
+from facelane_server.store.chain import START, Head, Link, Receipt, Signer, digest_of
 from facelane_server.store.database import Database
-from facelane_server.store.schema import AUDIT, STORE_ID, audit, keys, meta, next_revision
-from facelane_server.store.vault import Vault
+from facelane_server.store.schema import (
+    AUDIT,
+    STORE_ID,
+    audit,
+    event_subjects,
+    keys,
+    meta,
+    next_revision,
+    subjects,
+    templates,
+)
+from facelane_server.store.vault import IS_EPOCH, Vault
 
 HEAD: Final = "audit_head"
 STUB: Final = "audit_stub"
@@ -140,6 +150,26 @@ class AuditLog:
         with self._database.writing(AUDIT) as connection:
             return self.append(connection, deeds)
 
+    def receipt(
+        self, connection: sa.Connection, deed: Deed, head: Head, number: int, templates: int
+    ) -> str:
+        """For a deletion (``deed``, at the ``head`` that it was written down with)."""
+        due = head.time_ns + limits.ERASED_WITHIN_NS if self._vault.encrypts else 0
+        receipt = Receipt(
+            log=head.log,
+            entry=head.number,
+            time_ns=head.time_ns,
+            gallery=deed.gallery,
+            subject=number,
+            code=self.code(deed.gallery, deed.subject),
+            templates=templates,
+            by=deed.actor.by,
+            keys_gone_by_ns=due,
+            key="",
+            signature="",
+        )
+        return self._opened(connection).receipt(receipt).text()
+
     def prune(self, *, before_ns: int, most: int) -> int:
         """Ends entries that are older, or too many, and puts a signed stub in their place; how
         many those were."""
@@ -218,6 +248,26 @@ def heads(connection: sa.Connection) -> tuple[Head | None, Head | None]:
     """The head and the stub. Raises ``ValueError`` for what is none."""
     head, stub = _get(connection, HEAD), _get(connection, STUB)
     return (Head.parse(head) if head else None), (Head.parse(stub) if stub else None)
+
+
+def has_rows(connection: sa.Connection, number: int) -> bool:
+    """Whether anything of a subject is left: itself, templates, a key, events."""
+    return any(
+        connection.scalar(sa.select(sa.func.count()).where(column == number))
+        for column in (
+            subjects.c.id,
+            templates.c.subject,
+            keys.c.subject,
+            event_subjects.c.subject,
+        )
+    )
+
+
+def oldest_epoch_ns(connection: sa.Connection) -> int:
+    """When the oldest key was made that opens subjects' keys."""
+    query = sa.select(sa.func.min(keys.c.key_id)).where(IS_EPOCH)
+    name = connection.scalar(query) or ""
+    return int(name.split("-")[1]) if name else 0
 
 
 def shown(link: Link) -> dict[str, Any]:

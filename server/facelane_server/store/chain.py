@@ -71,14 +71,54 @@ class Head(msgspec.Struct, frozen=True):
 
     def is_of(self, public: str) -> bool:
         """Whether this key has signed it."""
-        if self.key != public:
-            return False
+        return self.key == public and _is_signed(public, self.signature, self._signed())
+
+
+def _is_signed(public: str, signature: str, what: bytes) -> bool:
+    try:
+        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public, validate=True))
+        key.verify(base64.b64decode(signature, validate=True), what)
+    except (InvalidSignature, binascii.Error, ValueError):
+        return False
+    return True
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """That a subject was deleted, signed: one line of JSON. It names nobody: ``code`` and
+    ``subject`` (a number that is never used again) are the store's. ``entry``: of the
+    audit log. The keys that would open copies of its rows are destroyed by ``keys_gone_by_ns``,
+    0 = nothing was encrypted."""
+
+    log: str
+    entry: int
+    time_ns: int
+    gallery: str
+    subject: int
+    code: str
+    templates: int
+    by: str
+    keys_gone_by_ns: int
+    key: str
+    signature: str
+
+    def _signed(self) -> bytes:
+        fields = msgspec.structs.astuple(self)[:-1]
+        return b"facelane erasure receipt 1\0" + msgspec.json.encode(fields)
+
+    def text(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Self:
+        """Raises ``ValueError``."""
         try:
-            key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public, validate=True))
-            key.verify(base64.b64decode(self.signature, validate=True), self._signed())
-        except (InvalidSignature, binascii.Error, ValueError):
-            return False
-        return True
+            return msgspec.json.decode(text, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"this is no receipt of an erasure: {error}") from None
+
+    def is_of(self, public: str) -> bool:
+        """Whether this key has signed it."""
+        return self.key == public and _is_signed(public, self.signature, self._signed())
 
 
 class Signer:
@@ -94,6 +134,12 @@ class Signer:
         head = Head(log, number, time_ns, digest.hex(), self.public, "", stub)
         signature = base64.b64encode(self._key.sign(head._signed())).decode()
         return msgspec.structs.replace(head, signature=signature)
+
+    def receipt(self, receipt: Receipt) -> Receipt:
+        """The same, signed."""
+        unsigned = msgspec.structs.replace(receipt, key=self.public)
+        signature = base64.b64encode(self._key.sign(unsigned._signed())).decode()
+        return msgspec.structs.replace(unsigned, signature=signature)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,9 +118,9 @@ class Store:
         self, action: Action, gallery_id: str, subject_id: str = "", **told: str
     ) -> Iterator[sa.Connection]:
         """A transaction that is written down in the audit log, or not done."""
+        deed = Deed(action, audit.actor(), gallery_id, subject_id, tuple(told.items()))
         with self.database.writing(GALLERY, AUDIT) as connection:
             yield connection
-            deed = Deed(action, audit.actor(), gallery_id, subject_id, tuple(told.items()))
             self.audit.append(connection, [deed])
 
     # subjects
@@ -246,7 +246,8 @@ class Store:
     def delete_subject(self, gallery_id: str, subject_id: str) -> Deleted:
         """Deletes the subject and its templates. Raises SUBJECT_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
-        with self._changing(Action.SUBJECT_DELETED, gallery_id, subject_id) as connection:
+        deed = Deed(Action.SUBJECT_DELETED, audit.actor(), gallery_id, subject_id)
+        with self.database.writing(GALLERY, AUDIT) as connection:
             key = self._find(connection, gallery_id, subject_id)
             if key is None:
                 raise _subject_missing()
@@ -262,8 +263,10 @@ class Store:
             at = following.append(connection, ChangeKind.SUBJECT_REMOVED, subject=key)
             if self._vault.encrypts:
                 self._vault.erased(connection)
+            head = self.audit.append(connection, [deed])
+            receipt = self.audit.receipt(connection, deed, head, key, gone.rowcount)
         self.database.forget_deleted()
-        return Deleted(key, int(gone.rowcount), at)
+        return Deleted(key, int(gone.rowcount), at, receipt)
 
     def _find(self, connection: sa.Connection, gallery_id: str, subject_id: str) -> int | None:
         found: int | None = connection.scalar(

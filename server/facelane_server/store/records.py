@@ -58,11 +58,13 @@ class StoredVector:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """A subject that is gone. ``number``: its own; ``revision``: of the gallery."""
+    """A subject that is gone. ``number``: its own; ``revision``: of the gallery; ``receipt``: see
+    ``chain.Receipt``."""
 
     number: int
     templates: int
     revision: int
+    receipt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

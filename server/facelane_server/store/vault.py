@@ -44,6 +44,8 @@ BATCH: Final = 2_000
 
 KEY_COLUMNS: Final = (keys.c.wrapped, keys.c.wrapped_by)
 """What ``Vault.lock`` needs of a row, from a join with ``OF_SUBJECT``."""
+IS_EPOCH: Final = keys.c.key_id.between("epoch-", "epoch.")
+"""By name, which the index finds among the keys of all subjects."""
 OF_SUBJECT: Final = (keys.c.subject == subjects.c.id) & (keys.c.kind == "subject")
 
 
@@ -103,16 +105,7 @@ class Vault:
         if self._newest(connection) != self._epoch:
             self._read_keys(connection)
         key = envelope.new_key()
-        connection.execute(
-            sa.insert(keys).values(
-                key_id=f"subject-{number}",
-                kind="subject",
-                subject=number,
-                wrapped=self._epochs[self._epoch].seal(key, f"key {number}"),
-                wrapped_by=self._epoch,
-                created_ns=time.time_ns(),
-            )
-        )
+        connection.execute(sa.insert(keys), [self._key_row(number, key)])
         return Lock.of(key, "subject")
 
     def lock_of(self, connection: sa.Connection, number: int) -> Lock:
@@ -183,6 +176,15 @@ class Vault:
         self._index = envelope.new_key()
         self._keep(connection, "index", "index", self._index)
         self._new_epoch(connection)
+        # What the store kept for itself while it lay open, like the audit log's key.
+        assert self._master is not None
+        for row in connection.execute(sa.select(keys).where(keys.c.wrapped_by == "")).all():
+            sealed = self._master.seal(row.wrapped, f"key {row.key_id}")
+            connection.execute(
+                sa.update(keys)
+                .where(keys.c.key_id == row.key_id)
+                .values(wrapped=sealed, wrapped_by=self._master.name)
+            )
         connection.execute(sa.insert(meta).values(name=ENCRYPTION, value=DUE))
 
     def take(self, connection: sa.Connection) -> None:
@@ -251,9 +253,7 @@ class Vault:
                 sa.select(keys.c.key_id, keys.c.subject, *KEY_COLUMNS).where(older).limit(BATCH)
             ).all()
             if not rows:
-                connection.execute(
-                    sa.delete(keys).where(keys.c.kind == "epoch", keys.c.key_id < newest)
-                )
+                connection.execute(sa.delete(keys).where(IS_EPOCH, keys.c.key_id < newest))
                 self._read_keys(connection)
                 connection.execute(
                     sa.delete(meta)
@@ -294,37 +294,79 @@ class Vault:
     def seal_all(self, connection: sa.Connection) -> int:
         """Seals a gallery that lies open; how many subjects it had."""
         self.begin(connection)
-        done = 0
-        for row in connection.execute(sa.select(subjects)).all():
-            lock = self.new_lock(connection, row.id)
-            person = Person(row.subject_id, row.display_name, row.labels)
-            connection.execute(
-                sa.update(subjects)
-                .where(subjects.c.id == row.id)
-                .values(**self.columns(lock, row.id, row.gallery_id, person))
-            )
-            for template in connection.execute(
-                sa.select(templates.c.template_id, templates.c.vector).where(
-                    templates.c.subject == row.id
-                )
-            ).all():
-                sealed = self.sealed_vector(lock, template.template_id, template.vector)
-                connection.execute(
-                    sa.update(templates)
-                    .where(templates.c.template_id == template.template_id)
-                    .values(vector=sealed)
-                )
-                kept = sa.select(chips.c.chip).where(chips.c.template_id == template.template_id)
-                if (chip := connection.scalar(kept)) is not None:
-                    connection.execute(
-                        sa.update(chips)
-                        .where(chips.c.template_id == template.template_id)
-                        .values(chip=self.sealed_chip(lock, template.template_id, chip))
-                    )
-            done += 1
+        numbers = connection.scalars(sa.select(subjects.c.id).order_by(subjects.c.id)).all()
+        for begin in range(0, len(numbers), BATCH):
+            self._seal(connection, numbers[begin : begin + BATCH])
         # Kept for a day, for clients that repeat an enrolment, under digests that can be guessed.
         connection.execute(sa.delete(requests_table))
-        return done
+        return len(numbers)
+
+    def _seal(self, connection: sa.Connection, numbers: Sequence[int]) -> None:
+        made = {number: envelope.new_key() for number in numbers}
+        locks = {number: Lock.of(key, "subject") for number, key in made.items()}
+        connection.execute(
+            sa.insert(keys), [self._key_row(number, key) for number, key in made.items()]
+        )
+        people = []
+        for row in connection.execute(sa.select(subjects).where(subjects.c.id.in_(numbers))).all():
+            person = Person(row.subject_id, row.display_name, row.labels)
+            columns = self.columns(locks[row.id], row.id, row.gallery_id, person)
+            people.append({"which": row.id, **{f"new_{k}": v for k, v in columns.items()}})
+        names = ("subject_id", "display_name", "labels", "sealed")
+        connection.execute(
+            sa.update(subjects)
+            .where(subjects.c.id == sa.bindparam("which"))
+            .values({name: sa.bindparam(f"new_{name}") for name in names}),
+            people,
+        )
+        found = connection.execute(
+            sa.select(templates.c.template_id, templates.c.subject, templates.c.vector).where(
+                templates.c.subject.in_(numbers)
+            )
+        ).all()
+        vectors = [
+            {
+                "which": row.template_id,
+                "sealed": self.sealed_vector(locks[row.subject], row.template_id, row.vector),
+            }
+            for row in found
+        ]
+        if vectors:
+            connection.execute(
+                sa.update(templates)
+                .where(templates.c.template_id == sa.bindparam("which"))
+                .values(vector=sa.bindparam("sealed")),
+                vectors,
+            )
+
+        pictures = connection.execute(
+            sa.select(chips.c.template_id, templates.c.subject, chips.c.chip)
+            .join_from(chips, templates, chips.c.template_id == templates.c.template_id)
+            .where(templates.c.subject.in_(numbers))
+        ).all()
+        if pictures:
+            connection.execute(
+                sa.update(chips)
+                .where(chips.c.template_id == sa.bindparam("which"))
+                .values(chip=sa.bindparam("sealed")),
+                [
+                    {
+                        "which": row.template_id,
+                        "sealed": self.sealed_chip(locks[row.subject], row.template_id, row.chip),
+                    }
+                    for row in pictures
+                ],
+            )
+
+    def _key_row(self, number: int, key: bytes) -> dict[str, Any]:
+        return {
+            "key_id": f"subject-{number}",
+            "kind": "subject",
+            "subject": number,
+            "wrapped": self._epochs[self._epoch].seal(key, f"key {number}"),
+            "wrapped_by": self._epoch,
+            "created_ns": time.time_ns(),
+        }
 
     def columns(
         self, lock: Lock | None, number: int, gallery_id: str, person: Person
@@ -369,11 +411,13 @@ class Vault:
 
     def _newest(self, connection: sa.Connection) -> str:
         # Their names begin with the time.
-        query = sa.select(sa.func.max(keys.c.key_id)).where(keys.c.kind == "epoch")
+        query = sa.select(sa.func.max(keys.c.key_id)).where(IS_EPOCH)
         return connection.scalar(query) or ""
 
     def _read_keys(self, connection: sa.Connection) -> None:
-        rows = connection.execute(sa.select(keys).where(keys.c.kind.in_(("index", "epoch")))).all()
+        rows = connection.execute(
+            sa.select(keys).where(IS_EPOCH | (keys.c.key_id == "index"))
+        ).all()
         epochs = {}
         for row in rows:
             if row.kind == "index":
@@ -468,7 +512,7 @@ def open_vault(
     """The vault of a store.
 
     ``mode``, for stores that are not sealed: ``auto`` seals new ones, ``on`` seals old ones too (at
-    once, which for 100,000 templates takes a minute), ``off`` none. A store that is sealed stays
+    once: 100,000 templates take half a minute), ``off`` none. A store that is sealed stays
     so. Raises ``ConfigError`` where the master key is not to be had, and GALLERY_UNAVAILABLE.
     """
     if is_sealed(database):
