@@ -139,17 +139,10 @@ class Store:
                     Reason.SUBJECT_EXISTS,
                     "the gallery has this subject already; update it, or choose another id",
                 )
-            self._insert_subject(connection, gallery_id, subject_id, display_name, kept)
+            self._insert_subject(connection, gallery_id, Person(subject_id, display_name, kept))
             return self._subject(connection, gallery_id, subject_id)
 
-    def _insert_subject(
-        self,
-        connection: sa.Connection,
-        gallery_id: str,
-        subject_id: str,
-        display_name: str,
-        labels: Mapping[str, str],
-    ) -> None:
+    def _insert_subject(self, connection: sa.Connection, gallery_id: str, person: Person) -> None:
         now = self._clock_ns()
         if not connection.scalar(
             sa.select(galleries.c.gallery_id).where(galleries.c.gallery_id == gallery_id)
@@ -159,7 +152,6 @@ class Store:
             )
         number = following.append(connection, ChangeKind.SUBJECT)
         lock = self._vault.new_lock(connection, number) if self._vault.encrypts else None
-        person = Person(subject_id, display_name, labels)
         connection.execute(
             sa.insert(subjects).values(
                 id=number,
@@ -399,7 +391,7 @@ class Store:
             if self._find(connection, gallery_id, subject_id) is None:
                 if not create_subject:
                     raise _subject_missing()
-                self._insert_subject(connection, gallery_id, subject_id, display_name, {})
+                self._insert_subject(connection, gallery_id, Person(subject_id, display_name, {}))
             key = self._find(connection, gallery_id, subject_id)
             assert key is not None
             lock = self._vault.lock_of(connection, key) if self._vault.encrypts else None
