@@ -185,7 +185,7 @@ def configuration(target: str, cameras: list[Moody], scale: float) -> str:
     """The bridge's file: its defaults, divided by the scale."""
     times = {
         "open_timeout": 10.0, "read_timeout": 30.0, "stall_after": 5.0, "stall_limit": 15.0,
-        "backoff_initial": 0.5, "backoff_max": 15.0, "credentials_backoff": 120.0,
+        "backoff_initial": 0.5, "backoff_max": 10.0, "credentials_backoff": 120.0,
     }  # fmt: skip
     lines = ["status_interval = 60", "[server]", f'target = "{target}"', "[defaults]"]
     lines += [f"{key} = {value / scale:.4f}" for key, value in times.items()]

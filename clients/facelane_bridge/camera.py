@@ -126,7 +126,7 @@ class Policy:
     stall_limit: float = 15.0
     """A camera stalled this long is closed and opened again."""
     backoff_initial: float = 0.5
-    backoff_max: float = 15.0
+    backoff_max: float = 10.0
     refused_backoff: float = 120.0
     """After a password was refused for the second time in a row; doubled with each refusal,
     up to five times this."""

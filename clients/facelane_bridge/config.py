@@ -165,7 +165,7 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stall_after: Seconds = 5.0
     stall_limit: Seconds = 15.0
     backoff_initial: Seconds = 0.5
-    backoff_max: Seconds = 15.0
+    backoff_max: Seconds = 10.0
     credentials_backoff: Seconds = 120.0
     """After a password that has worked was refused twice; doubled up to five times this."""
     max_attempts: Annotated[int, Meta(ge=0)] = 0
