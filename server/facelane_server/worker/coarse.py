@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LEAST_ROWS: Final = 50_000
 """Below, float32 is as quick, and PyTorch need not be loaded for it."""
-_BLOCK: Final = 1_024
+_BLOCK: Final = 128
 """Rows of which the best coarse cosine is kept, to find out what could win."""
 _BUILD_ROWS: Final = 16_384
 _FULL_ROWS: Final = 16_384
@@ -34,7 +34,8 @@ _MOST_AGAIN: Final = 65_536
 """Rows that are scored again one by one; more are searched as a whole."""
 _BF16: Final = 2.0**-8
 """Relative error of a bfloat16, rounded: at most half of it."""
-_TRIED_ROWS: Final = 32_768
+_TRIED_ROWS: Final = 131_072
+"""More than caches hold."""
 _NEVER: Final = -4.0
 """Below every cosine, by more than it may be off: of rows that were removed."""
 
@@ -99,30 +100,34 @@ class CoarseRows:
         ``keep`` subjects, best first, of rows [first, last), whose subjects begin at ``starts``,
         relative to ``first``. ``chunks``: (first subject, last subject, first row, last row),
         relative too, cut between subjects."""
-        count = len(starts)
-        # One row a subject, one column a probe, as the products come.
-        best: F32 = np.empty((count, len(probes)), np.float32)
+        bounds = np.append(starts, last - first)
+        keep = min(keep, len(starts))
+        # Of so many blocks' best, at least ``keep`` are of different subjects: the rows of one lie
+        # side by side.
+        longest = int(np.diff(bounds).max())
+        blocks = keep * ((longest - 2) // _BLOCK + 2 if longest > 1 else 1)
+        tops: F32 = np.full((blocks, len(probes)), _NEVER, np.float32)
+        near: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], F32]] = []
         error = 0.0
-        for lo, hi, begin, end in chunks:
+        for _, _, begin, end in chunks:
             scores, error = self._coarse(probes, first + begin, first + end)
             if self._any_removed:
                 scores[self._removed[first + begin : first + end]] = _NEVER
-            if hi - lo == end - begin:
-                best[lo:hi] = scores
-            elif len(probes) == 1:
-                np.maximum.reduceat(scores[:, 0], starts[lo:hi] - begin, out=best[lo:hi, 0])
-            else:
-                np.maximum.reduceat(scores, starts[lo:hi] - begin, axis=0, out=best[lo:hi])
-        bounds = np.append(starts, last - first)
-        keep = min(keep, count)
-        least = np.maximum(_least(best, keep) - 2 * error, _NEVER / 2).astype(np.float32)
-        if len(probes) == 1:
-            return [
-                self._again(probes[0], np.flatnonzero(best[:, 0] >= least), first, bounds, keep)
-            ]
-        places, columns = np.nonzero(best >= least)
+            tops = _best(np.concatenate([tops, _block_tops(scores)]), blocks)
+            rows, columns = np.nonzero(scores >= tops[0] - 2 * error)
+            near.append((rows + begin, columns, scores[rows, columns]))
+            if sum(len(part[0]) for part in near) > _MOST_AGAIN * len(probes):
+                everybody = np.arange(len(starts))
+                return [self._again(probe, everybody, first, bounds, keep) for probe in probes]
+        rows, columns = (np.concatenate([part[i] for part in near]) for i in (0, 1))
+        cosines = np.concatenate([part[2] for part in near])
+        # What a later chunk has outdone is left out.
+        still = cosines >= np.maximum(tops[0] - 2 * error, _NEVER / 2)[columns]
+        subjects = np.searchsorted(starts, rows, side="right") - 1
         return [
-            self._again(probe, places[columns == column], first, bounds, keep)
+            self._again(
+                probe, np.unique(subjects[still & (columns == column)]), first, bounds, keep
+            )
             for column, probe in enumerate(probes)
         ]
 
@@ -168,7 +173,7 @@ class CoarseRows:
 
         def seconds(way: Any) -> float:
             taken = []
-            for _ in range(3):
+            for _ in range(5):
                 began = time.perf_counter()
                 way(probe, 0, rows)
                 taken.append(time.perf_counter() - began)
@@ -213,15 +218,19 @@ class CoarseRows:
         return found
 
 
-def _least(coarse: F32, keep: int) -> F32:
-    """For each column a cosine that at least ``keep`` subjects reach: the least of the ``keep``
-    best among blocks' best, which costs one look at each instead of a sort."""
-    whole = len(coarse) // _BLOCK * _BLOCK
-    if coarse.shape[1] == 1:  # else each of its inner loops would be one number long
-        tops = coarse[:whole, 0].reshape(-1, _BLOCK).max(axis=1)[:, None]
+def _block_tops(scores: F32) -> F32:
+    """The best of every ``_BLOCK`` rows, by column."""
+    rows, columns = scores.shape
+    whole = rows // _BLOCK * _BLOCK
+    if columns == 1:  # else each of its inner loops would be one number long
+        tops = scores[:whole, 0].reshape(-1, _BLOCK).max(axis=1)[:, None]
     else:
-        tops = coarse[:whole].reshape(-1, _BLOCK, coarse.shape[1]).max(axis=1)
-    if len(tops) < keep:
-        tops = coarse
-    found: F32 = np.partition(tops, len(tops) - keep, axis=0)[len(tops) - keep]
+        tops = scores[:whole].reshape(-1, _BLOCK, columns).max(axis=1)
+    rest = scores[whole:]
+    return np.concatenate([tops, rest.max(axis=0, keepdims=True)]) if len(rest) else tops
+
+
+def _best(tops: F32, count: int) -> F32:
+    """The ``count`` greatest of each column, the least of them first."""
+    found: F32 = np.partition(tops, len(tops) - count, axis=0)[len(tops) - count :]
     return found
