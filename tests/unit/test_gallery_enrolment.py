@@ -78,7 +78,7 @@ class Pipeline:
 
 @pytest.fixture
 async def gallery(tmp_path: Path) -> AsyncIterator[Gallery]:
-    async def publish(message: GallerySnapshot, fd: int) -> None:
+    async def publish(message: GallerySnapshot, *_fds: int) -> None:
         assert message.dim == DIM
 
     opened = await Gallery.open(tmp_path / "g.db")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -10,6 +11,8 @@ from facelane_server.store.database import Database
 
 _WAIT_S: Final = 1.0
 """Those who follow are woken so often even when nothing was told."""
+_LOOK_S: Final = 0.1
+"""``close`` is heeded within this."""
 
 
 class StoreWatch:
@@ -37,7 +40,10 @@ class StoreWatch:
     def _run(self) -> None:
         try:
             while not self._ended.is_set():
-                self._database.wait_for_change(_WAIT_S)
+                due = time.monotonic() + _WAIT_S
+                while not self._ended.is_set() and time.monotonic() < due:
+                    if self._database.wait_for_change(_LOOK_S):
+                        break
                 for callback in tuple(self._callbacks):
                     callback()
         finally:
