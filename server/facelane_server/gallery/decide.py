@@ -154,8 +154,9 @@ def resembles(
 
     That is a comparison with one person, whatever the gallery's size. Of looks between
     ``RESEMBLING`` and the whole of the OOD threshold (blurred, dark, covered, turned), no larger
-    share resembles somebody else's template so far than of good ones (starter and mbf-512, 0.05
-    to 0.1 % at ``false_naming = 0.001``), and four of five that of the same person.
+    share resembles somebody else's template so far than of good ones (the
+    starter recogniser: 0.06 to 0.1 % at ``false_naming = 0.001``), and four of five that of the
+    same person.
     """
     lenient = replace(thresholds, ood=thresholds.ood * RESEMBLING, enroll_ood=None)
     return identify(ood_score, candidates, lenient).subject_id
