@@ -252,11 +252,14 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         resume_token: str = "",
         kinds: Iterable[EventKind | str] = (),
         *,
+        source_ids: Iterable[str] = (),
+        gallery_ids: Iterable[str] = (),
         reconnect: Reconnect | None = None,
     ) -> EventStream:
         """As ``facelane.Client.watch_events``."""
         self._check_open()
-        core = Subscription(resume_token, kinds, reconnect, self.timeout)
+        within = (source_ids, gallery_ids)
+        core = Subscription(resume_token, kinds, reconnect, self.timeout, within=within)
         stream = EventStream(self, core)
         self._open.add(stream)
         return stream

@@ -298,9 +298,11 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         resume_token: str = "",
         kinds: Iterable[EventKind | str] = (),
         *,
+        source_ids: Iterable[str] = (),
+        gallery_ids: Iterable[str] = (),
         reconnect: Reconnect | None = None,
     ) -> EventStream:
-        """Events as they happen, after those since ``resume_token``; all kinds unless given.
+        """Events as they happen, after those since ``resume_token``; all unless some are named.
 
         Use it as a context manager: entering subscribes. Iterate over it; close it from any
         thread. With ``reconnect`` it goes on by itself where it was.
@@ -309,7 +311,8 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
             HistoryLostError: events since the token are gone.
         """
         self._check_open()
-        core = Subscription(resume_token, kinds, reconnect, self.timeout)
+        within = (source_ids, gallery_ids)
+        core = Subscription(resume_token, kinds, reconnect, self.timeout, within=within)
         return self._keep(EventStream(self, core))
 
     # Administration.

@@ -259,7 +259,10 @@ def frame(
 
 
 def watch_events_request(
-    resume_token: str, kinds: Iterable[types.EventKind | str]
+    resume_token: str,
+    kinds: Iterable[types.EventKind | str],
+    source_ids: Iterable[str] = (),
+    gallery_ids: Iterable[str] = (),
 ) -> event_service_pb2.WatchEventsRequest:
     """A subscription."""
     try:
@@ -269,7 +272,9 @@ def watch_events_request(
         raise errors.ArgumentError(
             errors.Reason.ARGUMENT_INVALID, f"{error}: give some of {known}"
         ) from None
-    return event_service_pb2.WatchEventsRequest(resume_token=resume_token, kinds=numbers)
+    return event_service_pb2.WatchEventsRequest(
+        resume_token=resume_token, kinds=numbers, source_ids=source_ids, gallery_ids=gallery_ids
+    )
 
 
 # Answers.
@@ -499,6 +504,7 @@ def server_info(pb: server_service_pb2.GetServerInfoResponse) -> types.ServerInf
         pb.open_streams,
         pb.draining,
         _load(pb.load) if pb.HasField("load") else None,
+        tuple(types.Degradation(d.component, d.cause, d.message) for d in pb.degradations),
     )
 
 

@@ -33,8 +33,12 @@ class Subscription:
         reconnect: Reconnect | None,
         timeout: float,
         random_unit: Callable[[], float] = random.random,
+        *,
+        within: tuple[Iterable[str], Iterable[str]] = ((), ()),
     ) -> None:
+        """``within``: sources and galleries; empty = all of them."""
         self._kinds = tuple(kinds)
+        self._source_ids, self._gallery_ids = tuple(within[0]), tuple(within[1])
         self._reconnect = reconnect
         self.timeout = timeout
         self._random_unit = random_unit
@@ -53,7 +57,9 @@ class Subscription:
         """A connection is made: what to ask for."""
         self._begun = False
         self._called_at = now
-        return convert.watch_events_request(self.resume_token, self._kinds)
+        return convert.watch_events_request(
+            self.resume_token, self._kinds, self._source_ids, self._gallery_ids
+        )
 
     def patience(self, now: float, deadline: float) -> float:
         """Seconds that the next response may take.

@@ -15,10 +15,10 @@ import structlog
 from facelane_server import config, folders, heap, limits, plan, served, tracking
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
-from facelane_server.edge.controls import Reloaded
+from facelane_server.edge.controls import Degradation, Reloaded
 from facelane_server.edge.quotas import Kind
 from facelane_server.edge.server import Edge
-from facelane_server.events import EventFeed, EventKind
+from facelane_server.events import EventFeed, EventJournal, EventKind
 from facelane_server.gallery import renewal
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
@@ -51,7 +51,7 @@ class App:
         self.path = path
         self.models = ServedModels.resolve(settings)
         self.started_ns = time.time_ns()
-        self.events = EventFeed()
+        self.events = EventFeed(recorded=True)
         self.edge = Edge(settings)
         self.pools: dict[Stage, Pool] = {}
         self.notifier = Notifier.from_environment()
@@ -72,6 +72,7 @@ class App:
         )
         self._gallery: Gallery | None = None
         self._trail: Trail | None = None
+        self._journal: EventJournal | None = None
         self._pipeline: Pipeline | None = None
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
@@ -88,6 +89,22 @@ class App:
 
     def model_ids(self) -> dict[str, str]:
         return {stage.value: pool.model_id for stage, pool in self.pools.items()}
+
+    def degradations(self) -> list[Degradation]:
+        found = []
+        if self._gallery is not None and (cause := self._gallery.trouble):
+            what = (
+                "nobody is named until the store can be reached: others may have deleted somebody"
+                if cause == "FENCED"
+                else "recognition goes on from memory, changes are refused"
+            )
+            found.append(Degradation("store", cause, f"{what}; see the server's log"))
+        journal = self._journal
+        if journal is not None and (journal.trouble or journal.dropped):
+            lost = f", {journal.dropped} were lost" if journal.dropped else ""
+            waiting = f"{journal.waiting} events wait to be written and told{lost}"
+            found.append(Degradation("events", journal.trouble or "LOST", waiting))
+        return found
 
     def request_stop(self, grace_s: float | None = None) -> None:
         """Drain and end. Safe to call twice: the shorter grace counts."""
@@ -134,7 +151,8 @@ class App:
     def _status_line(self) -> str:
         able = self.can_infer()
         pools = ", ".join(f"{s.value} {'up' if up else 'DOWN'}" for s, up in able.items())
-        return f"{len(self.edge.streams)} streams; {pools}"
+        amiss = "".join(f"; DEGRADED: {d.component} {d.cause}" for d in self.degradations())
+        return f"{len(self.edge.streams)} streams; {pools}{amiss}"
 
     # -- life ------------------------------------------------------------------------------
 
@@ -150,6 +168,7 @@ class App:
             stack.enter_context(errors.observed(self.metrics.refused))
             await self._start_pools(stack, runtime)
             gallery = await self._open_gallery(stack)
+            self._journal = await self._keep_events(stack, gallery)
             pipeline = Pipeline(
                 self.pools,
                 crops=self.models.positions,
@@ -202,9 +221,12 @@ class App:
         left among those who watch events."""
         health, before = self.edge.health, ""
         while True:
+            assert self._journal is not None
             unwritten = self._trail is not None and self._trail.trouble
-            trouble = gallery.trouble or ("AUDIT_LOG" if unwritten else "")
+            trouble = gallery.trouble or self._journal.trouble or ("AUDIT_LOG" if unwritten else "")
             takes = not self.edge.quotas.full(Kind.WATCHERS)
+            if trouble != before:
+                self.notifier.status(self._status_line())
             if trouble != before or takes is not health.takes_watchers:
                 health.keeps_changes, health.takes_watchers = not trouble, takes
                 self._changed.set()
@@ -215,6 +237,12 @@ class App:
                 )
             elif trouble == "DISK_FULL" != before:
                 log.error("the gallery's disk is full: changes are refused; free some space")
+            elif trouble and trouble != before:
+                log.error(
+                    "DEGRADED: the store is away; recognition goes on from memory, changes are "
+                    "refused, events wait",
+                    cause=trouble,
+                )
             elif before and not trouble:
                 log.info("the gallery takes changes again", was=before)
             before = trouble
@@ -273,6 +301,22 @@ class App:
             await gallery.serve(package.model_id, package.embedding_dim, recognizer.publish_gallery)
         return gallery
 
+    async def _keep_events(
+        self, stack: contextlib.AsyncExitStack, gallery: Gallery
+    ) -> EventJournal:
+        kept = self.settings.events
+        journal = EventJournal(
+            gallery.database,
+            gallery.vault,
+            self.events,
+            keep=kept.keep,
+            keep_days=kept.keep_days,
+        )
+        stack.push_async_callback(journal.close)
+        await journal.start(gallery.watch)
+        gallery.on_forgotten.append(lambda _number: self.events.forget_subject("", ""))
+        return journal
+
     # -- while it runs -----------------------------------------------------------------------
 
     async def wait_ready(self) -> None:
@@ -313,6 +357,8 @@ class App:
                 await asyncio.sleep(0.02)
             streams.stop()
         # Last, so that watchers are told of the streams that ended.
+        if self._journal is not None:
+            await self._journal.flush()
         self.events.close()
 
     async def reload_model(

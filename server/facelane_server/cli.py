@@ -27,6 +27,7 @@ except ImportError:  # pragma: no cover - the bare install
 from facelane_server import __version__, limits
 from facelane_server import config as configuration
 from facelane_server.domain import FacelaneError, Reason
+from facelane_server.store.cli import app as store_app
 
 if TYPE_CHECKING:
     from facelane_server.edge.auth import Key, KeysFile
@@ -72,6 +73,7 @@ def _options(
 
 app.add_typer(keys_app, name="keys")
 app.add_typer(gallery_app, name="gallery")
+app.add_typer(store_app, name="store")
 
 
 def _load(path: Path | None) -> configuration.Config:

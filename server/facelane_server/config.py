@@ -342,6 +342,10 @@ class Gallery(Section, frozen=True):
 
 
 class Events(Section, frozen=True):
+    keep: Annotated[int, msgspec.Meta(ge=1_000, le=100_000_000)] = 1_000_000
+    """Events that the store keeps; the oldest are forgotten first."""
+    keep_days: Annotated[float, msgspec.Meta(gt=0.0, le=3_650.0)] = 30.0
+    """How long the store keeps an event. A resume token of before is HISTORY_LOST."""
     unknown_after_s: Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)] = 1.0
     """UNKNOWN_SEEN is told of a trusted face that nobody knows after this media time."""
     hidden_after_s: Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)] = 2.0

@@ -220,7 +220,13 @@ MAX_CHANGE_BATCH: Final = 1_024
 EVENT_HISTORY: Final = 4_096
 """Events that are kept. Watchers read from the history, each at its own pace; one that falls
 out of it has lost events and is told so."""
+MAX_EVENTS_WAITING: Final = 65_536
+"""Events that wait for a store that is away; more are lost, and counted."""
+MAX_EVENTS_PRUNED: Final = 10_000
+"""Events that are forgotten in one transaction."""
 MAX_EVENT_WATCHERS: Final = 64
+MAX_EVENT_FILTERS: Final = 256
+"""Sources and galleries that a watcher names."""
 MAX_EVENT_BATCH: Final = 256
 """Events that a watcher is given at a time."""
 

@@ -226,3 +226,17 @@ async def test_eight_processes_write_at_once_and_none_is_missed(
     assert {name for name in names if not gallery.knows("g", name)} == set()
     assert [name for name in gone if gallery.knows("g", name)] == []
     await gallery.close()
+
+
+def test_a_commit_of_another_is_heard(place: Path | str) -> None:
+    with (
+        contextlib.closing(open_store(place)) as reader,
+        contextlib.closing(open_store(place)) as w,
+    ):
+        while reader.wait_for_change(0.01):
+            pass
+        assert not reader.wait_for_change(0.01)
+        with w.writing(schema.GALLERY) as connection:
+            schema.next_revision(connection, schema.GALLERY)
+        assert reader.wait_for_change(300.0), "not after its timeout alone"
+        reader.end_waiting()

@@ -32,6 +32,7 @@ def server_info(ctx: typer.Context, output_format: FormatOption = Format.table) 
         ("load", _load(info)),
         ("frame", f"at most {limits.max_frame_bytes} bytes, {limits.max_pixels} pixels"),
     ]
+    rows.extend(("degraded", f"{d.component}: {d.message} ({d.cause})") for d in info.degradations)
     rows.extend(
         (m.task.value, f"{m.name} {m.version}{f' ({m.license})' if m.license else ''}")
         for m in info.models
@@ -149,6 +150,12 @@ def events(
     kind: Annotated[
         list[types.EventKind] | None, typer.Option(help="Only these; may be given again.")
     ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Of these sources alone; may be given again.")
+    ] = None,
+    gallery: Annotated[
+        list[str] | None, typer.Option(help="Of these galleries alone; may be given again.")
+    ] = None,
     resume_token: Annotated[str, typer.Option(help="Go on after this event.")] = "",
     count: Annotated[int, typer.Option(min=0, help="Stop after so many; 0 = never.")] = 0,
     output_format: FormatOption = Format.table,
@@ -159,7 +166,13 @@ def events(
     with ctx.obj.client() as client:
         while True:
             try:
-                with client.watch_events(resume_token, kind or (), reconnect=reconnect) as stream:
+                with client.watch_events(
+                    resume_token,
+                    kind or (),
+                    source_ids=source or (),
+                    gallery_ids=gallery or (),
+                    reconnect=reconnect,
+                ) as stream:
                     resume_token = ""
                     for event in stream:
                         if output_format is Format.jsonl:

@@ -63,6 +63,17 @@ class ServerLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class Degradation:
+    """Something that the server goes on without. ``component``: ``store`` or ``events``;
+    ``cause`` in capitals (FILE_GONE, DISK_FULL, UNREACHABLE, ...); ``message``: what follows from
+    it, and what to do."""
+
+    component: str
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What the server is. ``load``: ``None`` while there was too little work to learn it from."""
 
@@ -73,6 +84,8 @@ class ServerInfo:
     open_streams: int = 0
     draining: bool = False
     load: ServerLoad | None = None
+    degradations: tuple[Degradation, ...] = ()
+    """Empty = nothing is amiss."""
 
 
 class PoolState(enum.StrEnum):

@@ -234,21 +234,33 @@ class WatchEventsRequest(_message.Message):
 
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
+    SOURCE_IDS_FIELD_NUMBER: _builtins.int
+    GALLERY_IDS_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
     """Empty = from now."""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___EventKind.ValueType]:
         """Empty = all kinds."""
 
+    @_builtins.property
+    def source_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Empty = of all sources, and what is of none. Else those that are named, whole."""
+
+    @_builtins.property
+    def gallery_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Empty = of all galleries, and what is of none. Else those that are named, whole."""
+
     def __init__(
         self,
         *,
         resume_token: _builtins.str = ...,
         kinds: _abc.Iterable[Global___EventKind.ValueType] | None = ...,
+        source_ids: _abc.Iterable[_builtins.str] | None = ...,
+        gallery_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kinds", b"kinds", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery_ids", b"gallery_ids", "kinds", b"kinds", "resume_token", b"resume_token", "source_ids", b"source_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

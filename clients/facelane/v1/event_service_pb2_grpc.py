@@ -49,6 +49,8 @@ class EventServiceServicer(object):
     def WatchEvents(self, request, context):
         """Events as they happen, after the history since `resume_token` when one is given. The
         first response has no event: it says that the watch has begun, and where.
+        An event is told once it is kept: its token holds at every server of the store, and after
+        restarts, for as long as `events.keep` and `events.keep_days` say.
         A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -36,6 +36,8 @@ class EventServiceStub:
     WatchEvents: _grpc.UnaryStreamMultiCallable[_event_service_pb2.WatchEventsRequest, _event_service_pb2.WatchEventsResponse]
     """Events as they happen, after the history since `resume_token` when one is given. The
     first response has no event: it says that the watch has begun, and where.
+    An event is told once it is kept: its token holds at every server of the store, and after
+    restarts, for as long as `events.keep` and `events.keep_days` say.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
     """
 
@@ -47,6 +49,8 @@ class EventServiceAsyncStub(EventServiceStub):
     WatchEvents: _aio.UnaryStreamMultiCallable[_event_service_pb2.WatchEventsRequest, _event_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Events as they happen, after the history since `resume_token` when one is given. The
     first response has no event: it says that the watch has begun, and where.
+    An event is told once it is kept: its token holds at every server of the store, and after
+    restarts, for as long as `events.keep` and `events.keep_days` say.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
     """
 
@@ -61,6 +65,8 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_event_service_pb2.WatchEventsResponse], _abc.AsyncIterator[_event_service_pb2.WatchEventsResponse]]:
         """Events as they happen, after the history since `resume_token` when one is given. The
         first response has no event: it says that the watch has begun, and where.
+        An event is told once it is kept: its token holds at every server of the store, and after
+        restarts, for as long as `events.keep` and `events.keep_days` say.
         A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
         """
 

@@ -237,6 +237,36 @@ class ServerLoad(_message.Message):
 Global___ServerLoad: _TypeAlias = ServerLoad  # noqa: Y015
 
 @_typing.final
+class Degradation(_message.Message):
+    """Something that the server goes on without; health says the same by service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPONENT_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    component: _builtins.str
+    """"store" or "events"."""
+    cause: _builtins.str
+    """In capitals: FILE_GONE, DISK_FULL, UNREACHABLE, READ_ONLY, REFUSED, FENCED, ..."""
+    message: _builtins.str
+    """What follows from it, and what to do."""
+    def __init__(
+        self,
+        *,
+        component: _builtins.str = ...,
+        cause: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "component", b"component", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Degradation: _TypeAlias = Degradation  # noqa: Y015
+
+@_typing.final
 class GetServerInfoResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -247,6 +277,7 @@ class GetServerInfoResponse(_message.Message):
     OPEN_STREAMS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    DEGRADATIONS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     open_streams: _builtins.int
     draining: _builtins.bool
@@ -258,6 +289,10 @@ class GetServerInfoResponse(_message.Message):
     def limits(self) -> Global___ServerLimits: ...
     @_builtins.property
     def load(self) -> Global___ServerLoad: ...
+    @_builtins.property
+    def degradations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
+        """Empty = nothing is amiss."""
+
     def __init__(
         self,
         *,
@@ -268,10 +303,11 @@ class GetServerInfoResponse(_message.Message):
         open_streams: _builtins.int = ...,
         draining: _builtins.bool = ...,
         load: Global___ServerLoad | None = ...,
+        degradations: _abc.Iterable[Global___Degradation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "limits", b"limits", "load", b"load", "models", b"models", "open_streams", b"open_streams", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degradations", b"degradations", "draining", b"draining", "limits", b"limits", "load", b"load", "models", b"models", "open_streams", b"open_streams", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

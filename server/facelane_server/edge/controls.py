@@ -21,6 +21,15 @@ class Reloaded:
     remembered: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Degradation:
+    """Something that the server goes on without: see ``server_service.proto``."""
+
+    component: str
+    cause: str
+    message: str
+
+
 class Controls(Protocol):
     """``started_ns``: wall clock, since the epoch."""
 
@@ -34,6 +43,9 @@ class Controls(Protocol):
         self, pool_name: str, model: str, *, forget_templates: bool = False
     ) -> Reloaded:
         """Raises ``FacelaneError``."""
+
+    def degradations(self) -> list[Degradation]:
+        """Empty = nothing is amiss."""
 
     def request_stop(self, grace_s: float | None = None) -> None:
         """Drain and end."""

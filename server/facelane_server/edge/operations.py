@@ -78,6 +78,10 @@ class ServerService(pb_grpc.ServerServiceServicer):
             open_streams=len(self._streams),
             draining=self._streams.draining,
             load=self._server_load(),
+            degradations=[
+                pb.Degradation(component=d.component, cause=d.cause, message=d.message)
+                for d in self._controls.degradations()
+            ],
         )
 
     def _server_load(self) -> pb.ServerLoad | None:
@@ -208,7 +212,19 @@ class EventService(event_grpc.EventServiceServicer):
             raise convert.invalid("kinds: there is no such kind of event", field="kinds") from None
         caller = gate.caller()
 
-        with self._feed.watch(request.resume_token, kinds) as watcher:
+        wanted = len(request.source_ids) + len(request.gallery_ids)
+        if wanted > limits.MAX_EVENT_FILTERS:
+            raise convert.invalid(
+                f"at most {limits.MAX_EVENT_FILTERS} source_ids and gallery_ids; watch all of them "
+                "instead",
+                field="source_ids",
+            )
+        with self._feed.watch(
+            request.resume_token,
+            kinds,
+            source_ids=request.source_ids,
+            gallery_ids=request.gallery_ids,
+        ) as watcher:
             # Whoever has heard this misses nothing, even if nothing happens before its
             # connection breaks.
             await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))

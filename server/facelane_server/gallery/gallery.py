@@ -103,7 +103,10 @@ class Gallery:
         self._told = 0
         """The revision up to which all recognisers have been told, as far as others know."""
         self._reader = Reader(store.database, lease_s=lease_s)
-        self._watch = StoreWatch(store.database)
+        self.database, self.vault = store.database, store.vault
+        """The store, which is this gallery's to close, and its keys."""
+        self.watch = StoreWatch(store.database)
+        """Tells others too when the store may have changed."""
         self._changed = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
         self._lost = ""
@@ -146,15 +149,14 @@ class Gallery:
     async def _begin(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._seen = await self._call(self._store.revision)
-        loop = self._loop
 
         def wake() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has just been closed
-                loop.call_soon_threadsafe(self._changed.set)
+                self._loop.call_soon_threadsafe(self._changed.set)
 
-        self._watch.subscribe(wake)
-        self._watch.start()
-        self._follower = loop.create_task(self._run(), name="gallery-follower")
+        self.watch.subscribe(wake)
+        self.watch.start()
+        self._follower = self._loop.create_task(self._run(), name="gallery-follower")
 
     async def serve(self, model_id: str, dim: int, publish: Publish) -> bool:
         """Searches with this model from now on: its templates, and no others, are published.
@@ -196,7 +198,7 @@ class Gallery:
         if self._index is not None:
             await self._index.close()
         loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._watch.close)
+        await asyncio.to_thread(self.watch.close)
 
         def end() -> None:
             if self._model_id:

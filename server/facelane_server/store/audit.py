@@ -28,7 +28,6 @@ from facelane_server.store.schema import (
     AUDIT,
     STORE_ID,
     audit,
-    event_subjects,
     keys,
     meta,
     next_revision,
@@ -258,7 +257,6 @@ def has_rows(connection: sa.Connection, number: int) -> bool:
             subjects.c.id,
             templates.c.subject,
             keys.c.subject,
-            event_subjects.c.subject,
         )
     )
 

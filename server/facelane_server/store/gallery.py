@@ -109,6 +109,11 @@ class Store:
         self._max_templates = max_templates
         self._clock_ns = clock_ns
 
+    @property
+    def vault(self) -> Vault:
+        """The store's keys."""
+        return self._vault
+
     def close(self) -> None:
         """Gives the store back; idempotent."""
         self.database.close()

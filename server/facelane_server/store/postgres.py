@@ -250,9 +250,9 @@ class PostgresDatabase(Database):
         connection = self.engine.connect()
         try:
             connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-            connection.detach()  # from the pool: it is ours until it is closed
             raw = connection.connection.driver_connection
             assert raw is not None
+            connection.detach()  # from the pool: it is ours until it is closed
             raw.execute(f"LISTEN {_CHANNEL}")
         except BaseException:
             connection.close()

@@ -11,7 +11,7 @@
     requests        gallery_id, request_id, fingerprint, template_id, answer, created
     changes         revision, kind, subject, template_id: of ``GALLERY``, what readers follow
     events          sequence (revision of ``EVENTS``), kind, time, source, stream, gallery, body
-    event_subjects  sequence (-> events), subject (-> subjects.id): whom an event names
+                    (which names subjects by their numbers)
     audit           sequence (revision of ``AUDIT``), time, body, digest: append-only
     keys            key_id, kind, subject, wrapped, wrapped_by, created
     shards          shard_id, host, process, revision, lease: who reads, and how far it has come
@@ -164,21 +164,6 @@ events = sa.Table(
     sa.Column("body", sa.LargeBinary, nullable=False),
 )
 
-event_subjects = sa.Table(
-    "event_subjects",
-    metadata,
-    sa.Column(
-        "sequence", Number, sa.ForeignKey("events.sequence", ondelete="CASCADE"), primary_key=True
-    ),
-    sa.Column(
-        "subject",
-        Number,
-        sa.ForeignKey("subjects.id", ondelete="CASCADE"),
-        primary_key=True,
-        index=True,
-    ),
-)
-
 audit = sa.Table(
     "audit",
     metadata,
@@ -211,7 +196,7 @@ shards = sa.Table(
 
 COPIED: Final = (
     meta, counters, galleries, subjects, templates, chips, requests, changes, events,
-    event_subjects, audit, keys,
+    audit, keys,
 )  # fmt: skip
 """What ``store copy`` moves, owners before what they own. ``shards`` belongs to those who run."""
 
@@ -255,7 +240,7 @@ def _version_2(connection: sa.Connection) -> None:
 def _version_3(connection: sa.Connection) -> None:
     """Revisions, so that several processes follow one store; events; room for keys and audit."""
     _make(
-        connection, meta, counters, galleries, chips, changes, events, event_subjects, audit, keys,
+        connection, meta, counters, galleries, chips, changes, events, audit, keys,
         shards,
     )  # fmt: skip
     # What was numbered by SQLite keeps its number; later ones are above.

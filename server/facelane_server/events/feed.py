@@ -1,0 +1,362 @@
+"""What happened, for those who watch: one bounded history, many readers.
+
+An event is told once, from a ring of ``limits.EVENT_HISTORY``. A watcher is no queue but
+a position, so a slow one costs nothing and delays nobody. What the ring has lost is read from the
+store (``journal``), for as long as it is kept there; without a store, or behind that, the watcher
+is told HISTORY_LOST and ends. Nothing is ever skipped silently.
+
+A resume token names a position: ``epoch`` (of the store; without one, of this server's life) and
+the sequence number of the last event seen. A token of another epoch, or of a position that is not
+kept any more, is HISTORY_LOST as well: the watcher knows then that it missed something, and starts
+again without a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import enum
+import itertools
+import secrets
+import struct
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Protocol, Self
+
+from facelane_server import limits
+from facelane_server.domain import FacelaneError, Reason, TrackReport
+from facelane_server.store.events import without
+
+_TOKEN: Final = struct.Struct(">8sQ")
+
+
+class EventKind(enum.StrEnum):
+    """See ``event_service.proto``, which has the same names."""
+
+    SUBJECT_SEEN = "SUBJECT_SEEN"
+    UNKNOWN_SEEN = "UNKNOWN_SEEN"
+    SPOOF_SUSPECTED = "SPOOF_SUSPECTED"
+    STREAM_OPENED = "STREAM_OPENED"
+    STREAM_CLOSED = "STREAM_CLOSED"
+    POOL_CHANGED = "POOL_CHANGED"
+    DEVICE_MEMORY = "DEVICE_MEMORY"
+    TRACK_STARTED = "TRACK_STARTED"
+    TRACK_UPDATED = "TRACK_UPDATED"
+    TRACK_ENDED = "TRACK_ENDED"
+    FACE_HIDDEN = "FACE_HIDDEN"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """``sequence`` counts from 1 in one store, over all its servers and their lives; 0 = not
+    written yet. ``time_ns``: wall clock, since the epoch. Fields that do not belong to the kind are
+    empty."""
+
+    sequence: int
+    kind: EventKind
+    time_ns: int
+    source_id: str = ""
+    stream_id: str = ""
+    gallery_id: str = ""
+    track: TrackReport | None = None
+    pool: str = ""
+    message: str = ""
+
+
+class Keeper(Protocol):
+    """What keeps events beyond the ring; see ``journal``."""
+
+    def take(self, event: Event) -> None:
+        """An event that has just happened: it comes back, numbered, by ``EventFeed.receive``."""
+
+    async def older(self, seen: int) -> list[Event]:
+        """Events behind ``seen``, oldest first; none = there is none yet. Raises HISTORY_LOST."""
+
+
+class EventFeed:
+    """The history and its watchers. All calls from the event loop's thread."""
+
+    def __init__(
+        self,
+        *,
+        history: int = limits.EVENT_HISTORY,
+        max_watchers: int = limits.MAX_EVENT_WATCHERS,
+        clock_ns: Callable[[], int] = time.time_ns,
+        epoch: bytes | None = None,
+        recorded: bool = False,
+    ) -> None:
+        """``epoch``: 8 bytes that differ between lives of the server; random by default.
+        ``recorded``: events are told when a keeper has them; until it is attached they wait."""
+        self._ring: deque[Event] = deque(maxlen=history)
+        self._max_watchers = max_watchers
+        self._clock_ns = clock_ns
+        self._epoch = secrets.token_bytes(8) if epoch is None else epoch
+        self._watchers: set[Watcher] = set()
+        self._sequence = 0
+        self._closed = False
+        self._recorded = recorded
+        self._keeper: Keeper | None = None
+        self._gone = 0
+        """The newest event that is kept nowhere any more."""
+        self._early: list[Event] = []
+        self.cleared = 0
+        """Counts deletions: what was read before the last one may name who was deleted."""
+
+    @property
+    def watchers(self) -> int:
+        return len(self._watchers)
+
+    @property
+    def newest(self) -> int:
+        """The sequence number of the last event; 0 = none yet."""
+        return self._sequence
+
+    def publish(
+        self,
+        kind: EventKind,
+        *,
+        source_id: str = "",
+        stream_id: str = "",
+        gallery_id: str = "",
+        track: TrackReport | None = None,
+        pool: str = "",
+        message: str = "",
+    ) -> Event:
+        """Tells an event, now or when it is kept; never waits. In the order of the calls."""
+        at = self._clock_ns()
+        event = Event(0, kind, at, source_id, stream_id, gallery_id, track, pool, message)
+        if self._keeper is not None:
+            self._keeper.take(event)
+        elif self._recorded:
+            if len(self._early) < limits.EVENT_HISTORY:
+                self._early.append(event)
+        else:
+            event = replace(event, sequence=self._sequence + 1)
+            self.receive([event])
+        return event
+
+    # for the keeper
+
+    def attach(self, keeper: Keeper, epoch: bytes, gone: int, newest: int) -> None:
+        """Events are the keeper's from here on. ``gone``: the newest that is not kept any more."""
+        self._keeper, self._epoch = keeper, epoch
+        self.skip(gone, newest)
+        early, self._early = self._early, []
+        for event in early:
+            keeper.take(event)
+
+    def receive(self, events: Sequence[Event]) -> None:
+        """Tells what is kept: the next ones, without a gap."""
+        for event in events:
+            assert event.sequence == self._sequence + 1
+            self._sequence = event.sequence
+            self._ring.append(event)
+        self._wake()
+
+    def skip(self, gone: int, newest: int) -> None:
+        """What is kept is another history, or has a gap before ``newest``."""
+        self._ring.clear()
+        self._gone, self._sequence = gone, newest
+        self._wake()
+
+    def forgotten(self, gone: int) -> None:
+        """Events up to this one are not kept any more."""
+        self._gone = max(self._gone, gone)
+
+    def _wake(self) -> None:
+        for watcher in self._watchers:
+            watcher.wake.set()
+
+    def token(self, event: Event) -> str:
+        """Resumes after this event."""
+        return self.token_after(event.sequence)
+
+    def token_after(self, sequence: int) -> str:
+        """Resumes after the event of this number; 0 = before the first one."""
+        packed = _TOKEN.pack(self._epoch, sequence)
+        return base64.urlsafe_b64encode(packed).decode().rstrip("=")
+
+    def watch(
+        self,
+        resume_token: str = "",
+        kinds: Collection[EventKind] = (),
+        *,
+        source_ids: Collection[str] = (),
+        gallery_ids: Collection[str] = (),
+    ) -> Watcher:
+        """A watcher from now on, or from a token. No ``kinds``, ``source_ids``, ``gallery_ids`` =
+        all of them; else events of those alone.
+
+        Use it as a context manager: it counts against the bound until it is closed. Raises
+        RESUME_TOKEN_INVALID, HISTORY_LOST, STREAM_LIMIT (retryable), DRAINING (retryable).
+        """
+        if self._closed:
+            raise _draining()
+        seen = self._read(resume_token) if resume_token else self._sequence
+        if len(self._watchers) >= self._max_watchers:
+            raise FacelaneError(
+                Reason.STREAM_LIMIT,
+                f"{self._max_watchers} calls watch events already; end one, or share its events",
+                metadata={"limit": str(self._max_watchers)},
+                retryable=True,
+            )
+        wanted = Wanted(frozenset(kinds), frozenset(source_ids), frozenset(gallery_ids))
+        watcher = Watcher(self, seen, wanted)
+        self._watchers.add(watcher)
+        return watcher
+
+    def forget_subject(self, gallery_id: str, subject_id: str) -> None:
+        """Takes the subject out of what is kept: its events stay, and name nobody."""
+        self.cleared += 1
+        if self._keeper is not None:
+            # In the store it was done with the deletion: what the ring has is read again there.
+            self._ring.clear()
+            return
+        for index, event in enumerate(self._ring):
+            if event.track is not None and event.gallery_id == gallery_id:
+                self._ring[index] = replace(event, track=without(event.track, subject_id))
+
+    def close(self) -> None:
+        """Ends every watcher with DRAINING, once it has read what is there; idempotent."""
+        self._closed = True
+        for watcher in self._watchers:
+            watcher.wake.set()
+
+    def _read(self, token: str) -> int:
+        try:
+            packed = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+            epoch, sequence = _TOKEN.unpack(packed)
+        except (binascii.Error, ValueError, struct.error):
+            raise _invalid_token() from None
+        if epoch != self._epoch:
+            raise lost(
+                "the server has restarted since that token"
+                if self._keeper is None
+                else "that token is of another store"
+            )
+        if sequence > self._sequence and self._keeper is None:
+            raise _invalid_token()  # a keeper may have it from another server, a moment ahead
+        if sequence < (self._first if self._keeper is None else self._gone):
+            raise lost("more has happened since that token than is kept")
+        return int(sequence)
+
+    @property
+    def _first(self) -> int:
+        """The newest event that the ring has not."""
+        return self._sequence - len(self._ring)
+
+    # for the watchers
+
+    async def after(self, sequence: int) -> list[Event]:
+        """At most ``limits.MAX_EVENT_BATCH`` events behind ``sequence``. Raises HISTORY_LOST."""
+        if self._first <= sequence <= self._sequence:
+            start = sequence - self._first
+            return list(itertools.islice(self._ring, start, start + limits.MAX_EVENT_BATCH))
+        if self._keeper is not None:
+            return await self._keeper.older(sequence)
+        raise lost("this call read more slowly than events came")
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def forget(self, watcher: Watcher) -> None:
+        self._watchers.discard(watcher)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a watcher is told; an empty set is everything."""
+
+    kinds: frozenset[EventKind]
+    source_ids: frozenset[str]
+    gallery_ids: frozenset[str]
+
+    def __contains__(self, event: Event) -> bool:
+        return (
+            (not self.kinds or event.kind in self.kinds)
+            and (not self.source_ids or event.source_id in self.source_ids)
+            and (not self.gallery_ids or event.gallery_id in self.gallery_ids)
+        )
+
+
+class Watcher:
+    """One reader of the feed; made by ``EventFeed.watch``."""
+
+    def __init__(self, feed: EventFeed, seen: int, wanted: Wanted) -> None:
+        self._feed = feed
+        self._seen = seen
+        self._wanted = wanted
+        self.wake = asyncio.Event()
+
+    @property
+    def resume_token(self) -> str:
+        """Resumes after what this watcher has read."""
+        return self._feed.token_after(self._seen)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._feed.forget(self)
+
+    async def batch(self) -> list[Event]:
+        """The next events, at least one, oldest first; waits for them without a deadline of
+        its own, because nothing may happen for long: the caller's cancellation ends it.
+
+        Raises HISTORY_LOST when the feed has overtaken this watcher, and DRAINING when the
+        feed was closed and all was read.
+        """
+        while True:
+            self.wake.clear()
+            events = await self._feed.after(self._seen)
+            if not events:
+                if self._feed.closed:
+                    raise _draining()
+                await self.wake.wait()
+                continue
+            self._seen = events[-1].sequence
+            wanted = [event for event in events if event in self._wanted]
+            if wanted:
+                return wanted
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            begun = self._seen
+            events = await self.batch()
+            cleared = self._feed.cleared
+            for event in events:
+                if self._feed.cleared != cleared:
+                    self._seen = begun  # it is read again, without who was deleted meanwhile
+                    break
+                yield event
+                begun = event.sequence
+
+
+def _invalid_token() -> FacelaneError:
+    return FacelaneError(
+        Reason.RESUME_TOKEN_INVALID,
+        "resume_token is not one that this service gave; watch without one",
+    )
+
+
+def lost(why: str) -> FacelaneError:
+    return FacelaneError(
+        Reason.HISTORY_LOST,
+        f"events were missed: {why}; watch again without a resume_token",
+    )
+
+
+def _draining() -> FacelaneError:
+    return FacelaneError(
+        Reason.DRAINING,
+        "the server is shutting down; watch again with the last resume_token",
+        retryable=True,
+    )
