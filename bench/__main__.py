@@ -35,7 +35,8 @@ ABOUT: Final = {
     "vault": "what encryption at rest costs a start, an enrolment, an identification",
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
     "leak": "a model that leaks device memory is replaced beside two that behave",
-    "streams": "how many cameras one card takes; 720p and 1080p, with -mps, -nvjpeg, -nvjpeg-mps",
+    "streams": "how many cameras one card takes; 720p and 1080p, with -mps, -nvjpeg, -nvjpeg-mps, "
+    "-h264 and (1080p) -h265, these with -10 for ten analyses a second",
     "decode": "JPEG decoding and face crops: on the host or on the card",
 }
 

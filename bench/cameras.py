@@ -20,7 +20,9 @@ from bench import load
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """``start_at``: ``time.monotonic`` seconds at which all client processes begin."""
+    """``start_at``: ``time.monotonic`` seconds at which all client processes begin. ``frames``: a
+    folder of JPEG files, or of access units of one group of pictures after the other.
+    ``analysis_fps``: as in a stream's config; 0 = every picture."""
 
     target: str
     frames: str
@@ -29,24 +31,32 @@ class Job:
     seconds: float
     start_at: float
     max_frame_age: float
+    analysis_fps: float = 0.0
 
 
-async def run(job: Job, frames: list[bytes]) -> dict[str, Any]:
+async def run(job: Job, pictures: list[facelane.Picture]) -> dict[str, Any]:
     """What the cameras of this process saw."""
     await asyncio.sleep(max(0.0, job.start_at - time.monotonic()))
     cpu = time.process_time()
     measured = await load.paced(
         job.target,
-        frames,
+        pictures,
         streams=job.streams,
         rate_hz=job.rate_hz,
         seconds=job.seconds,
         max_frame_age=job.max_frame_age,
+        **({"analysis_fps": job.analysis_fps} if job.analysis_fps else {}),
     )
     elapsed = measured.end - measured.begin
     # The first second is the opening of the streams, when every track is new.
     warm = [a for a in measured.answers if a.at >= measured.begin + 1.0]
     results = [a for a in warm if a.kind == "result"]
+    # A camera that wants ten analyses a second has no others; the newest picture of those that
+    # wait takes the others' places then, and that is told by the same word.
+    not_wanted = 0
+    if job.analysis_fps:
+        superseded = sum(a.kind == "drop" and a.reason == "SUPERSEDED" for a in warm)
+        not_wanted = min(superseded, round(len(warm) * (1 - job.analysis_fps / job.rate_hz)))
     stages: dict[str, list[float]] = {}
     for answer in results:
         for stage, seconds in answer.stages.items():
@@ -55,7 +65,8 @@ async def run(job: Job, frames: list[bytes]) -> dict[str, Any]:
         "sent": measured.sent,
         "held_back": measured.held_back,
         "lost": measured.lost,
-        "drops": sum(a.kind == "drop" for a in warm),
+        "drops": sum(a.kind == "drop" for a in warm) - not_wanted,
+        "not_wanted": not_wanted,
         "errors": sum(a.kind == "error" for a in warm),
         "degraded": sum(bool(a.missing) for a in results),
         "faces": sum(a.faces for a in results),
@@ -68,10 +79,17 @@ async def run(job: Job, frames: list[bytes]) -> dict[str, Any]:
     }
 
 
+def _read(file: Path) -> facelane.Picture:
+    data = file.read_bytes()
+    if file.suffix == ".jpg":
+        return facelane.Picture.encoded(data)
+    return facelane.Picture.access_unit(data, facelane.Encoding(file.suffix[1:]))
+
+
 def main(path: Path) -> None:
     job = Job(**json.loads(path.read_text()))
-    frames = [file.read_bytes() for file in sorted(Path(job.frames).glob("*.jpg"))]
-    print(json.dumps(asyncio.run(run(job, frames))))
+    pictures = [_read(file) for file in sorted(Path(job.frames).iterdir())]
+    print(json.dumps(asyncio.run(run(job, pictures))))
 
 
 if __name__ == "__main__":

@@ -147,15 +147,19 @@ async def _lossless(
 
 async def paced(
     target: str,
-    frames: Sequence[bytes],
+    frames: Sequence[bytes | facelane.Picture],
     *,
     streams: int,
     rate_hz: float,
     seconds: float,
     **options: Any,
 ) -> Measured:
-    """Cameras: each stream sends ``rate_hz`` frames a second, staggered, newest wins."""
-    pictures = [facelane.Picture.encoded(data) for data in frames]
+    """Cameras: each stream sends ``rate_hz`` frames a second, staggered, newest wins. Video is
+    sent from its first access unit on, again and again."""
+    pictures = [
+        data if isinstance(data, facelane.Picture) else facelane.Picture.encoded(data)
+        for data in frames
+    ]
     measured = Measured()
     async with facelane.aio.Client(target) as client:
         # All streams are open before the clock starts.
@@ -206,7 +210,8 @@ async def _camera(
                 delay = due - time.monotonic()
                 if delay > 0:
                     await asyncio.sleep(delay)
-                picture = pictures[(number * 7 + index) % len(pictures)]
+                start = 0 if pictures[0].encoding.is_video else number * 7
+                picture = pictures[(start + index) % len(pictures)]
                 sent = stream.try_send(picture, stream_offset=index * period)
                 if sent is None:
                     measured.held_back += 1

@@ -190,6 +190,40 @@ def _paste(canvas: Array, name: str, centre: tuple[float, float], face_px: float
     canvas[py : py + cut.shape[0], px : px + cut.shape[1]] = cut
 
 
+def make_clip(count: int, width: int, height: int, codec: str, rate: float) -> list[bytes]:
+    """``count`` access units (``h264``, ``h265``; Annex B) of a scene with two faces that move, at
+    2 Mbit/s (720p) or 4, a key frame every second, as cameras encode: nothing out of order."""
+    import io
+    from fractions import Fraction
+
+    import av
+    import cv2
+    import numpy as np
+
+    library, form = {"h264": ("libx264", "h264"), "h265": ("libx265", "hevc")}[codec]
+    every = round(rate)
+    options = {
+        "h264": {"x264-params": f"bframes=0:keyint={every}:scenecut=0:log-level=none"},
+        "h265": {
+            "x265-params": f"bframes=0:keyint={every}:scenecut=0:repeat-headers=1:log-level=none"
+        },
+    }[codec]
+    units: list[bytes] = []
+    with av.open(io.BytesIO(), "w", format=form) as container:
+        stream = container.add_stream(library, rate=Fraction(rate).limit_denominator())
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.bit_rate = 2_000_000 if height <= 720 else 4_000_000
+        stream.options = {"preset": "veryfast", **options}
+        for data in make_frames(count, width, height, (2,)):
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            assert picture is not None
+            frame = av.VideoFrame.from_ndarray(np.asarray(picture, np.uint8), format="bgr24")
+            units += [bytes(packet) for packet in stream.encode(frame)]
+        units += [bytes(packet) for packet in stream.encode(None)]
+    return units
+
+
 def make_frames(
     count: int, width: int, height: int, faces: Sequence[int], *, seed: int = 1
 ) -> list[bytes]:

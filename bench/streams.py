@@ -4,9 +4,11 @@ age exceeds 100 ms or a thousandth of them is dropped.
 
 Parts: `streams:720p`, `streams:1080p`, which are the whole; and by name alone the same with
 all workers under MPS (`streams:720p-mps`), with the frames decoded by the card
-(`streams:720p-nvjpeg`), and both (`streams:720p-nvjpeg-mps`). Says what was the limit. A part
-takes about a minute and a half; when its time is up, the largest number that was good so far
-is told as such.
+(`streams:720p-nvjpeg`), and both (`streams:720p-nvjpeg-mps`). Cameras that send video, decoded
+by the card where it can: `streams:720p-h264`, `streams:1080p-h264`, `streams:1080p-h265`, and with
+ten analyses a second each, the pictures in between being decoded and no more (`-10`).
+Says what was the limit. A part takes about a minute and a half; when its time is up, the
+largest number that was good so far is told as such.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ BUDGET_S: Final = 90.0
 START_S: Final = 100.0
 FACES: Final = (0, 1, 2, 1, 4, 0, 3, 1)
 SIZES: Final = {"720p": (1280, 720), "1080p": (1920, 1080)}
+CODECS: Final = {"720p": ("h264",), "1080p": ("h264", "h265")}
 FRAME_AGE_S: Final = 1.0
 _SAMPLE_S: Final = 0.25
 
@@ -60,6 +63,8 @@ class Trial:
     lost: int = 0
     held_back: int = 0
     degraded: int = 0
+    not_wanted: int = 0
+    """Pictures between those that were to be analysed."""
     faces: int = 0
     ages: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
@@ -118,13 +123,17 @@ async def run(settings: Settings) -> Report:
             f"{size}-nvjpeg": _Way(decode="cuda"),
             f"{size}-nvjpeg-mps": _Way("mps", "cuda"),
         }
+        for codec in CODECS[size]:
+            card = "cuda" if on_card else "cpu"
+            named[f"{size}-{codec}"] = _Way(decode=card, codec=codec)
+            named[f"{size}-{codec}-10"] = _Way(decode=card, codec=codec, analysis_fps=10.0)
         parts = {
             part: way
             for part, way in named.items()
             if part in settings.only or (not settings.only and way == _Way())
         }
         if not on_card:
-            parts = {part: way for part, way in parts.items() if way == _Way()}
+            parts = {p: way for p, way in parts.items() if way.codec or way == _Way()}
         if not parts or (settings.smoke and size == "1080p"):
             continue
         frames = (
@@ -138,8 +147,12 @@ async def run(settings: Settings) -> Report:
             for index, data in enumerate(frames):
                 (folder / f"{index:06d}.jpg").write_bytes(data)
             for part, way in parts.items():
+                sent = folder
                 try:
-                    await _part(settings, report, models, part, way, folder)
+                    if way.codec:
+                        sent = Path(scratch) / way.codec
+                        _make_clip(settings, report, size, way.codec, sent)
+                    await _part(settings, report, models, part, way, sent)
                 except Exception as error:  # one part's failure must not lose the others
                     report.note(f"{part}: not measured: {type(error).__name__}: {error}")
         kb = sum(map(len, frames)) / len(frames) / 1e3
@@ -159,6 +172,21 @@ class _Way:
 
     isolation: str = "process"
     decode: str = "cpu"
+    codec: str = ""
+    """Of cameras that send video."""
+    analysis_fps: float = 0.0
+
+
+def _make_clip(settings: Settings, report: Report, size: str, codec: str, folder: Path) -> None:
+    """Access units of a scene with two faces that move, a key frame every second, once."""
+    if folder.is_dir():
+        return
+    units = material.make_clip(settings.sized(100, 50), *SIZES[size], codec, FPS)
+    folder.mkdir()
+    for index, unit in enumerate(units):
+        (folder / f"{index:06d}.{codec}").write_bytes(unit)
+    rate = sum(map(len, units)) * 8 * FPS / len(units) / 1e6
+    report.note(f"{size}-{codec}: {len(units)} access units, {rate:.1f} Mbit/s, two faces each")
 
 
 def _pools(settings: Settings, models: material.Models, way: _Way) -> str:
@@ -193,10 +221,11 @@ async def _part(
     settings.say(f"{size}: starting")
     async with Service(pools, tables=tables, start_s=START_S) as service:
         settings.say(f"{size}: serving")
+        analysis_fps = way.analysis_fps
         await trial(service, frames, 1, rate, 3.0)  # warm-up
 
         async def attempt(streams: int) -> Trial:
-            found = await trial(service, frames, streams, rate, seconds)
+            found = await trial(service, frames, streams, rate, seconds, analysis_fps)
             report.add(_row(found, size, rate, models.name))
             settings.say(
                 f"{size}: {streams} cameras, p99 age {found.age_p99_ms:.0f} ms, "
@@ -207,7 +236,7 @@ async def _part(
 
         best: Trial | None = None
         worst: Trial | None = None
-        streams = settings.sized(16, 1)
+        streams = settings.sized(32 if way.codec else 16, 1)
         top = settings.sized(MAX_STREAMS, 2)
         while streams <= top and time.monotonic() < until:
             found = await attempt(streams)
@@ -239,7 +268,14 @@ async def _part(
         )
 
 
-async def trial(service: Service, frames: Path, streams: int, rate: float, seconds: float) -> Trial:
+async def trial(
+    service: Service,
+    frames: Path,
+    streams: int,
+    rate: float,
+    seconds: float,
+    analysis_fps: float = 0.0,
+) -> Trial:
     """``streams`` cameras for some seconds, from as many client processes as they need."""
     clients = math.ceil(streams / STREAMS_A_CLIENT)
     shares = [streams // clients + (i < streams % clients) for i in range(clients)]
@@ -258,6 +294,7 @@ async def trial(service: Service, frames: Path, streams: int, rate: float, secon
                     # Clients are not in step either.
                     start_at=start_at + index / clients / rate,
                     max_frame_age=FRAME_AGE_S,
+                    analysis_fps=analysis_fps,
                 )
                 path = Path(scratch) / f"{index}.json"
                 path.write_text(json.dumps(asdict(job)))
@@ -290,6 +327,7 @@ async def trial(service: Service, frames: Path, streams: int, rate: float, secon
             "lost",
             "held_back",
             "degraded",
+            "not_wanted",
             "faces",
         ):
             setattr(found, name, getattr(found, name) + part[name])
@@ -385,6 +423,7 @@ def _row(found: Trial, size: str, rate: float, model: str) -> Row:
         extra={
             "age_p99_ms": found.age_p99_ms,
             "not_answered": found.drop_share,
+            "not_wanted": found.not_wanted,
             "degraded": found.degraded,
             "kept": found.good,
             "gpu": found.gpu,

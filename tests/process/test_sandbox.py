@@ -202,3 +202,25 @@ def test_members_of_a_group_are_confined_as_the_strictest_says() -> None:
     merged = Confined("off", (Path("/a"),)).with_member(Confined("required", (Path("/b"),)))
     assert merged.arguments() == ["--sandbox=required", "--read=", "--read=/a", "--read=/b"]
     assert Confined("auto").with_member(Confined("off")).sandbox == "auto"
+
+
+def test_libraries_that_ask_for_a_temporary_folder_can_be_imported() -> None:
+    """Two that the card's workers import late: torch's compiler, for torchvision, and the finder
+    of CUDA's libraries, where it is installed."""
+    code = """
+import importlib, importlib.util, tempfile
+from facelane_server.worker import __main__ as worker, sandbox
+worker._import_first()
+held = sandbox.enter("auto", [], [], keep_user=True)
+sandbox.name_temporary_folder(held)
+if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.pathfinder"):
+    importlib.import_module("cuda.pathfinder")
+assert tempfile.gettempdir() == "/tmp" or not held.landlock
+try:
+    tempfile.NamedTemporaryFile()
+except OSError:
+    pass
+else:
+    assert not held.landlock
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

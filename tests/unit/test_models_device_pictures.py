@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,25 @@ def test_it_is_tried_out_before_it_serves() -> None:
             DevicePictures("cpu", decode).try_out()
         assert caught.value.reason is Reason.CONFIG_INVALID
         assert "decode = 'cpu'" in caught.value.message
+
+
+def test_without_its_decoder_a_card_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not installed, and not to be loaded; nothing of it is imported."""
+    pictures = DevicePictures("cpu")
+    fake = tmp_path / "torchvision"
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for step in ("it is not installed", "cannot be loaded"):
+        with pytest.raises(FacelaneError, match=step) as caught:
+            pictures.add_nvjpeg()
+        assert caught.value.reason is Reason.CONFIG_INVALID
+        assert "decode = 'cpu'" in caught.value.message
+        assert not pictures.decodes
+        assert "torchvision" not in sys.modules
+        fake.mkdir(exist_ok=True)
+        (fake / "__init__.py").write_text("raise SystemExit('imported')")
+        (fake / "image.so").write_bytes(b"no library")
 
 
 def test_a_cpu_pool_decodes_on_the_cpu() -> None:

@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     _import_first()
     try:
         held = _confine(options)
+        sandbox.name_temporary_folder(held, options.write)
     except sandbox.SandboxError as error:
         sys.stderr.write(f"{error}; set sandbox = 'auto' to go without\n")
         return exit_codes.NOT_CONFINED

@@ -21,6 +21,7 @@ import pwd
 import signal
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +251,14 @@ def close_doors(held: Confinement, *, cards: bool = False, mps: bool = False) ->
     number = _SECCOMP[_ARCHITECTURES[platform.machine()][0]]
     if libc.syscall(number, _SET_MODE_FILTER, _TSYNC, ctypes.byref(_program(program))):
         raise SandboxError(f"seccomp: {os.strerror(ctypes.get_errno())}")
+
+
+def name_temporary_folder(held: Confinement, write: Sequence[str] = ()) -> None:
+    """Libraries ask for one when they are imported (torchvision does, by way of torch's compiler),
+    and where none can be written to that is an error. So it has a name, and who writes to it
+    is told then."""
+    if held.landlock:
+        tempfile.tempdir = write[0] if write else "/tmp"  # noqa: S108 - nothing is written
 
 
 def _own_files() -> list[str]:

@@ -18,8 +18,10 @@ either that it has read the data before it has decoded them.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import cv2
@@ -39,6 +41,8 @@ Decode = Callable[[list[Tensor]], list[Tensor]]
 """uint8 data [bytes] each, on the host, to uint8 RGB [3, H, W] each, on the device."""
 
 _TOLD_EVERY_S: Final = 60.0
+_RGB: Final = 3
+"""What torchvision calls ImageReadMode.RGB."""
 _ALIKE: Final = 4.0
 """Grey levels on average that a trial picture may differ from the host's decoding."""
 
@@ -71,12 +75,15 @@ class DevicePictures:
         Raises FacelaneError(CONFIG_INVALID) where nvJPEG is not installed or does not work.
         """
         try:
-            from torchvision.io import ImageReadMode, decode_jpeg
-        except (ImportError, RuntimeError) as error:
-            raise _unusable(f"torchvision cannot be imported ({error})") from error
+            _load_nvjpeg()
+            decode = torch.ops.image.decode_jpegs_cuda
+        except (AttributeError, ImportError, OSError, RuntimeError) as error:
+            raise _unusable(
+                f"torchvision's decoder cannot be loaded ({type(error).__name__}: {error})"
+            ) from error
 
         def decode_jpegs(data: list[Tensor]) -> list[Tensor]:
-            found: list[Tensor] = decode_jpeg(data, mode=ImageReadMode.RGB, device=self.device)
+            found: list[Tensor] = decode(data, _RGB, self.device)
             return found
 
         self._decode_jpegs = decode_jpegs
@@ -237,6 +244,17 @@ def _pixels(device: torch.device) -> Pixels:
             cause=f"{type(error).__name__}: {error}",
         )
         return TorchPixels()
+
+
+def _load_nvjpeg() -> None:
+    """The library of torchvision alone: the package, once imported, brings torch's compiler along,
+    which writes files, and a worker's sandbox has none to write. Raises ImportError, OSError."""
+    package = importlib.util.find_spec("torchvision")
+    folders = package.submodule_search_locations if package is not None else None
+    found = [file for folder in folders or () for file in Path(folder).glob("image*.so")]
+    if not found:
+        raise ImportError("it is not installed")
+    torch.ops.load_library(str(found[0]))
 
 
 def _unusable(why: str) -> FacelaneError:
