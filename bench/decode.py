@@ -240,7 +240,9 @@ def _detector(
             begun: list[Any] = []
 
             def detect(count: int = count, begun: list[Any] = begun) -> None:
-                begun.append(model.begin(model.decode(views[:count]), [64] * count))
+                pictures = [one for one in model.decode(views[:count]) if one is not None]
+                assert len(pictures) == count
+                begun.append(model.begin(pictures, [64] * count))
                 if len(begun) > 1:
                     begun.pop(0).finish()
 

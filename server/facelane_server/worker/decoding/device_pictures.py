@@ -254,7 +254,7 @@ def _load_nvjpeg() -> None:
     found = [file for folder in folders or () for file in Path(folder).glob("image*.so")]
     if not found:
         raise ImportError("it is not installed")
-    torch.ops.load_library(str(found[0]))
+    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
 
 
 def _unusable(why: str) -> FacelaneError:
