@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from tests.real_pool import PACKAGES, alive, named_shared_memory, open_descriptors, real_pool
@@ -81,7 +82,8 @@ async def test_a_broken_picture_fails_alone_in_its_batch() -> None:
         tasks = [p.submit() for _ in range(4)]
         for task in tasks[1::2]:
             p.pool.withdraw(task)
-            object.__setattr__(task.request.picture, "stride", 7)
+            broken = msgspec.structs.replace(task.request.picture, stride=7)
+            object.__setattr__(task.request, "picture", broken)
             p.pool.submit(task)
         results = await outcomes(tasks)
         assert [isinstance(r, DetectAnswer) for r in results] == [True, False, True, False]
