@@ -18,7 +18,7 @@ from facelane_server.worker.networks.architectures.mobilefacenet import MobileFa
 from facelane_server.worker.networks.architectures.yunet import YuNet
 from training import cameras, corruptions, detector, imaging, liveness
 from training.data import load_photos, rightly_labelled
-from training.ood import LEAD, Material, Rts, score_all
+from training.ood import Material, Rts, score_all
 from training.recognizer import student_input
 from training.teacher import load_teacher
 
@@ -123,6 +123,8 @@ def recognizer(
 
 
 GALLERY = 1000
+LEAD = 0.05
+"""What the person must be nearer by than the nearest other one."""
 CPU_PROBES, CPU_DAMAGED = 100, 200
 """So many pictures of those kept out are damaged where there is no GPU."""
 SPLITS = 10

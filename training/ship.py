@@ -38,6 +38,8 @@ MATCH_FAR = 1e-4
 MARGIN = 0.05
 
 
+CLEAN_REFUSED = 0.03
+"""Share of clean faces that are told rightly which may be refused."""
 WRONG_NAMES = 0.002
 """Share of the probes of any kind and strength of damage that may be named wrongly."""
 
@@ -55,7 +57,10 @@ def calibrate_ood(trust: Mapping[str, Any]) -> dict[str, float]:
     # Where nobody is ever named wrongly, half the clean median's distance is kept.
     worst = max((row["wrong"][-1 - allowed] for row in cells if len(row["wrong"]) > allowed),
                 default=0.0)  # fmt: skip
-    refusal = min(worst + 0.01, trust["median_clean"] - 1.0)
+    # More than a few clean faces are never given up for it: from which similarity on a look of
+    # any score is given a name follows from how alike strangers are at that score.
+    spared = float(np.quantile(trust["clean"]["right"], CLEAN_REFUSED))
+    refusal = min(worst + 0.01, trust["median_clean"] - 1.0, spared)
     center, scale = fit_ood(trust["median_clean"], refusal)
     right = np.concatenate([np.array(row["right"], np.float64) for row in cells])
     clean = np.array(trust["clean"]["right"])
