@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from facelane_server.models.package import MANIFEST, Package, read_package
 from facelane_server.modeltools import reference
-from facelane_server.modeltools.importer import to_toml
 from training import cards
 from training.clock import halved
 from training.detector import NMS_IOU, widths_of
@@ -91,7 +91,7 @@ def write_package(
         "card": "CARD.md",
         "weights": [{"file": weights.name, "sha256": digest}],
     }
-    (folder / MANIFEST).write_text(to_toml(whole), encoding="utf-8")
+    (folder / MANIFEST).write_text(tomli_w.dumps(whole), encoding="utf-8")
     (folder / "CARD.md").write_text(card, encoding="utf-8")
     package = read_package(folder)
     reference.record(package)

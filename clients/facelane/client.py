@@ -311,9 +311,8 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
             HistoryLostError: events since the token are gone.
         """
         self._check_open()
-        within = (source_ids, gallery_ids)
-        core = Subscription(resume_token, kinds, reconnect, self.timeout, within=within)
-        return self._keep(EventStream(self, core))
+        asked = (resume_token, kinds, reconnect, self.timeout)
+        return self._keep(EventStream(self, Subscription(*asked, within=(source_ids, gallery_ids))))
 
     # Administration.
 

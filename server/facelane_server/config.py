@@ -354,8 +354,7 @@ class Events(Section, frozen=True):
 
 class Metrics(Section, frozen=True):
     listen: str = "127.0.0.1:9151"
-    """HTTP for machines: ``/metrics``, Prometheus text, and ``/health[/NAME]``, 200 or 503; empty =
-    off."""
+    """HTTP: ``/metrics``, Prometheus text, and ``/health[/NAME]``, 200 or 503; empty = off."""
 
 
 class Log(Section, frozen=True):

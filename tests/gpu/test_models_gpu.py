@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from bench import material
 
@@ -30,7 +31,6 @@ from facelane_server.models.api import (
 from facelane_server.models.canary import batch_buckets
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package, read_package
-from facelane_server.modeltools.importer import to_toml
 from facelane_server.modeltools.verify import synthetic_picture, verify
 from facelane_server.worker import device
 from facelane_server.worker.decoding.device_pictures import DevicePictures
@@ -103,7 +103,7 @@ def package(name: str, directory: Path) -> Package:
         "random_seed": 11,
         **TABLES[name],
     }
-    (folder / "model.toml").write_text(to_toml(table))
+    (folder / "model.toml").write_text(tomli_w.dumps(table))
     return read_package(folder)
 
 

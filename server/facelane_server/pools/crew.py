@@ -28,7 +28,7 @@ from facelane_server.ipc.messages import InferDone, InferFailed
 from facelane_server.models.package import Package
 from facelane_server.pools import canary, host, restart
 from facelane_server.pools.briefing import Briefing
-from facelane_server.pools.clock import Clock, Timer
+from facelane_server.pools.clock import Clock
 from facelane_server.pools.feed import GalleryFeed
 from facelane_server.pools.handle import ReadyHandle, UnreadyHandle, WorkerLostError
 from facelane_server.pools.hang import HangWatch
@@ -37,8 +37,8 @@ from facelane_server.pools.report import PoolChange, WorkerInfo
 from facelane_server.pools.restart import Action, Happening, Life, Notice
 from facelane_server.pools.rounds import Rounds
 from facelane_server.pools.schedule import HUNG
-from facelane_server.pools.slots import Codec
 from facelane_server.pools.tasks import AnyTask, Job, Task
+from facelane_server.pools.worker import Worker
 
 log = structlog.get_logger(__name__)
 
@@ -49,45 +49,6 @@ _ATTACH_NS: Final = 2 * _S
 _CANARY_LANE: Final = -1
 _NICE_BESIDE: Final = 15
 _NICE_AGAIN: Final = 5
-
-
-class Worker:
-    """One worker of the pool over all its processes."""
-
-    def __init__(self, worker_id: str, device: str, package: Package) -> None:
-        self.worker_id = worker_id
-        self.device = device
-        self.package = package
-        """That its next process will load."""
-        self.codec: Codec | None = None
-        """For the package that the present process has loaded."""
-        self.state = restart.State()
-        self.link: Link | None = None
-        self.handle: ReadyHandle | None = None
-        """Of a process that has loaded: its life may still be WARMING, or already DRAINING."""
-        self.spawned_ns = 0
-        self.ready_since_ns = 0
-        self.timer: Timer | None = None
-        self.hang: HangWatch | None = None
-        self.bring_up: asyncio.Task[None] | None = None
-        self.endings: set[asyncio.Task[None]] = set()
-
-    @property
-    def life(self) -> Life:
-        return self.state.life
-
-    @property
-    def pid(self) -> int:
-        """0 = there is no process."""
-        return self.link.pid if self.link else 0
-
-    def came_back(self, restarts: int) -> bool:
-        """Ready in a later life than the one after so many restarts."""
-        return self.state.restarts > restarts and self.life is Life.READY
-
-    def was_lost(self, before: int) -> bool:
-        """More often than that, and the process is reaped."""
-        return self.state.lost > before and self.life in restart.WAITING
 
 
 class Owner(Protocol):

@@ -26,7 +26,7 @@ from facelane_server.models.api import CropSpec
 from facelane_server.models.package import Package
 from facelane_server.pools.briefing import Briefing
 from facelane_server.pools.clock import Changes, Clock, LoopClock, Timer
-from facelane_server.pools.crew import Crew, Worker
+from facelane_server.pools.crew import Crew
 from facelane_server.pools.feed import GalleryFeed
 from facelane_server.pools.handle import ReadyHandle, WorkerLostError
 from facelane_server.pools.host import Launcher
@@ -35,6 +35,7 @@ from facelane_server.pools.restart import Happening, Life
 from facelane_server.pools.schedule import Ended, Schedule, unavailable
 from facelane_server.pools.slots import SubjectResolver
 from facelane_server.pools.tasks import AnyTask, Job
+from facelane_server.pools.worker import Worker
 
 log = structlog.get_logger(__name__)
 
