@@ -59,11 +59,11 @@ def calibrate_ood(trust: Mapping[str, Any]) -> dict[str, float]:
                 default=0.0)  # fmt: skip
     # More than a few clean faces are never given up for it: from which similarity on a look of
     # any score is given a name follows from how alike strangers are at that score.
-    spared = float(np.quantile(trust["clean"]["right"], CLEAN_REFUSED))
+    clean = np.array(trust["clean"]["right"], np.float64)
+    spared = float(np.quantile(clean, CLEAN_REFUSED)) if len(clean) else np.inf
     refusal = min(worst + 0.01, trust["median_clean"] - 1.0, spared)
     center, scale = fit_ood(trust["median_clean"], refusal)
     right = np.concatenate([np.array(row["right"], np.float64) for row in cells])
-    clean = np.array(trust["clean"]["right"])
     return {
         "center": center,
         "scale": scale,
