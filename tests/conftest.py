@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from tests import postgres as postgres_server
@@ -34,6 +35,14 @@ def shared_folder() -> Path | None:
     """The folder with public models and media, or None on machines without it."""
     folder = Path(os.environ.get("FACELANE_SHARED", ROOT.parent / "shared"))
     return folder if (folder / "models").is_dir() else None
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """A command that a test runs in this process writes its log to a stream that ends with the
+    test; whoever logs after it would fail."""
+    yield
+    structlog.reset_defaults()
 
 
 END_VARIABLE = "FACELANE_TESTS_END"
