@@ -213,13 +213,16 @@ async def test_eight_processes_write_at_once_and_none_is_missed(
         kind, subject = line.split()
         (there.add if kind == "+" else there.discard)(subject)
     gone = {line.split()[1] for line in told if line[0] == "-"}
+    # One whose writer was killed between deleting it and telling so is rightly away.
+    own = {name for name in there if not name.startswith("shared")}
+    perhaps = {name for name in own if int(name.rpartition("-")[2]) % 3 == 2}
     assert len(there) > 4 * count * 2 // 3
     assert "shared-0" in there
     with contextlib.closing(Store(open_store(place))) as store:
         stored = {row.template_id: row.subject_id for row in store.vectors(MODEL, DIM)}
         newest = store.revision()
         names = set(stored.values())
-        assert there <= names, "what was acknowledged was lost"
+        assert there - perhaps <= names, "what was acknowledged was lost"
         assert not gone & names, "what was deleted is back"
     await auntil(lambda: gallery._seen == newest)
     assert gallery.templates == len(stored)

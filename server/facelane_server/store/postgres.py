@@ -261,10 +261,13 @@ class PostgresDatabase(Database):
         return raw
 
     def _hang_up(self) -> None:
-        held, self._held, self._listening = self._held, None, None
-        if held is not None:
-            with contextlib.suppress(Exception):
-                held.close()
+        held, raw = self._held, self._listening
+        self._held = self._listening = None
+        # The driver's own too: one whose server is gone is not closed with what holds it.
+        for one in (held, raw):
+            if one is not None:
+                with contextlib.suppress(Exception):
+                    one.close()
 
     def close(self) -> None:
         self._closed.set()
