@@ -48,6 +48,29 @@ async def two(place: Path | str) -> AsyncIterator[tuple[Gallery, Gallery]]:
     await second.close()
 
 
+async def test_what_fails_behind_a_commit_is_told_and_followed_again(
+    two: tuple[Gallery, Gallery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the memory that recognisers share, for one: the change stands, and nobody is told that
+    nothing was done."""
+    gallery, _ = two
+    await gallery.create_subject("g", "ada", "", {})
+    follow = gallery._follow
+    failures = iter([OSError(27, "File too large")])
+
+    def fail_once() -> int:
+        for failure in failures:
+            raise failure
+        return follow()
+
+    monkeypatch.setattr(gallery, "_follow", fail_once)
+    with pytest.raises(FacelaneError) as told:
+        await gallery.delete_subject("g", "ada")
+    assert (told.value.reason, told.value.retryable) == (Reason.GALLERY_UNAVAILABLE, True)
+    assert "may have been made" in told.value.message
+    await auntil(lambda: not gallery.knows("g", "ada"))
+
+
 async def test_what_one_enrols_another_finds(two: tuple[Gallery, Gallery]) -> None:
     first, second = two
     made = await first.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)

@@ -37,7 +37,7 @@ from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store.audit import Deed
 from facelane_server.store.chain import Head
 from facelane_server.store.chips import KeptChip
-from facelane_server.store.database import Database, opening
+from facelane_server.store.database import Database, opening, perhaps_done
 from facelane_server.store.following import ChangeKind, HistoryLostError
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
@@ -568,6 +568,10 @@ class Gallery:
                 if abandoned.is_set():
                     raise FacelaneError(Reason.CANCELLED, "the caller is gone")
                 return call()
+            except (OSError, MemoryError) as error:
+                # Of what recognisers share, perhaps behind the commit, which is followed again.
+                log.error("a gallery call failed", error=type(error).__name__)
+                raise perhaps_done() from error
             finally:
                 if counted:
                     self._room.release()
@@ -590,11 +594,6 @@ class Gallery:
                 # the thread has met it, so that impatient callers cannot outgrow the bound.
                 return await asyncio.shield(work)
         except TimeoutError:
-            raise FacelaneError(
-                Reason.GALLERY_UNAVAILABLE,
-                "the gallery's store did not answer in time; a change may have been made: read "
-                "again, or repeat an enrolment with the same request_id",
-                retryable=True,
-            ) from None
+            raise perhaps_done() from None
         finally:
             abandoned.set()

@@ -20,6 +20,15 @@ from facelane_server.store import schema
 Kind = Literal["sqlite", "postgresql"]
 
 
+def perhaps_done() -> FacelaneError:
+    """GALLERY_UNAVAILABLE for a change of which nobody knows whether it was made."""
+    return unavailable(
+        "the gallery's store did not answer; a change may have been made: read again, or repeat "
+        "an enrolment with the same request_id",
+        retryable=True,
+    )
+
+
 def unavailable(
     message: str, *, cause: str = "", retryable: bool = False, **told: str
 ) -> FacelaneError:
