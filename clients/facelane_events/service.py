@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -45,6 +46,10 @@ async def run(settings: config.Config, folder: Path) -> None:
     state folder takes nothing.
     """
     deliveries: list[Delivery] = []
+    # Threads of its own for each sink: those that hang hold up nobody. Two attempts may overlap,
+    # and a name be looked up beside.
+    threads = ThreadPoolExecutor(4 * len(settings.sink), "sink")
+    asyncio.get_running_loop().set_default_executor(threads)
     with ExitStack() as stack:
         for sink in settings.sink:
             position = Position(folder / f"{sink.name}.position")

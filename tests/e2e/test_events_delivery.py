@@ -189,14 +189,21 @@ def test_what_happens_reaches_a_signed_webhook(
 def test_a_receiver_that_is_gone_ends_its_own_sink_and_one_that_hangs_holds_up_nobody(
     server: ScriptedServer, receiver: Receiver, deliver: Any, tmp_path: Path
 ) -> None:
-    gone = Receiver()
+    gone, stuck = Receiver(), Receiver()
+    # As many as would take all threads that a loop has by itself.
+    many = "".join(
+        f'[[sink]]\ntype = "webhook"\nname = "stuck-{n}"\nurl = "{stuck.url}"\n'
+        "attempt_timeout = 600.0\n"
+        for n in range(10)
+    )
     try:
         gone.answers = [410]
         receiver.hold.clear()
+        stuck.hold.clear()
         server.events_end = 50
         one = deliver(
             server.target,
-            f'[[sink]]\ntype = "webhook"\nname = "gone"\nurl = "{gone.url}"\n'
+            f'{many}[[sink]]\ntype = "webhook"\nname = "gone"\nurl = "{gone.url}"\n'
             f'[[sink]]\ntype = "webhook"\nname = "hangs"\nurl = "{receiver.url}"\n'
             f"attempt_timeout = 1.0\nretry_max = 0.1\n"
             f'[[sink]]\ntype = "jsonl"\nname = "file"\npath = "{tmp_path / "events.jsonl"}"\n',
@@ -211,9 +218,11 @@ def test_a_receiver_that_is_gone_ends_its_own_sink_and_one_that_hangs_holds_up_n
         until(lambda: sorted(set(numbers(receiver.bodies))) == everything, what=one.log())
         assert in_order(numbers(receiver.bodies))
         assert gone.bodies == []
+        stuck.hold.set()
         assert one.end() == 0
     finally:
         gone.close()
+        stuck.close()
 
 
 def test_killed_at_any_moment_it_goes_on_where_it_was(

@@ -44,7 +44,8 @@ class WebhookSink:
                 "assert_hostname": False,
                 "cert_reqs": "CERT_NONE",
             }
-        timeout = urllib3.Timeout(settings.attempt_timeout)
+        # In all: a thread outlives its attempt no longer than that.
+        timeout = urllib3.Timeout(total=settings.attempt_timeout)
         self._pool = urllib3.PoolManager(maxsize=1, retries=False, timeout=timeout, **options)
 
     async def send(self, event: Message) -> None:
