@@ -154,6 +154,21 @@ def test_the_server_takes_its_configuration(path: Path) -> None:
     server_config(path)
 
 
+@pytest.mark.parametrize("path", [KUBERNETES / "base/server.toml", DEPLOY / "compose/server.toml"])
+def test_what_is_kept_of_people_lies_encrypted(path: Path) -> None:
+    """In PostgreSQL nothing is without a master key, and servers that made one each could not
+    share a store."""
+    store = server_config(path).store
+    assert store.url.startswith("postgresql://")
+    kind, _, name = store.master_key.partition(":")
+    assert kind == "env"
+    (pod,) = (pod for folder, pod in pods() if folder == "base")
+    given = {variable["name"] for variable in pod["containers"][0]["env"]}
+    compose = (DEPLOY / "compose/compose.yaml").read_text()
+    assert name in given
+    assert f"{name}=$$(cat /run/secrets/master-key)" in compose
+
+
 @pytest.mark.parametrize(
     "path", [KUBERNETES / "bridge/bridge.toml", DEPLOY / "compose/bridge.toml"]
 )
