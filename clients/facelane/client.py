@@ -86,13 +86,13 @@ def _blocking(build: Callable[P, calls.Call[T]]) -> Callable[Concatenate[Client,
 
 
 class Client(ClientBase["AnalyzeStream | EventStream"]):
-    """A connection to one server; safe to share between threads.
+    """A connection to a server, or to several; safe to share between threads.
 
-    ``target`` is ``host:port`` or ``unix:/path``; ``token`` a string or a function that gives the
-    present one; ``timeout`` the deadline in seconds of every call that is not given its own;
-    ``proxy``: whether a proxy of the environment may be used. What is left out comes from the
-    environment, see ``facelane.transport``. Nothing is sent before the first call. Close it, or
-    use it as a context manager.
+    ``target`` is ``host:port``, ``unix:/path``, or many (``dns:///name:port``, ``ipv4:a:1,b:1``),
+    by turns; ``token`` a string or a function that gives the present one; ``timeout`` the deadline
+    in seconds of calls that are not given their own; ``proxy``: whether one of the environment may
+    be used. What is left out comes from the environment, see ``facelane.transport``. Nothing is
+    sent before the first call. Close it, or use it as a context manager.
 
     >>> with facelane.Client() as client:
     ...     result = client.analyze_image(facelane.Picture.from_file("people.jpg"))

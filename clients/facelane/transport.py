@@ -200,7 +200,8 @@ def endpoint(
             InsecureTokenWarning,
             stacklevel=4,
         )
-    options = _OPTIONS
+    several = address.startswith("dns:") or "," in address
+    options = (*_OPTIONS, ("grpc.service_config", _SEVERAL if several else _SERVICE_CONFIG))
     variable = "" if local or not proxy else _proxy_variable(address)
     if not variable:
         # gRPC asks the environment even for its own machine.
@@ -263,6 +264,9 @@ def _is_local(target: str) -> bool:
     """Whether what goes there stays on this machine."""
     if target.startswith(("unix:", "unix-abstract:", "vsock:")):
         return True
+    if "," in target:
+        scheme, _, several = target.partition(":")
+        return all(_is_local(f"{scheme}:{one}") for one in several.split(","))
     host = _host(target).rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -303,27 +307,28 @@ _IDEMPOTENT = [
     *_methods("ServerService", "GetServerInfo", "ListPools"),
 ]
 
-_SERVICE_CONFIG = json.dumps(
-    {
-        "methodConfig": [
-            {
-                "name": _IDEMPOTENT,
-                "retryPolicy": {
-                    "maxAttempts": 4,
-                    "initialBackoff": "0.1s",
-                    "maxBackoff": "1s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ]
-    }
-)
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": _IDEMPOTENT,
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+_SERVICE_CONFIG = json.dumps(_RETRIES)
+_SEVERAL = json.dumps(_RETRIES | {"loadBalancingConfig": [{"round_robin": {}}]})
+"""For a name or a list of several servers: each call, a stream is one, goes to the next of them
+that can be reached. By itself gRPC keeps to the first."""
 
 _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.service_config", _SERVICE_CONFIG),
     # A retried picture must fit, or gRPC silently gives up on retrying it.
     ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
     # A peer that vanished without a word is noticed within half a minute.

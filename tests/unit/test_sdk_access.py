@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.fakes import scripted_server as fake
+from tests.waiting import until
 
 import facelane
 from facelane import transport
@@ -213,3 +214,25 @@ def test_a_failure_names_the_proxy_and_not_its_password(monkeypatch: pytest.Monk
                 call()
             assert "secret" not in str(caught.value)
             assert "--no-proxy" in str(caught.value)
+
+
+def test_streams_are_spread_over_several_servers_and_go_on_at_those_that_are_left() -> None:
+    with fake.ScriptedServer() as one, fake.ScriptedServer() as two:
+        target = f"ipv4:{one.target},{two.target}"
+        with facelane.Client(target) as client:
+            until(lambda: client.analyze_image(PICTURE) and one.images and two.images)
+            for _ in range(4):
+                assert len(list(client.analyze([PICTURE]))) == 1
+            assert (len(one.streams), len(two.streams)) == (2, 2)
+            one.stop()
+            for _ in range(4):
+                assert len(list(client.analyze([PICTURE], reconnect=facelane.Reconnect()))) == 1
+            assert len(two.streams) == 6
+
+
+def test_a_list_of_this_machines_servers_stays_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    assert not transport.endpoint("ipv4:127.0.0.1:1,127.0.0.2:1", None, None).proxy
+    assert transport.endpoint("ipv4:127.0.0.1:1,192.0.2.1:1", None, None).proxy == "https_proxy"
