@@ -49,6 +49,7 @@ class LaneWatch:
             EventKind.STREAM_OPENED,
             source_id=lane.options.source_id,
             stream_id=lane.stream_id,
+            sender=lane.sender.key,
         )
 
     def closed(self, lane: Lane) -> None:
@@ -57,6 +58,7 @@ class LaneWatch:
             EventKind.STREAM_CLOSED,
             source_id=lane.options.source_id,
             stream_id=lane.stream_id,
+            sender=lane.sender.key,
         )
 
     def outcome(self, lane: Lane, outcome: Outcome) -> None:
@@ -82,6 +84,7 @@ class LaneWatch:
                 kind,
                 source_id=lane.options.source_id,
                 stream_id=lane.stream_id,
+                sender=lane.sender.key,
                 gallery_id=lane.options.plan.gallery_id,
                 track=report,
             )

@@ -77,6 +77,9 @@ def holders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningS
         )
         secrets[role.name], key = new_key(role.name, (), roles=(role.name,))
         entries.append(key.entry())
+    for name in ("door-a", "door-b"):  # of before there were roles
+        secrets[name], key = new_key(name, ("analyze",))
+        entries.append(key.entry())
     file.write_text("\n".join(entries))
     auth = f'[auth]\nmode = "keys"\nkeys_file = "{file}"\n'
     with RunningServer(folder, toml(folder, extra=auth)) as server:
@@ -151,7 +154,8 @@ def test_every_method_with_every_role_here_and_elsewhere(
     wrong = []
     tried = 0
     with grpc.insecure_channel(server.target) as channel:
-        for method, (role, secret) in itertools.product(METHODS, secrets.items()):
+        of_roles = {name: secret for name, secret in secrets.items() if name in ("nothing", *VERBS)}
+        for method, (role, secret) in itertools.product(METHODS, of_roles.items()):
             verb, bound = rows[method]
             for gallery, source in itertools.product(("own", "foreign"), repeat=2):
                 here = not (
@@ -164,7 +168,7 @@ def test_every_method_with_every_role_here_and_elsewhere(
                 if answer is allowed:
                     wrong.append((method, role, gallery, source, allowed))
     assert wrong == []
-    assert tried == len(METHODS) * len(secrets) * 4
+    assert tried == len(METHODS) * len(of_roles) * 4
 
 
 def test_whoever_may_not_identify_gets_no_names(
@@ -181,6 +185,32 @@ def test_whoever_may_not_identify_gets_no_names(
     assert len(faces) >= 4
     assert {face.identity.decision.name for face in faces} == {"NOT_EVALUATED"}
     assert {face.identity.similarity for face in faces} == {None}
+
+
+def test_a_camera_hears_of_no_other(holders: tuple[RunningServer, dict[str, str]]) -> None:
+    """Not of what happens at others' streams, whatever source they give, and not from a token."""
+    from tests.e2e import wire
+
+    server, secrets = holders
+    with (
+        server.client(token=secrets["door-a"], timeout=20) as a,
+        server.client(token=secrets["door-b"], timeout=20) as b,
+        a.watch_events() as live,
+    ):
+        begun = live.resume_token
+        for source in ("vault", "door-a", ""):
+            list(b.analyze([wire.picture()] * 3, source_id=source))
+        list(a.analyze([wire.picture()] * 3, source_id="mine"))
+        for watched in (live, a.watch_events(resume_token=begun)):
+            heard = []
+            for event in watched:
+                heard.append(event)
+                if event.kind.name == "STREAM_CLOSED":
+                    break
+            watched.close()
+            assert {event.source_id for event in heard} == {"mine"}
+            assert {event.stream_id for event in heard} == {heard[0].stream_id}
+            assert {"STREAM_OPENED", "TRACK_STARTED"} <= {event.kind.name for event in heard}
 
 
 def test_what_they_did_stands_in_the_audit_log(

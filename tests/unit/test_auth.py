@@ -22,7 +22,7 @@ from facelane_server.edge.auth import (
     read_file,
     read_keys,
 )
-from facelane_server.edge.roles import ANYBODY, METHODS, SCOPE_VERBS, Role
+from facelane_server.edge.roles import ANYBODY, METHODS, SCOPE_VERBS, Role, Scope
 
 
 def authenticator(tmp_path: Path, *scopes: str) -> tuple[Authenticator, str]:
@@ -198,17 +198,44 @@ def test_what_ends_a_call_that_was_let_in(tmp_path: Path) -> None:
 
 
 def test_what_a_bound_key_hears() -> None:
-    def hears(source: str, gallery: str, **bound: tuple[str, ...]) -> bool:
-        return Key("k", "0" * 64, ("analyze",), **bound).caller().hears(source, gallery)  # type: ignore[arg-type]
+    def hears(source: str, gallery: str, sender: str = "other", **bound: tuple[str, ...]) -> bool:
+        key = Key("k", "0" * 64, ("analyze",), **bound)  # type: ignore[arg-type]
+        return key.caller().hears(source, gallery, sender)
 
-    assert hears("", "")
-    assert ANYBODY.hears("", "")
+    assert ANYBODY.hears("", "", "")
     assert hears("door-1", "staff", sources=("door-*",))
     assert not hears("vault", "staff", sources=("door-*",))
+    assert not hears("vault", "staff", "k", sources=("door-*",)), "before it was bound"
     assert not hears("", "", sources=("door-*",)), "pools and devices"
     assert hears("door-1", "", sources=("door-*",), galleries=("staff",)), "a stream that opened"
     assert not hears("door-1", "board", sources=("door-*",), galleries=("staff",))
     assert not hears("", "", galleries=("staff",))
+
+
+@pytest.mark.parametrize("scopes", [("analyze",), ("analyze", "gallery", "scores", "reassign")])
+@pytest.mark.parametrize("galleries", [(), ("staff",)])
+def test_a_camera_without_sources_hears_its_own_streams_alone(
+    scopes: tuple[Scope, ...], galleries: tuple[str, ...]
+) -> None:
+    who = Key("k", "0" * 64, scopes, galleries=galleries).caller()
+    assert who.hears("door", "staff", "k")
+    assert who.hears("door", "", "k"), "its stream opened"
+    assert not who.hears("door", "staff", "other")
+    assert not who.hears("door", "", "other")
+    assert not who.hears("door", "staff", ""), "of a time when nobody had a key"
+    assert not who.hears("", "", ""), "pools and devices"
+    assert who.hears("door", "board", "k") is (not galleries)
+    admin = Key("k", "0" * 64, (*scopes, "admin")).caller()
+    assert admin.hears("door", "staff", "other")
+    assert not who.at_least(admin)
+    wider = Key("k", "0" * 64, scopes, sources=("*",)).caller()
+    assert wider.hears("door", "staff", "other"), "by an operator's word"
+
+
+def test_a_role_hears_what_it_says() -> None:
+    who = Key("k", "0" * 64, roles=("r",)).caller({"r": Role("r", ("events",))})
+    assert who.hears("door", "staff", "other")
+    assert who.hears("", "", "")
 
 
 def test_liveness_is_waived_by_name_alone() -> None:
@@ -270,8 +297,8 @@ def test_roles_count_where_they_are_meant_to(tmp_path: Path) -> None:
     assert who.similarities("identify", gallery="visitors") == "withheld"
     assert who.lookups_per_minute("identify", gallery="visitors") == 30
     assert who.lookups_per_minute("identify", gallery="staff") == 0
-    assert who.hears("door-2", "staff")
-    assert not who.hears("door-2", "visitors")
+    assert who.hears("door-2", "staff", "")
+    assert not who.hears("door-2", "visitors", "")
 
 
 def test_roles_are_not_mixed() -> None:

@@ -229,7 +229,7 @@ class EventService(event_grpc.EventServiceServicer):
             # connection breaks.
             await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))
             async for event in watcher:
-                if caller.hears(event.source_id, event.gallery_id):
+                if caller.hears(event.source_id, event.gallery_id, event.sender):
                     gallery_id, source_id = event.gallery_id or None, event.source_id or None
                     view = convert.View.of(caller, "events", gallery_id, source_id)
                     message = _event(event, view)

@@ -130,6 +130,8 @@ class Grant:
     sources: tuple[tuple[str, ...], ...] = ()
     similarities: Similarities = "rounded"
     lookups_per_minute: int | None = None
+    own_events: bool = False
+    """Of events, those of streams that the caller has opened itself, and no others."""
 
     @classmethod
     def of(
@@ -148,14 +150,17 @@ class Grant:
     def of_scopes(
         cls, scopes: Iterable[Scope], *, galleries: tuple[str, ...], sources: tuple[str, ...]
     ) -> Grant:
-        """What a key's scopes stand for."""
+        """What a key's scopes stand for. A camera's key hears the sources that it is bound to; one
+        that is bound to none, what its own streams tell: nothing says that the others' are for it.
+        """
         had = frozenset(scopes)
         role = Role(
             "scopes",
             tuple(sorted({verb for scope in had for verb in SCOPE_VERBS[scope]})),
             similarities="exact" if had & {"scores", "admin"} else "rounded",
         )
-        return cls.of(role, galleries=galleries, sources=sources)
+        grant = cls.of(role, galleries=galleries, sources=sources)
+        return dataclasses.replace(grant, own_events=not sources and "admin" not in had)
 
     def covers(self, verb: Verb, other: Grant) -> bool:
         """Whether it lets do this verb wherever the other one does, and see as much."""
@@ -163,6 +168,7 @@ class Grant:
             verb in self.verbs
             and (not self.galleries or self.galleries == other.galleries)
             and (not self.sources or self.sources == other.sources)
+            and (not self.own_events or other.own_events)
             and _OPENNESS.index(self.similarities) >= _OPENNESS.index(other.similarities)
         )
 
@@ -226,12 +232,18 @@ class Caller:
             metadata={"field": field, "scope": verb},
         )
 
-    def hears(self, source_id: str, gallery_id: str) -> bool:
-        """Whether an event of this source and gallery is for this caller; what belongs to
-        neither is for those who are bound to nothing."""
+    def hears(self, source_id: str, gallery_id: str, sender: str) -> bool:
+        """Whether an event of this source and gallery, of a stream that the caller of the name
+        ``sender`` has opened, is for this one; what belongs to none is for those who are bound to
+        nothing."""
         if self.grants is None:
             return True
-        return any(_hears(g, source_id, gallery_id) for g in self.grants if "events" in g.verbs)
+        own = sender == self.name != ""
+        return any(
+            _hears(grant, source_id, gallery_id)
+            for grant in self.grants
+            if "events" in grant.verbs and (own or not grant.own_events)
+        )
 
     def similarities(
         self, verb: Verb, *, gallery: str | None = None, source: str | None = None
@@ -298,7 +310,7 @@ def _hears(grant: Grant, source_id: str, gallery_id: str) -> bool:
         return False
     if grant.galleries and gallery_id:
         return _fits(grant.galleries, gallery_id)
-    return bool(grant.sources)
+    return bool(grant.sources or grant.own_events)
 
 
 def page() -> str:

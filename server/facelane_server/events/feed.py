@@ -53,7 +53,8 @@ class EventKind(enum.StrEnum):
 class Event:
     """``sequence`` counts from 1 in one store, over all its servers and their lives; 0 = not
     written yet. ``time_ns``: wall clock, since the epoch. Fields that do not belong to the kind are
-    empty."""
+    empty. ``sender``: the name of the key whose stream it is about, for who may hear of it; no
+    watcher is told."""
 
     sequence: int
     kind: EventKind
@@ -64,6 +65,7 @@ class Event:
     track: TrackReport | None = None
     pool: str = ""
     message: str = ""
+    sender: str = ""
 
 
 class Keeper(Protocol):
@@ -124,10 +126,11 @@ class EventFeed:
         track: TrackReport | None = None,
         pool: str = "",
         message: str = "",
+        sender: str = "",
     ) -> Event:
         """Tells an event, now or when it is kept; never waits. In the order of the calls."""
         at = self._clock_ns()
-        event = Event(0, kind, at, source_id, stream_id, gallery_id, track, pool, message)
+        event = Event(0, kind, at, source_id, stream_id, gallery_id, track, pool, message, sender)
         if self._keeper is not None:
             self._keeper.take(event)
         elif self._recorded:

@@ -125,6 +125,7 @@ class EventJournal:
                 event.track,
                 event.pool,
                 event.message,
+                event.sender,
             )
         )
         self._changed.set()
@@ -238,4 +239,5 @@ def _event(record: EventRecord) -> Event:
         record.track,
         record.pool,
         record.message,
+        record.sender,
     )

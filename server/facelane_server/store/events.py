@@ -31,7 +31,8 @@ from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT, Vault
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """``sequence`` 0: not written yet. ``time_ns`` since the epoch."""
+    """``sequence`` 0: not written yet. ``time_ns`` since the epoch. ``sender``: the name of the key
+    whose stream it is about; empty for what others than streams tell, and in records of before."""
 
     sequence: int
     kind: str
@@ -42,6 +43,7 @@ class EventRecord:
     track: TrackReport | None = None
     pool: str = ""
     message: str = ""
+    sender: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class _Body:
     track: TrackReport | None
     pool: str = ""
     message: str = ""
+    sender: str = ""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -130,7 +133,7 @@ def _write(connection: sa.Connection, vault: Vault, record: EventRecord) -> None
             source_id=record.source_id,
             stream_id=record.stream_id,
             gallery_id=record.gallery_id,
-            body=_encode(_Body(track, record.pool, record.message)),
+            body=_encode(_Body(track, record.pool, record.message, record.sender)),
         )
     )
 
@@ -163,6 +166,7 @@ def after(database: Database, vault: Vault, seen: int) -> list[EventRecord]:
             None if body.track is None else renamed(body.track, names),
             body.pool,
             body.message,
+            body.sender,
         )
         for row, body in found
     ]
