@@ -7,17 +7,16 @@ relations between values. Environment variables do not override: one file is the
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from facelane_server import limits
+from facelane_server.addresses import LENT, default_socket, is_host_port, is_local
 from facelane_server.domain import Stage
 from facelane_server.naming import hint, is_name
 
@@ -499,45 +498,6 @@ def load(path: Path | None) -> Config:
     return parse(text, source=str(path))
 
 
-LENT: Final = "/run/credentials/"
-"""Where systemd lends secrets to services (LoadCredential=)."""
-
-
-def lent_hint(path: str) -> str:
-    """For messages about a file's content: where it is mended if it is a copy."""
-    if not path.startswith(LENT):
-        return ""
-    name = path.rpartition("/")[2]
-    return f" (systemd's copy; the unit's LoadCredential={name}:... names the original)"
-
-
-def default_socket(environ: Mapping[str, str] = os.environ) -> Path:
-    """See ``Server.listen``; the SDK has the same rule."""
-    if lent := environ.get("RUNTIME_DIRECTORY", "").split(":")[0]:
-        return Path(lent) / "grpc.sock"
-    if own := environ.get("XDG_RUNTIME_DIR"):
-        return Path(own) / "facelane" / "grpc.sock"
-    return Path(f"/tmp/facelane-{os.getuid()}/grpc.sock")  # noqa: S108 - its owner is checked
-
-
-def is_local(listen: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
-    if listen.startswith("unix:"):
-        return True
-    host = listen.rsplit(":", 1)[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_host_port(listen: str) -> bool:
-    host, _, port = listen.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65_535
-
-
 def check(config: Config, *, source: str) -> None:
     """Relations between values. Raises ``ConfigError``."""
 
@@ -545,9 +505,9 @@ def check(config: Config, *, source: str) -> None:
         raise ConfigError(f"{source}: {message}")
 
     listen = config.listen
-    if not listen.startswith("unix:") and not _is_host_port(listen):
+    if not listen.startswith("unix:") and not is_host_port(listen):
         fail(f"server.listen: `{listen}` is neither host:port nor unix:/path")
-    if config.metrics.listen and not _is_host_port(config.metrics.listen):
+    if config.metrics.listen and not is_host_port(config.metrics.listen):
         fail(f"metrics.listen: `{config.metrics.listen}` is not host:port; empty switches it off")
     if bool(config.tls.cert_file) != bool(config.tls.key_file):
         fail("tls: cert_file and key_file go together")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from facelane import transport
-from facelane_server import config
+from facelane_server import addresses, config
 from facelane_server.config import ConfigError
 
 
@@ -149,7 +149,7 @@ def test_values_of_another_kind_name_their_place(text: str) -> None:
     ],
 )
 def test_what_is_local(listen: str, local: bool) -> None:
-    assert config.is_local(listen) is local
+    assert addresses.is_local(listen) is local
 
 
 def test_a_public_server_with_keys_and_tls() -> None:
@@ -176,8 +176,8 @@ key_file = "{tmp_path}/tls.key"
 """
     assert config.parse(text).lent_by_systemd == (lent,)
     assert config.Config().lent_by_systemd == ()
-    assert "LoadCredential=keys.toml:" in config.lent_hint(lent)
-    assert config.lent_hint("/etc/facelane/keys.toml") == ""
+    assert "LoadCredential=keys.toml:" in addresses.lent_hint(lent)
+    assert addresses.lent_hint("/etc/facelane/keys.toml") == ""
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_loopback_is_no_password() -> None:
 
 def test_the_default_socket_is_where_clients_look() -> None:
     for environ in ({"XDG_RUNTIME_DIR": "/run/user/7"}, {}):
-        found = f"unix:{config.default_socket(environ)}"
+        found = f"unix:{addresses.default_socket(environ)}"
         assert transport.default_target(environ) == found
-    assert str(config.default_socket({"RUNTIME_DIRECTORY": "/run/facelane:/x"})) == (
+    assert str(addresses.default_socket({"RUNTIME_DIRECTORY": "/run/facelane:/x"})) == (
         "/run/facelane/grpc.sock"
     )
     assert not config.Config().wants_keys

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
-from facelane_server import config, limits
+from facelane_server import addresses, config, limits
 from facelane_server.doctor.report import Finding, Status
 from facelane_server.domain import Encoding, FacelaneError, Picture, Stage
 from facelane_server.edge.auth import Authenticator, read_file
@@ -69,7 +69,7 @@ def check_metrics(settings: config.Config) -> Finding:
     if not listen:
         return Finding("metrics", Status.SKIP, "switched off")
     check = _port_check("metrics", "metrics.listen", listen)
-    if check.status is Status.OK and not config.is_local(listen):
+    if check.status is Status.OK and not addresses.is_local(listen):
         return Finding("metrics", Status.OK, f"{check.detail}; whoever reaches it may read them")
     return check
 
@@ -106,7 +106,7 @@ def check_keys(settings: config.Config) -> Finding:
         found = read_file(Path(file))
         certificates = f", {n} certificate(s)" if (n := len(found.certificates)) else ""
         return Finding("keys", Status.OK, f"{file}: {len(found.keys)} key(s){certificates}")
-    if config.is_local(settings.listen):
+    if addresses.is_local(settings.listen):
         return Finding("keys", Status.OK, "none needed: reachable from this machine alone")
     advice = "whoever reaches the address may enrol, delete and drain: set auth.mode and keys_file"
     return Finding("keys", Status.WARN, "switched off", advice)
@@ -116,7 +116,7 @@ def check_tls(settings: config.Config) -> Finding:
     """The certificate, its key, its dates, and whom it is for."""
     section = settings.tls
     if not section.cert_file:
-        if config.is_local(settings.listen):
+        if addresses.is_local(settings.listen):
             return Finding("tls", Status.SKIP, "not configured, not needed")
         advice = "pictures and keys cross the network unencrypted: set tls.cert_file and key_file"
         return Finding("tls", Status.WARN, "not configured", advice)

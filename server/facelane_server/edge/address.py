@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 
-from facelane_server import config
+from facelane_server import addresses, config
 from facelane_server.edge.tls import Presented
 
 
@@ -59,7 +59,7 @@ def bind(
 
 def _own_folder(folder: Path) -> None:
     """Makes the folder of a default socket; refuses one that somebody else has put there."""
-    if folder != config.default_socket().parent:
+    if folder != addresses.default_socket().parent:
         return
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

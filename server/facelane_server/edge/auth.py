@@ -23,7 +23,8 @@ from typing import Annotated, Final
 import msgspec
 import structlog
 
-from facelane_server.config import Config, ConfigError, lent_hint
+from facelane_server.addresses import lent_hint
+from facelane_server.config import Config, ConfigError
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge.roles import (
     ANYBODY,

@@ -20,7 +20,7 @@ from facelane.v1 import (
     gallery_service_pb2_grpc,
     server_service_pb2_grpc,
 )
-from facelane_server import __version__, config, limits
+from facelane_server import __version__, addresses, config, limits
 from facelane_server.domain import Stage
 from facelane_server.edge import address
 from facelane_server.edge.analysis import AnalysisService
@@ -149,7 +149,7 @@ class Edge:
         await server.start()
         self._expiry = asyncio.create_task(self._gate.watch_expiry(), name="key-expiry")
         log.info("listening", address=listen, version=__version__)
-        if not (self._authenticator.required or config.is_local(listen)):
+        if not (self._authenticator.required or addresses.is_local(listen)):
             log.warning("other machines can reach the server, and need no key", address=listen)
 
     async def close(self) -> None:

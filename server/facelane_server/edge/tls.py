@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 import grpc
 
-from facelane_server.config import ConfigError, Tls, lent_hint
+from facelane_server.addresses import lent_hint
+from facelane_server.config import ConfigError, Tls
 from facelane_server.edge.auth import NO_PEER, Peer
 from facelane_server.edge.errors import Context
 
