@@ -126,9 +126,11 @@ def analyze_image(
     """The faces of one picture.
 
     ``options`` (``facelane.AnalysisOptions`` says more): ``skip_recognition``,
-    ``skip_liveness``, ``gallery``, ``max_faces``, ``max_candidates``, ``min_face_size``.
+    ``skip_liveness``, ``gallery``, ``max_faces``, ``max_candidates``, ``min_face_size``,
+    ``false_naming``, ``match_threshold``.
 
     Raises:
+        PermissionDeniedError: names that are less sure than the server's (NAMING_TOO_LOOSE).
         PictureError: the picture cannot be read, or is beyond the server's limits.
         OverloadedError, UnavailableError: try again later.
     """

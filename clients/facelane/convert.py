@@ -195,6 +195,8 @@ def analysis_options(
     max_faces: int = 0,
     max_candidates: int = 0,
     min_face_size: int = 0,
+    false_naming: float | None = None,
+    match_threshold: float | None = None,
 ) -> analysis_service_pb2.AnalysisOptions:
     """``types.AnalysisOptions`` for the wire."""
     return analysis_service_pb2.AnalysisOptions(
@@ -204,6 +206,8 @@ def analysis_options(
         max_faces=count("max_faces", max_faces),
         max_candidates=count("max_candidates", max_candidates),
         min_face_size=count("min_face_size", min_face_size),
+        false_naming=false_naming,
+        match_threshold=match_threshold,
     )
 
 
@@ -375,6 +379,8 @@ def _opened(pb: analysis_service_pb2.StreamOpened) -> types.StreamOpened:
         ),
         dict(pb.models),
         pb.server_version,
+        pb.false_naming if pb.HasField("false_naming") else None,
+        pb.match_threshold if pb.HasField("match_threshold") else None,
     )
 
 

@@ -96,6 +96,8 @@ class Reason(enum.StrEnum):
     # The caller.
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
+    NAMING_TOO_LOOSE = "NAMING_TOO_LOOSE"
+    NAMING_NOT_MEASURED = "NAMING_NOT_MEASURED"
     QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
     # Events and administration.
     RESUME_TOKEN_INVALID = "RESUME_TOKEN_INVALID"  # noqa: S105 - a reason, no secret

@@ -159,6 +159,10 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_faces: Annotated[int, Meta(ge=0, le=1024)] = 0
     max_candidates: Annotated[int, Meta(ge=0, le=10)] = 0
     min_face_size: Annotated[int, Meta(ge=0, le=8192)] = 0
+    false_naming: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """The share of strangers that may be named here, no higher than the server's."""
+    match_threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
+    """Instead: the least cosine of a match."""
 
     open_timeout: Seconds = 10.0
     read_timeout: Seconds = 30.0
@@ -388,6 +392,8 @@ def _camera(values: Mapping[str, Any], where: str) -> CameraSettings:
             f'{where}: max_side scales pictures, and video = "pass" leaves them as they are; '
             "leave one of them out"
         )
+    if camera.false_naming is not None and camera.match_threshold is not None:
+        raise ConfigError(f"{where}: give one of false_naming and match_threshold")
     if 0 < camera.analysis_fps < MIN_ANALYSIS_FPS:
         raise ConfigError(f"{where}: analysis_fps is 0 (all) or at least {MIN_ANALYSIS_FPS:g}")
     if camera.is_live and camera.loop:

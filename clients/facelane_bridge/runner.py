@@ -273,6 +273,8 @@ class CameraRunner:
             max_faces=camera.max_faces,
             max_candidates=camera.max_candidates,
             min_face_size=camera.min_face_size,
+            false_naming=camera.false_naming,
+            match_threshold=camera.match_threshold,
             # What is not passed on is thinned out here already.
             analysis_fps=camera.analysed_fps if camera.passes_video else 0.0,
         )

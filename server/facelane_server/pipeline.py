@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 from facelane_server.domain import (
     Box,
     Candidate,
+    Decision,
     DetectedFace,
     Face,
     FacelaneError,
@@ -34,6 +35,7 @@ from facelane_server.domain import (
     StageTiming,
 )
 from facelane_server.gallery import decide
+from facelane_server.gallery.asked import Asked
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.pools.groups import Wanted
 from facelane_server.pools.tasks import (
@@ -87,6 +89,8 @@ class Plan:
     max_candidates: int = 0
     min_face_size: int = 0
     want_vectors: bool = False
+    naming: Asked | None = None
+    """What the caller asks of names; ``None`` = as the server is set up."""
     want_chips: bool = False
     """Of single pictures: what the recogniser saw of each face."""
 
@@ -322,22 +326,35 @@ class Pipeline:
         deleted is named no more, whatever was seen before."""
         return all(self.known(plan.gallery_id, subject_id) for subject_id in identity.subjects)
 
+    def named_by(self, plan: Plan) -> Thresholds | None:
+        """What holds for the plan's names; ``None``: nobody is to be named."""
+        there = self.thresholds.at(plan.gallery_id, plan.source_id)
+        return there if plan.naming is None else plan.naming.applied(there)
+
+    def check_naming(self, plan: Plan) -> None:
+        """Raises ``FacelaneError`` when the plan asks for names that it may not have."""
+        if plan.naming is not None:
+            there = self.thresholds.at(plan.gallery_id, plan.source_id)
+            plan.naming.check(there, self.searched(plan.gallery_id))
+
     def identity(self, evidence: Evidence, plan: Plan) -> Identity:
+        thresholds = self.named_by(plan)
+        if thresholds is None:
+            return Identity(Decision.NOT_EVALUATED)
         return decide.identify(
             evidence.ood_score,
             evidence.candidates,
-            self.thresholds.at(plan.gallery_id, plan.source_id),
+            thresholds,
             searched=self.searched(plan.gallery_id),
             keep=plan.max_candidates,
         )
 
     def resembles(self, evidence: Evidence, plan: Plan) -> str:
         """See ``decide.resembles``."""
-        return decide.resembles(
-            evidence.ood_score,
-            evidence.candidates,
-            self.thresholds.at(plan.gallery_id, plan.source_id),
-        )
+        thresholds = self.named_by(plan)
+        if thresholds is None:
+            return ""
+        return decide.resembles(evidence.ood_score, evidence.candidates, thresholds)
 
     def liveness(self, score: float | None) -> Liveness:
         return decide.liveness(score, self.thresholds)

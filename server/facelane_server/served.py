@@ -103,6 +103,7 @@ def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Th
             spoof=pick(Stage.LIVENESS, "spoof", chosen.spoof_threshold, 0.0),
             looks=chosen.agreeing_looks,
             enroll_ood=chosen.enroll_ood,
+            bands=tuple(bands),
         )
         general = naming(plain, chosen)
         return replace(

@@ -79,6 +79,14 @@ def analyze(
     max_faces: Annotated[int, typer.Option(min=0, help="0 = the server's limit.")] = 0,
     max_candidates: Annotated[int, typer.Option(min=0, max=10)] = 0,
     min_face_size: Annotated[int, typer.Option(min=0, help="In pixels.")] = 0,
+    false_naming: Annotated[
+        float | None,
+        typer.Option(help="The share of strangers that may be named: less than the server's."),
+    ] = None,
+    match_threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Instead: the least cosine of a match."),
+    ] = None,
     skip_recognition: Annotated[bool, typer.Option("--skip-recognition")] = False,
     skip_liveness: Annotated[bool, typer.Option("--skip-liveness")] = False,
     max_frames: Annotated[int, typer.Option(min=0, help="Stop after so many; 0 = all.")] = 0,
@@ -110,6 +118,8 @@ def analyze(
         "max_faces": max_faces,
         "max_candidates": max_candidates,
         "min_face_size": min_face_size,
+        "false_naming": false_naming,
+        "match_threshold": match_threshold,
         "skip_recognition": skip_recognition,
         "skip_liveness": skip_liveness,
         "disable_tracking": opened.stills,

@@ -138,6 +138,12 @@ class AnalysisOptions(TypedDict, total=False):
     """Candidates to list for each face, 0-10."""
     min_face_size: int
     """Ignore faces whose box is narrower than this, in pixels."""
+    false_naming: float | None
+    """The share of strangers that may be named here, in (0, 1); ``None`` = as the server is set
+    up. A lower one makes names rarer and surer; a higher one is refused with NAMING_TOO_LOOSE
+    unless the key's role has ``loosen-naming``."""
+    match_threshold: float | None
+    """Instead: the least cosine of a match, in [0, 1], besides what the server asks for."""
 
 
 class StreamConfigOptions(AnalysisOptions, total=False):
@@ -186,12 +192,16 @@ class StreamLimits:
 
 @dataclass(frozen=True, slots=True)
 class StreamOpened:
-    """The server accepted the stream. ``models`` maps a stage to name@version."""
+    """The server accepted the stream. ``models`` maps a stage to name@version. ``false_naming``:
+    the share of strangers that may be named in it, ``match_threshold``: the least cosine of a
+    match; both ``None`` where nobody is named."""
 
     stream_id: str
     limits: StreamLimits
     models: Mapping[str, str] = field(default_factory=dict)
     server_version: str = ""
+    false_naming: float | None = None
+    match_threshold: float | None = None
 
 
 class StreamUpdateKind(enum.StrEnum):

@@ -125,6 +125,8 @@ class AnalysisOptions(_message.Message):
     MAX_FACES_FIELD_NUMBER: _builtins.int
     MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
     MIN_FACE_SIZE_FIELD_NUMBER: _builtins.int
+    FALSE_NAMING_FIELD_NUMBER: _builtins.int
+    MATCH_THRESHOLD_FIELD_NUMBER: _builtins.int
     skip_recognition: _builtins.bool
     """Do not identify."""
     skip_liveness: _builtins.bool
@@ -137,6 +139,15 @@ class AnalysisOptions(_message.Message):
     """Candidates to list for each face, 0-10."""
     min_face_size: _builtins.int
     """Ignore faces whose box is narrower than this, in pixels."""
+    false_naming: _builtins.float
+    """The share of strangers that may be named here, in (0, 1); unset = as the server is set up for
+    the gallery and the source. A lower one makes names rarer and surer. A higher one than the
+    server's is refused with NAMING_TOO_LOOSE, unless the key's role has `loosen-naming`.
+    """
+    match_threshold: _builtins.float
+    """Instead: the least cosine of a match, in [0, 1]. Where `false_naming` holds on the server, a
+    match needs this besides; with `loosen-naming` it needs this alone.
+    """
     def __init__(
         self,
         *,
@@ -146,12 +157,21 @@ class AnalysisOptions(_message.Message):
         max_faces: _builtins.int = ...,
         max_candidates: _builtins.int = ...,
         min_face_size: _builtins.int = ...,
+        false_naming: _builtins.float | None = ...,
+        match_threshold: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "match_threshold", b"match_threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery_id", b"gallery_id", "max_candidates", b"max_candidates", "max_faces", b"max_faces", "min_face_size", b"min_face_size", "skip_liveness", b"skip_liveness", "skip_recognition", b"skip_recognition"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "gallery_id", b"gallery_id", "match_threshold", b"match_threshold", "max_candidates", b"max_candidates", "max_faces", b"max_faces", "min_face_size", b"min_face_size", "skip_liveness", b"skip_liveness", "skip_recognition", b"skip_recognition"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__false_naming: _TypeAlias = _typing.Literal["false_naming"]  # noqa: Y015
+    _WhichOneofArgType__false_naming: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming"]  # noqa: Y015
+    _WhichOneofReturnType__match_threshold: _TypeAlias = _typing.Literal["match_threshold"]  # noqa: Y015
+    _WhichOneofArgType__match_threshold: _TypeAlias = _typing.Literal["_match_threshold", b"_match_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__false_naming) -> _WhichOneofReturnType__false_naming | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__match_threshold) -> _WhichOneofReturnType__match_threshold | None: ...
 
 Global___AnalysisOptions: _TypeAlias = AnalysisOptions  # noqa: Y015
 
@@ -354,8 +374,16 @@ class StreamOpened(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    FALSE_NAMING_FIELD_NUMBER: _builtins.int
+    MATCH_THRESHOLD_FIELD_NUMBER: _builtins.int
     stream_id: _builtins.str
     server_version: _builtins.str
+    false_naming: _builtins.float
+    """What names must keep to in this stream: the share of strangers that may be named, the least
+    cosine of a match, or both. Each outcome tells the threshold that came of it. Unset: nobody is
+    named here.
+    """
+    match_threshold: _builtins.float
     @_builtins.property
     def limits(self) -> Global___StreamLimits: ...
     @_builtins.property
@@ -369,12 +397,21 @@ class StreamOpened(_message.Message):
         limits: Global___StreamLimits | None = ...,
         models: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         server_version: _builtins.str = ...,
+        false_naming: _builtins.float | None = ...,
+        match_threshold: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "limits", b"limits", "match_threshold", b"match_threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "models", b"models", "server_version", b"server_version", "stream_id", b"stream_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "limits", b"limits", "match_threshold", b"match_threshold", "models", b"models", "server_version", b"server_version", "stream_id", b"stream_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__false_naming: _TypeAlias = _typing.Literal["false_naming"]  # noqa: Y015
+    _WhichOneofArgType__false_naming: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming"]  # noqa: Y015
+    _WhichOneofReturnType__match_threshold: _TypeAlias = _typing.Literal["match_threshold"]  # noqa: Y015
+    _WhichOneofArgType__match_threshold: _TypeAlias = _typing.Literal["_match_threshold", b"_match_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__false_naming) -> _WhichOneofReturnType__false_naming | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__match_threshold) -> _WhichOneofReturnType__match_threshold | None: ...
 
 Global___StreamOpened: _TypeAlias = StreamOpened  # noqa: Y015
 

@@ -117,6 +117,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """No key, or one that the server does not know."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 38
     """The key may not do this."""
+    ERROR_REASON_NAMING_TOO_LOOSE: _ErrorReason.ValueType  # 61
+    """A share of strangers or a match threshold was asked for that is looser than what the server
+    is set up for, and the key may not have it so.
+    """
+    ERROR_REASON_NAMING_NOT_MEASURED: _ErrorReason.ValueType  # 62
+    """A share of strangers was asked for, and the recogniser's package does not say how similar
+    different people are to it.
+    """
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 46
     """The key has as much under way as is its share."""
     ERROR_REASON_RESUME_TOKEN_INVALID: _ErrorReason.ValueType  # 39
@@ -233,6 +241,14 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 37
 """No key, or one that the server does not know."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 38
 """The key may not do this."""
+ERROR_REASON_NAMING_TOO_LOOSE: ErrorReason.ValueType  # 61
+"""A share of strangers or a match threshold was asked for that is looser than what the server
+is set up for, and the key may not have it so.
+"""
+ERROR_REASON_NAMING_NOT_MEASURED: ErrorReason.ValueType  # 62
+"""A share of strangers was asked for, and the recogniser's package does not say how similar
+different people are to it.
+"""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 46
 """The key has as much under way as is its share."""
 ERROR_REASON_RESUME_TOKEN_INVALID: ErrorReason.ValueType  # 39

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from dataclasses import replace
 from typing import Any, Final
 
 import grpc
@@ -14,7 +15,7 @@ from facelane.v1 import analysis_service_pb2 as pb
 from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, tracking
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Outcome, Reason
+from facelane_server.domain import FacelaneError, Outcome, Reason, Stage
 from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
@@ -174,6 +175,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             )
         caller = gate.caller()
         options = convert.lane_options(first.config, self._config, caller)
+        self._pipeline.check_naming(options.plan)
         sender = Sender(caller.name, caller.weight)
         self._load.admit(options, sender)
         lane = Lane(
@@ -204,6 +206,10 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             ),
             models=self._controls.model_ids(),
             server_version=__version__,
+            **convert.names_by(
+                self._pipeline.named_by(options.plan),
+                options.plan.recognize and Stage.RECOGNIZER in self._pipeline.pools,
+            ),
         )
         await gate.write(
             context,
@@ -272,6 +278,10 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         gallery_id = convert.gallery(request.options.gallery_id, caller, "analyze")
         named = caller.may("identify", gallery=gallery_id)
         plan = convert.plan(request.options, self._config, gallery_id if named else "")
+        if named:
+            asked = convert.naming(request.options, caller, gallery_id, None)
+            plan = replace(plan, naming=asked)
+            self._pipeline.check_naming(plan)
         picture = convert.picture(request.picture, self._config)
         if named and plan.recognize:
             self._quotas.look_up(caller, caller.lookups_per_minute("identify", gallery=gallery_id))

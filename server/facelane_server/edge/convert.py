@@ -37,6 +37,8 @@ from facelane_server.domain import (
 from facelane_server.edge.errors import status
 from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.roles import Caller, Similarities, Verb
+from facelane_server.gallery.asked import Asked
+from facelane_server.gallery.decide import Thresholds
 from facelane_server.lanes import LaneOptions
 from facelane_server.naming import DEFAULT_GALLERY, gallery_name, is_name
 from facelane_server.pipeline import Plan
@@ -123,6 +125,42 @@ def plan(options: analysis_pb.AnalysisOptions, config: Config, gallery_id: str) 
     )
 
 
+_GRAINS: Final[dict[Similarities, float]] = {"exact": 0.0, "rounded": 0.01, "withheld": 0.05}
+
+
+def naming(
+    options: analysis_pb.AnalysisOptions, caller: Caller, gallery_id: str, source_id: str | None
+) -> Asked | None:
+    """What a caller asks of names. Raises ``FacelaneError``."""
+    share = options.false_naming if options.HasField("false_naming") else None
+    match = options.match_threshold if options.HasField("match_threshold") else None
+    if share is None and match is None:
+        return None
+    if share is not None and match is not None:
+        raise invalid("give one of false_naming and match_threshold", field="match_threshold")
+    if share is not None and not 0.0 < share < 1.0:  # nor NaN
+        raise invalid("false_naming must be between 0 and 1, both excluded", field="false_naming")
+    if match is not None and not 0.0 <= match <= 1.0:
+        raise invalid("match_threshold must be 0-1", field="match_threshold")
+    there = {"gallery": gallery_id, "source": source_id}
+    return Asked(
+        share,
+        match,
+        looser=caller.may("loosen-naming", **there),
+        grain=_GRAINS[caller.similarities("identify", **there)],
+    )
+
+
+def names_by(thresholds: Thresholds | None, recognised: bool) -> dict[str, float]:
+    """What ``StreamOpened`` says of the stream's names."""
+    if thresholds is None or not recognised:
+        return {}
+    if thresholds.promise is None:
+        return {"match_threshold": max(thresholds.match, thresholds.least)}
+    told = {"false_naming": thresholds.promise.false_naming}
+    return {**told, "match_threshold": thresholds.least} if thresholds.least > -1.0 else told
+
+
 def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Caller) -> LaneOptions:
     """A stream's config. Raises ``FacelaneError``: CONFIG_INVALID, or PERMISSION_DENIED for a
     source or a gallery that the caller's key is not for."""
@@ -160,7 +198,11 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Call
         gallery_id = gallery_name(there)
         return LaneOptions(
             source_id=source_id,
-            plan=replace(plan(message.options, config, gallery_id), source_id=source_id),
+            plan=replace(
+                plan(message.options, config, gallery_id),
+                source_id=source_id,
+                naming=naming(message.options, caller, gallery_id, source_id),
+            ),
             overload=Overload.LOSSLESS if lossless else Overload.LATEST_WINS,
             max_frame_age_ns=age_ns,
             weight=message.weight or DEFAULT_WEIGHT,

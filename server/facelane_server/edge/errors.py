@@ -79,6 +79,8 @@ CODES: Final[dict[Reason, int]] = {
     Reason.ETAG_MISMATCH: code_pb2.ABORTED,
     Reason.UNAUTHENTICATED: code_pb2.UNAUTHENTICATED,
     Reason.PERMISSION_DENIED: code_pb2.PERMISSION_DENIED,
+    Reason.NAMING_TOO_LOOSE: code_pb2.PERMISSION_DENIED,
+    Reason.NAMING_NOT_MEASURED: code_pb2.FAILED_PRECONDITION,
     Reason.HISTORY_LOST: code_pb2.OUT_OF_RANGE,
 }
 

@@ -31,6 +31,7 @@ Verb = Literal[
     "audit",
     "admin",
     "waive-liveness",
+    "loosen-naming",
 ]
 VERBS: Final[tuple[Verb, ...]] = get_args(Verb)
 
@@ -47,7 +48,10 @@ MEANINGS: Final[dict[Verb, str]] = {
     "audit": "read the audit log (no method of this version asks for it)",
     "admin": "restart workers, reload models, drain the server; nothing else",
     "waive-liveness": "have faces verified that are not LIVE",
+    "loosen-naming": "ask for names that are less sure than the server is set up for",
 }
+BY_NAME_ALONE: Final[frozenset[Verb]] = frozenset({"waive-liveness", "loosen-naming"})
+"""What nobody may who has no role that says so."""
 
 Similarities = Literal["exact", "rounded", "withheld"]
 _OPENNESS: Final[tuple[Similarities, ...]] = ("withheld", "rounded", "exact")
@@ -62,7 +66,7 @@ SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 SCOPE_VERBS: Final[dict[Scope, tuple[Verb, ...]]] = {
     "analyze": ("analyze", "identify", "events"),
     "gallery": ("identify", "enroll", "gallery.read", "gallery.write"),
-    "admin": tuple(verb for verb in VERBS if verb != "waive-liveness"),
+    "admin": tuple(verb for verb in VERBS if verb not in BY_NAME_ALONE),
     "scores": (),
     "reassign": ("reassign",),
     "waive-liveness": ("waive-liveness",),
@@ -176,7 +180,7 @@ class Grant:
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who makes a call. ``grants`` None: nobody has to show anything here, and everybody may
-    all but ``waive-liveness``. ``proof``: the hash of a key, or the name in a certificate.
+    all but ``BY_NAME_ALONE``. ``proof``: the hash of a key, or the name in a certificate.
     ``streams``: how many it may have open, None = as ``quotas.streams`` says."""
 
     name: str = ""
@@ -199,13 +203,13 @@ class Caller:
     def verbs(self) -> frozenset[Verb]:
         """All that it may somewhere."""
         if self.grants is None:
-            return frozenset(VERBS) - {"waive-liveness"}
+            return frozenset(VERBS) - BY_NAME_ALONE
         return frozenset(verb for grant in self.grants for verb in grant.verbs)
 
     def may(self, verb: Verb, *, gallery: str | None = None, source: str | None = None) -> bool:
         """Whether it may do so in this gallery and at this source; None = anywhere."""
         if self.grants is None:
-            return verb != "waive-liveness"
+            return verb not in BY_NAME_ALONE
         return any(True for _ in self._there(verb, gallery, source))
 
     def place(

@@ -23,7 +23,7 @@ from facelane_server.domain import (
     Liveness,
     LivenessVerdict,
 )
-from facelane_server.models.promise import Promise
+from facelane_server.models.promise import Band, Promise
 
 BEYOND_DOUBT: Final = 0.01
 """A look is beyond doubt when it would match for this share of the promise, too."""
@@ -50,6 +50,12 @@ class Thresholds:
     spoof: float = 0.5
     enroll_ood: float | None = None
     promise: Promise | None = None
+    bands: tuple[Band, ...] = ()
+    """What was measured of the recogniser, whether a promise follows from it or not."""
+    least: float = -1.0
+    """A match needs this cosine at least, whatever the promise says, [-1, 1]."""
+    grain: float = 0.0
+    """Match thresholds are rounded up to a multiple of it; 0 = as they are."""
     looks: int = 2
     """How many looks of a track must agree before it is named, 1 or 2, where there is a promise;
     one will do where it is beyond doubt (``certain_at``)."""
@@ -87,15 +93,22 @@ class Thresholds:
     def match_at(self, ood_score: float, searched: int) -> float:
         """Least cosine of a match for a probe of this OOD score among ``searched`` templates."""
         if self.promise is None:
-            return self.match
-        return self.promise.match(ood_score, searched)
+            return self._rounded(self.match)
+        return self._rounded(self.promise.match(ood_score, searched))
 
     def certain_at(self, ood_score: float, searched: int) -> float:
         """Cosine from which on one look names a track by itself, [-1, 1]."""
         if self.promise is None or self.looks == 1:
             return self.match_at(ood_score, searched)
         share = self.promise.false_naming * BEYOND_DOUBT
-        return replace(self.promise, false_naming=share).match(ood_score, searched)
+        return self._rounded(replace(self.promise, false_naming=share).match(ood_score, searched))
+
+    def _rounded(self, match: float) -> float:
+        least = max(match, self.least)
+        if not self.grain:
+            return least
+        # A multiple as floats have it may lie a little above: 0.35 / 0.05 is 6.999...
+        return min(1.0, math.ceil(least / self.grain - 1e-9) * self.grain)
 
 
 def best_first(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:

@@ -1,0 +1,99 @@
+"""What a stream, a picture, and the command ask of names, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.e2e import wire
+from tests.running_server import RunningServer
+from typer.testing import CliRunner
+
+import facelane
+from facelane import aio
+from facelane.cli.app import app
+
+
+def decisions(client: facelane.Client, **options: float) -> set[tuple[str, float | None]]:
+    frames = [facelane.Frame(wire.picture(71), stream_offset=k / 10) for k in range(4)]
+    outcomes = list(client.analyze(frames, source_id="asks", gallery="asked", **options))  # type: ignore[arg-type]
+    assert all(outcome.result for outcome in outcomes)
+    return {
+        (face.identity.decision.value, face.identity.threshold)
+        for outcome in outcomes
+        if outcome.result
+        for face in outcome.result.faces
+    }
+
+
+def test_a_stream_may_have_surer_names(client: facelane.Client) -> None:
+    client.enroll("ada-who-is-asked-for", wire.picture(71), gallery="asked")
+    [(decision, usual)] = decisions(client)
+    assert decision == "MATCH"
+    assert usual is not None
+    [(decision, needed)] = decisions(client, match_threshold=0.75)
+    assert (decision, needed) == ("MATCH", 0.75), "the very picture that was enrolled"
+    other = wire.picture(71, size=(64, 96))
+    for threshold in (None, 1.0):
+        result = client.analyze_image(other, gallery="asked", match_threshold=threshold)
+        [face] = result.faces
+        assert face.identity.matched is (
+            threshold is None and (face.identity.similarity or 0) >= usual
+        )
+        assert face.identity.threshold == (threshold or usual)
+
+
+def test_the_opening_says_what_holds(client: facelane.Client) -> None:
+    with client.analyze_stream(match_threshold=0.75) as stream:
+        assert (stream.opened.match_threshold, stream.opened.false_naming) == (0.75, None)
+        stream.close_send()
+    with client.analyze_stream(skip_recognition=True) as stream:
+        assert stream.opened.match_threshold is None
+        stream.close_send()
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"match_threshold": 0.0}, "NAMING_TOO_LOOSE"),
+        ({"false_naming": 0.0001}, "NAMING_NOT_MEASURED"),
+        ({"match_threshold": 2.0}, "CONFIG_INVALID"),
+        ({"false_naming": 0.01, "match_threshold": 0.9}, "CONFIG_INVALID"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_says_why(
+    client: facelane.Client, server: RunningServer, asked: dict[str, float], reason: str
+) -> None:
+    with pytest.raises(facelane.FacelaneError) as refused, client.analyze_stream(**asked):  # type: ignore[arg-type]
+        pass
+    assert refused.value.reason == reason
+    assert not refused.value.retryable
+    with pytest.raises(facelane.FacelaneError) as refused:
+        client.analyze_image(wire.picture(1), **asked)  # type: ignore[arg-type]
+    assert refused.value.reason == reason.replace("CONFIG", "ARGUMENT")
+
+    async def open_one() -> None:
+        async with aio.Client(server.target) as waiting, waiting.analyze_stream(**asked):  # type: ignore[arg-type]
+            pass
+
+    with pytest.raises(facelane.FacelaneError) as refused:
+        asyncio.run(open_one())
+    assert refused.value.reason == reason
+
+
+def test_the_command_asks_too(
+    client: facelane.Client, server: RunningServer, tmp_path: Path
+) -> None:
+    client.enroll("bea-who-is-asked-for", wire.picture(72), gallery="commanded")
+    path = tmp_path / "face.jpg"
+    path.write_bytes(wire.encoded(seed=72))
+    command = ["--target", server.target, "analyze", str(path), "--gallery", "commanded"]
+    command += ["--format", "jsonl"]
+    done = CliRunner().invoke(app, [*command, "--match-threshold", "0"])
+    assert done.exit_code != 0
+    assert "loosen-naming" in done.output
+    done = CliRunner().invoke(app, [*command, "--match-threshold", "0.99"])
+    assert done.exit_code == 0, done.output
+    assert '"threshold":0.99' in done.output.replace(" ", "")
