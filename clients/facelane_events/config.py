@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from datetime import datetime, time
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -101,10 +101,21 @@ class Mqtt(_Sink, frozen=True, kw_only=True, tag_field="type", tag="mqtt"):
     username: str = ""
     password_file: str = ""
     prefix: Annotated[str, Meta(pattern=r"^[^#+\x00]{1,128}$")] = "facelane"
-    """Topics are ``<prefix>/<source>/event`` and ``.../<state>``."""
+    """Topics are ``<prefix>/<source>/event`` and ``.../<state>``; ONVIF's TopicPrefix, which
+    names the producer."""
+    payload: Literal["event", "onvif"] = "event"
+    """``onvif``: topics and JSON of ONVIF's event broker (Profile M) instead of ours."""
     homeassistant: bool = False
     """Publish Home Assistant's discovery, one device a camera."""
     discovery_prefix: Annotated[str, Meta(pattern=r"^[^#+\x00]{1,128}$")] = "homeassistant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.payload == "onvif" and (self.homeassistant or self.template):
+            raise ValueError(
+                'payload = "onvif" has topics and bodies of its own: write homeassistant and '
+                "template at a second sink"
+            )
 
 
 class Webhook(_Sink, frozen=True, kw_only=True, tag_field="type", tag="webhook"):

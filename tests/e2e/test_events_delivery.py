@@ -5,13 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import shutil
 import signal
-import socket
 import socketserver
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +18,9 @@ import aiomqtt
 import nats
 import pytest
 from standardwebhooks.webhooks import Webhook
+from tests.event_deliveries import deliver as deliver_all
+from tests.fakes import receivers
+from tests.fakes.receivers import Broker, Deliverer
 from tests.fakes.scripted_server import ScriptedServer
 from tests.running_server import RunningServer, free_port
 from tests.waiting import auntil, until
@@ -34,51 +32,10 @@ KILLS = 3
 
 
 def program(name: str) -> str:
-    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    found = receivers.found(name)
     if found is None:
         pytest.skip(f"needs {name} (Debian packages in CONTRIBUTING.md)")
     return found
-
-
-class Deliverer:
-    """``facelane-events run`` on a configuration; killed and started as often as wanted."""
-
-    def __init__(self, folder: Path, target: str, sinks: str) -> None:
-        self.state = folder / "state"
-        self._config = folder / "events.toml"
-        self._config.write_text(
-            f'state_dir = "{self.state}"\n[server]\ntarget = "{target}"\n{sinks}'
-        )
-        self._log = folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "facelane_events", "run", str(self._config)], stderr=log
-            )
-
-    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        assert self._process is not None
-        self._process.send_signal(number)
-        code = self._process.wait(60)
-        self._process = None
-        return code
-
-    def ask(self, command: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "facelane_events", command, str(self._config)],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
-
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(60)
 
 
 @pytest.fixture
@@ -288,15 +245,15 @@ def test_a_server_that_refuses_for_good_is_told(deliver: Any, tmp_path: Path) ->
         one = deliver(
             server.target, f'[[sink]]\ntype = "jsonl"\nname = "f"\npath = "{tmp_path}/f"\n'
         )
-        text = one._config.read_text().replace(
+        text = one.config.read_text().replace(
             "[[sink]]", f'token_file = "{tmp_path / "token"}"\n[[sink]]', 1
         )
-        one._config.write_text(text)
+        one.config.write_text(text)
         for command in ("run", "check"):
             code, said = one.ask(command)
             assert code == 4, said
             assert "UNAUTHENTICATED" in said
-        one._config.write_text(text.replace("jsonl", "fax"))
+        one.config.write_text(text.replace("jsonl", "fax"))
         code, said = one.ask("run")
         assert (code, "fax" in said) == (2, True)
 
@@ -338,39 +295,9 @@ def test_syslog_over_tcp_comes_whole_and_in_order(server: ScriptedServer, delive
 # -- brokers ------------------------------------------------------------------------------------
 
 
-class Broker:
-    """A broker's process, on a port of its own; killed and started again."""
-
-    def __init__(self, command: list[str], port: int) -> None:
-        self._command, self.port = command, port
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        until(self._answers, what=f"{self._command[0]} on port {self.port}")
-
-    def _answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(60)
-            self._process = None
-
-
 @pytest.fixture
 def mosquitto(tmp_path: Path) -> Iterator[Broker]:
-    port = free_port()
-    config = tmp_path / "mosquitto.conf"
-    config.write_text(
-        f"listener {port} 127.0.0.1\nallow_anonymous true\nuser root\n"
-        f"persistence true\npersistence_location {tmp_path}/\nautosave_interval 1\n"
-    )
-    broker = Broker([program("mosquitto"), "-c", str(config)], port)
+    broker = receivers.mosquitto(program("mosquitto"), free_port(), tmp_path / "mosquitto")
     broker.start()
     yield broker
     broker.kill()
@@ -378,9 +305,7 @@ def mosquitto(tmp_path: Path) -> Iterator[Broker]:
 
 @pytest.fixture
 def nats_server(tmp_path: Path) -> Iterator[Broker]:
-    port = free_port()
-    command = [program("nats-server"), "-a", "127.0.0.1", "-p", str(port), "-js"]
-    broker = Broker([*command, "-sd", str(tmp_path / "jetstream")], port)
+    broker = receivers.nats_server(program("nats-server"), free_port(), tmp_path / "jetstream")
     broker.start()
     yield broker
     broker.kill()
@@ -421,6 +346,42 @@ async def test_mqtt_events_states_and_devices(
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
+
+
+async def test_mqtt_as_onvif_has_it(
+    server: ScriptedServer, deliver: Any, mosquitto: Broker
+) -> None:
+    one = deliver(
+        server.target,
+        f'[[sink]]\ntype = "mqtt"\nname = "vms"\nhost = "127.0.0.1"\nport = {mosquitto.port}\n'
+        'prefix = "lobby-box"\npayload = "onvif"\n',
+    )
+    server.events_end = 3
+    topics: list[str] = []
+    bodies: list[dict[str, Any]] = []
+    async with aiomqtt.Client("127.0.0.1", mosquitto.port) as client:
+        await client.subscribe("lobby-box/onvif-ej/#", qos=1)
+        one.start()
+        async for got in client.messages:
+            topics.append(got.topic.value)
+            bodies.append(json.loads(got.payload))
+            assert not got.retain
+            if len(bodies) == 3:
+                break
+    assert set(topics) == {
+        "lobby-box/onvif-ej/RuleEngine/Recognition/Face/&door/facelane/FaceRecognition"
+    }
+    assert [body["Data"]["EventId"].partition("-")[0] for body in bodies] == ["1", "2", "3"]
+    assert {body["Data"]["EnrollmentID"] for body in bodies} == {"grace"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_nothing_is_missing_whoever_dies(tmp_path: Path) -> None:
+    for name in ("mosquitto", "nats-server"):
+        program(name)
+    found = await deliver_all(tmp_path, events=1000, kills=1, seed=1)
+    assert found["good"], found
 
 
 async def test_a_broker_that_is_killed_misses_nothing_of_nats(

@@ -395,13 +395,18 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
             owner.failures.append(owner.after_subscription.popleft())
 
     def _numbers(self, burst: range, context: Context) -> Iterator[int]:
-        """The burst, and where the subscription stays open one more when it is told so."""
+        """The burst, and where the subscription stays open what ``events_end`` makes room for,
+        and one more when it is told so."""
         yield from burst
         owner = self._owner
         if owner.events_stay_open:
             ended = threading.Event()
             context.add_callback(ended.set)
+            following = burst.stop
             while not ended.wait(0.01):
+                while following <= owner.events_end and not ended.is_set():
+                    yield following
+                    following += 1
                 if owner.say_event.is_set():
                     yield burst.stop
                     ended.wait(30)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.waiting import auntil
 
-from facelane.types import BoundingBox, Event, EventKind, Identity, TrackReport
+from facelane.types import BoundingBox, Decision, Event, EventKind, Identity, TrackReport
 from facelane_events import config
-from facelane_events.message import event_id, message, wanted
+from facelane_events.delivery import UnavailableError
+from facelane_events.message import event_id, history_lost, message, wanted
 from facelane_events.position import DeadLetters, Position
+from facelane_events.sinks import onvif
 from facelane_events.sinks.homeassistant import States, discovery, topic
 from facelane_events.sinks.nats import subject
-from facelane_events.sinks.syslog import record
+from facelane_events.sinks.syslog import SyslogSink, record
 
 NOON = datetime(2027, 3, 4, 12, 0, tzinfo=UTC)
 TRACK = TrackReport("s-1/7", 0.0, 1.0, None, None, BoundingBox(1, 2, 3, 4), labels={"role": "vip"})
@@ -135,12 +141,43 @@ def test_syslog_has_the_form_of_rfc_5424() -> None:
     assert json.loads(body)["kind"] == "SUBJECT_SEEN"
 
 
+HOME_ASSISTANT_DEVICE = {
+    # "Device discovery payload" in Home Assistant's documentation of MQTT.
+    "type": "object",
+    "required": ["device", "origin", "components"],
+    "properties": {
+        "device": {
+            "type": "object",
+            "required": ["identifiers"],
+            "properties": {"identifiers": {"type": "array", "minItems": 1}},
+        },
+        "origin": {"type": "object", "required": ["name"]},
+        "availability": {"type": "array", "items": {"required": ["topic"]}},
+        "components": {
+            "type": "object",
+            "propertyNames": {"pattern": "^[A-Za-z0-9_-]+$"},
+            "additionalProperties": {
+                "type": "object",
+                "required": ["platform", "unique_id", "state_topic"],
+                "properties": {
+                    "platform": {"enum": ["sensor", "binary_sensor"]},
+                    # Those that a binary sensor may have; ON and OFF are its payloads.
+                    "device_class": {"enum": ["occupancy", "problem", "tamper"]},
+                    "icon": {"pattern": "^mdi:"},
+                },
+            },
+        },
+    },
+}
+
+
 def test_a_camera_is_one_device_whose_topics_are_those_that_are_told() -> None:
     where, device = discovery("front/door", "facelane", "homeassistant", "facelane/status/x")
     plain, _ = discovery("front_door", "facelane", "homeassistant", "facelane/status/x")
     assert where != plain, "two cameras became one"
     assert where.startswith("homeassistant/device/facelane_front_door_")
     assert where.endswith("/config")
+    jsonschema.validate(device, HOME_ASSISTANT_DEVICE)
     told = States().after(replace(SEEN, source_id="front/door"))
     topics = {part["state_topic"] for part in device["components"].values()}
     assert topics == {topic("facelane", "front/door", name) for name in told}
@@ -169,6 +206,104 @@ def test_what_is_so_follows_from_what_happened() -> None:
     assert after(EventKind.STREAM_CLOSED)["occupancy"] == "OFF"
 
 
+ONVIF_MESSAGE = {
+    # The grammar of "JSON Event Payload" in ONVIF's Core Specification, without element items.
+    "type": "object",
+    "required": ["UtcTime", "Source", "Data"],
+    "additionalProperties": False,
+    "properties": {
+        "UtcTime": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$"},
+        "Source": {"type": "object", "additionalProperties": {"type": "string"}},
+        "Data": {
+            "type": "object",
+            "additionalProperties": {"type": ["string", "number", "boolean"]},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EventKind if kind is not EventKind.UNSPECIFIED])
+def test_onvif_payloads_have_its_form(kind: EventKind) -> None:
+    # An example of the specification passes the schema; so does everything of ours.
+    example = {
+        "UtcTime": "2008-10-10T12:24:57.321Z",
+        "Source": {"VideoSource": "1", "AnalyticsConfiguration": "2", "Rule": "MyImportantFence1"},
+        "Data": {"ObjectId": "15"},
+    }
+    jsonschema.validate(example, ONVIF_MESSAGE)
+    for event in (
+        replace(SEEN, kind=kind),
+        replace(SEEN, kind=kind, track=None),
+        Event(6, kind, NOON, "t", pool="detector", message="lost"),
+    ):
+        told = message(sink(), event)
+        jsonschema.validate(json.loads(onvif.payload(told)), ONVIF_MESSAGE)
+        where = onvif.topic("site", told)
+        # Topic = TopicPrefix "/" PayloadPrefix "/" LocalTopic [ "/&" Source ]
+        assert re.fullmatch(r"site/onvif-ej/[A-Za-z:/]+(/&[^/#+]+(/[^/#+]+)*)?", where), where
+        values = json.loads(onvif.payload(told))["Source"].values()
+        assert where.partition("/&")[2] == "/".join(values)
+
+
+def test_onvif_faces_and_what_onvif_has_no_topic_for() -> None:
+    named = replace(
+        SEEN, identity=replace(SEEN.identity, decision=Decision.MATCH, similarity=0.87654)
+    )
+    found = json.loads(onvif.payload(message(sink(), named)))
+    assert found["UtcTime"] == "2027-03-04T12:00:00.000Z"
+    assert found["Source"] == {
+        "VideoSource": "front-door", "AnalyticsConfiguration": "default", "Rule": "FaceRecognition",
+    }  # fmt: skip
+    assert found["Data"] == {
+        "Likelihood": 0.8765, "Label": 'Grace "G"', "EnrollmentID": "grace",
+        "ObjectId": "s-1/7", "Liveness": "UNDECIDED", "EventId": event_id(SEEN),
+    }  # fmt: skip
+    topics = {
+        kind: onvif.topic("site", message(sink(), replace(named, kind=kind, source_id="a/#+b")))
+        for kind in (EventKind.SUBJECT_SEEN, EventKind.SPOOF_SUSPECTED)
+    }
+    assert topics == {
+        EventKind.SUBJECT_SEEN: (
+            "site/onvif-ej/RuleEngine/Recognition/Face/&a_b/default/FaceRecognition"
+        ),
+        EventKind.SPOOF_SUSPECTED: (
+            "site/onvif-ej/RuleEngine/Recognition/facelane:SpoofSuspected"
+            "/&a_b/default/FaceRecognition"
+        ),
+    }
+    pool = message(sink(), Event(6, EventKind.POOL_CHANGED, NOON, "t", pool="detector"))
+    assert onvif.topic("site", pool) == "site/onvif-ej/Device/facelane:PoolChanged"
+    lost = onvif.topic("site", history_lost(NOON))
+    assert lost == "site/onvif-ej/Device/facelane:HistoryLost"
+
+
+async def test_syslog_tells_again_what_a_receiver_that_broke_off_may_not_have_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        one = SyslogSink(config.Syslog(name="x", address=f"tcp://127.0.0.1:{port}"))
+        await one.open()
+        first, _ = listening.accept()
+        for number in range(3):
+            await one.send(message(sink(), replace(SEEN, sequence=number)))
+        # It read nothing: what lies in its buffer is lost with it.
+        first.close()
+        with pytest.raises(UnavailableError):
+            await auntil(lambda: _refused(one), what="a broken connection")
+        await one.close()
+        await one.open()
+        await one.send(message(sink(), replace(SEEN, sequence=3)))
+        await one.close()
+        second, _ = listening.accept()
+        with second, second.makefile("rb") as reading:
+            bodies = re.findall(rb'"sequence":(\d)', reading.read())
+    assert bodies == [b"0", b"1", b"2", b"3"]
+
+
+async def _refused(one: SyslogSink) -> bool:
+    await one.send(message(sink(), replace(SEEN, sequence=3)))
+    return False
+
+
 def test_subjects_are_tokens() -> None:
     found = message(sink(), replace(SEEN, source_id="a.b >*c"))
     assert subject("facelane", found) == "facelane.a_b___c.SUBJECT_SEEN"
@@ -184,6 +319,10 @@ def test_subjects_are_tokens() -> None:
         ('[[sink]]\ntype = "jsonl"\nname = "x"\npath = "y"\nhours = "9-17"', "22:00-06:00"),
         ('[[sink]]\ntype = "jsonl"\nname = "x"\npath = "y"\ncolour = 1', "colour"),
         ('[[sink]]\ntype = "webhook"\nname = "x"\nurl = "ftp://y"', "url"),
+        (
+            '[[sink]]\ntype = "mqtt"\nname = "x"\nhost = "y"\npayload = "onvif"\ntemplate = "x"',
+            "second sink",
+        ),
         (2 * '[[sink]]\ntype = "jsonl"\nname = "x"\npath = "y"\n', "two sinks have one name"),
     ],
 )

@@ -1,4 +1,5 @@
-"""MQTT: every event, what is so now as retained topics, and Home Assistant's discovery."""
+"""MQTT: every event, what is so now as retained topics, and Home Assistant's discovery; or every
+event as ONVIF has it."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import aiomqtt
 from facelane_events import config
 from facelane_events.delivery import UnavailableError
 from facelane_events.message import Message
+from facelane_events.sinks import onvif
 from facelane_events.sinks.homeassistant import States, discovery, topic
 
 
@@ -55,6 +57,9 @@ class MqttSink:
         settings = self._settings
         source = event.source_id
         try:
+            if settings.payload == "onvif":
+                await self._publish(onvif.topic(settings.prefix, event), onvif.payload(event))
+                return
             if settings.homeassistant and source and source not in self._announced:
                 where, device = discovery(
                     source, settings.prefix, settings.discovery_prefix, self._status

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+from collections import deque
 from typing import Final
 
 from facelane_events import config
@@ -15,6 +16,9 @@ from facelane_events.message import Message
 _SEVERITIES: Final = {"SPOOF_SUSPECTED": 4, "HISTORY_LOST": 3, "POOL_CHANGED": 5}
 _NOTICE, _INFO = 5, 6
 MAX_DATAGRAM: Final = 8 * 1024
+DOUBTFUL_BYTES: Final = 1 << 20
+"""Nothing in RFC 6587 says what a receiver has read. When a connection breaks, so much of what was
+sent last is sent again."""
 _APP: Final = "facelane-events"
 
 
@@ -34,6 +38,10 @@ class SyslogSink:
         self._host = socket.gethostname()
         self._socket: socket.socket | None = None
         self._stream = False
+        self._doubtful: deque[bytes] = deque()
+        self._doubtful_bytes = 0
+        self._broken = False
+        """Between a send that did not end well and a connection that has it all again."""
 
     async def open(self) -> None:
         address = self._settings.address
@@ -42,12 +50,14 @@ class SyslogSink:
         try:
             if scheme == "unix":
                 await self._local(rest)
+                await self._again()
                 return
             host, _, port = rest[2:].rpartition(":")
             kind = socket.SOCK_STREAM if scheme == "tcp" else socket.SOCK_DGRAM
             found = await loop.getaddrinfo(host.strip("[]"), int(port), type=kind)
             family, _, _, _, peer = found[0]
             await loop.sock_connect(self._made(family, kind), peer)
+            await self._again()
         except OSError as error:
             await self.close()
             raise UnavailableError(f"{address}: {error.strerror or error}") from None
@@ -75,12 +85,28 @@ class SyslogSink:
         line = record(event, self._settings.facility, self._host)
         line = b"%d %s" % (len(line), line) if self._stream else line[:MAX_DATAGRAM]
         loop = asyncio.get_running_loop()
+        self._broken = True
         try:
             if self._stream and self._ended():
                 raise ConnectionResetError("the receiver hung up")
             await loop.sock_sendall(self._socket, line)
         except OSError as error:
             raise UnavailableError(f"{self._settings.address}: {error}") from None
+        self._broken = False
+        if self._stream:
+            self._doubtful.append(line)
+            self._doubtful_bytes += len(line)
+            while self._doubtful_bytes > DOUBTFUL_BYTES:
+                self._doubtful_bytes -= len(self._doubtful.popleft())
+
+    async def _again(self) -> None:
+        """What a receiver that broke off may not have read. Raises OSError."""
+        assert self._socket is not None
+        if self._stream and self._broken:
+            loop = asyncio.get_running_loop()
+            for line in tuple(self._doubtful):
+                await loop.sock_sendall(self._socket, line)
+        self._broken = False
 
     def _ended(self) -> bool:
         """Whether a receiver that never answers has closed: what is sent then is lost."""
