@@ -36,7 +36,7 @@ ABOUT: Final = {
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
     "leak": "a model that leaks device memory is replaced beside two that behave",
     "streams": "how many cameras one card takes; 720p and 1080p, with -mps, -nvjpeg, -nvjpeg-mps, "
-    "-h264 and (1080p) -h265, these with -10 for ten analyses a second",
+    "-h264 and (1080p) -h265, these with -mps, or -10 for ten analyses a second; --servers N",
     "decode": "JPEG decoding and face crops: on the host or on the card",
 }
 
@@ -59,6 +59,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, default=None, help="folder of drawings")
     parser.add_argument(
+        "--servers", type=int, default=1, choices=range(1, 17), metavar="N",
+        help="so many independent servers share the card (streams; with a card under MPS)",
+    )  # fmt: skip
+    parser.add_argument(
         "--cache",
         type=Path,
         default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facelane-bench",
@@ -78,7 +82,7 @@ def main() -> int:
     for name, part in chosen:
 
         def keep(report: Report, part: str = part) -> Path:
-            report.part = part
+            report.part = f"{part}-x{args.servers}".strip("-") if args.servers > 1 else part
             return report.write(args.out, command_line())
 
         settings = Settings(
@@ -88,6 +92,7 @@ def main() -> int:
             docs=args.docs or args.out,
             frames=args.frames,
             only=(part,) if part else (),
+            servers=args.servers,
             keep=keep,
         )
         console.print(f"[bold]{name}[/]{f', {part}' * bool(part)}: {ABOUT[name]}")

@@ -24,8 +24,9 @@ class Settings:
     ``device``: ``cpu`` or ``cuda:N``, for the benchmarks that take one. ``cache``: where
     imported models and the peers' environments are kept between runs. ``frames``: a
     folder of JPEG files instead of rendered frames, or None. ``docs``: where drawings go.
-    ``only``: parts of a benchmark by name, empty = all. ``keep``: stores a report as far as
-    it has come, so that a run that is ended early leaves what it had measured.
+    ``only``: parts of a benchmark by name, empty = all. ``servers``: how many share the card, for
+    ``streams``. ``keep``: stores a report as far as it has come, so that a run that is ended early
+    leaves what it had measured.
     """
 
     smoke: bool
@@ -34,6 +35,7 @@ class Settings:
     docs: Path
     frames: Path | None = None
     only: tuple[str, ...] = ()
+    servers: int = 1
     keep: Callable[[Report], object] = _not_kept
     began: float = field(default_factory=time.monotonic)
 

@@ -6,23 +6,24 @@ Parts: `streams:720p`, `streams:1080p`, which are the whole; and by name alone t
 all workers under MPS (`streams:720p-mps`), with the frames decoded by the card
 (`streams:720p-nvjpeg`), and both (`streams:720p-nvjpeg-mps`). Cameras that send video, decoded
 by the card where it can: `streams:720p-h264`, `streams:1080p-h264`, `streams:1080p-h265`, and with
-ten analyses a second each, the pictures in between being decoded and no more (`-10`).
-Says what was the limit. A part takes about a minute and a half; when its time is up, the
-largest number that was good so far is told as such.
+ten analyses a second each, the pictures in between being decoded and no more (`-10`); all that
+with `--servers N`: so many independent servers on the card, under one MPS daemon, the cameras
+dealt to them in turn. Says what was the limit. A part takes about a minute and a half; when its
+time is up, the largest number that was good so far is told as such.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import math
 import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from bench.service import Service
 from bench.settings import Settings
 from bench.stats import percentile
 from facelane_server.domain import Stage
+from facelane_server.pools.mps import MpsDaemon
 
 FPS: Final = 25.0
 MAX_AGE_MS: Final = 100.0
@@ -71,7 +73,8 @@ class Trial:
     stages: dict[str, list[float]] = field(default_factory=dict)
     front_cpu: float = math.nan
     front_loop: float = math.nan
-    """Of the front's busiest thread: its event loop, which is one core's at most."""
+    """Of the busiest thread of a front (of several servers: the busiest's): its event loop, which
+    is one core's at most."""
     client_cpu: float = math.nan
     workers_cpu: dict[str, float] = field(default_factory=dict)
     workers_loop: dict[str, float] = field(default_factory=dict)
@@ -126,6 +129,7 @@ async def run(settings: Settings) -> Report:
         for codec in CODECS[size]:
             card = "cuda" if on_card else "cpu"
             named[f"{size}-{codec}"] = _Way(decode=card, codec=codec)
+            named[f"{size}-{codec}-mps"] = _Way("mps", card, codec)
             named[f"{size}-{codec}-10"] = _Way(decode=card, codec=codec, analysis_fps=10.0)
         parts = {
             part: way
@@ -133,7 +137,10 @@ async def run(settings: Settings) -> Report:
             if part in settings.only or (not settings.only and way == _Way())
         }
         if not on_card:
+            parts = {p: way for p, way in parts.items() if way.isolation == "process"}
             parts = {p: way for p, way in parts.items() if way.codec or way == _Way()}
+        if on_card and settings.servers > 1:
+            parts = {p: replace(way, isolation="mps") for p, way in parts.items()}
         if not parts or (settings.smoke and size == "1080p"):
             continue
         frames = (
@@ -192,9 +199,12 @@ def _make_clip(settings: Settings, report: Report, size: str, codec: str, folder
 def _pools(settings: Settings, models: material.Models, way: _Way) -> str:
     """Where decoding is the processor's work there are several detector workers: three for
     every eight cores, and each decodes a batch with two threads. The rest is for the front,
-    the other workers and the cameras. Where the card decodes, two workers feed it."""
-    cores = len(os.sched_getaffinity(0))
+    the other workers and the cameras. Where the card decodes, two workers feed it; of several
+    servers on it, one each."""
+    cores = len(os.sched_getaffinity(0)) // settings.servers
     detectors = max(1, min(8, cores * 3 // 8)) if way.decode == "cpu" else 2
+    if settings.servers > 1 and way.decode == "cuda":
+        detectors = 1
     device = f'devices = ["{settings.device}"]\nbatch_max = 8\nisolation = "{way.isolation}"\n'
     return models.pools_toml(
         device,
@@ -219,13 +229,13 @@ async def _part(
     tables = "[limits]\nmax_streams = 1024\n"
     pools = _pools(settings, models, way)
     settings.say(f"{size}: starting")
-    async with Service(pools, tables=tables, start_s=START_S) as service:
+    async with _servers(settings, pools, tables, way) as services:
         settings.say(f"{size}: serving")
         analysis_fps = way.analysis_fps
-        await trial(service, frames, 1, rate, 3.0)  # warm-up
+        await trial(services, frames, len(services), rate, 3.0)  # warm-up
 
         async def attempt(streams: int) -> Trial:
-            found = await trial(service, frames, streams, rate, seconds, analysis_fps)
+            found = await trial(services, frames, streams, rate, seconds, analysis_fps)
             report.add(_row(found, size, rate, models.name))
             settings.say(
                 f"{size}: {streams} cameras, p99 age {found.age_p99_ms:.0f} ms, "
@@ -236,7 +246,7 @@ async def _part(
 
         best: Trial | None = None
         worst: Trial | None = None
-        streams = settings.sized(32 if way.codec else 16, 1)
+        streams = settings.sized((32 if way.codec else 16) * len(services), 1)
         top = settings.sized(MAX_STREAMS, 2)
         while streams <= top and time.monotonic() < until:
             found = await attempt(streams)
@@ -268,16 +278,42 @@ async def _part(
         )
 
 
+@contextlib.asynccontextmanager
+async def _servers(
+    settings: Settings, pools: str, tables: str, way: _Way
+) -> AsyncIterator[list[Service]]:
+    """The part's servers, all of them serving. Several under MPS share one daemon."""
+    async with contextlib.AsyncExitStack() as stack:
+        environ: dict[str, str] = {}
+        if settings.servers > 1 and way.isolation == "mps":
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="facelane-mps-"))
+            daemon = await MpsDaemon.start(Path(folder))
+            stack.push_async_callback(daemon.close)
+            environ["CUDA_MPS_PIPE_DIRECTORY"] = str(daemon.pipe_directory)
+        services = [
+            Service(pools, tables=tables, start_s=START_S, environ=environ)
+            for _ in range(settings.servers)
+        ]
+        for started in await asyncio.gather(
+            *(stack.enter_async_context(service) for service in services), return_exceptions=True
+        ):
+            if isinstance(started, BaseException):
+                raise started
+        yield services
+
+
 async def trial(
-    service: Service,
+    services: Sequence[Service],
     frames: Path,
     streams: int,
     rate: float,
     seconds: float,
     analysis_fps: float = 0.0,
 ) -> Trial:
-    """``streams`` cameras for some seconds, from as many client processes as they need."""
-    clients = math.ceil(streams / STREAMS_A_CLIENT)
+    """``streams`` cameras for some seconds, from as many client processes as they need: a
+    multiple of the servers', and each sends to one of them."""
+    clients = math.ceil(streams / STREAMS_A_CLIENT / len(services)) * len(services)
+    clients = min(clients, streams)
     shares = [streams // clients + (i < streams % clients) for i in range(clients)]
     start_at = time.monotonic() + 2.0
     found = Trial(streams)
@@ -286,7 +322,7 @@ async def trial(
         try:
             for index, share in enumerate(shares):
                 job = Job(
-                    target=service.target,
+                    target=services[index % len(services)].target,
                     frames=str(frames),
                     streams=share,
                     rate_hz=rate,
@@ -305,7 +341,7 @@ async def trial(
                         limit=2**28,
                     )
                 )
-            watcher = asyncio.create_task(_watch(service, start_at, seconds))
+            watcher = asyncio.create_task(_watch(services, start_at, seconds))
             outputs = await asyncio.wait_for(
                 asyncio.gather(*(p.communicate() for p in processes)), seconds + 120
             )
@@ -339,15 +375,16 @@ async def trial(
     return found
 
 
-async def _watch(service: Service, begin: float, seconds: float) -> dict[str, Any]:
+async def _watch(services: Sequence[Service], begin: float, seconds: float) -> dict[str, Any]:
     """Shares of processor and card in the middle of a trial."""
     await asyncio.sleep(max(0.0, begin + 1.0 - time.monotonic()))
-    front, workers = service.front(), service.workers()
+    fronts = [service.front() for service in services]
+    workers = [worker for service in services for worker in service.workers()]
 
     def used() -> list[dict[int, float]]:
         """Seconds of each process, by thread."""
         spent: list[dict[int, float]] = []
-        for process in (front, *workers):
+        for process in (*fronts, *workers):
             try:
                 spent.append({t.id: t.user_time + t.system_time for t in process.threads()})
             except psutil.Error:  # it ended; the answers tell whether that mattered
@@ -370,7 +407,7 @@ async def _watch(service: Service, begin: float, seconds: float) -> dict[str, An
     ]
     by_stage: dict[str, float] = {}
     loops: dict[str, float] = {}
-    for process, shares in itertools.islice(zip((front, *workers), threads, strict=True), 1, None):
+    for process, shares in zip(workers, threads[len(fronts) :], strict=True):
         # A worker's stage is in its process title.
         try:
             name = process.name()
@@ -381,8 +418,8 @@ async def _watch(service: Service, begin: float, seconds: float) -> dict[str, An
         loops[stage] = max(loops.get(stage, 0.0), *shares, 0.0)
     known = [share for share in gpu if not math.isnan(share)]
     return {
-        "front_cpu": sum(threads[0]),
-        "front_loop": max(threads[0], default=math.nan),
+        "front_cpu": max(sum(shares) for shares in threads[: len(fronts)]),
+        "front_loop": max(max(t, default=math.nan) for t in threads[: len(fronts)]),
         "workers_cpu": by_stage,
         "workers_loop": loops,
         "machine_cpu": machine_cpu,
