@@ -14,6 +14,7 @@ from typing import Any, get_args
 import msgspec
 
 from facelane_server import config
+from facelane_server.rules import GalleryRules
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -45,7 +46,7 @@ def docs_of(kind: type) -> dict[str, str]:
 
 def type_name(kind: Any) -> str:
     name = getattr(kind, "__name__", str(kind))
-    choices = [a for a in get_args(kind) if isinstance(a, str)]
+    choices = [a for a in get_args(kind) if isinstance(a, str | int)]
     if choices:
         return " \\| ".join(f"`{c}`" for c in choices)
     if str(kind).startswith("dict"):
@@ -56,9 +57,9 @@ def type_name(kind: Any) -> str:
     return name
 
 
-def toml(value: Any) -> str:
+def toml(value: Any, unset: str) -> str:
     if value is None:
-        return "package's"
+        return unset
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, str):
@@ -70,7 +71,7 @@ def toml(value: Any) -> str:
     return f"`{value}`"
 
 
-def section(name: str, kind: type[msgspec.Struct]) -> list[str]:
+def section(name: str, kind: type[msgspec.Struct], unset: str = "package's") -> list[str]:
     docs = docs_of(kind)
     lines = [f"## {name}", ""]
     if kind.__doc__:
@@ -83,7 +84,7 @@ def section(name: str, kind: type[msgspec.Struct]) -> list[str]:
         if isinstance(default, msgspec.Struct):
             continue
         lines.append(
-            f"| `{field.name}` | {type_name(field.type)} | {toml(default)} | "
+            f"| `{field.name}` | {type_name(field.type)} | {toml(default, unset)} | "
             f"{docs.get(field.name, '')} |"
         )
     return [*lines, ""]
@@ -99,6 +100,8 @@ def page() -> str:
             )
         elif isinstance(field.default, msgspec.Struct):
             parts += section(f"[{field.name}]", type(field.default))
+        elif field.name == "galleries":
+            parts += section("[galleries.NAME]", GalleryRules, "none")
     return "\n".join(parts)
 
 

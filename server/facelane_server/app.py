@@ -21,6 +21,7 @@ from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventJournal, EventKind
 from facelane_server.gallery import renewal
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.retention import Retention
 from facelane_server.gallery.trail import Trail
 from facelane_server.models.package import Package, read_package
 from facelane_server.monitor import DeviceReading, Monitor
@@ -183,18 +184,20 @@ class App:
             stack.push_async_callback(_cancel, follower)
             self._changed.set()
             stack.push_async_callback(self._end_reloads)
+            retention = Retention(gallery, self.settings.galleries)
             watch = LaneWatch(
                 self.metrics,
                 self.events,
                 gallery,
                 settings=self.settings.events,
+                seen=retention.seen,
             )
             trail = self._trail = Trail(gallery, self.settings.audit)
             stack.push_async_callback(trail.close)
             self.edge.streams.on_opened = watch.opened
             self.edge.streams.on_closed = watch.closed
             stack.push_async_callback(self.edge.close)
-            await self.edge.open(pipeline, gallery, self.events, self, watch, trail)
+            await self.edge.open(pipeline, gallery, self.events, self, watch, trail, retention.seen)
             scraped = await MetricsServer.start(
                 self.settings.metrics, self.metrics.exposition, self.edge.health.find
             )
@@ -210,6 +213,8 @@ class App:
             stack.push_async_callback(_cancel, guard)
             writer = asyncio.create_task(trail.run(), name="audit")
             stack.push_async_callback(_cancel, writer)
+            keeping = asyncio.create_task(retention.run(), name="retention")
+            stack.push_async_callback(_cancel, keeping)
             eraser = asyncio.create_task(gallery.keep_erased(), name="gallery-erasure")
             stack.push_async_callback(_cancel, eraser)
             keeper = asyncio.create_task(self.notifier.keep_alive(self._alive), name="watchdog")

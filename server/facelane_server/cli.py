@@ -521,14 +521,16 @@ def version() -> None:
 
 
 def _attach_models() -> None:
-    """``facelane-server models``, ``audit`` and ``erasure``: no torch until a model is loaded."""
+    """``facelane-server models``, ``audit`` and the like: no torch until a model is loaded."""
     from facelane_server.auditing import app as audit_app
     from facelane_server.erasing import app as erasure_app
+    from facelane_server.exporting import app as subjects_app
     from facelane_server.modeltools.cli import app as models_app
 
     app.add_typer(models_app, name="models")
     app.add_typer(audit_app, name="audit")
     app.add_typer(erasure_app, name="erasure")
+    app.add_typer(subjects_app, name="subjects")
 
 
 def _open_standard_streams() -> None:

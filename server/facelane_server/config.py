@@ -19,6 +19,7 @@ from facelane_server import limits
 from facelane_server.addresses import LENT, default_socket, is_host_port, is_local
 from facelane_server.domain import Stage
 from facelane_server.naming import hint, is_name
+from facelane_server.rules import GalleryRules, Naming, Ratio, Share
 
 Isolation = Literal["process", "mps", "thread", "external"]
 Precision = Literal["auto", "fp32", "fp16"]
@@ -27,7 +28,6 @@ Sandbox = Literal["auto", "off", "required"]
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
-Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)]
 
 
@@ -237,16 +237,6 @@ class Pools(Section, frozen=True):
     liveness: Pool | None = Pool()
 
 
-Share = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
-
-
-class Naming(Section, frozen=True):
-    """Other naming for one gallery or one source; unset = what holds for all."""
-
-    false_naming: Share | None = None
-    match_threshold: Ratio | None = None
-
-
 class Identity(Section, frozen=True):
     """Overrides of what the packages say; unset = the package's value."""
 
@@ -385,6 +375,8 @@ class Config(Section, frozen=True):
     store: Store = Store()
     audit: Audit = Audit()
     gallery: Gallery = Gallery()
+    galleries: dict[str, GalleryRules] = {}
+    """``[galleries.NAME]``: what holds for the people of one gallery; see privacy.md."""
     events: Events = Events()
     metrics: Metrics = Metrics()
     log: Log = Log()
@@ -533,10 +525,15 @@ def check(config: Config, *, source: str) -> None:
             )
     if config.monitor.memory_warning_clear > config.monitor.memory_warning:
         fail("monitor.memory_warning_clear must not exceed monitor.memory_warning")
-    for kind in ("galleries", "sources"):
-        for key in getattr(config.identity, kind):
+    naming = {
+        f"identity.{kind}": getattr(config.identity, kind) for kind in ("galleries", "sources")
+    }
+    for kind, table in {**naming, "galleries": config.galleries}.items():
+        for key in table:
             if not is_name(key):
-                fail(f"identity.{kind}.{key}: the name must be 1-64 of letters, digits, and - _ .")
+                fail(f"{kind}.{key}: the name must be 1-64 of letters, digits, and - _ .")
+    if any(rules.confirm for rules in config.galleries.values()) and not config.wants_keys:
+        fail("galleries.NAME.confirm wants keys, which say who confirms: set auth.keys_file")
     live, spoof = config.identity.live_threshold, config.identity.spoof_threshold
     if live is not None and spoof is not None and spoof > live:
         fail("identity.spoof_threshold must not exceed identity.live_threshold")

@@ -183,6 +183,8 @@ MAX_LABEL_KEY_BYTES: Final = 64
 MAX_LABEL_VALUE_BYTES: Final = 512
 MAX_ID_CHARS: Final = 128
 MAX_DISPLAY_NAME_BYTES: Final = 256
+MAX_SEEN_WAITING: Final = 65_536
+"""Subjects of whom it is to be noted that they were seen, until it is."""
 MAX_AUDIT_PENDING: Final = 10_000
 """Entries of the audit log that wait to be written, while the store is away."""
 AUDIT_PRUNE_S: Final = 3600.0

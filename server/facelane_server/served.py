@@ -14,6 +14,7 @@ from facelane_server.models.api import ContextCrop, CropSpec
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package
 from facelane_server.models.promise import Promise
+from facelane_server.rules import Naming
 
 DEFAULT_MODELS: Final = {stage: f"facelane-{stage.value}" for stage in Stage}
 
@@ -87,7 +88,7 @@ def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Th
     recognizer = packages.get(Stage.RECOGNIZER)
     bands = () if recognizer is None else recognizer.manifest.impostors
 
-    def naming(general: Thresholds, own: config.Naming | config.Identity) -> Thresholds:
+    def naming(general: Thresholds, own: Naming | config.Identity) -> Thresholds:
         if own.match_threshold is not None:
             return replace(general, match=own.match_threshold, promise=None)
         if own.false_naming is not None and bands:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -27,10 +27,13 @@ class LaneWatch:
         gallery: Gallery,
         *,
         settings: config.Events,
+        seen: Callable[[str, str], None] = lambda _gallery_id, _subject_id: None,
     ) -> None:
+        """``seen``: told of whoever is named, gallery and subject."""
         self._metrics = metrics
         self._events = events
         self._gallery = gallery
+        self._seen = seen
         self._unknown_after_ns = int(settings.unknown_after_s * 1e9)
         self._hidden_after_ns = int(settings.hidden_after_s * 1e9)
         self._present: dict[int, Presence] = {}
@@ -80,6 +83,8 @@ class LaneWatch:
 
     def _publish(self, lane: Lane, tellings: Iterable[Telling]) -> None:
         for kind, report in tellings:
+            if kind is EventKind.SUBJECT_SEEN:
+                self._seen(lane.options.plan.gallery_id, report.identity.subject_id)
             self._events.publish(
                 kind,
                 source_id=lane.options.source_id,

@@ -186,6 +186,8 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             thresholds=self._pipeline.thresholds.at(gallery_id),
             liveness=plan.liveness and not caller.may("waive-liveness", gallery=gallery_id),
         )
+        if found.verified:
+            self._pictures.seen(gallery_id, request.subject_id)
         view = convert.View.of(caller, "identify", gallery_id)
         return pb.VerifyFaceResponse(
             verified=found.verified,

@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 
 from facelane_server import limits
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Picture, Reading, Reason
+from facelane_server.domain import Decision, FacelaneError, Picture, Reading, Reason
 from facelane_server.edge import convert, gate
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.pipeline import Origin, Pipeline, Plan
 from facelane_server.pools.tasks import Sender
 
+Seen = Callable[[str, str], None]
+"""Gallery and subject."""
+
 
 class SinglePictures:
     """Admits pictures of unary calls, for every service alike."""
 
-    def __init__(self, config: Config, pipeline: Pipeline, streams: StreamRegistry) -> None:
+    def __init__(
+        self, config: Config, pipeline: Pipeline, streams: StreamRegistry, seen: Seen
+    ) -> None:
+        """``seen``: told of whoever is named; ``VerifyFace`` tells it of whom it has verified."""
+        self.seen = seen
         self._timeout_ns = config.limits.image_timeout_ms * 1_000_000
         self._pipeline = pipeline
         self._streams = streams
@@ -53,4 +61,8 @@ class SinglePictures:
                     Sender(caller.name, caller.weight, live=False),
                 )
                 with held:
-                    return await self._pipeline.analyse(picture, plan, origin)
+                    reading = await self._pipeline.analyse(picture, plan, origin)
+            for face in reading.result.faces:
+                if face.identity.decision is Decision.MATCH:
+                    self.seen(plan.gallery_id, face.identity.subject_id)
+            return reading

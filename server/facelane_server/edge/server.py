@@ -31,7 +31,7 @@ from facelane_server.edge.gate import Gate
 from facelane_server.edge.health import SERVICES, Health
 from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.operations import AdminService, EventService, ServerService
-from facelane_server.edge.pictures import SinglePictures
+from facelane_server.edge.pictures import Seen, SinglePictures
 from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.edge.tls import Certificates, Presented
@@ -103,11 +103,13 @@ class Edge:
         controls: Controls,
         observer: LaneObserver,
         trail: Trail,
+        seen: Seen,
     ) -> None:
-        """Registers the services, binds the address and serves. Raises ``AddressError``."""
+        """Registers the services, binds the address and serves. ``seen``: told of whoever is named
+        or verified in single pictures. Raises ``AddressError``."""
         settings = self._settings
         self._gate.trail = trail
-        pictures = SinglePictures(settings, pipeline, self.streams)
+        pictures = SinglePictures(settings, pipeline, self.streams, seen)
         self.load.begin(controls.pools)
         server = self._server = grpc.aio.server(interceptors=[self._gate], options=_options())
         analysis_service_pb2_grpc.add_AnalysisServiceServicer_to_server(

@@ -315,7 +315,9 @@ class Gallery:
             )
         )
 
-    async def delete_subject(self, gallery_id: str, subject_id: str) -> Deleted:
+    async def delete_subject(
+        self, gallery_id: str, subject_id: str, *, etag: str = "", why: str = ""
+    ) -> Deleted:
         """Gone from the answers of this process at once; when this returns, from the store and from
         the answers of every process, and from the recognisers' memory as soon as they have the
         change, for which this waits.
@@ -325,7 +327,7 @@ class Gallery:
         waits for that process again."""
 
         def delete() -> tuple[Deleted, int]:
-            gone = self._store.delete_subject(gallery_id, subject_id)
+            gone = self._store.delete_subject(gallery_id, subject_id, etag=etag, why=why)
             # At once, whatever becomes of the store: the deletion stands.
             self._apply([RemoveSubject(gone.number)])
             return gone, self._follow()
@@ -406,11 +408,9 @@ class Gallery:
         """Adds entries to the audit log; its head then."""
         return await self._call(lambda: self._store.audit.write(deeds), counted=False)
 
-    async def prune_log(self, before_ns: int, most: int) -> int:
-        """Ends old entries of the audit log; see ``AuditLog.prune``."""
-        return await self._call(
-            lambda: self._store.audit.prune(before_ns=before_ns, most=most), counted=False
-        )
+    async def ask(self, call: Callable[[Store], T]) -> T:
+        """For what the server itself does in the store, in the store's thread."""
+        return await self._call(lambda: call(self._store), counted=False)
 
     # chips that were kept; see ``Chips``
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import syslog
 import time
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -23,6 +24,7 @@ from facelane_server.gallery.gallery import Gallery
 from facelane_server.store import audit
 from facelane_server.store.audit import Action, Deed, Pending
 from facelane_server.store.chain import Head
+from facelane_server.store.gallery import Store
 
 log = structlog.get_logger(__name__)
 
@@ -74,8 +76,11 @@ class Trail:
                 prune_s = now + limits.AUDIT_PRUNE_S
                 before_ns = time.time_ns() - self._settings.keep_days * _DAY_NS
                 with contextlib.suppress(FacelaneError):  # the next time, then
-                    await self._gallery.prune_log(before_ns, self._settings.max_entries)
+                    await self._gallery.ask(self._prune(before_ns))
             await asyncio.sleep(limits.AUDIT_FLUSH_S)
+
+    def _prune(self, before_ns: int) -> Callable[[Store], int]:
+        return lambda store: store.audit.prune(before_ns=before_ns, most=self._settings.max_entries)
 
     async def close(self) -> None:
         """Writes what waits, and a last checkpoint."""

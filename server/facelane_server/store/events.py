@@ -58,6 +58,11 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Body).decode
 
 
+def decoded(body: bytes) -> TrackReport | None:
+    """What an event at rest says of a track, whose subjects are numbers there."""
+    return _decode(body).track
+
+
 def renamed(track: TrackReport, names: Mapping[str, str]) -> TrackReport:
     """The report with other names for its subjects, and without those that have none."""
     identity = track.identity

@@ -8,7 +8,7 @@ change is there, and says nothing that the reader knows.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +24,8 @@ from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT, Vault
 
 UNIT_TOLERANCE: Final = 0.01
 """Stored vectors have unit norm up to the rounding of float16."""
+ROWS: Final = 2_000
+"""Vectors that are read and opened together: 2 MB of 512 values."""
 
 
 class ChangeKind(enum.StrEnum):
@@ -110,32 +112,80 @@ def last_removal(connection: sa.Connection) -> int:
 def vectors(
     connection: sa.Connection, model_id: str, dim: int, name: str, vault: Vault
 ) -> Iterator[StoredVector]:
-    """All templates of one model, in the order of gallery, subject, age.
+    """All templates of one model, in the order of gallery, subject (by number), age.
 
     A row whose vector does not have ``dim`` values, or no unit norm, is a damaged store:
     GALLERY_UNAVAILABLE.
     """
-    query = _vectors(model_id, vault).order_by(
-        subjects.c.gallery_id, subjects.c.subject_id, templates_table.c.id
+    # The order first, of numbers alone: a sort that carried the vectors along would write all of
+    # them into temporary files.
+    order = (
+        sa.select(templates_table.c.id)
+        .join_from(templates_table, subjects)
+        .where(templates_table.c.model_id == model_id)
+        .order_by(subjects.c.gallery_id, subjects.c.id, templates_table.c.id)
     )
-    with connection.execution_options(yield_per=4096).execute(query) as rows:
+    ids = connection.scalars(order).all()
+    query = _vectors(model_id, vault).add_columns(templates_table.c.id.label("row"))
+    for begin in range(0, len(ids), ROWS):
+        wanted = ids[begin : begin + ROWS]
+        found = connection.execute(query.where(templates_table.c.id.in_(wanted))).all()
+        places = {row.row: row for row in found}
+        rows = [places[one] for one in wanted if one in places]
         yield from _opened(connection, rows, dim, name, vault)
 
 
 def _opened(
-    connection: sa.Connection, rows: Iterable[sa.Row[Any]], dim: int, name: str, vault: Vault
-) -> Iterator[StoredVector]:
-    if not vault.encrypts:
-        for row in rows:
-            yield _checked(row, row.subject_id, row.vector, dim, name)
-        return
+    connection: sa.Connection, rows: Sequence[sa.Row[Any]], dim: int, name: str, vault: Vault
+) -> list[StoredVector]:
+    """In the order of ``rows``."""
+    if not rows:
+        return []
+    if vault.encrypts:
+        subject_ids, found = _unsealed(connection, rows, vault)
+    else:
+        subject_ids = [row.subject_id for row in rows]
+        found = [row.vector for row in rows]
+    for row, one in zip(rows, found, strict=True):
+        if len(one) != 2 * dim:
+            raise FacelaneError(
+                Reason.GALLERY_UNAVAILABLE,
+                f"{name}: a template of the serving model has {len(one)} bytes instead of "
+                f"{2 * dim}; restore a backup of the gallery",
+                metadata={"template_id": row.template_id},
+            )
+    matrix: F16 = np.frombuffer(b"".join(found), np.float16).reshape(len(rows), dim)
+    wide = matrix.astype(np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+    wrong = np.flatnonzero(~(np.abs(lengths - 1.0) < UNIT_TOLERANCE))
+    if len(wrong):
+        raise FacelaneError(
+            Reason.GALLERY_UNAVAILABLE,
+            f"{name}: the gallery's file is damaged: a template's vector is none; restore a backup "
+            "of the gallery, or delete that template",
+            metadata={"template_id": rows[wrong[0]].template_id},
+        )
+    return [
+        StoredVector(row.gallery_id, subject_id, row.template_id, vector, row.number, row.quality)
+        for row, subject_id, vector in zip(rows, subject_ids, matrix, strict=True)
+    ]
+
+
+def _unsealed(
+    connection: sa.Connection, rows: Sequence[sa.Row[Any]], vault: Vault
+) -> tuple[list[str], list[bytes]]:
+    """The subjects' ids and the vectors; a key is opened once for rows that follow each other."""
+    subject_ids: list[str] = []
+    found: list[bytes] = []
     number, lock, subject_id = 0, None, ""
     for row in rows:
         if lock is None or row.number != number:
-            number, lock = row.number, vault.lock(connection, row.number, row)
+            number = row.number
+            lock = vault.lock(connection, number, row)
             subject_id = vault.person(lock, number, row.sealed).subject_id
-        vector = vault.vector(lock, row.template_id, row.vector)
-        yield _checked(row, subject_id, vector, dim, name)
+        subject_ids.append(subject_id)
+        found.append(vault.vector(lock, row.template_id, row.vector))
+    return subject_ids, found
 
 
 def _vectors(model_id: str, vault: Vault) -> sa.Select[Any]:
@@ -155,24 +205,3 @@ def _vectors(model_id: str, vault: Vault) -> sa.Select[Any]:
     if not vault.encrypts:
         return query
     return query.add_columns(subjects.c.sealed, *KEY_COLUMNS).join(keys, OF_SUBJECT, isouter=True)
-
-
-def _checked(row: sa.Row[Any], subject_id: str, found: bytes, dim: int, name: str) -> StoredVector:
-    if len(found) != 2 * dim:
-        raise FacelaneError(
-            Reason.GALLERY_UNAVAILABLE,
-            f"{name}: a template of the serving model has {len(found)} bytes instead of "
-            f"{2 * dim}; restore a backup of the gallery",
-        )
-    vector: F16 = np.frombuffer(found, np.float16)
-    length = float(np.linalg.norm(vector.astype(np.float32)))
-    if not abs(length - 1.0) < UNIT_TOLERANCE:
-        raise FacelaneError(
-            Reason.GALLERY_UNAVAILABLE,
-            f"{name}: the gallery's file is damaged: a template's vector is none; restore a backup "
-            "of the gallery, or delete that template",
-            metadata={"template_id": row.template_id},
-        )
-    return StoredVector(
-        row.gallery_id, subject_id, row.template_id, vector, row.number, row.quality
-    )

@@ -37,8 +37,10 @@ from facelane_server.store.records import (
     Subject,
     Template,
     check_display_name,
+    check_etag,
     check_labels,
     invalid,
+    subject_missing,
     unit_float16,
 )
 from facelane_server.store.remembered import recalled, remember
@@ -70,13 +72,6 @@ from facelane_server.store.vault import (
 DUPLICATE_SIMILARITY: Final = 0.999
 """Two shots of one person never come so near; the same picture enrolled again does
 (float16 and another batch size move a cosine by less than 5e-4)."""
-
-
-def _subject_missing() -> FacelaneError:
-    return FacelaneError(
-        Reason.SUBJECT_NOT_FOUND,
-        "the gallery has no such subject; create it first, or let the enrolment create it",
-    )
 
 
 class Store:
@@ -220,12 +215,7 @@ class Store:
             values["labels"] = check_labels(labels)
         with self._changing(Action.SUBJECT_UPDATED, gallery_id, subject_id) as connection:
             current = self._subject(connection, gallery_id, subject_id)
-            if etag and etag != current.etag:
-                raise FacelaneError(
-                    Reason.ETAG_MISMATCH,
-                    "the subject has changed since it was read; read it again, then update",
-                    metadata={"etag": current.etag},
-                )
+            check_etag(etag, current)
             if values:
                 key = self._find(connection, gallery_id, subject_id)
                 assert key is not None
@@ -240,14 +230,19 @@ class Store:
                 following.append(connection, ChangeKind.SUBJECT, subject=key)
             return self._subject(connection, gallery_id, subject_id)
 
-    def delete_subject(self, gallery_id: str, subject_id: str) -> Deleted:
-        """Deletes the subject and its templates. Raises SUBJECT_NOT_FOUND."""
+    def delete_subject(
+        self, gallery_id: str, subject_id: str, *, etag: str = "", why: str = ""
+    ) -> Deleted:
+        """Deletes the subject and its templates. ``why``: for the audit log. Raises
+        SUBJECT_NOT_FOUND, ETAG_MISMATCH (see ``update_subject``)."""
         gallery_id = gallery_name(gallery_id)
-        deed = Deed(Action.SUBJECT_DELETED, audit.actor(), gallery_id, subject_id)
+        told = (("why", why),) if why else ()
+        deed = Deed(Action.SUBJECT_DELETED, audit.actor(), gallery_id, subject_id, told)
         with self.database.writing(GALLERY, AUDIT) as connection:
             key = self._find(connection, gallery_id, subject_id)
             if key is None:
-                raise _subject_missing()
+                raise subject_missing()
+            check_etag(etag, self._subject(connection, gallery_id, subject_id))
             owned = sa.select(templates.c.template_id).where(templates.c.subject == key)
             connection.execute(
                 sa.update(requests)
@@ -280,7 +275,7 @@ class Store:
             .where(subjects.c.subject_id == self._vault.blind("subject", gallery_id, subject_id))
         ).first()
         if row is None:
-            raise _subject_missing()
+            raise subject_missing()
         return self._as_subject(connection, row)
 
     def _as_subject(self, connection: sa.Connection, row: sa.Row[Any]) -> Subject:
@@ -315,7 +310,7 @@ class Store:
         with self.database.reading() as connection:
             key = self._find(connection, gallery_name(gallery_id), subject_id)
             if key is None:
-                raise _subject_missing()
+                raise subject_missing()
             rows = connection.execute(
                 template_query().where(templates.c.subject == key).order_by(templates.c.id)
             )
@@ -395,7 +390,7 @@ class Store:
                     return known
             if self._find(connection, gallery_id, subject_id) is None:
                 if not create_subject:
-                    raise _subject_missing()
+                    raise subject_missing()
                 self._insert_subject(connection, gallery_id, Person(subject_id, display_name, {}))
             key = self._find(connection, gallery_id, subject_id)
             assert key is not None

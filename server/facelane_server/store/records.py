@@ -139,3 +139,20 @@ def unit_float16(vector: F32) -> F16:
             "with `facelane-server models verify`",
         )
     return (wide / norm).astype(np.float16)
+
+
+def subject_missing() -> FacelaneError:
+    return FacelaneError(
+        Reason.SUBJECT_NOT_FOUND,
+        "the gallery has no such subject; create it first, or let the enrolment create it",
+    )
+
+
+def check_etag(etag: str, current: Subject) -> None:
+    """ETAG_MISMATCH where one is given that is not the subject's."""
+    if etag and etag != current.etag:
+        raise FacelaneError(
+            Reason.ETAG_MISMATCH,
+            "the subject has changed since it was read; read it again, then update",
+            metadata={"etag": current.etag},
+        )

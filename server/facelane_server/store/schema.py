@@ -14,6 +14,8 @@
                     (which names subjects by their numbers)
     audit           sequence (revision of ``AUDIT``), time, body, digest: append-only
     keys            key_id, kind, subject, wrapped, wrapped_by, created
+    last_seen       subject (-> subjects.id, cascade), seen: to the hour, where retention asks
+    confirmations   sequence (-> events.sequence, cascade), by, agrees, time: of candidates
     shards          shard_id, host, process, revision, lease: who reads, and how far it has come
 
 Times are nanoseconds since the epoch. ``requests`` remembers enrolments for a day, so that
@@ -184,6 +186,26 @@ keys = sa.Table(
     sa.Column("created_ns", sa.BigInteger, nullable=False),
 )
 
+last_seen = sa.Table(
+    "last_seen",
+    metadata,
+    sa.Column(
+        "subject", Number, sa.ForeignKey("subjects.id", ondelete="CASCADE"), primary_key=True
+    ),
+    sa.Column("seen_ns", sa.BigInteger, nullable=False),
+)
+
+confirmations = sa.Table(
+    "confirmations",
+    metadata,
+    sa.Column(
+        "sequence", Number, sa.ForeignKey("events.sequence", ondelete="CASCADE"), primary_key=True
+    ),
+    sa.Column("by", _name(128), primary_key=True),
+    sa.Column("agrees", sa.Boolean, nullable=False),
+    sa.Column("time_ns", sa.BigInteger, nullable=False),
+)
+
 shards = sa.Table(
     "shards",
     metadata,
@@ -196,7 +218,7 @@ shards = sa.Table(
 
 COPIED: Final = (
     meta, counters, galleries, subjects, templates, chips, requests, changes, events,
-    audit, keys,
+    audit, keys, last_seen, confirmations,
 )  # fmt: skip
 """What ``store copy`` moves, owners before what they own. ``shards`` belongs to those who run."""
 
@@ -264,11 +286,17 @@ def _version_4(connection: sa.Connection) -> None:
     _add_column(connection, "subjects", "sealed", binary)
 
 
+def _version_5(connection: sa.Connection) -> None:
+    """Room for retention, and for those who confirm who was seen."""
+    _make(connection, last_seen, confirmations)
+
+
 MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
     _version_1,
     _version_2,
     _version_3,
     _version_4,
+    _version_5,
 )
 """The n-th entry brings a store from version n to n + 1; entries are only appended. Later
 ones spell out their statements: the tables above show the newest version alone."""

@@ -231,6 +231,8 @@ class SqliteFile(Database):
                 "synchronous = FULL",
                 "foreign_keys = ON",
                 "trusted_schema = OFF",
+                # What is sorted goes into no temporary file.
+                "temp_store = MEMORY",
             ):
                 connection.execute(f"PRAGMA {pragma}").close()
 

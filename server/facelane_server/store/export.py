@@ -1,0 +1,214 @@
+"""All that a store holds of one subject, for a request of access."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from facelane_server.naming import gallery_name
+from facelane_server.store import audit as log
+from facelane_server.store.audit import Action, Deed
+from facelane_server.store.chips import ENCODING
+from facelane_server.store.envelope import Lock
+from facelane_server.store.events import decoded
+from facelane_server.store.gallery import Store
+from facelane_server.store.records import subject_missing
+from facelane_server.store.schema import (
+    chips,
+    confirmations,
+    events,
+    last_seen,
+    requests,
+    subjects,
+    templates,
+)
+from facelane_server.store.vault import Person
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """``said``: as JSON can say it. ``pictures``: name of a file -> PNG."""
+
+    said: dict[str, Any]
+    pictures: dict[str, bytes]
+
+
+def export(store: Store, gallery_id: str, subject_id: str) -> Export:
+    """Written down in the audit log first, or not done. Raises SUBJECT_NOT_FOUND and
+    GALLERY_UNAVAILABLE."""
+    gallery_id = gallery_name(gallery_id)
+    with store.database.reading() as connection:
+        number = _number(connection, store, gallery_id, subject_id)
+    if number is None:
+        raise subject_missing()
+    store.audit.write([Deed(Action.EXPORTED, log.actor(), gallery_id, subject_id)])
+    with store.database.reading() as connection:
+        row = connection.execute(sa.select(subjects).where(subjects.c.id == number)).first()
+        if row is None:
+            raise subject_missing()
+        lock = store.vault.lock_of(connection, number) if store.vault.encrypts else None
+        person = (
+            Person(row.subject_id, row.display_name, row.labels)
+            if lock is None
+            else store.vault.person(lock, number, row.sealed)
+        )
+        pictures = dict(_pictures(connection, store, lock, number))
+        seen_ns = connection.scalar(
+            sa.select(last_seen.c.seen_ns).where(last_seen.c.subject == number)
+        )
+        said = {
+            "gallery": gallery_id,
+            "subject_id": person.subject_id,
+            "display_name": person.display_name,
+            "labels": dict(person.labels),
+            "number": number,
+            "created": _time(row.created_ns),
+            "updated": _time(row.updated_ns),
+            "last_seen": _time(seen_ns) if seen_ns else None,
+            "templates": list(_templates(connection, store, lock, number, pictures)),
+            "enrolments_remembered": list(_requests(connection, number)),
+            "events": list(_events(connection, gallery_id, number)),
+            "audit": list(_audit(connection, store, gallery_id, subject_id)),
+        }
+    return Export(said, pictures)
+
+
+def _number(
+    connection: sa.Connection, store: Store, gallery_id: str, subject_id: str
+) -> int | None:
+    found: int | None = connection.scalar(
+        sa.select(subjects.c.id)
+        .where(subjects.c.gallery_id == gallery_id)
+        .where(subjects.c.subject_id == store.vault.blind("subject", gallery_id, subject_id))
+    )
+    return found
+
+
+def _time(at_ns: int) -> str:
+    return dt.datetime.fromtimestamp(at_ns / 1e9, dt.UTC).isoformat(timespec="seconds")
+
+
+def _templates(
+    connection: sa.Connection,
+    store: Store,
+    lock: Lock | None,
+    number: int,
+    pictures: dict[str, bytes],
+) -> Iterator[dict[str, Any]]:
+    rows = connection.execute(
+        sa.select(templates).where(templates.c.subject == number).order_by(templates.c.id)
+    )
+    for row in rows.all():
+        vector = row.vector
+        if lock is not None:
+            vector = store.vault.vector(lock, row.template_id, vector)
+        name = f"{row.template_id}.png"
+        yield {
+            "template_id": row.template_id,
+            "model": row.model_id,
+            "ood_score": row.ood_score,
+            "quality": row.quality,
+            "created": _time(row.created_ns),
+            "picture": name if name in pictures else None,
+            "vector": {
+                "values": row.dim,
+                "type": "float16, little endian, base64",
+                "data": base64.b64encode(vector).decode(),
+            },
+        }
+
+
+def _pictures(
+    connection: sa.Connection, store: Store, lock: Lock | None, number: int
+) -> Iterator[tuple[str, bytes]]:
+    rows = connection.execute(
+        sa.select(chips)
+        .join(templates, chips.c.template_id == templates.c.template_id)
+        .where(templates.c.subject == number)
+    )
+    for row in rows.all():
+        chip = row.chip if lock is None else store.vault.chip(lock, row.template_id, row.chip)
+        if row.encoding == ENCODING:
+            yield f"{row.template_id}.png", _png(chip)
+
+
+def _requests(connection: sa.Connection, number: int) -> Iterator[dict[str, Any]]:
+    """Of the last day; their ids are kept as codes."""
+    rows = connection.execute(
+        sa.select(requests.c.template_id, requests.c.created_ns)
+        .join(templates, requests.c.template_id == templates.c.template_id)
+        .where(templates.c.subject == number)
+    )
+    for row in rows.all():
+        yield {"template_id": row.template_id, "time": _time(row.created_ns)}
+
+
+def _events(connection: sa.Connection, gallery_id: str, number: int) -> Iterator[dict[str, Any]]:
+    """Those that name the subject, first or among others who were like it."""
+    query = sa.select(events).where(events.c.gallery_id == gallery_id).order_by(events.c.sequence)
+    own = str(number)
+    with connection.execution_options(yield_per=2_000).execute(query) as rows:
+        for row in rows:
+            track = decoded(row.body)
+            if track is None or own not in track.identity.subjects:
+                continue
+            named = track.identity.subject_id == own
+            yield {
+                "sequence": row.sequence,
+                "kind": row.kind,
+                "time": _time(row.time_ns),
+                "source_id": row.source_id,
+                "stream_id": row.stream_id,
+                "decision": track.identity.decision.value,
+                "named": named,
+                "similarity": track.identity.similarity if named else None,
+                "liveness": track.liveness.verdict.value,
+                "confirmations": [
+                    {"by": one.by, "agrees": one.agrees, "time": _time(one.time_ns)}
+                    for one in connection.execute(
+                        sa.select(confirmations).where(confirmations.c.sequence == row.sequence)
+                    )
+                ],
+            }
+
+
+def _audit(
+    connection: sa.Connection, store: Store, gallery_id: str, subject_id: str
+) -> Iterator[dict[str, Any]]:
+    store.audit.public(connection)
+    code = store.audit.code(gallery_id, subject_id)
+    for link in log.links(connection):
+        entry = log.shown(link)
+        if entry.get("subject") == code:
+            entry.pop("digest")
+            yield {**entry, "time": _time(entry.pop("time_ns"))}
+
+
+def _png(chip: bytes) -> bytes:
+    """Of a square of BGR bytes."""
+    side = int((len(chip) // 3) ** 0.5)
+    rgb = bytearray(chip)
+    rgb[0::3], rgb[2::3] = chip[2::3], chip[0::3]
+    rows = b"".join(
+        b"\0" + bytes(rgb[3 * side * row : 3 * side * (row + 1)]) for row in range(side)
+    )
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
