@@ -27,7 +27,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 import grpc
 import grpc.aio
 
-from facelane import calls, convert, types
+from facelane import calls, convert, types, views
 from facelane.driver import ClientBase, EventStreamBase, StreamBase
 from facelane.errors import FacelaneError
 from facelane.stream import DEFAULT_BUFFER, DEFAULT_STALL_TIMEOUT, Phase, StreamCore
@@ -231,6 +231,8 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     server_info = _awaited(calls.server_info)
     pools = _awaited(calls.pools)
     health = _awaited(calls.health)
+    list_streams = _awaited(views.list_streams)
+    watch_stream = views.watch_stream_async
 
     async def wait_until_serving(
         self, timeout: float = 60.0, *, service: str = "", poll_interval: float = 0.1

@@ -39,6 +39,7 @@ from facelane.v1 import (
     gallery_service_pb2_grpc,
     server_service_pb2,
     server_service_pb2_grpc,
+    view_service_pb2_grpc,
 )
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Stubs:
         self.gallery = gallery_service_pb2_grpc.GalleryServiceStub(channel)
         self.events = event_service_pb2_grpc.EventServiceStub(channel)
         self.server = server_service_pb2_grpc.ServerServiceStub(channel)
+        self.view = view_service_pb2_grpc.ViewServiceStub(channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(channel)
         self.health = health_pb2_grpc.HealthStub(channel)
 

@@ -22,13 +22,9 @@ from typing import Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 import grpc
 
-from facelane import calls, convert, types
+from facelane import calls, convert, types, views
 from facelane.driver import ClientBase, EventStreamBase, StreamBase
-from facelane.errors import (
-    FacelaneError,
-    Reason,
-    StreamClosedError,
-)
+from facelane.errors import FacelaneError, Reason, StreamClosedError
 from facelane.stream import DEFAULT_BUFFER, DEFAULT_STALL_TIMEOUT, StreamCore
 from facelane.subscription import Subscription
 from facelane.transport import DEFAULT_TIMEOUT, Metadata, Tls, Token
@@ -185,7 +181,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         ``source_id`` (a name for logs), ``overload`` (``latest_wins`` or ``lossless``),
         ``max_frame_age`` (seconds), ``weight`` (1-100, share under load),
         ``reinference_interval`` (seconds), ``disable_tracking``,
-        ``analysis_fps`` (pictures a second that are analysed).
+        ``analysis_fps`` (pictures a second that are analysed), ``private`` (nobody may look).
 
         >>> with client.analyze_stream(source_id="door", overload="lossless") as stream:
         ...     for picture in pictures:
@@ -273,6 +269,8 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     server_info = _blocking(calls.server_info)
     pools = _blocking(calls.pools)
     health = _blocking(calls.health)
+    list_streams = _blocking(views.list_streams)
+    watch_stream = views.watch_stream
 
     def wait_until_serving(
         self, timeout: float = 60.0, *, service: str = "", poll_interval: float = 0.1

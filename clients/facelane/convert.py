@@ -220,6 +220,7 @@ def stream_config(
     reinference_interval: float | None = None,
     disable_tracking: bool = False,
     analysis_fps: float = 0.0,
+    private: bool = False,
     **options: Unpack[types.AnalysisOptions],
 ) -> analysis_service_pb2.AnalyzeStreamRequest:
     """The first message of a stream."""
@@ -237,6 +238,7 @@ def stream_config(
         weight=count("weight", weight),
         disable_tracking=disable_tracking,
         analysis_fps=_rate(analysis_fps),
+        private=private,
     )
     if max_frame_age is not None:
         config.max_frame_age.CopyFrom(duration(max_frame_age))

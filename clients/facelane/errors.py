@@ -102,6 +102,7 @@ class Reason(enum.StrEnum):
     # Events and administration.
     RESUME_TOKEN_INVALID = "RESUME_TOKEN_INVALID"  # noqa: S105 - a reason, no secret
     HISTORY_LOST = "HISTORY_LOST"
+    STREAM_NOT_FOUND = "STREAM_NOT_FOUND"
     POOL_NOT_FOUND = "POOL_NOT_FOUND"
     WORKER_NOT_FOUND = "WORKER_NOT_FOUND"
     MODEL_INVALID = "MODEL_INVALID"

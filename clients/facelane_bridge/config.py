@@ -156,6 +156,8 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_recognition: bool = False
     skip_liveness: bool = False
     gallery: Annotated[str, Meta(min_length=1, max_length=128)] = "default"
+    private: bool = False
+    """Nobody may look at its stream on the server, and no event keeps a picture of it."""
     max_faces: Annotated[int, Meta(ge=0, le=1024)] = 0
     max_candidates: Annotated[int, Meta(ge=0, le=10)] = 0
     min_face_size: Annotated[int, Meta(ge=0, le=8192)] = 0

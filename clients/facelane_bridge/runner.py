@@ -277,6 +277,7 @@ class CameraRunner:
             match_threshold=camera.match_threshold,
             # What is not passed on is thinned out here already.
             analysis_fps=camera.analysed_fps if camera.passes_video else 0.0,
+            private=camera.private,
         )
 
     async def _serve(self, stream: aio.AnalyzeStream) -> None:

@@ -191,6 +191,7 @@ class App:
                 gallery,
                 settings=self.settings.events,
                 seen=retention.seen,
+                sights=self.edge.sights,
             )
             trail = self._trail = Trail(gallery, self.settings.audit)
             stack.push_async_callback(trail.close)

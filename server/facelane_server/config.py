@@ -20,6 +20,7 @@ from facelane_server.addresses import LENT, default_socket, is_host_port, is_loc
 from facelane_server.domain import Stage
 from facelane_server.naming import hint, is_name
 from facelane_server.rules import GalleryRules, Naming, Ratio, Share
+from facelane_server.sources import Source, View
 
 Isolation = Literal["process", "mps", "thread", "external"]
 Precision = Literal["auto", "fp32", "fp16"]
@@ -375,6 +376,9 @@ class Config(Section, frozen=True):
     store: Store = Store()
     audit: Audit = Audit()
     gallery: Gallery = Gallery()
+    view: View = View()
+    sources: dict[str, Source] = {}
+    """``[sources.NAME]``, or ``[sources."ward-*"]``: what holds for streams of one source."""
     galleries: dict[str, GalleryRules] = {}
     """``[galleries.NAME]``: what holds for the people of one gallery; see privacy.md."""
     events: Events = Events()

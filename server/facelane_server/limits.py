@@ -232,6 +232,21 @@ MAX_EVENT_FILTERS: Final = 256
 MAX_EVENT_BATCH: Final = 256
 """Events that a watcher is given at a time."""
 
+# -- looking at streams -------------------------------------------------------------
+MAX_VIEWERS: Final = 256
+"""Looks at streams under way."""
+MAX_VIEWED_BYTES: Final = 4 * MIB
+"""Of access units that wait for one who looks; then the look goes on with the next key frame. A
+still picture that is larger is not shown."""
+MAX_VIEWED_UNITS: Final = 512
+MAX_UNSEEN_BYTES: Final = 16 * MIB
+"""Pictures of a stream that somebody looks at, kept until their outcomes are there."""
+MAX_VIEW_FPS: Final = 60.0
+VIEW_FPS: Final = 15.0
+"""Where nothing else is asked for."""
+VIEWED_OUTCOMES: Final = 256
+"""Newest outcomes of a stream that its rates and ages are told from."""
+
 # -- logs and metrics -----------------------------------------------------------------
 MAX_METRICS_CONNECTIONS: Final = 8
 MAX_METRICS_HEADER_BYTES: Final = 8 * KIB

@@ -13,6 +13,7 @@ from facelane_server.gallery.gallery import Gallery
 from facelane_server.lanes import Lane
 from facelane_server.observability.metrics import Metrics
 from facelane_server.presence import Presence, Telling
+from facelane_server.viewing import Sights
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +29,7 @@ class LaneWatch:
         *,
         settings: config.Events,
         seen: Callable[[str, str], None] = lambda _gallery_id, _subject_id: None,
+        sights: Sights | None = None,
     ) -> None:
         """``seen``: told of whoever is named, gallery and subject."""
         self._metrics = metrics
@@ -37,6 +39,7 @@ class LaneWatch:
         self._unknown_after_ns = int(settings.unknown_after_s * 1e9)
         self._hidden_after_ns = int(settings.hidden_after_s * 1e9)
         self._present: dict[int, Presence] = {}
+        self._sights = sights or Sights()
 
     def opened(self, lane: Lane) -> None:
         plan = lane.options.plan
@@ -45,6 +48,7 @@ class LaneWatch:
             # would ever be recognised without a word about it.
             log.warning("a stream searches an empty gallery", gallery=plan.gallery_id)
         self._metrics.streams_opened.inc()
+        self._sights.opened(lane.lane_id)
         self._present[lane.lane_id] = Presence(
             unknown_after_ns=self._unknown_after_ns, hidden_after_ns=self._hidden_after_ns
         )
@@ -57,6 +61,7 @@ class LaneWatch:
 
     def closed(self, lane: Lane) -> None:
         self._present.pop(lane.lane_id, None)
+        self._sights.closed(lane.lane_id)
         self._events.publish(
             EventKind.STREAM_CLOSED,
             source_id=lane.options.source_id,
@@ -67,6 +72,9 @@ class LaneWatch:
     def outcome(self, lane: Lane, outcome: Outcome) -> None:
         # Metrics are not kept a stream: their number would grow without a bound.
         self._metrics.outcome(outcome, lane.options.overload)
+        sight = self._sights.of(lane.lane_id)
+        if sight is not None:
+            sight.outcome(outcome)
 
     def sighted(self, lane: Lane, sighting: Sighting) -> None:
         present = self._present.get(lane.lane_id)
@@ -80,6 +88,11 @@ class LaneWatch:
             gallery_id, named = lane.options.plan.gallery_id, report.identity.subjects
             gone = not all(self._gallery.knows(gallery_id, subject) for subject in named)
             self._publish(lane, present.ended(track_id, forget=gone))
+
+    def tracks(self, lane_id: int) -> int:
+        """Tracks of a lane that have begun and not ended."""
+        present = self._present.get(lane_id)
+        return 0 if present is None else len(present)
 
     def _publish(self, lane: Lane, tellings: Iterable[Telling]) -> None:
         for kind, report in tellings:

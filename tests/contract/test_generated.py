@@ -24,6 +24,7 @@ from facelane.v1 import (
     face_pb2,
     gallery_service_pb2,
     server_service_pb2,
+    view_service_pb2,
 )
 from facelane_server import config
 from facelane_server.domain import Reason
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLIENTS, SERVER = ROOT / "clients", ROOT / "server"
 MODULES = (
     admin_service_pb2, analysis_service_pb2, error_reason_pb2, event_service_pb2,
-    face_pb2, gallery_service_pb2, server_service_pb2,
+    face_pb2, gallery_service_pb2, server_service_pb2, view_service_pb2,
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from facelane.v1 import (
     face_pb2,
     gallery_service_pb2,
     server_service_pb2,
+    view_service_pb2,
 )
 from facelane_server import auditing
 from facelane_server.edge.auth import new_key
@@ -40,6 +41,7 @@ SERVICES = [
         event_service_pb2,
         gallery_service_pb2,
         server_service_pb2,
+        view_service_pb2,
     )
     for name in module.DESCRIPTOR.services_by_name
 ]
@@ -102,6 +104,8 @@ def request(method: str, gallery: str, source: str) -> Any:
     fields = METHODS[method].input_type.fields_by_name
     if "gallery_id" in fields:
         made.gallery_id = gallery
+    if "source_id" in fields:
+        made.source_id = source
     if "subject" in fields:
         made.subject.CopyFrom(face_pb2.Subject(gallery_id=gallery))
     if "options" in fields:

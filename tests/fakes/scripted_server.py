@@ -31,6 +31,8 @@ from facelane.v1 import (
     gallery_service_pb2_grpc,
     server_service_pb2,
     server_service_pb2_grpc,
+    view_service_pb2,
+    view_service_pb2_grpc,
 )
 
 Request = analysis_service_pb2.AnalyzeStreamRequest
@@ -445,6 +447,25 @@ class _Server(server_service_pb2_grpc.ServerServiceServicer):
         return answer
 
 
+class _View(view_service_pb2_grpc.ViewServiceServicer):
+    """One stream, `door-1`, of one picture."""
+
+    def ListStreams(self, request: Any, context: Context) -> Any:
+        stream = view_service_pb2.OpenStream(stream_id="s1", source_id="door-1", result_fps=25)
+        return view_service_pb2.ListStreamsResponse(streams=[stream])
+
+    def WatchStream(self, request: Any, context: Context) -> Iterator[Any]:
+        opened = view_service_pb2.OpenStream(stream_id="s1", source_id="door-1")
+        yield view_service_pb2.WatchStreamResponse(opened=opened)
+        frame = analysis_service_pb2.Frame(frame_id=1)
+        seen = view_service_pb2.StreamPicture(
+            picture=face_pb2.Picture(encoding=face_pb2.PICTURE_ENCODING_JPEG, data=b"\xff\xd8"),
+            outcome=outcome(frame, result=frame_result(face())).outcome,
+            key_frame=True,
+        )
+        yield view_service_pb2.WatchStreamResponse(picture=seen)
+
+
 class _Admin(admin_service_pb2_grpc.AdminServiceServicer):
     def __init__(self, owner: ScriptedServer) -> None:
         self._owner = owner
@@ -530,6 +551,7 @@ class ScriptedServer:
         gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(self.gallery, self._server)
         event_service_pb2_grpc.add_EventServiceServicer_to_server(_Events(self), self._server)
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(_Server(), self._server)
+        view_service_pb2_grpc.add_ViewServiceServicer_to_server(_View(), self._server)
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(_Admin(self), self._server)
         self._server.add_generic_rpc_handlers((self._health_handler(),))
         if credentials is None:

@@ -12,3 +12,4 @@ from facelane.types.faces import *  # noqa: F403 - the rooms of one house
 from facelane.types.pictures import *  # noqa: F403
 from facelane.types.server import *  # noqa: F403
 from facelane.types.streams import *  # noqa: F403
+from facelane.types.views import *  # noqa: F403

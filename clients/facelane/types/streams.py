@@ -164,6 +164,8 @@ class StreamConfigOptions(AnalysisOptions, total=False):
     analysis_fps: float
     """At most so many pictures a second of media time are analysed, 0.1-1000; 0 = all. The
     others are dropped as SUPERSEDED at once; of video they are decoded where it takes them."""
+    private: bool
+    """Nobody may look at this stream (``watch_stream``), and no event keeps a picture of it."""
 
 
 class StreamOptions(StreamConfigOptions, total=False):

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"facelane/v1/analysis_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xf6\x01\n\x0f\x41nalysisOptions\x12\x18\n\x10skip_recognition\x18\x01 \x01(\x08\x12\x15\n\rskip_liveness\x18\x02 \x01(\x08\x12\x12\n\ngallery_id\x18\x03 \x01(\t\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x16\n\x0emax_candidates\x18\x05 \x01(\r\x12\x15\n\rmin_face_size\x18\x06 \x01(\r\x12\x19\n\x0c\x66\x61lse_naming\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmatch_threshold\x18\x08 \x01(\x02H\x01\x88\x01\x01\x42\x0f\n\r_false_namingB\x12\n\x10_match_threshold\"\xb1\x02\n\x0cStreamConfig\x12\x11\n\tsource_id\x18\x01 \x01(\t\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\x12\x34\n\x0foverload_policy\x18\x03 \x01(\x0e\x32\x1b.facelane.v1.OverloadPolicy\x12\x30\n\rmax_frame_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06weight\x18\x05 \x01(\r\x12\x18\n\x10\x64isable_tracking\x18\x06 \x01(\x08\x12\x37\n\x14reinference_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x61nalysis_fps\x18\x08 \x01(\x02\"\xa4\x01\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12%\n\x07picture\x18\x02 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x30\n\rstream_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"s\n\x14\x41nalyzeStreamRequest\x12+\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamConfigH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.facelane.v1.FrameH\x00\x42\t\n\x07message\"\x90\x01\n\x0cStreamLimits\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x02 \x01(\x04\x12\x12\n\nmax_pixels\x18\x03 \x01(\x04\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x30\n\rmax_frame_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa8\x02\n\x0cStreamOpened\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.facelane.v1.StreamLimits\x12\x35\n\x06models\x18\x03 \x03(\x0b\x32%.facelane.v1.StreamOpened.ModelsEntry\x12\x16\n\x0eserver_version\x18\x04 \x01(\t\x12\x19\n\x0c\x66\x61lse_naming\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmatch_threshold\x18\x06 \x01(\x02H\x01\x88\x01\x01\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_false_namingB\x12\n\x10_match_threshold\"4\n\tFrameDrop\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.facelane.v1.DropReason\"\xc3\x02\n\x0c\x46rameOutcome\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\rstream_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x06result\x18\x05 \x01(\x0b\x32\x18.facelane.v1.FrameResultH\x00\x12&\n\x04\x64rop\x18\x06 \x01(\x0b\x32\x16.facelane.v1.FrameDropH\x00\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x11\n\tstream_id\x18\x08 \x01(\tB\t\n\x07outcome\"\xbd\x01\n\x0cStreamUpdate\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.facelane.v1.StreamUpdateKind\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.facelane.v1.Stage\x12\x10\n\x08track_id\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12(\n\x05grace\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08rate_fps\x18\x06 \x01(\x02\"\xee\x01\n\rStreamSummary\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07results\x18\x02 \x01(\x04\x12\r\n\x05\x64rops\x18\x03 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x04 \x01(\x04\x12\r\n\x05\x66\x61\x63\x65s\x18\x05 \x01(\x04\x12\x0e\n\x06tracks\x18\x06 \x01(\x04\x12\x46\n\x0f\x64rops_by_reason\x18\x07 \x03(\x0b\x32-.facelane.v1.StreamSummary.DropsByReasonEntry\x1a\x34\n\x12\x44ropsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd9\x01\n\x15\x41nalyzeStreamResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamOpenedH\x00\x12,\n\x07outcome\x18\x02 \x01(\x0b\x32\x19.facelane.v1.FrameOutcomeH\x00\x12+\n\x06update\x18\x03 \x01(\x0b\x32\x19.facelane.v1.StreamUpdateH\x00\x12-\n\x07summary\x18\x04 \x01(\x0b\x32\x1a.facelane.v1.StreamSummaryH\x00\x42\t\n\x07message\"k\n\x13\x41nalyzeImageRequest\x12%\n\x07picture\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Picture\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\"@\n\x14\x41nalyzeImageResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.facelane.v1.FrameResult*p\n\x0eOverloadPolicy\x12\x1f\n\x1bOVERLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x1f\n\x1bOVERLOAD_POLICY_LATEST_WINS\x10\x01\x12\x1c\n\x18OVERLOAD_POLICY_LOSSLESS\x10\x02*\xd7\x01\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44ROP_REASON_SUPERSEDED\x10\x01\x12\x17\n\x13\x44ROP_REASON_TOO_OLD\x10\x02\x12\x18\n\x14\x44ROP_REASON_DRAINING\x10\x03\x12\x1d\n\x19\x44ROP_REASON_STREAM_CLOSED\x10\x04\x12%\n!DROP_REASON_WAITING_FOR_KEY_FRAME\x10\x05\x12\x17\n\x13\x44ROP_REASON_THINNED\x10\x06*\x8b\x02\n\x10StreamUpdateKind\x12\"\n\x1eSTREAM_UPDATE_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dSTREAM_UPDATE_KIND_STAGE_LOST\x10\x01\x12%\n!STREAM_UPDATE_KIND_STAGE_RESTORED\x10\x02\x12\x1f\n\x1bSTREAM_UPDATE_KIND_DRAINING\x10\x03\x12\"\n\x1eSTREAM_UPDATE_KIND_TRACK_ENDED\x10\x04\x12\'\n#STREAM_UPDATE_KIND_KEY_FRAME_WANTED\x10\x05\x12\x1b\n\x17STREAM_UPDATE_KIND_RATE\x10\x06\x32\xc2\x01\n\x0f\x41nalysisService\x12Z\n\rAnalyzeStream\x12!.facelane.v1.AnalyzeStreamRequest\x1a\".facelane.v1.AnalyzeStreamResponse(\x01\x30\x01\x12S\n\x0c\x41nalyzeImage\x12 .facelane.v1.AnalyzeImageRequest\x1a!.facelane.v1.AnalyzeImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"facelane/v1/analysis_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xf6\x01\n\x0f\x41nalysisOptions\x12\x18\n\x10skip_recognition\x18\x01 \x01(\x08\x12\x15\n\rskip_liveness\x18\x02 \x01(\x08\x12\x12\n\ngallery_id\x18\x03 \x01(\t\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x16\n\x0emax_candidates\x18\x05 \x01(\r\x12\x15\n\rmin_face_size\x18\x06 \x01(\r\x12\x19\n\x0c\x66\x61lse_naming\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmatch_threshold\x18\x08 \x01(\x02H\x01\x88\x01\x01\x42\x0f\n\r_false_namingB\x12\n\x10_match_threshold\"\xc2\x02\n\x0cStreamConfig\x12\x11\n\tsource_id\x18\x01 \x01(\t\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\x12\x34\n\x0foverload_policy\x18\x03 \x01(\x0e\x32\x1b.facelane.v1.OverloadPolicy\x12\x30\n\rmax_frame_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06weight\x18\x05 \x01(\r\x12\x18\n\x10\x64isable_tracking\x18\x06 \x01(\x08\x12\x37\n\x14reinference_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x61nalysis_fps\x18\x08 \x01(\x02\x12\x0f\n\x07private\x18\t \x01(\x08\"\xa4\x01\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12%\n\x07picture\x18\x02 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x30\n\rstream_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"s\n\x14\x41nalyzeStreamRequest\x12+\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamConfigH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.facelane.v1.FrameH\x00\x42\t\n\x07message\"\x90\x01\n\x0cStreamLimits\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x02 \x01(\x04\x12\x12\n\nmax_pixels\x18\x03 \x01(\x04\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x30\n\rmax_frame_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa8\x02\n\x0cStreamOpened\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.facelane.v1.StreamLimits\x12\x35\n\x06models\x18\x03 \x03(\x0b\x32%.facelane.v1.StreamOpened.ModelsEntry\x12\x16\n\x0eserver_version\x18\x04 \x01(\t\x12\x19\n\x0c\x66\x61lse_naming\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmatch_threshold\x18\x06 \x01(\x02H\x01\x88\x01\x01\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_false_namingB\x12\n\x10_match_threshold\"4\n\tFrameDrop\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.facelane.v1.DropReason\"\xc3\x02\n\x0c\x46rameOutcome\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\rstream_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x06result\x18\x05 \x01(\x0b\x32\x18.facelane.v1.FrameResultH\x00\x12&\n\x04\x64rop\x18\x06 \x01(\x0b\x32\x16.facelane.v1.FrameDropH\x00\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x11\n\tstream_id\x18\x08 \x01(\tB\t\n\x07outcome\"\xbd\x01\n\x0cStreamUpdate\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.facelane.v1.StreamUpdateKind\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.facelane.v1.Stage\x12\x10\n\x08track_id\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12(\n\x05grace\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08rate_fps\x18\x06 \x01(\x02\"\xee\x01\n\rStreamSummary\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07results\x18\x02 \x01(\x04\x12\r\n\x05\x64rops\x18\x03 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x04 \x01(\x04\x12\r\n\x05\x66\x61\x63\x65s\x18\x05 \x01(\x04\x12\x0e\n\x06tracks\x18\x06 \x01(\x04\x12\x46\n\x0f\x64rops_by_reason\x18\x07 \x03(\x0b\x32-.facelane.v1.StreamSummary.DropsByReasonEntry\x1a\x34\n\x12\x44ropsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd9\x01\n\x15\x41nalyzeStreamResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamOpenedH\x00\x12,\n\x07outcome\x18\x02 \x01(\x0b\x32\x19.facelane.v1.FrameOutcomeH\x00\x12+\n\x06update\x18\x03 \x01(\x0b\x32\x19.facelane.v1.StreamUpdateH\x00\x12-\n\x07summary\x18\x04 \x01(\x0b\x32\x1a.facelane.v1.StreamSummaryH\x00\x42\t\n\x07message\"k\n\x13\x41nalyzeImageRequest\x12%\n\x07picture\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Picture\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\"@\n\x14\x41nalyzeImageResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.facelane.v1.FrameResult*p\n\x0eOverloadPolicy\x12\x1f\n\x1bOVERLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x1f\n\x1bOVERLOAD_POLICY_LATEST_WINS\x10\x01\x12\x1c\n\x18OVERLOAD_POLICY_LOSSLESS\x10\x02*\xd7\x01\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44ROP_REASON_SUPERSEDED\x10\x01\x12\x17\n\x13\x44ROP_REASON_TOO_OLD\x10\x02\x12\x18\n\x14\x44ROP_REASON_DRAINING\x10\x03\x12\x1d\n\x19\x44ROP_REASON_STREAM_CLOSED\x10\x04\x12%\n!DROP_REASON_WAITING_FOR_KEY_FRAME\x10\x05\x12\x17\n\x13\x44ROP_REASON_THINNED\x10\x06*\x8b\x02\n\x10StreamUpdateKind\x12\"\n\x1eSTREAM_UPDATE_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dSTREAM_UPDATE_KIND_STAGE_LOST\x10\x01\x12%\n!STREAM_UPDATE_KIND_STAGE_RESTORED\x10\x02\x12\x1f\n\x1bSTREAM_UPDATE_KIND_DRAINING\x10\x03\x12\"\n\x1eSTREAM_UPDATE_KIND_TRACK_ENDED\x10\x04\x12\'\n#STREAM_UPDATE_KIND_KEY_FRAME_WANTED\x10\x05\x12\x1b\n\x17STREAM_UPDATE_KIND_RATE\x10\x06\x32\xc2\x01\n\x0f\x41nalysisService\x12Z\n\rAnalyzeStream\x12!.facelane.v1.AnalyzeStreamRequest\x1a\".facelane.v1.AnalyzeStreamResponse(\x01\x30\x01\x12S\n\x0c\x41nalyzeImage\x12 .facelane.v1.AnalyzeImageRequest\x1a!.facelane.v1.AnalyzeImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,42 +39,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMOPENED_MODELSENTRY']._serialized_options = b'8\001'
   _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._loaded_options = None
   _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_options = b'8\001'
-  _globals['_OVERLOADPOLICY']._serialized_start=2660
-  _globals['_OVERLOADPOLICY']._serialized_end=2772
-  _globals['_DROPREASON']._serialized_start=2775
-  _globals['_DROPREASON']._serialized_end=2990
-  _globals['_STREAMUPDATEKIND']._serialized_start=2993
-  _globals['_STREAMUPDATEKIND']._serialized_end=3260
+  _globals['_OVERLOADPOLICY']._serialized_start=2677
+  _globals['_OVERLOADPOLICY']._serialized_end=2789
+  _globals['_DROPREASON']._serialized_start=2792
+  _globals['_DROPREASON']._serialized_end=3007
+  _globals['_STREAMUPDATEKIND']._serialized_start=3010
+  _globals['_STREAMUPDATEKIND']._serialized_end=3277
   _globals['_ANALYSISOPTIONS']._serialized_start=166
   _globals['_ANALYSISOPTIONS']._serialized_end=412
   _globals['_STREAMCONFIG']._serialized_start=415
-  _globals['_STREAMCONFIG']._serialized_end=720
-  _globals['_FRAME']._serialized_start=723
-  _globals['_FRAME']._serialized_end=887
-  _globals['_ANALYZESTREAMREQUEST']._serialized_start=889
-  _globals['_ANALYZESTREAMREQUEST']._serialized_end=1004
-  _globals['_STREAMLIMITS']._serialized_start=1007
-  _globals['_STREAMLIMITS']._serialized_end=1151
-  _globals['_STREAMOPENED']._serialized_start=1154
-  _globals['_STREAMOPENED']._serialized_end=1450
-  _globals['_STREAMOPENED_MODELSENTRY']._serialized_start=1368
-  _globals['_STREAMOPENED_MODELSENTRY']._serialized_end=1413
-  _globals['_FRAMEDROP']._serialized_start=1452
-  _globals['_FRAMEDROP']._serialized_end=1504
-  _globals['_FRAMEOUTCOME']._serialized_start=1507
-  _globals['_FRAMEOUTCOME']._serialized_end=1830
-  _globals['_STREAMUPDATE']._serialized_start=1833
-  _globals['_STREAMUPDATE']._serialized_end=2022
-  _globals['_STREAMSUMMARY']._serialized_start=2025
-  _globals['_STREAMSUMMARY']._serialized_end=2263
-  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_start=2211
-  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_end=2263
-  _globals['_ANALYZESTREAMRESPONSE']._serialized_start=2266
-  _globals['_ANALYZESTREAMRESPONSE']._serialized_end=2483
-  _globals['_ANALYZEIMAGEREQUEST']._serialized_start=2485
-  _globals['_ANALYZEIMAGEREQUEST']._serialized_end=2592
-  _globals['_ANALYZEIMAGERESPONSE']._serialized_start=2594
-  _globals['_ANALYZEIMAGERESPONSE']._serialized_end=2658
-  _globals['_ANALYSISSERVICE']._serialized_start=3263
-  _globals['_ANALYSISSERVICE']._serialized_end=3457
+  _globals['_STREAMCONFIG']._serialized_end=737
+  _globals['_FRAME']._serialized_start=740
+  _globals['_FRAME']._serialized_end=904
+  _globals['_ANALYZESTREAMREQUEST']._serialized_start=906
+  _globals['_ANALYZESTREAMREQUEST']._serialized_end=1021
+  _globals['_STREAMLIMITS']._serialized_start=1024
+  _globals['_STREAMLIMITS']._serialized_end=1168
+  _globals['_STREAMOPENED']._serialized_start=1171
+  _globals['_STREAMOPENED']._serialized_end=1467
+  _globals['_STREAMOPENED_MODELSENTRY']._serialized_start=1385
+  _globals['_STREAMOPENED_MODELSENTRY']._serialized_end=1430
+  _globals['_FRAMEDROP']._serialized_start=1469
+  _globals['_FRAMEDROP']._serialized_end=1521
+  _globals['_FRAMEOUTCOME']._serialized_start=1524
+  _globals['_FRAMEOUTCOME']._serialized_end=1847
+  _globals['_STREAMUPDATE']._serialized_start=1850
+  _globals['_STREAMUPDATE']._serialized_end=2039
+  _globals['_STREAMSUMMARY']._serialized_start=2042
+  _globals['_STREAMSUMMARY']._serialized_end=2280
+  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_start=2228
+  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_end=2280
+  _globals['_ANALYZESTREAMRESPONSE']._serialized_start=2283
+  _globals['_ANALYZESTREAMRESPONSE']._serialized_end=2500
+  _globals['_ANALYZEIMAGEREQUEST']._serialized_start=2502
+  _globals['_ANALYZEIMAGEREQUEST']._serialized_end=2609
+  _globals['_ANALYZEIMAGERESPONSE']._serialized_start=2611
+  _globals['_ANALYZEIMAGERESPONSE']._serialized_end=2675
+  _globals['_ANALYSISSERVICE']._serialized_start=3280
+  _globals['_ANALYSISSERVICE']._serialized_end=3474
 # @@protoc_insertion_point(module_scope)

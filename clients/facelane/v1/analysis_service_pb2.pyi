@@ -189,6 +189,7 @@ class StreamConfig(_message.Message):
     DISABLE_TRACKING_FIELD_NUMBER: _builtins.int
     REINFERENCE_INTERVAL_FIELD_NUMBER: _builtins.int
     ANALYSIS_FPS_FIELD_NUMBER: _builtins.int
+    PRIVATE_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     """A name for logs and metrics of the operator; 0-64 letters, digits, `-`, `_`, `.`."""
     overload_policy: Global___OverloadPolicy.ValueType
@@ -201,6 +202,8 @@ class StreamConfig(_message.Message):
     have the outcome SUPERSEDED at once; of video they are decoded where those behind them need
     it. Tracks go on over them.
     """
+    private: _builtins.bool
+    """Nobody may look at this stream (ViewService), and no event keeps a picture of it."""
     @_builtins.property
     def options(self) -> Global___AnalysisOptions: ...
     @_builtins.property
@@ -226,10 +229,11 @@ class StreamConfig(_message.Message):
         disable_tracking: _builtins.bool = ...,
         reinference_interval: _duration_pb2.Duration | None = ...,
         analysis_fps: _builtins.float = ...,
+        private: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_frame_age", b"max_frame_age", "options", b"options", "reinference_interval", b"reinference_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["analysis_fps", b"analysis_fps", "disable_tracking", b"disable_tracking", "max_frame_age", b"max_frame_age", "options", b"options", "overload_policy", b"overload_policy", "reinference_interval", b"reinference_interval", "source_id", b"source_id", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analysis_fps", b"analysis_fps", "disable_tracking", b"disable_tracking", "max_frame_age", b"max_frame_age", "options", b"options", "overload_policy", b"overload_policy", "private", b"private", "reinference_interval", b"reinference_interval", "source_id", b"source_id", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

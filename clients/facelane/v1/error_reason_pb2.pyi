@@ -131,6 +131,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The resume token is not one that the server gave."""
     ERROR_REASON_HISTORY_LOST: _ErrorReason.ValueType  # 40
     """Events were missed that are no longer kept."""
+    ERROR_REASON_STREAM_NOT_FOUND: _ErrorReason.ValueType  # 63
+    """No such stream is open, or nobody may look at it."""
     ERROR_REASON_POOL_NOT_FOUND: _ErrorReason.ValueType  # 41
     """There is no such pool."""
     ERROR_REASON_WORKER_NOT_FOUND: _ErrorReason.ValueType  # 42
@@ -255,6 +257,8 @@ ERROR_REASON_RESUME_TOKEN_INVALID: ErrorReason.ValueType  # 39
 """The resume token is not one that the server gave."""
 ERROR_REASON_HISTORY_LOST: ErrorReason.ValueType  # 40
 """Events were missed that are no longer kept."""
+ERROR_REASON_STREAM_NOT_FOUND: ErrorReason.ValueType  # 63
+"""No such stream is open, or nobody may look at it."""
 ERROR_REASON_POOL_NOT_FOUND: ErrorReason.ValueType  # 41
 """There is no such pool."""
 ERROR_REASON_WORKER_NOT_FOUND: ErrorReason.ValueType  # 42

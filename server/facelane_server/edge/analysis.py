@@ -39,6 +39,7 @@ from facelane_server.lanes import (
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.tasks import Sender
 from facelane_server.store.audit import Action
+from facelane_server.viewing import Sights
 
 log = structlog.get_logger(__name__)
 
@@ -102,6 +103,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         load: LoadWatch,
         quotas: Quotas,
         trail: Trail,
+        sights: Sights,
     ) -> None:
         self._config = config
         self._pipeline = pipeline
@@ -112,6 +114,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         self._controls = controls
         self._quotas = quotas
         self._trail = trail
+        self._sights = sights
         self._params = tracking.Params.of(config.tracking)
 
     # -- streams -------------------------------------------------------------------------
@@ -220,6 +223,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
 
     async def _read(self, context: Context, lane: Lane) -> None:
         opened_ns = time.monotonic_ns()
+        sight = self._sights.of(lane.lane_id)
         while True:
             if not lane.can_accept:
                 await lane.wait_can_accept()
@@ -230,7 +234,14 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             kind = message.WhichOneof("message")
             if kind == "frame":
                 elapsed_ns = time.monotonic_ns() - opened_ns
-                lane.offer(*convert.frame(message.frame, self._config, elapsed_ns=elapsed_ns))
+                frame, fault = convert.frame(message.frame, self._config, elapsed_ns=elapsed_ns)
+                if sight is None:
+                    lane.offer(frame, fault)
+                    continue
+                before = lane.footage.group
+                sight.receiving(frame)
+                lane.offer(frame, fault)
+                sight.received(key=lane.footage.group is not before)
             elif kind == "config":
                 raise FacelaneError(
                     Reason.CONFIG_REPEATED,

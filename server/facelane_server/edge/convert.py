@@ -42,6 +42,7 @@ from facelane_server.gallery.decide import Thresholds
 from facelane_server.lanes import LaneOptions
 from facelane_server.naming import DEFAULT_GALLERY, gallery_name, is_name
 from facelane_server.pipeline import Plan
+from facelane_server.sources import fitting
 
 ENCODINGS: Final = {
     pb.PICTURE_ENCODING_JPEG: Encoding.JPEG,
@@ -209,6 +210,8 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Call
             tracking=not message.disable_tracking,
             reinference_interval_ns=interval_ns,
             analysis_fps=rate,
+            private=message.private
+            or any(source.private for source in fitting(config.sources, source_id)),
         )
     except FacelaneError as error:
         if error.reason is Reason.PERMISSION_DENIED:
@@ -438,7 +441,13 @@ def stages(values: Sequence[Stage]) -> list[pb.Stage.ValueType]:
 def outcome(value: Outcome, stream_id: str, view: View) -> analysis_pb.AnalyzeStreamResponse:
     """The message of a stream that tells an outcome."""
     response = analysis_pb.AnalyzeStreamResponse()
-    message = response.outcome
+    fill_outcome(response.outcome, value, stream_id, view)
+    return response
+
+
+def fill_outcome(
+    message: analysis_pb.FrameOutcome, value: Outcome, stream_id: str, view: View
+) -> None:
     message.frame_id = value.frame_id
     message.stream_id = stream_id
     _fill_duration(message.stream_offset, value.stream_offset_ns)
@@ -455,4 +464,3 @@ def outcome(value: Outcome, stream_id: str, view: View) -> analysis_pb.AnalyzeSt
         message.error.CopyFrom(
             status(body.reason, body.message, dict(body.metadata), retryable=body.retryable)
         )
-    return response

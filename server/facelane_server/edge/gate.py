@@ -189,6 +189,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             serve, kind = self._single(_returned(handler.unary_unary)), Kind.CALLS
         if method.startswith("/grpc.reflection."):
             kind = Kind.WATCHERS
+        elif method == "/facelane.v1.ViewService/WatchStream":
+            kind = Kind.VIEWERS
         # Streams have a patience of their own, which costs less an outcome.
         own_patience = kind is Kind.STREAMS
 

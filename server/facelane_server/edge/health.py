@@ -31,6 +31,7 @@ from facelane.v1 import (
     event_service_pb2,
     gallery_service_pb2,
     server_service_pb2,
+    view_service_pb2,
 )
 from facelane_server.domain import Stage
 
@@ -40,6 +41,7 @@ SERVICES: Final = tuple(
         (analysis_service_pb2, "AnalysisService"),
         (gallery_service_pb2, "GalleryService"),
         (event_service_pb2, "EventService"),
+        (view_service_pb2, "ViewService"),
         (server_service_pb2, "ServerService"),
         (admin_service_pb2, "AdminService"),
     )
@@ -70,6 +72,7 @@ def derive(
         "facelane.v1.AnalysisService": detector,
         "facelane.v1.GalleryService": detector and recognizer and keeps_changes,
         "facelane.v1.EventService": takes_watchers,
+        "facelane.v1.ViewService": True,
         "facelane.v1.ServerService": True,
         "facelane.v1.AdminService": True,
         **{pool_service(stage): able for stage, able in can_infer.items()},

@@ -25,12 +25,15 @@ class Kind(enum.StrEnum):
     STREAMS = "streams"
     CALLS = "calls"
     WATCHERS = "watchers"
+    VIEWERS = "viewers"
+    """Who look at streams."""
 
 
 _ADVICE = {
     Kind.STREAMS: "close one or raise limits.max_streams",
     Kind.CALLS: "try again, or use a stream",
     Kind.WATCHERS: "end one, or share its events",
+    Kind.VIEWERS: "end one, or share its pictures",
 }
 
 
@@ -43,11 +46,13 @@ class Quotas:
             Kind.STREAMS: chosen.streams,
             Kind.CALLS: chosen.calls,
             Kind.WATCHERS: chosen.watchers,
+            Kind.VIEWERS: config.view.watchers_of_key,
         }
         self._all = {
             Kind.STREAMS: config.limits.max_streams,
             Kind.CALLS: limits.MAX_CALLS,
             Kind.WATCHERS: limits.MAX_EVENT_WATCHERS,
+            Kind.VIEWERS: config.view.watchers,
         }
         self._held_bytes = chosen.held_mib * limits.MIB
         self._taken: Counter[Kind] = Counter()

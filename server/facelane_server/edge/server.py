@@ -19,6 +19,7 @@ from facelane.v1 import (
     event_service_pb2_grpc,
     gallery_service_pb2_grpc,
     server_service_pb2_grpc,
+    view_service_pb2_grpc,
 )
 from facelane_server import __version__, addresses, config, limits
 from facelane_server.domain import Stage
@@ -35,12 +36,14 @@ from facelane_server.edge.pictures import Seen, SinglePictures
 from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.edge.tls import Certificates, Presented
+from facelane_server.edge.view import ViewService
 from facelane_server.events import EventFeed
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import LaneObserver
 from facelane_server.pipeline import Pipeline
 from facelane_server.store.audit import Action
+from facelane_server.viewing import Sights
 
 log = structlog.get_logger(__name__)
 
@@ -81,6 +84,7 @@ class Edge:
         self._settings = settings
         self.quotas = Quotas(settings)
         self.streams = StreamRegistry()
+        self.sights = Sights()
         self.load = LoadWatch(settings.limits, self.streams)
         self.health = Health()
         self._authenticator = Authenticator.of(settings)
@@ -123,6 +127,13 @@ class Edge:
                 self.load,
                 self.quotas,
                 trail,
+                self.sights,
+            ),
+            server,
+        )
+        view_service_pb2_grpc.add_ViewServiceServicer_to_server(
+            ViewService(
+                settings.view, self.streams, self.sights, self.quotas, trail, observer.tracks
             ),
             server,
         )

@@ -136,7 +136,7 @@ class Lane:
 
         self._rhythm = Rhythm(options.analysis_fps) if options.analysis_fps else None
         self._passed_over = 0
-        self._footage = Footage(pipeline.max_pixels, video_cache_bytes, allowance)
+        self.footage = Footage(pipeline.max_pixels, video_cache_bytes, allowance)
         self._ahead: deque[Entry] = deque()  # of video: held back until others bring them out
         self._asked = False
 
@@ -188,7 +188,7 @@ class Lane:
         self._received += 1
         entry = Entry(frame, self._clock())
         self._entries.append(entry)
-        if fault is not None or not self._footage.knows(frame.picture.encoding):
+        if fault is not None or not self.footage.knows(frame.picture.encoding):
             fault = self._admit(entry, fault)
         if fault is None and frame.stream_offset_ns < self._last_offset_ns:
             fault = FacelaneError(
@@ -217,7 +217,7 @@ class Lane:
 
     def _admit(self, entry: Entry, fault: FacelaneError | None) -> FacelaneError | None:
         """Of video: its place in a group of pictures; what is wrong with the frame, if anything."""
-        footage, picture = self._footage, entry.frame.picture
+        footage, picture = self.footage, entry.frame.picture
         try:
             if fault is not None:
                 footage.lose()
@@ -233,7 +233,7 @@ class Lane:
 
     def _after_footage(self) -> None:
         """Asks for a key frame, once."""
-        footage = self._footage
+        footage = self.footage
         if footage.dry is not self._asked:
             self._asked = footage.dry
             if footage.dry:
@@ -329,7 +329,7 @@ class Lane:
     def close_input(self) -> None:
         """No more frames will come."""
         self._input_closed = True
-        self._footage.end()
+        self.footage.end()
         self._show()
         self._wake_writer.set()
 
@@ -338,7 +338,7 @@ class Lane:
         if self._draining:
             return
         self._draining = True
-        self._footage.end()
+        self.footage.end()
         self._show()
         self._push(LaneDraining(grace_ns))
 
@@ -377,8 +377,8 @@ class Lane:
     def finish(self) -> None:
         """The stream is over: its remaining tracks end. Safe to call twice."""
         self._faces.finish()
-        self._footage.close()
-        if self._footage.is_video:
+        self.footage.close()
+        if self.footage.is_video:
             self._pipeline.release(self.lane_id)
 
     # -- the writer's side -------------------------------------------------------------
@@ -470,9 +470,9 @@ class Lane:
 
     def _give_up_broken(self, entry: Entry) -> None:
         """The stream goes on with its next key frame, where the frame's group is of no more use."""
-        group = self._footage.group
+        group = self.footage.group
         if group is not None and group.broken and entry.place and entry.place[0] is group:
-            self._footage.lose()
+            self.footage.lose()
             self._after_footage()
             self._show()
 

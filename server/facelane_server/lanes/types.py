@@ -28,6 +28,8 @@ class LaneOptions:
     reinference_interval_ns: int = 3_000_000_000
     analysis_fps: float = 0.0
     """Pictures a second of media time; 0 = all."""
+    private: bool = False
+    """Nobody looks at it, and no picture of it is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,9 @@ class LaneObserver(Protocol):
 
     def track_ended(self, lane: Lane, track_id: int) -> None: ...
 
+    def tracks(self, lane_id: int) -> int:
+        """Tracks of a lane that have begun and not ended, as far as it counts them."""
+
 
 class SilentObserver:
     """Watches nothing."""
@@ -113,3 +118,8 @@ class SilentObserver:
 
     def track_ended(self, lane: Lane, track_id: int) -> None:
         """Nothing."""
+
+    def tracks(self, lane_id: int) -> int:
+        """None are counted."""
+        del lane_id
+        return 0

@@ -56,6 +56,8 @@ class Action(enum.StrEnum):
     """A single picture was compared: with a gallery (``faces``: how many) or with a subject."""
     STREAM_OPENED = "STREAM_OPENED"
     WATCHED = "WATCHED"
+    VIEWED = "VIEWED"
+    """A stream was looked at (``source``)."""
     READ = "READ"
     """Subjects or templates were listed or read."""
     ADMINISTERED = "ADMINISTERED"

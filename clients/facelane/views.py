@@ -1,0 +1,157 @@
+"""A look at a stream, by both clients: what is asked, and what the answers mean."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from facelane import calls, convert, types
+from facelane.driver import ClientBase
+from facelane.errors import ArgumentError, FacelaneError, Reason
+from facelane.v1 import view_service_pb2 as pb
+
+_ENCODING = {number: encoding for encoding, number in convert._ENCODING.items()}
+
+
+def list_streams(
+    *, source_ids: tuple[str, ...] | list[str] = (), timeout: float | None = None
+) -> calls.Call[list[types.OpenStream]]:
+    """The streams that are open and may be looked at; of all sources unless some are named."""
+    return calls.Call(
+        lambda stubs: stubs.view.ListStreams,
+        pb.ListStreamsRequest(source_ids=source_ids),
+        lambda answer: [_open_stream(s) for s in answer.streams],
+        timeout,
+    )
+
+
+def _open_stream(s: pb.OpenStream) -> types.OpenStream:
+    return types.OpenStream(
+        s.stream_id,
+        s.source_id,
+        s.gallery_id,
+        convert._moment(s.open_time) if s.HasField("open_time") else None,
+        _ENCODING.get(s.encoding),
+        s.outcome_fps,
+        s.result_fps,
+        convert.seconds(s.age_median),
+        convert.seconds(s.age_p95),
+        s.tracks,
+        s.received,
+        s.results,
+        s.drops,
+        s.errors,
+        s.watchers,
+    )
+
+
+def _request(
+    source_id: str, stream_id: str, max_fps: float, results_only: bool, key_frames_only: bool
+) -> pb.WatchStreamRequest:
+    if bool(source_id) is bool(stream_id):
+        raise ArgumentError(Reason.ARGUMENT_INVALID, "give either source_id or stream_id")
+    if max_fps < 0:
+        raise ArgumentError(Reason.ARGUMENT_INVALID, "max_fps: give 0.1-60, or 0 for 15")
+    return pb.WatchStreamRequest(
+        source_id=source_id,
+        stream_id=stream_id,
+        max_fps=max_fps,
+        results_only=results_only,
+        key_frames_only=key_frames_only,
+    )
+
+
+def _picture(response: pb.WatchStreamResponse) -> types.StreamPicture | None:
+    """None for what is no picture, or of an encoding that this client does not know."""
+    if response.WhichOneof("message") != "picture":
+        return None
+    p = response.picture
+    encoding = _ENCODING.get(p.picture.encoding)
+    if encoding is None:
+        return None
+    return types.StreamPicture(
+        types.Picture(
+            encoding, p.picture.data, p.picture.width, p.picture.height, p.picture.stride
+        ),
+        convert._outcome(p.outcome) if p.HasField("outcome") else None,
+        p.key_frame,
+        p.skipped,
+    )
+
+
+def watch_stream(
+    self: Any,
+    source_id: str = "",
+    *,
+    stream_id: str = "",
+    max_fps: float = 0.0,
+    results_only: bool = False,
+    key_frames_only: bool = False,
+) -> Generator[types.StreamPicture, None, None]:
+    """The pictures of a stream as the server received them, with their outcomes, from now on.
+
+    Ends with the stream; close the generator to end it before. Still pictures come at most
+    ``max_fps`` times a second (15 unless given), the newest there is, with ``results_only`` only
+    those that were analysed. Video comes whole, from its last key frame on, or its key frames
+    alone. Whoever takes them too slowly misses some.
+
+    Raises (while iterating):
+        NotFoundError: no such stream is open, or it is private (STREAM_NOT_FOUND).
+        PermissionDeniedError: the key is not for this source.
+    """
+    client: ClientBase[Any] = self
+    request = _request(source_id, stream_id, max_fps, results_only, key_frames_only)
+    again = True
+    while True:
+        client._check_open()
+        shown = self._metadata()
+        call = self._stubs.view.WatchStream(request, metadata=shown)
+        try:
+            for response in call:
+                again = False
+                if (picture := _picture(response)) is not None:
+                    yield picture
+            return
+        except grpc.RpcError as failed:
+            error = client._endpoint.failure(failed)
+            if not (again and client._renewed(error, shown)):
+                raise error from None
+            again = False
+        finally:
+            call.cancel()
+
+
+async def watch_stream_async(
+    self: Any,
+    source_id: str = "",
+    *,
+    stream_id: str = "",
+    max_fps: float = 0.0,
+    results_only: bool = False,
+    key_frames_only: bool = False,
+) -> AsyncGenerator[types.StreamPicture, None]:
+    """As ``facelane.Client.watch_stream``. Close the generator (``contextlib.aclosing``) when you
+    leave it early."""
+    client: ClientBase[Any] = self
+    request = _request(source_id, stream_id, max_fps, results_only, key_frames_only)
+    again = True
+    while True:
+        client._check_open()
+        shown = await self._metadata()
+        call = self._stubs.view.WatchStream(request, metadata=shown)
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                again = False
+                if (picture := _picture(response)) is not None:
+                    yield picture
+            return
+        except grpc.RpcError as failed:
+            error: FacelaneError = client._endpoint.failure(failed)
+            if not (again and client._renewed(error, shown)):
+                raise error from None
+            again = False
+        finally:
+            call.cancel()
