@@ -83,6 +83,7 @@ def test_pictures_come_as_they_were_sent_with_their_outcomes(client: facelane.Cl
 
 async def test_the_asyncio_client_looks_too(server: RunningServer, client: facelane.Client) -> None:
     with playing(client, "hall"):
+        until(lambda: "hall" in sources(client))
         async with facelane.aio.Client(server.target) as looking:
             async with contextlib.aclosing(looking.watch_stream("hall")) as shown:
                 seen = await anext(shown)
