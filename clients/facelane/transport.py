@@ -133,6 +133,21 @@ class Bearer:
         return True
 
 
+class _Watching(grpc.AuthMetadataPlugin):  # type: ignore[misc, unused-ignore]
+    """The token for what gRPC asks of its own accord: a server's health. Calls carry theirs."""
+
+    def __init__(self, bearer: Bearer) -> None:
+        self._bearer = bearer
+
+    def __call__(
+        self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback
+    ) -> None:
+        health = context.service_url.endswith("/grpc.health.v1.Health")
+        watching = health and context.method_name == "Watch"
+        # While none is held the server says that it offers no health, and is used.
+        callback((self._bearer.held or ()) if watching else (), None)
+
+
 def no_token(error: Exception) -> AuthenticationError:
     """The user's function gave no token; its text may hold anything, its kind does not."""
     return AuthenticationError(
@@ -209,6 +224,10 @@ def endpoint(
     if tls is not None and tls.server_name:
         options = (*options, ("grpc.ssl_target_name_override", tls.server_name))
     credentials = None if tls is None else tls.credentials()
+    if credentials is not None and several:
+        # A connection watches its server's health by itself, outside of all calls.
+        watching = grpc.metadata_call_credentials(_Watching(bearer), name="facelane-health")
+        credentials = grpc.composite_channel_credentials(credentials, watching)
     return Endpoint(address, credentials, options, bearer, variable)
 
 
@@ -322,9 +341,15 @@ _RETRIES = {
     ]
 }
 _SERVICE_CONFIG = json.dumps(_RETRIES)
-_SEVERAL = json.dumps(_RETRIES | {"loadBalancingConfig": [{"round_robin": {}}]})
+_SEVERAL = json.dumps(
+    _RETRIES
+    | {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": "facelane.v1.AnalysisService"},
+    }
+)
 """For a name or a list of several servers: each call, a stream is one, goes to the next of them
-that can be reached. By itself gRPC keeps to the first."""
+that can be reached and says that it can analyse. By itself gRPC keeps to the first."""
 
 _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

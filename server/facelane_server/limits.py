@@ -227,6 +227,8 @@ MAX_EVENTS_WAITING: Final = 65_536
 MAX_EVENTS_PRUNED: Final = 10_000
 """Events that are forgotten in one transaction."""
 MAX_EVENT_WATCHERS: Final = 64
+MAX_HEALTH_WATCHERS: Final = 1_024
+"""Calls that watch health: one of every connection of a client of several servers."""
 MAX_EVENT_FILTERS: Final = 256
 """Sources and galleries that a watcher names."""
 MAX_EVENT_BATCH: Final = 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -361,3 +362,82 @@ def test_a_taken_port_is_told(start: Start) -> None:
         assert server.process.wait(30) == 69  # it may be free later: systemd tries again
     assert "cannot listen" in server.text()
     assert "Traceback" not in server.text()
+
+
+def test_clients_of_several_servers_go_to_those_that_can_analyse(
+    start: Start, certificates: Path, tmp_path: Path
+) -> None:
+    """Two servers over TLS with keys; the detector of one is gone for good. It answers, and a
+    stream that it were given would bring errors."""
+    file = tmp_path / "keys.toml"
+    keys = {name: new_key(file, name, name) for name in ("analyze", "admin")}
+    tls = facelane.Tls(ca_file=certificates / "ca.pem")
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    detector = 'model = "null-detector"'
+    for address in addresses:
+        start(
+            listen=address,
+            edit=lambda text: with_keys(tls_text(text, certificates, mutual=False), file).replace(
+                detector, f"{detector}\nrestart_limit = 1\nquarantine_s = 3600"
+            ),
+            wait=False,
+        )
+        wait_process(address, keys["analyze"], tls)
+    named = facelane.Tls(ca_file=certificates / "ca.pem", server_name="localhost")
+    with (
+        facelane.Client(f"ipv4:{','.join(addresses)}", token=keys["analyze"], tls=named) as both,
+        facelane.Client(addresses[1], token=keys["admin"], tls=tls) as ill,
+    ):
+
+        def results() -> list[bool]:
+            """Of eight streams, one after the other."""
+            return [
+                isinstance(outcome.body, facelane.FrameResult)
+                for _ in range(8)
+                for outcome in both.analyze([wire.picture()])
+            ]
+
+        until(lambda: both.server_info().open_streams == 0 and all(results()))
+        pool = next(one for one in ill.pools() if one.pool == "detector")
+        for _ in range(2):
+            os.kill(pool.workers[0].pid, signal.SIGKILL)
+            before = pool.workers[0].pid
+
+            def gone(before: int = before) -> bool:
+                worker = next(p for p in ill.pools() if p.pool == "detector").workers[0]
+                return worker.pid != before or worker.state == "QUARANTINED"
+
+            until(gone, what="the loss")
+            pool = next(one for one in ill.pools() if one.pool == "detector")
+            if pool.workers[0].state == "QUARANTINED":
+                break
+            until(lambda: ill.health() == "SERVING", what="the worker's return")
+            pool = next(one for one in ill.pools() if one.pool == "detector")
+        assert ill.health("facelane.v1.AnalysisService") == "NOT_SERVING"
+        with ill.analyze_stream() as stream:
+            stream.send(wire.picture())
+            stream.close_send()
+            assert not any(isinstance(one.body, facelane.FrameResult) for one in stream)
+        until(lambda: all(results()), what="streams to go to the other alone")
+        assert all(results())
+
+
+def test_health_is_not_offered_to_strangers_who_choose_by_it(
+    start: Start, certificates: Path, tmp_path: Path
+) -> None:
+    """gRPC's clients take UNIMPLEMENTED for "not offered"; any other status would end their use of
+    a server to which their calls may well have a key."""
+    file = tmp_path / "keys.toml"
+    key = new_key(file, "analyze", "analyze")
+    address = f"127.0.0.1:{free_port()}"
+    start(listen=address, edit=lambda text: with_keys(text, file), wait=False)
+    wait_process(address, key)
+    with wire.channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch
+        with pytest.raises(grpc.RpcError) as error:
+            next(watch(health_pb2.HealthCheckRequest(), timeout=30))
+        assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert wire.refusal(error.value)[1] == "UNAUTHENTICATED"
+    # Over plain text the connection has no key of its own; calls, which have theirs, go through.
+    with facelane.Client(f"ipv4:{address},{address}", token=key) as client:
+        assert client.analyze_image(wire.picture()) is not None

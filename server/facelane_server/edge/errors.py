@@ -124,14 +124,25 @@ async def abort(context: Context, error: FacelaneError) -> NoReturn:
     """
     for tell in _observers:
         tell(error.reason)
-    rich = rpc_status.to_status(
-        status(error.reason, error.message, error.metadata, retryable=error.retryable)
+    await _abort(
+        context, status(error.reason, error.message, error.metadata, retryable=error.retryable)
     )
+
+
+async def not_offered(context: Context, error: FacelaneError) -> NoReturn:
+    """Ends the call as ``abort``, and as if there were no such method: UNIMPLEMENTED."""
+    told = status(error.reason, error.message, error.metadata, retryable=error.retryable)
+    told.code = code_pb2.UNIMPLEMENTED
+    await _abort(context, told)
+
+
+async def _abort(context: Context, told: status_pb2.Status) -> NoReturn:
+    rich = rpc_status.to_status(told)
     try:
         async with asyncio.timeout(ABORT_S):
             await context.abort(rich.code, rich.details, rich.trailing_metadata)
     except (TimeoutError, grpc.aio.InternalError) as end:
         # Not read, or the peer is gone: nobody is there to be told.
-        log.info("peer not told", reason=error.reason.value, cause=type(end).__name__)
+        log.info("peer not told", status=told.code, cause=type(end).__name__)
         raise asyncio.CancelledError from None
     raise AssertionError("abort raises")

@@ -53,6 +53,11 @@ def allowance() -> Allowance | None:
     return _allowance.get()
 
 
+HEALTH_WATCH: Final = "/grpc.health.v1.Health/Watch"
+_WITHOUT_HEALTH: Final = (Reason.UNAUTHENTICATED, Reason.QUOTA_EXCEEDED, Reason.STREAM_LIMIT)
+"""Why a client goes without watching health. gRPC's clients, which watch it by themselves where
+they have several servers to choose from, take UNIMPLEMENTED for "not offered" and go on; with any
+other status they would use the server no more."""
 _STRANGERS: Final = (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED)
 
 
@@ -191,6 +196,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             kind = Kind.WATCHERS
         elif method == "/facelane.v1.ViewService/WatchStream":
             kind = Kind.VIEWERS
+        elif method == HEALTH_WATCH:
+            kind = Kind.HEALTH
         # Streams have a patience of their own, which costs less an outcome.
         own_patience = kind is Kind.STREAMS
 
@@ -211,6 +218,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                     heard: Any = context if own_patience else _Heard(context, self._slow_reader_s)
                     await self._serve(_Call(method, let_in, peer), serve(requests, heard))
             except FacelaneError as error:
+                if kind is Kind.HEALTH and error.reason in _WITHOUT_HEALTH:
+                    log.debug("health is not watched", reason=error.reason.value)
+                    await errors.not_offered(context, error)
                 told = log.warning if error.reason in _STRANGERS else log.info
                 if error.reason in _STRANGERS and self.trail is not None:
                     audit.acting(Actor(error.metadata.get("key", ""), method))

@@ -27,6 +27,8 @@ class Kind(enum.StrEnum):
     WATCHERS = "watchers"
     VIEWERS = "viewers"
     """Who look at streams."""
+    HEALTH = "health"
+    """Those who watch health. Not in the configuration: clients do it by themselves."""
 
 
 _ADVICE = {
@@ -34,6 +36,7 @@ _ADVICE = {
     Kind.CALLS: "try again, or use a stream",
     Kind.WATCHERS: "end one, or share its events",
     Kind.VIEWERS: "end one, or share its pictures",
+    Kind.HEALTH: "go without",
 }
 
 
@@ -47,12 +50,14 @@ class Quotas:
             Kind.CALLS: chosen.calls,
             Kind.WATCHERS: chosen.watchers,
             Kind.VIEWERS: config.view.watchers_of_key,
+            Kind.HEALTH: limits.MAX_HEALTH_WATCHERS // 4,
         }
         self._all = {
             Kind.STREAMS: config.limits.max_streams,
             Kind.CALLS: limits.MAX_CALLS,
             Kind.WATCHERS: limits.MAX_EVENT_WATCHERS,
             Kind.VIEWERS: config.view.watchers,
+            Kind.HEALTH: limits.MAX_HEALTH_WATCHERS,
         }
         self._held_bytes = chosen.held_mib * limits.MIB
         self._taken: Counter[Kind] = Counter()
