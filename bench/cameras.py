@@ -7,6 +7,7 @@ would be measured instead of the server. Prints one JSON line.
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 import sys
 import time
@@ -71,6 +72,7 @@ async def run(job: Job, pictures: list[facelane.Picture]) -> dict[str, Any]:
         "degraded": sum(bool(a.missing) for a in results),
         "faces": sum(a.faces for a in results),
         "answers": len(warm),
+        "reasons": collections.Counter(a.reason for a in warm if a.kind != "result"),
         "ages": [round(a.age, 6) for a in results],
         "latencies": [round(a.latency, 6) for a in results],
         "stages": stages,

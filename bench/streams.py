@@ -22,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -68,6 +69,8 @@ class Trial:
     not_wanted: int = 0
     """Pictures between those that were to be analysed."""
     faces: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why frames had no result; those that were not wanted among them."""
     ages: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=dict)
@@ -239,7 +242,8 @@ async def _part(
             report.add(_row(found, size, rate, models.name))
             settings.say(
                 f"{size}: {streams} cameras, p99 age {found.age_p99_ms:.0f} ms, "
-                f"without a result {found.drop_share:.2%}, busiest {found.limit()}"
+                f"without a result {found.drop_share:.2%} {dict(found.reasons.most_common(3))}, "
+                f"busiest {found.limit()}"
             )
             settings.keep(report)
             return found
@@ -367,6 +371,7 @@ async def trial(
             "faces",
         ):
             setattr(found, name, getattr(found, name) + part[name])
+        found.reasons.update(part["reasons"])
         found.ages += part["ages"]
         found.latencies += part["latencies"]
         for stage, times in part["stages"].items():
@@ -461,6 +466,7 @@ def _row(found: Trial, size: str, rate: float, model: str) -> Row:
             "age_p99_ms": found.age_p99_ms,
             "not_answered": found.drop_share,
             "not_wanted": found.not_wanted,
+            "reasons": " ".join(f"{r}:{n}" for r, n in found.reasons.most_common(4)),
             "degraded": found.degraded,
             "kept": found.good,
             "gpu": found.gpu,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
+import time
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +89,8 @@ class Library:
 class Other:
     """The engine that takes what the card does not."""
 
+    opens_slowly = False
+
     def __init__(self) -> None:
         self.asked: list[annexb.Format] = []
 
@@ -138,6 +143,7 @@ def test_what_is_held_back_comes_when_it_is_drained_and_is_let_go_when_reset() -
     session = Session(Encoding.H264, decoder, annexb.Format(64, 48, 8, 2))
     for unit in (b"held0", b"held1"):
         session.feed(unit)
+    assert session.decode(time.monotonic, math.inf)
     assert session.picture(0) is None
     session.drain()
     assert session.picture(1) is not None
@@ -179,9 +185,29 @@ def test_what_the_card_does_not_take_another_decodes_and_it_is_said_once(
 def test_the_next_session_is_open_before_somebody_asks() -> None:
     made, library, _ = engine()
     made.open(Encoding.H264, SMALL)
-    until(lambda: made.spares == 1, what="a spare session")
+    until(lambda: made.spares == nvdec.SPARES, what="spare sessions")
     library.refuse = "no more"
-    assert isinstance(made.open(Encoding.H264, SMALL), NvdecDecoder), "that was open"
+    for _ in range(nvdec.SPARES):
+        assert isinstance(made.open(Encoding.H264, SMALL), NvdecDecoder), "that was open"
+
+
+def test_spares_are_of_the_newest_format_alone() -> None:
+    made, _, _ = engine()
+    made.open(Encoding.H264, SMALL)
+    made.open(Encoding.H265, SMALL)
+    until(lambda: {kind[0] for kind, _ in made._spare} == {Encoding.H265}, what="its spares")
+    assert made.spares <= nvdec.SPARES
+
+
+def test_the_session_of_a_lane_that_ends_is_closed_and_goes_to_nobody() -> None:
+    made, library, _ = engine()
+    decoder = made.open(Encoding.H264, SMALL)
+    assert isinstance(decoder, NvdecDecoder)
+    gone = weakref.ref(decoder._opened)
+    decoder.close()
+    decoder.close()
+    until(lambda: gone() is None, what="its end")
+    assert all(data for data, _ in library.fed)
 
 
 def test_without_a_card_or_the_library_another_decodes(capfd: pytest.CaptureFixture[str]) -> None:

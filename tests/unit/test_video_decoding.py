@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fakes.access_units import clip, picture
+from tests.waiting import until
 
 from facelane_server import annexb, limits
 from facelane_server.annexb import Key
@@ -221,18 +223,99 @@ def test_a_decoder_that_is_elsewhere_says_so() -> None:
 
 def test_a_long_group_is_decoded_in_slices() -> None:
     held, units = sessions(step=video.SLICE_S / 3), clip(count=10)
-    position, rounds = -1, 0
-    while True:
+    (found,) = read(held, (item(0, 9, 9), units))
+    rounds = 1
+    while isinstance(found, PictureHeld):
+        assert found == PictureHeld(9), "it has them all, and others have their turn"
         rounds += 1
-        first = position + 1
-        (found,) = read(held, (item(first, 9, 9), units[first:]))
-        if not isinstance(found, PictureHeld):
-            break
-        assert found.held == 0
-        assert found.position > position
-        position = found.position
+        (found,) = read(held, (item(10, 9, 9), []))
     assert rounds > 2
     assert shows(found, 9)
+
+
+class SlowEngine:
+    """Opens decoders when it is let."""
+
+    opens_slowly = True
+
+    def __init__(self) -> None:
+        self.let = threading.Event()
+        self.closed: list[str] = []
+        self.fault: Exception | None = None
+        self._other = CpuEngine(1)
+
+    def open(self, codec: Encoding, found: annexb.Format) -> video.VideoDecoder:
+        assert self.let.wait(60)
+        if self.fault is not None:
+            raise self.fault
+        decoder = self._other.open(codec, found)
+        decoder.close = lambda: self.closed.append("one")  # type: ignore[method-assign]
+        return decoder
+
+
+def test_others_do_not_wait_for_a_decoder_that_is_being_opened() -> None:
+    engine, units = SlowEngine(), clip(count=10)
+    held = video.Sessions(engine, max_pixels=0)
+    engine.let.set()
+    (found,) = read(held, (item(0, 0, 0, lane=1), units[:1]))
+    assert shows(found, 0), "the first waits for its own"
+    engine.let.clear()
+    of_first, of_second = read(
+        held, (item(1, 1, 1, lane=1), units[1:2]), (item(0, 1, 1, lane=2), units[:2])
+    )
+    assert shows(of_first, 1)
+    assert of_second == PictureHeld(1), "it has them, and there is no picture yet"
+    assert read(held, (item(2, 4, 4, lane=2), units[2:5])) == [PictureHeld(4)]
+    engine.let.set()
+
+    def shown() -> bool:
+        nonlocal of_second
+        (of_second,) = read(held, (item(5, 4, 4, lane=2), []))
+        return not isinstance(of_second, PictureHeld)
+
+    until(shown, what="the picture")
+    assert shows(of_second, 4)
+
+
+def test_a_group_that_begins_while_its_decoder_is_being_opened() -> None:
+    engine, units = SlowEngine(), clip(count=10)
+    held = video.Sessions(engine, max_pixels=0)
+    engine.let.set()
+    read(held, (item(0, 0, 0, lane=1), units[:1]))
+    engine.let.clear()
+    assert read(held, (item(0, 5, 5, lane=2), units[:6])) == [PictureHeld(5)]
+    assert read(held, (item(0, 2, 2, lane=2), units[:3])) == [PictureHeld(2)]
+    engine.let.set()
+
+    def shown() -> bool:
+        (found,) = read(held, (item(3, 2, 2, lane=2), []))
+        return not isinstance(found, PictureHeld) and shows(found, 2)
+
+    until(shown, what="the newer group's picture")
+
+
+def test_a_lane_that_ends_while_its_decoder_is_being_opened_leaves_none() -> None:
+    engine, units = SlowEngine(), clip(count=10)
+    held = video.Sessions(engine, max_pixels=0)
+    engine.let.set()
+    read(held, (item(0, 0, 0, lane=1), units[:1]))
+    engine.let.clear()
+    read(held, (item(0, 0, 0, lane=2), units[:1]))
+    held.close(2)
+    assert engine.closed == []
+    engine.let.set()
+    until(lambda: engine.closed == ["one"], what="its end")
+
+
+def test_a_decoder_that_cannot_be_opened_is_its_lane_s_error() -> None:
+    engine, units = SlowEngine(), clip(count=2)
+    engine.fault = FacelaneError(Reason.VIDEO_UNSUPPORTED, "not this")
+    engine.let.set()
+    held = video.Sessions(engine, max_pixels=0)
+    (found,) = read(held, (item(0, 0, 0), units[:1]))
+    assert isinstance(found, FacelaneError)
+    assert found.reason is Reason.VIDEO_UNSUPPORTED
+    assert len(held) == 0
 
 
 def test_another_size_with_a_key_frame() -> None:

@@ -120,6 +120,8 @@ class CpuDecoder:
 class CpuEngine:
     """See ``VideoEngine``. ``threads``: of one decoder, at most two."""
 
+    opens_slowly = False
+
     def __init__(self, threads: int = 1) -> None:
         av.logging.set_level(None)  # what it has to say of broken streams comes as an error
         self._threads = threads

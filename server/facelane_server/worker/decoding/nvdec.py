@@ -4,8 +4,9 @@ What the card is not given, or does not take, another engine decodes, and the jo
 for each reason: 10 bits, odd sides, a format beyond its limits, no memory for one more session.
 
 A session takes 16 MiB of the card at 720p, 26 (H.264) or 52 (H.265) at 1080p, and 50 ms to
-open: so there is one open already, of the format that was asked for last, which a thread of its
-own has opened.
+open: so a few of the format that was asked for last are open already, by a thread of its own, which
+also closes those of lanes that have ended. None is given to another lane: where something is
+missing, a decoder makes it up from what it has seen before.
 
 A decoder's pictures lie in its own memory, which its next ones take: each is copied at once.
 """
@@ -33,6 +34,8 @@ from facelane_server.worker.journal import log_event
 
 THREADS: Final = 8
 """That wait for the card's decoder; its engines work side by side."""
+SPARES: Final = 2
+"""Sessions that are open for the next lanes."""
 _HD_HEIGHT: Final = 576
 _Kind = tuple[Encoding, int, int]
 
@@ -66,7 +69,9 @@ class NvdecDecoder:
         self._run(b"", 0)
 
     def close(self) -> None:
-        self._opened = None
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            self._engine.left([opened])
 
     def _run(self, unit: bytes, tag: int) -> Sequence[Shown]:
         packet = self._engine.library.PacketData()
@@ -111,12 +116,14 @@ class NvdecEngine:
     Raises ImportError or RuntimeError where the card's decoder cannot be had.
     """
 
+    opens_slowly = True
+
     def __init__(self, pictures: DevicePictures, other: VideoEngine, library: Any = None) -> None:
         self.library: Any = library or importlib.import_module("PyNvVideoCodec")
         self.pictures = pictures
         self._other = other
         self._lock = threading.Lock()
-        self._spare: dict[_Kind, Any] = {}
+        self._spare: list[tuple[_Kind, Any]] = []
         self._told: set[str] = set()
         self._opener = ThreadPoolExecutor(1, "nvdec")
 
@@ -126,8 +133,7 @@ class NvdecEngine:
         if found.width % 2 or found.height % 2:
             return self._by_other(codec, found, "sides that are odd")
         kind = codec, found.width, found.height
-        with self._lock:
-            opened = self._spare.pop(kind, None)
+        opened = self._take(kind)
         try:
             opened = opened or self._session(kind)
         except Exception as error:
@@ -159,18 +165,31 @@ class NvdecEngine:
             latency=library.DisplayDecodeLatencyType.LOW,
         )
 
+    def left(self, opened: list[Any]) -> None:
+        """A lane has no more use for the session in ``opened``, which nobody else holds."""
+        self._opener.submit(opened.clear)
+
+    def _take(self, kind: _Kind) -> Any:
+        with self._lock:
+            for place, (its_kind, opened) in enumerate(self._spare):
+                if its_kind == kind:
+                    del self._spare[place]
+                    return opened
+        return None
+
     def _prepare(self, kind: _Kind) -> None:
-        """The next of this kind, if there is none yet; one in all."""
+        """Some of this kind, and of no other."""
         with self._lock:
-            if kind in self._spare:
+            others = [spare for spare in self._spare if spare[0] != kind]
+            self._spare = [spare for spare in self._spare if spare[0] == kind]
+        others.clear()  # closed outside of the lock
+        while self.spares < SPARES:
+            try:
+                opened = self._session(kind)
+            except Exception:  # whoever needs it finds out
                 return
-        try:
-            opened = self._session(kind)
-        except Exception:  # whoever needs it finds out
-            return
-        with self._lock:
-            self._spare.clear()
-            self._spare[kind] = opened
+            with self._lock:
+                self._spare.append((kind, opened))
 
     def _by_other(self, codec: Encoding, found: annexb.Format, why: str) -> VideoDecoder:
         if why not in self._told and len(self._told) < 16:

@@ -8,6 +8,9 @@ access unit of a group stands for the n-th picture shown.
 
 ``Sessions`` holds them all, by the lane's number. It is used by one thread, its sessions by one
 thread each: a decoding that was given up (``patience``) takes its session with it.
+
+A card's decoder takes long to open. That is done beside, a few at a time, and the others' pictures
+do not wait for it: what comes for the lane meanwhile is kept, and decoded once it is open.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -26,9 +30,15 @@ from facelane_server.ipc.messages import PictureHeld, VideoItem
 from facelane_server.models import api
 from facelane_server.models.api import U8
 
-SLICE_S: Final = 0.25
+SLICE_S: Final = 0.05
 """What one lane may decode at a stretch before others have their turn: a group of pictures that
 is replayed takes longer, and goes on in the next job."""
+OPENERS: Final = 2
+"""Threads that open decoders where that takes long; a card's driver opens one after the other."""
+OPENING_S: Final = 0.005
+"""What a job waits for a decoder that is being opened."""
+OPENING_FIRST_S: Final = 0.5
+"""The same where nobody else has one, so nobody is kept waiting."""
 
 Pixels = U8 | api.DevicePicture
 
@@ -65,6 +75,10 @@ class VideoDecoder(Protocol):
 
 
 class VideoEngine(Protocol):
+    @property
+    def opens_slowly(self) -> bool:
+        """Its ``open`` is called by threads that have nothing else to do."""
+
     def open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder:
         """Raises FacelaneError(VIDEO_UNSUPPORTED) for a format that this engine does not take;
         OUT_OF_MEMORY (retryable)."""
@@ -106,26 +120,33 @@ class BlindDecoder:
 class Session:
     """One lane's decoder, and where it is in the group of pictures that it decodes."""
 
-    def __init__(self, codec: Encoding, decoder: VideoDecoder, found: annexb.Format) -> None:
+    def __init__(
+        self, codec: Encoding, decoder: VideoDecoder | Future[VideoDecoder], found: annexb.Format
+    ) -> None:
+        """``decoder``: or one that is being opened."""
         self.codec = codec
         self.format = found
-        self.decoder = decoder
+        self._decoder = decoder
         self.position = -1
         """The newest access unit of the group that it has had."""
         self.busy = False
         """A thread is at it; left so by one that was given up."""
         self._broken = False
         self._drained = False
+        self._undecoded: deque[bytes] = deque()
+        """The newest of those that it has had."""
         self._unshown: deque[int] = deque()
         self._shown: dict[int, Shown] = {}
 
     def begin(self, found: annexb.Format) -> None:
         """The next access unit is the first of a group."""
-        self.decoder.reset()
+        if not isinstance(self._decoder, Future):
+            self._decoder.reset()
         self.format = found
         self.position = -1
         self._broken = False
         self._drained = False
+        self._undecoded.clear()
         self._unshown.clear()
         self._shown.clear()
 
@@ -136,24 +157,54 @@ class Session:
         return first == self.position + 1
 
     def feed(self, unit: bytes) -> None:
+        """It is decoded by ``decode``."""
         self.position += 1
-        self._unshown.append(self.position)
-        try:
-            self._take(self.decoder.decode(unit, self.position))
-        except FacelaneError:
-            # What follows would be decoded on top of it: wrong, and nobody could see it.
-            self._broken = True
-            raise
+        self._undecoded.append(unit)
+
+    def opened(self, wait_s: float) -> bool:
+        """Whether there is a decoder by now. Raises what opening it has raised."""
+        if isinstance(self._decoder, Future):
+            wait([self._decoder], wait_s)
+            if not self._decoder.done():
+                return False
+            self._decoder = self._decoder.result()
+        return True
+
+    def decode(self, clock: Callable[[], float], until: float) -> bool:
+        """What it has been fed with, one access unit at least; whether that was all."""
+        decoder = self._decoder
+        assert not isinstance(decoder, Future), "not opened"
+        while self._undecoded:
+            unit = self._undecoded.popleft()
+            tag = self.position - len(self._undecoded)
+            self._unshown.append(tag)
+            try:
+                self._take(decoder.decode(unit, tag), reorders=decoder.reorders)
+            except FacelaneError:
+                # What follows would be decoded on top of it: wrong, and nobody could see it.
+                self._broken = True
+                raise
+            if clock() >= until:
+                break
+        return not self._undecoded
+
+    def close(self) -> None:
+        if isinstance(self._decoder, Future):
+            self._decoder.add_done_callback(_close_late)
+        else:
+            self._decoder.close()
 
     def drain(self) -> None:
+        decoder = self._decoder
+        assert not isinstance(decoder, Future), "not opened"
         if not self._drained:
-            self._take(self.decoder.drain())
+            self._take(decoder.drain(), reorders=decoder.reorders)
             self._drained = True
             self._unshown.clear()
 
-    def _take(self, shown: Sequence[Shown]) -> None:
+    def _take(self, shown: Sequence[Shown], *, reorders: bool) -> None:
         for picture in shown:
-            if not self.decoder.reorders:
+            if not reorders:
                 # What lies before it will not be shown any more.
                 while self._unshown and self._unshown[0] < picture.tag:
                     self._unshown.popleft()
@@ -194,6 +245,8 @@ class Sessions:
         self._max_pixels = max_pixels
         self._clock = clock
         self._sessions: dict[int, Session] = {}
+        slow = engine is not None and engine.opens_slowly
+        self._openers = ThreadPoolExecutor(OPENERS, "open-video") if slow else None
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -218,7 +271,7 @@ class Sessions:
     def close(self, lane: int) -> None:
         session = self._sessions.pop(lane, None)
         if session is not None and not session.busy:
-            session.decoder.close()
+            session.close()
 
     def close_all(self) -> None:
         for lane in list(self._sessions):
@@ -244,8 +297,9 @@ class Sessions:
         try:
             for unit in units:
                 session.feed(unit)
-                if self._clock() >= until and session.position < item.last:
-                    return PictureHeld(session.position)
+            wait_s = OPENING_S if len(self._sessions) > 1 else OPENING_FIRST_S
+            if not session.opened(wait_s) or not session.decode(self._clock, until):
+                return PictureHeld(session.position)
             if item.drain:
                 session.drain()
             picture = session.picture(item.picture)
@@ -275,13 +329,21 @@ class Sessions:
             return session
         if session is not None:
             self.close(item.lane)
-        decoder: VideoDecoder = (
-            BlindDecoder(api.blank(found.width, found.height))
-            if self._engine is None
-            else self._engine.open(codec, found)
-        )
-        session = self._sessions[item.lane] = Session(codec, decoder, found)
+        session = self._sessions[item.lane] = Session(codec, self._open(codec, found), found)
         return session
+
+    def _open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder | Future[VideoDecoder]:
+        if self._engine is None:
+            return BlindDecoder(api.blank(found.width, found.height))
+        if self._openers is None:
+            return self._engine.open(codec, found)
+        return self._openers.submit(self._engine.open, codec, found)
+
+
+def _close_late(opening: Future[VideoDecoder]) -> None:
+    """Of a lane that has gone meanwhile."""
+    if opening.exception() is None:
+        opening.result().close()
 
 
 def _corrupt(codec: Encoding, why: str) -> FacelaneError:
