@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +33,6 @@ def shown(
     found = annexb.examine(units[0], encoding, 0).format
     assert found is not None
     session = Session(encoding, engine.open(encoding, found), found)
-    session.begin(found)
     seen: dict[int, np.ndarray] = {}
 
     def take(upto: int) -> None:
@@ -50,6 +52,7 @@ def shown(
 
     for i, unit in enumerate(units):
         session.feed(unit)
+        assert session.decode(time.monotonic, math.inf)
         take(i + 1)
     session.drain()
     take(len(units))

@@ -101,6 +101,7 @@ class Other:
 
 class NoDecoder:
     reorders = False
+    resets_at_keys = False
 
     def decode(self, unit: bytes, tag: int) -> Sequence[Shown]:
         return []
@@ -151,6 +152,42 @@ def test_what_is_held_back_comes_when_it_is_drained_and_is_let_go_when_reset() -
     decoder.reset()
     assert decoder.drain() == []
     assert [flag for data, flag in library.fed if not data] == [2, 2, 2]
+
+
+def test_a_group_follows_another_without_the_end_of_a_stream_between() -> None:
+    made, library, _ = engine()
+    session = Session(Encoding.H264, made.open(Encoding.H264, SMALL), SMALL)
+    for group in range(3):
+        if group:
+            session.begin(SMALL)
+        for number in range(2):
+            session.feed(bytes([0, 0, 1, 10 * group + number]))
+            assert session.decode(time.monotonic, math.inf)
+            shown = session.picture(number)
+            assert shown is not None
+            found = shown.read()
+            assert isinstance(found, OnDevice)
+            assert bool((found.pixels == 10 * group + number).all())
+    assert all(data for data, _ in library.fed), "which costs a session"
+    session.feed(b"broken")
+    with pytest.raises(FacelaneError):
+        session.decode(time.monotonic, math.inf)
+    session.begin(SMALL)
+    assert library.fed[-1] == (b"", Library.VideoPacketFlag.ENDOFSTREAM)
+
+
+def test_what_a_group_before_held_back_is_nobodys_picture() -> None:
+    made, _, _ = engine()
+    session = Session(Encoding.H264, made.open(Encoding.H264, SMALL), SMALL)
+    session.feed(b"held0")
+    assert session.decode(time.monotonic, math.inf)
+    session.begin(SMALL)
+    session.feed(b"held1")
+    assert session.decode(time.monotonic, math.inf)
+    session.drain()
+    shown = session.picture(0)
+    assert shown is not None
+    assert shown.tag == 1
 
 
 def test_a_broken_unit_is_its_own_fault_and_a_poisoned_card_is_not() -> None:

@@ -54,6 +54,8 @@ class _Picture:
 class CpuDecoder:
     """See ``VideoDecoder``."""
 
+    resets_at_keys = False
+
     def __init__(self, codec: Encoding, found: annexb.Format, threads: int) -> None:
         self._codec = codec
         self._threads = threads

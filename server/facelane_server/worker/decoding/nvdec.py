@@ -50,7 +50,10 @@ class _Picture:
 
 
 class NvdecDecoder:
-    """See ``VideoDecoder``. ``opened``: of PyNvVideoCodec."""
+    """See ``VideoDecoder``. ``opened``: of PyNvVideoCodec, which opens a new session of the card's
+    for what comes behind the end of a stream."""
+
+    resets_at_keys = True
 
     def __init__(self, engine: NvdecEngine, kind: _Kind, opened: Any, found: annexb.Format) -> None:
         self._engine = engine

@@ -58,6 +58,11 @@ class VideoDecoder(Protocol):
     """Of one lane. Not used again after it has raised anything but PICTURE_CORRUPT."""
 
     @property
+    def resets_at_keys(self) -> bool:
+        """A key frame makes it forget what was before, and ``reset`` costs far more: it is for
+        what was broken. Pictures from before the key frame may still be shown behind it."""
+
+    @property
     def reorders(self) -> bool:
         """It may hold pictures back to show them in order."""
 
@@ -69,7 +74,7 @@ class VideoDecoder(Protocol):
         """The pictures that are held back; the next unit is a key frame."""
 
     def reset(self) -> None:
-        """Forget everything; the next unit is a key frame."""
+        """Forget everything, what was broken too; the next unit is a key frame."""
 
     def close(self) -> None: ...
 
@@ -99,6 +104,7 @@ class BlindDecoder:
     """Decodes nothing: ``blank`` for every access unit."""
 
     reorders = False
+    resets_at_keys = True
 
     def __init__(self, blank: U8) -> None:
         self._blank = blank
@@ -129,6 +135,8 @@ class Session:
         self._decoder = decoder
         self.position = -1
         """The newest access unit of the group that it has had."""
+        self._base = 0
+        """Access units of the groups before: with them tags are never used twice."""
         self.busy = False
         """A thread is at it; left so by one that was given up."""
         self._broken = False
@@ -140,9 +148,11 @@ class Session:
 
     def begin(self, found: annexb.Format) -> None:
         """The next access unit is the first of a group."""
-        if not isinstance(self._decoder, Future):
-            self._decoder.reset()
+        decoder = self._decoder
+        if not isinstance(decoder, Future) and (self._broken or not decoder.resets_at_keys):
+            decoder.reset()
         self.format = found
+        self._base += self.position + 1
         self.position = -1
         self._broken = False
         self._drained = False
@@ -176,10 +186,11 @@ class Session:
         assert not isinstance(decoder, Future), "not opened"
         while self._undecoded:
             unit = self._undecoded.popleft()
-            tag = self.position - len(self._undecoded)
-            self._unshown.append(tag)
+            number = self.position - len(self._undecoded)
+            self._unshown.append(number)
             try:
-                self._take(decoder.decode(unit, tag), reorders=decoder.reorders)
+                shown = decoder.decode(unit, self._base + number)
+                self._take(shown, reorders=decoder.reorders)
             except FacelaneError:
                 # What follows would be decoded on top of it: wrong, and nobody could see it.
                 self._broken = True
@@ -204,9 +215,12 @@ class Session:
 
     def _take(self, shown: Sequence[Shown], *, reorders: bool) -> None:
         for picture in shown:
+            number = picture.tag - self._base
+            if number < 0:
+                continue  # of a group before
             if not reorders:
                 # What lies before it will not be shown any more.
-                while self._unshown and self._unshown[0] < picture.tag:
+                while self._unshown and self._unshown[0] < number:
                     self._unshown.popleft()
             if self._unshown:
                 self._shown[self._unshown.popleft()] = picture
