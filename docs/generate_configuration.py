@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from facelane_server import config
+from facelane_server import areas, config
 from facelane_server.rules import GalleryRules
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -29,7 +29,13 @@ This page is generated from `server/facelane_server/config.py`.
 
 
 def docs_of(kind: type) -> dict[str, str]:
-    """Docstrings that follow the fields of a class."""
+    """Docstrings that follow the fields of a class, and of those that it goes on from."""
+    base = kind.__base__
+    inherited = docs_of(base) if base and getattr(base, "__struct_fields__", ()) else {}
+    return {**inherited, **_own_docs_of(kind)}
+
+
+def _own_docs_of(kind: type) -> dict[str, str]:
     body = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -45,19 +51,25 @@ def docs_of(kind: type) -> dict[str, str]:
 
 
 def type_name(kind: Any) -> str:
+    if kind == areas.Point:
+        return "[x, y]"
+    if kind == tuple[areas.Point, ...]:
+        return "list of [x, y]"
     name = getattr(kind, "__name__", str(kind))
     choices = [a for a in get_args(kind) if isinstance(a, str | int)]
     if choices:
         return " \\| ".join(f"`{c}`" for c in choices)
     if str(kind).startswith("dict"):
         return "table"
-    for base in ("int", "float", "bool", "str", "tuple"):
+    for base in ("tuple", "int", "float", "bool", "str"):
         if base in str(kind) or name == base:
             return {"tuple": "list of strings", "str": "string"}.get(base, base)
     return name
 
 
 def toml(value: Any, unset: str) -> str:
+    if value is msgspec.NODEFAULT:
+        return "-"
     if value is None:
         return unset
     if isinstance(value, bool):
@@ -81,7 +93,7 @@ def section(name: str, kind: type[msgspec.Struct], unset: str = "package's") -> 
         default = field.default
         if default is msgspec.NODEFAULT and field.default_factory is not msgspec.NODEFAULT:
             default = field.default_factory()
-        if isinstance(default, msgspec.Struct):
+        if isinstance(default, msgspec.Struct) or "areas." in str(field.type):
             continue
         lines.append(
             f"| `{field.name}` | {type_name(field.type)} | {toml(default, unset)} | "
@@ -102,6 +114,8 @@ def page() -> str:
             parts += section(f"[{field.name}]", type(field.default))
         elif field.name == "galleries":
             parts += section("[galleries.NAME]", GalleryRules, "none")
+    for name, area in (("zones", areas.Zone), ("lines", areas.Line)):
+        parts += section(f"[[{name}]]", area)
     return "\n".join(parts)
 
 

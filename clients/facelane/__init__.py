@@ -44,6 +44,7 @@ from facelane.types import (
     AnalysisOptions,
     BoundingBox,
     Candidate,
+    CrossingDirection,
     Decision,
     Degradation,
     DropReason,
@@ -59,6 +60,7 @@ from facelane.types import (
     FrameResult,
     HealthStatus,
     Identity,
+    Line,
     Liveness,
     LivenessVerdict,
     ModelInfo,
@@ -71,6 +73,7 @@ from facelane.types import (
     PoolInfo,
     PoolState,
     Reconnect,
+    RuleReport,
     ServerInfo,
     ServerLimits,
     ServerLoad,
@@ -91,6 +94,7 @@ from facelane.types import (
     WorkerInfo,
     WorkerRestarted,
     WorkerState,
+    Zone,
 )
 
 try:
@@ -111,6 +115,7 @@ __all__ = [
     "Client",
     "ConflictError",
     "ConnectionLostError",
+    "CrossingDirection",
     "DeadlineExceededError",
     "Decision",
     "Degradation",
@@ -132,6 +137,7 @@ __all__ = [
     "HistoryLostError",
     "Identity",
     "InsecureTokenWarning",
+    "Line",
     "Liveness",
     "LivenessVerdict",
     "ModelInfo",
@@ -151,6 +157,7 @@ __all__ = [
     "Reason",
     "Reconnect",
     "RefusedError",
+    "RuleReport",
     "ServerError",
     "ServerInfo",
     "ServerLimits",
@@ -175,6 +182,7 @@ __all__ = [
     "WorkerInfo",
     "WorkerRestarted",
     "WorkerState",
+    "Zone",
     "__version__",
     "aio",
 ]

@@ -181,7 +181,8 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         ``source_id`` (a name for logs), ``overload`` (``latest_wins`` or ``lossless``),
         ``max_frame_age`` (seconds), ``weight`` (1-100, share under load),
         ``reinference_interval`` (seconds), ``disable_tracking``,
-        ``analysis_fps`` (pictures a second that are analysed), ``private`` (nobody may look).
+        ``analysis_fps`` (pictures a second that are analysed), ``private`` (nobody may look),
+        ``zones`` and ``lines`` (of ``facelane.Zone`` and ``facelane.Line``: events tell of them).
 
         >>> with client.analyze_stream(source_id="door", overload="lossless") as stream:
         ...     for picture in pictures:

@@ -12,7 +12,7 @@ from typing import TypeVar, Unpack
 from google.protobuf import duration_pb2, timestamp_pb2
 from grpc_health.v1 import health_pb2
 
-from facelane import errors, types
+from facelane import errors, rules, types
 from facelane.v1 import (
     analysis_service_pb2,
     event_service_pb2,
@@ -221,6 +221,8 @@ def stream_config(
     disable_tracking: bool = False,
     analysis_fps: float = 0.0,
     private: bool = False,
+    zones: Iterable[types.Zone] = (),
+    lines: Iterable[types.Line] = (),
     **options: Unpack[types.AnalysisOptions],
 ) -> analysis_service_pb2.AnalyzeStreamRequest:
     """The first message of a stream."""
@@ -239,6 +241,7 @@ def stream_config(
         disable_tracking=disable_tracking,
         analysis_fps=_rate(analysis_fps),
         private=private,
+        **rules.areas(zones, lines),
     )
     if max_frame_age is not None:
         config.max_frame_age.CopyFrom(duration(max_frame_age))
@@ -577,6 +580,7 @@ def event(pb: event_service_pb2.WatchEventsResponse) -> types.Event:
         e.pool,
         e.message,
         _track_report(e.track) if e.HasField("track") else None,
+        rules.report(e.rule) if e.HasField("rule") else None,
     )
 
 

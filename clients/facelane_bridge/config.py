@@ -17,7 +17,7 @@ import tomllib
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -112,6 +112,28 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How long to wait for a server that is not there at the start; 0 = for ever."""
 
 
+Point = tuple[Annotated[float, Meta(ge=0, le=1)], Annotated[float, Meta(ge=0, le=1)]]
+"""In fractions of the picture, x to the right and y down."""
+
+
+class ZoneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of a camera's picture; see the server's zones.md."""
+
+    name: Name
+    polygon: Annotated[tuple[Point, ...], Meta(min_length=3, max_length=64)]
+    dwell_s: SecondsOrZero = 0.0
+    unknown_s: SecondsOrZero = 0.0
+    faces: Literal["all", "only", "ignored"] = "all"
+
+
+class LineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A line across which a camera's faces are counted."""
+
+    name: Name
+    start: Point
+    end: Point
+
+
 class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One camera. Durations in seconds, sizes in pixels."""
 
@@ -165,6 +187,8 @@ class CameraSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """The share of strangers that may be named here, no higher than the server's."""
     match_threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
     """Instead: the least cosine of a match."""
+    zones: tuple[ZoneSettings, ...] = ()
+    lines: tuple[LineSettings, ...] = ()
 
     open_timeout: Seconds = 10.0
     read_timeout: Seconds = 30.0

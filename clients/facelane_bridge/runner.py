@@ -275,6 +275,11 @@ class CameraRunner:
             min_face_size=camera.min_face_size,
             false_naming=camera.false_naming,
             match_threshold=camera.match_threshold,
+            zones=[
+                facelane.Zone(z.name, z.polygon, z.dwell_s, z.unknown_s, z.faces)
+                for z in camera.zones
+            ],
+            lines=[facelane.Line(line.name, line.start, line.end) for line in camera.lines],
             # What is not passed on is thinned out here already.
             analysis_fps=camera.analysed_fps if camera.passes_video else 0.0,
             private=camera.private,

@@ -102,5 +102,7 @@ def _fields(event: Event, number: str) -> Mapping[str, str]:
         "message": event.message,
         "pool": event.pool,
         "track": track.global_track_id if track else "",
+        "rule": event.rule.name if event.rule else "",
+        "direction": event.rule.direction.value if event.rule else "",
     }
     return {key: json.dumps(value, ensure_ascii=False)[1:-1] for key, value in plain.items()}

@@ -192,6 +192,7 @@ class App:
                 settings=self.settings.events,
                 seen=retention.seen,
                 sights=self.edge.sights,
+                placed=(*self.settings.zones, *self.settings.lines),
             )
             trail = self._trail = Trail(gallery, self.settings.audit)
             stack.push_async_callback(trail.close)

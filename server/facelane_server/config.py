@@ -15,8 +15,9 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from facelane_server import limits
+from facelane_server import areas, limits
 from facelane_server.addresses import LENT, default_socket, is_host_port, is_local
+from facelane_server.areas import Line, Zone
 from facelane_server.domain import Stage
 from facelane_server.naming import hint, is_name
 from facelane_server.rules import GalleryRules, Naming, Ratio, Share
@@ -385,6 +386,10 @@ class Config(Section, frozen=True):
     metrics: Metrics = Metrics()
     log: Log = Log()
     monitor: Monitor = Monitor()
+    zones: tuple[Zone, ...] = ()
+    """`[[zones]]`: parts of cameras' pictures that events tell of; see zones.md."""
+    lines: tuple[Line, ...] = ()
+    """`[[lines]]`: lines across which faces are counted."""
     state_dir: str = ""
     """Where the gallery lives; empty = $STATE_DIRECTORY (systemd), else
     $XDG_STATE_HOME/facelane, else ~/.local/state/facelane."""
@@ -553,6 +558,8 @@ def check(config: Config, *, source: str) -> None:
             fail(f"pools.{name}: isolation = 'mps' needs CUDA devices")
         if pool.backoff_initial_s > pool.backoff_max_s:
             fail(f"pools.{name}.backoff_initial_s must not exceed backoff_max_s")
+    if found := areas.problem((*config.zones, *config.lines), placed=True):
+        fail(found)
     if config.store.url and not re.match(r"(postgresql://|sqlite:///)", config.store.url):
         fail("store.url begins with postgresql:// (or sqlite:///, before a path)")
     if config.store.url and config.gallery.path:

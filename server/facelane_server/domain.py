@@ -272,7 +272,8 @@ class Sighting(msgspec.Struct, frozen=True, gc=False):
     """A track in one picture: where it is and what is known of it.
 
     ``at_ns``: media time. ``capture_time_ns``: the camera's clock, since the epoch.
-    ``looked``: the recogniser ran on this very picture. ``ood_score`` in [0, 1].
+    ``looked``: the recogniser ran on this very picture. ``ood_score`` in [0, 1]. ``size``: width
+    and height of the picture. ``doubtful``: it is not certain that this is still the same face.
     """
 
     track_id: int
@@ -283,6 +284,8 @@ class Sighting(msgspec.Struct, frozen=True, gc=False):
     liveness: Liveness
     ood_score: float | None = None
     looked: bool = False
+    size: tuple[int, int] = (0, 0)
+    doubtful: bool = False
 
 
 class TrackReport(msgspec.Struct, frozen=True, gc=False):
@@ -302,6 +305,26 @@ class TrackReport(msgspec.Struct, frozen=True, gc=False):
     ood_score: float | None = None
     best_ood_score: float | None = None
     looks: int = 0
+
+
+class Direction(enum.StrEnum):
+    """Of a crossing; see ``areas.Line``."""
+
+    IN = "IN"
+    OUT = "OUT"
+
+
+class RuleReport(msgspec.Struct, frozen=True, gc=False):
+    """What a zone or a line has to tell. ``dwell_ns``: media time that the track has been in the
+    zone. ``inside``: tracks in the zone now. ``direction``: of a crossing. ``entered``, ``left``:
+    crossings of the line since the stream began, this one included."""
+
+    name: str
+    dwell_ns: int = 0
+    inside: int = 0
+    direction: Direction | None = None
+    entered: int = 0
+    left: int = 0
 
 
 class Face(msgspec.Struct, frozen=True, gc=False):

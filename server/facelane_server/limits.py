@@ -249,6 +249,13 @@ VIEW_FPS: Final = 15.0
 VIEWED_OUTCOMES: Final = 256
 """Newest outcomes of a stream that its rates and ages are told from."""
 
+# -- zones and lines ---------------------------------------------------------------------------
+MAX_AREAS: Final = 32
+"""Zones of one stream, and lines: each face of each picture is held against all of them."""
+MAX_ZONE_POINTS: Final = 64
+MAX_GHOSTS: Final = 64
+"""Tracks of a stream that ended behind a line, and are remembered for some seconds."""
+
 # -- logs and metrics -----------------------------------------------------------------
 MAX_METRICS_CONNECTIONS: Final = 8
 MAX_METRICS_HEADER_BYTES: Final = 8 * KIB

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from facelane_server import config
-from facelane_server.domain import Outcome, Sighting
+from facelane_server.areas import Area, nearly
+from facelane_server.domain import Outcome, RuleReport, Sighting, TrackReport
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.lanes import Lane
 from facelane_server.observability.metrics import Metrics
 from facelane_server.presence import Presence, Telling
 from facelane_server.viewing import Sights
+from facelane_server.zoning import Zoning
 
 log = structlog.get_logger(__name__)
 
@@ -30,8 +32,10 @@ class LaneWatch:
         settings: config.Events,
         seen: Callable[[str, str], None] = lambda _gallery_id, _subject_id: None,
         sights: Sights | None = None,
+        placed: Iterable[Area] = (),
     ) -> None:
-        """``seen``: told of whoever is named, gallery and subject."""
+        """``seen``: told of whoever is named, gallery and subject. ``placed``: the zones and lines
+        of the configuration, with their sources."""
         self._metrics = metrics
         self._events = events
         self._gallery = gallery
@@ -40,6 +44,9 @@ class LaneWatch:
         self._hidden_after_ns = int(settings.hidden_after_s * 1e9)
         self._present: dict[int, Presence] = {}
         self._sights = sights or Sights()
+        self._sources = tuple({source for area in placed for source in area.sources})
+        self._zoning: dict[int, Zoning] = {}
+        """Of lanes that have zones or lines."""
 
     def opened(self, lane: Lane) -> None:
         plan = lane.options.plan
@@ -52,6 +59,14 @@ class LaneWatch:
         self._present[lane.lane_id] = Presence(
             unknown_after_ns=self._unknown_after_ns, hidden_after_ns=self._hidden_after_ns
         )
+        if lane.options.zones or lane.options.lines:
+            self._zoning[lane.lane_id] = Zoning(lane.options.zones, lane.options.lines)
+        elif meant := nearly(lane.options.source_id, self._sources):
+            log.warning(
+                "a stream's source has no zones or lines, one with nearly its name has",
+                source=lane.options.source_id,
+                configured=meant,
+            )
         self._events.publish(
             EventKind.STREAM_OPENED,
             source_id=lane.options.source_id,
@@ -61,6 +76,7 @@ class LaneWatch:
 
     def closed(self, lane: Lane) -> None:
         self._present.pop(lane.lane_id, None)
+        self._zoning.pop(lane.lane_id, None)
         self._sights.closed(lane.lane_id)
         self._events.publish(
             EventKind.STREAM_CLOSED,
@@ -78,8 +94,13 @@ class LaneWatch:
 
     def sighted(self, lane: Lane, sighting: Sighting) -> None:
         present = self._present.get(lane.lane_id)
-        if present is not None:
-            self._publish(lane, present.sighted(sighting))
+        if present is None:
+            return
+        self._publish(lane, present.sighted(sighting))
+        if (zoning := self._zoning.get(lane.lane_id)) is not None:
+            track = present.report(sighting.track_id)
+            for kind, report in zoning.sighted(sighting):
+                self._tell(lane, kind, track, report)
 
     def track_ended(self, lane: Lane, track_id: int) -> None:
         self._metrics.tracks_ended.inc()
@@ -87,7 +108,11 @@ class LaneWatch:
         if present is not None and (report := present.report(track_id)) is not None:
             gallery_id, named = lane.options.plan.gallery_id, report.identity.subjects
             gone = not all(self._gallery.knows(gallery_id, subject) for subject in named)
-            self._publish(lane, present.ended(track_id, forget=gone))
+            ends = present.ended(track_id, forget=gone)
+            if (zoning := self._zoning.get(lane.lane_id)) is not None:
+                for kind, rule in zoning.ended(track_id):
+                    self._tell(lane, kind, ends[0][1], rule)
+            self._publish(lane, ends)
 
     def tracks(self, lane_id: int) -> int:
         """Tracks of a lane that have begun and not ended."""
@@ -98,11 +123,17 @@ class LaneWatch:
         for kind, report in tellings:
             if kind is EventKind.SUBJECT_SEEN:
                 self._seen(lane.options.plan.gallery_id, report.identity.subject_id)
-            self._events.publish(
-                kind,
-                source_id=lane.options.source_id,
-                stream_id=lane.stream_id,
-                sender=lane.sender.key,
-                gallery_id=lane.options.plan.gallery_id,
-                track=report,
-            )
+            self._tell(lane, kind, report)
+
+    def _tell(
+        self, lane: Lane, kind: EventKind, track: TrackReport | None, rule: RuleReport | None = None
+    ) -> None:
+        self._events.publish(
+            kind,
+            source_id=lane.options.source_id,
+            stream_id=lane.stream_id,
+            sender=lane.sender.key,
+            gallery_id=lane.options.plan.gallery_id,
+            track=track,
+            rule=rule,
+        )

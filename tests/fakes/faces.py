@@ -21,8 +21,9 @@ from facelane_server.domain import (
     Sighting,
 )
 from facelane_server.gallery.decide import Thresholds
+from facelane_server.lanes import LaneOptions
 from facelane_server.lanes.faces import Faces, Look
-from facelane_server.pipeline import Evidence, Pipeline, Plan
+from facelane_server.pipeline import Evidence, Pipeline
 from facelane_server.presence import Presence, Telling
 
 THRESHOLDS = Thresholds(match=0.5, margin=0.05, ood=0.4, live=0.8, spoof=0.3)
@@ -61,7 +62,7 @@ class Stage:
         after.setdefault("unknown_after_ns", tracking.track.SECOND)
         after.setdefault("hidden_after_ns", 2 * tracking.track.SECOND)
         self.presence = Presence(**after)
-        self.faces = Faces(self.pipeline, Plan(), params or tracking.Params(), self)
+        self.faces = Faces(self.pipeline, LaneOptions(), params or tracking.Params(), self)
         self.under_way: deque[tuple[Frame, list[Look]]] = deque()
         self.gone: list[int] = []
         self._next = 0

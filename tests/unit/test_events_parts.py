@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.waiting import auntil
 
-from facelane.types import BoundingBox, Decision, Event, EventKind, Identity, TrackReport
+from facelane.types import (
+    BoundingBox,
+    Decision,
+    Event,
+    EventKind,
+    Identity,
+    RuleReport,
+    TrackReport,
+)
 from facelane_events import config
 from facelane_events.delivery import UnavailableError
 from facelane_events.message import event_id, history_lost, message, wanted
@@ -164,6 +172,7 @@ HOME_ASSISTANT_DEVICE = {
                     # Those that a binary sensor may have; ON and OFF are its payloads.
                     "device_class": {"enum": ["occupancy", "problem", "tamper"]},
                     "icon": {"pattern": "^mdi:"},
+                    "state_class": {"enum": ["measurement", "total", "total_increasing"]},
                 },
             },
         },
@@ -184,6 +193,33 @@ def test_a_camera_is_one_device_whose_topics_are_those_that_are_told() -> None:
     ids = [part["unique_id"] for part in device["components"].values()]
     assert len(set(ids)) == len(ids)
     assert device["availability"] == [{"topic": "facelane/status/x"}]
+
+
+def test_zones_and_lines_are_parts_of_their_cameras_device() -> None:
+    states = States()
+
+    def after(kind: EventKind, rule: RuleReport, track: str = "s/1") -> dict[str, str]:
+        report = replace(TRACK, global_track_id=track)
+        return states.after(replace(SEEN, kind=kind, track=report, rule=rule))
+
+    vault, other = RuleReport("v.1"), RuleReport("v_1")
+    assert after(EventKind.ZONE_ENTERED, vault) == {"zone_v.1": "ON"}
+    assert after(EventKind.ZONE_DWELL, other) == {"zone_v_1": "ON"}, "its beginning was missed"
+    assert after(EventKind.ZONE_ENTERED, vault, "s/2") == {"zone_v.1": "ON"}
+    assert after(EventKind.ZONE_LEFT, vault) == {"zone_v.1": "ON"}
+    assert after(EventKind.ZONE_LEFT, vault, "s/2") == {"zone_v.1": "OFF"}
+    crossed = RuleReport("door", in_count=3, out_count=1)
+    counts = after(EventKind.LINE_CROSSED, crossed)
+    assert counts == {"line_door_in": "3", "line_door_out": "1"}
+    closed = states.after(replace(SEEN, kind=EventKind.STREAM_CLOSED, track=None))
+    assert closed["zone_v_1"] == "OFF"
+    _, device = discovery("door", "facelane", "homeassistant", "up", states.rules)
+    jsonschema.validate(device, HOME_ASSISTANT_DEVICE)
+    parts = device["components"]
+    assert len(parts) == 4 + 4, "two zones that look alike, and a line's two counts"
+    topics = {part["state_topic"] for part in parts.values()}
+    assert {topic("facelane", "door", name) for name in (*counts, "zone_v.1", "zone_v_1")} <= topics
+    assert len({part["unique_id"] for part in parts.values()}) == len(parts)
 
 
 def test_what_is_so_follows_from_what_happened() -> None:

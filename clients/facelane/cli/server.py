@@ -189,6 +189,13 @@ def events(
                 typer.echo(f"facelane: {error.message}", err=True)
 
 
+def _rule_words(rule: types.RuleReport) -> str:
+    if rule.direction is not types.CrossingDirection.UNSPECIFIED:
+        counts = f"in={rule.in_count} out={rule.out_count}"
+        return f"line={rule.name} direction={rule.direction.value} {counts}"
+    return f"zone={rule.name} dwell={rule.dwell:.1f}s inside={rule.inside}"
+
+
 def _event_words(event: types.Event) -> str:
     when = event.event_time.astimezone().strftime("%H:%M:%S") if event.event_time else "--:--:--"
     parts = [when, event.kind.value]
@@ -198,6 +205,8 @@ def _event_words(event: types.Event) -> str:
         parts.append(f"track={event.track_id}")
     if event.identity.subject_id:
         parts.append(f"subject={event.identity.subject_id}")
+    if event.rule is not None:
+        parts.append(_rule_words(event.rule))
     if event.ood_score is not None:
         parts.append(f"ood={event.ood_score:.2f}")
     if event.pool:

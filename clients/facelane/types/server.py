@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from facelane.types.faces import BoundingBox, Identity, Liveness, Stage
+from facelane.types.rules import RuleReport
 
 
 class HealthStatus(enum.StrEnum):
@@ -168,6 +169,14 @@ class EventKind(enum.StrEnum):
     TRACK_ENDED = "TRACK_ENDED"
     FACE_HIDDEN = "FACE_HIDDEN"
     """A face has not been trusted for a while: covered, turned away, blurred."""
+    ZONE_ENTERED = "ZONE_ENTERED"
+    ZONE_LEFT = "ZONE_LEFT"
+    """A track has left a zone, or ended in it."""
+    ZONE_DWELL = "ZONE_DWELL"
+    """A track has been in a zone for as long as the zone says; once a stay."""
+    ZONE_UNKNOWN = "ZONE_UNKNOWN"
+    """A trusted face that nobody knows has been in a zone for as long; once a stay."""
+    LINE_CROSSED = "LINE_CROSSED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +203,8 @@ class TrackReport:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """``resume_token`` given to ``watch_events`` goes on after this event."""
+    """``resume_token`` given to ``watch_events`` goes on after this event. ``rule``: of zones and
+    lines."""
 
     sequence: int
     kind: EventKind
@@ -210,6 +220,7 @@ class Event:
     pool: str = ""
     message: str = ""
     track: TrackReport | None = None
+    rule: RuleReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypedDict
 
 from facelane.types.faces import FrameResult, Stage
+from facelane.types.rules import Line, Zone
 
 
 class DropReason(enum.StrEnum):
@@ -166,6 +167,10 @@ class StreamConfigOptions(AnalysisOptions, total=False):
     others are dropped as SUPERSEDED at once; of video they are decoded where it takes them."""
     private: bool
     """Nobody may look at this stream (``watch_stream``), and no event keeps a picture of it."""
+    zones: Sequence[Zone]
+    """Of this stream, besides those that the server has for its source."""
+    lines: Sequence[Line]
+    """The same of lines across which faces are counted."""
 
 
 class StreamOptions(StreamConfigOptions, total=False):

@@ -47,6 +47,32 @@ OVERLOAD_POLICY_LOSSLESS: OverloadPolicy.ValueType  # 2
 """The server stops reading, and HTTP/2 flow control holds the client back."""
 Global___OverloadPolicy: _TypeAlias = OverloadPolicy  # noqa: Y015
 
+class _ZoneFaces:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ZoneFacesEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ZoneFaces.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ZONE_FACES_UNSPECIFIED: _ZoneFaces.ValueType  # 0
+    """All."""
+    ZONE_FACES_ALL: _ZoneFaces.ValueType  # 1
+    ZONE_FACES_ONLY: _ZoneFaces.ValueType  # 2
+    """Faces outside of all zones of this kind are ignored, as if they had not been found."""
+    ZONE_FACES_IGNORED: _ZoneFaces.ValueType  # 3
+    """Faces inside are ignored."""
+
+class ZoneFaces(_ZoneFaces, metaclass=_ZoneFacesEnumTypeWrapper):
+    """Which faces a zone makes count."""
+
+ZONE_FACES_UNSPECIFIED: ZoneFaces.ValueType  # 0
+"""All."""
+ZONE_FACES_ALL: ZoneFaces.ValueType  # 1
+ZONE_FACES_ONLY: ZoneFaces.ValueType  # 2
+"""Faces outside of all zones of this kind are ignored, as if they had not been found."""
+ZONE_FACES_IGNORED: ZoneFaces.ValueType  # 3
+"""Faces inside are ignored."""
+Global___ZoneFaces: _TypeAlias = ZoneFaces  # noqa: Y015
+
 class _DropReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -176,6 +202,109 @@ class AnalysisOptions(_message.Message):
 Global___AnalysisOptions: _TypeAlias = AnalysisOptions  # noqa: Y015
 
 @_typing.final
+class RelativePoint(_message.Message):
+    """A point of the picture: fractions of its width and height, 0 to 1, from its top left corner."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    X_FIELD_NUMBER: _builtins.int
+    Y_FIELD_NUMBER: _builtins.int
+    x: _builtins.float
+    y: _builtins.float
+    def __init__(
+        self,
+        *,
+        x: _builtins.float = ...,
+        y: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["x", b"x", "y", b"y"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelativePoint: _TypeAlias = RelativePoint  # noqa: Y015
+
+@_typing.final
+class Zone(_message.Message):
+    """A part of the picture. A face is where the middle of its box is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    POLYGON_FIELD_NUMBER: _builtins.int
+    DWELL_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    FACES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What events call it: 1-64 letters, digits, `-`, `_`, `.`; once a stream."""
+    faces: Global___ZoneFaces.ValueType
+    @_builtins.property
+    def polygon(self) -> _containers.RepeatedCompositeFieldContainer[Global___RelativePoint]:
+        """Its corners, in their order around it: 3 to 64, no edge crosses another."""
+
+    @_builtins.property
+    def dwell(self) -> _duration_pb2.Duration:
+        """ZONE_DWELL is told of a track that has been in it for so long (media time); unset = never."""
+
+    @_builtins.property
+    def unknown(self) -> _duration_pb2.Duration:
+        """ZONE_UNKNOWN is told of a trusted face that nobody knows and that has been in it for so long;
+        unset = never.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        polygon: _abc.Iterable[Global___RelativePoint] | None = ...,
+        dwell: _duration_pb2.Duration | None = ...,
+        unknown: _duration_pb2.Duration | None = ...,
+        faces: Global___ZoneFaces.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dwell", b"dwell", "unknown", b"unknown"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dwell", b"dwell", "faces", b"faces", "name", b"name", "polygon", b"polygon", "unknown", b"unknown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Zone: _TypeAlias = Zone  # noqa: Y015
+
+@_typing.final
+class Line(_message.Message):
+    """A line across which faces are counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As a zone's."""
+    @_builtins.property
+    def start(self) -> Global___RelativePoint:
+        """IN is a crossing towards the side that is to the right of whoever looks from `start` to `end`
+        in the picture: down, where it goes from the left to the right.
+        """
+
+    @_builtins.property
+    def end(self) -> Global___RelativePoint: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        start: Global___RelativePoint | None = ...,
+        end: Global___RelativePoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "name", b"name", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Line: _TypeAlias = Line  # noqa: Y015
+
+@_typing.final
 class StreamConfig(_message.Message):
     """The first message of a stream."""
 
@@ -190,6 +319,8 @@ class StreamConfig(_message.Message):
     REINFERENCE_INTERVAL_FIELD_NUMBER: _builtins.int
     ANALYSIS_FPS_FIELD_NUMBER: _builtins.int
     PRIVATE_FIELD_NUMBER: _builtins.int
+    ZONES_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     """A name for logs and metrics of the operator; 0-64 letters, digits, `-`, `_`, `.`."""
     overload_policy: Global___OverloadPolicy.ValueType
@@ -218,6 +349,14 @@ class StreamConfig(_message.Message):
         the server's default.
         """
 
+    @_builtins.property
+    def zones(self) -> _containers.RepeatedCompositeFieldContainer[Global___Zone]:
+        """Zones and lines of this stream, besides those that the server has for its source. They are
+        about tracks: not with disable_tracking.
+        """
+
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___Line]: ...
     def __init__(
         self,
         *,
@@ -230,10 +369,12 @@ class StreamConfig(_message.Message):
         reinference_interval: _duration_pb2.Duration | None = ...,
         analysis_fps: _builtins.float = ...,
         private: _builtins.bool = ...,
+        zones: _abc.Iterable[Global___Zone] | None = ...,
+        lines: _abc.Iterable[Global___Line] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_frame_age", b"max_frame_age", "options", b"options", "reinference_interval", b"reinference_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["analysis_fps", b"analysis_fps", "disable_tracking", b"disable_tracking", "max_frame_age", b"max_frame_age", "options", b"options", "overload_policy", b"overload_policy", "private", b"private", "reinference_interval", b"reinference_interval", "source_id", b"source_id", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analysis_fps", b"analysis_fps", "disable_tracking", b"disable_tracking", "lines", b"lines", "max_frame_age", b"max_frame_age", "options", b"options", "overload_policy", b"overload_policy", "private", b"private", "reinference_interval", b"reinference_interval", "source_id", b"source_id", "weight", b"weight", "zones", b"zones"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x61\x63\x65lane/v1/event_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd7\x03\n\x0bTrackReport\x12\x17\n\x0fglobal_track_id\x18\x01 \x01(\t\x12/\n\x0c\x66irst_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0blast_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x12\x66irst_capture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11last_capture_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x03\x62ox\x18\x06 \x01(\x0b\x32\x18.facelane.v1.BoundingBox\x12\x1b\n\x0e\x62\x65st_ood_score\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05looks\x18\x08 \x01(\r\x12\x14\n\x0c\x64isplay_name\x18\t \x01(\t\x12\x34\n\x06labels\x18\n \x03(\x0b\x32$.facelane.v1.TrackReport.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_best_ood_score\"\xfb\x02\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.facelane.v1.EventKind\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsource_id\x18\x04 \x01(\t\x12\x11\n\tstream_id\x18\x05 \x01(\t\x12\x10\n\x08track_id\x18\x06 \x01(\x04\x12\x12\n\ngallery_id\x18\x07 \x01(\t\x12\'\n\x08identity\x18\x08 \x01(\x0b\x32\x15.facelane.v1.Identity\x12\'\n\x08liveness\x18\t \x01(\x0b\x32\x15.facelane.v1.Liveness\x12\x16\n\tood_score\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04pool\x18\x0b \x01(\t\x12\x0f\n\x07message\x18\x0c \x01(\t\x12\'\n\x05track\x18\r \x01(\x0b\x32\x18.facelane.v1.TrackReportB\x0c\n\n_ood_score\"z\n\x12WatchEventsRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\x12%\n\x05kinds\x18\x02 \x03(\x0e\x32\x16.facelane.v1.EventKind\x12\x12\n\nsource_ids\x18\x03 \x03(\t\x12\x13\n\x0bgallery_ids\x18\x04 \x03(\t\"N\n\x13WatchEventsResponse\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x12.facelane.v1.Event\x12\x14\n\x0cresume_token\x18\x02 \x01(\t*\xec\x02\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VENT_KIND_SUBJECT_SEEN\x10\x01\x12\x1b\n\x17\x45VENT_KIND_UNKNOWN_SEEN\x10\x02\x12\x1e\n\x1a\x45VENT_KIND_SPOOF_SUSPECTED\x10\x03\x12\x1c\n\x18\x45VENT_KIND_STREAM_OPENED\x10\x04\x12\x1c\n\x18\x45VENT_KIND_STREAM_CLOSED\x10\x05\x12\x1b\n\x17\x45VENT_KIND_POOL_CHANGED\x10\x06\x12\x1c\n\x18\x45VENT_KIND_DEVICE_MEMORY\x10\x07\x12\x1c\n\x18\x45VENT_KIND_TRACK_STARTED\x10\x08\x12\x1c\n\x18\x45VENT_KIND_TRACK_UPDATED\x10\t\x12\x1a\n\x16\x45VENT_KIND_TRACK_ENDED\x10\n\x12\x1a\n\x16\x45VENT_KIND_FACE_HIDDEN\x10\x0b\x32\x62\n\x0c\x45ventService\x12R\n\x0bWatchEvents\x12\x1f.facelane.v1.WatchEventsRequest\x1a .facelane.v1.WatchEventsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x61\x63\x65lane/v1/event_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\x01\n\nRuleReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05\x64well\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06inside\x18\x03 \x01(\r\x12\x31\n\tdirection\x18\x04 \x01(\x0e\x32\x1e.facelane.v1.CrossingDirection\x12\x10\n\x08in_count\x18\x05 \x01(\x04\x12\x11\n\tout_count\x18\x06 \x01(\x04\"\xd7\x03\n\x0bTrackReport\x12\x17\n\x0fglobal_track_id\x18\x01 \x01(\t\x12/\n\x0c\x66irst_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0blast_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x12\x66irst_capture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11last_capture_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x03\x62ox\x18\x06 \x01(\x0b\x32\x18.facelane.v1.BoundingBox\x12\x1b\n\x0e\x62\x65st_ood_score\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05looks\x18\x08 \x01(\r\x12\x14\n\x0c\x64isplay_name\x18\t \x01(\t\x12\x34\n\x06labels\x18\n \x03(\x0b\x32$.facelane.v1.TrackReport.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_best_ood_score\"\xa2\x03\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.facelane.v1.EventKind\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsource_id\x18\x04 \x01(\t\x12\x11\n\tstream_id\x18\x05 \x01(\t\x12\x10\n\x08track_id\x18\x06 \x01(\x04\x12\x12\n\ngallery_id\x18\x07 \x01(\t\x12\'\n\x08identity\x18\x08 \x01(\x0b\x32\x15.facelane.v1.Identity\x12\'\n\x08liveness\x18\t \x01(\x0b\x32\x15.facelane.v1.Liveness\x12\x16\n\tood_score\x18\n \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04pool\x18\x0b \x01(\t\x12\x0f\n\x07message\x18\x0c \x01(\t\x12\'\n\x05track\x18\r \x01(\x0b\x32\x18.facelane.v1.TrackReport\x12%\n\x04rule\x18\x0e \x01(\x0b\x32\x17.facelane.v1.RuleReportB\x0c\n\n_ood_score\"z\n\x12WatchEventsRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\x12%\n\x05kinds\x18\x02 \x03(\x0e\x32\x16.facelane.v1.EventKind\x12\x12\n\nsource_ids\x18\x03 \x03(\t\x12\x13\n\x0bgallery_ids\x18\x04 \x03(\t\"N\n\x13WatchEventsResponse\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x12.facelane.v1.Event\x12\x14\n\x0cresume_token\x18\x02 \x01(\t*\xf8\x03\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VENT_KIND_SUBJECT_SEEN\x10\x01\x12\x1b\n\x17\x45VENT_KIND_UNKNOWN_SEEN\x10\x02\x12\x1e\n\x1a\x45VENT_KIND_SPOOF_SUSPECTED\x10\x03\x12\x1c\n\x18\x45VENT_KIND_STREAM_OPENED\x10\x04\x12\x1c\n\x18\x45VENT_KIND_STREAM_CLOSED\x10\x05\x12\x1b\n\x17\x45VENT_KIND_POOL_CHANGED\x10\x06\x12\x1c\n\x18\x45VENT_KIND_DEVICE_MEMORY\x10\x07\x12\x1c\n\x18\x45VENT_KIND_TRACK_STARTED\x10\x08\x12\x1c\n\x18\x45VENT_KIND_TRACK_UPDATED\x10\t\x12\x1a\n\x16\x45VENT_KIND_TRACK_ENDED\x10\n\x12\x1a\n\x16\x45VENT_KIND_FACE_HIDDEN\x10\x0b\x12\x1b\n\x17\x45VENT_KIND_ZONE_ENTERED\x10\x0c\x12\x18\n\x14\x45VENT_KIND_ZONE_LEFT\x10\r\x12\x19\n\x15\x45VENT_KIND_ZONE_DWELL\x10\x0e\x12\x1b\n\x17\x45VENT_KIND_ZONE_UNKNOWN\x10\x0f\x12\x1b\n\x17\x45VENT_KIND_LINE_CROSSED\x10\x10*n\n\x11\x43rossingDirection\x12\"\n\x1e\x43ROSSING_DIRECTION_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ROSSING_DIRECTION_IN\x10\x01\x12\x1a\n\x16\x43ROSSING_DIRECTION_OUT\x10\x02\x32\x62\n\x0c\x45ventService\x12R\n\x0bWatchEvents\x12\x1f.facelane.v1.WatchEventsRequest\x1a .facelane.v1.WatchEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,18 +36,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRACKREPORT_LABELSENTRY']._loaded_options = None
   _globals['_TRACKREPORT_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_EVENTKIND']._serialized_start=1198
-  _globals['_EVENTKIND']._serialized_end=1562
-  _globals['_TRACKREPORT']._serialized_start=138
-  _globals['_TRACKREPORT']._serialized_end=609
-  _globals['_TRACKREPORT_LABELSENTRY']._serialized_start=545
-  _globals['_TRACKREPORT_LABELSENTRY']._serialized_end=590
-  _globals['_EVENT']._serialized_start=612
-  _globals['_EVENT']._serialized_end=991
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=993
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1115
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1117
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1195
-  _globals['_EVENTSERVICE']._serialized_start=1564
-  _globals['_EVENTSERVICE']._serialized_end=1662
+  _globals['_EVENTKIND']._serialized_start=1412
+  _globals['_EVENTKIND']._serialized_end=1916
+  _globals['_CROSSINGDIRECTION']._serialized_start=1918
+  _globals['_CROSSINGDIRECTION']._serialized_end=2028
+  _globals['_RULEREPORT']._serialized_start=138
+  _globals['_RULEREPORT']._serialized_end=310
+  _globals['_TRACKREPORT']._serialized_start=313
+  _globals['_TRACKREPORT']._serialized_end=784
+  _globals['_TRACKREPORT_LABELSENTRY']._serialized_start=720
+  _globals['_TRACKREPORT_LABELSENTRY']._serialized_end=765
+  _globals['_EVENT']._serialized_start=787
+  _globals['_EVENT']._serialized_end=1205
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1207
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1329
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1331
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1409
+  _globals['_EVENTSERVICE']._serialized_start=2030
+  _globals['_EVENTSERVICE']._serialized_end=2128
 # @@protoc_insertion_point(module_scope)

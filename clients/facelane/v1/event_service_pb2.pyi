@@ -52,6 +52,18 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_TRACK_ENDED: _EventKind.ValueType  # 10
     EVENT_KIND_FACE_HIDDEN: _EventKind.ValueType  # 11
     """A face has not been trusted for `events.hidden_after_s`: covered, turned away, blurred."""
+    EVENT_KIND_ZONE_ENTERED: _EventKind.ValueType  # 12
+    """Of zones and lines, the server's or the stream's own; `rule` says which, and `track` whose.
+    A track is in a zone now.
+    """
+    EVENT_KIND_ZONE_LEFT: _EventKind.ValueType  # 13
+    """It has left it, or ended there; `rule.dwell` says how long it was in it."""
+    EVENT_KIND_ZONE_DWELL: _EventKind.ValueType  # 14
+    """It has been in it for the zone's `dwell`; once a stay."""
+    EVENT_KIND_ZONE_UNKNOWN: _EventKind.ValueType  # 15
+    """It has had a trusted face there that nobody knows for the zone's `unknown`; once a stay."""
+    EVENT_KIND_LINE_CROSSED: _EventKind.ValueType  # 16
+    """It has crossed a line."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
 
@@ -79,7 +91,80 @@ the track is told at once, a return to an earlier one at most five times a secon
 EVENT_KIND_TRACK_ENDED: EventKind.ValueType  # 10
 EVENT_KIND_FACE_HIDDEN: EventKind.ValueType  # 11
 """A face has not been trusted for `events.hidden_after_s`: covered, turned away, blurred."""
+EVENT_KIND_ZONE_ENTERED: EventKind.ValueType  # 12
+"""Of zones and lines, the server's or the stream's own; `rule` says which, and `track` whose.
+A track is in a zone now.
+"""
+EVENT_KIND_ZONE_LEFT: EventKind.ValueType  # 13
+"""It has left it, or ended there; `rule.dwell` says how long it was in it."""
+EVENT_KIND_ZONE_DWELL: EventKind.ValueType  # 14
+"""It has been in it for the zone's `dwell`; once a stay."""
+EVENT_KIND_ZONE_UNKNOWN: EventKind.ValueType  # 15
+"""It has had a trusted face there that nobody knows for the zone's `unknown`; once a stay."""
+EVENT_KIND_LINE_CROSSED: EventKind.ValueType  # 16
+"""It has crossed a line."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
+
+class _CrossingDirection:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CrossingDirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CrossingDirection.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CROSSING_DIRECTION_UNSPECIFIED: _CrossingDirection.ValueType  # 0
+    CROSSING_DIRECTION_IN: _CrossingDirection.ValueType  # 1
+    CROSSING_DIRECTION_OUT: _CrossingDirection.ValueType  # 2
+
+class CrossingDirection(_CrossingDirection, metaclass=_CrossingDirectionEnumTypeWrapper):
+    """See `Line`."""
+
+CROSSING_DIRECTION_UNSPECIFIED: CrossingDirection.ValueType  # 0
+CROSSING_DIRECTION_IN: CrossingDirection.ValueType  # 1
+CROSSING_DIRECTION_OUT: CrossingDirection.ValueType  # 2
+Global___CrossingDirection: _TypeAlias = CrossingDirection  # noqa: Y015
+
+@_typing.final
+class RuleReport(_message.Message):
+    """What a zone or a line has to tell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DWELL_FIELD_NUMBER: _builtins.int
+    INSIDE_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    IN_COUNT_FIELD_NUMBER: _builtins.int
+    OUT_COUNT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The zone's or the line's."""
+    inside: _builtins.int
+    """Zones: tracks of the stream that are in it now."""
+    direction: Global___CrossingDirection.ValueType
+    """Lines."""
+    in_count: _builtins.int
+    """Lines: crossings since the stream began, this one included."""
+    out_count: _builtins.int
+    @_builtins.property
+    def dwell(self) -> _duration_pb2.Duration:
+        """Zones: media time that the track has been in it."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        dwell: _duration_pb2.Duration | None = ...,
+        inside: _builtins.int = ...,
+        direction: Global___CrossingDirection.ValueType = ...,
+        in_count: _builtins.int = ...,
+        out_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dwell", b"dwell"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction", "dwell", b"dwell", "in_count", b"in_count", "inside", b"inside", "name", b"name", "out_count", b"out_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RuleReport: _TypeAlias = RuleReport  # noqa: Y015
 
 @_typing.final
 class TrackReport(_message.Message):
@@ -182,6 +267,7 @@ class Event(_message.Message):
     POOL_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     TRACK_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     kind: Global___EventKind.ValueType
     source_id: _builtins.str
@@ -201,6 +287,10 @@ class Event(_message.Message):
     def track(self) -> Global___TrackReport:
         """For the kinds that are about a track."""
 
+    @_builtins.property
+    def rule(self) -> Global___RuleReport:
+        """For the kinds of zones and lines."""
+
     def __init__(
         self,
         *,
@@ -217,10 +307,11 @@ class Event(_message.Message):
         pool: _builtins.str = ...,
         message: _builtins.str = ...,
         track: Global___TrackReport | None = ...,
+        rule: Global___RuleReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "identity", b"identity", "liveness", b"liveness", "ood_score", b"ood_score", "track", b"track"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "identity", b"identity", "liveness", b"liveness", "ood_score", b"ood_score", "rule", b"rule", "track", b"track"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "gallery_id", b"gallery_id", "identity", b"identity", "kind", b"kind", "liveness", b"liveness", "message", b"message", "ood_score", b"ood_score", "pool", b"pool", "sequence", b"sequence", "source_id", b"source_id", "stream_id", b"stream_id", "track", b"track", "track_id", b"track_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "gallery_id", b"gallery_id", "identity", b"identity", "kind", b"kind", "liveness", b"liveness", "message", b"message", "ood_score", b"ood_score", "pool", b"pool", "rule", b"rule", "sequence", b"sequence", "source_id", b"source_id", "stream_id", b"stream_id", "track", b"track", "track_id", b"track_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ood_score: _TypeAlias = _typing.Literal["ood_score"]  # noqa: Y015
     _WhichOneofArgType__ood_score: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score"]  # noqa: Y015

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from facelane.types import Event, EventKind
+from facelane.types import Event, EventKind, RuleReport
 
 
 def topic(prefix: str, source: str, name: str) -> str:
@@ -27,6 +28,15 @@ class States:
     """Tracks that have not ended."""
     unknown: set[str] = field(default_factory=set)
     spoof: set[str] = field(default_factory=set)
+    zones: dict[str, set[str]] = field(default_factory=dict)
+    """Tracks in each."""
+    lines: set[str] = field(default_factory=set)
+
+    @property
+    def rules(self) -> frozenset[str]:
+        """The names of parts that zones and lines have had so far."""
+        lines = (f"line_{name}_{way}" for name in self.lines for way in ("in", "out"))
+        return frozenset((*(f"zone_{name}" for name in self.zones), *lines))
 
     def after(self, event: Event) -> dict[str, str]:
         """The topics whose value this event may have changed, and the values."""
@@ -45,11 +55,16 @@ class States:
         elif event.kind is EventKind.TRACK_ENDED:
             for tracks in (self.present, self.unknown, self.spoof):
                 tracks.discard(track)
+        elif event.rule is not None:
+            return self._after_rule(event, event.rule, track)
         elif event.kind in (EventKind.STREAM_OPENED, EventKind.STREAM_CLOSED):
             # Tracks end before their stream does; what is left is from before a restart.
             self.present.clear()
             self.unknown.clear()
             self.spoof.clear()
+            for name, inside in self.zones.items():
+                inside.clear()
+                found[f"zone_{name}"] = _switch(inside)
         else:
             return found
         found["occupancy"] = _switch(self.present)
@@ -57,30 +72,62 @@ class States:
         found["spoof"] = _switch(self.spoof)
         return found
 
+    def _after_rule(self, event: Event, rule: RuleReport, track: str) -> dict[str, str]:
+        if event.kind is EventKind.LINE_CROSSED:
+            self.lines.add(rule.name)
+            counts = (("in", rule.in_count), ("out", rule.out_count))
+            return {f"line_{rule.name}_{way}": str(count) for way, count in counts}
+        inside = self.zones.setdefault(rule.name, set())
+        if event.kind is EventKind.ZONE_LEFT:
+            inside.discard(track)
+        else:
+            inside.add(track)
+        return {f"zone_{rule.name}": _switch(inside)}
+
 
 def _switch(tracks: set[str]) -> str:
     return "ON" if tracks else "OFF"
 
 
+def _plain(name: str) -> str:
+    """What discovery can hold of a name; two that look alike then stay two."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
 def discovery(
-    source: str, prefix: str, discovery_prefix: str, availability: str
+    source: str,
+    prefix: str,
+    discovery_prefix: str,
+    availability: str,
+    rules: Iterable[str] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """Topic and payload that make one device of a camera."""
-    plain = re.sub(r"[^A-Za-z0-9_-]", "_", source)
-    if plain != source:
-        # Two names that look alike now stay two.
-        plain += "_" + hashlib.sha256(source.encode()).hexdigest()[:6]
-    unique = f"facelane_{plain}"
+    """Topic and payload that make one device of a camera. ``rules``: parts for its zones and
+    lines, as ``States.rules`` names them."""
+    unique = f"facelane_{_plain(source)}"
 
     def part(platform: str, name: str, label: str, **more: str) -> dict[str, str]:
         return {
             "platform": platform,
             "name": label,
-            "unique_id": f"{unique}_{name}",
+            "unique_id": f"{unique}_{_plain(name)}",
             "state_topic": topic(prefix, source, name),
             **more,
         }
 
+    own: dict[str, Any] = {}
+    for name in sorted(rules):
+        kind, _, label = name.partition("_")
+        if kind == "zone":
+            own[_plain(name)] = part(
+                "binary_sensor", name, f"Zone {label}", device_class="occupancy"
+            )
+        else:
+            label, _, way = label.rpartition("_")
+            own[_plain(name)] = part(
+                "sensor", name, f"Line {label} {way}", state_class="total_increasing",
+                icon="mdi:counter",
+            )  # fmt: skip
     return f"{discovery_prefix}/device/{unique}/config", {
         "device": {"identifiers": [unique], "name": source, "manufacturer": "facelane"},
         "origin": {"name": "facelane-events"},
@@ -90,5 +137,6 @@ def discovery(
             "occupancy": part("binary_sensor", "occupancy", "Occupancy", device_class="occupancy"),
             "unknown": part("binary_sensor", "unknown", "Unknown person", device_class="problem"),
             "spoof": part("binary_sensor", "spoof", "Spoof suspected", device_class="tamper"),
+            **own,
         },
     }

@@ -23,7 +23,8 @@ class MqttSink:
         self._stack = AsyncExitStack()
         self._client: aiomqtt.Client | None = None
         self._states: dict[str, States] = {}
-        self._announced: set[str] = set()
+        self._announced: dict[str, frozenset[str]] = {}
+        """By source, the parts for its zones and lines."""
 
     async def open(self) -> None:
         settings = self._settings
@@ -60,18 +61,23 @@ class MqttSink:
             if settings.payload == "onvif":
                 await self._publish(onvif.topic(settings.prefix, event), onvif.payload(event))
                 return
-            if settings.homeassistant and source and source not in self._announced:
+            states, changed = self._states.setdefault(source, States()), {}
+            if event.event is not None and source:
+                changed = states.after(event.event)
+            if settings.homeassistant and source and self._announced.get(source) != states.rules:
                 where, device = discovery(
-                    source, settings.prefix, settings.discovery_prefix, self._status
+                    source,
+                    settings.prefix,
+                    settings.discovery_prefix,
+                    self._status,
+                    states.rules,
                 )
                 await self._publish(where, json.dumps(device).encode(), retain=True)
-                self._announced.add(source)
+                self._announced[source] = states.rules
             await self._publish(topic(settings.prefix, source or "server", "event"), event.body)
-            if event.event is not None and source:
-                states = self._states.setdefault(source, States())
-                for name, value in states.after(event.event).items():
-                    where = topic(settings.prefix, source, name)
-                    await self._publish(where, value.encode(), retain=True)
+            for name, value in changed.items():
+                where = topic(settings.prefix, source, name)
+                await self._publish(where, value.encode(), retain=True)
         except (aiomqtt.MqttError, OSError) as error:
             raise UnavailableError(str(error)) from None
 

@@ -16,7 +16,7 @@ from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, tracking
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Outcome, Reason, Stage
-from facelane_server.edge import convert, gate
+from facelane_server.edge import areas, convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.load import LoadWatch
@@ -178,6 +178,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             )
         caller = gate.caller()
         options = convert.lane_options(first.config, self._config, caller)
+        options = areas.placed(options, first.config, self._config)
         self._pipeline.check_naming(options.plan)
         sender = Sender(caller.name, caller.weight)
         self._load.admit(options, sender)

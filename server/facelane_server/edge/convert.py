@@ -163,8 +163,8 @@ def names_by(thresholds: Thresholds | None, recognised: bool) -> dict[str, float
 
 
 def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Caller) -> LaneOptions:
-    """A stream's config. Raises ``FacelaneError``: CONFIG_INVALID, or PERMISSION_DENIED for a
-    source or a gallery that the caller's key is not for."""
+    """A stream's config, all but its zones and lines. Raises ``FacelaneError``: CONFIG_INVALID,
+    or PERMISSION_DENIED for a source or a gallery that the caller's key is not for."""
     try:
         if message.source_id and not is_name(message.source_id):
             raise invalid("source_id must be 0-64 of letters, digits, and - _ .")

@@ -15,7 +15,14 @@ from facelane.v1 import server_service_pb2 as pb
 from facelane.v1 import server_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, limits
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Reason, Stage, TrackReport
+from facelane_server.domain import (
+    Direction,
+    FacelaneError,
+    Reason,
+    RuleReport,
+    Stage,
+    TrackReport,
+)
 from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
@@ -40,6 +47,10 @@ _POOL_STATES: Final = {
 }
 _LIVES: Final = {life: pb.WorkerState.Value(f"WORKER_STATE_{life.name}") for life in Life}
 _KINDS: Final = {kind: event_pb.EventKind.Value(f"EVENT_KIND_{kind.value}") for kind in EventKind}
+_DIRECTIONS: Final = {
+    Direction.IN: event_pb.CROSSING_DIRECTION_IN,
+    Direction.OUT: event_pb.CROSSING_DIRECTION_OUT,
+}
 _KINDS_BACK: Final = {number: kind for kind, number in _KINDS.items()}
 
 
@@ -271,7 +282,20 @@ def _event(event: Event, view: convert.View) -> event_pb.Event:
         if track.ood_score is not None:
             message.ood_score = track.ood_score
         message.track.CopyFrom(_track_report(event.stream_id, track))
+    if event.rule is not None:
+        message.rule.CopyFrom(_rule_report(event.rule))
     return message
+
+
+def _rule_report(rule: RuleReport) -> event_pb.RuleReport:
+    report = event_pb.RuleReport(
+        name=rule.name, inside=rule.inside, in_count=rule.entered, out_count=rule.left
+    )
+    if rule.direction is None:
+        report.dwell.CopyFrom(convert.duration(rule.dwell_ns))
+    else:
+        report.direction = _DIRECTIONS[rule.direction]
+    return report
 
 
 def _track_report(stream_id: str, track: TrackReport) -> event_pb.TrackReport:

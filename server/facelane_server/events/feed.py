@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol, Self
 
 from facelane_server import limits
-from facelane_server.domain import FacelaneError, Reason, TrackReport
+from facelane_server.domain import FacelaneError, Reason, RuleReport, TrackReport
 from facelane_server.store.events import without
 
 _TOKEN: Final = struct.Struct(">8sQ")
@@ -47,6 +47,11 @@ class EventKind(enum.StrEnum):
     TRACK_UPDATED = "TRACK_UPDATED"
     TRACK_ENDED = "TRACK_ENDED"
     FACE_HIDDEN = "FACE_HIDDEN"
+    ZONE_ENTERED = "ZONE_ENTERED"
+    ZONE_LEFT = "ZONE_LEFT"
+    ZONE_DWELL = "ZONE_DWELL"
+    ZONE_UNKNOWN = "ZONE_UNKNOWN"
+    LINE_CROSSED = "LINE_CROSSED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class Event:
     pool: str = ""
     message: str = ""
     sender: str = ""
+    rule: RuleReport | None = None
 
 
 class Keeper(Protocol):
@@ -127,10 +133,13 @@ class EventFeed:
         pool: str = "",
         message: str = "",
         sender: str = "",
+        rule: RuleReport | None = None,
     ) -> Event:
         """Tells an event, now or when it is kept; never waits. In the order of the calls."""
         at = self._clock_ns()
-        event = Event(0, kind, at, source_id, stream_id, gallery_id, track, pool, message, sender)
+        event = Event(
+            0, kind, at, source_id, stream_id, gallery_id, track, pool, message, sender, rule
+        )
         if self._keeper is not None:
             self._keeper.take(event)
         elif self._recorded:

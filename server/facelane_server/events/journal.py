@@ -126,6 +126,7 @@ class EventJournal:
                 event.pool,
                 event.message,
                 event.sender,
+                event.rule,
             )
         )
         self._changed.set()
@@ -240,4 +241,5 @@ def _event(record: EventRecord) -> Event:
         record.pool,
         record.message,
         record.sender,
+        record.rule,
     )

@@ -14,7 +14,9 @@ from typing import Final, Protocol
 from msgspec.structs import replace
 
 from facelane_server import tracking
+from facelane_server.areas import Mask
 from facelane_server.domain import (
+    Box,
     Decision,
     DetectedFace,
     Face,
@@ -25,7 +27,8 @@ from facelane_server.domain import (
     Sighting,
     Stage,
 )
-from facelane_server.pipeline import Evidence, Pipeline, Plan
+from facelane_server.lanes.types import LaneOptions
+from facelane_server.pipeline import Evidence, Pipeline
 
 _NOTHING: Final = tracking.Shown(Identity(Decision.NOT_EVALUATED))
 
@@ -40,12 +43,15 @@ class Look:
         "live",
         "no_context",
         "recognize",
+        "size",
         "take_back",
         "track_id",
     )
 
-    def __init__(self, face: DetectedFace, track_id: int) -> None:
+    def __init__(self, face: DetectedFace, track_id: int, size: tuple[int, int] = (0, 0)) -> None:
         self.face = face
+        self.size = size
+        """Width and height of the picture."""
         self.track_id = track_id
         """As the tracker had it; the track may have been succeeded since."""
         self.link = 0
@@ -100,18 +106,19 @@ class _UnderWay:
 
 
 class Faces:
-    """See the module. ``params`` None: no tracking, every face is a picture of its own."""
+    """See the module. Without tracking every face is a picture of its own."""
 
     def __init__(
         self,
         pipeline: Pipeline,
-        plan: Plan,
-        params: tracking.Params | None,
+        options: LaneOptions,
+        params: tracking.Params,
         listener: FaceListener,
     ) -> None:
         self._pipeline = pipeline
-        self._plan = plan
-        self._params = params
+        self._plan = options.plan
+        self._params = params if options.tracking else None
+        self._mask = Mask.of(options.zones)
         self._listener = listener
         self._tracks = tracking.Tracks()
         self._recognizing = _UnderWay()
@@ -138,6 +145,8 @@ class Faces:
         """
         plan, params = self._plan, self._params
         faces = [face for face in found if face.box.width >= plan.min_face_size]
+        if self._mask is not None:
+            faces = [face for face in faces if self._mask.keeps(_middle(face.box, size))]
         recognizer = plan.recognize and Stage.RECOGNIZER not in missing
         judge = plan.liveness and Stage.LIVENESS not in missing
         if params is None:
@@ -150,7 +159,7 @@ class Faces:
             assignments = update.assignments
         looks = []
         for face, track_id in zip(faces, assignments, strict=True):
-            look = Look(face, track_id)
+            look = Look(face, track_id, size)
             look.no_context = plan.liveness and not self._pipeline.shows_context(face, *size)
             look.recognize, look.live = recognizer, judge and not look.no_context
             # A track beyond the tracker's bound has id 0: it is treated as a picture.
@@ -224,6 +233,8 @@ class Faces:
                     liveness,
                     shown.ood_score,
                     evidence.recognized,
+                    look.size,
+                    self._doubtful(track, look.link, missing),
                 )
             )
         if look.no_context and liveness.verdict is LivenessVerdict.UNDECIDED:
@@ -240,6 +251,11 @@ class Faces:
             evidence_age_ns=shown.age_ns,
             links_since_evidence=shown.links,
         )
+
+    def _doubtful(self, track: tracking.Track, link: int, missing: Collection[Stage]) -> bool:
+        """Whether the picture may show another face than those before, and somebody will say."""
+        asked = self._plan.recognize and Stage.RECOGNIZER not in missing
+        return asked and track.suspect is not None and link >= track.suspect
 
     def _fused(
         self, track: tracking.Track, look: Look, evidence: Evidence, now_ns: int
@@ -343,3 +359,11 @@ class Faces:
             self._listener.ended(track_id)
         self._ended.clear()
         self._tracks = tracking.Tracks(created=self._tracks.created)
+
+
+def _middle(box: Box, size: tuple[int, int]) -> tuple[float, float]:
+    """Of a face, in fractions of the picture."""
+    width, height = size
+    if not width or not height:
+        return 0.0, 0.0
+    return (box.x + box.width / 2) / width, (box.y + box.height / 2) / height

@@ -111,12 +111,7 @@ class Lane:
         self._observer: LaneObserver = observer or SilentObserver()
         self._clock = clock
         self._plan = options.plan
-        self._faces = Faces(
-            pipeline,
-            options.plan,
-            tracking_params if options.tracking else None,
-            _Told(self, observer or SilentObserver()),
-        )
+        self._faces = Faces(pipeline, options, tracking_params, _Told(self, self._observer))
 
         self._entries: deque[Entry] = deque()
         self._turn = 0  # entries at the left of the deque that have had their turn

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from facelane_server.areas import Line, Zone
 from facelane_server.domain import DropReason, Outcome, Overload, Sighting, Stage
 from facelane_server.pipeline import Plan
 
@@ -30,6 +31,8 @@ class LaneOptions:
     """Pictures a second of media time; 0 = all."""
     private: bool = False
     """Nobody looks at it, and no picture of it is kept."""
+    zones: tuple[Zone, ...] = ()
+    lines: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

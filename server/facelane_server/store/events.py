@@ -13,7 +13,7 @@ import msgspec
 import sqlalchemy as sa
 
 from facelane_server import limits
-from facelane_server.domain import Decision, Identity, TrackReport
+from facelane_server.domain import Decision, Identity, RuleReport, TrackReport
 from facelane_server.store.database import Database
 from facelane_server.store.following import HistoryLostError
 from facelane_server.store.schema import (
@@ -44,6 +44,7 @@ class EventRecord:
     pool: str = ""
     message: str = ""
     sender: str = ""
+    rule: RuleReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class _Body:
     pool: str = ""
     message: str = ""
     sender: str = ""
+    rule: RuleReport | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -138,7 +140,7 @@ def _write(connection: sa.Connection, vault: Vault, record: EventRecord) -> None
             source_id=record.source_id,
             stream_id=record.stream_id,
             gallery_id=record.gallery_id,
-            body=_encode(_Body(track, record.pool, record.message, record.sender)),
+            body=_encode(_Body(track, record.pool, record.message, record.sender, record.rule)),
         )
     )
 
@@ -172,6 +174,7 @@ def after(database: Database, vault: Vault, seen: int) -> list[EventRecord]:
             body.pool,
             body.message,
             body.sender,
+            body.rule,
         )
         for row, body in found
     ]
