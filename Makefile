@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # The tests start hundreds of processes: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak soak-cameras gpu-test protos bench gpu-bench wheel install-systemd clean
+.PHONY: help setup demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak soak-cameras gpu-test protos bench gpu-bench wheel release deb install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -108,6 +108,12 @@ models-report: setup ## the starter recogniser on people of your own: DATA=FOLDE
 
 wheel: setup ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+release: setup ## checks, then wheel, sdist, SBOM and SHA256SUMS in dist/
+	@$(BIN)/python deploy/release.py
+
+deb: ## build the Debian package into dist/ (EXTRAS=, TORCH_INDEX=, PYTHON=: deploy/debian/build.sh)
+	@deploy/debian/build.sh
 
 install-systemd: ## units, users and example settings; DESTDIR=, PREFIX=, VENV= as usual
 	@deploy/systemd/install.sh

@@ -43,22 +43,28 @@ PATIENCE_S = 900.0
 SINKS = ("mqtt", "onvif", "nats", "webhook", "syslog", "jsonl")
 
 
+def event_id(body: bytes) -> str:
+    found = json.loads(body)
+    return str(found["id"] if "id" in found else found["Data"]["EventId"])
+
+
 @dataclass
 class Tail:
-    """Lines of a file that grows, counted without reading them twice."""
+    """Events of a file that grows, counted without reading them twice."""
 
     path: Path
-    lines: int = 0
+    ids: set[str] = field(default_factory=set)
     _at: int = 0
 
     def count(self) -> int:
         if self.path.exists():
             with self.path.open("rb") as file:
                 file.seek(self._at)
-                read = file.read()
-            self._at += len(read)
-            self.lines += read.count(b"\n")
-        return self.lines
+                whole, _, _ = file.read().rpartition(b"\n")
+            if whole:
+                self._at += len(whole) + 1
+                self.ids |= {event_id(line) for line in whole.split(b"\n")}
+        return len(self.ids)
 
 
 @dataclass
@@ -68,16 +74,21 @@ class Subscriber:
     port: int
     topics: str
     taken: list[bytes] = field(default_factory=list)
+    ids: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.client = paho.Client(
             paho.CallbackAPIVersion.VERSION2, f"reader-{self.topics[:8]}", clean_session=False
         )
         self.client.reconnect_delay_set(1, 1)
-        self.client.on_message = lambda _c, _u, got: self.taken.append(got.payload)
+        self.client.on_message = lambda _c, _u, got: self._take(got.payload)
         self.client.on_connect = lambda client, *_rest: client.subscribe(self.topics, qos=1)
         self.client.connect("127.0.0.1", self.port)
         self.client.loop_start()
+
+    def _take(self, body: bytes) -> None:
+        self.taken.append(body)
+        self.ids.add(event_id(body))
 
     def close(self) -> None:
         self.client.disconnect()
@@ -119,10 +130,7 @@ class Fault:
 
 def judged(bodies: list[bytes], events: int) -> dict[str, Any]:
     """What one sink's receiver has, in its order."""
-    ids: list[str] = []
-    for body in bodies:
-        found = json.loads(body)
-        ids.append(found["id"] if "id" in found else found["Data"]["EventId"])
+    ids = [event_id(body) for body in bodies]
     numbers = [int(one.partition("-")[0]) for one in ids]
     first = list(dict.fromkeys(numbers))
     return {
@@ -196,9 +204,9 @@ class Run:
         return lines
 
     async def has(self, name: str) -> int:
-        """Deliveries of a sink, told again included; one that is away has its last."""
+        """Events that a sink's receiver has; one that is away has its last."""
         if name in self.subscribers:
-            return len(self.subscribers[name].taken)
+            return len(self.subscribers[name].ids)
         if name == "nats":
             with contextlib.suppress(Exception):
                 client = await nats.connect(self.url, allow_reconnect=False, connect_timeout=2)
@@ -208,7 +216,9 @@ class Run:
                 finally:
                     await client.close()
             return self.in_stream
-        return self.tails[name].count() if name in self.tails else len(self.files())
+        if name in self.tails:
+            return self.tails[name].count()
+        return len({event_id(line) for line in self.files()})
 
     async def all_have(self, least: int) -> bool:
         return all([await self.has(name) >= least for name in SINKS])

@@ -46,7 +46,6 @@ app = typer.Typer(
     name="facelane-server",
     help="Streaming video analytics for faces: identity, OOD score, liveness.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 gallery_app = typer.Typer(help="Galleries at rest.", no_args_is_help=True)

@@ -195,6 +195,13 @@ class TestWhatTheUnitsPromise:
         assert unit["Type"] == ["notify"]
         assert unit["NotifyAccess"] == ["main"]
         assert int(unit["WatchdogSec"][0]) > 0
+        # Workers confine themselves, and the socket is given to its group: @system-service and
+        # ~@privileged alone deny both.
+        calls = " ".join(unit["SystemCallFilter"]).split()
+        assert {"seccomp", "landlock_restrict_self", "@chown"} <= set(calls)
+        worker = settings(SYSTEM / "facelane-worker@.service")
+        calls = " ".join(worker["SystemCallFilter"]).split()
+        assert {"seccomp", "landlock_restrict_self"} <= set(calls)
         # A drain in order: the workers must not get SIGTERM beside the server.
         assert unit["KillMode"] == ["mixed"]
         # A worker that the kernel kills is the server's to replace, not the service's end.

@@ -30,6 +30,7 @@ from facelane_events.delivery import UnavailableError
 from facelane_events.message import event_id, history_lost, message, wanted
 from facelane_events.position import DeadLetters, Position
 from facelane_events.sinks import onvif
+from facelane_events.sinks.doubt import Doubtful
 from facelane_events.sinks.homeassistant import States, discovery, topic
 from facelane_events.sinks.nats import subject
 from facelane_events.sinks.syslog import SyslogSink, record
@@ -311,6 +312,29 @@ def test_onvif_faces_and_what_onvif_has_no_topic_for() -> None:
     assert onvif.topic("site", pool) == "site/onvif-ej/Device/facelane:PoolChanged"
     lost = onvif.topic("site", history_lost(NOON))
     assert lost == "site/onvif-ej/Device/facelane:HistoryLost"
+
+
+@given(st.lists(st.sampled_from(["send", "break", "again"]), max_size=60), st.integers(1, 8))
+def test_what_is_in_doubt_is_told_again_in_order_and_has_an_end(did: list[str], limit: int) -> None:
+    doubtful: Doubtful[int] = Doubtful(limit)
+    told: list[int] = []
+    for what in did:
+        if what == "break":
+            doubtful.broke()
+            continue
+        if doubtful.next() is not None:
+            doubtful.sent_again()
+        elif what == "send":
+            doubtful.sent(len(told), 1)
+            told.append(len(told))
+    doubtful.broke()
+    again = []
+    while (item := doubtful.next()) is not None:
+        again.append(item)
+        doubtful.sent_again()
+    # The last of what was told, in order, once each: as much as is kept, or everything.
+    assert again == told[len(told) - len(again) :]
+    assert min(limit, len(told)) <= len(again) <= 2 * limit
 
 
 async def test_syslog_tells_again_what_a_receiver_that_broke_off_may_not_have_read() -> None:

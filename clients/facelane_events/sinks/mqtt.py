@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import ssl
 from contextlib import AsyncExitStack, suppress
+from typing import Final
 
 import aiomqtt
 
@@ -13,7 +14,11 @@ from facelane_events import config
 from facelane_events.delivery import UnavailableError
 from facelane_events.message import Message
 from facelane_events.sinks import onvif
+from facelane_events.sinks.doubt import Doubtful
 from facelane_events.sinks.homeassistant import States, discovery, topic
+
+DOUBTFUL_BYTES: Final = 64 * 1024
+"""A broker acknowledges before it has written: what it loses in a crash is the last of it."""
 
 
 class MqttSink:
@@ -25,6 +30,10 @@ class MqttSink:
         self._states: dict[str, States] = {}
         self._announced: dict[str, frozenset[str]] = {}
         """By source, the parts for its zones and lines."""
+        self._retained: dict[str, bytes] = {}
+        self._changed: tuple[str, dict[str, str]] = ("", {})
+        """Of the event that is under way: one that is tried again changes nothing again."""
+        self._doubtful: Doubtful[tuple[str, bytes]] = Doubtful(DOUBTFUL_BYTES)
 
     async def open(self) -> None:
         settings = self._settings
@@ -45,41 +54,57 @@ class MqttSink:
             )
             self._client = await self._stack.enter_async_context(client)
             await self._publish(self._status, b"online", retain=True)
+            while (told := self._doubtful.next()) is not None:
+                await self._publish(*told)
+                self._doubtful.sent_again()
+            # Another broker, perhaps, or one that has forgotten.
+            self._announced.clear()
+            for where, value in self._retained.items():
+                await self._publish(where, value, retain=True)
         except (aiomqtt.MqttError, OSError) as error:
             raise UnavailableError(str(error)) from None
-        # Another broker, perhaps, or one that has forgotten.
-        self._announced.clear()
 
     @property
     def _status(self) -> str:
         return f"{self._settings.prefix}/status/{self._settings.name}"
 
     async def send(self, event: Message) -> None:
-        settings = self._settings
-        source = event.source_id
+        well = False
         try:
-            if settings.payload == "onvif":
-                await self._publish(onvif.topic(settings.prefix, event), onvif.payload(event))
-                return
-            states, changed = self._states.setdefault(source, States()), {}
-            if event.event is not None and source:
-                changed = states.after(event.event)
-            if settings.homeassistant and source and self._announced.get(source) != states.rules:
-                where, device = discovery(
-                    source,
-                    settings.prefix,
-                    settings.discovery_prefix,
-                    self._status,
-                    states.rules,
-                )
-                await self._publish(where, json.dumps(device).encode(), retain=True)
-                self._announced[source] = states.rules
-            await self._publish(topic(settings.prefix, source or "server", "event"), event.body)
-            for name, value in changed.items():
-                where = topic(settings.prefix, source, name)
-                await self._publish(where, value.encode(), retain=True)
+            await self._tell(event)
+            well = True
         except (aiomqtt.MqttError, OSError) as error:
             raise UnavailableError(str(error)) from None
+        finally:
+            if not well:
+                self._doubtful.broke()
+
+    async def _tell(self, event: Message) -> None:
+        settings = self._settings
+        source = event.source_id
+        if settings.payload == "onvif":
+            await self._event(onvif.topic(settings.prefix, event), onvif.payload(event))
+            return
+        states, changed = self._states.setdefault(source, States()), {}
+        if event.event is not None and source:
+            if self._changed[0] != event.id:
+                self._changed = event.id, states.after(event.event)
+            changed = self._changed[1]
+        if settings.homeassistant and source and self._announced.get(source) != states.rules:
+            where, device = discovery(
+                source, settings.prefix, settings.discovery_prefix, self._status, states.rules
+            )
+            await self._publish(where, json.dumps(device).encode(), retain=True)
+            self._announced[source] = states.rules
+        await self._event(topic(settings.prefix, source or "server", "event"), event.body)
+        for name, value in changed.items():
+            where = topic(settings.prefix, source, name)
+            self._retained[where] = value.encode()
+            await self._publish(where, value.encode(), retain=True)
+
+    async def _event(self, where: str, body: bytes) -> None:
+        await self._publish(where, body)
+        self._doubtful.sent((where, body), len(where) + len(body))
 
     async def _publish(self, where: str, body: bytes, *, retain: bool = False) -> None:
         """Returns when the broker has it."""

@@ -6,19 +6,16 @@ import asyncio
 import errno
 import os
 import socket
-from collections import deque
 from typing import Final
 
 from facelane_events import config
 from facelane_events.delivery import UnavailableError
 from facelane_events.message import Message
+from facelane_events.sinks.doubt import Doubtful
 
 _SEVERITIES: Final = {"SPOOF_SUSPECTED": 4, "HISTORY_LOST": 3, "POOL_CHANGED": 5}
 _NOTICE, _INFO = 5, 6
 MAX_DATAGRAM: Final = 8 * 1024
-DOUBTFUL_BYTES: Final = 1 << 20
-"""Nothing in RFC 6587 says what a receiver has read. When a connection breaks, so much of what was
-sent last is sent again."""
 _APP: Final = "facelane-events"
 
 
@@ -38,10 +35,7 @@ class SyslogSink:
         self._host = socket.gethostname()
         self._socket: socket.socket | None = None
         self._stream = False
-        self._doubtful: deque[bytes] = deque()
-        self._doubtful_bytes = 0
-        self._broken = False
-        """Between a send that did not end well and a connection that has it all again."""
+        self._doubtful: Doubtful[bytes] = Doubtful()
 
     async def open(self) -> None:
         address = self._settings.address
@@ -85,28 +79,27 @@ class SyslogSink:
         line = record(event, self._settings.facility, self._host)
         line = b"%d %s" % (len(line), line) if self._stream else line[:MAX_DATAGRAM]
         loop = asyncio.get_running_loop()
-        self._broken = True
+        well = False
         try:
             if self._stream and self._ended():
                 raise ConnectionResetError("the receiver hung up")
             await loop.sock_sendall(self._socket, line)
+            well = True
         except OSError as error:
             raise UnavailableError(f"{self._settings.address}: {error}") from None
-        self._broken = False
-        if self._stream:
-            self._doubtful.append(line)
-            self._doubtful_bytes += len(line)
-            while self._doubtful_bytes > DOUBTFUL_BYTES:
-                self._doubtful_bytes -= len(self._doubtful.popleft())
+        finally:
+            if not well:
+                self._doubtful.broke()
+            elif self._stream:
+                self._doubtful.sent(line, len(line))
 
     async def _again(self) -> None:
         """What a receiver that broke off may not have read. Raises OSError."""
         assert self._socket is not None
-        if self._stream and self._broken:
-            loop = asyncio.get_running_loop()
-            for line in tuple(self._doubtful):
-                await loop.sock_sendall(self._socket, line)
-        self._broken = False
+        loop = asyncio.get_running_loop()
+        while (line := self._doubtful.next()) is not None:
+            await loop.sock_sendall(self._socket, line)
+            self._doubtful.sent_again()
 
     def _ended(self) -> bool:
         """Whether a receiver that never answers has closed: what is sent then is lost."""
