@@ -232,6 +232,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     pools = _awaited(calls.pools)
     health = _awaited(calls.health)
     list_streams = _awaited(views.list_streams)
+    event_picture = _awaited(views.event_picture)
     watch_stream = views.watch_stream_async
 
     async def wait_until_serving(

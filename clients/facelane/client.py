@@ -271,6 +271,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     pools = _blocking(calls.pools)
     health = _blocking(calls.health)
     list_streams = _blocking(views.list_streams)
+    event_picture = _blocking(views.event_picture)
     watch_stream = views.watch_stream
 
     def wait_until_serving(

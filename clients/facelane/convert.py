@@ -597,4 +597,6 @@ def _track_report(pb: event_service_pb2.TrackReport) -> types.TrackReport:
         pb.looks,
         pb.display_name,
         dict(pb.labels),
+        pb.best_similarity if pb.HasField("best_similarity") else None,
+        pb.has_picture,
     )

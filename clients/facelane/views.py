@@ -11,6 +11,7 @@ import grpc.aio
 from facelane import calls, convert, types
 from facelane.driver import ClientBase
 from facelane.errors import ArgumentError, FacelaneError, Reason
+from facelane.v1 import event_service_pb2
 from facelane.v1 import view_service_pb2 as pb
 
 _ENCODING = {number: encoding for encoding, number in convert._ENCODING.items()}
@@ -24,6 +25,24 @@ def list_streams(
         lambda stubs: stubs.view.ListStreams,
         pb.ListStreamsRequest(source_ids=source_ids),
         lambda answer: [_open_stream(s) for s in answer.streams],
+        timeout,
+    )
+
+
+def event_picture(sequence: int, *, timeout: float | None = None) -> calls.Call[types.EventPicture]:
+    """The picture of an event, by its number, where one is kept (``event.track.has_picture``).
+
+    Raises:
+        NotFoundError: there is no such event (EVENT_NOT_FOUND), or no picture of it: none was kept,
+            or retention or a deletion has ended it (PICTURE_NOT_FOUND).
+        PermissionDeniedError: the key may not view its source and gallery.
+    """
+    if not 0 <= sequence < 1 << 64:
+        raise ArgumentError(Reason.ARGUMENT_INVALID, "sequence: give the number of an event")
+    return calls.Call(
+        lambda stubs: stubs.events.GetEventPicture,
+        event_service_pb2.GetEventPictureRequest(sequence=sequence),
+        lambda answer: types.EventPicture(answer.picture_jpeg, answer.chip_jpeg),
         timeout,
     )
 

@@ -37,7 +37,7 @@ from facelane_server.pools.report import PoolChange, PoolEvent
 from facelane_server.served import ServedModels
 from facelane_server.store.audit import Action
 from facelane_server.store.opening import place_of, unlock
-from facelane_server.watch import LaneWatch
+from facelane_server.watch import LaneWatch, keep_pictures
 
 log = structlog.get_logger(__name__)
 
@@ -178,6 +178,7 @@ class App:
                 known=gallery.knows,
                 searched=gallery.searched,
                 context=self.models.context,
+                portrait=self.models.portrait,
             )
             self._pipeline = pipeline
             follower = asyncio.create_task(self._publish_health(), name="health")
@@ -185,6 +186,10 @@ class App:
             self._changed.set()
             stack.push_async_callback(self._end_reloads)
             retention = Retention(gallery, self.settings.galleries)
+            pictures = keep_pictures(self.settings, gallery, pipeline)
+            stack.callback(pictures.close)
+            pictured = asyncio.create_task(pictures.run(), name="event-pictures")
+            stack.push_async_callback(_cancel, pictured)
             watch = LaneWatch(
                 self.metrics,
                 self.events,
@@ -193,13 +198,16 @@ class App:
                 seen=retention.seen,
                 sights=self.edge.sights,
                 placed=(*self.settings.zones, *self.settings.lines),
+                pictures=pictures,
             )
             trail = self._trail = Trail(gallery, self.settings.audit)
             stack.push_async_callback(trail.close)
             self.edge.streams.on_opened = watch.opened
             self.edge.streams.on_closed = watch.closed
             stack.push_async_callback(self.edge.close)
-            await self.edge.open(pipeline, gallery, self.events, self, watch, trail, retention.seen)
+            await self.edge.open(
+                pipeline, gallery, self.events, self, watch, trail, pictures, retention.seen
+            )
             scraped = await MetricsServer.start(
                 self.settings.metrics, self.metrics.exposition, self.edge.health.find
             )

@@ -18,7 +18,7 @@ import msgspec
 from facelane_server import areas, limits
 from facelane_server.addresses import LENT, default_socket, is_host_port, is_local
 from facelane_server.areas import Line, Zone
-from facelane_server.domain import Stage
+from facelane_server.domain import Keeping, Stage
 from facelane_server.naming import hint, is_name
 from facelane_server.rules import GalleryRules, Naming, Ratio, Share
 from facelane_server.sources import Source, View
@@ -341,6 +341,15 @@ class Events(Section, frozen=True):
     """UNKNOWN_SEEN is told of a trusted face that nobody knows after this media time."""
     hidden_after_s: Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)] = 2.0
     """FACE_HIDDEN is told of a face that is not trusted after this media time."""
+    pictures: Keeping = Keeping.NONE
+    """Of which faces events keep a picture, sealed with the key of whom it names, or one of its
+    own: of nobody (``none``), of those that nobody is named for (``unknown``), of ``all``; of
+    SUBJECT_SEEN, UNKNOWN_SEEN and SPOOF_SUSPECTED. ``[galleries.NAME]`` and ``[sources.NAME]``
+    may say otherwise. The store has to be encrypted."""
+    pictures_keep: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 100_000
+    """Pictures that the store keeps; the oldest are deleted first."""
+    pictures_keep_days: Annotated[float, msgspec.Meta(gt=0.0, le=3_650.0)] = 7.0
+    """How long the store keeps a picture."""
 
 
 class Metrics(Section, frozen=True):
@@ -424,6 +433,14 @@ class Config(Section, frozen=True):
         return tuple(
             path for path in named if path.startswith(LENT) and not os.access(path, os.R_OK)
         )
+
+    @property
+    def keeps_pictures(self) -> bool:
+        """Whether events of any stream keep pictures."""
+        said: list[Keeping | None] = [self.events.pictures]
+        said += [rules.pictures for rules in self.galleries.values()]
+        said += [source.pictures for source in self.sources.values()]
+        return any(one not in (None, Keeping.NONE) for one in said)
 
     @property
     def stages(self) -> dict[Stage, Pool]:

@@ -152,6 +152,8 @@ class Reason(enum.StrEnum):
     RESUME_TOKEN_INVALID = "RESUME_TOKEN_INVALID"  # noqa: S105 - a reason, not a secret
     HISTORY_LOST = "HISTORY_LOST"
     STREAM_NOT_FOUND = "STREAM_NOT_FOUND"
+    EVENT_NOT_FOUND = "EVENT_NOT_FOUND"
+    PICTURE_NOT_FOUND = "PICTURE_NOT_FOUND"
     POOL_NOT_FOUND = "POOL_NOT_FOUND"
     WORKER_NOT_FOUND = "WORKER_NOT_FOUND"
     MODEL_INVALID = "MODEL_INVALID"
@@ -268,12 +270,31 @@ class Liveness(msgspec.Struct, frozen=True, gc=False):
     no_context: bool = False
 
 
+class Keeping(enum.StrEnum):
+    """Of which faces events keep pictures."""
+
+    NONE = "none"
+    UNKNOWN = "unknown"
+    """Of those that nobody is named for."""
+    ALL = "all"
+
+
+class Portrait(msgspec.Struct, frozen=True, gc=False):
+    """What a picture of a face would show: BGR, side x side x 3 uint8. ``chip``: as the recogniser
+    saw it; ``around``: with its surroundings. ``promise`` in [0, 1], higher = clearer."""
+
+    chip: bytes
+    around: bytes
+    promise: float
+
+
 class Sighting(msgspec.Struct, frozen=True, gc=False):
     """A track in one picture: where it is and what is known of it.
 
     ``at_ns``: media time. ``capture_time_ns``: the camera's clock, since the epoch.
     ``looked``: the recogniser ran on this very picture. ``ood_score`` in [0, 1]. ``size``: width
     and height of the picture. ``doubtful``: it is not certain that this is still the same face.
+    ``portrait``: where pictures are kept, and something looked at the face.
     """
 
     track_id: int
@@ -286,12 +307,15 @@ class Sighting(msgspec.Struct, frozen=True, gc=False):
     looked: bool = False
     size: tuple[int, int] = (0, 0)
     doubtful: bool = False
+    portrait: Portrait | None = None
 
 
 class TrackReport(msgspec.Struct, frozen=True, gc=False):
     """A track as far as it has come. Offsets: media time; capture times: the camera's clock.
 
-    ``best_ood_score``: of the looks that were trusted. ``looks``: of the recogniser.
+    ``best_ood_score``: of the looks that were trusted; ``best_similarity``: to whom is named now,
+    or while nobody is, to the nearest. ``looks``: of the recogniser. ``picture``: by which the
+    event's picture is kept, empty = none is.
     """
 
     track_id: int
@@ -305,6 +329,8 @@ class TrackReport(msgspec.Struct, frozen=True, gc=False):
     ood_score: float | None = None
     best_ood_score: float | None = None
     looks: int = 0
+    best_similarity: float | None = None
+    picture: str = ""
 
 
 class Direction(enum.StrEnum):

@@ -256,6 +256,22 @@ MAX_ZONE_POINTS: Final = 64
 MAX_GHOSTS: Final = 64
 """Tracks of a stream that ended behind a line, and are remembered for some seconds."""
 
+# -- pictures of events -------------------------------------------------------------
+PORTRAIT_SIDE: Final = 224
+"""Pixels of an event's picture: a face in it is 128 wide (``PORTRAIT_SCALE``)."""
+PORTRAIT_SCALE: Final = 1.75
+"""How many times the face's box it shows."""
+MAX_ENCODED: Final = 2
+"""Pictures that are encoded together: the aligned chip, and the one with its surroundings."""
+MAX_PORTRAITS: Final = 512
+"""Best shots of tracks in memory, in all streams that keep any: 97 MB."""
+MAX_PICTURES_WAITING: Final = 256
+"""Pictures of events that wait to be encoded and written; more are not kept, and counted."""
+MAX_PICTURES_PRUNED: Final = 1_000
+"""Pictures that retention ends in one transaction."""
+PICTURE_S: Final = 10.0
+"""How long a picture waits for a worker to encode it; and a caller for one that is on its way."""
+
 # -- logs and metrics -----------------------------------------------------------------
 MAX_METRICS_CONNECTIONS: Final = 8
 MAX_METRICS_HEADER_BYTES: Final = 8 * KIB

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from facelane_server.domain import (
     Identity,
     Liveness,
     Picture,
+    Portrait,
     Reading,
     Reason,
     Stage,
@@ -44,6 +46,8 @@ from facelane_server.pools.tasks import (
     DetectRequest,
     EmbedAnswer,
     EmbedRequest,
+    EncodeAnswer,
+    EncodeRequest,
     LivenessAnswer,
     LivenessRequest,
     Sender,
@@ -157,8 +161,10 @@ class Pipeline:
         known: Callable[[str, str], bool] = lambda _gallery_id, _subject_id: True,
         searched: Callable[[str], int] = lambda _gallery_id: 1,
         context: float = 0.0,
+        portrait: int | None = None,
     ) -> None:
-        """``known``: whether (gallery id, subject id) can be recognised at this moment.
+        """``portrait``: the position of the crop that an event's picture is made of; None = none is
+        cut. ``known``: whether (gallery id, subject id) can be recognised at this moment.
         ``searched``: the number of templates in a gallery. ``context``: how many times its box
         liveness wants to see around a face; 0 = it needs nothing."""
         if Stage.DETECTOR not in pools:
@@ -168,6 +174,7 @@ class Pipeline:
         self.known = known
         self.searched = searched
         self.context = context
+        self._portrait = portrait
         self._crops = dict(crops)
         self.max_pixels = max_pixels
         self._detector = pools[Stage.DETECTOR]
@@ -320,6 +327,33 @@ class Pipeline:
         )
         self.pools[Stage.RECOGNIZER].submit(task)
         return await task.future
+
+    def portrait(self, face: DetectedFace, evidence: Evidence) -> Portrait | None:
+        """What a picture of a face that was looked at would be made of, where one is cut."""
+        if self._portrait is None or len(face.crops) <= self._portrait:
+            return None
+        chip = self._crops.get(Stage.RECOGNIZER)
+        trust = 0.0 if evidence.ood_score is None else evidence.ood_score
+        return Portrait(
+            b"" if chip is None else face.crops[chip[0]],
+            face.crops[self._portrait],
+            0.9 * trust + 0.1 * face.score,
+        )
+
+    async def encode(self, pictures: tuple[bytes, ...], origin: Origin) -> tuple[bytes, ...]:
+        """JPEGs of square pictures (BGR, side x side x 3 uint8), by a detector's worker. Raises
+        ``FacelaneError``."""
+        sides = tuple(math.isqrt(len(picture) // 3) for picture in pictures)
+        task: Task[EncodeAnswer] = Task(
+            EncodeRequest(pictures, sides),
+            origin.lane,
+            origin.weight,
+            origin.deadline_ns,
+            asyncio.get_running_loop().create_future(),
+            sender=origin.sender,
+        )
+        self._detector.submit(task)
+        return (await task.future).jpegs
 
     def remembers(self, identity: Identity, plan: Plan) -> bool:
         """Whether everybody whom an identity names is still in the gallery: a subject that was

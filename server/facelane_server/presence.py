@@ -153,6 +153,12 @@ def _next(report: TrackReport, seen: Sighting) -> TrackReport:
     best = report.best_ood_score
     if seen.ood_score is not None and seen.identity.decision in _TRUSTED:
         best = seen.ood_score if best is None else max(best, seen.ood_score)
+    similarity = seen.identity.similarity
+    if (
+        report.identity.subject_id == seen.identity.subject_id
+        and report.best_similarity is not None
+    ):
+        similarity = max(similarity or report.best_similarity, report.best_similarity)
     return replace(
         report,
         last_ns=seen.at_ns,
@@ -163,4 +169,5 @@ def _next(report: TrackReport, seen: Sighting) -> TrackReport:
         ood_score=seen.ood_score,
         best_ood_score=best,
         looks=report.looks + seen.looked,
+        best_similarity=similarity,
     )

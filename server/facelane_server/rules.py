@@ -11,6 +11,8 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from facelane_server.domain import Keeping
+
 DAY_NS: Final = 24 * 3600 * 1_000_000_000
 
 Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -36,6 +38,8 @@ class GalleryRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     unseen_days: Days | None = None
     """A subject is deleted when it was neither made, named nor verified for so long. When it was
     last seen is kept for this, to the hour."""
+    pictures: Keeping | None = None
+    """Of which faces events of this gallery keep pictures; unset = as ``[events]`` says."""
     consent_label: str = ""
     """The label that says until when a subject may be kept, as ``2027-12-31`` (to the end of that
     day, UTC); it is deleted then. Subjects without the label are not touched by this."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
-from facelane_server import config
+from facelane_server import config, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.models.api import ContextCrop, CropSpec
@@ -34,6 +34,8 @@ class ServedModels:
     positions: Mapping[Stage, tuple[int, ...]]
     """Where each stage's crops are among them."""
     thresholds: Thresholds
+    portrait: int | None = None
+    """Where the crop for events' pictures is among them, where any are kept."""
 
     @property
     def context(self) -> float:
@@ -66,7 +68,12 @@ class ServedModels:
                     if crop not in crops:
                         crops.append(crop)
                 positions[stage] = tuple(crops.index(c) for c in packages[stage].crops)
-        return cls(packages, tuple(crops), positions, thresholds(packages, settings.identity))
+        portrait = None
+        if settings.keeps_pictures:
+            crops.append(ContextCrop(limits.PORTRAIT_SCALE, limits.PORTRAIT_SIDE))
+            portrait = len(crops) - 1
+        chosen = thresholds(packages, settings.identity)
+        return cls(packages, tuple(crops), positions, chosen, portrait)
 
 
 def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Thresholds:

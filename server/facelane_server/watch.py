@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 import structlog
+from msgspec.structs import replace
 
-from facelane_server import config
+from facelane_server import config, limits
 from facelane_server.areas import Area, nearly
 from facelane_server.domain import Outcome, RuleReport, Sighting, TrackReport
-from facelane_server.events import EventFeed, EventKind
+from facelane_server.events import EventFeed, EventKind, EventPictures
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.lanes import Lane
 from facelane_server.observability.metrics import Metrics
+from facelane_server.pipeline import Origin, Pipeline
 from facelane_server.presence import Presence, Telling
+from facelane_server.store.pictures import Pictures
 from facelane_server.viewing import Sights
 from facelane_server.zoning import Zoning
 
@@ -33,6 +37,7 @@ class LaneWatch:
         seen: Callable[[str, str], None] = lambda _gallery_id, _subject_id: None,
         sights: Sights | None = None,
         placed: Iterable[Area] = (),
+        pictures: EventPictures | None = None,
     ) -> None:
         """``seen``: told of whoever is named, gallery and subject. ``placed``: the zones and lines
         of the configuration, with their sources."""
@@ -47,6 +52,7 @@ class LaneWatch:
         self._sources = tuple({source for area in placed for source in area.sources})
         self._zoning: dict[int, Zoning] = {}
         """Of lanes that have zones or lines."""
+        self._pictures = pictures
 
     def opened(self, lane: Lane) -> None:
         plan = lane.options.plan
@@ -78,6 +84,8 @@ class LaneWatch:
         self._present.pop(lane.lane_id, None)
         self._zoning.pop(lane.lane_id, None)
         self._sights.closed(lane.lane_id)
+        if self._pictures is not None:
+            self._pictures.forget(lane.lane_id)
         self._events.publish(
             EventKind.STREAM_CLOSED,
             source_id=lane.options.source_id,
@@ -96,6 +104,8 @@ class LaneWatch:
         present = self._present.get(lane.lane_id)
         if present is None:
             return
+        if sighting.portrait is not None and self._pictures is not None:
+            self._pictures.note(lane.lane_id, sighting.track_id, sighting.portrait)
         self._publish(lane, present.sighted(sighting))
         if (zoning := self._zoning.get(lane.lane_id)) is not None:
             track = present.report(sighting.track_id)
@@ -113,6 +123,8 @@ class LaneWatch:
                 for kind, rule in zoning.ended(track_id):
                     self._tell(lane, kind, ends[0][1], rule)
             self._publish(lane, ends)
+        if self._pictures is not None:
+            self._pictures.forget(lane.lane_id, track_id)
 
     def tracks(self, lane_id: int) -> int:
         """Tracks of a lane that have begun and not ended."""
@@ -123,6 +135,15 @@ class LaneWatch:
         for kind, report in tellings:
             if kind is EventKind.SUBJECT_SEEN:
                 self._seen(lane.options.plan.gallery_id, report.identity.subject_id)
+            if self._pictures is not None:
+                picture = self._pictures.take(
+                    lane.lane_id,
+                    kind,
+                    report,
+                    gallery_id=lane.options.plan.gallery_id,
+                    keeping=lane.options.pictures,
+                )
+                report = replace(report, picture=picture)
             self._tell(lane, kind, report)
 
     def _tell(
@@ -137,3 +158,21 @@ class LaneWatch:
             track=track,
             rule=rule,
         )
+
+
+def keep_pictures(settings: config.Config, gallery: Gallery, pipeline: Pipeline) -> EventPictures:
+    """What keeps pictures of events. Raises ``ConfigError`` where they are to be kept in a store
+    that lies open."""
+    kept = settings.events
+    store = Pictures(gallery.database, gallery.vault)
+    if settings.keeps_pictures and not store.are_kept:
+        raise config.ConfigError(
+            "events are to keep pictures, and the store is not encrypted: set store.encryption = "
+            "'on', or events.pictures (and that of galleries and sources) to 'none'"
+        )
+
+    async def encode(pictures: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        deadline_ns = time.monotonic_ns() + int(limits.PICTURE_S * 1e9)
+        return await pipeline.encode(pictures, Origin(0, 1, deadline_ns))
+
+    return EventPictures(store, encode, keep=kept.pictures_keep, keep_days=kept.pictures_keep_days)

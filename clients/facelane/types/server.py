@@ -186,7 +186,8 @@ class TrackReport:
     ``global_track_id`` is unique over streams and restarts. Offsets are seconds of the
     stream's media time, capture times the camera's clock, ``best_ood_score`` that of the
     best trusted look, ``looks`` those of the recogniser. ``display_name`` and ``labels`` are
-    of the subject that is named, for keys that may read the gallery.
+    of the subject that is named, for keys that may read the gallery. ``best_similarity``: to whom
+    is named, or to the nearest, as the key may see it. ``has_picture``: ``event_picture`` has one.
     """
 
     global_track_id: str
@@ -199,6 +200,17 @@ class TrackReport:
     looks: int = 0
     display_name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    best_similarity: float | None = None
+    has_picture: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EventPicture:
+    """JPEGs of an event's face: with its surroundings (224 x 224 pixels), and as the recogniser saw
+    it (empty where there is none)."""
+
+    picture: bytes
+    chip: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The resume token is not one that the server gave."""
     ERROR_REASON_HISTORY_LOST: _ErrorReason.ValueType  # 40
     """Events were missed that are no longer kept."""
+    ERROR_REASON_EVENT_NOT_FOUND: _ErrorReason.ValueType  # 64
+    """There is no such event, or it is not kept any more."""
+    ERROR_REASON_PICTURE_NOT_FOUND: _ErrorReason.ValueType  # 65
+    """There is no picture of this event."""
     ERROR_REASON_STREAM_NOT_FOUND: _ErrorReason.ValueType  # 63
     """No such stream is open, or nobody may look at it."""
     ERROR_REASON_POOL_NOT_FOUND: _ErrorReason.ValueType  # 41
@@ -257,6 +261,10 @@ ERROR_REASON_RESUME_TOKEN_INVALID: ErrorReason.ValueType  # 39
 """The resume token is not one that the server gave."""
 ERROR_REASON_HISTORY_LOST: ErrorReason.ValueType  # 40
 """Events were missed that are no longer kept."""
+ERROR_REASON_EVENT_NOT_FOUND: ErrorReason.ValueType  # 64
+"""There is no such event, or it is not kept any more."""
+ERROR_REASON_PICTURE_NOT_FOUND: ErrorReason.ValueType  # 65
+"""There is no picture of this event."""
 ERROR_REASON_STREAM_NOT_FOUND: ErrorReason.ValueType  # 63
 """No such stream is open, or nobody may look at it."""
 ERROR_REASON_POOL_NOT_FOUND: ErrorReason.ValueType  # 41

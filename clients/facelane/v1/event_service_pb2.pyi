@@ -204,6 +204,8 @@ class TrackReport(_message.Message):
     LOOKS_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    BEST_SIMILARITY_FIELD_NUMBER: _builtins.int
+    HAS_PICTURE_FIELD_NUMBER: _builtins.int
     global_track_id: _builtins.str
     """`<stream id>/<track id>`: unlike track_id, unique over streams and restarts."""
     best_ood_score: _builtins.float
@@ -212,6 +214,12 @@ class TrackReport(_message.Message):
     """Looks of the recogniser."""
     display_name: _builtins.str
     """Of the subject that is named; for keys that may read the gallery."""
+    best_similarity: _builtins.float
+    """The best cosine to whom is named, or to the nearest while nobody is, in [-1, 1]; as the key
+    may see similarities.
+    """
+    has_picture: _builtins.bool
+    """GetEventPicture has a picture of it."""
     @_builtins.property
     def first_offset(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -239,14 +247,21 @@ class TrackReport(_message.Message):
         looks: _builtins.int = ...,
         display_name: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        best_similarity: _builtins.float | None = ...,
+        has_picture: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_ood_score", b"_best_ood_score", "best_ood_score", b"best_ood_score", "box", b"box", "first_capture_time", b"first_capture_time", "first_offset", b"first_offset", "last_capture_time", b"last_capture_time", "last_offset", b"last_offset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_ood_score", b"_best_ood_score", "_best_similarity", b"_best_similarity", "best_ood_score", b"best_ood_score", "best_similarity", b"best_similarity", "box", b"box", "first_capture_time", b"first_capture_time", "first_offset", b"first_offset", "last_capture_time", b"last_capture_time", "last_offset", b"last_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_ood_score", b"_best_ood_score", "best_ood_score", b"best_ood_score", "box", b"box", "display_name", b"display_name", "first_capture_time", b"first_capture_time", "first_offset", b"first_offset", "global_track_id", b"global_track_id", "labels", b"labels", "last_capture_time", b"last_capture_time", "last_offset", b"last_offset", "looks", b"looks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_ood_score", b"_best_ood_score", "_best_similarity", b"_best_similarity", "best_ood_score", b"best_ood_score", "best_similarity", b"best_similarity", "box", b"box", "display_name", b"display_name", "first_capture_time", b"first_capture_time", "first_offset", b"first_offset", "global_track_id", b"global_track_id", "has_picture", b"has_picture", "labels", b"labels", "last_capture_time", b"last_capture_time", "last_offset", b"last_offset", "looks", b"looks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_ood_score: _TypeAlias = _typing.Literal["best_ood_score"]  # noqa: Y015
     _WhichOneofArgType__best_ood_score: _TypeAlias = _typing.Literal["_best_ood_score", b"_best_ood_score"]  # noqa: Y015
+    _WhichOneofReturnType__best_similarity: _TypeAlias = _typing.Literal["best_similarity"]  # noqa: Y015
+    _WhichOneofArgType__best_similarity: _TypeAlias = _typing.Literal["_best_similarity", b"_best_similarity"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__best_ood_score) -> _WhichOneofReturnType__best_ood_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_similarity) -> _WhichOneofReturnType__best_similarity | None: ...
 
 Global___TrackReport: _TypeAlias = TrackReport  # noqa: Y015
 
@@ -382,3 +397,47 @@ class WatchEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015
+
+@_typing.final
+class GetEventPictureRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Of the event."""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEventPictureRequest: _TypeAlias = GetEventPictureRequest  # noqa: Y015
+
+@_typing.final
+class GetEventPictureResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PICTURE_JPEG_FIELD_NUMBER: _builtins.int
+    CHIP_JPEG_FIELD_NUMBER: _builtins.int
+    picture_jpeg: _builtins.bytes
+    """The face with its surroundings, 224 x 224 pixels; the face's box is 128 wide in it."""
+    chip_jpeg: _builtins.bytes
+    """The face as the recogniser saw it, aligned; empty on servers without one."""
+    def __init__(
+        self,
+        *,
+        picture_jpeg: _builtins.bytes = ...,
+        chip_jpeg: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chip_jpeg", b"chip_jpeg", "picture_jpeg", b"picture_jpeg"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEventPictureResponse: _TypeAlias = GetEventPictureResponse  # noqa: Y015

@@ -40,6 +40,11 @@ class EventServiceStub(object):
                 request_serializer=facelane_dot_v1_dot_event__service__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=facelane_dot_v1_dot_event__service__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
+        self.GetEventPicture = channel.unary_unary(
+                '/facelane.v1.EventService/GetEventPicture',
+                request_serializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureRequest.SerializeToString,
+                response_deserializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureResponse.FromString,
+                _registered_method=True)
 
 
 class EventServiceServicer(object):
@@ -57,6 +62,15 @@ class EventServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetEventPicture(self, request, context):
+        """The best shot of an event's track, where one is kept (`track.has_picture`): see
+        `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
+        whom it showed, has ended it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EventServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -64,6 +78,11 @@ def add_EventServiceServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=facelane_dot_v1_dot_event__service__pb2.WatchEventsRequest.FromString,
                     response_serializer=facelane_dot_v1_dot_event__service__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'GetEventPicture': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEventPicture,
+                    request_deserializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureRequest.FromString,
+                    response_serializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -94,6 +113,33 @@ class EventService(object):
             '/facelane.v1.EventService/WatchEvents',
             facelane_dot_v1_dot_event__service__pb2.WatchEventsRequest.SerializeToString,
             facelane_dot_v1_dot_event__service__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEventPicture(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/facelane.v1.EventService/GetEventPicture',
+            facelane_dot_v1_dot_event__service__pb2.GetEventPictureRequest.SerializeToString,
+            facelane_dot_v1_dot_event__service__pb2.GetEventPictureResponse.FromString,
             options,
             channel_credentials,
             insecure,

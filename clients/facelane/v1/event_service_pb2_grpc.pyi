@@ -40,6 +40,11 @@ class EventServiceStub:
     restarts, for as long as `events.keep` and `events.keep_days` say.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
     """
+    GetEventPicture: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.GetEventPictureRequest, _event_service_pb2.GetEventPictureResponse]
+    """The best shot of an event's track, where one is kept (`track.has_picture`): see
+    `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
+    whom it showed, has ended it.
+    """
 
 @_typing.type_check_only
 class EventServiceAsyncStub(EventServiceStub):
@@ -52,6 +57,11 @@ class EventServiceAsyncStub(EventServiceStub):
     An event is told once it is kept: its token holds at every server of the store, and after
     restarts, for as long as `events.keep` and `events.keep_days` say.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
+    """
+    GetEventPicture: _aio.UnaryUnaryMultiCallable[_event_service_pb2.GetEventPictureRequest, _event_service_pb2.GetEventPictureResponse]  # type: ignore[assignment]
+    """The best shot of an event's track, where one is kept (`track.has_picture`): see
+    `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
+    whom it showed, has ended it.
     """
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -68,6 +78,17 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         An event is told once it is kept: its token holds at every server of the store, and after
         restarts, for as long as `events.keep` and `events.keep_days` say.
         A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
+        """
+
+    @_abc_1.abstractmethod
+    def GetEventPicture(
+        self,
+        request: _event_service_pb2.GetEventPictureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_event_service_pb2.GetEventPictureResponse, _abc.Awaitable[_event_service_pb2.GetEventPictureResponse]]:
+        """The best shot of an event's track, where one is kept (`track.has_picture`): see
+        `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
+        whom it showed, has ended it.
         """
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

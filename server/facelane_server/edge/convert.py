@@ -26,6 +26,7 @@ from facelane_server.domain import (
     FrameError,
     FrameResult,
     Identity,
+    Keeping,
     Liveness,
     LivenessVerdict,
     Outcome,
@@ -42,7 +43,7 @@ from facelane_server.gallery.decide import Thresholds
 from facelane_server.lanes import LaneOptions
 from facelane_server.naming import DEFAULT_GALLERY, gallery_name, is_name
 from facelane_server.pipeline import Plan
-from facelane_server.sources import fitting
+from facelane_server.sources import fitting, keeping
 
 ENCODINGS: Final = {
     pb.PICTURE_ENCODING_JPEG: Encoding.JPEG,
@@ -197,6 +198,8 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Call
             source=message.source_id,
         )
         gallery_id = gallery_name(there)
+        found = fitting(config.sources, source_id)
+        private = message.private or any(source.private for source in found)
         return LaneOptions(
             source_id=source_id,
             plan=replace(
@@ -210,8 +213,15 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Call
             tracking=not message.disable_tracking,
             reinference_interval_ns=interval_ns,
             analysis_fps=rate,
-            private=message.private
-            or any(source.private for source in fitting(config.sources, source_id)),
+            private=private,
+            pictures=Keeping.NONE
+            if private
+            else keeping(
+                config.events.pictures,
+                rules.pictures if (rules := config.galleries.get(gallery_id)) else None,
+                config.sources,
+                source_id,
+            ),
         )
     except FacelaneError as error:
         if error.reason is Reason.PERMISSION_DENIED:

@@ -65,6 +65,8 @@ CODES: Final[dict[Reason, int]] = {
     Reason.SUBJECT_NOT_FOUND: code_pb2.NOT_FOUND,
     Reason.TEMPLATE_NOT_FOUND: code_pb2.NOT_FOUND,
     Reason.STREAM_NOT_FOUND: code_pb2.NOT_FOUND,
+    Reason.EVENT_NOT_FOUND: code_pb2.NOT_FOUND,
+    Reason.PICTURE_NOT_FOUND: code_pb2.NOT_FOUND,
     Reason.POOL_NOT_FOUND: code_pb2.NOT_FOUND,
     Reason.WORKER_NOT_FOUND: code_pb2.NOT_FOUND,
     Reason.SUBJECT_EXISTS: code_pb2.ALREADY_EXISTS,

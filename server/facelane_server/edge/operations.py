@@ -28,12 +28,15 @@ from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.streams import StreamRegistry
-from facelane_server.events import Event, EventFeed, EventKind
+from facelane_server.events import Event, EventFeed, EventKind, EventPictures
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.trail import Trail
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolState
 from facelane_server.pools.restart import Life
+from facelane_server.store.audit import Action
+from facelane_server.store.pictures import not_found
 
 log = structlog.get_logger(__name__)
 
@@ -210,9 +213,36 @@ class AdminService(admin_grpc.AdminServiceServicer):
 
 
 class EventService(event_grpc.EventServiceServicer):
-    def __init__(self, feed: EventFeed, gallery: Gallery) -> None:
+    def __init__(
+        self, feed: EventFeed, gallery: Gallery, pictures: EventPictures, trail: Trail
+    ) -> None:
         self._feed = feed
         self._gallery = gallery
+        self._pictures = pictures
+        self._trail = trail
+
+    async def GetEventPicture(
+        self, request: event_pb.GetEventPictureRequest, context: Context
+    ) -> event_pb.GetEventPictureResponse:
+        caller = gate.caller()
+        event = await self._feed.find(request.sequence)
+        if event is None:
+            raise FacelaneError(
+                Reason.EVENT_NOT_FOUND, "there is no such event, or it is not kept any more"
+            )
+        if not caller.may("view", gallery=event.gallery_id, source=event.source_id):
+            caller.place("view", gallery=event.gallery_id, source=event.source_id)
+        if event.track is None or not event.track.picture:
+            raise not_found()
+        photo = await self._pictures.get(event.track.picture)
+        self._trail.note(
+            Action.PICTURE_SEEN,
+            gallery=event.gallery_id,
+            subject=event.track.identity.subject_id,
+            source=event.source_id,
+            event=event.sequence,
+        )
+        return event_pb.GetEventPictureResponse(picture_jpeg=photo.around, chip_jpeg=photo.chip)
 
     async def WatchEvents(  # type: ignore[override]
         self, request: event_pb.WatchEventsRequest, context: Context
@@ -282,6 +312,9 @@ def _event(event: Event, view: convert.View) -> event_pb.Event:
         if track.ood_score is not None:
             message.ood_score = track.ood_score
         message.track.CopyFrom(_track_report(event.stream_id, track))
+        similarity = view.similarity(track.best_similarity, track.identity)
+        if similarity is not None:
+            message.track.best_similarity = similarity
     if event.rule is not None:
         message.rule.CopyFrom(_rule_report(event.rule))
     return message
@@ -306,6 +339,7 @@ def _track_report(stream_id: str, track: TrackReport) -> event_pb.TrackReport:
         box=convert.box(track.box),
         best_ood_score=track.best_ood_score,
         looks=track.looks,
+        has_picture=bool(track.picture),
     )
     if track.first_capture_ns is not None:
         report.first_capture_time.CopyFrom(convert.timestamp(track.first_capture_ns))

@@ -43,7 +43,7 @@ MEANINGS: Final[dict[Verb, str]] = {
     "gallery.read": "list and read subjects, and have events say their names and labels",
     "gallery.write": "create, change and delete subjects and templates",
     "events": "watch events",
-    "view": "look at the pictures of streams, except of private ones",
+    "view": "look at the pictures of streams, except of private ones, and at those of events",
     "confirm": "confirm who was seen (no method of this version asks for it)",
     "audit": "read the audit log (no method of this version asks for it)",
     "admin": "restart workers, reload models, drain the server; nothing else",
@@ -99,6 +99,8 @@ METHODS: Final[dict[str, Rule]] = {
     "/facelane.v1.GalleryService/IdentifyFace": Rule("identify", _GALLERY),
     # Those of other sources and galleries are left out, instead of the call being refused.
     "/facelane.v1.EventService/WatchEvents": Rule("events"),
+    # The event says of which gallery and source it is.
+    "/facelane.v1.EventService/GetEventPicture": Rule("view"),
     "/facelane.v1.ViewService/ListStreams": Rule("view"),
     "/facelane.v1.ViewService/WatchStream": Rule("view", ("source",)),
     "/facelane.v1.AdminService/RestartWorker": Rule("admin"),

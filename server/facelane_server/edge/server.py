@@ -37,7 +37,7 @@ from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.edge.tls import Certificates, Presented
 from facelane_server.edge.view import ViewService
-from facelane_server.events import EventFeed
+from facelane_server.events import EventFeed, EventPictures
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import LaneObserver
@@ -107,6 +107,7 @@ class Edge:
         controls: Controls,
         observer: LaneObserver,
         trail: Trail,
+        kept: EventPictures,
         seen: Seen,
     ) -> None:
         """Registers the services, binds the address and serves. ``seen``: told of whoever is named
@@ -148,7 +149,7 @@ class Edge:
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(controls), server)
         event_service_pb2_grpc.add_EventServiceServicer_to_server(
-            EventService(events, gallery), server
+            EventService(events, gallery, kept, trail), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         if settings.server.reflection:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from facelane_server.events.feed import Event, EventFeed, EventKind, Watcher
 from facelane_server.events.journal import EventJournal
+from facelane_server.events.pictures import EventPictures
 
-__all__ = ["Event", "EventFeed", "EventJournal", "EventKind", "Watcher"]
+__all__ = ["Event", "EventFeed", "EventJournal", "EventKind", "EventPictures", "Watcher"]

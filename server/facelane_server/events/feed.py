@@ -83,6 +83,9 @@ class Keeper(Protocol):
     async def older(self, seen: int) -> list[Event]:
         """Events behind ``seen``, oldest first; none = there is none yet. Raises HISTORY_LOST."""
 
+    async def find(self, sequence: int) -> Event | None:
+        """The event of a number, while it is kept."""
+
 
 class EventFeed:
     """The history and its watchers. All calls from the event loop's thread."""
@@ -259,6 +262,12 @@ class EventFeed:
     def _first(self) -> int:
         """The newest event that the ring has not."""
         return self._sequence - len(self._ring)
+
+    async def find(self, sequence: int) -> Event | None:
+        """The event of a number, while it is kept. Raises GALLERY_UNAVAILABLE."""
+        if self._keeper is not None:
+            return await self._keeper.find(sequence)
+        return next((event for event in self._ring if event.sequence == sequence), None)
 
     # for the watchers
 

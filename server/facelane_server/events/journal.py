@@ -147,6 +147,19 @@ class EventJournal:
             ) from None
         return [_event(record) for record in records]
 
+    async def find(self, sequence: int) -> Event | None:
+        """The event of a number. Raises GALLERY_UNAVAILABLE (retryable) while the store is away."""
+        loop = asyncio.get_running_loop()
+        try:
+            record = await loop.run_in_executor(
+                self._readers, stored.one, self._database, self._vault, sequence
+            )
+        except RuntimeError:
+            raise FacelaneError(
+                Reason.DRAINING, "the server is shutting down; ask again", retryable=True
+            ) from None
+        return None if record is None else _event(record)
+
     # -- the task ----------------------------------------------------------------------------
 
     async def _run(self) -> None:

@@ -33,7 +33,7 @@ import msgspec
 
 from facelane_server import limits
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 
 # What a worker says is checked while it is decoded: whatever lies outside of these, NaN
 # included, is no message, and the worker is lost. Scores may exceed 1 by a rounding error.
@@ -112,6 +112,21 @@ class LivenessItem(Packed, frozen=True, tag="L"):
     offsets: tuple[int, ...]
 
 
+class EncodeItem(Packed, frozen=True, tag="J"):
+    """Pictures of BGR, square, of ``sides``, one behind the other from ``offset`` on, to be encoded
+    as JPEG: by detectors, who know how."""
+
+    offset: int
+    sides: tuple[int, ...]
+
+
+class EncodeDone(Packed, frozen=True, tag="j"):
+    """JPEGs of ``lengths``, one behind the other from ``offset`` of the response slot on."""
+
+    offset: Offset
+    lengths: Annotated[tuple[Offset, ...], msgspec.Meta(max_length=limits.MAX_ENCODED)]
+
+
 class DetectDone(Packed, frozen=True, tag="d"):
     """``count`` faces at ``offset`` of the response slot: first ``count`` records of
     ``limits.FACE_FLOATS`` float32 and ``limits.SIGNATURE_BYTES`` bytes, then, at
@@ -159,8 +174,8 @@ class ItemFailed(Packed, frozen=True, tag="x"):
     message: Text
 
 
-Item = DetectItem | VideoItem | EmbedItem | LivenessItem
-ItemDone = DetectDone | PictureHeld | EmbedDone | LivenessDone | ItemFailed
+Item = DetectItem | VideoItem | EncodeItem | EmbedItem | LivenessItem
+ItemDone = DetectDone | PictureHeld | EncodeDone | EmbedDone | LivenessDone | ItemFailed
 
 
 # -- to the worker --------------------------------------------------------------------

@@ -24,6 +24,7 @@ from facelane_server.domain import (
     Identity,
     Liveness,
     LivenessVerdict,
+    Portrait,
     Sighting,
     Stage,
 )
@@ -42,6 +43,7 @@ class Look:
         "link",
         "live",
         "no_context",
+        "portrait",
         "recognize",
         "size",
         "take_back",
@@ -61,6 +63,7 @@ class Look:
         self.no_context = False
         """Liveness is not asked: the picture shows too little around the face."""
         self.evidence: Evidence | None = None
+        self.portrait: Portrait | None = None
         self.take_back: Callable[[], None] | None = None
         """While the second stages are under way."""
 
@@ -115,6 +118,7 @@ class Faces:
         params: tracking.Params,
         listener: FaceListener,
     ) -> None:
+        self._portraits = options.keeps_portraits
         self._pipeline = pipeline
         self._plan = options.plan
         self._params = params if options.tracking else None
@@ -191,6 +195,8 @@ class Faces:
     def answered(self, look: Look, evidence: Evidence) -> None:
         """The second stages have said what they can of this look."""
         look.evidence = evidence
+        if self._portraits and (evidence.recognized or evidence.live_score is not None):
+            look.portrait = self._pipeline.portrait(look.face, evidence)
         look.take_back = None  # lets go of the crops
         look.face = replace(look.face, crops=())
         if look.link:
@@ -235,8 +241,10 @@ class Faces:
                     evidence.recognized,
                     look.size,
                     self._doubtful(track, look.link, missing),
+                    look.portrait,
                 )
             )
+            look.portrait = None
         if look.no_context and liveness.verdict is LivenessVerdict.UNDECIDED:
             liveness = replace(liveness, no_context=True)
         return Face(

@@ -587,8 +587,7 @@ class Lane:
         self._observer.outcome(self, outcome)
 
     def _push(self, item: Outcome | Update) -> None:
-        # Updates are few: one a track ended or a stage changed, each caused by a frame or
-        # by a pool; a client that does not read is cut by the slow-reader deadline.
+        # Updates are few, each caused by a frame or a pool; who does not read is cut off.
         if self._aborted:
             return
         self._outbox.append(item)

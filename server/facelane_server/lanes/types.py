@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from facelane_server.areas import Line, Zone
-from facelane_server.domain import DropReason, Outcome, Overload, Sighting, Stage
+from facelane_server.domain import DropReason, Keeping, Outcome, Overload, Sighting, Stage
 from facelane_server.pipeline import Plan
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ class LaneOptions:
     """Nobody looks at it, and no picture of it is kept."""
     zones: tuple[Zone, ...] = ()
     lines: tuple[Line, ...] = ()
+    pictures: Keeping = Keeping.NONE
+    """Of which of its faces events keep pictures."""
+
+    @property
+    def keeps_portraits(self) -> bool:
+        return self.pictures is not Keeping.NONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from facelane_server.ipc.messages import (
     DetectItem,
     EmbedDone,
     EmbedItem,
+    EncodeDone,
+    EncodeItem,
     Item,
     ItemDone,
     ItemFailed,
@@ -37,6 +39,8 @@ from facelane_server.pools.tasks import (
     DetectRequest,
     EmbedAnswer,
     EmbedRequest,
+    EncodeAnswer,
+    EncodeRequest,
     LivenessAnswer,
     LivenessRequest,
     Request,
@@ -112,6 +116,9 @@ class Codec:
             first, last = (0, wanted.last) if span is None else (span.first, span.last)
             size = wanted.group.bytes_between(first, last)
             return aligned(max(size, 1)), self._response(request.max_faces)
+        if isinstance(request, EncodeRequest) and self._stage is Stage.DETECTOR:
+            size = aligned(sum(map(len, request.pictures)))
+            return size, size  # noise makes larger JPEGs; they have no room, and fail
         if isinstance(request, EmbedRequest) and self._stage is Stage.RECOGNIZER:
             if len(request.chip) == self._record:
                 return aligned(self._record), aligned(self._dim * 4)
@@ -155,6 +162,12 @@ class Codec:
                 assert decoders is not None
                 item, end = _write_video(request, slot, end, decoders)
                 items.append(item)
+            elif isinstance(request, EncodeRequest):
+                items.append(EncodeItem(end, request.sides))
+                for picture_bytes in request.pictures:
+                    slot[end : end + len(picture_bytes)] = picture_bytes
+                    end += len(picture_bytes)
+                end = aligned(end)
             elif isinstance(request, EmbedRequest):
                 size = len(request.chip)
                 slot[end : end + size] = request.chip
@@ -187,6 +200,8 @@ class Codec:
             if done.position > len(request.wanted.group):
                 raise ProtocolError("access units decoded that were not sent")
             return done, 0
+        if isinstance(done, EncodeDone) and isinstance(request, EncodeRequest):
+            return _jpegs(request, done, slot)
         if isinstance(done, EmbedDone) and isinstance(request, EmbedRequest):
             return self._embedding(request, done, slot)
         if isinstance(done, LivenessDone) and isinstance(request, LivenessRequest):
@@ -269,6 +284,20 @@ class Codec:
         return FacelaneError(
             Reason.INTERNAL, f"the crops are not those that the {self._stage} model takes"
         )
+
+
+def _jpegs(request: EncodeRequest, done: EncodeDone, slot: memoryview) -> tuple[Answer, int]:
+    end = done.offset + sum(done.lengths)
+    if len(done.lengths) != len(request.pictures) or end > len(slot):
+        raise ProtocolError("pictures outside of the response slot")
+    jpegs, at = [], done.offset
+    for length in done.lengths:
+        jpeg = bytes(slot[at : at + length])
+        if not jpeg.startswith(b"\xff\xd8"):
+            raise ProtocolError("a picture that is no JPEG")
+        jpegs.append(jpeg)
+        at += length
+    return EncodeAnswer(tuple(jpegs)), end
 
 
 def _write_video(

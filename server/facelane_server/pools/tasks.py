@@ -27,6 +27,15 @@ class VideoRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodeRequest:
+    """Square pictures, BGR, side x side x 3 uint8, to be JPEGs; the detector pool's. ``sides``: of
+    each."""
+
+    pictures: tuple[bytes, ...]
+    sides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedRequest:
     """``chip``: size x size x 3 uint8 BGR. ``gallery_id`` empty = do not search."""
 
@@ -57,6 +66,13 @@ class Undecoded:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodeAnswer:
+    """JPEGs, in the order of the request."""
+
+    jpegs: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedAnswer:
     """``candidates``: best first, one a subject. ``vector``: float32 bytes, if asked for."""
 
@@ -83,8 +99,8 @@ class Sender:
 
 ANYBODY: Final = Sender()
 
-Request = DetectRequest | VideoRequest | EmbedRequest | LivenessRequest
-Answer = DetectAnswer | Undecoded | EmbedAnswer | LivenessAnswer
+Request = DetectRequest | VideoRequest | EncodeRequest | EmbedRequest | LivenessRequest
+Answer = DetectAnswer | Undecoded | EncodeAnswer | EmbedAnswer | LivenessAnswer
 
 A = TypeVar("A", bound=Answer)
 

@@ -31,6 +31,7 @@ from facelane_server.store.schema import (
     keys,
     meta,
     next_revision,
+    pictures,
     subjects,
     templates,
 )
@@ -58,6 +59,8 @@ class Action(enum.StrEnum):
     WATCHED = "WATCHED"
     VIEWED = "VIEWED"
     """A stream was looked at (``source``)."""
+    PICTURE_SEEN = "PICTURE_SEEN"
+    """An event's picture was looked at (``event``: its number)."""
     READ = "READ"
     """Subjects or templates were listed or read."""
     ADMINISTERED = "ADMINISTERED"
@@ -263,6 +266,7 @@ def has_rows(connection: sa.Connection, number: int) -> bool:
             subjects.c.id,
             templates.c.subject,
             keys.c.subject,
+            pictures.c.subject,
         )
     )
 

@@ -75,6 +75,7 @@ def renamed(track: TrackReport, names: Mapping[str, str]) -> TrackReport:
     )
     if identity.subject_id and identity.subject_id not in names:
         identity = Identity(Decision.NOT_EVALUATED)
+        track = msgspec.structs.replace(track, picture="", best_similarity=None)
     else:
         name = names.get(identity.subject_id, "")
         identity = msgspec.structs.replace(identity, subject_id=name, candidates=near)
@@ -178,6 +179,30 @@ def after(database: Database, vault: Vault, seen: int) -> list[EventRecord]:
         )
         for row, body in found
     ]
+
+
+def one(database: Database, vault: Vault, sequence: int) -> EventRecord | None:
+    """The event of a number, while it is kept."""
+    with database.reading() as connection:
+        row = connection.execute(sa.select(events).where(events.c.sequence == sequence)).first()
+        if row is None:
+            return None
+        body = _decode(row.body)
+        track = body.track
+        if track is not None:
+            track = renamed(track, _names(connection, vault, track.identity.subjects))
+    return EventRecord(
+        row.sequence,
+        row.kind,
+        row.time_ns,
+        row.source_id,
+        row.stream_id,
+        row.gallery_id,
+        track,
+        body.pool,
+        body.message,
+        body.sender,
+    )
 
 
 def _names(connection: sa.Connection, vault: Vault, numbers: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@
     galleries       gallery_id, settings, created
     subjects        id, gallery_id, subject_id, display_name, labels, etag, created, updated, sealed
     templates       id, template_id, subject (-> subjects.id, cascade), model_id, dim,
-                    vector (float16, unit norm), ood_score, created, quality
+                    vector (float16, unit norm), ood_score, created, quality, negative
     chips           template_id (-> templates.template_id, cascade), encoding, chip
     requests        gallery_id, request_id, fingerprint, template_id, answer, created
     changes         revision, kind, subject, template_id: of ``GALLERY``, what readers follow
@@ -16,6 +16,7 @@
     keys            key_id, kind, subject, wrapped, wrapped_by, created
     last_seen       subject (-> subjects.id, cascade), seen: to the hour, where retention asks
     confirmations   sequence (-> events.sequence, cascade), by, agrees, time: of candidates
+    pictures        picture_id, subject (-> subjects.id, cascade), owner (of the key), time, sealed
     shards          shard_id, host, process, revision, lease: who reads, and how far it has come
 
 Times are nanoseconds since the epoch. ``requests`` remembers enrolments for a day, so that
@@ -118,6 +119,8 @@ templates = sa.Table(
     sa.Column("ood_score", sa.Float, nullable=False),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
     sa.Column("quality", sa.Float, nullable=False, server_default="0"),
+    # 1: a face that is not this subject's, though it was taken for it.
+    sa.Column("negative", sa.Integer, nullable=False, server_default="0"),
 )
 
 chips = sa.Table(
@@ -206,6 +209,23 @@ confirmations = sa.Table(
     sa.Column("time_ns", sa.BigInteger, nullable=False),
 )
 
+pictures = sa.Table(
+    "pictures",
+    metadata,
+    sa.Column("picture_id", _name(32), primary_key=True),
+    sa.Column(
+        "subject",
+        Number,
+        sa.ForeignKey("subjects.id", ondelete="CASCADE"),
+        nullable=True,
+        index=True,
+    ),
+    # By whose key it is sealed: the subject's number, or one below zero, which is this picture's.
+    sa.Column("owner", sa.BigInteger, nullable=False),
+    sa.Column("time_ns", sa.BigInteger, nullable=False, index=True),
+    sa.Column("sealed", sa.LargeBinary, nullable=False),
+)
+
 shards = sa.Table(
     "shards",
     metadata,
@@ -218,7 +238,7 @@ shards = sa.Table(
 
 COPIED: Final = (
     meta, counters, galleries, subjects, templates, chips, requests, changes, events,
-    audit, keys, last_seen, confirmations,
+    audit, keys, last_seen, confirmations, pictures,
 )  # fmt: skip
 """What ``store copy`` moves, owners before what they own. ``shards`` belongs to those who run."""
 
@@ -291,12 +311,19 @@ def _version_5(connection: sa.Connection) -> None:
     _make(connection, last_seen, confirmations)
 
 
+def _version_6(connection: sa.Connection) -> None:
+    """Room for pictures of events, and for what a subject is not."""
+    _make(connection, pictures)
+    _add_column(connection, "templates", "negative", "INTEGER NOT NULL DEFAULT 0")
+
+
 MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
     _version_1,
     _version_2,
     _version_3,
     _version_4,
     _version_5,
+    _version_6,
 )
 """The n-th entry brings a store from version n to n + 1; entries are only appended. Later
 ones spell out their statements: the tables above show the newest version alone."""

@@ -139,6 +139,12 @@ class Vault:
     def sealed_chip(self, lock: Lock, template_id: str, plain: bytes) -> bytes:
         return lock.seal(plain, f"chip {template_id}")
 
+    def picture(self, lock: Lock, picture_id: str, sealed: bytes) -> bytes:
+        return self._opened(lock, sealed, f"picture {picture_id}")
+
+    def sealed_picture(self, lock: Lock, picture_id: str, plain: bytes) -> bytes:
+        return lock.seal(plain, f"picture {picture_id}")
+
     def answer(self, lock: Lock, template_id: str, kept: Mapping[str, Any]) -> Any:
         """What was kept with a request."""
         sealed = bytes.fromhex(kept.get("sealed", ""))

@@ -24,6 +24,8 @@ from facelane_server.ipc.messages import (
     DetectItem,
     EmbedDone,
     EmbedItem,
+    EncodeDone,
+    EncodeItem,
     Infer,
     Item,
     ItemDone,
@@ -138,6 +140,8 @@ class DetectWork(Work):
     def spans(self, item: Item) -> list[tuple[int, int]]:
         if isinstance(item, VideoItem):
             return [(item.offset, sum(item.lengths))]
+        if isinstance(item, EncodeItem):
+            return [(item.offset, sum(side * side * 3 for side in item.sides))]
         assert isinstance(item, DetectItem)
         return [(item.offset, item.length)]
 
@@ -148,7 +152,7 @@ class DetectWork(Work):
         view = self._views[job.slot]
         items = job.items
         for item in items:
-            if not isinstance(item, DetectItem | VideoItem):
+            if not isinstance(item, DetectItem | VideoItem | EncodeItem):
                 raise ProtocolError("a detector takes pictures")
             for offset, length in self.spans(item):
                 self._bytes(job.slot, offset, length)
@@ -165,8 +169,11 @@ class DetectWork(Work):
             read.update(self._read_all(view, {}, footage))
         pictures: list[U8 | api.DevicePicture] = []
         max_faces: list[int] = []
-        outcome: list[_Size | FacelaneError | PictureHeld] = []
+        outcome: list[_Size | FacelaneError | PictureHeld | list[U8]] = []
         for i, item in enumerate(items):
+            if isinstance(item, EncodeItem):
+                outcome.append(self._encoded(job.slot, item))
+                continue
             assert isinstance(item, DetectItem | VideoItem)
             found = read[i]
             if isinstance(found, FacelaneError | PictureHeld):
@@ -199,12 +206,33 @@ class DetectWork(Work):
                     done.append(ItemFailed(size.reason, size.message))
                 elif isinstance(size, PictureHeld):
                     done.append(size)
+                elif isinstance(size, list):
+                    written, end = self._write_jpegs(job.slot, end, size)
+                    done.append(written)
                 else:
                     answer, end = self._write(job.slot, end, size, next(detected))
                     done.append(answer)
             return done
 
         return finish, isinstance(pending, api.Immediate)
+
+    def _encoded(self, slot: int, item: EncodeItem) -> list[U8] | FacelaneError:
+        import cv2
+
+        jpegs, at = [], item.offset
+        for side in item.sides:
+            pixels = self._bytes(slot, at, side * side * 3).reshape(side, side, 3)
+            at += side * side * 3
+            done, data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, 90))
+            if not done or len(data) > side * side * 3:
+                return FacelaneError(Reason.INTERNAL, "a picture could not be encoded")
+            jpegs.append(data)
+        return jpegs
+
+    def _write_jpegs(self, slot: int, offset: int, jpegs: list[U8]) -> tuple[EncodeDone, int]:
+        lengths = tuple(len(jpeg) for jpeg in jpegs)
+        self._room(slot, offset, sum(lengths))[:] = np.concatenate(jpegs)
+        return EncodeDone(offset, lengths), aligned(offset + sum(lengths))
 
     def _read_all(
         self, view: memoryview, stills: Mapping[int, DetectItem], footage: Mapping[int, VideoItem]
