@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # The tests start hundreds of processes: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak soak-cameras gpu-test protos bench gpu-bench wheel release deb install-systemd clean
+.PHONY: help setup demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel release deb install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -72,6 +72,11 @@ soak: setup ## FRAMES=100000 frames under random faults, an outcome for each
 	@for pools in plain spares pairs threads; do \
 		$(BIN)/python -m tests.faults.soak --frames $$(($(FRAMES) / 4)) --pools $$pools || exit; \
 	done
+
+DOORS ?= 200
+
+door: setup ## examples/door.py under DOORS=200 seeds of faults (half an hour)
+	@$(BIN)/python -m tests.faults.door --seeds $(DOORS)
 
 HOURS ?= 24
 SCALE ?= 30

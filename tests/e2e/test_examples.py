@@ -75,6 +75,27 @@ def test_all_else_leaves_it_closed(change: dict[str, object]) -> None:
     assert door.hears(OPENS, NOW) == "ada", "and is not held against who comes then"
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, ""),
+        ({"source_id": "back"}, ""),
+        ({"event_time": NOW - timedelta(seconds=3)}, "EVENT_TOO_OLD"),
+        ({"liveness": types.Liveness(types.LivenessVerdict.SPOOF, 0.1)}, "SPOOF_SUSPECTED"),
+        ({"liveness": types.Liveness()}, "NOT_KNOWN_TO_BE_LIVE"),
+        ({"identity": types.Identity()}, "NOT_SURE_YET"),
+        ({"identity": types.Identity(types.Decision.UNKNOWN)}, "UNKNOWN"),
+        ({"identity": types.Identity(types.Decision.REJECTED_OOD)}, "NOT_TRUSTED"),
+    ],
+    ids=str,
+)
+def test_it_says_once_why_it_stays_closed(change: dict[str, object], why: str) -> None:
+    door = example("door").Door("front")
+    event = replace(OPENS, **change)  # type: ignore[arg-type]
+    assert door.explains(event, NOW) == why
+    assert door.explains(event, NOW) == ""
+
+
 def test_the_door_forgets_who_has_long_passed() -> None:
     module = example("door")
     door = module.Door("front")
@@ -121,19 +142,28 @@ def test_both_beside_a_server(server: RunningServer, tmp_path: Path) -> None:
         film(32, "example-back")
         unknown = film(32, "example-front")
         ada = film(31, "example-front")
+        told = [line for line in door.lines if line.get("closed")]
+        assert {(line["closed"], line["stream"]) for line in told} == {("UNKNOWN", unknown)}
         line = door.wait_for(lambda line: line.get("open"))
         assert (line["open"], line["stream"]) == ("ada-of-the-door", ada)
         until(opened.exists, what="the command")
         line = alarm.wait_for(lambda line: line.get("alarm"))
         assert (line["alarm"], line["stream"]) == ("UNKNOWN_SEEN", unknown)
-        assert len(door.lines) == len(alarm.lines) == 2
+        assert len([line for line in door.lines if "closed" not in line]) == len(alarm.lines) == 2
     assert opened.read_text() == "ada-of-the-door"
 
 
 @pytest.mark.parametrize(
     ("name", "says_so"),
     [
-        ("door.py", lambda program: "closed: " in program.complaints and not program.lines),
+        (
+            "door.py",
+            lambda program: (
+                "closed: " in program.complaints
+                and {"closed": "UNREACHABLE"} in program.lines
+                and all("closed" in line for line in program.lines)
+            ),
+        ),
         ("alarm.py", lambda program: any("blind" in line for line in program.lines)),
     ],
     ids=["door", "alarm"],

@@ -49,6 +49,16 @@ def test_the_service_alone(tmp_path: Path) -> None:
     assert "smoke run" in done.stdout
 
 
+@pytest.mark.shared
+def test_names_on_a_real_clip(tmp_path: Path) -> None:
+    done = bench(tmp_path, "names:clip")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = tmp_path.glob("names-clip-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["runs"] for row in rows if row["scenario"].startswith("answers up to")} == {2}
+    assert all(row["wrong"] == 0 for row in rows)
+
+
 def test_an_unknown_name_is_told(tmp_path: Path) -> None:
     done = bench(tmp_path, "overhaed")
     assert done.returncode == 2
