@@ -20,7 +20,7 @@ from bench.settings import Settings
 
 CPU: Final = (
     "overhead", "article", "front", "recovery", "revocation", "bridge", "overload", "gallery",
-    "vault", "names",
+    "vault", "names", "fleet",
 )  # fmt: skip
 GPU: Final = ("isolation", "leak", "streams", "decode")
 ABOUT: Final = {
@@ -34,6 +34,7 @@ ABOUT: Final = {
     "gallery": "search at 10k to 1M templates against the memory's bandwidth; exactness",
     "vault": "what encryption at rest costs a start, an enrolment, an identification",
     "names": "whom a real clip's faces are named after while answers are late; who may enrol",
+    "fleet": "nodes killed, added and drained under 24 cameras: gaps, accounts (needs ray)",
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
     "leak": "a model that leaks device memory is replaced beside two that behave",
     "streams": "how many cameras one card takes; 720p and 1080p, with -mps, -nvjpeg, -nvjpeg-mps, "

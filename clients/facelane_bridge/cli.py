@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _configure_logging(arguments.log_format, arguments.log_level)
     from facelane_bridge.config import ConfigError
 
+    if arguments.command == "host":
+        return _host(arguments.lease)
     try:
         settings = _settings(arguments)
         for path in settings.exposed_files:
@@ -150,6 +152,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--credentials-file", metavar="PATH", **absent)
     check.add_argument("--transport", choices=("tcp", "udp"), **absent)
     _add_server_arguments(check)
+
+    host = commands.add_parser(
+        "host", help="for facelane-fleet: cameras come and go by lines on standard input"
+    )
+    host.add_argument(
+        "--lease",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="without a word for so long, the cameras are let go [10]",
+    )
     return parser
 
 
@@ -230,6 +243,16 @@ def _run(arguments: argparse.Namespace, settings: Any) -> int:
     output = Table() if arguments.table else JsonLines()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_run_bridge(settings, output))
+
+
+def _host(lease: float) -> int:
+    from facelane_bridge import hosting
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        loop = runner.get_loop()
+        # Whoever started it closes its standard input; the terminal's signals are not meant for it.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        return runner.run(hosting.run(lease))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
