@@ -24,6 +24,7 @@ import facelane
 import facelane.cli.app
 import facelane_bridge.cli
 import facelane_events.cli
+import facelane_fleet.cli
 import facelane_server.cli
 
 SHELLS: Final = ("bash", "zsh", "fish")
@@ -84,10 +85,12 @@ PAGES: Final[dict[str, Callable[[], Page]]] = {
     ),
     "facelane-bridge": lambda: of_argparse("facelane-bridge", facelane_bridge.cli._parser()),
     "facelane-events": lambda: of_argparse("facelane-events", facelane_events.cli._parser()),
+    "facelane-fleet": lambda: of_argparse("facelane-fleet", facelane_fleet.cli._parser()),
 }
 PARSERS: Final[dict[str, Callable[[], argparse.ArgumentParser]]] = {
     "facelane-bridge": facelane_bridge.cli._parser,
     "facelane-events": facelane_events.cli._parser,
+    "facelane-fleet": facelane_fleet.cli._parser,
 }
 
 

@@ -63,7 +63,7 @@ DESTDIR=$stage PREFIX=/usr UNITDIR=/usr/lib/systemd/system VENV=/opt/facelane \
 install -d "$stage/usr/bin" "$stage/usr/share/man/man1" \
     "$stage/usr/share/bash-completion/completions" "$stage/usr/share/zsh/vendor-completions" \
     "$stage/usr/share/fish/vendor_completions.d"
-for program in facelane facelane-server facelane-bridge facelane-events; do
+for program in facelane facelane-server facelane-bridge facelane-events facelane-fleet; do
     ln -s "../../opt/facelane/bin/$program" "$stage/usr/bin/$program"
     gzip -9n <"$stage/manual/man1/$program.1" >"$stage/usr/share/man/man1/$program.1.gz"
 done

@@ -268,6 +268,7 @@ def test_commands_in_documents_exist() -> None:
         "facelane-server": "facelane_server.cli",
         "facelane-bridge": "facelane_bridge.cli",
         "facelane-events": "facelane_events.cli",
+        "facelane-fleet": "facelane_fleet.cli",
     }
 
     @cache

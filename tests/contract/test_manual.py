@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from tests.contract.test_release import ROOT, load
 
-COMMANDS = ("facelane", "facelane-server", "facelane-bridge", "facelane-events")
+COMMANDS = ("facelane", "facelane-server", "facelane-bridge", "facelane-events", "facelane-fleet")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,17 @@ def test_the_table_shows_what_is_wrong() -> None:
     text = statuses.table(status)
     for word in ("NO_NODE", "pinned to yard", "1 runs lost", "DO NOT BALANCE", "waits for every"):
         assert word in text
+
+
+def test_the_example_of_the_page_is_a_fleet() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "fleet.md").read_text()
+    (text,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    made = parsed(text)
+    assert made.reach == {"yard-north": ("yard-*",)}
+    # Every key is in its table, with its default.
+    for kind in (config.Fleet, config.Servers, config.Bridges, config.Node):
+        for key in kind.__struct_fields__:
+            assert f"`{key}`" in page, key
+    fleet = config.Fleet()
+    for key in ("max_cameras", "moves", "lease", "silence", "patience"):
+        assert f"| `{key}` | {getattr(fleet, key):g} |" in page
