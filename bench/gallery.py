@@ -186,7 +186,7 @@ def _recall(
 def _added(searcher: Searcher, probe: np.ndarray[Any, Any], rows: int) -> float:
     """Seconds from a change's arrival until a search has found what was added."""
     log = GalleryLog()
-    log.append([Added("default", rows, probe.astype(np.float16).tobytes())])
+    log.append([Added("default", rows, bytearray(probe.astype(np.float16)))])
     begin = time.perf_counter()
     searcher.extend(2, log.reader, log.size)
     (hits,) = searcher.search(probe[None], "default", TOP_K)

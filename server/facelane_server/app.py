@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 import structlog
 
-from facelane_server import config, folders, heap, limits, plan, served, tracking
+from facelane_server import config, folders, heap, limits, plan, served, tracking, wiping
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.controls import Degradation, Reloaded
@@ -72,6 +72,7 @@ class App:
             settings.monitor, workers=self._workers, on_memory=self._device_memory
         )
         self._gallery: Gallery | None = None
+        self._scrubber = wiping.Scrubber()
         self._trail: Trail | None = None
         self._journal: EventJournal | None = None
         self._pipeline: Pipeline | None = None
@@ -329,8 +330,14 @@ class App:
         )
         stack.push_async_callback(journal.close)
         await journal.start(gallery.watch)
-        gallery.on_forgotten.append(lambda _number: self.events.forget_subject("", ""))
+        stack.push_async_callback(self._scrubber.close)
+        gallery.on_forgotten.append(self.forgotten)
         return journal
+
+    def forgotten(self, _number: int = 0) -> None:
+        """Something was deleted, by whomever."""
+        self.events.forget_subject("", "")
+        self._scrubber.note()
 
     # -- while it runs -----------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ except ImportError:  # pragma: no cover - the bare install
     sys.stderr.write("facelane-server needs the server extra: pip install 'facelane[server]'\n")
     sys.exit(2)
 
-from facelane_server import __version__, limits
+from facelane_server import __version__, limits, wiping
 from facelane_server import config as configuration
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store.cli import app as store_app
@@ -546,6 +546,8 @@ def _open_standard_streams() -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["run"]:
+        wiping.one_heap()
     _open_standard_streams()
     _attach_models()
     app()

@@ -398,7 +398,7 @@ class FaceReading(msgspec.Struct, frozen=True, gc=False):
     and its liveness are those of this one shot."""
 
     face: Face
-    vector: bytes = b""
+    vector: bytes | bytearray = b""
     candidates: tuple[Candidate, ...] = ()
     """Of the gallery that was searched, if any; for those who decide, not for callers."""
     chip: bytes = b""

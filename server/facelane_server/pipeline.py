@@ -115,7 +115,7 @@ class Evidence:
 
     ood_score: float | None = None
     candidates: tuple[Candidate, ...] = ()
-    vector: bytes = b""
+    vector: bytes | bytearray = b""
     live_score: float | None = None
     missing: tuple[Stage, ...] = ()
     recognized: bool = False

@@ -146,7 +146,8 @@ class Recogniser:
             version = delta.version
             for operation in self._log.read(log, delta.log_bytes):
                 if isinstance(operation, Added):
-                    self._late.append((operation.gallery, operation.subject, operation.vector))
+                    vector = bytes(operation.vector)
+                    self._late.append((operation.gallery, operation.subject, vector))
                     self.bytes_read += len(operation.vector)
                 elif operation.row >= 0:
                     self._rows[operation.row] = None

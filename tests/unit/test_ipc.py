@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import mmap
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -256,30 +259,54 @@ def test_an_arena_cannot_be_shrunk_under_its_owner() -> None:
     arena.close()
 
 
-def test_trim_gives_back_what_a_large_job_touched() -> None:
+def test_a_slot_is_cleared_of_what_a_job_has_left() -> None:
     size = limits.SLOT_KEEP_BYTES + 8 * MIB
     arena = Arena.create("test", 2, size)
     for slot in range(2):
         arena.slot(slot)[:] = b"x" * size
     assert resident_bytes(arena.fileno()) >= 2 * size
-    arena.trim(0, size - 100)
-    assert resident_bytes(arena.fileno()) <= size + limits.SLOT_KEEP_BYTES
-    assert bytes(arena.slot(0)[:1]) == b"x"
-    assert bytes(arena.slot(0)[limits.SLOT_KEEP_BYTES :][:1]) == b"\0"
-    assert bytes(arena.slot(1)[-1:]) == b"x", "the other slot is untouched"
-    arena.trim(1, limits.SLOT_KEEP_BYTES)
-    assert bytes(arena.slot(1)[-1:]) == b"x", "a small job gives nothing back"
+    arena.clear(0, size - 100)
+    assert resident_bytes(arena.fileno()) <= size + limits.SLOT_KEEP_BYTES, "pages are given back"
+    assert not any(arena.slot(0)[: size - 100])
+    assert bytes(arena.slot(1)[:1]) == bytes(arena.slot(1)[-1:]) == b"x", "the other is untouched"
+    arena.clear(1, 100)
+    assert not any(arena.slot(1)[:100])
+    assert bytes(arena.slot(1)[100:101]) == b"x", "a small job had no more than that"
+    arena.clear(1, size + 100)
+    assert not any(arena.slot(1))
+    arena.clear(1, 0)
     arena.close()
 
 
-def test_pages_that_the_kernel_does_not_take_back_stay() -> None:
+class KeepsPages:
+    """A mapping on a kernel without MADV_REMOVE."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+
+    def madvise(self, *_: int) -> None:
+        raise OSError(errno.EINVAL, "not here")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mapped, name)
+
+
+def test_pages_that_the_kernel_does_not_take_back_are_overwritten() -> None:
     size = limits.SLOT_KEEP_BYTES + MIB
     arena = Arena.create("test", 1, size)
+    arena._map = KeepsPages(arena._map)  # type: ignore[assignment]
     arena.slot(0)[:] = b"x" * size
+    arena.clear(0, size)
+    assert not any(arena.slot(0))
+    arena.close()
+
+
+def test_only_its_writer_can_clear_an_arena() -> None:
+    arena = Arena.create("test", 1, mmap.PAGESIZE)
     only_read = os.open(f"/proc/self/fd/{arena.fileno()}", os.O_RDONLY)
-    other = Arena(only_read, 1, size, writable=False)
-    other.trim(0, size)  # EACCES
-    assert bytes(arena.slot(0)[-1:]) == b"x"
+    other = Arena(only_read, 1, mmap.PAGESIZE, writable=False)
+    with pytest.raises(ValueError, match="writ"):
+        other.clear(0, 1)
     other.close()
     arena.close()
 

@@ -273,6 +273,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                     patience.end()
                     if told:
                         lane.written()
+                del items, item, message  # until there is more, nobody is kept here
         except asyncio.CancelledError as error:
             if error.args != (_Patience.LOST,):
                 raise

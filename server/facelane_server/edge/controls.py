@@ -47,5 +47,8 @@ class Controls(Protocol):
     def degradations(self) -> list[Degradation]:
         """Empty = nothing is amiss."""
 
+    def forgotten(self) -> None:
+        """Something was deleted: nothing of it is to be left in memory either."""
+
     def request_stop(self, grace_s: float | None = None) -> None:
         """Drain and end."""

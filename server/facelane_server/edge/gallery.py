@@ -104,7 +104,10 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         self, request: pb.DeleteSubjectRequest, context: Context
     ) -> pb.DeleteSubjectResponse:
         gallery_id = _gallery(request.gallery_id, "gallery.write")
-        gone = await self._gallery.delete_subject(gallery_id, request.subject_id)
+        try:
+            gone = await self._gallery.delete_subject(gallery_id, request.subject_id)
+        finally:
+            self._controls.forgotten()
         self._events.forget_subject(gallery_id, request.subject_id)
         return pb.DeleteSubjectResponse(templates_deleted=gone.templates, receipt=gone.receipt)
 
@@ -121,9 +124,12 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     async def DeleteTemplate(
         self, request: pb.DeleteTemplateRequest, context: Context
     ) -> pb.DeleteTemplateResponse:
-        await self._gallery.delete_template(
-            _gallery(request.gallery_id, "gallery.write"), request.template_id
-        )
+        try:
+            await self._gallery.delete_template(
+                _gallery(request.gallery_id, "gallery.write"), request.template_id
+            )
+        finally:
+            self._controls.forgotten()
         return pb.DeleteTemplateResponse()
 
     async def EnrollFace(

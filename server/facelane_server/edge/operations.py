@@ -27,6 +27,7 @@ from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.load import LoadWatch
+from facelane_server.edge.roles import Caller
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.events import Event, EventFeed, EventKind, EventPictures
 from facelane_server.gallery.gallery import Gallery
@@ -271,17 +272,15 @@ class EventService(event_grpc.EventServiceServicer):
             await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))
             async for event in watcher:
                 if caller.hears(event.source_id, event.gallery_id, event.sender):
-                    gallery_id, source_id = event.gallery_id or None, event.source_id or None
-                    view = convert.View.of(caller, "events", gallery_id, source_id)
-                    message = _event(event, view)
-                    if message.identity.subject_id and caller.may(
-                        "gallery.read", gallery=event.gallery_id
-                    ):
-                        await self._describe(message)
-                    token = self._feed.token(event)
-                    await context.write(
-                        event_pb.WatchEventsResponse(event=message, resume_token=token)
-                    )
+                    await context.write(await self._told(event, caller))
+                del event  # until the next one comes, nobody is kept here
+
+    async def _told(self, event: Event, caller: Caller) -> event_pb.WatchEventsResponse:
+        gallery_id, source_id = event.gallery_id or None, event.source_id or None
+        message = _event(event, convert.View.of(caller, "events", gallery_id, source_id))
+        if message.identity.subject_id and caller.may("gallery.read", gallery=event.gallery_id):
+            await self._describe(message)
+        return event_pb.WatchEventsResponse(event=message, resume_token=self._feed.token(event))
 
     async def _describe(self, message: event_pb.Event) -> None:
         """Adds what the gallery says of the subject; nothing when it cannot be asked."""

@@ -357,8 +357,9 @@ class Watcher:
                 if self._feed.cleared != cleared:
                     self._seen = begun  # it is read again, without who was deleted meanwhile
                     break
-                yield event
                 begun = event.sequence
+                yield event
+            del events, event  # until the next ones come, nobody is kept here
 
 
 def _invalid_token() -> FacelaneError:

@@ -181,6 +181,7 @@ class EventJournal:
                     again = False
                     for _ in batch:
                         self._waiting.popleft()
+                    batch = []  # they name people
                     await self._read()
                 await self._read()
                 if self._away:

@@ -111,7 +111,8 @@ class Gallery:
         self._follower: asyncio.Task[None] | None = None
         self._lost = ""
         self.on_forgotten: list[Callable[[int], None]] = []
-        """Called on the event loop with the number of a subject that was deleted, by whomever."""
+        """Called on the event loop with the number of a subject that was deleted, or one of whose
+        templates was, by whomever."""
 
     @classmethod
     async def open(
@@ -251,7 +252,7 @@ class Gallery:
         return self._index.resolve(version, index)
 
     def similarity(
-        self, gallery_id: str, subject_id: str, vector: bytes, *, model_id: str = ""
+        self, gallery_id: str, subject_id: str, vector: bytes | bytearray, *, model_id: str = ""
     ) -> float:
         """Cosine, [-1, 1], of a probe (float32 bytes, unit norm) to the subject's nearest
         template. Raises NO_TEMPLATES, ARGUMENT_INVALID, and POOL_UNAVAILABLE (retryable) when
@@ -472,7 +473,6 @@ class Gallery:
             for change in found:
                 if change.kind in (ChangeKind.SUBJECT_REMOVED, ChangeKind.TEMPLATE_REMOVED):
                     self._removed = change.revision
-                if change.kind is ChangeKind.SUBJECT_REMOVED:
                     self._tell_forgotten(change.subject)
 
     def _tell_forgotten(self, number: int) -> None:

@@ -33,6 +33,7 @@ from facelane_server.gallery.snapshot import (
 )
 from facelane_server.ipc.gallery_log import GalleryLog
 from facelane_server.ipc.messages import GalleryDelta, GallerySnapshot
+from facelane_server.wiping import wipe
 
 Publish = Callable[[GallerySnapshot, int, GalleryDelta | None, int], Awaitable[None]]
 """Gives a base and what came after it to all recognisers; returns when those that are ready have
@@ -55,7 +56,7 @@ class _Served:
     version: int = 0
 
     def close(self) -> None:
-        self.rows.base.close()
+        self.rows.close()
         self.log.close()
 
 
@@ -255,7 +256,10 @@ class GalleryIndex:
             held = rows.vectors(number)
         if not len(held):
             return None
-        return float(np.clip(np.max(held.astype(np.float32) @ vector), -1.0, 1.0))
+        wide = held.astype(np.float32)
+        best = float(np.clip(np.max(wide @ vector), -1.0, 1.0))
+        wipe(held, wide)
+        return best
 
     async def published(self, revision: int, timeout: float) -> bool:
         """Whether all recognisers had the revision within ``timeout`` seconds."""

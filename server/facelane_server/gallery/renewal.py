@@ -29,7 +29,7 @@ class Seen:
     """What the new recogniser says of a chip. ``vector``: float32 bytes of unit norm."""
 
     ood_score: float
-    vector: bytes
+    vector: bytes | bytearray
 
 
 Embed = Callable[[bytes], Awaitable[Seen]]

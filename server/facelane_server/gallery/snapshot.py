@@ -30,6 +30,7 @@ from facelane_server.ipc.gallery_log import Added, Operation, Removed
 from facelane_server.ipc.messages import GallerySnapshot
 from facelane_server.store.following import ChangeKind, StoredChange
 from facelane_server.store.records import StoredVector
+from facelane_server.wiping import wipe
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -150,7 +151,9 @@ class Base:
         return GallerySnapshot(version, self.rows, self.dim, tuple(table), model_id)
 
     def close(self) -> None:
-        """Gives the descriptor back. The matrix stays mapped for as long as it is referred to."""
+        """Gives descriptor and rows back: of those who are deleted later nothing is left in it. Its
+        subjects are still known, for results in flight."""
+        self.matrix = np.empty((0, self.dim), np.float16)
         if self._closer is not None:
             self._closer()
 
@@ -167,6 +170,14 @@ class BaseWriter:
         view = memoryview(b"") if block.size == 0 else np.ascontiguousarray(block).data.cast("B")
         while view:
             view = view[os.write(self._fd, view) :]
+
+    def write_rows(self, rows: Sequence[F16]) -> None:
+        """The same, of rows [dim]; no copy of them is left."""
+        block = np.stack(rows)
+        try:
+            self.write(block)
+        finally:
+            wipe(block)
 
     def finish(
         self,
@@ -223,10 +234,10 @@ def load(dim: int, rows: Iterable[AddTemplate]) -> Base:
             template_ids.append(row.template_id.encode())
             block.append(row.vector)
             if len(block) == CHUNK_ROWS:
-                writer.write(np.stack(block))
+                writer.write_rows(block)
                 block.clear()
         if block:
-            writer.write(np.stack(block))
+            writer.write_rows(block)
         return writer.finish(
             np.asarray(template_ids, "S32"),
             np.asarray(numbers, np.int64),
@@ -239,15 +250,23 @@ def load(dim: int, rows: Iterable[AddTemplate]) -> Base:
 
 @dataclass(slots=True)
 class _Late:
-    """A template that came after the base; ``vector`` is ``None`` once it is gone."""
+    """A template that came after the base. Its operation has the only copy of its vector, which is
+    overwritten once it is ``gone``."""
 
     number: int
     template_id: str
-    subject: int
-    vector: F16 | None
     operation: Added
+    gone: bool = False
     written_at: int = -1
     """Where its vector lies in the log; -1 = not written yet."""
+
+    @property
+    def vector(self) -> F16:
+        return np.frombuffer(self.operation.vector, np.float16)
+
+    def wipe(self) -> None:
+        self.gone = True
+        wipe(self.operation.vector)
 
 
 @dataclass(slots=True)
@@ -295,15 +314,12 @@ class Generation:
         index = self.base.index(number)
         rows = 0 if index is None else len(self.base.rows_of(index))
         late = self._late_of.get(number, ())
-        return rows + sum(self.late[at].vector is not None for at in late)
+        return rows + sum(not self.late[at].gone for at in late)
 
     def has(self, number: int, template_id: str) -> bool:
         """Whether the template is there."""
         late = self._late_of.get(number, ())
-        if any(
-            self.late[at].template_id == template_id and self.late[at].vector is not None
-            for at in late
-        ):
+        if any(self.late[at].template_id == template_id and not self.late[at].gone for at in late):
             return True
         return self._base_row(number, template_id) is not None
 
@@ -317,15 +333,11 @@ class Generation:
         return None
 
     def vectors(self, number: int) -> F16:
-        """[n, dim] of a subject; n may be 0."""
+        """[n, dim] of a subject, a copy, the caller's to overwrite; n may be 0."""
         index = self.base.index(number)
         rows = self.base.matrix[:0] if index is None else self.base.matrix[self.base.rows_of(index)]
-        late = [
-            found
-            for at in self._late_of.get(number, ())
-            if (found := self.late[at].vector) is not None
-        ]
-        return np.concatenate([rows, np.stack(late)]) if late else rows
+        late = [one for at in self._late_of.get(number, ()) if not (one := self.late[at]).gone]
+        return np.concatenate([rows, *(one.vector[None] for one in late)])
 
     def add(self, new: AddTemplate) -> None:
         index = self.base.index(new.number)
@@ -335,15 +347,16 @@ class Generation:
                 index = len(self.base.numbers) + len(self.late_subjects)
                 self._late_index[new.number] = index
                 self.late_subjects.append((new.number, new.gallery_id))
-        operation = Added(new.gallery_id, index, new.vector.tobytes())
+        held = bytearray(new.vector.data.cast("B"))
+        operation = Added(new.gallery_id, index, held)
         self._late_of.setdefault(new.number, []).append(len(self.late))
-        self.late.append(_Late(new.number, new.template_id, index, new.vector, operation))
+        self.late.append(_Late(new.number, new.template_id, operation))
         self.unwritten.append(operation)
 
     def remove(self, number: int, template_id: str) -> list[int]:
         """Takes a template out; where its vector lies in the log, to be overwritten there."""
         for at in self._late_of.get(number, ()):
-            if self.late[at].template_id == template_id and self.late[at].vector is not None:
+            if self.late[at].template_id == template_id and not self.late[at].gone:
                 return self._remove_late(at)
         row = self._base_row(number, template_id)
         if row is not None:
@@ -358,7 +371,7 @@ class Generation:
                 self._remove_row(int(row))
         places: list[int] = []
         for at in self._late_of.pop(number, ()):
-            if self.late[at].vector is not None:
+            if not self.late[at].gone:
                 places += self._remove_late(at)
         # Its name's next owner has another number, and so another index.
         self._late_index.pop(number, None)
@@ -371,13 +384,8 @@ class Generation:
 
     def _remove_late(self, at: int) -> list[int]:
         late = self.late[at]
-        late.vector = None
-        blank = Added(late.operation.gallery, late.subject, bytes(len(late.operation.vector)))
-        if late.written_at < 0:
-            # Its place is kept: workers count what was added.
-            position = next(i for i, one in enumerate(self.unwritten) if one is late.operation)
-            self.unwritten[position] = blank
-        late.operation = blank
+        late.wipe()
+        # One that is not written yet keeps its place, as zeros: workers count what was added.
         self.unwritten.append(Removed(-1 - at))
         return [late.written_at] if late.written_at >= 0 else []
 
@@ -389,18 +397,25 @@ class Generation:
                 self._placed += 1
         self.unwritten.clear()
 
+    def close(self) -> None:
+        """Nothing of its rows is left; their subjects are still known, for results in flight."""
+        self.base.close()
+        for late in self.late:
+            late.wipe()
+
     # -- the next base -------------------------------------------------------------------------
 
     def cut(self) -> Cut:
         """What the next base is to hold: later changes are not in it."""
         rows = np.flatnonzero(self.base.alive)
-        late = [(at, one.vector) for at, one in enumerate(self.late) if one.vector is not None]
+        late = [one for one in self.late if not one.gone]
         return Cut(
             self.base,
+            self.base.matrix,
             rows,
-            [vector for _, vector in late],
-            [self.late[at].template_id.encode() for at, _ in late],
-            np.asarray([self.late[at].subject for at, _ in late], np.int64),
+            [one.vector for one in late],
+            [one.template_id.encode() for one in late],
+            np.asarray([one.operation.subject for one in late], np.int64),
             list(self.late_subjects),
         )
 
@@ -410,6 +425,7 @@ class Cut:
     """The rows of a generation at one moment, for ``compact``."""
 
     base: Base
+    matrix: F16
     rows: I64
     vectors: list[F16]
     template_ids: list[bytes]
@@ -435,17 +451,20 @@ def compact(cut: Cut) -> Base:
     )
     present = subjects[begins] if len(order) else subjects
     counts = np.diff(np.append(begins, len(subjects))).astype(np.int64)
-    new = np.stack(cut.vectors) if cut.vectors else np.empty((0, base.dim), np.float16)
     ids = np.concatenate([base.template_ids[cut.rows], np.asarray(cut.template_ids, "S32")])[order]
     writer = BaseWriter(base.dim)
     try:
         for first in range(0, len(source), CHUNK_ROWS):
             part = source[first : first + CHUNK_ROWS]
             chunk = np.empty((len(part), base.dim), np.float16)
-            old = part >= 0
-            chunk[old] = base.matrix[part[old]]
-            chunk[~old] = new[-1 - part[~old]]
-            writer.write(chunk)
+            if len(cut.matrix):  # without a copy in between
+                np.take(cut.matrix, np.maximum(part, 0), axis=0, out=chunk, mode="clip")
+            for place in np.flatnonzero(part < 0):
+                chunk[place] = cut.vectors[-1 - part[place]]
+            try:
+                writer.write(chunk)
+            finally:
+                wipe(chunk)
         galleries = [names[int(subject)] for subject in present]
         return writer.finish(ids.astype("S32"), numbers[present], galleries, counts)
     finally:

@@ -23,19 +23,19 @@ dying one still writes can reach a later job. The seals keep a worker from trunc
 what the server has mapped (which would kill the server by SIGBUS). Nothing has a name:
 the kernel frees all when the last process that maps it ends.
 
-Only pages that were touched take memory. ``trim`` gives back what a large job touched
-beyond ``limits.SLOT_KEEP_BYTES``, so that one large picture does not stay resident.
+Only pages that were touched take memory. ``clear`` overwrites what a job has left, and gives back
+what a large one touched beyond ``limits.SLOT_KEEP_BYTES``, so that no picture stays resident.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
 from typing import Final
 
 from facelane_server import limits
+from facelane_server.wiping import wipe
 
 ALIGN: Final = 64
 """Offsets of items in a slot: a cache line."""
@@ -96,14 +96,21 @@ class Arena:
         """The bytes of one slot; valid until ``close``."""
         return self._views[index]
 
-    def trim(self, slot: int, used: int) -> None:
-        """Give back pages of a slot whose job touched ``used`` bytes, beyond what is kept. A
-        kernel that knows no MADV_REMOVE (gVisor) keeps them for the next job."""
+    def clear(self, slot: int, used: int) -> None:
+        """Overwrites what a job wrote, ``used`` bytes: pictures and embeddings stay in no slot that
+        is free. Pages beyond what is kept are given back; a kernel that knows no MADV_REMOVE
+        (gVisor) keeps them for the next job."""
+        if self._view.readonly:
+            raise ValueError("who maps an arena to read it has nothing to overwrite")
+        used = min(used, self.slot_bytes)
+        wipe(self._views[slot][: min(used, limits.SLOT_KEEP_BYTES)])
         if used > limits.SLOT_KEEP_BYTES:
             start = slot * self.slot_bytes + limits.SLOT_KEEP_BYTES
             end = min((used + _PAGE - 1) // _PAGE * _PAGE, self.slot_bytes)
-            with contextlib.suppress(OSError):
+            try:
                 self._map.madvise(mmap.MADV_REMOVE, start, end - limits.SLOT_KEEP_BYTES)
+            except OSError:
+                wipe(self._views[slot][limits.SLOT_KEEP_BYTES : used])
 
     def close(self) -> None:
         """Unmap and close. Safe to call twice. Raises BufferError while slices live."""

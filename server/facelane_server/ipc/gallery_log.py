@@ -15,6 +15,7 @@ from typing import Annotated, Final, Self
 import msgspec
 
 from facelane_server import limits
+from facelane_server.wiping import Fleeting, wipe
 
 _LENGTH: Final = struct.Struct("<I")
 
@@ -25,7 +26,7 @@ class Added(msgspec.Struct, frozen=True, array_like=True, tag="+", forbid_unknow
 
     gallery: Annotated[str, msgspec.Meta(max_length=limits.MAX_ID_CHARS)]
     subject: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-    vector: bytes
+    vector: bytearray
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag="-", forbid_unknown_fields=True):
@@ -54,18 +55,19 @@ class GalleryLog:
 
     def append(self, operations: list[Operation]) -> list[int]:
         """Where each addition's vector lies now. Raises ``OSError``; nothing is added then."""
-        packed = bytearray()
         places: list[int] = []
+        end = self.size
         for operation in operations:
             entry = _encode(operation)
-            packed += _LENGTH.pack(len(entry)) + entry
+            try:
+                _write(self._writer, _LENGTH.pack(len(entry)), end)
+                _write(self._writer, entry, end + _LENGTH.size)
+            finally:
+                wipe(entry)
+            end += _LENGTH.size + len(entry)
             if isinstance(operation, Added):
-                places.append(self.size + len(packed) - len(operation.vector))
-        view, at = memoryview(packed), self.size
-        while view:
-            written = os.pwrite(self._writer, view, at)
-            view, at = view[written:], at + written
-        self.size = at
+                places.append(end - len(operation.vector))
+        self.size = end
         return places
 
     def wipe(self, place: int, length: int) -> None:
@@ -79,6 +81,13 @@ class GalleryLog:
             self._writer = -1
 
 
+def _write(fd: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, at)
+        view, at = view[written:], at + written
+
+
 class LogReader:
     """The reading side, in a worker."""
 
@@ -86,16 +95,19 @@ class LogReader:
         self._read = 0
 
     def read(self, fd: int, size: int) -> list[Operation]:
-        """What is new up to ``size``. ``fd`` stays the caller's. Raises ValueError when the file
-        does not hold what its message says."""
+        """What is new up to ``size``; its vectors are the caller's to overwrite. ``fd`` stays the
+        caller's. Raises ValueError when the file does not hold what its message says."""
         if not self._read <= size <= limits.MAX_GALLERY_LOG_BYTES:
             raise ValueError("the gallery's log does not go back, nor on for ever")
-        data = os.pread(fd, size - self._read, self._read) if size > self._read else b""
-        while len(data) < size - self._read:
-            more = os.pread(fd, size - self._read - len(data), self._read + len(data))
-            if not more:
+        if os.fstat(fd).st_size < size:
+            raise ValueError("the gallery's log is shorter than its message says")
+        data = Fleeting(size - self._read)
+        view, begin = memoryview(data), self._read
+        while view:
+            got = os.preadv(fd, [view], begin)
+            if not got:
                 raise ValueError("the gallery's log is shorter than its message says")
-            data += more
+            view, begin = view[got:], begin + got
         found: list[Operation] = []
         at = 0
         try:

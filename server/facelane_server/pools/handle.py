@@ -228,8 +228,8 @@ class ReadyHandle:
 
     def done(self, job: Job, response_used: int) -> None:
         """The answer to a job was read: its slot is free."""
-        self._request.trim(job.slot, job.request_used)
-        self._response.trim(job.slot, response_used)
+        self._request.clear(job.slot, job.request_used)
+        self._response.clear(job.slot, response_used)
         self._free.append(job.slot)
 
     def cancel(self, job: Job) -> None:

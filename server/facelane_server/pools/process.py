@@ -26,6 +26,7 @@ import structlog
 
 from facelane_server import config, limits
 from facelane_server.ipc.channel import socket_pair
+from facelane_server.wiping import as_others
 
 log = structlog.get_logger(__name__)
 
@@ -116,7 +117,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**os.environ, **_NO_MPS, **environment},
+                env={**as_others(os.environ), **_NO_MPS, **environment},
                 start_new_session=True,  # a Ctrl-C in the terminal is the server's to handle
             )
         except BaseException:

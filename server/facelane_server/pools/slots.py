@@ -46,6 +46,7 @@ from facelane_server.pools.tasks import (
     Request,
     VideoRequest,
 )
+from facelane_server.wiping import Fleeting
 
 SubjectResolver = Callable[[int, int], tuple[str, str] | None]
 """(snapshot version, subject index) → (gallery id, subject id); None for a subject that was
@@ -251,12 +252,13 @@ class Codec:
     def _embedding(
         self, request: EmbedRequest, done: EmbedDone, slot: memoryview
     ) -> tuple[Answer, int]:
-        vector, end = b"", 0
+        vector: bytes | bytearray = b""
+        end = 0
         if request.want_vector:
             start, end = done.vector_offset, done.vector_offset + self._dim * 4
             if start < 0 or end > len(slot):
                 raise ProtocolError("an embedding outside of the response slot")
-            vector = bytes(slot[start:end])
+            vector = Fleeting(slot[start:end])
             norm = float(np.linalg.norm(np.frombuffer(vector, np.float32)))
             if not abs(norm - 1.0) <= _NORM_SLACK:  # nor NaN
                 raise ProtocolError("an embedding that is no unit vector")

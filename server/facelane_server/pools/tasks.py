@@ -78,7 +78,7 @@ class EmbedAnswer:
 
     ood_score: float
     candidates: tuple[Candidate, ...] = ()
-    vector: bytes = b""
+    vector: bytes | bytearray = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from facelane_server.worker.priority import step_back
 _PR_SET_PDEATHSIG: Final = 1
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
 _KEPT_BYTES: Final = 128 << 20
 """Free memory at the heap's end that stays ours."""
 _HEAP_BLOCK_BYTES: Final = 32 << 20
@@ -182,6 +183,7 @@ def _keep_heap() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _HEAP_BLOCK_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_ARENA_MAX, 1)  # what is free of it can be overwritten (``wiping``)
 
 
 def _close_stdin() -> None:

@@ -25,6 +25,7 @@ from facelane_server.ipc import gallery_table
 from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, close_all
 from facelane_server.ipc.gallery_log import Added, LogReader
 from facelane_server.ipc.messages import Fatal, GalleryDelta, GalleryLoaded, GallerySnapshot
+from facelane_server.wiping import fleeting, scrub, wipe
 from facelane_server.worker import coarse, exit_codes
 from facelane_server.worker.faults import Quit, ending
 
@@ -75,7 +76,7 @@ class _Late:
     """Rows that came after the snapshot, in the order in which they came."""
 
     def __init__(self, dim: int) -> None:
-        self._matrix: F32 = np.zeros((64, dim), np.float32)
+        self._matrix: F32 = fleeting((64, dim), np.float32)
         self._subjects = np.zeros(64, np.int32)
         self._galleries = np.zeros(64, np.int32)
         self._names: dict[str, int] = {}
@@ -87,8 +88,10 @@ class _Late:
     def add(self, gallery: str, subject: int, vector: npt.NDArray[np.float16]) -> None:
         at = self._count
         if at == len(self._matrix):
-            # Whoever searches meanwhile has the old arrays, which stay as they are.
-            self._matrix = np.concatenate([self._matrix, np.zeros_like(self._matrix)])
+            # Whoever searches meanwhile has the old arrays, which stay as they are until then.
+            matrix = fleeting((2 * at, self._matrix.shape[1]), np.float32)
+            matrix[:at] = self._matrix
+            self._matrix = matrix
             self._subjects = np.concatenate([self._subjects, np.zeros_like(self._subjects)])
             self._galleries = np.concatenate([self._galleries, np.zeros_like(self._galleries)])
         self._matrix[at] = vector
@@ -106,7 +109,9 @@ class _Late:
         rows = np.flatnonzero(self._galleries[:count] == number)
         if not len(rows):
             return [() for _ in range(len(probes))]
-        scores = probes @ self._matrix[rows].T
+        held = self._matrix[rows]
+        scores = probes @ held.T
+        wipe(held)
         subjects = self._subjects[rows]
         order = np.argsort(subjects, kind="stable")
         own = subjects[order]
@@ -138,20 +143,24 @@ class Searcher:
         self._late = _Late(self.dim)
         self._log = LogReader()
 
-    def extend(self, version: int, fd: int, log_bytes: int) -> None:
-        """Takes in what came after the snapshot; ``fd`` stays the caller's. Raises
-        SnapshotError."""
+    def extend(self, version: int, fd: int, log_bytes: int) -> bool:
+        """Takes in what came after the snapshot; whether rows were removed. ``fd`` stays the
+        caller's. Raises SnapshotError."""
         try:
             operations = self._log.read(fd, log_bytes)
         except ValueError as error:
             raise SnapshotError(str(error)) from None
         removed: list[int] = []
+        fewer = False
         for operation in operations:
+            fewer |= not isinstance(operation, Added)
             if isinstance(operation, Added):
                 if len(operation.vector) != 2 * self.dim:
                     raise SnapshotError("a vector of another length")
                 vector = np.frombuffer(operation.vector, np.float16)
                 self._late.add(operation.gallery, operation.subject, vector)
+                del vector
+                wipe(operation.vector)
             elif 0 <= operation.row < self._size:
                 removed.append(operation.row)
             elif 0 <= -1 - operation.row < len(self._late):
@@ -161,6 +170,7 @@ class Searcher:
         if removed:
             self._rows.remove(removed)
         self.version = version
+        return fewer
 
     def search(self, probes: F32, gallery: str, top_k: int) -> list[Hits]:
         """``probes`` [N, dim] unit vectors → for each the best ``top_k`` subjects of
@@ -190,7 +200,8 @@ def _merged(first: Hits, second: Hits, keep: int) -> Hits:
 
 class _NumpyRows:
     def __init__(self, matrix: npt.NDArray[np.float16]) -> None:
-        self._matrix = matrix.astype(np.float32)
+        self._matrix: F32 = fleeting(matrix.shape, np.float32)
+        self._matrix[...] = matrix
         self._gone: npt.NDArray[np.intp] = np.empty(0, np.intp)
         """Rows that were removed, ascending."""
 
@@ -251,9 +262,11 @@ class _TorchRows:
         self._device = torch.device(device)
         with torch.inference_mode():
             # A copy: a tensor must not live on the mapping, which is read-only.
-            self._matrix = torch.from_numpy(np.array(matrix)).to(self._device)
+            held = np.array(matrix)
+            self._matrix = torch.from_numpy(held).to(self._device)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
+                wipe(held)
         self._layouts: dict[int, tuple[Any, Any, Any, int]] = {}
         self._gone: Any = None
         """[rows] whether a row was removed; ``None`` = none was."""
@@ -402,6 +415,8 @@ class GalleryLoader:
         """The version of the snapshot that ``current`` was built from."""
         self._foreign = False
         """It was of another model: so is what comes after it."""
+        self._fewer = False
+        """Somebody was removed, and what is left of them in free memory was not overwritten yet."""
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -457,6 +472,10 @@ class GalleryLoader:
                 with self._lock:
                     if not self._closed:
                         self._channel.send(GalleryLoaded(version))
+                if self._fewer:
+                    self._fewer = False
+                    # Of those who are gone: what other code than ours has left, free, behind.
+                    scrub()
             except ChannelClosed:
                 return
             except Exception as error:
@@ -488,7 +507,7 @@ class GalleryLoader:
             if self._foreign:
                 self.current.version = delta.version
             else:
-                self.current.extend(delta.version, fd, delta.log_bytes)
+                self._fewer |= self.current.extend(delta.version, fd, delta.log_bytes)
             return delta.version
         finally:
             os.close(fd)

@@ -38,6 +38,7 @@ from facelane_server.ipc.messages import (
 )
 from facelane_server.models import api, canary
 from facelane_server.models.api import U8
+from facelane_server.wiping import Fleeting, wipe
 from facelane_server.worker.search import GalleryLoader, Hits, Searcher
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ class DetectWork(Work):
             encoding = Encoding(item.encoding)
             return self._decode(
                 # A copy: a decoding that was given up must not see the slot's next content.
-                data if encoding.is_raw else memoryview(bytes(data)),
+                data if encoding.is_raw else memoryview(Fleeting(data)),
                 encoding,
                 width=item.width,
                 height=item.height,
@@ -414,6 +415,9 @@ class EmbedWork(Work):
                     end = aligned(where + size)
                 version = searcher.version if searcher is not None and item.gallery else 0
                 done.append(EmbedDone(float(found.ood[i]), hits[i], version, where))
+            # Of whoever is enrolled or deleted later, nothing stays here.
+            vectors.fill(0)
+            found.vectors.fill(0)
             return done
 
         return finish, isinstance(pending, api.Immediate)
@@ -442,8 +446,10 @@ def _search(searcher: Searcher | None, vectors: api.F32, items: Sequence[EmbedIt
             wanted.setdefault(item.gallery, []).append(i)
     for gallery, rows in wanted.items():
         top_k = max(items[i].top_k for i in rows)
-        for i, found in zip(rows, searcher.search(vectors[rows], gallery, top_k), strict=True):
+        probes = vectors[rows]
+        for i, found in zip(rows, searcher.search(probes, gallery, top_k), strict=True):
             hits[i] = found[: items[i].top_k]
+        wipe(probes)
     return hits
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from facelane_server import limits
 from facelane_server.domain import Encoding, FacelaneError, Reason
 from facelane_server.models.api import U8
+from facelane_server.wiping import Fleeting, wipe
 from facelane_server.worker.decoding.headers import Header, check_bounds, examine
 
 _FLAGS: Final = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
@@ -78,7 +79,7 @@ def read(
         picture = _jpeg(data, header)
     elif encoding is Encoding.PNG:
         # What else it holds (profiles, texts, animations) is none of a decoder's business.
-        picture = _read(b"".join((data[:8], *(data[a:b] for a, b in header.chunks))), header)
+        picture = _read(_joined(data[:8], *(data[a:b] for a, b in header.chunks)), header)
     else:
         picture = _read(data, header)
     if picture is None:
@@ -94,7 +95,7 @@ def read(
     return picture, (header.width, header.height)
 
 
-def _read(data: bytes | memoryview, header: Header, flags: int = _FLAGS) -> U8 | None:
+def _read(data: bytearray | memoryview, header: Header, flags: int = _FLAGS) -> U8 | None:
     """uint8 [height, width, 3], see-through parts on white, as they are looked at."""
     try:
         picture = cv2.imdecode(
@@ -129,9 +130,13 @@ def _jpeg(data: memoryview, header: Header) -> U8 | None:
     the picture is missing."""
     end = abs(header.end)
     whole = header.end > 0
-    kept = bytes(data[:end]).rstrip(b"\xff")  # half an end marker, or fill
+    if end and data[end - 1] == 0xFF:  # half an end marker, or fill
+        without = Fleeting(data[:end]).rstrip(b"\xff")
+        end = len(without)
+        wipe(without)
+    kept = data[:end]
     flags = _SHRUNK[header.shrink]
-    picture = _read(data if whole else kept + _EOI, header, flags)
+    picture = _read(data if whole else _joined(kept, _EOI), header, flags)
     if picture is None:
         return None
     if whole and header.components != 4 and (picture[-1, -1] != _GREY).any():
@@ -141,7 +146,7 @@ def _jpeg(data: memoryview, header: Header) -> U8 | None:
     # Scaled down to the blocks' means where that is enough: a part of the cost.
     small = whole and header.scans == 1
     flags = _SHRUNK[limits.MAX_SHRINK] if small else flags
-    more = _read(kept + _further(kept) + _EOI, header, flags)
+    more = _read(_joined(kept, _further(kept), _EOI), header, flags)
     found = _read(data, header, flags) if small else picture
     if found is None or more is None or not np.array_equal(found, more):
         raise FacelaneError(
@@ -151,8 +156,20 @@ def _jpeg(data: memoryview, header: Header) -> U8 | None:
     return picture
 
 
-def _further(scan: bytes) -> bytes:
+def _joined(data: memoryview, *more: bytes | memoryview) -> Fleeting:
+    """A copy of all, one behind the other."""
+    made = Fleeting(len(data) + sum(map(len, more)))
+    end = len(data)
+    made[:end] = data
+    for part in more:
+        made[end : end + len(part)] = part
+        end += len(part)
+    return made
+
+
+def _further(data: memoryview) -> bytes:
     """More blocks for a decoder that wants some, and after each restart that it may wait for."""
+    scan = Fleeting(data)
     last = max(range(8), key=lambda i: scan.rfind(bytes((0xFF, 0xD0 + i))))
     return _NOISE + b"".join(bytes((0xFF, 0xD0 + (last + i) % 8)) + _NOISE for i in range(1, 9))
 

@@ -1,0 +1,229 @@
+"""Memory of what nobody is to find again: embeddings, pictures, names of who was deleted.
+
+What is freed is not overwritten, by Python nor by the C library, until the place is used again. So
+what holds an embedding is overwritten when it is let go of (``Fleeting``, ``wipe``). Copies that
+are not ours, of names above all (messages, strings, buffers of libraries), are found by nobody
+either once ``scrub`` has filled the free memory of the process.
+
+glibc and CPython on Linux; with other allocators ``scrub`` does what can be done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+D = TypeVar("D", bound=np.generic)
+Buffer = bytes | bytearray | memoryview | npt.NDArray[Any]
+
+_OVERHEAD: Final = 33
+"""Bytes of a ``bytes`` object besides its own."""
+_CLASSES: Final = range(512, 32, -16)
+"""Sizes of the blocks that CPython hands out itself; smaller ones hold no text."""
+_MOST_BYTES: Final = 256 << 20
+"""Free memory that is filled at a time, of each kind."""
+M_ARENA_MAX: Final = -8
+"""See mallopt(3)."""
+PAUSE_S: Final = 0.3
+_VARIABLE: Final = "GLIBC_TUNABLES"
+_NO_CACHES: Final = "glibc.malloc.tcache_count=0"
+_lock = threading.Lock()
+
+
+def wipe(*buffers: Buffer) -> None:
+    """Overwrites them with zeros, also where Python says that they cannot change: each must be the
+    caller's alone. Contiguous."""
+    for buffer in buffers:
+        with buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer) as view:
+            size = view.nbytes
+            if size < 2:  # those of one byte are everybody's
+                continue
+            place = np.frombuffer(view, np.uint8)
+            if view.readonly:
+                ctypes.memset(place.ctypes.data, 0, size)
+            else:
+                place.fill(0)
+            del place
+
+
+class Fleeting(bytearray):
+    """Bytes that are overwritten when nobody refers to them any more."""
+
+    def __del__(self) -> None:
+        if self:
+            np.frombuffer(self, np.uint8).fill(0)
+
+
+def fleeting(shape: tuple[int, ...], dtype: type[D]) -> npt.NDArray[D]:
+    """Zeros, that are overwritten when neither the array nor a view of it is referred to."""
+    count = int(np.prod(shape))
+    if not count:
+        return np.zeros(shape, dtype)
+    kept = Fleeting(count * np.dtype(dtype).itemsize)
+    return np.frombuffer(kept, dtype).reshape(shape)
+
+
+def one_heap() -> None:
+    """All threads share one heap of the C library, none keeps free places of its own, so that
+    ``scrub`` reaches all that is free. At the start of a program, which may begin once again for
+    it: the second of both is read from the environment when the library is loaded."""
+    libc = _libc()
+    if libc is None:
+        return
+    tunables = os.environ.get(_VARIABLE, "")
+    if "tcache_count" not in tunables:
+        os.environ[_VARIABLE] = f"{tunables}:{_NO_CACHES}".lstrip(":")
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program
+    libc.mallopt(M_ARENA_MAX, 1)
+
+
+def as_others(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for programs that have no need of this: without what ``one_heap`` put into
+    it."""
+    tunables = environment.get(_VARIABLE, "").removesuffix(_NO_CACHES).rstrip(":")
+    others = {name: value for name, value in environment.items() if name != _VARIABLE}
+    return {**others, _VARIABLE: tunables} if tunables else others
+
+
+def scrub() -> None:
+    """Fills what is free of this process's memory with zeros, or gives it back. Takes some tens of
+    milliseconds, in which other Python threads go on."""
+    with _lock:
+        gc.collect()
+        libc = _libc()
+        if libc is not None:
+            libc.malloc_trim(0)
+        kept: list[list[bytes]] = []
+        with contextlib.suppress(OSError):  # a confined worker does not see its own maps
+            kept = _fill_blocks()
+        if libc is not None:
+            _fill_heap(libc)
+        del kept
+
+
+class Scrubber:
+    """Scrubs soon after something was deleted. Used on the event loop."""
+
+    def __init__(self) -> None:
+        self._due = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def note(self) -> None:
+        """Something was deleted: within a second nothing of it is left in free memory. Many of them
+        together cost hardly more than one."""
+        self._due = 2  # a call that has just ended is still referred to for a moment
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="scrubber")
+
+    async def _run(self) -> None:
+        while self._due:
+            self._due -= 1
+            await asyncio.sleep(PAUSE_S)
+            await asyncio.to_thread(scrub)
+        self._task = None
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+
+def _libc() -> Any:
+    """Holds the GIL while it is called: to be given it back after each of many calls takes long."""
+    libc = ctypes.PyDLL(None)
+    if not hasattr(libc, "mallinfo2"):  # musl, glibc before 2.33
+        return None
+    libc.malloc.restype = ctypes.c_void_p
+    libc.calloc.restype = ctypes.c_void_p
+    libc.sbrk.restype = ctypes.c_void_p
+    libc.mallinfo2.restype = _MallInfo
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+    return libc
+
+
+class _MallInfo(ctypes.Structure):
+    """See mallinfo(3)."""
+
+    _fields_ = [
+        ("arena", ctypes.c_size_t),
+        ("ordblks", ctypes.c_size_t),
+        ("smblks", ctypes.c_size_t),
+        ("hblks", ctypes.c_size_t),
+        ("hblkhd", ctypes.c_size_t),
+        ("usmblks", ctypes.c_size_t),
+        ("fsmblks", ctypes.c_size_t),
+        ("uordblks", ctypes.c_size_t),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    ]
+
+
+def _fill_blocks() -> list[list[bytes]]:
+    """Takes all free blocks of CPython's own allocator, until it has to ask for new memory."""
+    spans = _mapped()
+    starts = np.asarray([first for first, _ in spans], np.uint64)
+    ends = np.asarray([last for _, last in spans], np.uint64)
+    kept: list[list[bytes]] = []
+    for size in _CLASSES:
+        taken = 0
+        while taken < _MOST_BYTES:
+            made = [bytes(size - _OVERHEAD) for _ in range(256)]
+            kept.append(made)
+            taken += 256 * size
+            at = np.asarray([id(one) for one in made], np.uint64)
+            span = np.searchsorted(starts, at, side="right") - 1
+            if bool(np.any((span < 0) | (at >= ends[np.maximum(span, 0)]))):
+                break
+    return kept
+
+
+def _mapped() -> list[tuple[int, int]]:
+    """What this process can write to now, ascending."""
+    found = []
+    with Path("/proc/self/maps").open("rb") as lines:
+        for line in lines:
+            where, rights = line.split(None, 2)[:2]
+            if rights.startswith(b"rw"):
+                first, last = where.split(b"-")
+                found.append((int(first, 16), int(last, 16)))
+    return found
+
+
+def _fill_heap(libc: Any) -> None:
+    """Takes all free chunks of the C library's heap below its end."""
+    end = (libc.sbrk(0) or 0) - libc.mallinfo2().keepcost
+    taken: list[int] = []
+    total = 0
+    for size in (*_halves(128 << 10, 2048), *range(2032, 8, -16)):
+        while total < _MOST_BYTES:
+            place = libc.calloc(1, size)
+            if not place:
+                break
+            taken.append(place)
+            total += size
+            if place >= end:
+                break
+    for place in taken:
+        libc.free(place)
+
+
+def _halves(first: int, last: int) -> list[int]:
+    sizes = []
+    while first >= last:
+        sizes.append(first)
+        first //= 2
+    return sizes

@@ -1,0 +1,94 @@
+"""Memory that is overwritten: what holds embeddings, and what is free."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from facelane_server import wiping
+
+SECRET = b"SECRET-7f3a91"
+
+
+def test_buffers_are_overwritten_even_those_that_cannot_change() -> None:
+    fixed = bytes(bytearray(b"x" * 100))
+    changing = bytearray(b"y" * 100)
+    numbers = np.ones((3, 4), np.float32)
+    wiping.wipe(fixed, changing, numbers, memoryview(bytearray(1)), b"", b"a")
+    assert not any(fixed)
+    assert not any(changing)
+    assert not numbers.any()
+    assert b"a" == b"\x61", "of one byte there is only one object, everybody's"
+
+
+def test_fleeting_bytes_are_overwritten_with_their_last_reference() -> None:
+    kept = wiping.Fleeting(b"z" * 64)
+    kept.__del__()
+    assert kept == bytes(64)
+    made = wiping.fleeting((3, 5), np.float16)
+    assert made.shape == (3, 5)
+    made[1] = 2.0
+    assert made.sum() == 10
+    assert wiping.fleeting((0, 5), np.float32).shape == (0, 5)
+
+
+PROGRAM = """
+import sys
+from facelane_server import wiping
+if sys.argv[1] == "scrubbed":
+    wiping.one_heap()
+held = []
+word = "-".join(["SECRET", "7f3a91"])
+for size in (1, 3, 9, 30, 60, 300, 5000):
+    held += [(word * size, bytearray((word * size).encode()), str(i)) for i in range(40)]
+held.clear()
+del word
+if sys.argv[1] == "scrubbed":
+    wiping.scrub()
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+def places(pid: int, pattern: bytes) -> int:
+    """How often a process has something in its memory."""
+    found = 0
+    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            where, rights = line.split()[:2]
+            if not rights.startswith("rw"):
+                continue
+            first, last = (int(part, 16) for part in where.split("-"))
+            memory.seek(first)
+            found += memory.read(last - first).count(pattern)
+    return found
+
+
+@pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="needs glibc")
+def test_nothing_is_found_in_free_memory_after_it_was_scrubbed() -> None:
+    found = {}
+    for how in ("as-it-is", "scrubbed"):
+        with subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as program:
+            assert program.stdout is not None
+            assert program.stdout.readline() == b"done\n"
+            found[how] = places(program.pid, SECRET)
+    assert found["as-it-is"] > 100, "this is what it is for"
+    assert found["scrubbed"] < 5
+
+
+def test_other_programs_do_not_inherit_what_the_server_asks_of_its_heap() -> None:
+    off = "glibc.malloc.tcache_count=0"
+    assert wiping.as_others({"A": "b", "GLIBC_TUNABLES": off}) == {"A": "b"}
+    mine = "glibc.malloc.check=1"
+    assert wiping.as_others({"GLIBC_TUNABLES": f"{mine}:{off}"}) == {"GLIBC_TUNABLES": mine}
+    assert wiping.as_others({"GLIBC_TUNABLES": mine}) == {"GLIBC_TUNABLES": mine}
+    assert wiping.as_others({}) == {}
