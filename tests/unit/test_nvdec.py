@@ -52,7 +52,7 @@ class Opened:
     def Decode(self, packet: Any) -> list[Frame]:
         data = ctypes.string_at(packet.bsl_data, packet.bsl) if packet.bsl else b""
         self._library.fed.append((data, packet.decode_flag))
-        if data == b"broken":
+        if data.startswith(b"broken"):
             raise RuntimeError("cuvidParseVideoData returned an error")
         if data == b"poison":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -94,7 +94,7 @@ class Other:
     def __init__(self) -> None:
         self.asked: list[annexb.Format] = []
 
-    def open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder:
+    def open(self, codec: Encoding, found: annexb.Format, key_frame: bytes = b"") -> VideoDecoder:
         self.asked.append(found)
         return NoDecoder()
 
@@ -104,6 +104,8 @@ class NoDecoder:
     resets_at_keys = False
 
     def decode(self, unit: bytes, tag: int) -> Sequence[Shown]:
+        if unit.startswith(b"broken for all"):
+            raise FacelaneError(Reason.PICTURE_CORRUPT, "broken")
         return []
 
     def drain(self) -> Sequence[Shown]:
@@ -168,7 +170,7 @@ def test_a_group_follows_another_without_the_end_of_a_stream_between() -> None:
             found = shown.read()
             assert isinstance(found, OnDevice)
             assert bool((found.pixels == 10 * group + number).all())
-    assert all(data for data, _ in library.fed), "which costs a session"
+    assert all(data for data, _ in library.fed)
     session.feed(b"broken")
     with pytest.raises(FacelaneError):
         session.decode(time.monotonic, math.inf)
@@ -219,21 +221,18 @@ def test_what_the_card_does_not_take_another_decodes_and_it_is_said_once(
         made.open(Encoding.H264, SMALL)
 
 
-def test_the_next_session_is_open_before_somebody_asks() -> None:
+def test_its_first_key_frame_says_whether_the_card_takes_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     made, library, _ = engine()
-    made.open(Encoding.H264, SMALL)
-    until(lambda: made.spares == nvdec.SPARES, what="spare sessions")
-    library.refuse = "no more"
-    for _ in range(nvdec.SPARES):
-        assert isinstance(made.open(Encoding.H264, SMALL), NvdecDecoder), "that was open"
-
-
-def test_spares_are_of_the_newest_format_alone() -> None:
-    made, _, _ = engine()
-    made.open(Encoding.H264, SMALL)
-    made.open(Encoding.H265, SMALL)
-    until(lambda: {kind[0] for kind, _ in made._spare} == {Encoding.H265}, what="its spares")
-    assert made.spares <= nvdec.SPARES
+    assert isinstance(made.open(Encoding.H264, SMALL, b"key"), NvdecDecoder)
+    assert library.fed == [(b"key", 1)]
+    assert isinstance(made.open(Encoding.H264, SMALL, b"broken for all"), NvdecDecoder)
+    assert not capfd.readouterr().err
+    assert isinstance(made.open(Encoding.H264, SMALL, b"broken"), NoDecoder)
+    assert "video is decoded on the host" in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        made.open(Encoding.H264, SMALL, b"poison")
 
 
 def test_the_session_of_a_lane_that_ends_is_closed_and_goes_to_nobody() -> None:

@@ -244,7 +244,10 @@ class SlowEngine:
         self.fault: Exception | None = None
         self._other = CpuEngine(1)
 
-    def open(self, codec: Encoding, found: annexb.Format) -> video.VideoDecoder:
+    def open(
+        self, codec: Encoding, found: annexb.Format, key_frame: bytes = b""
+    ) -> video.VideoDecoder:
+        assert key_frame, "which is what opens it"
         assert self.let.wait(60)
         if self.fault is not None:
             raise self.fault
@@ -305,6 +308,18 @@ def test_a_lane_that_ends_while_its_decoder_is_being_opened_leaves_none() -> Non
     assert engine.closed == []
     engine.let.set()
     until(lambda: engine.closed == ["one"], what="its end")
+
+
+def test_a_key_frame_that_opens_a_decoder_and_is_broken() -> None:
+    engine, units = SlowEngine(), clip(count=4)
+    engine.let.set()
+    held = video.Sessions(engine, max_pixels=0)
+    broken = units[0][: len(units[0]) // 2]
+    (found,) = read(held, (item(0, 1, 1), [broken, units[1]]))
+    assert isinstance(found, FacelaneError)
+    assert found.reason is Reason.PICTURE_CORRUPT
+    (found,) = read(held, (item(0, 1, 1), units[:2]))
+    assert shows(found, 1)
 
 
 def test_a_decoder_that_cannot_be_opened_is_its_lane_s_error() -> None:

@@ -128,5 +128,6 @@ class CpuEngine:
         av.logging.set_level(None)  # what it has to say of broken streams comes as an error
         self._threads = threads
 
-    def open(self, codec: Encoding, found: annexb.Format) -> CpuDecoder:
+    def open(self, codec: Encoding, found: annexb.Format, key_frame: bytes = b"") -> CpuDecoder:
+        del key_frame
         return CpuDecoder(codec, found, self._threads)

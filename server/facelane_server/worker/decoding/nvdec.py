@@ -3,9 +3,9 @@
 What the card is not given, or does not take, another engine decodes, and the journal says so once
 for each reason: 10 bits, odd sides, a format beyond its limits, no memory for one more session.
 
-A session takes 16 MiB of the card at 720p, 26 (H.264) or 52 (H.265) at 1080p, and 50 ms to
-open: so a few of the format that was asked for last are open already, by a thread of its own, which
-also closes those of lanes that have ended. None is given to another lane: where something is
+A session takes 16 MiB of the card at 720p, 26 (H.264) or 52 (H.265) at 1080p. It is made by the
+first key frame, which takes 50 ms, one session after the other however many threads ask; closing
+one takes 25, so a thread of its own does that. None is given to another lane: where something is
 missing, a decoder makes it up from what it has seen before.
 
 A decoder's pictures lie in its own memory, which its next ones take: each is copied at once.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ from facelane_server.worker.journal import log_event
 
 THREADS: Final = 8
 """That wait for the card's decoder; its engines work side by side."""
-SPARES: Final = 2
-"""Sessions that are open for the next lanes."""
 _HD_HEIGHT: Final = 576
 _Kind = tuple[Encoding, int, int]
 
@@ -50,8 +47,7 @@ class _Picture:
 
 
 class NvdecDecoder:
-    """See ``VideoDecoder``. ``opened``: of PyNvVideoCodec, which opens a new session of the card's
-    for what comes behind the end of a stream."""
+    """See ``VideoDecoder``. ``opened``: of PyNvVideoCodec."""
 
     resets_at_keys = True
 
@@ -125,32 +121,29 @@ class NvdecEngine:
         self.library: Any = library or importlib.import_module("PyNvVideoCodec")
         self.pictures = pictures
         self._other = other
-        self._lock = threading.Lock()
-        self._spare: list[tuple[_Kind, Any]] = []
         self._told: set[str] = set()
-        self._opener = ThreadPoolExecutor(1, "nvdec")
+        self._closer = ThreadPoolExecutor(1, "nvdec")
 
-    def open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder:
+    def open(self, codec: Encoding, found: annexb.Format, key_frame: bytes = b"") -> VideoDecoder:
         if found.depth != 8:
             return self._by_other(codec, found, f"{found.depth} bits a sample")
         if found.width % 2 or found.height % 2:
             return self._by_other(codec, found, "sides that are odd")
         kind = codec, found.width, found.height
-        opened = self._take(kind)
         try:
-            opened = opened or self._session(kind)
+            decoder = NvdecDecoder(self, kind, self._session(kind), found)
+            if key_frame:
+                decoder.decode(key_frame, -1)
+        except FacelaneError as error:
+            if self._is_broken(codec, found, key_frame):
+                decoder.reset()  # the lane finds out
+                return decoder
+            return self._by_other(codec, found, error.message)
         except Exception as error:
             if classify(error) is Fault.POISONED:
                 raise
             return self._by_other(codec, found, f"{type(error).__name__}: {error}")
-        self._opener.submit(self._prepare, kind)
-        return NvdecDecoder(self, kind, opened, found)
-
-    @property
-    def spares(self) -> int:
-        """Sessions that are open for the next lane."""
-        with self._lock:
-            return len(self._spare)
+        return decoder
 
     def _session(self, kind: _Kind) -> Any:
         codec, width, height = kind
@@ -170,29 +163,18 @@ class NvdecEngine:
 
     def left(self, opened: list[Any]) -> None:
         """A lane has no more use for the session in ``opened``, which nobody else holds."""
-        self._opener.submit(opened.clear)
+        self._closer.submit(opened.clear)
 
-    def _take(self, kind: _Kind) -> Any:
-        with self._lock:
-            for place, (its_kind, opened) in enumerate(self._spare):
-                if its_kind == kind:
-                    del self._spare[place]
-                    return opened
-        return None
-
-    def _prepare(self, kind: _Kind) -> None:
-        """Some of this kind, and of no other."""
-        with self._lock:
-            others = [spare for spare in self._spare if spare[0] != kind]
-            self._spare = [spare for spare in self._spare if spare[0] == kind]
-        others.clear()  # closed outside of the lock
-        while self.spares < SPARES:
-            try:
-                opened = self._session(kind)
-            except Exception:  # whoever needs it finds out
-                return
-            with self._lock:
-                self._spare.append((kind, opened))
+    def _is_broken(self, codec: Encoding, found: annexb.Format, key_frame: bytes) -> bool:
+        """Whether nobody can decode it, so it says nothing about the card."""
+        decoder = self._other.open(codec, found)
+        try:
+            decoder.decode(key_frame, 0)
+        except FacelaneError:
+            return True
+        finally:
+            decoder.close()
+        return False
 
     def _by_other(self, codec: Encoding, found: annexb.Format, why: str) -> VideoDecoder:
         if why not in self._told and len(self._told) < 16:

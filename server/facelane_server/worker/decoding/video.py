@@ -9,8 +9,9 @@ access unit of a group stands for the n-th picture shown.
 ``Sessions`` holds them all, by the lane's number. It is used by one thread, its sessions by one
 thread each: a decoding that was given up (``patience``) takes its session with it.
 
-A card's decoder takes long to open. That is done beside, a few at a time, and the others' pictures
-do not wait for it: what comes for the lane meanwhile is kept, and decoded once it is open.
+A card's decoder takes long to open, which its first key frame does. That is done beside, and the
+others' pictures do not wait for it: what comes for the lane meanwhile is kept, and decoded once it
+is open.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from facelane_server.models.api import U8
 SLICE_S: Final = 0.05
 """What one lane may decode at a stretch before others have their turn: a group of pictures that
 is replayed takes longer, and goes on in the next job."""
-OPENERS: Final = 2
-"""Threads that open decoders where that takes long; a card's driver opens one after the other."""
+OPENERS: Final = 1
+"""Threads that open decoders where that takes long: a card's driver opens one after the other, and
+two that wait for it would be two that others wait for."""
 OPENING_S: Final = 0.005
 """What a job waits for a decoder that is being opened."""
 OPENING_FIRST_S: Final = 0.5
@@ -82,11 +84,12 @@ class VideoDecoder(Protocol):
 class VideoEngine(Protocol):
     @property
     def opens_slowly(self) -> bool:
-        """Its ``open`` is called by threads that have nothing else to do."""
+        """Its ``open`` is called by a thread that has nothing else to do."""
 
-    def open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder:
-        """Raises FacelaneError(VIDEO_UNSUPPORTED) for a format that this engine does not take;
-        OUT_OF_MEMORY (retryable)."""
+    def open(self, codec: Encoding, found: annexb.Format, key_frame: bytes = b"") -> VideoDecoder:
+        """``key_frame``: that the decoder will begin with, and will be given after this; where it
+        is known, what opens slowly opens here. Raises FacelaneError(VIDEO_UNSUPPORTED) for a format
+        that this engine does not take; OUT_OF_MEMORY (retryable)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,15 +346,18 @@ class Sessions:
             return session
         if session is not None:
             self.close(item.lane)
-        session = self._sessions[item.lane] = Session(codec, self._open(codec, found), found)
+        decoder = self._open(codec, found, units[0])
+        session = self._sessions[item.lane] = Session(codec, decoder, found)
         return session
 
-    def _open(self, codec: Encoding, found: annexb.Format) -> VideoDecoder | Future[VideoDecoder]:
+    def _open(
+        self, codec: Encoding, found: annexb.Format, key_frame: bytes
+    ) -> VideoDecoder | Future[VideoDecoder]:
         if self._engine is None:
             return BlindDecoder(api.blank(found.width, found.height))
         if self._openers is None:
             return self._engine.open(codec, found)
-        return self._openers.submit(self._engine.open, codec, found)
+        return self._openers.submit(self._engine.open, codec, found, key_frame)
 
 
 def _close_late(opening: Future[VideoDecoder]) -> None:
