@@ -80,6 +80,8 @@ class Servers(_Table, frozen=True, kw_only=True):
 class Bridges(_Table, frozen=True, kw_only=True):
     """How bridges, and the fleet itself, speak to servers: files on every node."""
 
+    cameras: Annotated[int, Meta(ge=1, le=256)] = 16
+    """How many one bridge reads, a process that fills one core at most; more take more bridges."""
     token_file: str = ""
     tls_ca: str = ""
     tls_cert: str = ""

@@ -35,6 +35,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     revision: int
     cameras: tuple[HostedCamera, ...] = ()
     servers: ServersOrder
+    cameras_per_bridge: int = 16
     lease: float
     silence: float
     taken: int = 0
@@ -83,6 +84,7 @@ class Report(msgspec.Struct, kw_only=True):
     servers: list[ServerReport]
     bridge: str
     """RUNNING, ABSENT, BACKOFF; LOCKED while one of before has not ended."""
+    bridges: int = 0
     bridge_restarts: int = 0
 
 

@@ -23,18 +23,13 @@ from typing import Final
 import msgspec
 
 import facelane
-from facelane_bridge.hosting import CameraReport, HostedCamera, Told
-from facelane_fleet.accounts import closed
-from facelane_fleet.messages import MAX_ENDED, EndedRun, Order, Report, ServersOrder
-from facelane_fleet.processes import Backoff, BridgeProcess, ServerProcess
+from facelane_fleet.messages import Order, Report, ServersOrder
+from facelane_fleet.processes import ServerProcess
+from facelane_fleet.readers import PULSE_PART, Readers
 
 log = logging.getLogger("facelane_fleet")
 
 STEP_S: Final = 0.1
-KEEP_PART: Final = 8
-"""A bridge hears so many words within its lease."""
-PULSE_PART: Final = 0.4
-"""Of the lease: the cluster may be unheard for so long; the rest is the bridge's own lease."""
 
 
 class Node:
@@ -61,15 +56,7 @@ class Node:
         self._memo: bytes | None = None
         self._memo_revision = 0
         self._applied = 0
-        self._sent: tuple[HostedCamera, ...] = ()
-        self._kept_at = 0.0
-        self._bridge: BridgeProcess | None = None
-        self._backoff = Backoff()
-        self._out: dict[str, int] = {}
-        """Cameras, and their terms, that the bridge has been given and not said to have ended."""
-        self._reports: dict[str, CameraReport] = {}
-        self._ended: list[EndedRun] = []
-        self._number = 0
+        self._readers = Readers(self._lock_file, self._guard)
         self._servers: dict[int, ServerProcess] = {}
         self._retiring: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
@@ -86,7 +73,7 @@ class Node:
                 self._memo, self._memo_revision = order.memo, order.memo_revision
             if self._order is None or order.revision >= self._order.revision:
                 self._order = order
-                self._ended = [run for run in self._ended if run.number > order.taken]
+                self._readers.taken(order.taken)
         self._wake.set()
         return msgspec.json.encode(self.report())
 
@@ -98,23 +85,18 @@ class Node:
     def report(self) -> Report:
         """What is here now."""
         with self._guard:
-            if not self._locked:
-                bridge = "LOCKED"
-            elif self._bridge is not None and self._bridge.alive:
-                bridge = "RUNNING"
-            else:
-                bridge = "BACKOFF" if self._sent else "ABSENT"
             return Report(
                 incarnation=self.incarnation,
                 version=facelane.__version__,
                 revision=self._applied,
                 memo_revision=self._memo_revision,
-                cameras=dict(self._out),
-                reports=dict(self._reports),
-                ended=list(self._ended),
+                cameras=self._readers.cameras(),
+                reports=self._readers.reports(),
+                ended=list(self._readers.ended),
                 servers=[self._servers[slot].report() for slot in sorted(self._servers)],
-                bridge=bridge,
-                bridge_restarts=max(0, self._backoff.restarts),
+                bridge=self._readers.state() if self._locked else "LOCKED",
+                bridges=self._readers.count(),
+                bridge_restarts=self._readers.restarts(),
             )
 
     def close(self, seconds: float = 40.0) -> None:
@@ -148,7 +130,9 @@ class Node:
         if order is None or not self._locked:
             return
         self._step_servers(order.servers)
-        self._step_bridge(order)
+        self._readers.step(order, ours=self._is_ours(order))
+        with self._guard:
+            self._applied = order.revision
         for server in self._servers.values():
             server.step()
 
@@ -172,81 +156,14 @@ class Node:
                 with self._guard:
                     self._servers[slot] = made
 
-    def _step_bridge(self, order: Order) -> None:
-        now = time.monotonic()
-        bridge = self._bridge
-        if bridge is not None and not bridge.alive:
-            log.warning("the bridge ended: cameras=%d", len(self._out))
-            self._lose(bridge)
-            self._backoff.ended(now)
-            bridge = None
-        wanted = order.cameras
-        if not self._counts(order, now):
-            if bridge is not None and self._out:
-                log.warning("out of touch: cameras are let go")
-                bridge.stop()
-                self._lose(bridge)
-            return
-        if bridge is None and wanted and self._backoff.due(now):
-            self._backoff.started(now)
-            lease = order.lease * (1.0 - PULSE_PART)
-            bridge = self._bridge = BridgeProcess(lease, self._lock_file, self._told)
-            self._sent = ()
-        if bridge is not None:
-            bridge.flush()
-            if wanted != self._sent:
-                with self._guard:
-                    self._out |= {one.camera.name: one.term for one in wanted}
-                bridge.want(wanted)
-                self._sent, self._kept_at = wanted, now
-            elif now - self._kept_at >= order.lease / KEEP_PART:
-                bridge.keep()
-                self._kept_at = now
-        with self._guard:
-            self._applied = order.revision
-
-    def _counts(self, order: Order, now: float) -> bool:
+    def _is_ours(self, order: Order) -> bool:
         """Whether the cameras are still this node's: the cluster says so, and the supervisor is
         not unheard for so long that it has given them to others."""
-        return self._pulse() <= order.lease * PULSE_PART and now - self._heard_at <= order.silence
-
-    def _told(self, told: Told, _lost: bool) -> None:
-        with self._guard:
-            for name, report in told.ended.items():
-                self._over(name, report)
-            for name, report in told.cameras.items():
-                if name in self._out:
-                    self._reports[name] = report
-
-    def _over(self, name: str, report: CameraReport) -> None:
-        """The books of a run are closed. With the guard held."""
-        self._number += 1
-        self._ended.append(EndedRun(number=self._number, camera=name, report=report))
-        del self._ended[:-MAX_ENDED]
-        if self._out.get(name) == report.term:
-            again = any(one.camera.name == name and one.term == report.term for one in self._sent)
-            if not again:
-                del self._out[name]
-        known = self._reports.get(name)
-        if known is not None and known.term == report.term:
-            del self._reports[name]
-
-    def _lose(self, bridge: BridgeProcess) -> None:
-        """A bridge has ended: what it had last told is what there is."""
-        bridge.reap()
-        with self._guard:
-            self._bridge = None
-            self._sent = ()
-            for name, report in list(self._reports.items()):
-                self._over(name, closed(report, "BRIDGE_LOST"))
-            self._out.clear()
-            self._reports.clear()
+        unheard = time.monotonic() - self._heard_at
+        return self._pulse() <= order.lease * PULSE_PART and unheard <= order.silence
 
     def _end(self) -> None:
-        bridge = self._bridge
-        if bridge is not None:
-            bridge.stop()
-            self._lose(bridge)
+        self._readers.stop()
         endings = [threading.Thread(target=one.stop) for one in self._servers.values()]
         for ending in endings:
             ending.start()

@@ -298,8 +298,8 @@ def _master_key(state: Path) -> Path:
 class BridgeProcess:
     """The bridge of a node: its cameras by lines, what it tells of them."""
 
-    def __init__(self, lease: float, lock: int, on_end: Callable[[Told, bool], None]) -> None:
-        self._on_told = on_end
+    def __init__(self, lease: float, lock: int, on_told: Callable[[Told], None]) -> None:
+        self._on_told = on_told
         self._encoder = msgspec.json.Encoder()
         command = (
             sys.executable, "-m", "facelane_bridge", "--log-level", "warning",
@@ -351,7 +351,7 @@ class BridgeProcess:
         decoder = msgspec.json.Decoder(Told)
         while line := self._process.stdout.readline(MAX_LINE_BYTES):
             with contextlib.suppress(msgspec.DecodeError):
-                self._on_told(decoder.decode(line), False)
+                self._on_told(decoder.decode(line))
 
     def stop(self) -> None:
         """End-of-file, then force; what it still tells is heard."""

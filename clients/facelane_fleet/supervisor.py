@@ -382,6 +382,7 @@ class Supervisor:
                 revision=memo.state.revision,
                 cameras=tuple(self._cameras_of(info.id)),
                 servers=servers,
+                cameras_per_bridge=settings.bridges.cameras,
                 lease=settings.fleet.lease,
                 silence=settings.fleet.silence,
                 taken=memo.taken.get(report.incarnation, 0) if report is not None and kept else 0,

@@ -178,11 +178,43 @@ def test_a_node_that_the_cluster_has_given_up_lets_its_cameras_go(driven: Driven
 
 
 @pytest.mark.slow
+def test_a_node_has_as_many_bridges_as_its_cameras_take(driven: Driven) -> None:
+    names = ("a", "b", "c")
+
+    def tick() -> Report:
+        return driven.tick(cameras_per_bridge=2)
+
+    def settled(**cameras: int) -> bool:
+        reports = tick().reports
+        return all(n in reports and reports[n].totals.results for n in cameras)
+
+    driven.revision, driven.wanted = 1, dict.fromkeys(names, 1)
+    until(lambda: settled(a=1, b=1, c=1))
+    assert tick().bridges == len(bridges()) == 2
+    # One is lost: its cameras alone begin anew.
+    before = tick().reports
+    bridges()[0].kill()
+    until(lambda: tick().ended)
+    lost = {run.camera for run in tick().ended}
+    assert 1 <= len(lost) < 3
+    until(lambda: settled(a=1, b=1, c=1))
+    now = tick().reports
+    for name in set(names) - lost:
+        assert now[name].first_result_at == before[name].first_result_at
+    driven.revision, driven.wanted = 2, {"a": 1}
+    until(lambda: tick().cameras == {"a": 1})
+    assert set(driven.cameras.most_readers.values()) == {1}
+    driven.revision, driven.wanted = 3, {}
+    until(lambda: not tick().cameras)
+    until(lambda: tick().bridges == len(bridges()) == 1)
+
+
+@pytest.mark.slow
 def test_a_bridge_lets_go_when_its_node_hangs(driven: Driven) -> None:
     """Its host is silent: it does not wait to be told."""
     driven.want(a=1)
     until(lambda: driven.results(term=1, name="a"))
-    driven.node._step_bridge = lambda order: None  # type: ignore[method-assign]
+    driven.node._step = lambda: None  # type: ignore[method-assign]
     until(lambda: not driven.cameras.readers("a"))
 
 
