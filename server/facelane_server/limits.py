@@ -16,6 +16,9 @@ MIB: Final = 1024 * KIB
 MAX_MESSAGE_BYTES: Final = 33 * MIB
 """gRPC refuses larger messages before they are parsed. Above ``MAX_PICTURE_BYTES``
 so that a picture slightly too large gets our own error, which can say so."""
+MAX_PLAIN_MESSAGE_BYTES: Final = 256 * KIB
+"""Of a message that holds no picture: a subject with all its labels has 20 KiB, a stream's config
+with all its zones and lines 40."""
 MAX_PICTURE_BYTES: Final = 32 * MIB
 """A raw 3840x2160 BGR picture is 24.9 MB."""
 MAX_PIXELS: Final = 51_000_000

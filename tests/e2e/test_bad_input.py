@@ -296,6 +296,28 @@ def test_a_message_of_64_mb_ends_its_own_call_alone(
     assert len(client.analyze_image(wire.picture()).faces) == 1
 
 
+MANY = 2_000_000
+SWOLLEN = {
+    "AnalysisService/AnalyzeStream": b"\x0a" + b"\x80\x89\x7a" + b"\x52\x00" * (MANY // 2),
+    "EventService/WatchEvents": b"\x10\x01" * MANY,
+    "GalleryService/CreateSubject": b"\x22\x00" * MANY,
+    "GalleryService/UpdateSubject": b"\x12\x02\x0a\x00" * MANY,
+    "GalleryService/ListSubjects": b"\x12\x00" * MANY,
+}
+
+
+@pytest.mark.parametrize("method", SWOLLEN)
+def test_a_small_request_with_millions_of_entries_is_not_even_parsed(
+    channel: grpc.Channel, method: str
+) -> None:
+    call = channel.stream_stream(f"/facelane.v1.{method}")
+    with pytest.raises(grpc.RpcError) as error:
+        list(call(iter([SWOLLEN[method]]), timeout=wire.CALL_S))
+    code, reason = wire.refusal(error.value)
+    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "ARGUMENT_INVALID")
+    assert "has at most" in error.value.details()
+
+
 def test_the_sdk_refuses_a_frame_that_the_server_would(client: facelane.Client) -> None:
     with client.analyze_stream(overload="lossless") as stream:
         with pytest.raises(facelane.PictureError) as refused:

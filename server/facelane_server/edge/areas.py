@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 from google.protobuf import duration_pb2
 
 from facelane.v1 import analysis_service_pb2 as pb
-from facelane_server import areas
+from facelane_server import areas, limits
 from facelane_server.areas import Faces, Line, Zone
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Reason
@@ -25,6 +25,8 @@ _FACES: Final[dict[int, Faces]] = {
 
 def placed(options: LaneOptions, message: pb.StreamConfig, config: Config) -> LaneOptions:
     """The options with the stream's zones and lines. Raises CONFIG_INVALID."""
+    if max(len(message.zones), len(message.lines)) > limits.MAX_AREAS:
+        raise _invalid(f"a stream has at most {limits.MAX_AREAS} zones and as many lines")
     own_zones = tuple(_zone(zone) for zone in message.zones)
     own_lines = tuple(
         Line(name=line.name, start=_point(line.start), end=_point(line.end))

@@ -79,6 +79,8 @@ def invalid(message: str, **metadata: str) -> FacelaneError:
 def gallery(gallery_id: str, caller: Caller, verb: Verb) -> str:
     """The gallery meant. Raises ARGUMENT_INVALID, and PERMISSION_DENIED for one that the
     caller's key is not for."""
+    if len(gallery_id) > limits.MAX_ID_CHARS:
+        gallery_name(gallery_id)  # raises, before it is compared with anything
     return gallery_name(caller.place(verb, gallery=gallery_id, default=DEFAULT_GALLERY)[0])
 
 
@@ -186,6 +188,8 @@ def lane_options(message: analysis_pb.StreamConfig, config: Config, caller: Call
             age_ns = duration_ns(message.max_frame_age, "max_frame_age")
             if not 1_000_000 <= age_ns <= 3_600_000_000_000:
                 raise invalid("max_frame_age must be between 1 ms and 1 h")
+        if len(message.options.gallery_id) > limits.MAX_ID_CHARS:
+            gallery_name(message.options.gallery_id)  # raises, before it is compared with anything
         interval_ns = int(config.tracking.reinference_interval_s * 1e9)
         if message.HasField("reinference_interval"):
             interval_ns = duration_ns(message.reinference_interval, "reinference_interval")

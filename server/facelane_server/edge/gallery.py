@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+
 from msgspec.structs import replace
 
 from facelane.v1 import face_pb2
@@ -56,7 +59,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             _gallery(request.gallery_id, "gallery.write"),
             request.subject_id,
             request.display_name,
-            dict(request.labels),
+            _labels(request.labels),
         )
         return pb.CreateSubjectResponse(subject=_subject(subject))
 
@@ -95,7 +98,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             _gallery(wanted.gallery_id, "gallery.write"),
             wanted.subject_id,
             display_name=wanted.display_name if "display_name" in paths else None,
-            labels=dict(wanted.labels) if "labels" in paths else None,
+            labels=_labels(wanted.labels) if "labels" in paths else None,
             etag=wanted.etag,
         )
         return pb.UpdateSubjectResponse(subject=_subject(subject))
@@ -264,6 +267,11 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
 
 def _gallery(gallery_id: str, verb: Verb) -> str:
     return convert.gallery(gallery_id, gate.caller(), verb)
+
+
+def _labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """A copy; of more than can be kept, so many that they are refused."""
+    return dict(itertools.islice(labels.items(), limits.MAX_LABELS + 1))
 
 
 def _subject(subject: Subject) -> face_pb2.Subject:

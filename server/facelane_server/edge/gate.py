@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.edge import errors
+from facelane_server.edge import errors, sizes
 from facelane_server.edge.auth import NO_PEER, Authenticator, Peer
 from facelane_server.edge.errors import Context
 from facelane_server.edge.quotas import Kind, Quotas
@@ -230,7 +230,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
 
         return grpc.stream_stream_rpc_method_handler(
             enter,
-            request_deserializer=_parser(handler.request_deserializer),
+            request_deserializer=_parser(handler.request_deserializer, sizes.checked(method)),
             response_serializer=handler.response_serializer,
         )
 
@@ -310,10 +310,11 @@ def _streamed(behaviour: Any) -> Callable[[Any, Context], Awaitable[None]]:
     return serve
 
 
-def _parser(parse: Any) -> Callable[[bytes], Any]:
+def _parser(parse: Any, check: Callable[[bytes], None]) -> Callable[[bytes], Any]:
     """Protobuf's own error is a kilobyte of traceback in the log, for any stranger's bytes."""
 
     def parsed(data: bytes) -> Any:
+        check(data)
         try:
             return parse(data)
         except DecodeError:

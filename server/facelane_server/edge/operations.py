@@ -249,7 +249,7 @@ class EventService(event_grpc.EventServiceServicer):
         self, request: event_pb.WatchEventsRequest, context: Context
     ) -> None:
         try:
-            kinds = [_KINDS_BACK[kind] for kind in request.kinds if kind]
+            kinds = [_KINDS_BACK[kind] for kind in set(request.kinds) if kind]
         except KeyError:
             raise convert.invalid("kinds: there is no such kind of event", field="kinds") from None
         caller = gate.caller()
