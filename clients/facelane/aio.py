@@ -233,6 +233,9 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     health = _awaited(calls.health)
     list_streams = _awaited(views.list_streams)
     event_picture = _awaited(views.event_picture)
+    correct_identity = _awaited(views.correct_identity)
+    undo_correction = _awaited(views.undo_correction)
+    list_corrections = _awaited(views.list_corrections)
     watch_stream = views.watch_stream_async
 
     async def wait_until_serving(

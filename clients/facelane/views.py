@@ -11,7 +11,7 @@ import grpc.aio
 from facelane import calls, convert, types
 from facelane.driver import ClientBase
 from facelane.errors import ArgumentError, FacelaneError, Reason
-from facelane.v1 import event_service_pb2
+from facelane.v1 import event_service_pb2, gallery_service_pb2
 from facelane.v1 import view_service_pb2 as pb
 
 _ENCODING = {number: encoding for encoding, number in convert._ENCODING.items()}
@@ -45,6 +45,73 @@ def event_picture(sequence: int, *, timeout: float | None = None) -> calls.Call[
         lambda answer: types.EventPicture(answer.picture_jpeg, answer.chip_jpeg),
         timeout,
     )
+
+
+def correct_identity(
+    sequence: int,
+    *,
+    is_not: bool = False,
+    subject_id: str = "",
+    create_subject: bool = False,
+    display_name: str = "",
+    timeout: float | None = None,
+) -> calls.Call[types.Correction]:
+    """Says of an event's face, whose picture has to be kept, that it is not whom the event names
+    (``is_not``), or which subject it is. ``undo_correction`` takes it back.
+
+    Raises:
+        NotFoundError: EVENT_NOT_FOUND, PICTURE_NOT_FOUND, or SUBJECT_NOT_FOUND.
+        EnrollmentRefusedError: the picture will not do, as in ``enroll``.
+        RefusedError: the face matches another subject (FACE_OF_ANOTHER): say first that it is not.
+    """
+    if is_not is bool(subject_id):
+        raise ArgumentError(Reason.ARGUMENT_INVALID, "give either is_not=True or subject_id")
+    request = gallery_service_pb2.CorrectIdentityRequest(
+        sequence=sequence, create_subject=create_subject, display_name=display_name
+    )
+    if is_not:
+        request.is_not = True
+    else:
+        request.subject_id = subject_id
+    return calls.Call(
+        lambda stubs: stubs.gallery.CorrectIdentity,
+        request,
+        lambda answer: _correction(answer.correction),
+        timeout,
+    )
+
+
+def undo_correction(
+    correction_id: str, *, gallery: str = convert.DEFAULT_GALLERY, timeout: float | None = None
+) -> calls.Call[None]:
+    """Takes a correction back.
+
+    Raises:
+        NotFoundError: there is no such correction (TEMPLATE_NOT_FOUND).
+    """
+    return calls.Call(
+        lambda stubs: stubs.gallery.UndoCorrection,
+        gallery_service_pb2.UndoCorrectionRequest(gallery_id=gallery, correction_id=correction_id),
+        lambda _answer: None,
+        timeout,
+    )
+
+
+def list_corrections(
+    subject_id: str, *, gallery: str = convert.DEFAULT_GALLERY, timeout: float | None = None
+) -> calls.Call[list[types.Correction]]:
+    """What was said of a subject's faces and not undone, oldest first."""
+    return calls.Call(
+        lambda stubs: stubs.gallery.ListCorrections,
+        gallery_service_pb2.ListCorrectionsRequest(gallery_id=gallery, subject_id=subject_id),
+        lambda answer: [_correction(one) for one in answer.corrections],
+        timeout,
+    )
+
+
+def _correction(c: gallery_service_pb2.Correction) -> types.Correction:
+    made = convert._moment(c.create_time) if c.HasField("create_time") else None
+    return types.Correction(c.correction_id, c.subject_id, c.is_not, made)
 
 
 def _open_stream(s: pb.OpenStream) -> types.OpenStream:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from facelane_server import limits
 from facelane_server.domain import (
     Box,
     Candidate,
@@ -267,7 +268,7 @@ class Pipeline:
             request: EmbedRequest | LivenessRequest
             if stage is Stage.RECOGNIZER:
                 request = EmbedRequest(
-                    crops[0], plan.gallery_id, max(2, plan.max_candidates), plan.want_vectors
+                    crops[0], plan.gallery_id, _top(plan.max_candidates), plan.want_vectors
                 )
             else:
                 request = LivenessRequest(crops)
@@ -499,6 +500,11 @@ def error_of(future: asyncio.Future[Any]) -> FacelaneError:
     if isinstance(error, FacelaneError):
         return error
     return FacelaneError(Reason.INTERNAL, "the server failed on this picture; see its log")
+
+
+def _top(candidates: int) -> int:
+    """How many subjects are asked for: two to decide by, each with what it is not."""
+    return min(max(4, candidates + 2), limits.MAX_CANDIDATES)
 
 
 def _visible(box: Box, scale: float, width: int, height: int) -> float:

@@ -137,6 +137,39 @@ def test_gone_with_whom_it_shows(stage: Stage) -> None:
     stage.client.enroll("grace", jpeg(portrait()))
 
 
+def test_a_wrong_name_is_corrected_and_the_correction_taken_back(stage: Stage) -> None:
+    client = stage.client
+    [event, *_] = stage.pictured(stage.play())
+    assert event.identity.subject_id == "grace"
+    said = client.correct_identity(event.sequence, is_not=True)
+    assert (said.subject_id, said.is_not) == ("grace", True)
+    assert client.list_corrections("grace") == [said]
+    assert client.get_subject("grace").template_count == 1, "it is no template of hers"
+    # Whoever looks like that is not Grace any more, and may be enrolled as who it is.
+    picture = facelane.Picture.encoded(client.event_picture(event.sequence).picture)
+    [face] = client.identify(picture)
+    assert face.identity.decision is facelane.Decision.UNKNOWN
+    assert not client.verify("grace", picture).verified
+    her = client.correct_identity(event.sequence, subject_id="amazing", create_subject=True)
+    assert not her.is_not
+    [face] = client.identify(picture)
+    assert face.identity.subject_id == "amazing"
+    # Both can be taken back, and an enrolment is no correction.
+    client.undo_correction(her.correction_id)
+    client.undo_correction(said.correction_id)
+    [face] = client.identify(picture)
+    assert face.identity.subject_id == "grace"
+    [template] = client.list_templates("grace")
+    for wrong in (template.template_id, said.correction_id):
+        with pytest.raises(facelane.NotFoundError):
+            client.undo_correction(wrong)
+    client.delete_subject("amazing")
+    with pytest.raises(facelane.NotFoundError):
+        client.correct_identity(1 << 60, is_not=True)
+    with pytest.raises(facelane.ArgumentError):
+        client.correct_identity(event.sequence)
+
+
 def audit_of(stage: Stage) -> str:
     command = ["list", "-n", "10000", "--json", "--config", str(stage.server.config)]
 

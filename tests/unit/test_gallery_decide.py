@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from facelane_server import limits
 from facelane_server.domain import Candidate, Decision, LivenessVerdict
+from facelane_server.gallery import decide
 from facelane_server.gallery.decide import (
     Thresholds,
     best_first,
@@ -171,3 +172,23 @@ def test_a_face_that_is_trusted_less_passes_for_one_person_and_is_named_nobody()
 class Measured:
     ood: float
     similarity: tuple[float, ...]
+
+
+def test_what_a_subject_is_not_takes_it_out_and_nobody_else() -> None:
+    thresholds = Thresholds(match=0.4, margin=0.05)
+
+    def who(*near: tuple[str, float]) -> tuple[Decision, str, set[str]]:
+        found = [Candidate(name, similarity) for name, similarity in near]
+        identity = decide.identify(0.9, found, thresholds, keep=5)
+        return identity.decision, identity.subject_id, identity.subjects
+
+    no = decide.SHADOW
+    assert who(("ada", 0.7))[:2] == (Decision.MATCH, "ada")
+    assert who(("ada", 0.7), (f"{no}ada", 0.6))[:2] == (Decision.MATCH, "ada")
+    assert who(("ada", 0.6), (f"{no}ada", 0.7))[:2] == (Decision.UNKNOWN, "")
+    # Whom it really shows has the very same face for a template.
+    told = who(("ada", 0.6), (f"{no}ada", 0.7), ("bea", 0.7))
+    assert told == (Decision.MATCH, "bea", {"bea"})
+    # What somebody is not is no second, and no candidate.
+    assert who(("ada", 0.7), (f"{no}bea", 0.69))[:2] == (Decision.MATCH, "ada")
+    assert who((f"{no}ada", 0.9)) == (Decision.UNKNOWN, "", set())

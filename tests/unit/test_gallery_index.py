@@ -582,7 +582,7 @@ async def test_a_caller_that_goes_away_leaves_store_and_index_in_step(
 async def test_waiting_calls_are_bounded(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, release = threading.Event(), threading.Event()
 
-    def hang(*_: object) -> bool:
+    def hang(*_: object, **_kwargs: object) -> bool:
         entered.set()
         assert release.wait(20)
         return True
@@ -612,7 +612,7 @@ async def test_a_slow_store_has_a_deadline(
     gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(gallery._store, "list_templates", lambda *_: release.wait(20))
+    monkeypatch.setattr(gallery._store, "list_templates", lambda *_, **_: release.wait(20))
     monkeypatch.setattr("facelane_server.gallery.gallery.CALL_TIMEOUT_S", 0.05)
     with pytest.raises(FacelaneError) as caught:
         await gallery.list_templates("g", "a")

@@ -59,7 +59,7 @@ async def test_what_the_pools_are_asked() -> None:
     pools.detector.answer(faces(1))
     await turns()
     (embed,), (live,) = pools.recognizer.waiting, pools.liveness.waiting
-    assert embed.request == EmbedRequest(b"chip", "g", 4, True)
+    assert embed.request == EmbedRequest(b"chip", "g", 6, True)
     assert live.request == LivenessRequest((b"context",))
     for asked in (embed, live):
         assert (asked.lane, asked.weight, asked.deadline_ns) == (9, 3, 10**18)
@@ -94,12 +94,12 @@ async def test_the_threshold_is_of_the_gallery_its_size_and_the_source() -> None
     ]  # fmt: skip
 
 
-async def test_the_two_best_are_always_searched_for_so_that_the_margin_is_known() -> None:
+async def test_the_two_best_and_what_they_are_not_are_always_searched_for() -> None:
     pools = ScriptedPools()
     task = await started(pools, Plan(max_candidates=0))
     pools.detector.answer(faces(1))
     await turns()
-    assert pools.recognizer.waiting[0].request.top_k == 2
+    assert pools.recognizer.waiting[0].request.top_k == 4
     pools.answer_second()
     await task
 

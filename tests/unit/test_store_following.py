@@ -19,11 +19,12 @@ from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.gallery import gallery as gallery_module
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.snapshot import AddTemplate, changes_of
 from facelane_server.store import schema
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
 from facelane_server.store.readers import Reader
-from facelane_server.store.records import NewTemplate
+from facelane_server.store.records import Correction, NewTemplate
 
 DIM = 16
 MODEL = "m@1"
@@ -191,7 +192,8 @@ import numpy as np
 from pathlib import Path
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
-from facelane_server.store.records import NewTemplate
+from facelane_server.gallery.snapshot import AddTemplate, changes_of
+from facelane_server.store.records import Correction, NewTemplate
 
 place, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 store = Store(open_store(place if place.startswith("postgresql") else Path(place)))
@@ -266,3 +268,60 @@ def test_a_commit_of_another_is_heard(place: Path | str) -> None:
             schema.next_revision(connection, schema.GALLERY)
         assert reader.wait_for_change(300.0), "not after its timeout alone"
         reader.end_waiting()
+
+
+def test_what_a_subject_is_not_is_followed_beside_it(place: Path | str) -> None:
+    """Added, read anew, undone, and gone with the subject, on each engine."""
+    with contextlib.closing(Store(open_store(place))) as store:
+        store.enroll("g", "ada", NewTemplate(MODEL, vector(1), 0.9), create_subject=True)
+        said = store.enroll(
+            "g", "ada", NewTemplate(MODEL, vector(2), 0.9, correction=Correction.NOT)
+        )
+        assert said.created
+        assert said.subject.template_count == 1
+        rows = list(store.vectors(MODEL, DIM))
+        assert [row.negative for row in rows] == [False, True]
+        number = rows[0].subject
+        found = [c for one in store.changes(0, MODEL, DIM) for c in changes_of(one)]
+        assert [c.number for c in found if isinstance(c, AddTemplate)] == [number, -number]
+        assert [t.template_id for t in store.list_templates("g", "ada")] == [rows[0].template_id]
+        [kept] = store.list_templates("g", "ada", corrections=True)
+        assert kept.correction is Correction.NOT
+        # What was enrolled is no correction, and is not undone as one.
+        with pytest.raises(FacelaneError):
+            store.delete_template("g", rows[0].template_id, undo=True)
+        seen = store.revision()
+        store.delete_template("g", kept.template_id, undo=True)
+        [gone] = store.changes(seen, MODEL, DIM)
+        assert {c.number for c in changes_of(gone)} == {number, -number}
+        store.enroll("g", "ada", NewTemplate(MODEL, vector(2), 0.9, correction=Correction.NOT))
+        # The same face may be somebody else's template, and be said again without a second row.
+        store.enroll("g", "ada", NewTemplate(MODEL, vector(2), 0.9, correction=Correction.NOT))
+        store.enroll("g", "bea", NewTemplate(MODEL, vector(2), 0.9), create_subject=True)
+        assert sum(row.negative for row in store.vectors(MODEL, DIM)) == 1
+        store.delete_subject("g", "ada")
+        assert [row.subject_id for row in store.vectors(MODEL, DIM)] == ["bea"]
+
+
+async def test_a_face_that_is_said_not_to_be_the_subject_does_not_verify(
+    two: tuple[Gallery, Gallery],
+) -> None:
+    """Nor at the other server of the store; and taken back, it does again."""
+    here, there = two
+    near = vector(1) + 0.3 * vector(3)
+    probe = (near / np.linalg.norm(near)).astype(np.float32).tobytes()
+    await here.enroll("g", "ada", vector=vector(1), ood_score=0.9, create_subject=True)
+    for gallery in two:
+        await auntil(lambda gallery=gallery: gallery.knows("g", "ada"))
+        assert gallery.similarity("g", "ada", probe) > 0.5
+    said = await here.enroll(
+        "g", "ada", vector=np.frombuffer(probe, np.float32), ood_score=0.9,
+        correction=Correction.NOT,
+    )  # fmt: skip
+    for gallery in two:
+        await auntil(lambda gallery=gallery: gallery.similarity("g", "ada", probe) == -1.0)
+        assert gallery.similarity("g", "ada", vector(1).tobytes()) > 0.99
+        assert (gallery.searched("g"), gallery.templates) == (1, 1)
+    await there.delete_template("g", said.template.template_id, undo=True)
+    for gallery in two:
+        await auntil(lambda gallery=gallery: gallery.similarity("g", "ada", probe) > 0.5)

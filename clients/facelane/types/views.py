@@ -36,6 +36,17 @@ class OpenStream:
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """Something that was said of an event's face, and holds: that it is ``subject_id``, or with
+    ``is_not``, that it is not."""
+
+    correction_id: str
+    subject_id: str
+    is_not: bool
+    create_time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StreamPicture:
     """A picture as the server received it. ``outcome`` is ``None`` for access units from before the
     look, which later ones need. ``key_frame``: it can be decoded by itself. ``skipped``: pictures

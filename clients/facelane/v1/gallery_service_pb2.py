@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from facelane.v1 import face_pb2 as facelane_dot_v1_dot_face__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!facelane/v1/gallery_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a google/protobuf/field_mask.proto\"\xc2\x01\n\x14\x43reateSubjectRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12=\n\x06labels\x18\x04 \x03(\x0b\x32-.facelane.v1.CreateSubjectRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\">\n\x15\x43reateSubjectResponse\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\";\n\x11GetSubjectRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\";\n\x12GetSubjectResponse\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\"P\n\x13ListSubjectsRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x14ListSubjectsResponse\x12&\n\x08subjects\x18\x01 \x03(\x0b\x32\x14.facelane.v1.Subject\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"n\n\x14UpdateSubjectRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\">\n\x15UpdateSubjectResponse\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\">\n\x14\x44\x65leteSubjectRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\"C\n\x15\x44\x65leteSubjectResponse\x12\x19\n\x11templates_deleted\x18\x01 \x01(\r\x12\x0f\n\x07receipt\x18\x02 \x01(\t\">\n\x14ListTemplatesRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\"A\n\x15ListTemplatesResponse\x12(\n\ttemplates\x18\x01 \x03(\x0b\x32\x15.facelane.v1.Template\"@\n\x15\x44\x65leteTemplateRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\"\x18\n\x16\x44\x65leteTemplateResponse\"\xef\x01\n\x11\x45nrollFaceRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12%\n\x07picture\x18\x03 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x16\n\x0e\x63reate_subject\x18\x05 \x01(\x08\x12\x14\n\x0c\x64isplay_name\x18\x06 \x01(\t\x12\x1c\n\x14\x61llow_multiple_faces\x18\x07 \x01(\x08\x12\x15\n\rskip_liveness\x18\x08 \x01(\x08\x12\x14\n\x0crequire_live\x18\t \x01(\x08\"\xb3\x01\n\x12\x45nrollFaceResponse\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\x12\'\n\x08template\x18\x02 \x01(\x0b\x32\x15.facelane.v1.Template\x12\x1f\n\x04\x66\x61\x63\x65\x18\x03 \x01(\x0b\x32\x11.facelane.v1.Face\x12,\n\x08warnings\x18\x04 \x03(\x0e\x32\x1a.facelane.v1.EnrollWarning\"b\n\x11VerifyFaceRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12%\n\x07picture\x18\x03 \x01(\x0b\x32\x14.facelane.v1.Picture\"\x82\x01\n\x12VerifyFaceResponse\x12\x10\n\x08verified\x18\x01 \x01(\x08\x12\x17\n\nsimilarity\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\x1f\n\x04\x66\x61\x63\x65\x18\x04 \x01(\x0b\x32\x11.facelane.v1.FaceB\r\n\x0b_similarity\"h\n\x13IdentifyFaceRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12%\n\x07picture\x18\x02 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x16\n\x0emax_candidates\x18\x03 \x01(\r\"8\n\x14IdentifyFaceResponse\x12 \n\x05\x66\x61\x63\x65s\x18\x01 \x03(\x0b\x32\x11.facelane.v1.Face*q\n\rEnrollWarning\x12\x1e\n\x1a\x45NROLL_WARNING_UNSPECIFIED\x10\x00\x12 \n\x1c\x45NROLL_WARNING_LOW_OOD_SCORE\x10\x01\x12\x1e\n\x1a\x45NROLL_WARNING_LOW_QUALITY\x10\x02\x32\xe2\x06\n\x0eGalleryService\x12V\n\rCreateSubject\x12!.facelane.v1.CreateSubjectRequest\x1a\".facelane.v1.CreateSubjectResponse\x12M\n\nGetSubject\x12\x1e.facelane.v1.GetSubjectRequest\x1a\x1f.facelane.v1.GetSubjectResponse\x12S\n\x0cListSubjects\x12 .facelane.v1.ListSubjectsRequest\x1a!.facelane.v1.ListSubjectsResponse\x12V\n\rUpdateSubject\x12!.facelane.v1.UpdateSubjectRequest\x1a\".facelane.v1.UpdateSubjectResponse\x12V\n\rDeleteSubject\x12!.facelane.v1.DeleteSubjectRequest\x1a\".facelane.v1.DeleteSubjectResponse\x12V\n\rListTemplates\x12!.facelane.v1.ListTemplatesRequest\x1a\".facelane.v1.ListTemplatesResponse\x12Y\n\x0e\x44\x65leteTemplate\x12\".facelane.v1.DeleteTemplateRequest\x1a#.facelane.v1.DeleteTemplateResponse\x12M\n\nEnrollFace\x12\x1e.facelane.v1.EnrollFaceRequest\x1a\x1f.facelane.v1.EnrollFaceResponse\x12M\n\nVerifyFace\x12\x1e.facelane.v1.VerifyFaceRequest\x1a\x1f.facelane.v1.VerifyFaceResponse\x12S\n\x0cIdentifyFace\x12 .facelane.v1.IdentifyFaceRequest\x1a!.facelane.v1.IdentifyFaceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!facelane/v1/gallery_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x01\n\x14\x43reateSubjectRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12=\n\x06labels\x18\x04 \x03(\x0b\x32-.facelane.v1.CreateSubjectRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\">\n\x15\x43reateSubjectResponse\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\";\n\x11GetSubjectRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\";\n\x12GetSubjectResponse\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\"P\n\x13ListSubjectsRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x14ListSubjectsResponse\x12&\n\x08subjects\x18\x01 \x03(\x0b\x32\x14.facelane.v1.Subject\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"n\n\x14UpdateSubjectRequest\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\">\n\x15UpdateSubjectResponse\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\">\n\x14\x44\x65leteSubjectRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\"C\n\x15\x44\x65leteSubjectResponse\x12\x19\n\x11templates_deleted\x18\x01 \x01(\r\x12\x0f\n\x07receipt\x18\x02 \x01(\t\">\n\x14ListTemplatesRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\"A\n\x15ListTemplatesResponse\x12(\n\ttemplates\x18\x01 \x03(\x0b\x32\x15.facelane.v1.Template\"@\n\x15\x44\x65leteTemplateRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x13\n\x0btemplate_id\x18\x02 \x01(\t\"\x18\n\x16\x44\x65leteTemplateResponse\"\xef\x01\n\x11\x45nrollFaceRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12%\n\x07picture\x18\x03 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x16\n\x0e\x63reate_subject\x18\x05 \x01(\x08\x12\x14\n\x0c\x64isplay_name\x18\x06 \x01(\t\x12\x1c\n\x14\x61llow_multiple_faces\x18\x07 \x01(\x08\x12\x15\n\rskip_liveness\x18\x08 \x01(\x08\x12\x14\n\x0crequire_live\x18\t \x01(\x08\"\xb3\x01\n\x12\x45nrollFaceResponse\x12%\n\x07subject\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Subject\x12\'\n\x08template\x18\x02 \x01(\x0b\x32\x15.facelane.v1.Template\x12\x1f\n\x04\x66\x61\x63\x65\x18\x03 \x01(\x0b\x32\x11.facelane.v1.Face\x12,\n\x08warnings\x18\x04 \x03(\x0e\x32\x1a.facelane.v1.EnrollWarning\"b\n\x11VerifyFaceRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12%\n\x07picture\x18\x03 \x01(\x0b\x32\x14.facelane.v1.Picture\"\x82\x01\n\x12VerifyFaceResponse\x12\x10\n\x08verified\x18\x01 \x01(\x08\x12\x17\n\nsimilarity\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\x1f\n\x04\x66\x61\x63\x65\x18\x04 \x01(\x0b\x32\x11.facelane.v1.FaceB\r\n\x0b_similarity\"h\n\x13IdentifyFaceRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12%\n\x07picture\x18\x02 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x16\n\x0emax_candidates\x18\x03 \x01(\r\"8\n\x14IdentifyFaceResponse\x12 \n\x05\x66\x61\x63\x65s\x18\x01 \x03(\x0b\x32\x11.facelane.v1.Face\"\x8e\x01\n\x16\x43orrectIdentityRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x06is_not\x18\x02 \x01(\x08H\x00\x12\x14\n\nsubject_id\x18\x03 \x01(\tH\x00\x12\x16\n\x0e\x63reate_subject\x18\x04 \x01(\x08\x12\x14\n\x0c\x64isplay_name\x18\x05 \x01(\tB\x0c\n\ncorrection\"F\n\x17\x43orrectIdentityResponse\x12+\n\ncorrection\x18\x01 \x01(\x0b\x32\x17.facelane.v1.Correction\"x\n\nCorrection\x12\x15\n\rcorrection_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x0e\n\x06is_not\x18\x03 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x15UndoCorrectionRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x15\n\rcorrection_id\x18\x02 \x01(\t\"\x18\n\x16UndoCorrectionResponse\"@\n\x16ListCorrectionsRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\"G\n\x17ListCorrectionsResponse\x12,\n\x0b\x63orrections\x18\x01 \x03(\x0b\x32\x17.facelane.v1.Correction*q\n\rEnrollWarning\x12\x1e\n\x1a\x45NROLL_WARNING_UNSPECIFIED\x10\x00\x12 \n\x1c\x45NROLL_WARNING_LOW_OOD_SCORE\x10\x01\x12\x1e\n\x1a\x45NROLL_WARNING_LOW_QUALITY\x10\x02\x32\xf9\x08\n\x0eGalleryService\x12V\n\rCreateSubject\x12!.facelane.v1.CreateSubjectRequest\x1a\".facelane.v1.CreateSubjectResponse\x12M\n\nGetSubject\x12\x1e.facelane.v1.GetSubjectRequest\x1a\x1f.facelane.v1.GetSubjectResponse\x12S\n\x0cListSubjects\x12 .facelane.v1.ListSubjectsRequest\x1a!.facelane.v1.ListSubjectsResponse\x12V\n\rUpdateSubject\x12!.facelane.v1.UpdateSubjectRequest\x1a\".facelane.v1.UpdateSubjectResponse\x12V\n\rDeleteSubject\x12!.facelane.v1.DeleteSubjectRequest\x1a\".facelane.v1.DeleteSubjectResponse\x12V\n\rListTemplates\x12!.facelane.v1.ListTemplatesRequest\x1a\".facelane.v1.ListTemplatesResponse\x12Y\n\x0e\x44\x65leteTemplate\x12\".facelane.v1.DeleteTemplateRequest\x1a#.facelane.v1.DeleteTemplateResponse\x12M\n\nEnrollFace\x12\x1e.facelane.v1.EnrollFaceRequest\x1a\x1f.facelane.v1.EnrollFaceResponse\x12M\n\nVerifyFace\x12\x1e.facelane.v1.VerifyFaceRequest\x1a\x1f.facelane.v1.VerifyFaceResponse\x12S\n\x0cIdentifyFace\x12 .facelane.v1.IdentifyFaceRequest\x1a!.facelane.v1.IdentifyFaceResponse\x12\\\n\x0f\x43orrectIdentity\x12#.facelane.v1.CorrectIdentityRequest\x1a$.facelane.v1.CorrectIdentityResponse\x12Y\n\x0eUndoCorrection\x12\".facelane.v1.UndoCorrectionRequest\x1a#.facelane.v1.UndoCorrectionResponse\x12\\\n\x0fListCorrections\x12#.facelane.v1.ListCorrectionsRequest\x1a$.facelane.v1.ListCorrectionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,50 +36,64 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATESUBJECTREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_CREATESUBJECTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ENROLLWARNING']._serialized_start=2015
-  _globals['_ENROLLWARNING']._serialized_end=2128
-  _globals['_CREATESUBJECTREQUEST']._serialized_start=109
-  _globals['_CREATESUBJECTREQUEST']._serialized_end=303
-  _globals['_CREATESUBJECTREQUEST_LABELSENTRY']._serialized_start=258
-  _globals['_CREATESUBJECTREQUEST_LABELSENTRY']._serialized_end=303
-  _globals['_CREATESUBJECTRESPONSE']._serialized_start=305
-  _globals['_CREATESUBJECTRESPONSE']._serialized_end=367
-  _globals['_GETSUBJECTREQUEST']._serialized_start=369
-  _globals['_GETSUBJECTREQUEST']._serialized_end=428
-  _globals['_GETSUBJECTRESPONSE']._serialized_start=430
-  _globals['_GETSUBJECTRESPONSE']._serialized_end=489
-  _globals['_LISTSUBJECTSREQUEST']._serialized_start=491
-  _globals['_LISTSUBJECTSREQUEST']._serialized_end=571
-  _globals['_LISTSUBJECTSRESPONSE']._serialized_start=573
-  _globals['_LISTSUBJECTSRESPONSE']._serialized_end=660
-  _globals['_UPDATESUBJECTREQUEST']._serialized_start=662
-  _globals['_UPDATESUBJECTREQUEST']._serialized_end=772
-  _globals['_UPDATESUBJECTRESPONSE']._serialized_start=774
-  _globals['_UPDATESUBJECTRESPONSE']._serialized_end=836
-  _globals['_DELETESUBJECTREQUEST']._serialized_start=838
-  _globals['_DELETESUBJECTREQUEST']._serialized_end=900
-  _globals['_DELETESUBJECTRESPONSE']._serialized_start=902
-  _globals['_DELETESUBJECTRESPONSE']._serialized_end=969
-  _globals['_LISTTEMPLATESREQUEST']._serialized_start=971
-  _globals['_LISTTEMPLATESREQUEST']._serialized_end=1033
-  _globals['_LISTTEMPLATESRESPONSE']._serialized_start=1035
-  _globals['_LISTTEMPLATESRESPONSE']._serialized_end=1100
-  _globals['_DELETETEMPLATEREQUEST']._serialized_start=1102
-  _globals['_DELETETEMPLATEREQUEST']._serialized_end=1166
-  _globals['_DELETETEMPLATERESPONSE']._serialized_start=1168
-  _globals['_DELETETEMPLATERESPONSE']._serialized_end=1192
-  _globals['_ENROLLFACEREQUEST']._serialized_start=1195
-  _globals['_ENROLLFACEREQUEST']._serialized_end=1434
-  _globals['_ENROLLFACERESPONSE']._serialized_start=1437
-  _globals['_ENROLLFACERESPONSE']._serialized_end=1616
-  _globals['_VERIFYFACEREQUEST']._serialized_start=1618
-  _globals['_VERIFYFACEREQUEST']._serialized_end=1716
-  _globals['_VERIFYFACERESPONSE']._serialized_start=1719
-  _globals['_VERIFYFACERESPONSE']._serialized_end=1849
-  _globals['_IDENTIFYFACEREQUEST']._serialized_start=1851
-  _globals['_IDENTIFYFACEREQUEST']._serialized_end=1955
-  _globals['_IDENTIFYFACERESPONSE']._serialized_start=1957
-  _globals['_IDENTIFYFACERESPONSE']._serialized_end=2013
-  _globals['_GALLERYSERVICE']._serialized_start=2131
-  _globals['_GALLERYSERVICE']._serialized_end=2997
+  _globals['_ENROLLWARNING']._serialized_start=2620
+  _globals['_ENROLLWARNING']._serialized_end=2733
+  _globals['_CREATESUBJECTREQUEST']._serialized_start=142
+  _globals['_CREATESUBJECTREQUEST']._serialized_end=336
+  _globals['_CREATESUBJECTREQUEST_LABELSENTRY']._serialized_start=291
+  _globals['_CREATESUBJECTREQUEST_LABELSENTRY']._serialized_end=336
+  _globals['_CREATESUBJECTRESPONSE']._serialized_start=338
+  _globals['_CREATESUBJECTRESPONSE']._serialized_end=400
+  _globals['_GETSUBJECTREQUEST']._serialized_start=402
+  _globals['_GETSUBJECTREQUEST']._serialized_end=461
+  _globals['_GETSUBJECTRESPONSE']._serialized_start=463
+  _globals['_GETSUBJECTRESPONSE']._serialized_end=522
+  _globals['_LISTSUBJECTSREQUEST']._serialized_start=524
+  _globals['_LISTSUBJECTSREQUEST']._serialized_end=604
+  _globals['_LISTSUBJECTSRESPONSE']._serialized_start=606
+  _globals['_LISTSUBJECTSRESPONSE']._serialized_end=693
+  _globals['_UPDATESUBJECTREQUEST']._serialized_start=695
+  _globals['_UPDATESUBJECTREQUEST']._serialized_end=805
+  _globals['_UPDATESUBJECTRESPONSE']._serialized_start=807
+  _globals['_UPDATESUBJECTRESPONSE']._serialized_end=869
+  _globals['_DELETESUBJECTREQUEST']._serialized_start=871
+  _globals['_DELETESUBJECTREQUEST']._serialized_end=933
+  _globals['_DELETESUBJECTRESPONSE']._serialized_start=935
+  _globals['_DELETESUBJECTRESPONSE']._serialized_end=1002
+  _globals['_LISTTEMPLATESREQUEST']._serialized_start=1004
+  _globals['_LISTTEMPLATESREQUEST']._serialized_end=1066
+  _globals['_LISTTEMPLATESRESPONSE']._serialized_start=1068
+  _globals['_LISTTEMPLATESRESPONSE']._serialized_end=1133
+  _globals['_DELETETEMPLATEREQUEST']._serialized_start=1135
+  _globals['_DELETETEMPLATEREQUEST']._serialized_end=1199
+  _globals['_DELETETEMPLATERESPONSE']._serialized_start=1201
+  _globals['_DELETETEMPLATERESPONSE']._serialized_end=1225
+  _globals['_ENROLLFACEREQUEST']._serialized_start=1228
+  _globals['_ENROLLFACEREQUEST']._serialized_end=1467
+  _globals['_ENROLLFACERESPONSE']._serialized_start=1470
+  _globals['_ENROLLFACERESPONSE']._serialized_end=1649
+  _globals['_VERIFYFACEREQUEST']._serialized_start=1651
+  _globals['_VERIFYFACEREQUEST']._serialized_end=1749
+  _globals['_VERIFYFACERESPONSE']._serialized_start=1752
+  _globals['_VERIFYFACERESPONSE']._serialized_end=1882
+  _globals['_IDENTIFYFACEREQUEST']._serialized_start=1884
+  _globals['_IDENTIFYFACEREQUEST']._serialized_end=1988
+  _globals['_IDENTIFYFACERESPONSE']._serialized_start=1990
+  _globals['_IDENTIFYFACERESPONSE']._serialized_end=2046
+  _globals['_CORRECTIDENTITYREQUEST']._serialized_start=2049
+  _globals['_CORRECTIDENTITYREQUEST']._serialized_end=2191
+  _globals['_CORRECTIDENTITYRESPONSE']._serialized_start=2193
+  _globals['_CORRECTIDENTITYRESPONSE']._serialized_end=2263
+  _globals['_CORRECTION']._serialized_start=2265
+  _globals['_CORRECTION']._serialized_end=2385
+  _globals['_UNDOCORRECTIONREQUEST']._serialized_start=2387
+  _globals['_UNDOCORRECTIONREQUEST']._serialized_end=2453
+  _globals['_UNDOCORRECTIONRESPONSE']._serialized_start=2455
+  _globals['_UNDOCORRECTIONRESPONSE']._serialized_end=2479
+  _globals['_LISTCORRECTIONSREQUEST']._serialized_start=2481
+  _globals['_LISTCORRECTIONSREQUEST']._serialized_end=2545
+  _globals['_LISTCORRECTIONSRESPONSE']._serialized_start=2547
+  _globals['_LISTCORRECTIONSRESPONSE']._serialized_end=2618
+  _globals['_GALLERYSERVICE']._serialized_start=2736
+  _globals['_GALLERYSERVICE']._serialized_end=3881
 # @@protoc_insertion_point(module_scope)

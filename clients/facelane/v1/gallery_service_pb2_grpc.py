@@ -85,6 +85,21 @@ class GalleryServiceStub(object):
                 request_serializer=facelane_dot_v1_dot_gallery__service__pb2.IdentifyFaceRequest.SerializeToString,
                 response_deserializer=facelane_dot_v1_dot_gallery__service__pb2.IdentifyFaceResponse.FromString,
                 _registered_method=True)
+        self.CorrectIdentity = channel.unary_unary(
+                '/facelane.v1.GalleryService/CorrectIdentity',
+                request_serializer=facelane_dot_v1_dot_gallery__service__pb2.CorrectIdentityRequest.SerializeToString,
+                response_deserializer=facelane_dot_v1_dot_gallery__service__pb2.CorrectIdentityResponse.FromString,
+                _registered_method=True)
+        self.UndoCorrection = channel.unary_unary(
+                '/facelane.v1.GalleryService/UndoCorrection',
+                request_serializer=facelane_dot_v1_dot_gallery__service__pb2.UndoCorrectionRequest.SerializeToString,
+                response_deserializer=facelane_dot_v1_dot_gallery__service__pb2.UndoCorrectionResponse.FromString,
+                _registered_method=True)
+        self.ListCorrections = channel.unary_unary(
+                '/facelane.v1.GalleryService/ListCorrections',
+                request_serializer=facelane_dot_v1_dot_gallery__service__pb2.ListCorrectionsRequest.SerializeToString,
+                response_deserializer=facelane_dot_v1_dot_gallery__service__pb2.ListCorrectionsResponse.FromString,
+                _registered_method=True)
 
 
 class GalleryServiceServicer(object):
@@ -156,6 +171,27 @@ class GalleryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CorrectIdentity(self, request, context):
+        """Says of an event's face, whose picture has to be kept, that it is not the subject that the event
+        names, or which subject it is. Refused as an enrolment is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndoCorrection(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCorrections(self, request, context):
+        """What was said of a subject's faces and not undone, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GalleryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -208,6 +244,21 @@ def add_GalleryServiceServicer_to_server(servicer, server):
                     servicer.IdentifyFace,
                     request_deserializer=facelane_dot_v1_dot_gallery__service__pb2.IdentifyFaceRequest.FromString,
                     response_serializer=facelane_dot_v1_dot_gallery__service__pb2.IdentifyFaceResponse.SerializeToString,
+            ),
+            'CorrectIdentity': grpc.unary_unary_rpc_method_handler(
+                    servicer.CorrectIdentity,
+                    request_deserializer=facelane_dot_v1_dot_gallery__service__pb2.CorrectIdentityRequest.FromString,
+                    response_serializer=facelane_dot_v1_dot_gallery__service__pb2.CorrectIdentityResponse.SerializeToString,
+            ),
+            'UndoCorrection': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndoCorrection,
+                    request_deserializer=facelane_dot_v1_dot_gallery__service__pb2.UndoCorrectionRequest.FromString,
+                    response_serializer=facelane_dot_v1_dot_gallery__service__pb2.UndoCorrectionResponse.SerializeToString,
+            ),
+            'ListCorrections': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCorrections,
+                    request_deserializer=facelane_dot_v1_dot_gallery__service__pb2.ListCorrectionsRequest.FromString,
+                    response_serializer=facelane_dot_v1_dot_gallery__service__pb2.ListCorrectionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -481,6 +532,87 @@ class GalleryService(object):
             '/facelane.v1.GalleryService/IdentifyFace',
             facelane_dot_v1_dot_gallery__service__pb2.IdentifyFaceRequest.SerializeToString,
             facelane_dot_v1_dot_gallery__service__pb2.IdentifyFaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CorrectIdentity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/facelane.v1.GalleryService/CorrectIdentity',
+            facelane_dot_v1_dot_gallery__service__pb2.CorrectIdentityRequest.SerializeToString,
+            facelane_dot_v1_dot_gallery__service__pb2.CorrectIdentityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndoCorrection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/facelane.v1.GalleryService/UndoCorrection',
+            facelane_dot_v1_dot_gallery__service__pb2.UndoCorrectionRequest.SerializeToString,
+            facelane_dot_v1_dot_gallery__service__pb2.UndoCorrectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCorrections(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/facelane.v1.GalleryService/ListCorrections',
+            facelane_dot_v1_dot_gallery__service__pb2.ListCorrectionsRequest.SerializeToString,
+            facelane_dot_v1_dot_gallery__service__pb2.ListCorrectionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

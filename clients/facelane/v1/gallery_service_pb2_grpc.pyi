@@ -49,6 +49,13 @@ class GalleryServiceStub:
     """Is this the subject? (1:1)"""
     IdentifyFace: _grpc.UnaryUnaryMultiCallable[_gallery_service_pb2.IdentifyFaceRequest, _gallery_service_pb2.IdentifyFaceResponse]
     """Who is this? (1:N) Every face of the picture."""
+    CorrectIdentity: _grpc.UnaryUnaryMultiCallable[_gallery_service_pb2.CorrectIdentityRequest, _gallery_service_pb2.CorrectIdentityResponse]
+    """Says of an event's face, whose picture has to be kept, that it is not the subject that the event
+    names, or which subject it is. Refused as an enrolment is.
+    """
+    UndoCorrection: _grpc.UnaryUnaryMultiCallable[_gallery_service_pb2.UndoCorrectionRequest, _gallery_service_pb2.UndoCorrectionResponse]
+    ListCorrections: _grpc.UnaryUnaryMultiCallable[_gallery_service_pb2.ListCorrectionsRequest, _gallery_service_pb2.ListCorrectionsResponse]
+    """What was said of a subject's faces and not undone, oldest first."""
 
 @_typing.type_check_only
 class GalleryServiceAsyncStub(GalleryServiceStub):
@@ -71,6 +78,13 @@ class GalleryServiceAsyncStub(GalleryServiceStub):
     """Is this the subject? (1:1)"""
     IdentifyFace: _aio.UnaryUnaryMultiCallable[_gallery_service_pb2.IdentifyFaceRequest, _gallery_service_pb2.IdentifyFaceResponse]  # type: ignore[assignment]
     """Who is this? (1:N) Every face of the picture."""
+    CorrectIdentity: _aio.UnaryUnaryMultiCallable[_gallery_service_pb2.CorrectIdentityRequest, _gallery_service_pb2.CorrectIdentityResponse]  # type: ignore[assignment]
+    """Says of an event's face, whose picture has to be kept, that it is not the subject that the event
+    names, or which subject it is. Refused as an enrolment is.
+    """
+    UndoCorrection: _aio.UnaryUnaryMultiCallable[_gallery_service_pb2.UndoCorrectionRequest, _gallery_service_pb2.UndoCorrectionResponse]  # type: ignore[assignment]
+    ListCorrections: _aio.UnaryUnaryMultiCallable[_gallery_service_pb2.ListCorrectionsRequest, _gallery_service_pb2.ListCorrectionsResponse]  # type: ignore[assignment]
+    """What was said of a subject's faces and not undone, oldest first."""
 
 class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Who can be recognised."""
@@ -150,5 +164,30 @@ class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gallery_service_pb2.IdentifyFaceResponse, _abc.Awaitable[_gallery_service_pb2.IdentifyFaceResponse]]:
         """Who is this? (1:N) Every face of the picture."""
+
+    @_abc_1.abstractmethod
+    def CorrectIdentity(
+        self,
+        request: _gallery_service_pb2.CorrectIdentityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_service_pb2.CorrectIdentityResponse, _abc.Awaitable[_gallery_service_pb2.CorrectIdentityResponse]]:
+        """Says of an event's face, whose picture has to be kept, that it is not the subject that the event
+        names, or which subject it is. Refused as an enrolment is.
+        """
+
+    @_abc_1.abstractmethod
+    def UndoCorrection(
+        self,
+        request: _gallery_service_pb2.UndoCorrectionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_service_pb2.UndoCorrectionResponse, _abc.Awaitable[_gallery_service_pb2.UndoCorrectionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListCorrections(
+        self,
+        request: _gallery_service_pb2.ListCorrectionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_service_pb2.ListCorrectionsResponse, _abc.Awaitable[_gallery_service_pb2.ListCorrectionsResponse]]:
+        """What was said of a subject's faces and not undone, oldest first."""
 
 def add_GalleryServiceServicer_to_server(servicer: GalleryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -13,20 +13,22 @@ from facelane.v1 import gallery_service_pb2 as pb
 from facelane.v1 import gallery_service_pb2_grpc as pb_grpc
 from facelane_server import limits
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Picture, Reading, Reason, Stage
+from facelane_server.domain import Encoding, FacelaneError, Picture, Reading, Reason, Stage
 from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.pictures import SinglePictures
 from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.roles import Verb
-from facelane_server.events import EventFeed
-from facelane_server.gallery import enrolment, verification
+from facelane_server.events import EventFeed, EventPictures
+from facelane_server.events.feed import event_not_found
+from facelane_server.gallery import correction, enrolment, verification
 from facelane_server.gallery.gallery import Gallery, model_changing
 from facelane_server.gallery.trail import Trail
 from facelane_server.pipeline import Pipeline, Plan
 from facelane_server.store.audit import Action
-from facelane_server.store.records import Subject, Template
+from facelane_server.store.pictures import not_found as picture_not_found
+from facelane_server.store.records import Correction, Subject, Template
 
 
 class GalleryService(pb_grpc.GalleryServiceServicer):
@@ -40,6 +42,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         events: EventFeed,
         quotas: Quotas,
         trail: Trail,
+        kept: EventPictures,
     ) -> None:
         self._config = config
         self._gallery = gallery
@@ -49,6 +52,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         self._events = events
         self._quotas = quotas
         self._trail = trail
+        self._kept = kept
 
     # -- subjects ------------------------------------------------------------------------
 
@@ -175,6 +179,79 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             ],
         )
 
+    # -- corrections -------------------------------------------------------------------------
+
+    async def CorrectIdentity(
+        self, request: pb.CorrectIdentityRequest, context: Context
+    ) -> pb.CorrectIdentityResponse:
+        caller, remaining = gate.caller(), context.time_remaining()
+        said = request.WhichOneof("correction")
+        if said is None or (said == "is_not" and not request.is_not):
+            raise convert.invalid("say is_not = true, or which subject_id it is", field="is_not")
+        event = await self._events.find(request.sequence)
+        if event is None:
+            raise event_not_found()
+        gallery_id, track = event.gallery_id, event.track
+        if not caller.may("correct", gallery=gallery_id, source=event.source_id):
+            caller.place("correct", gallery=gallery_id, source=event.source_id)
+        if track is None or not track.picture:
+            raise picture_not_found()
+        photo = await self._kept.get(track.picture)
+        picture = Picture(Encoding.JPEG, photo.around)
+        may_reassign = caller.may("reassign", gallery=gallery_id)
+        plan = Plan(
+            liveness=False,
+            gallery_id="" if may_reassign or said == "is_not" else gallery_id,
+            max_faces=self._config.limits.max_faces,
+            want_vectors=True,
+            want_chips=self._config.gallery.keep_chips,
+        )
+
+        async def analyse(shown: Picture) -> Reading:
+            return await self._read(shown, plan, remaining)
+
+        thresholds = self._pipeline.thresholds
+        if said == "is_not":
+            named = track.identity.subject_id
+            if not named:
+                raise correction.nobody_named()
+            done = await correction.is_not(
+                self._gallery, gallery_id, named, picture, analyse=analyse, thresholds=thresholds
+            )
+        else:
+            asked = enrolment.Request(
+                gallery_id=gallery_id,
+                subject_id=request.subject_id,
+                picture=picture,
+                create_subject=request.create_subject,
+                display_name=request.display_name,
+                allow_multiple_faces=True,
+                may_reassign=may_reassign,
+                correction=Correction.IS,
+            )
+            done = await correction.is_he(
+                self._gallery, asked, analyse=analyse, thresholds=thresholds
+            )
+            # Whom it shows is known now: the picture is the subject's, and goes with it.
+            await self._kept.give(track.picture, gallery_id, request.subject_id)
+        return pb.CorrectIdentityResponse(correction=_correction(done.template))
+
+    async def UndoCorrection(
+        self, request: pb.UndoCorrectionRequest, context: Context
+    ) -> pb.UndoCorrectionResponse:
+        gallery_id = _gallery(request.gallery_id, "correct")
+        await self._gallery.delete_template(gallery_id, request.correction_id, undo=True)
+        return pb.UndoCorrectionResponse()
+
+    async def ListCorrections(
+        self, request: pb.ListCorrectionsRequest, context: Context
+    ) -> pb.ListCorrectionsResponse:
+        gallery_id = _gallery(request.gallery_id, "correct")
+        listed = await self._gallery.list_templates(
+            gallery_id, request.subject_id, corrections=True
+        )
+        return pb.ListCorrectionsResponse(corrections=[_correction(one) for one in listed])
+
     # -- 1:1 and 1:N -----------------------------------------------------------------------
 
     async def VerifyFace(
@@ -284,6 +361,15 @@ def _subject(subject: Subject) -> face_pb2.Subject:
         update_time=convert.timestamp(subject.updated_ns),
         template_count=subject.template_count,
         etag=subject.etag,
+    )
+
+
+def _correction(template: Template) -> pb.Correction:
+    return pb.Correction(
+        correction_id=template.template_id,
+        subject_id=template.subject_id,
+        is_not=template.correction is Correction.NOT,
+        create_time=convert.timestamp(template.created_ns),
     )
 
 

@@ -30,6 +30,7 @@ from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.roles import Caller
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.events import Event, EventFeed, EventKind, EventPictures
+from facelane_server.events.feed import event_not_found
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
 from facelane_server.pipeline import Pipeline
@@ -228,9 +229,7 @@ class EventService(event_grpc.EventServiceServicer):
         caller = gate.caller()
         event = await self._feed.find(request.sequence)
         if event is None:
-            raise FacelaneError(
-                Reason.EVENT_NOT_FOUND, "there is no such event, or it is not kept any more"
-            )
+            raise event_not_found()
         if not caller.may("view", gallery=event.gallery_id, source=event.source_id):
             caller.place("view", gallery=event.gallery_id, source=event.source_id)
         if event.track is None or not event.track.picture:

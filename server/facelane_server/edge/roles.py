@@ -27,6 +27,7 @@ Verb = Literal[
     "gallery.write",
     "events",
     "view",
+    "correct",
     "confirm",
     "audit",
     "admin",
@@ -44,6 +45,7 @@ MEANINGS: Final[dict[Verb, str]] = {
     "gallery.write": "create, change and delete subjects and templates",
     "events": "watch events",
     "view": "look at the pictures of streams, except of private ones, and at those of events",
+    "correct": "say of an event's face who it is, or is not, and take that back",
     "confirm": "confirm who was seen (no method of this version asks for it)",
     "audit": "read the audit log (no method of this version asks for it)",
     "admin": "restart workers, reload models, drain the server; nothing else",
@@ -65,7 +67,7 @@ SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 
 SCOPE_VERBS: Final[dict[Scope, tuple[Verb, ...]]] = {
     "analyze": ("analyze", "identify", "events"),
-    "gallery": ("identify", "enroll", "gallery.read", "gallery.write"),
+    "gallery": ("identify", "enroll", "correct", "gallery.read", "gallery.write"),
     "admin": tuple(verb for verb in VERBS if verb not in BY_NAME_ALONE),
     "scores": (),
     "reassign": ("reassign",),
@@ -98,6 +100,10 @@ METHODS: Final[dict[str, Rule]] = {
     "/facelane.v1.GalleryService/VerifyFace": Rule("identify", _GALLERY),
     "/facelane.v1.GalleryService/IdentifyFace": Rule("identify", _GALLERY),
     # Those of other sources and galleries are left out, instead of the call being refused.
+    # The event says of which gallery and source it is.
+    "/facelane.v1.GalleryService/CorrectIdentity": Rule("correct"),
+    "/facelane.v1.GalleryService/UndoCorrection": Rule("correct", _GALLERY),
+    "/facelane.v1.GalleryService/ListCorrections": Rule("correct", _GALLERY),
     "/facelane.v1.EventService/WatchEvents": Rule("events"),
     # The event says of which gallery and source it is.
     "/facelane.v1.EventService/GetEventPicture": Rule("view"),

@@ -140,7 +140,15 @@ class Edge:
         )
         gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
             GalleryService(
-                settings, gallery, pictures, pipeline, controls, events, self.quotas, trail
+                settings,
+                gallery,
+                pictures,
+                pipeline,
+                controls,
+                events,
+                self.quotas,
+                trail,
+                kept,
             ),
             server,
         )

@@ -369,6 +369,12 @@ def _invalid_token() -> FacelaneError:
     )
 
 
+def event_not_found() -> FacelaneError:
+    return FacelaneError(
+        Reason.EVENT_NOT_FOUND, "there is no such event, or it is not kept any more"
+    )
+
+
 def lost(why: str) -> FacelaneError:
     return FacelaneError(
         Reason.HISTORY_LOST,

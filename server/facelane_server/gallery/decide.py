@@ -123,6 +123,23 @@ def best_first(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     return tuple(sorted(best.values(), key=lambda c: (-c.similarity, c.subject_id)))
 
 
+SHADOW: Final = "\0"
+"""Before a subject's id: what was said not to be this subject. No id has it."""
+
+
+def standing(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """``best_first``, without those to whom the probe is not as near as to what they are not, and
+    without what nobody is."""
+    ranked = best_first(candidates)
+    out, found = set(), []
+    for candidate in ranked:
+        if candidate.subject_id.startswith(SHADOW):
+            out.add(candidate.subject_id.removeprefix(SHADOW))
+        elif candidate.subject_id not in out:
+            found.append(candidate)
+    return tuple(found)
+
+
 def identify(
     ood_score: float | None,
     candidates: Iterable[Candidate],
@@ -145,7 +162,7 @@ def identify(
         return Identity(Decision.NOT_EVALUATED)
     if not ood_score >= thresholds.ood:
         return Identity(Decision.REJECTED_OOD)
-    ranked = best_first(candidates)
+    ranked = standing(candidates)
     if not ranked:
         return Identity(Decision.UNKNOWN)
     shown = ranked[: max(0, min(keep, limits.MAX_CANDIDATES))]

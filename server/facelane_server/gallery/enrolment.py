@@ -32,10 +32,12 @@ from facelane_server.domain import (
     Reason,
     Stage,
 )
+from facelane_server.gallery import decide
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store.records import (
+    Correction,
     RequestKey,
     Subject,
     Template,
@@ -60,6 +62,7 @@ class Request:
     allow_multiple_faces: bool = False
     require_live: bool = False
     may_reassign: bool = False
+    correction: Correction = Correction.NONE
 
 
 class Caution(enum.StrEnum):
@@ -147,6 +150,7 @@ async def enroll(
         quality=quality_of(chosen.face),
         chip=chosen.chip,
         answer=_face_facts(chosen.face),
+        correction=request.correction,
     )
     warnings = []
     if chosen.face.ood_score < thresholds.ood:
@@ -209,7 +213,10 @@ def refuse_others(found: FaceReading, subject_id: str, thresholds: Thresholds) -
     """Raises FACE_OF_ANOTHER, which does not say whose, when the face matches somebody else:
     enrolled, it would take that subject's name, or make both AMBIGUOUS. Pure."""
     match = thresholds.match_at(found.face.ood_score or 0.0, 1)
-    if any(c.subject_id != subject_id and c.similarity >= match for c in found.candidates):
+    if any(
+        c.subject_id != subject_id and c.similarity >= match
+        for c in decide.standing(found.candidates)
+    ):
         raise FacelaneError(
             Reason.FACE_OF_ANOTHER,
             "the face matches another subject; enrol it there, delete that subject first, or use "

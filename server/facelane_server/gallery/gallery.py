@@ -25,14 +25,7 @@ from facelane_server import limits
 from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.index import GalleryIndex, Publish
-from facelane_server.gallery.snapshot import (
-    F32,
-    Change,
-    RemoveSubject,
-    SubjectKey,
-    added,
-    change_of,
-)
+from facelane_server.gallery.snapshot import F32, Change, SubjectKey, added, changes_of, removal_of
 from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store.audit import Deed
 from facelane_server.store.chain import Head
@@ -43,6 +36,7 @@ from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
 from facelane_server.store.readers import Reader
 from facelane_server.store.records import (
+    Correction,
     Deleted,
     Enrolled,
     NewTemplate,
@@ -261,11 +255,8 @@ class Gallery:
         key = (gallery_name(gallery_id), check_identifier(subject_id, "subject_id"))
         if model_id and self._index is not None and self._index.model_id != model_id:
             raise model_changing()
-        found = (
-            None
-            if self._index is None
-            else self._index.similarity(key, np.frombuffer(vector, np.float32))
-        )
+        probe = np.frombuffer(vector, np.float32)
+        found = None if self._index is None else self._index.likeness(key, probe)
         if found is None:
             raise FacelaneError(
                 Reason.NO_TEMPLATES,
@@ -330,7 +321,7 @@ class Gallery:
         def delete() -> tuple[Deleted, int]:
             gone = self._store.delete_subject(gallery_id, subject_id, etag=etag, why=why)
             # At once, whatever becomes of the store: the deletion stands.
-            self._apply([RemoveSubject(gone.number)])
+            self._apply(list(removal_of(gone.number)))
             return gone, self._follow()
 
         try:
@@ -346,12 +337,17 @@ class Gallery:
 
     # templates
 
-    async def list_templates(self, gallery_id: str, subject_id: str) -> tuple[Template, ...]:
-        return await self._call(lambda: self._store.list_templates(gallery_id, subject_id))
+    async def list_templates(
+        self, gallery_id: str, subject_id: str, *, corrections: bool = False
+    ) -> tuple[Template, ...]:
+        listed = self._store.list_templates
+        return await self._call(lambda: listed(gallery_id, subject_id, corrections=corrections))
 
-    async def delete_template(self, gallery_id: str, template_id: str) -> Template:
+    async def delete_template(
+        self, gallery_id: str, template_id: str, *, undo: bool = False
+    ) -> Template:
         def delete() -> tuple[Template, int]:
-            gone = self._store.delete_template(gallery_id, template_id)
+            gone = self._store.delete_template(gallery_id, template_id, undo=undo)
             return gone, self._follow()
 
         gone, revision = await self._call(delete)
@@ -373,6 +369,7 @@ class Gallery:
         display_name: str = "",
         request: RequestKey | None = None,
         answer: Mapping[str, Any] | None = None,
+        correction: Correction = Correction.NONE,
     ) -> Enrolled:
         """Adds a template of the serving model; see ``Store.enroll``. ``vector`` [dim].
 
@@ -383,7 +380,7 @@ class Gallery:
         def enroll() -> tuple[Enrolled, int]:
             if model_id and model_id != self._model_id:
                 raise model_changing()
-            new = NewTemplate(self._model_id, vector, ood_score, quality, chip)
+            new = NewTemplate(self._model_id, vector, ood_score, quality, chip, correction)
             enrolled = self._store.enroll(
                 gallery_id,
                 subject_id,
@@ -468,7 +465,7 @@ class Gallery:
                 return 0 if self._index is None else self._take_all(self._index)
             if not found:
                 return revision
-            revision = self._apply([c for c in map(change_of, found) if c is not None]) or revision
+            revision = self._apply([c for one in found for c in changes_of(one)]) or revision
             self._seen = found[-1].revision
             for change in found:
                 if change.kind in (ChangeKind.SUBJECT_REMOVED, ChangeKind.TEMPLATE_REMOVED):

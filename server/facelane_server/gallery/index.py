@@ -20,6 +20,7 @@ import numpy as np
 import structlog
 
 from facelane_server import limits
+from facelane_server.gallery import decide
 from facelane_server.gallery.snapshot import (
     F32,
     AddTemplate,
@@ -139,7 +140,8 @@ class GalleryIndex:
             for row in templates:
                 if row.number not in keys:
                     keys[row.number] = (row.gallery_id, row.subject_id)
-                per_gallery[row.gallery_id] = per_gallery.get(row.gallery_id, 0) + 1
+                if row.number > 0:
+                    per_gallery[row.gallery_id] = per_gallery.get(row.gallery_id, 0) + 1
                 yield row
 
         base = load(dim, noted())  # before the lock: the event loop takes it too
@@ -149,7 +151,7 @@ class GalleryIndex:
             self._old.append(self._served)
             self._served = fresh
             self._keys, self._numbers, self._per_gallery = keys, numbers, per_gallery
-            self._templates = base.rows
+            self._templates = sum(per_gallery.values())
             self._since = None  # a base that is being made is of what was forgotten
             self._revision += 1
             revision = self._revision
@@ -167,6 +169,7 @@ class GalleryIndex:
         rows = served.rows
         number = change.number
         places: list[int] = []
+        counted = int(number > 0)  # what somebody is not is nobody to be found
         if isinstance(change, AddTemplate):
             if rows.has(number, change.template_id):
                 return False
@@ -174,20 +177,20 @@ class GalleryIndex:
             key = (change.gallery_id, change.subject_id)
             self._keys[number] = key
             self._numbers[key] = number
-            self._count(change.gallery_id, 1)
+            self._count(change.gallery_id, counted)
             return True
         known = self._keys.get(number)
         if known is None:
             return False
         if isinstance(change, RemoveSubject):
-            self._count(known[0], -rows.count(number))
+            self._count(known[0], -rows.count(number) * counted)
             places = rows.remove_subject(number)
             self._forget(number, known)
         else:
             if not rows.has(number, change.template_id):
                 return False
             places = rows.remove(number, change.template_id)
-            self._count(known[0], -1)
+            self._count(known[0], -counted)
             if not rows.count(number):
                 self._forget(number, known)
         for place in places:
@@ -260,6 +263,12 @@ class GalleryIndex:
         best = float(np.clip(np.max(wide @ vector), -1.0, 1.0))
         wipe(held, wide)
         return best
+
+    def likeness(self, key: SubjectKey, vector: F32) -> float | None:
+        """The same; -1 for a probe that is nearer to what the subject is not."""
+        found = self.similarity(key, vector)
+        other = self.similarity((key[0], decide.SHADOW + key[1]), vector)
+        return -1.0 if found is not None and other is not None and other > found else found
 
     async def published(self, revision: int, timeout: float) -> bool:
         """Whether all recognisers had the revision within ``timeout`` seconds."""

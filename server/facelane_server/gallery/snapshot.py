@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from facelane_server import limits
+from facelane_server.gallery import decide
 from facelane_server.ipc.gallery_log import Added, Operation, Removed
 from facelane_server.ipc.messages import GallerySnapshot
 from facelane_server.store.following import ChangeKind, StoredChange
@@ -71,20 +72,31 @@ Change = AddTemplate | RemoveTemplate | RemoveSubject
 
 
 def added(row: StoredVector) -> AddTemplate:
-    return AddTemplate(row.subject, row.gallery_id, row.subject_id, row.template_id, row.vector)
+    """What a subject is not is searched like somebody else: with the number and the name of nobody
+    (``decide.SHADOW``), beside the subject."""
+    number, name = row.subject, row.subject_id
+    if row.negative:
+        number, name = -number, decide.SHADOW + name
+    return AddTemplate(number, row.gallery_id, name, row.template_id, row.vector)
 
 
-def change_of(change: StoredChange) -> Change | None:
+def changes_of(change: StoredChange) -> tuple[Change, ...]:
     """What the index is told of a change of the store; what it does not know it passes over."""
+    number, template_id = change.subject, change.template_id
     match change.kind:
         case ChangeKind.TEMPLATE_ADDED:
-            return None if change.added is None else added(change.added)
+            return () if change.added is None else (added(change.added),)
         case ChangeKind.TEMPLATE_REMOVED:
-            return RemoveTemplate(change.subject, change.template_id)
+            return (RemoveTemplate(number, template_id), RemoveTemplate(-number, template_id))
         case ChangeKind.SUBJECT_REMOVED:
-            return RemoveSubject(change.subject)
+            return removal_of(number)
         case ChangeKind.SUBJECT:
-            return None
+            return ()
+
+
+def removal_of(number: int) -> tuple[Change, ...]:
+    """Of a subject, and of what it is not."""
+    return (RemoveSubject(number), RemoveSubject(-number))
 
 
 class Base:

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.store.records import F16, StoredVector
+from facelane_server.store.records import F16, Correction, StoredVector
 from facelane_server.store.schema import GALLERY, changes, keys, next_revision, revision, subjects
 from facelane_server.store.schema import templates as templates_table
 from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT, Vault
@@ -123,7 +123,12 @@ def vectors(
         sa.select(templates_table.c.id)
         .join_from(templates_table, subjects)
         .where(templates_table.c.model_id == model_id)
-        .order_by(subjects.c.gallery_id, subjects.c.id, templates_table.c.id)
+        .order_by(
+            subjects.c.gallery_id,
+            subjects.c.id,
+            templates_table.c.correction == Correction.NOT,
+            templates_table.c.id,
+        )
     )
     ids = connection.scalars(order).all()
     query = _vectors(model_id, vault).add_columns(templates_table.c.id.label("row"))
@@ -166,7 +171,15 @@ def _opened(
             metadata={"template_id": rows[wrong[0]].template_id},
         )
     return [
-        StoredVector(row.gallery_id, subject_id, row.template_id, vector, row.number, row.quality)
+        StoredVector(
+            row.gallery_id,
+            subject_id,
+            row.template_id,
+            vector,
+            row.number,
+            row.quality,
+            row.correction == Correction.NOT,
+        )
         for row, subject_id, vector in zip(rows, subject_ids, matrix, strict=True)
     ]
 
@@ -198,6 +211,7 @@ def _vectors(model_id: str, vault: Vault) -> sa.Select[Any]:
             templates_table.c.template_id,
             templates_table.c.vector,
             templates_table.c.quality,
+            templates_table.c.correction,
         )
         .join_from(templates_table, subjects)
         .where(templates_table.c.model_id == model_id)

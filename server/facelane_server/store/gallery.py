@@ -29,6 +29,7 @@ from facelane_server.store.envelope import Lock
 from facelane_server.store.following import ChangeKind, StoredChange
 from facelane_server.store.records import (
     F16,
+    Correction,
     Deleted,
     Enrolled,
     NewTemplate,
@@ -62,12 +63,7 @@ from facelane_server.store.schema import (
     templates,
 )
 from facelane_server.store.sqlite import SqliteFile
-from facelane_server.store.vault import (
-    Person,
-    SortedIds,
-    Vault,
-    open_vault,
-)
+from facelane_server.store.vault import Person, SortedIds, Vault, open_vault
 
 DUPLICATE_SIMILARITY: Final = 0.999
 """Two shots of one person never come so near; the same picture enrolled again does
@@ -305,25 +301,28 @@ class Store:
 
     # templates
 
-    def list_templates(self, gallery_id: str, subject_id: str) -> tuple[Template, ...]:
-        """Oldest first. Raises SUBJECT_NOT_FOUND."""
+    def list_templates(
+        self, gallery_id: str, subject_id: str, *, corrections: bool = False
+    ) -> tuple[Template, ...]:
+        """Oldest first; or what came of ``corrections``. Raises SUBJECT_NOT_FOUND."""
+        kind = templates.c.correction
+        wanted = kind != Correction.NONE if corrections else kind != Correction.NOT
         with self.database.reading() as connection:
             key = self._find(connection, gallery_name(gallery_id), subject_id)
             if key is None:
                 raise subject_missing()
             rows = connection.execute(
-                template_query().where(templates.c.subject == key).order_by(templates.c.id)
+                template_query().where(templates.c.subject == key, wanted).order_by(templates.c.id)
             )
             return tuple(as_template(row, subject_id) for row in rows)
 
-    def delete_template(self, gallery_id: str, template_id: str) -> Template:
-        """What was deleted. Raises TEMPLATE_NOT_FOUND."""
+    def delete_template(self, gallery_id: str, template_id: str, *, undo: bool = False) -> Template:
+        """What was deleted; ``undo``: of a correction alone. Raises TEMPLATE_NOT_FOUND."""
         gallery_id = gallery_name(gallery_id)
-        with self._changing(
-            Action.TEMPLATE_DELETED, gallery_id, template=template_id
-        ) as connection:
+        action = Action.CORRECTION_UNDONE if undo else Action.TEMPLATE_DELETED
+        with self._changing(action, gallery_id, template=template_id) as connection:
             template = self._template(connection, gallery_id, template_id)
-            if template is None:
+            if template is None or (undo and not template.correction):
                 raise FacelaneError(
                     Reason.TEMPLATE_NOT_FOUND,
                     "the gallery has no such template; list the subject's templates",
@@ -383,7 +382,9 @@ class Store:
         check_identifier(subject_id, "subject_id")
         check_display_name(display_name)
         vector = unit_float16(new.vector)
-        with self._changing(Action.ENROLLED, gallery_id, subject_id) as connection:
+        action = Action.CORRECTED if new.correction else Action.ENROLLED
+        told = {"says": new.correction.name} if new.correction else {}
+        with self._changing(action, gallery_id, subject_id, **told) as connection:
             if request is not None:
                 known = self._recall(connection, gallery_id, request)
                 if known is not None:
@@ -395,7 +396,7 @@ class Store:
             key = self._find(connection, gallery_id, subject_id)
             assert key is not None
             lock = self._vault.lock_of(connection, key) if self._vault.encrypts else None
-            template = self._same_shot(connection, key, subject_id, lock, new.model_id, vector)
+            template = self._same_shot(connection, key, subject_id, lock, new, vector)
             created = template is None
             if template is None:
                 self._check_room(connection, key)
@@ -406,6 +407,7 @@ class Store:
                     ood_score=new.ood_score,
                     created_ns=self._clock_ns(),
                     quality=new.quality,
+                    correction=new.correction,
                 )
                 kept = vector.tobytes()
                 if lock is not None:
@@ -426,6 +428,7 @@ class Store:
                         ood_score=template.ood_score,
                         created_ns=template.created_ns,
                         quality=template.quality,
+                        correction=template.correction,
                     )
                 )
                 self._touch(connection, key)
@@ -456,15 +459,15 @@ class Store:
         key: int,
         subject_id: str,
         lock: Lock | None,
-        model_id: str,
+        new: NewTemplate,
         vector: F16,
     ) -> Template | None:
         rows = connection.execute(
             template_query()
             .add_columns(templates.c.vector)
             .where(templates.c.subject == key)
-            .where(templates.c.model_id == model_id)
-            .where(templates.c.dim == len(vector))
+            .where(templates.c.model_id == new.model_id, templates.c.dim == len(vector))
+            .where((templates.c.correction == Correction.NOT) == (new.correction is Correction.NOT))
         ).all()
         if not rows:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,18 @@ class Subject:
     template_count: int
 
 
+class Correction(enum.IntEnum):
+    """What somebody said of the face that a template was made of."""
+
+    NONE = 0
+    """Nothing: it was enrolled."""
+    NOT = 1
+    """That it is not this subject, though it was taken for it. A face that is nearer to it than to
+    any of the subject's own is not the subject."""
+    IS = 2
+    """That it is this subject."""
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """One enrolled face, without its vector. ``ood_score`` in [0, 1]. ``quality``: what it
@@ -41,6 +54,7 @@ class Template:
     ood_score: float
     created_ns: int
     quality: float = 0.0
+    correction: Correction = Correction.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +68,8 @@ class StoredVector:
     vector: F16
     subject: int = 0
     quality: float = 0.0
+    negative: bool = False
+    """It is not this subject's face: see ``Correction.NOT``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +114,7 @@ class NewTemplate:
     ood_score: float
     quality: float = 0.0
     chip: bytes = b""
+    correction: Correction = Correction.NONE
 
 
 def invalid(field: str, message: str) -> FacelaneError:

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from facelane_server.naming import is_identifier
-from facelane_server.store.records import Template, invalid
+from facelane_server.store.records import Correction, Template, invalid
 from facelane_server.store.schema import keys, subjects, templates
 from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT
 
@@ -17,7 +17,7 @@ from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT
 def subject_query() -> sa.Select[Any]:
     count = (
         sa.select(sa.func.count())
-        .where(templates.c.subject == subjects.c.id)
+        .where(templates.c.subject == subjects.c.id, templates.c.correction != Correction.NOT)
         .scalar_subquery()
         .label("template_count")
     )
@@ -36,6 +36,7 @@ def template_query() -> sa.Select[Any]:
             templates.c.ood_score,
             templates.c.created_ns,
             templates.c.quality,
+            templates.c.correction,
         )
         .join_from(templates, subjects)
         .join(keys, OF_SUBJECT, isouter=True)
@@ -50,6 +51,7 @@ def as_template(row: sa.Row[Any], subject_id: str) -> Template:
         ood_score=row.ood_score,
         created_ns=row.created_ns,
         quality=row.quality,
+        correction=Correction(row.correction),
     )
 
 

@@ -6,7 +6,7 @@
     galleries       gallery_id, settings, created
     subjects        id, gallery_id, subject_id, display_name, labels, etag, created, updated, sealed
     templates       id, template_id, subject (-> subjects.id, cascade), model_id, dim,
-                    vector (float16, unit norm), ood_score, created, quality, negative
+                    vector (float16, unit norm), ood_score, created, quality, correction
     chips           template_id (-> templates.template_id, cascade), encoding, chip
     requests        gallery_id, request_id, fingerprint, template_id, answer, created
     changes         revision, kind, subject, template_id: of ``GALLERY``, what readers follow
@@ -119,8 +119,8 @@ templates = sa.Table(
     sa.Column("ood_score", sa.Float, nullable=False),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
     sa.Column("quality", sa.Float, nullable=False, server_default="0"),
-    # 1: a face that is not this subject's, though it was taken for it.
-    sa.Column("negative", sa.Integer, nullable=False, server_default="0"),
+    # See ``records.Correction``.
+    sa.Column("correction", sa.Integer, nullable=False, server_default="0"),
 )
 
 chips = sa.Table(
@@ -312,9 +312,9 @@ def _version_5(connection: sa.Connection) -> None:
 
 
 def _version_6(connection: sa.Connection) -> None:
-    """Room for pictures of events, and for what a subject is not."""
+    """Room for pictures of events, and for what people said of them."""
     _make(connection, pictures)
-    _add_column(connection, "templates", "negative", "INTEGER NOT NULL DEFAULT 0")
+    _add_column(connection, "templates", "correction", "INTEGER NOT NULL DEFAULT 0")
 
 
 MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
