@@ -612,7 +612,7 @@ async def test_a_slow_store_has_a_deadline(
     gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(gallery._store, "list_templates", lambda *_, **_: release.wait(20))
+    monkeypatch.setattr(gallery._store, "list_templates", lambda *_, **_k: release.wait(20))
     monkeypatch.setattr("facelane_server.gallery.gallery.CALL_TIMEOUT_S", 0.05)
     with pytest.raises(FacelaneError) as caught:
         await gallery.list_templates("g", "a")
