@@ -53,8 +53,8 @@ CODECS: Final = {"720p": ("h264",), "1080p": ("h264", "h265")}
 FRAME_AGE_S: Final = 1.0
 SETTLE_S: Final = 1.0
 """At the beginning of a trial, not counted: all tracks are new."""
-SETTLE_VIDEO_S: Final = 5.0
-"""The same where a card opens a decoder for each camera, 50 ms one after the other."""
+OPENING_S: Final = 0.06
+"""The same for each camera of video: a card opens their decoders one after the other."""
 _SAMPLE_S: Final = 0.25
 
 
@@ -230,8 +230,8 @@ async def _part(
     way: _Way,
     frames: Path,
 ) -> None:
-    settle_s = SETTLE_VIDEO_S if way.codec and way.decode == "cuda" else SETTLE_S
-    seconds = settle_s + settings.lasting(6.0, 2.0)
+    seconds = settings.lasting(6.0, 2.0)
+    each_s = OPENING_S if way.codec and way.decode == "cuda" else 0.0
     rate = FPS if settings.device != "cpu" else 2.0
     tables = "[limits]\nmax_streams = 1024\n"
     pools = _pools(settings, models, way)
@@ -243,7 +243,10 @@ async def _part(
         await trial(services, frames, len(services), rate, 3.0)  # warm-up
 
         async def attempt(streams: int) -> Trial:
-            found = await trial(services, frames, streams, rate, seconds, analysis_fps, settle_s)
+            settle_s = SETTLE_S + each_s * streams
+            found = await trial(
+                services, frames, streams, rate, settle_s + seconds, analysis_fps, settle_s
+            )
             report.add(_row(found, size, rate, models.name))
             settings.say(
                 f"{size}: {streams} cameras, p99 age {found.age_p99_ms:.0f} ms, "

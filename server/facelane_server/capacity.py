@@ -44,6 +44,12 @@ _LEAST: Final = 0.8
 """Of the same: what thinning never falls below; fewer pictures would help nobody."""
 _MOST: Final = 1.1
 """Of the same: what a budget never exceeds, so that it is near when it is needed."""
+_YOUNG: Final = 0.3
+"""Part of the setpoint by which answers are younger than it for the budget to grow quickly."""
+_GROWTH: Final = 0.3
+"""What the budget grows by at a reading while answers are far younger than they may be."""
+_MOST_YOUNG: Final = 1.6
+"""As ``_MOST``, while answers are young."""
 _KNOWN: Final = 0.3
 """Share of busy time from which on it says what more would fit."""
 _ALONE: Final = 1.5
@@ -248,11 +254,13 @@ class Capacity:
             if self._hold <= 0:
                 self.budget *= max(0.8, 1.0 - 0.1 * (age / setpoint - 1.0))
                 self._hold = _HOLD
-        elif busiest < 0.6 and self._hold <= 0:
-            self.budget *= 1.1
         elif self._hold <= 0:
-            self.budget *= 1.01
-        self.budget = min(max(self.budget, _LEAST * able), _MOST * able)
+            young = 1.0 if age is None else 1.0 - age / setpoint
+            self.budget *= 1.01 + _GROWTH * max(0.0, young - _YOUNG)
+        # Workers that take a picture at a time look as busy as those that take eight in the same
+        # time: while answers are young, more may fit than their business says.
+        most = _MOST if age is not None and age > (1.0 - _YOUNG) * setpoint else _MOST_YOUNG
+        self.budget = min(max(self.budget, _LEAST * able), most * able)
         if self.budget >= 1.05 * offered:
             self.budget = 1.05 * offered
             self._calm += 1

@@ -87,7 +87,8 @@ def test_over_time_the_rate_is_taken_and_never_more_than_two_at_once(
 @dataclass
 class World:
     """Cameras before a server of two stages in a row, each with one worker; the newest picture of
-    a stream replaces the one that waits for the first stage."""
+    a stream replaces the one that waits for the first stage, which takes ``batch`` of them at a
+    time, each after the first for ``more_s``; for ``slow_s`` it does little."""
 
     capacity: Capacity
     fps: list[float]
@@ -95,8 +96,13 @@ class World:
     recognize_s: float = 0.0
     faces: float = 1.0
     jitter: float = 0.3
+    batch: int = 1
+    more_s: float = 0.0
+    slow_s: float = 0.0
     seed: int = 0
     now: float = 0.0
+    thinned: list[float] = field(default_factory=list)
+    """When some were."""
     ages: list[tuple[float, float]] = field(default_factory=list)
     """(when, age) of results."""
     answered: list[list[float]] = field(default_factory=list)
@@ -117,7 +123,7 @@ class World:
         at(PERIOD_S, "tick", 0)
         waiting: dict[int, float] = {}  # lane -> receipt; in the order of their turn
         chips: deque[tuple[int, float]] = deque()
-        running: dict[str, tuple[int, float] | None] = {"detect": None, "recognize": None}
+        running: dict[str, list[tuple[int, float]]] = {"detect": [], "recognize": []}
         busy = {"detect": 0.0, "recognize": 0.0}
         begun = dict(busy)
         offered = [0] * len(self.fps)
@@ -128,13 +134,16 @@ class World:
             return mean * rng.uniform(1 - self.jitter, 1 + self.jitter)
 
         def start() -> None:
-            if running["detect"] is None and waiting:
-                lane = next(iter(waiting))
-                running["detect"] = (lane, waiting.pop(lane))
+            if not running["detect"] and waiting:
+                lanes = list(itertools.islice(waiting, self.batch))
+                running["detect"] = [(lane, waiting.pop(lane)) for lane in lanes]
                 begun["detect"] = self.now
-                at(self.now + service(self.detect_s), "detected", lane)
-            if running["recognize"] is None and chips:
-                running["recognize"] = chips.popleft()
+                took = service(self.detect_s) + self.more_s * (len(lanes) - 1)
+                if 3.0 < self.now < 3.0 + self.slow_s:
+                    took *= 40
+                at(self.now + took, "detected", 0)
+            if not running["recognize"] and chips:
+                running["recognize"] = [chips.popleft()]
                 begun["recognize"] = self.now
                 at(self.now + service(self.recognize_s), "recognized", 0)
 
@@ -146,8 +155,8 @@ class World:
                     waiting[lane] = self.now  # keeps its turn
                 at(self.now + 1.0 / self.fps[lane], "frame", lane)
             elif what == "tick":
-                for name, job in running.items():
-                    if job is not None:
+                for name, jobs in running.items():
+                    if jobs:
                         busy[name] += self.now - begun[name]
                         begun[name] = self.now
                 rates = self.capacity.step(
@@ -161,6 +170,8 @@ class World:
                         len(waiting) * self.detect_s + len(chips) * self.recognize_s,
                     )
                 )
+                if rates:
+                    self.thinned.append(self.now)
                 for n, pace in enumerate(paces):
                     pace.change(rates.get(n), int(self.now * 1e9))
                 offered, ages, results = [0] * len(self.fps), [], 0
@@ -168,17 +179,16 @@ class World:
                 at(self.now + PERIOD_S, "tick", 0)
             else:
                 stage = "detect" if what == "detected" else "recognize"
-                job = running[stage]
-                assert job is not None
-                running[stage] = None
+                done, running[stage] = running[stage], []
                 busy[stage] += self.now - begun[stage]
-                if stage == "detect" and self.recognize_s and rng.random() < self.faces:
-                    chips.append(job)
-                else:
+                for lane, since in done:
+                    if stage == "detect" and self.recognize_s and rng.random() < self.faces:
+                        chips.append((lane, since))
+                        continue
                     results += 1
-                    ages.append(self.now - job[1])
-                    self.ages.append((self.now, self.now - job[1]))
-                    self.answered[job[0]].append(self.now)
+                    ages.append(self.now - since)
+                    self.ages.append((self.now, self.now - since))
+                    self.answered[lane].append(self.now)
             start()
 
     def p99(self, since: float) -> float:
@@ -224,6 +234,27 @@ def test_within_what_fits_nothing_is_thinned(stages: dict[str, float], fits: flo
     assert load is not None
     assert 0.35 <= load.ratio <= 0.75
     assert load.thinned == 0
+
+
+CARD = {"detect_s": 0.008, "more_s": 0.0005, "batch": 8}
+"""Alone 125 pictures a second, and as busy as with the 700 that it does in batches."""
+
+
+def test_a_moment_in_which_nothing_went_on_is_not_what_a_card_can_carry() -> None:
+    """Decoders of many cameras are opened; from then on all fit as before."""
+    world = simulated([25.0] * 20, **CARD, slow_s=1.5)
+    assert world.thinned, "it could not know"
+    assert world.thinned[-1] < 9.0
+    assert min(world.rates(12.0)) > 24.0
+
+
+@pytest.mark.parametrize("cameras", [56, 112])
+def test_over_what_fits_on_a_card_answers_keep_their_age_too(cameras: int) -> None:
+    world = simulated([25.0] * cameras, **CARD)
+    assert world.p99(10.0) <= 1.2 * TARGET_S
+    rates = world.rates(10.0)
+    assert max(rates) <= 1.1 * min(rates) + 0.2
+    assert sum(rates) > 450
 
 
 def test_one_camera_before_a_processor_that_is_too_slow_for_it_keeps_that_one_at_work() -> None:
