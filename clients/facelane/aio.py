@@ -231,6 +231,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     server_info = _awaited(calls.server_info)
     pools = _awaited(calls.pools)
     health = _awaited(calls.health)
+    confirm_sighting = _awaited(calls.confirm_sighting)
     list_streams = _awaited(views.list_streams)
     event_picture = _awaited(views.event_picture)
     correct_identity = _awaited(views.correct_identity)

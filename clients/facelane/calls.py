@@ -33,6 +33,7 @@ from facelane.v1 import (
     admin_service_pb2_grpc,
     analysis_service_pb2,
     analysis_service_pb2_grpc,
+    event_service_pb2,
     event_service_pb2_grpc,
     face_pb2,
     gallery_service_pb2,
@@ -388,6 +389,34 @@ def identify(
     )
 
 
+# Events.
+
+
+def confirm_sighting(
+    candidate: types.Event | int,
+    *,
+    agrees: bool = True,
+    gallery: str = DEFAULT_GALLERY,
+    timeout: float | None = None,
+) -> Call[types.Confirmation]:
+    """Says whether a candidate (an event SUBJECT_CANDIDATE, or its ``sequence``) is the subject
+    that it names. Once so many keys agree as the gallery asks for, SUBJECT_SEEN is told; one that
+    does not agree ends it.
+
+    Raises:
+        NotFoundError: there is no such candidate (EVENT_NOT_FOUND).
+    """
+    sequence = candidate if isinstance(candidate, int) else candidate.sequence
+    return _call(
+        lambda stubs: stubs.events.ConfirmSighting,
+        event_service_pb2.ConfirmSightingRequest(
+            gallery_id=gallery, sequence=convert.count("candidate", sequence), agrees=agrees
+        ),
+        _confirmation,
+        timeout,
+    )
+
+
 # The server.
 
 
@@ -516,6 +545,15 @@ def drain(grace: float = 30.0, *, timeout: float | None = None) -> Call[None]:
         _nothing,
         timeout,
     )
+
+
+def _confirmation(answer: event_service_pb2.ConfirmSightingResponse) -> types.Confirmation:
+    known = {
+        number: types.SightingState(name.removeprefix("SIGHTING_STATE_"))
+        for name, number in event_service_pb2.SightingState.items()
+    }
+    state = known.get(answer.state, types.SightingState.UNSPECIFIED)
+    return types.Confirmation(state, answer.agreed, answer.needed)
 
 
 def _nothing(_answer: object) -> None:

@@ -267,6 +267,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     server_info = _blocking(calls.server_info)
     pools = _blocking(calls.pools)
     health = _blocking(calls.health)
+    confirm_sighting = _blocking(calls.confirm_sighting)
     list_streams = _blocking(views.list_streams)
     event_picture = _blocking(views.event_picture)
     correct_identity = _blocking(views.correct_identity)
@@ -313,8 +314,6 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         self._check_open()
         asked = (resume_token, kinds, reconnect, self.timeout)
         return self._keep(EventStream(self, Subscription(*asked, within=(source_ids, gallery_ids))))
-
-    # Administration.
 
     restart_worker = _blocking(calls.restart_worker)
     reload_model = _blocking(calls.reload_model)

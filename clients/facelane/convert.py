@@ -97,12 +97,7 @@ _WARNING = _by_name(
     types.EnrollWarning, "ENROLL_WARNING_", dict(gallery_service_pb2.EnrollWarning.items())
 )
 _EVENT_KIND = _by_name(types.EventKind, "EVENT_KIND_", dict(event_service_pb2.EventKind.items()))
-_EVENT_NUMBER: dict[types.EventKind, event_service_pb2.EventKind.ValueType] = {
-    kind: event_service_pb2.EventKind.Value(f"EVENT_KIND_{kind.name}") for kind in types.EventKind
-}
-
-
-# Durations and times.
+_EVENT_NUMBER = {k: event_service_pb2.EventKind.Value(f"EVENT_KIND_{k}") for k in types.EventKind}
 
 
 def duration(seconds: float) -> duration_pb2.Duration:
@@ -581,17 +576,18 @@ def event(pb: event_service_pb2.WatchEventsResponse) -> types.Event:
         e.message,
         _track_report(e.track) if e.HasField("track") else None,
         rules.report(e.rule) if e.HasField("rule") else None,
+        e.candidate_sequence,
+        e.candidate_subject_id,
     )
 
 
 def _track_report(pb: event_service_pb2.TrackReport) -> types.TrackReport:
-    first, last = pb.first_capture_time, pb.last_capture_time
     return types.TrackReport(
         pb.global_track_id,
         seconds(pb.first_offset),
         seconds(pb.last_offset),
-        _moment(first) if pb.HasField("first_capture_time") else None,
-        _moment(last) if pb.HasField("last_capture_time") else None,
+        _moment(pb.first_capture_time) if pb.HasField("first_capture_time") else None,
+        _moment(pb.last_capture_time) if pb.HasField("last_capture_time") else None,
         types.BoundingBox(pb.box.x, pb.box.y, pb.box.width, pb.box.height),
         pb.best_ood_score if pb.HasField("best_ood_score") else None,
         pb.looks,

@@ -200,6 +200,7 @@ class App:
                 sights=self.edge.sights,
                 placed=(*self.settings.zones, *self.settings.lines),
                 pictures=pictures,
+                confirmed=[n for n, rules in self.settings.galleries.items() if rules.confirm],
             )
             trail = self._trail = Trail(gallery, self.settings.audit)
             stack.push_async_callback(trail.close)

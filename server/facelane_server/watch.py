@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import structlog
 from msgspec.structs import replace
@@ -17,6 +17,7 @@ from facelane_server.lanes import Lane
 from facelane_server.observability.metrics import Metrics
 from facelane_server.pipeline import Origin, Pipeline
 from facelane_server.presence import Presence, Telling
+from facelane_server.store.events import renamed
 from facelane_server.store.pictures import Pictures
 from facelane_server.viewing import Sights
 from facelane_server.zoning import Zoning
@@ -38,13 +39,16 @@ class LaneWatch:
         sights: Sights | None = None,
         placed: Iterable[Area] = (),
         pictures: EventPictures | None = None,
+        confirmed: Collection[str] = (),
     ) -> None:
         """``seen``: told of whoever is named, gallery and subject. ``placed``: the zones and lines
-        of the configuration, with their sources."""
+        of the configuration, with their sources. ``confirmed``: galleries in which people have to
+        say so before anybody was seen."""
         self._metrics = metrics
         self._events = events
         self._gallery = gallery
         self._seen = seen
+        self._confirmed = frozenset(confirmed)
         self._unknown_after_ns = int(settings.unknown_after_s * 1e9)
         self._hidden_after_ns = int(settings.hidden_after_s * 1e9)
         self._present: dict[int, Presence] = {}
@@ -149,12 +153,15 @@ class LaneWatch:
     def _tell(
         self, lane: Lane, kind: EventKind, track: TrackReport | None, rule: RuleReport | None = None
     ) -> None:
+        gallery_id = lane.options.plan.gallery_id
+        if track is not None and gallery_id in self._confirmed:
+            kind, track = as_candidate(kind, track)
         self._events.publish(
             kind,
             source_id=lane.options.source_id,
             stream_id=lane.stream_id,
             sender=lane.sender.key,
-            gallery_id=lane.options.plan.gallery_id,
+            gallery_id=gallery_id,
             track=track,
             rule=rule,
         )
@@ -176,3 +183,11 @@ def keep_pictures(settings: config.Config, gallery: Gallery, pipeline: Pipeline)
         return await pipeline.encode(pictures, Origin(0, 1, deadline_ns))
 
     return EventPictures(store, encode, keep=kept.pictures_keep, keep_days=kept.pictures_keep_days)
+
+
+def as_candidate(kind: EventKind, report: TrackReport) -> Telling:
+    """What is told in a gallery where people have to confirm: who it might be to those who do,
+    and nobody's name to all others."""
+    if kind is EventKind.SUBJECT_SEEN:
+        return EventKind.SUBJECT_CANDIDATE, report
+    return kind, renamed(report, {})

@@ -14,7 +14,7 @@ import facelane
 from facelane.cli.analyze import analyze
 from facelane.cli.base import INTERRUPTED, OK, REFUSED, UNREACHABLE, USAGE, Access
 from facelane.cli.gallery import enroll, identify, subjects_app, verify
-from facelane.cli.server import events, server_app
+from facelane.cli.server import confirm, events, server_app
 from facelane.cli.sources import SourceError
 
 _EPILOG = (
@@ -68,6 +68,7 @@ for command in (enroll, identify, verify):
 app.add_typer(subjects_app, name="subjects")
 app.add_typer(server_app, name="server")
 app.command()(events)
+app.command()(confirm)
 
 
 def _version(asked: bool) -> None:

@@ -196,6 +196,22 @@ def _rule_words(rule: types.RuleReport) -> str:
     return f"zone={rule.name} dwell={rule.dwell:.1f}s inside={rule.inside}"
 
 
+def confirm(
+    ctx: typer.Context,
+    sequence: Annotated[
+        int, typer.Argument(help="The candidate's number (`facelane events` shows it).")
+    ],
+    gallery: Annotated[str, typer.Option(help="The candidate's gallery.")] = "default",
+    agrees: Annotated[
+        bool, typer.Option("--yes/--no", help="Whether it is the subject that it names.")
+    ] = True,
+) -> None:
+    """Say of a candidate (SUBJECT_CANDIDATE) whether it is who it was taken for."""
+    with ctx.obj.client() as client:
+        done = client.confirm_sighting(sequence, agrees=agrees, gallery=gallery)
+    typer.echo(f"{done.state.value}: {done.agreed} of {done.needed} agree")
+
+
 def _event_words(event: types.Event) -> str:
     when = event.event_time.astimezone().strftime("%H:%M:%S") if event.event_time else "--:--:--"
     parts = [when, event.kind.value]
@@ -207,6 +223,9 @@ def _event_words(event: types.Event) -> str:
         parts.append(f"subject={event.identity.subject_id}")
     if event.rule is not None:
         parts.append(_rule_words(event.rule))
+    if event.kind is types.EventKind.SUBJECT_CANDIDATE:
+        perhaps = f"perhaps={event.candidate_subject_id}"
+        parts.append(f"sequence={event.sequence} gallery={event.gallery} {perhaps}")
     if event.ood_score is not None:
         parts.append(f"ood={event.ood_score:.2f}")
     if event.pool:

@@ -177,6 +177,8 @@ class EventKind(enum.StrEnum):
     ZONE_UNKNOWN = "ZONE_UNKNOWN"
     """A trusted face that nobody knows has been in a zone for as long; once a stay."""
     LINE_CROSSED = "LINE_CROSSED"
+    SUBJECT_CANDIDATE = "SUBJECT_CANDIDATE"
+    """Who it might be, in a gallery where people have to say so (``confirm_sighting``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +235,28 @@ class Event:
     message: str = ""
     track: TrackReport | None = None
     rule: RuleReport | None = None
+    candidate_sequence: int = 0
+    """Of a SUBJECT_SEEN that was confirmed: the number of its SUBJECT_CANDIDATE."""
+    candidate_subject_id: str = ""
+    """Of a SUBJECT_CANDIDATE: who it might be. Its ``identity`` matches nobody."""
+
+
+class SightingState(enum.StrEnum):
+    """What became of a candidate."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    OPEN = "OPEN"
+    CONFIRMED = "CONFIRMED"
+    DENIED = "DENIED"
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """``agreed``: keys that have agreed so far; ``needed``: how many it takes."""
+
+    state: SightingState
+    agreed: int
+    needed: int
 
 
 @dataclass(frozen=True, slots=True)

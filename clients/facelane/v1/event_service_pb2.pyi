@@ -64,6 +64,10 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """It has had a trusted face there that nobody knows for the zone's `unknown`; once a stay."""
     EVENT_KIND_LINE_CROSSED: _EventKind.ValueType  # 16
     """It has crossed a line."""
+    EVENT_KIND_SUBJECT_CANDIDATE: _EventKind.ValueType  # 17
+    """In a gallery with `confirm`, instead of SUBJECT_SEEN: who it might be, for keys that may
+    confirm. Such a gallery's other events name nobody.
+    """
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
 
@@ -103,6 +107,10 @@ EVENT_KIND_ZONE_UNKNOWN: EventKind.ValueType  # 15
 """It has had a trusted face there that nobody knows for the zone's `unknown`; once a stay."""
 EVENT_KIND_LINE_CROSSED: EventKind.ValueType  # 16
 """It has crossed a line."""
+EVENT_KIND_SUBJECT_CANDIDATE: EventKind.ValueType  # 17
+"""In a gallery with `confirm`, instead of SUBJECT_SEEN: who it might be, for keys that may
+confirm. Such a gallery's other events name nobody.
+"""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 class _CrossingDirection:
@@ -122,6 +130,27 @@ CROSSING_DIRECTION_UNSPECIFIED: CrossingDirection.ValueType  # 0
 CROSSING_DIRECTION_IN: CrossingDirection.ValueType  # 1
 CROSSING_DIRECTION_OUT: CrossingDirection.ValueType  # 2
 Global___CrossingDirection: _TypeAlias = CrossingDirection  # noqa: Y015
+
+class _SightingState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SightingStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SightingState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIGHTING_STATE_UNSPECIFIED: _SightingState.ValueType  # 0
+    SIGHTING_STATE_OPEN: _SightingState.ValueType  # 1
+    """More keys have to agree."""
+    SIGHTING_STATE_CONFIRMED: _SightingState.ValueType  # 2
+    SIGHTING_STATE_DENIED: _SightingState.ValueType  # 3
+
+class SightingState(_SightingState, metaclass=_SightingStateEnumTypeWrapper): ...
+
+SIGHTING_STATE_UNSPECIFIED: SightingState.ValueType  # 0
+SIGHTING_STATE_OPEN: SightingState.ValueType  # 1
+"""More keys have to agree."""
+SIGHTING_STATE_CONFIRMED: SightingState.ValueType  # 2
+SIGHTING_STATE_DENIED: SightingState.ValueType  # 3
+Global___SightingState: _TypeAlias = SightingState  # noqa: Y015
 
 @_typing.final
 class RuleReport(_message.Message):
@@ -283,6 +312,8 @@ class Event(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     TRACK_FIELD_NUMBER: _builtins.int
     RULE_FIELD_NUMBER: _builtins.int
+    CANDIDATE_SEQUENCE_FIELD_NUMBER: _builtins.int
+    CANDIDATE_SUBJECT_ID_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     kind: Global___EventKind.ValueType
     source_id: _builtins.str
@@ -292,6 +323,12 @@ class Event(_message.Message):
     ood_score: _builtins.float
     pool: _builtins.str
     message: _builtins.str
+    candidate_sequence: _builtins.int
+    """Of a SUBJECT_SEEN that was confirmed: the `sequence` of its SUBJECT_CANDIDATE."""
+    candidate_subject_id: _builtins.str
+    """Of a SUBJECT_CANDIDATE: who it might be. Its `identity` says nothing, so that nobody takes a
+    candidate for somebody who was seen.
+    """
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -323,10 +360,12 @@ class Event(_message.Message):
         message: _builtins.str = ...,
         track: Global___TrackReport | None = ...,
         rule: Global___RuleReport | None = ...,
+        candidate_sequence: _builtins.int = ...,
+        candidate_subject_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "identity", b"identity", "liveness", b"liveness", "ood_score", b"ood_score", "rule", b"rule", "track", b"track"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "event_time", b"event_time", "gallery_id", b"gallery_id", "identity", b"identity", "kind", b"kind", "liveness", b"liveness", "message", b"message", "ood_score", b"ood_score", "pool", b"pool", "rule", b"rule", "sequence", b"sequence", "source_id", b"source_id", "stream_id", b"stream_id", "track", b"track", "track_id", b"track_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score", "candidate_sequence", b"candidate_sequence", "candidate_subject_id", b"candidate_subject_id", "event_time", b"event_time", "gallery_id", b"gallery_id", "identity", b"identity", "kind", b"kind", "liveness", b"liveness", "message", b"message", "ood_score", b"ood_score", "pool", b"pool", "rule", b"rule", "sequence", b"sequence", "source_id", b"source_id", "stream_id", b"stream_id", "track", b"track", "track_id", b"track_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ood_score: _TypeAlias = _typing.Literal["ood_score"]  # noqa: Y015
     _WhichOneofArgType__ood_score: _TypeAlias = _typing.Literal["_ood_score", b"_ood_score"]  # noqa: Y015
@@ -441,3 +480,58 @@ class GetEventPictureResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetEventPictureResponse: _TypeAlias = GetEventPictureResponse  # noqa: Y015
+
+@_typing.final
+class ConfirmSightingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GALLERY_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    AGREES_FIELD_NUMBER: _builtins.int
+    gallery_id: _builtins.str
+    """Of the candidate."""
+    sequence: _builtins.int
+    """The candidate's `Event.sequence`."""
+    agrees: _builtins.bool
+    """Whether it is the subject that the candidate names."""
+    def __init__(
+        self,
+        *,
+        gallery_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        agrees: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agrees", b"agrees", "gallery_id", b"gallery_id", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmSightingRequest: _TypeAlias = ConfirmSightingRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmSightingResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
+    NEEDED_FIELD_NUMBER: _builtins.int
+    state: Global___SightingState.ValueType
+    agreed: _builtins.int
+    """Keys that have agreed so far, this one included."""
+    needed: _builtins.int
+    """How many it takes."""
+    def __init__(
+        self,
+        *,
+        state: Global___SightingState.ValueType = ...,
+        agreed: _builtins.int = ...,
+        needed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "needed", b"needed", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmSightingResponse: _TypeAlias = ConfirmSightingResponse  # noqa: Y015

@@ -45,6 +45,11 @@ class EventServiceStub(object):
                 request_serializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureRequest.SerializeToString,
                 response_deserializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureResponse.FromString,
                 _registered_method=True)
+        self.ConfirmSighting = channel.unary_unary(
+                '/facelane.v1.EventService/ConfirmSighting',
+                request_serializer=facelane_dot_v1_dot_event__service__pb2.ConfirmSightingRequest.SerializeToString,
+                response_deserializer=facelane_dot_v1_dot_event__service__pb2.ConfirmSightingResponse.FromString,
+                _registered_method=True)
 
 
 class EventServiceServicer(object):
@@ -71,6 +76,15 @@ class EventServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConfirmSighting(self, request, context):
+        """What a person says who has looked at a candidate (SUBJECT_CANDIDATE), in galleries with
+        `confirm`. With so many keys that agree, SUBJECT_SEEN is told; one that disagrees ends it.
+        The same answer again changes nothing; EVENT_NOT_FOUND where there is no such candidate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EventServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +97,11 @@ def add_EventServiceServicer_to_server(servicer, server):
                     servicer.GetEventPicture,
                     request_deserializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureRequest.FromString,
                     response_serializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureResponse.SerializeToString,
+            ),
+            'ConfirmSighting': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmSighting,
+                    request_deserializer=facelane_dot_v1_dot_event__service__pb2.ConfirmSightingRequest.FromString,
+                    response_serializer=facelane_dot_v1_dot_event__service__pb2.ConfirmSightingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -140,6 +159,33 @@ class EventService(object):
             '/facelane.v1.EventService/GetEventPicture',
             facelane_dot_v1_dot_event__service__pb2.GetEventPictureRequest.SerializeToString,
             facelane_dot_v1_dot_event__service__pb2.GetEventPictureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmSighting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/facelane.v1.EventService/ConfirmSighting',
+            facelane_dot_v1_dot_event__service__pb2.ConfirmSightingRequest.SerializeToString,
+            facelane_dot_v1_dot_event__service__pb2.ConfirmSightingResponse.FromString,
             options,
             channel_credentials,
             insecure,

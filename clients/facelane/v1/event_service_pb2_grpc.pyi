@@ -45,6 +45,11 @@ class EventServiceStub:
     `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
     whom it showed, has ended it.
     """
+    ConfirmSighting: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.ConfirmSightingRequest, _event_service_pb2.ConfirmSightingResponse]
+    """What a person says who has looked at a candidate (SUBJECT_CANDIDATE), in galleries with
+    `confirm`. With so many keys that agree, SUBJECT_SEEN is told; one that disagrees ends it.
+    The same answer again changes nothing; EVENT_NOT_FOUND where there is no such candidate.
+    """
 
 @_typing.type_check_only
 class EventServiceAsyncStub(EventServiceStub):
@@ -62,6 +67,11 @@ class EventServiceAsyncStub(EventServiceStub):
     """The best shot of an event's track, where one is kept (`track.has_picture`): see
     `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
     whom it showed, has ended it.
+    """
+    ConfirmSighting: _aio.UnaryUnaryMultiCallable[_event_service_pb2.ConfirmSightingRequest, _event_service_pb2.ConfirmSightingResponse]  # type: ignore[assignment]
+    """What a person says who has looked at a candidate (SUBJECT_CANDIDATE), in galleries with
+    `confirm`. With so many keys that agree, SUBJECT_SEEN is told; one that disagrees ends it.
+    The same answer again changes nothing; EVENT_NOT_FOUND where there is no such candidate.
     """
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -89,6 +99,17 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         """The best shot of an event's track, where one is kept (`track.has_picture`): see
         `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
         whom it showed, has ended it.
+        """
+
+    @_abc_1.abstractmethod
+    def ConfirmSighting(
+        self,
+        request: _event_service_pb2.ConfirmSightingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_event_service_pb2.ConfirmSightingResponse, _abc.Awaitable[_event_service_pb2.ConfirmSightingResponse]]:
+        """What a person says who has looked at a candidate (SUBJECT_CANDIDATE), in galleries with
+        `confirm`. With so many keys that agree, SUBJECT_SEEN is told; one that disagrees ends it.
+        The same answer again changes nothing; EVENT_NOT_FOUND where there is no such candidate.
         """
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

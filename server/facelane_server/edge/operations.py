@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 import structlog
@@ -16,8 +19,10 @@ from facelane.v1 import server_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, limits
 from facelane_server.config import Config
 from facelane_server.domain import (
+    Decision,
     Direction,
     FacelaneError,
+    Identity,
     Reason,
     RuleReport,
     Stage,
@@ -37,7 +42,9 @@ from facelane_server.pipeline import Pipeline
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolState
 from facelane_server.pools.restart import Life
+from facelane_server.rules import GalleryRules
 from facelane_server.store.audit import Action
+from facelane_server.store.confirmations import confirm
 from facelane_server.store.pictures import not_found
 
 log = structlog.get_logger(__name__)
@@ -216,12 +223,18 @@ class AdminService(admin_grpc.AdminServiceServicer):
 
 class EventService(event_grpc.EventServiceServicer):
     def __init__(
-        self, feed: EventFeed, gallery: Gallery, pictures: EventPictures, trail: Trail
+        self,
+        feed: EventFeed,
+        gallery: Gallery,
+        pictures: EventPictures,
+        trail: Trail,
+        rules: Mapping[str, GalleryRules],
     ) -> None:
         self._feed = feed
         self._gallery = gallery
         self._pictures = pictures
         self._trail = trail
+        self._rules = rules
 
     async def GetEventPicture(
         self, request: event_pb.GetEventPictureRequest, context: Context
@@ -243,6 +256,35 @@ class EventService(event_grpc.EventServiceServicer):
             event=event.sequence,
         )
         return event_pb.GetEventPictureResponse(picture_jpeg=photo.around, chip_jpeg=photo.chip)
+
+    async def ConfirmSighting(
+        self, request: event_pb.ConfirmSightingRequest, context: Context
+    ) -> event_pb.ConfirmSightingResponse:
+        caller = gate.caller()
+        gallery_id = convert.gallery(request.gallery_id, caller, "confirm")
+        rules = self._rules.get(gallery_id)
+        if rules is None or not rules.confirm:
+            raise convert.invalid(
+                "gallery_id: nobody has to confirm anything there (galleries.NAME.confirm)",
+                field="gallery_id",
+            )
+        done = await self._gallery.ask(
+            partial(
+                confirm,
+                gallery_id=gallery_id,
+                sequence=request.sequence,
+                by=caller.name,
+                agrees=request.agrees,
+                needed=rules.confirm,
+                at_source=lambda source: caller.may("confirm", gallery=gallery_id, source=source),
+                now_ns=time.time_ns(),
+            )
+        )
+        return event_pb.ConfirmSightingResponse(
+            state=event_pb.SightingState.Value(f"SIGHTING_STATE_{done.state.value}"),
+            agreed=done.agreed,
+            needed=done.needed,
+        )
 
     async def WatchEvents(  # type: ignore[override]
         self, request: event_pb.WatchEventsRequest, context: Context
@@ -270,23 +312,31 @@ class EventService(event_grpc.EventServiceServicer):
             # connection breaks.
             await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))
             async for event in watcher:
-                if caller.hears(event.source_id, event.gallery_id, event.sender):
+                if self._hears(caller, event):
                     await context.write(await self._told(event, caller))
                 del event  # until the next one comes, nobody is kept here
 
     async def _told(self, event: Event, caller: Caller) -> event_pb.WatchEventsResponse:
         gallery_id, source_id = event.gallery_id or None, event.source_id or None
         message = _event(event, convert.View.of(caller, "events", gallery_id, source_id))
-        if message.identity.subject_id and caller.may("gallery.read", gallery=event.gallery_id):
-            await self._describe(message)
+        named = message.identity.subject_id or message.candidate_subject_id
+        if named and caller.may("gallery.read", gallery=event.gallery_id):
+            await self._describe(message, named)
         return event_pb.WatchEventsResponse(event=message, resume_token=self._feed.token(event))
 
-    async def _describe(self, message: event_pb.Event) -> None:
+    @staticmethod
+    def _hears(caller: Caller, event: Event) -> bool:
+        """Candidates are for those who can say whether they are right."""
+        if not caller.hears(event.source_id, event.gallery_id, event.sender):
+            return False
+        return event.kind is not EventKind.SUBJECT_CANDIDATE or caller.may(
+            "confirm", gallery=event.gallery_id, source=event.source_id
+        )
+
+    async def _describe(self, message: event_pb.Event, subject_id: str) -> None:
         """Adds what the gallery says of the subject; nothing when it cannot be asked."""
         with contextlib.suppress(FacelaneError):
-            subject = await self._gallery.get_subject(
-                message.gallery_id, message.identity.subject_id
-            )
+            subject = await self._gallery.get_subject(message.gallery_id, subject_id)
             message.track.display_name = subject.display_name
             message.track.labels.update(subject.labels)
 
@@ -301,11 +351,16 @@ def _event(event: Event, view: convert.View) -> event_pb.Event:
         gallery_id=event.gallery_id,
         pool=event.pool,
         message=event.message,
+        candidate_sequence=event.candidate,
     )
     if event.track is not None:
         track = event.track
         message.track_id = track.track_id
-        message.identity.CopyFrom(convert.identity(track.identity, view))
+        identity = track.identity
+        if event.kind is EventKind.SUBJECT_CANDIDATE:
+            message.candidate_subject_id = identity.subject_id
+            identity = Identity(Decision.NOT_EVALUATED)
+        message.identity.CopyFrom(convert.identity(identity, view))
         message.liveness.CopyFrom(convert.liveness(track.liveness))
         if track.ood_score is not None:
             message.ood_score = track.ood_score

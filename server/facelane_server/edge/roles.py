@@ -46,7 +46,7 @@ MEANINGS: Final[dict[Verb, str]] = {
     "events": "watch events",
     "view": "look at the pictures of streams, except of private ones, and at those of events",
     "correct": "say of an event's face who it is, or is not, and take that back",
-    "confirm": "confirm who was seen (no method of this version asks for it)",
+    "confirm": "say whether a candidate is who it was taken for, and hear of candidates",
     "audit": "read the audit log (no method of this version asks for it)",
     "admin": "restart workers, reload models, drain the server; nothing else",
     "waive-liveness": "have faces verified that are not LIVE",
@@ -105,6 +105,7 @@ METHODS: Final[dict[str, Rule]] = {
     "/facelane.v1.GalleryService/UndoCorrection": Rule("correct", _GALLERY),
     "/facelane.v1.GalleryService/ListCorrections": Rule("correct", _GALLERY),
     "/facelane.v1.EventService/WatchEvents": Rule("events"),
+    "/facelane.v1.EventService/ConfirmSighting": Rule("confirm", _GALLERY),
     # The event says of which gallery and source it is.
     "/facelane.v1.EventService/GetEventPicture": Rule("view"),
     "/facelane.v1.ViewService/ListStreams": Rule("view"),

@@ -157,7 +157,7 @@ class Edge:
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(controls), server)
         event_service_pb2_grpc.add_EventServiceServicer_to_server(
-            EventService(events, gallery, kept, trail), server
+            EventService(events, gallery, kept, trail, settings.galleries), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         if settings.server.reflection:

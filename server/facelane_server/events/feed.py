@@ -52,6 +52,7 @@ class EventKind(enum.StrEnum):
     ZONE_DWELL = "ZONE_DWELL"
     ZONE_UNKNOWN = "ZONE_UNKNOWN"
     LINE_CROSSED = "LINE_CROSSED"
+    SUBJECT_CANDIDATE = "SUBJECT_CANDIDATE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ class Event:
     message: str = ""
     sender: str = ""
     rule: RuleReport | None = None
+    candidate: int = 0
+    """The sequence of the SUBJECT_CANDIDATE that was confirmed, 0 = none."""
 
 
 class Keeper(Protocol):

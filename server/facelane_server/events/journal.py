@@ -256,4 +256,5 @@ def _event(record: EventRecord) -> Event:
         record.message,
         record.sender,
         record.rule,
+        record.candidate,
     )

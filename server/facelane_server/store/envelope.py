@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from dataclasses import dataclass, field
 from typing import Final, Self
 
 from cryptography.exceptions import InvalidTag
@@ -33,20 +32,23 @@ class SealBrokenError(Exception):
     """What was to be opened is damaged, of another place, or locked by another key."""
 
 
-@dataclass(frozen=True, slots=True)
 class Lock:
     """One key. ``name``: what a row that it locks says of it; of a master key, a digest of
     the key, so that the wrong one is told at once."""
 
-    name: str
-    _cipher: AESGCM = field(repr=False)
+    __slots__ = ("_cipher", "name")
 
-    @classmethod
-    def of(cls, key: bytes, name: str = "") -> Self:
+    def __init__(self, key: bytes, name: str) -> None:
         """Raises ``ValueError`` unless the key has 32 bytes."""
         if len(key) != KEY_BYTES:
             raise ValueError(f"a key has {KEY_BYTES} bytes")
-        return cls(name or fingerprint(key), AESGCM(key))
+        self.name = name
+        self._cipher = AESGCM(key)
+
+    @classmethod
+    def of(cls, key: bytes, name: str = "") -> Self:
+        """The name is the key's fingerprint where none is given."""
+        return cls(key, name or fingerprint(key))
 
     def seal(self, plain: bytes, where: str) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)

@@ -7,7 +7,8 @@ where the store is. A subject that was deleted has none: its events stay, and na
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -32,7 +33,8 @@ from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT, Vault
 @dataclass(frozen=True, slots=True)
 class EventRecord:
     """``sequence`` 0: not written yet. ``time_ns`` since the epoch. ``sender``: the name of the key
-    whose stream it is about; empty for what others than streams tell, and in records of before."""
+    whose stream it is about; empty for what others than streams tell, and in records of before.
+    ``candidate``: the sequence of the event that was confirmed, 0 = none."""
 
     sequence: int
     kind: str
@@ -45,6 +47,7 @@ class EventRecord:
     message: str = ""
     sender: str = ""
     rule: RuleReport | None = None
+    candidate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class _Body:
     message: str = ""
     sender: str = ""
     rule: RuleReport | None = None
+    candidate: int = 0
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -110,7 +114,7 @@ def append(database: Database, vault: Vault, batch: Sequence[EventRecord], *, ag
         if again and _is_there(connection, batch[0]):
             return
         for record in batch:
-            _write(connection, vault, record)
+            write(connection, vault, record)
 
 
 def _is_there(connection: sa.Connection, record: EventRecord) -> bool:
@@ -123,7 +127,8 @@ def _is_there(connection: sa.Connection, record: EventRecord) -> bool:
     return connection.scalar(same) is not None
 
 
-def _write(connection: sa.Connection, vault: Vault, record: EventRecord) -> None:
+def write(connection: sa.Connection, vault: Vault, record: EventRecord) -> None:
+    """In a transaction under ``EVENTS``."""
     track = record.track
     if track is not None and (named := track.identity.subjects):
         stored = {vault.blind("subject", record.gallery_id, name): name for name in named}
@@ -141,7 +146,16 @@ def _write(connection: sa.Connection, vault: Vault, record: EventRecord) -> None
             source_id=record.source_id,
             stream_id=record.stream_id,
             gallery_id=record.gallery_id,
-            body=_encode(_Body(track, record.pool, record.message, record.sender, record.rule)),
+            body=_encode(
+                _Body(
+                    track,
+                    record.pool,
+                    record.message,
+                    record.sender,
+                    record.rule,
+                    record.candidate,
+                )
+            ),
         )
     )
 
@@ -160,9 +174,16 @@ def after(database: Database, vault: Vault, seen: int) -> list[EventRecord]:
             not rows and revision(connection, EVENTS) != seen
         ):
             raise HistoryLostError
-        found = [(row, _decode(row.body)) for row in rows]
-        tracks = [body.track for _, body in found if body.track is not None]
-        names = _names(connection, vault, {n for t in tracks for n in t.identity.subjects})
+        return named(connection, vault, rows)
+
+
+def named(
+    connection: sa.Connection, vault: Vault, rows: Sequence[sa.Row[Any]]
+) -> list[EventRecord]:
+    """Rows of events as what they say, with the subjects' ids."""
+    found = [(row, _decode(row.body)) for row in rows]
+    tracks = [body.track for _, body in found if body.track is not None]
+    names = _names(connection, vault, {n for t in tracks for n in t.identity.subjects})
     return [
         EventRecord(
             row.sequence,
@@ -176,6 +197,7 @@ def after(database: Database, vault: Vault, seen: int) -> list[EventRecord]:
             body.message,
             body.sender,
             body.rule,
+            body.candidate,
         )
         for row, body in found
     ]
@@ -184,25 +206,13 @@ def after(database: Database, vault: Vault, seen: int) -> list[EventRecord]:
 def one(database: Database, vault: Vault, sequence: int) -> EventRecord | None:
     """The event of a number, while it is kept."""
     with database.reading() as connection:
-        row = connection.execute(sa.select(events).where(events.c.sequence == sequence)).first()
-        if row is None:
-            return None
-        body = _decode(row.body)
-        track = body.track
-        if track is not None:
-            track = renamed(track, _names(connection, vault, track.identity.subjects))
-    return EventRecord(
-        row.sequence,
-        row.kind,
-        row.time_ns,
-        row.source_id,
-        row.stream_id,
-        row.gallery_id,
-        track,
-        body.pool,
-        body.message,
-        body.sender,
-    )
+        rows = connection.execute(sa.select(events).where(events.c.sequence == sequence)).all()
+        return next(iter(named(connection, vault, rows)), None)
+
+
+def confirmed(candidate: EventRecord, kind: str, now_ns: int) -> EventRecord:
+    """What is told once people have said that a candidate is the one."""
+    return replace(candidate, sequence=0, kind=kind, time_ns=now_ns, candidate=candidate.sequence)
 
 
 def _names(connection: sa.Connection, vault: Vault, numbers: Iterable[str]) -> dict[str, str]:

@@ -195,7 +195,7 @@ def _unsealed(
         if lock is None or row.number != number:
             number = row.number
             lock = vault.lock(connection, number, row)
-            subject_id = vault.person(lock, number, row.sealed).subject_id
+            subject_id = vault.subject_id(lock, number, row.sealed)
         subject_ids.append(subject_id)
         found.append(vault.vector(lock, row.template_id, row.vector))
     return subject_ids, found

@@ -127,6 +127,10 @@ class Vault:
         )
         return Person(subject_id, display_name, labels)
 
+    def subject_id(self, lock: Lock, number: int, sealed: bytes) -> str:
+        """Of the person, and no more."""
+        return _PERSON.decode(self._opened(lock, sealed, f"person {number}"))[0]
+
     def vector(self, lock: Lock, template_id: str, sealed: bytes) -> bytes:
         return self._opened(lock, sealed, f"vector {template_id}")
 
