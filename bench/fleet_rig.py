@@ -176,10 +176,10 @@ class Rig:
         }
         self.config.write_text(tomli_w.dumps(document))
 
-    def add_node(self) -> str:
-        """Another node; gives its name."""
+    def add_node(self, cards: int = 0) -> str:
+        """Another node, with cards as far as Ray knows; gives its name."""
         number = len(self._nodes)
-        node = self._cluster.add_node(**self._node_arguments(number))
+        node = self._cluster.add_node(num_gpus=cards, **self._node_arguments(number))
         self._nodes[f"n{number}"] = node
         return f"n{number}"
 

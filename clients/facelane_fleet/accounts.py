@@ -40,13 +40,23 @@ def accounted(totals: CameraTotals) -> bool:
     return totals.in_flight >= 0 and totals.frames == done + totals.in_flight
 
 
-def book(books: dict[str, Books], camera: str, report: CameraReport, *, lost: bool) -> None:
-    """Adds a run that is over."""
+def book(
+    books: dict[str, Books],
+    camera: str,
+    report: CameraReport,
+    *,
+    lost: bool,
+    given_up: bool = False,
+) -> None:
+    """Adds a run that is over. ``given_up``: with its node, which may tell of it all the same."""
     before = books.get(camera) or Books(totals=CameraTotals())
     total = added(before.totals, report.totals)
     total.in_flight = 0
     books[camera] = Books(
-        totals=total, runs=before.runs + 1, lost_runs=before.lost_runs + int(lost)
+        totals=total,
+        runs=before.runs + 1,
+        lost_runs=before.lost_runs + int(lost),
+        closed_term=report.term if given_up else before.closed_term,
     )
 
 
@@ -55,8 +65,10 @@ def take_over(memo: Memo, incarnation: str, ended: list[EndedRun]) -> bool:
     last = memo.taken.get(incarnation, 0)
     fresh = [run for run in ended if run.number > last]
     for run in fresh:
-        lost = run.report.totals.reason == "BRIDGE_LOST"
-        book(memo.books, run.camera, run.report, lost=lost)
+        known = memo.books.get(run.camera)
+        if known is None or run.report.term > known.closed_term:
+            lost = run.report.totals.reason == "BRIDGE_LOST"
+            book(memo.books, run.camera, run.report, lost=lost)
     if fresh:
         memo.taken[incarnation] = max(run.number for run in fresh)
     return bool(fresh)

@@ -95,6 +95,9 @@ class Books(msgspec.Struct, kw_only=True):
     runs: int = 0
     lost_runs: int = 0
     """Whose last frames are not known: their node or bridge was lost."""
+    closed_term: int = 0
+    """Runs up to this term were closed for a node that was given up: what it still tells of them,
+    should it come back, is in the books."""
 
 
 class Memo(msgspec.Struct, kw_only=True):

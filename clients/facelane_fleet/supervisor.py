@@ -322,7 +322,8 @@ class Supervisor:
         report = known.report.reports.get(camera) if known and known.report else None
         if report is None or report.term != term:
             report = CameraReport(term=term, totals=CameraTotals())
-        accounts.book(self._memo.books, camera, accounts.closed(report, "NODE_LOST"), lost=True)
+        closed = accounts.closed(report, "NODE_LOST")
+        accounts.book(self._memo.books, camera, closed, lost=True, given_up=True)
 
     def _look(self, known: Known) -> NodeSeen:
         """A node as placement sees it."""

@@ -132,7 +132,7 @@ class Quotas(Section, frozen=True):
     calls: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_CALLS)] = 32
     """Single calls under way."""
     watchers: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_EVENT_WATCHERS)] = 16
-    """Calls that watch events or health."""
+    """Calls that watch events."""
     held_mib: Annotated[int, msgspec.Meta(ge=16, le=65_536)] = 256
     """Picture bytes that all streams and calls of the key hold; more is held back by flow
     control. Every stream may hold one picture."""

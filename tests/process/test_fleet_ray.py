@@ -156,6 +156,15 @@ def test_another_configuration_and_what_people_see(rig: Rig) -> None:
     wrong = rig.command("up", str(rig.config))
     assert wrong.returncode == 2
     assert "did you mean" in wrong.stderr
+    # A node with two cards has two servers, which see one each.
+    name = rig.add_node(cards=2)
+
+    def servers() -> list[tuple[str, str]]:
+        status = rig.status()
+        nodes = [one for one in status.nodes if one.name == name] if status is not None else []
+        return [(one.card, one.state) for node in nodes for one in node.servers]
+
+    rig.wait(lambda: servers() == [("0", "SERVING"), ("1", "SERVING")], WAIT_S, "two servers")
     done = rig.command("down")
     assert done.returncode == 0, done.stderr
     assert rig.status() is None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from facelane_bridge.config import ConfigError
 from facelane_bridge.hosting import CameraReport
@@ -19,9 +21,12 @@ from facelane_fleet.messages import (
     Memo,
     NodeStatus,
     ServerReport,
+    ServersOrder,
     Status,
 )
 from facelane_fleet.placement import State
+from facelane_fleet.processes import ServerProcess
+from facelane_server import config as server_config
 
 FLEET = """
 [fleet]
@@ -55,8 +60,6 @@ nodes = ["yard-*"]
 
 
 def parsed(text: str, server: dict[str, Any] | None = None) -> config.Settings:
-    import tomllib
-
     return config.from_tables(tomllib.loads(text), server or {})
 
 
@@ -199,3 +202,45 @@ def test_the_example_of_the_page_is_a_fleet() -> None:
     fleet = config.Fleet()
     for key in ("max_cameras", "moves", "lease", "silence", "patience"):
         assert f"| `{key}` | {getattr(fleet, key):g} |" in page
+
+
+# -- what a server is started with ---------------------------------------------------------------
+
+
+def written(
+    folder: Path, slot: int, server: dict[str, Any], listen: str = "unix", metrics: str = ""
+) -> tuple[dict[str, Any], str]:
+    order = ServersOrder(
+        count=2, config=server, listen=listen, metrics=metrics,
+        state_dir=str(folder / "state"), ask={},
+    )  # fmt: skip
+    (folder / "run").mkdir(exist_ok=True)
+    made = ServerProcess(slot, order, folder / "run", "192.0.2.7", "", 0)
+    return tomllib.loads(made._write().read_text()), made.target
+
+
+def test_servers_of_one_machine_share_a_gallery_and_its_key(tmp_path: Path) -> None:
+    (one, first), (two, second) = (written(tmp_path, slot, {}) for slot in (0, 1))
+    assert one["gallery"]["path"] == two["gallery"]["path"] == str(tmp_path / "state/gallery.db")
+    assert one["store"]["master_key"] == two["store"]["master_key"]
+    key = Path(one["store"]["master_key"].removeprefix("file:"))
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert re.fullmatch(r"[0-9a-f]{64}\n", key.read_text())
+    assert one["state_dir"] != two["state_dir"]
+    assert first != second
+    assert one["metrics"]["listen"] == ""
+    for text in (one, two):
+        server_config.parse(tomli_w.dumps(text), source="written")
+
+
+def test_servers_of_several_machines_keep_to_their_store(tmp_path: Path) -> None:
+    store = {"url": "postgresql://db/facelane", "master_key": "env:KEY"}
+    made, target = written(
+        tmp_path, 1, {"store": store, "server": {"reflection": False}}, "0.0.0.0:50151",
+        "192.0.2.7:9161",
+    )  # fmt: skip
+    assert made["store"] == store
+    assert "gallery" not in made
+    assert made["server"] == {"reflection": False, "listen": f"0.0.0.0:{50152}"}
+    assert (target, made["metrics"]["listen"]) == ("192.0.2.7:50152", "192.0.2.7:9162")
+    assert not (tmp_path / "state/master.key").exists()

@@ -195,6 +195,17 @@ def test_a_node_that_is_silent_keeps_its_cameras_until_it_has_let_them_go(fleet:
     fleet.cluster.there["a"].runs.clear()
     fleet.rounds(40)
     assert mine.keys() <= fleet.cluster.owners().keys()
+    fleet.supervisor.drain("a", on=True)
+    # It comes back, and tells of the runs that were closed for it: they are in the books.
+    books = {camera.name: camera.total.frames for camera in fleet.supervisor.status().cameras}
+    fleet.cluster.there["a"].runs = dict(mine)
+    for camera in mine:
+        fleet.cluster.there["a"].end(camera)
+    fleet.cluster.there["a"].deaf = False
+    fleet.rounds(4)
+    assert not fleet.cluster.there["a"].ended
+    now = {camera.name: camera.total.frames for camera in fleet.supervisor.status().cameras}
+    assert {name: now[name] for name in mine} == {name: books[name] for name in mine}
 
 
 def test_a_supervisor_that_begins_anew_goes_on_with_what_nodes_remember(fleet: Fleet) -> None:
