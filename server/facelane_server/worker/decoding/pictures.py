@@ -139,7 +139,7 @@ def _jpeg(data: memoryview, header: Header) -> U8 | None:
     picture = _read(data if whole else _joined(kept, _EOI), header, flags)
     if picture is None:
         return None
-    if whole and header.components != 4 and (picture[-1, -1] != _GREY).any():
+    if whole and header.components != 4 and np.not_equal(picture[-1, -1], _GREY).any():
         return picture
     # Is that grey the picture's own, is this the end of the data? A decoder that has all
     # blocks ignores more of them; one that lacks some takes them, and the picture changes.
