@@ -1,9 +1,10 @@
 """``python -m tests.fuzz [TARGET ...] [--seconds 300]``: coverage-guided fuzzing by atheris.
 
 Each target runs in processes of its own, half a minute each: instrumented comparisons keep what
-they compare, arrays above all (without instruments memory does not grow). What it finds worth keeping goes to a folder outside
-of the repository; an input that crashes or takes longer than a second is written to
-``build/fuzz`` and ends the run with 1: mend it, and keep it in ``corpus/TARGET``.
+they compare, arrays above all (without instruments memory does not grow). What it finds worth
+keeping goes to a folder outside of the repository; an input that crashes or takes longer than a
+second is written to ``build/fuzz`` and ends the run with 1: mend it, and keep it in
+``corpus/TARGET``.
 """
 
 from __future__ import annotations

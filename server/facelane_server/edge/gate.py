@@ -25,6 +25,7 @@ from facelane_server.edge import errors, sizes
 from facelane_server.edge.auth import NO_PEER, Authenticator, Peer
 from facelane_server.edge.errors import Context
 from facelane_server.edge.quotas import Kind, Quotas
+from facelane_server.edge.receiving import Receiving
 from facelane_server.edge.roles import METHODS, Caller
 from facelane_server.edge.tls import peer_of
 from facelane_server.gallery.trail import Trail
@@ -123,7 +124,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         self._quotas = quotas
         self._first_message_s = first_message_s
         self._slow_reader_s = slow_reader_s
-        self._receiving = asyncio.Semaphore(limits.MAX_RECEIVING)
+        self._receiving = Receiving()
         self._calls: set[_Call] = set()
         self._handlers: dict[str, Any] = {}
         self.trail: Trail | None = None
@@ -253,7 +254,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
 
         async def single(_requests: Any, context: Context) -> None:
             async def receive() -> Any:
-                async with self._receiving:
+                async with self._receiving.turn(caller()):
                     return await context.read()
 
             try:
