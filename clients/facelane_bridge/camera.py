@@ -395,6 +395,7 @@ def _fail(
     camera: Camera, failed: SourceFailed, policy: Policy, jitter: float
 ) -> tuple[Camera, tuple[Action, ...]]:
     now, outlook = failed.now, failed.outlook
+    took = now - camera.since if camera.state is CameraState.CONNECTING else 0.0
     attempts = camera.attempts + 1
     spent = policy.max_attempts > 0 and attempts >= policy.max_attempts
     final = spent or outlook.is_final(proven=camera.frames > 0)
@@ -406,7 +407,11 @@ def _fail(
         refusals=camera.refusals + outlook.is_seldom,
     )
     if state is CameraState.BACKOFF:
-        camera = replace(camera, retry_at=now + _delay(camera, outlook, now, policy, jitter))
+        delay = _delay(camera, outlook, now, policy, jitter)
+        if not outlook.is_seldom:
+            # From the beginning of the attempt: one that hung has left the camera alone for long.
+            delay = max(delay - took, min(delay, policy.backoff_initial * (0.5 + 0.5 * jitter)))
+        camera = replace(camera, retry_at=now + delay)
     return camera, (Action.CLOSE,)
 
 

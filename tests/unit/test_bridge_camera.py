@@ -324,3 +324,20 @@ def test_whatever_happens_the_invariants_hold(
         assert max_attempts == 0 or camera.attempts <= max_attempts
         if kind == "due" and not before.is_terminal:
             assert camera.state is not before.state, "a deadline reached has to change something"
+
+
+@given(jitter=st.floats(0, 1, exclude_max=True), took=st.floats(0, 30), failures=st.integers(0, 9))
+def test_an_attempt_that_hung_is_part_of_the_wait(
+    jitter: float, took: float, failures: int
+) -> None:
+    """Attempts are no closer together than before, and a camera that comes back while one hangs
+    is not left alone for the whole of the wait as well."""
+    policy = Policy()
+    camera = replace(start(100.0)[0], attempts=failures)
+    failed = SourceFailed(100.0 + took, "TIMEOUT", "no frame", Outlook.PASSING)
+    after, _ = step(camera, failed, policy, jitter)
+    assert after.retry_at is not None
+    delay = backoff_delay(failures + 1, policy, jitter)
+    assert after.retry_at >= 100.0 + delay - 1e-9
+    assert after.retry_at <= 100.0 + max(delay, took + policy.backoff_initial) + 1e-9
+    assert after.retry_at >= failed.now + min(delay, 0.5 * policy.backoff_initial) - 1e-9
