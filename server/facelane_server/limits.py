@@ -43,6 +43,8 @@ MAX_PICTURE_STRAYS: Final = 256
 """Places between a JPEG's segments where bytes lie that belong to none."""
 MAX_PICTURE_CHUNKS: Final = 16_384
 """Chunks of a PNG. Encoders write IDATs of 8 KiB or more: 4,096 for a picture of 32 MiB."""
+MAX_PICTURE_EXTRAS: Final = 4 * MIB
+"""Of a PNG or WebP besides its pixels: profiles, texts, previews."""
 MAX_PNG_BYTES: Final = 208_000_000
 """A PNG's rows, inflated: 50 megapixels with alpha."""
 DECODE_SECONDS: Final = 2.0

@@ -13,6 +13,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from facelane.v1 import analysis_service_pb2 as analysis_pb
 from facelane.v1 import face_pb2 as pb
 from facelane_server import limits
+from facelane_server.bulk import refuse_swollen
 from facelane_server.config import Config
 from facelane_server.domain import (
     Box,
@@ -110,6 +111,7 @@ def picture(message: pb.Picture, config: Config, *, in_stream: bool = False) -> 
         )
     if encoding.is_raw:
         return Picture(encoding, data, message.width, message.height, message.stride)
+    refuse_swollen(data, encoding)
     return Picture(encoding, data)
 
 
