@@ -59,6 +59,8 @@ def type_name(kind: Any) -> str:
     choices = [a for a in get_args(kind) if isinstance(a, str | int)]
     if choices:
         return " \\| ".join(f"`{c}`" for c in choices)
+    if str(kind).endswith("Literal['auto']]"):
+        return "int \\| `auto`"
     if str(kind).startswith("dict"):
         return "table"
     for base in ("tuple", "int", "float", "bool", "str"):

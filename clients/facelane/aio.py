@@ -46,6 +46,7 @@ from facelane.types import (
     Subject,
 )
 from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
+from facelane.v1.analysis_service_pb2_grpc import AnalysisServiceStub
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -81,12 +82,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         """Made on first use, because the channel belongs to the loop that runs then."""
         self._check_open()
         if self._made is None:
-            where = self._endpoint
-            channel = (
-                grpc.aio.insecure_channel(where.target, options=where.options)
-                if where.credentials is None
-                else grpc.aio.secure_channel(where.target, where.credentials, options=where.options)
-            )
+            channel: grpc.aio.Channel = self._endpoint.channel(grpc.aio)
             self._made = channel, calls.Stubs(cast("grpc.Channel", channel))
         return self._made[1]
 
@@ -445,7 +441,8 @@ class AnalyzeStream(StreamBase[_Waiters]):
             return error
         if self._generation != generation:
             return None
-        analysis: Any = client._stubs.analysis
+        channel = self._endpoint.stream_channel(grpc.aio, self._core.moved)
+        analysis: Any = client._stubs.analysis if channel is None else AnalysisServiceStub(channel)
         call = self._call = analysis.AnalyzeStream(metadata=self._shown)
         writer = asyncio.create_task(self._write(call, generation), name="facelane-writer")
         try:
@@ -461,12 +458,14 @@ class AnalyzeStream(StreamBase[_Waiters]):
         finally:
             call.cancel()
             writer.cancel()
+            if channel is not None:
+                await channel.close()
         return None
 
     async def _write(self, call: Any, generation: int) -> None:
         """The writer task of one call. Failures are the reader's to tell."""
         try:
-            await call.write(self._config)
+            await call.write(self._first())
             while (payload := await self._walk(self._writing(generation))) is not None:
                 await call.write(payload)
             await call.done_writing()

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf import field_mask_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from facelane import convert, types
+from facelane import convert, describe, types
 from facelane.convert import DEFAULT_GALLERY
 from facelane.errors import (
     ArgumentError,
@@ -425,7 +425,7 @@ def server_info(*, timeout: float | None = None) -> Call[types.ServerInfo]:
     return _call(
         lambda stubs: stubs.server.GetServerInfo,
         server_service_pb2.GetServerInfoRequest(),
-        convert.server_info,
+        describe.server_info,
         timeout,
     )
 
@@ -435,7 +435,7 @@ def pools(*, timeout: float | None = None) -> Call[list[types.PoolInfo]]:
     return _call(
         lambda stubs: stubs.server.ListPools,
         server_service_pb2.ListPoolsRequest(),
-        convert.pools,
+        describe.pools,
         timeout,
     )
 

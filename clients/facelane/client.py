@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import datetime
-from typing import Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 import grpc
 
@@ -38,6 +38,7 @@ from facelane.types import (
     Subject,
 )
 from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
+from facelane.v1.analysis_service_pb2_grpc import AnalysisServiceStub
 from facelane.v1.event_service_pb2 import WatchEventsResponse
 
 P = ParamSpec("P")
@@ -103,12 +104,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         proxy: bool = True,
     ) -> None:
         super().__init__(target, token=token, tls=tls, timeout=timeout, proxy=proxy)
-        where = self._endpoint
-        self._channel: grpc.Channel = (
-            grpc.insecure_channel(where.target, options=where.options)
-            if where.credentials is None
-            else grpc.secure_channel(where.target, where.credentials, options=where.options)
-        )
+        self._channel: grpc.Channel = self._endpoint.channel(grpc)
         self._stubs = calls.Stubs(self._channel)
 
     def close(self) -> None:
@@ -464,31 +460,35 @@ class AnalyzeStream(StreamBase[threading.Condition]):
         client = self._client
         try:
             self._shown = client._metadata()
-            call = client._stubs.analysis.AnalyzeStream(
-                self._requests(generation), metadata=self._shown
-            )
         except FacelaneError as error:
             return error
-        except ValueError:
-            # All that gRPC says when the client was closed under a stream that came back.
+        if client._closed:
             return StreamClosedError(Reason.STREAM_CLOSED, "the client was closed: make another")
-        with self._lock:
-            if self._generation == generation:
-                self._call = call
-            else:
-                call.cancel()
+        channel = self._endpoint.stream_channel(grpc, self._core.moved)
+        stub = client._stubs.analysis if channel is None else AnalysisServiceStub(channel)
+        call: Any = None
         try:
+            call = stub.AnalyzeStream(self._requests(generation), metadata=self._shown)
+            with self._lock:
+                if self._generation == generation:
+                    self._call = call
+                else:
+                    call.cancel()
             for response in call:
                 if not self._heard(response, generation):
                     break
         except Exception as error:
-            call.cancel()
             return self._failure(error)
+        finally:
+            if call is not None:
+                call.cancel()
+            if channel is not None:
+                channel.close()
         return None
 
     def _requests(self, generation: int) -> Iterator[Request]:
         """What gRPC's writer thread draws."""
-        yield self._config
+        yield self._first()
         while (payload := self._walk(self._writing(generation))) is not None:
             yield payload
 

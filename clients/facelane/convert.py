@@ -18,7 +18,6 @@ from facelane.v1 import (
     event_service_pb2,
     face_pb2,
     gallery_service_pb2,
-    server_service_pb2,
 )
 
 _E = TypeVar("_E")
@@ -86,10 +85,6 @@ def _by_name(enum: type[_E], prefix: str, numbers: Mapping[str, int]) -> dict[in
     }
 
 
-_POOL_STATE = _by_name(types.PoolState, "POOL_STATE_", dict(server_service_pb2.PoolState.items()))
-_WORKER_STATE = _by_name(
-    types.WorkerState, "WORKER_STATE_", dict(server_service_pb2.WorkerState.items())
-)
 _HEALTH = _by_name(
     types.HealthStatus, "", dict(health_pb2.HealthCheckResponse.ServingStatus.items())
 )
@@ -381,6 +376,7 @@ def _opened(pb: analysis_service_pb2.StreamOpened) -> types.StreamOpened:
         pb.server_version,
         pb.false_naming if pb.HasField("false_naming") else None,
         pb.match_threshold if pb.HasField("match_threshold") else None,
+        pb.move.target if pb.HasField("move") else None,
     )
 
 
@@ -478,78 +474,6 @@ def verification(pb: gallery_service_pb2.VerifyFaceResponse) -> types.Verificati
         pb.threshold,
         face(pb.face),
     )
-
-
-def server_info(pb: server_service_pb2.GetServerInfoResponse) -> types.ServerInfo:
-    """What the server is."""
-    limits = pb.limits
-    return types.ServerInfo(
-        pb.version,
-        _moment(pb.start_time) if pb.HasField("start_time") else None,
-        tuple(
-            types.ModelInfo(
-                m.name,
-                m.version,
-                m.model_id,
-                _stage(m.task),
-                m.license,
-                m.description,
-                dict(m.thresholds),
-            )
-            for m in pb.models
-        ),
-        types.ServerLimits(
-            limits.max_streams,
-            limits.window,
-            limits.max_frame_bytes,
-            limits.max_message_bytes,
-            limits.max_pixels,
-            limits.max_faces,
-            seconds(limits.default_max_frame_age),
-        ),
-        pb.open_streams,
-        pb.draining,
-        _load(pb.load) if pb.HasField("load") else None,
-        tuple(types.Degradation(d.component, d.cause, d.message) for d in pb.degradations),
-    )
-
-
-def _load(pb: server_service_pb2.ServerLoad) -> types.ServerLoad:
-    return types.ServerLoad(
-        pb.offered_fps, pb.capacity_fps, pb.load, pb.headroom_streams, pb.thinned_streams
-    )
-
-
-def pools(pb: server_service_pb2.ListPoolsResponse) -> list[types.PoolInfo]:
-    """The pools."""
-    return [
-        types.PoolInfo(
-            p.pool,
-            _stage(p.task),
-            _POOL_STATE.get(p.state, types.PoolState.UNSPECIFIED),
-            p.model_id,
-            p.isolation,
-            p.queued,
-            p.in_flight,
-            p.completed,
-            p.failed,
-            tuple(
-                types.WorkerInfo(
-                    w.worker_id,
-                    w.pid,
-                    _WORKER_STATE.get(w.state, types.WorkerState.UNSPECIFIED),
-                    w.device,
-                    w.restarts,
-                    w.last_loss,
-                    w.memory_bytes,
-                    seconds(w.uptime),
-                    w.sandbox,
-                )
-                for w in p.workers
-            ),
-        )
-        for p in pb.pools
-    ]
 
 
 def health(pb: health_pb2.HealthCheckResponse) -> types.HealthStatus:

@@ -359,6 +359,11 @@ class StreamBase(Generic[C]):
         if call is not None:
             call.cancel()
 
+    def _first(self) -> Request:
+        """What a connection begins with."""
+        self._config.config.may_move = self._core.may_move
+        return self._config
+
     def _heard(self, response: Any, generation: int) -> bool:
         """Takes a message of a call; false when that call is of no interest any more."""
         message = convert.stream_message(response)
@@ -371,8 +376,9 @@ class StreamBase(Generic[C]):
                 self._space.notify()
             else:
                 self._wake_all()
+            moving = self._core.moving
         self._tell(update)
-        return True
+        return not moving
 
     def _failure(self, error: Exception) -> FacelaneError:
         """What a reader met, as the error that ends its call. A reader that died in silence

@@ -62,6 +62,9 @@ DEFAULT_STALL_TIMEOUT: Final = 30.0
 STEADY: Final = 1.0
 """Seconds after which a connection that breaks was one. What breaks sooner, again and again, is
 a server or a proxy that will not have it: the waits between tries go on growing."""
+MAX_MOVES: Final = 3
+"""How often a stream that is being opened goes to another process of the server that has more room;
+half of them would be right by chance alone."""
 UPDATES_KEPT: Final = 256
 """Updates kept for a user who does not read them; the oldest go first."""
 
@@ -168,6 +171,10 @@ class StreamCore(Generic[T]):
         self._haste = 0
         self._renewed = False
         self._connections = 0
+        self._moves = 0
+        self._moving = False
+        self.moved: str | None = None
+        """Where the server has sent the next connection, see ``StreamOpened.move``."""
 
         self._in_flight: deque[_InFlight] = deque()
         self._outbox: deque[T] = deque()
@@ -317,7 +324,12 @@ class StreamCore(Generic[T]):
     def _open(self, message: StreamOpened, now: float) -> StreamUpdate | None:
         if self.phase is not Phase.CONNECTING:
             raise _violation("it opened the stream twice")
+        if message.move is not None and self.may_move:
+            self._moves += 1
+            self._moving, self.moved = True, message.move
+            return None
         self.phase = Phase.OPEN
+        self._moves = 0
         self.opened = message
         self._window = message.limits.window
         # A buffer under the window would make the window a lie.
@@ -393,6 +405,16 @@ class StreamCore(Generic[T]):
     # The connection.
 
     @property
+    def may_move(self) -> bool:
+        """Whether the server may send this connection to another of its processes."""
+        return self._moves < MAX_MOVES
+
+    @property
+    def moving(self) -> bool:
+        """Whether it did: the call is of no use any more."""
+        return self._moving
+
+    @property
     def live(self) -> bool:
         """Whether a call is, or should be, under way."""
         return self.phase in _LIVE
@@ -442,6 +464,11 @@ class StreamCore(Generic[T]):
         """
         if self.phase is Phase.ENDED:
             return None
+        if self._moving:
+            self._moving = False
+            self.phase, self.retry_at = Phase.BACKOFF, now
+            return None
+        self.moved, self._moves = None, 0
         was_open = self.phase in _OUTCOME_PHASES
         # A server that drains settles everything, sums up and only then says DRAINING.
         settled = self._summarised and not self._in_flight

@@ -29,6 +29,7 @@ Token: TypeAlias = str | Callable[[], str]
 and again when the server refuses what it gave last."""
 AsyncToken: TypeAlias = str | Callable[[], str | Awaitable[str]]
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
+Options: TypeAlias = tuple[tuple[str, Any], ...]
 
 DEFAULT_TIMEOUT: Final = 10.0
 MAX_MESSAGE_BYTES: Final = 64 << 20
@@ -163,13 +164,32 @@ class Endpoint:
 
     target: str
     credentials: grpc.ChannelCredentials | None
-    options: tuple[tuple[str, Any], ...]
+    options: Options
     bearer: Bearer
     proxy: str
     """The environment's variable that names the proxy on the way there, empty for none."""
 
     def __repr__(self) -> str:
         return f"Endpoint({self.target!r}, tls={self.credentials is not None})"
+
+    def channel(self, way: Any) -> Any:
+        """A channel of ``way``: ``grpc`` or ``grpc.aio``."""
+        return self._channel(way, self.target, self.options)
+
+    def stream_channel(self, way: Any, moved: str | None) -> Any:
+        """A channel for one stream alone, so that the server's processes share streams; ``None``
+        where it goes by the client's own: of several servers that one chooses by health. ``moved``:
+        where the server has sent the stream, which is followed from socket to socket alone; empty
+        = to another of its processes."""
+        if moved is None and dict(self.options)["grpc.service_config"] == _SEVERAL:
+            return None
+        sockets = (moved or "").startswith("unix:") and self.target.startswith("unix:")
+        return self._channel(way, str(moved) if sockets else self.target, self.options)
+
+    def _channel(self, way: Any, target: str, options: Options) -> Any:
+        if self.credentials is None:
+            return way.insecure_channel(target, options=options)
+        return way.secure_channel(target, self.credentials, options=options)
 
     def failure(self, error: grpc.RpcError) -> FacelaneError:
         """A failed call's error, which names the proxy that may be at fault."""
@@ -351,7 +371,7 @@ _SEVERAL = json.dumps(
 """For a name or a list of several servers: each call, a stream is one, goes to the next of them
 that can be reached and says that it can analyse. By itself gRPC keeps to the first."""
 
-_OPTIONS: tuple[tuple[str, Any], ...] = (
+_OPTIONS: Options = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A retried picture must fit, or gRPC silently gives up on retrying it.
@@ -365,7 +385,8 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Two clients of one process are two connections, as their owner expects.
+    # Two channels of one process are two connections: two clients, as their owner expects, and
+    # each stream, so that a server of several processes spreads them.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.primary_user_agent", "facelane-python"),
 )

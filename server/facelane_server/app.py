@@ -12,14 +12,13 @@ from typing import Any, Final, Self
 
 import structlog
 
-from facelane_server import config, folders, heap, limits, plan, served, tracking, wiping
+from facelane_server import changing, config, folders, heap, limits, plan, served, tracking, wiping
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.controls import Degradation, Reloaded
 from facelane_server.edge.quotas import Kind
 from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventJournal, EventKind
-from facelane_server.gallery import renewal
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.retention import Retention
 from facelane_server.gallery.trail import Trail
@@ -29,11 +28,12 @@ from facelane_server.notify import Notifier
 from facelane_server.observability.http import MetricsServer
 from facelane_server.observability.logs import configure_logging
 from facelane_server.observability.metrics import GalleryReading, Metrics, Sources
-from facelane_server.pipeline import Origin, Pipeline
+from facelane_server.pipeline import Pipeline
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.mps import MpsDaemon
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolChange, PoolEvent
+from facelane_server.seat import Seat
 from facelane_server.served import ServedModels
 from facelane_server.store.audit import Action
 from facelane_server.store.opening import place_of, unlock
@@ -47,13 +47,17 @@ START_POLL_S: Final = 0.2
 class App:
     """One server. ``running`` starts and ends it."""
 
-    def __init__(self, settings: config.Config, path: Path | None) -> None:
+    def __init__(
+        self, settings: config.Config, path: Path | None, seat: Seat | None = None
+    ) -> None:
+        """``seat``: of a process that is one shard of several."""
+        self.seat = seat
         self.settings = settings
         self.path = path
         self.models = ServedModels.resolve(settings)
         self.started_ns = time.time_ns()
         self.events = EventFeed(recorded=True)
-        self.edge = Edge(settings)
+        self.edge = Edge(settings, seat)
         self.pools: dict[Stage, Pool] = {}
         self.notifier = Notifier.from_environment()
         self.metrics = Metrics(
@@ -108,8 +112,12 @@ class App:
             found.append(Degradation("events", journal.trouble or "LOST", waiting))
         return found
 
+    def request_end(self, grace_s: float | None = None) -> None:
+        """The whole server is to drain and end."""
+        (self.request_stop if self.seat is None else self.seat.end_all)(grace_s)
+
     def request_stop(self, grace_s: float | None = None) -> None:
-        """Drain and end. Safe to call twice: the shorter grace counts."""
+        """Drain and end this process. Safe to call twice: the shorter grace counts."""
         if grace_s is not None:
             self._grace_s = min(grace_s, self._grace_s)
         self._stop.set()
@@ -124,6 +132,8 @@ class App:
         }
 
     def _device_memory(self, reading: DeviceReading, warned: bool, message: str) -> None:
+        if self.seat is not None and not self.seat.leads:
+            return  # one tells it for all
         log.warning("device memory", device=reading.device, warned=warned, use=message)
         self.events.publish(EventKind.DEVICE_MEMORY, message=message)
 
@@ -138,7 +148,7 @@ class App:
         if event.change in (PoolChange.STATE, PoolChange.WORKER_QUARANTINED):
             self.events.publish(
                 EventKind.POOL_CHANGED,
-                pool=event.pool,
+                pool=event.pool if self.seat is None else f"{self.seat.index}/{event.pool}",
                 message=f"{event.change.value} {event.state.value}",
             )
 
@@ -207,9 +217,13 @@ class App:
             self.edge.streams.on_opened = watch.opened
             self.edge.streams.on_closed = watch.closed
             stack.push_async_callback(self.edge.close)
-            await self.edge.open(
-                pipeline, gallery, self.events, self, watch, trail, pictures, retention.seen
-            )
+            if self.seat is not None:
+                self.seat.began(self.edge.streams)
+            served = (gallery, self.events, self, watch, trail, pictures, retention.seen)
+            if self.seat is None or await self.seat.allowed(self._stop):
+                await self.edge.open(pipeline, *served)
+            if self.seat is not None:
+                self.seat.opened()
             scraped = await MetricsServer.start(
                 self.settings.metrics, self.metrics.exposition, self.edge.health.find
             )
@@ -271,11 +285,17 @@ class App:
         return self.pools[Stage.DETECTOR].available
 
     async def _start_pools(self, stack: contextlib.AsyncExitStack, runtime: Path | None) -> None:
-        planned = await plan.check(self.settings, self.models.packages)
-        for line in planned.lines():
-            log.info("memory plan", line=line)
         pipes = None
-        if any(pool.hosting.needs_mps for pool in self.settings.stages.values()):
+        if self.seat is not None:
+            # Planned, and MPS begun, by the keeper for all.
+            pipes = Path(self.seat.mps_pipes) if self.seat.mps_pipes else None
+        else:
+            planned = await plan.check(self.settings, self.models.packages)
+            for line in planned.lines():
+                log.info("memory plan", line=line)
+        if self.seat is None and any(
+            pool.hosting.needs_mps for pool in self.settings.stages.values()
+        ):
             assert runtime is not None
             daemon = await MpsDaemon.start(runtime / "mps")
             stack.push_async_callback(daemon.close)
@@ -364,6 +384,9 @@ class App:
         them."""
         self._told_ready = False
         self.notifier.stopping("draining")
+        if self.seat is not None:
+            self.seat.draining()
+            self.edge.leave_port(self._grace_s)
         grace_ns = int(self._grace_s * 1e9)
         log.info("draining", streams=len(self.edge.streams), grace_s=self._grace_s)
         streams = self.edge.streams
@@ -422,7 +445,8 @@ class App:
                 except config.ConfigError as error:
                     raise FacelaneError(Reason.MODEL_INVALID, str(error)) from None
                 if pool.stage is Stage.RECOGNIZER and not forget_templates:
-                    await self._refuse_forgetting(old, package)
+                    assert self._gallery is not None
+                    await changing.refuse_forgetting(self._gallery, old, package)
                 await pool.reload(package)
                 # A model's scores mean something by its own thresholds alone.
                 assert self._pipeline is not None
@@ -433,7 +457,7 @@ class App:
                         await self._gallery.serve(
                             package.model_id, package.embedding_dim, pool.publish_gallery
                         )
-                    await self._enroll_again(package)
+                    await changing.enroll_again(self._pipeline, self._gallery, package)
             except FacelaneError as error:
                 log.warning("model not reloaded", pool=pool.name, reason=error.reason.value)
                 raise
@@ -449,52 +473,18 @@ class App:
             remembered = False
         return Reloaded(old.model_id, package.model_id, not_searched, remembered)
 
-    async def _refuse_forgetting(self, old: Package, package: Package) -> None:
-        """Raises TEMPLATES_LOST when people are enrolled whom this recogniser would not find, nor
-        could be shown."""
-        assert self._gallery is not None
-        lost = self._gallery.templates
-        if not lost or package.model_id == self._gallery.model_id:
-            return
-        if package.crops == old.crops:
-            lost = await self._gallery.without_chip()
-        if lost:
-            raise FacelaneError(
-                Reason.TEMPLATES_LOST,
-                f"{lost} templates are of the present recogniser, and no other finds anybody by "
-                "them, nor were their chips kept (gallery.keep_chips); enrol the pictures again "
-                "afterwards, and say --forget-templates (they stay in the store and are searched "
-                "again with their model)",
-                metadata={"templates": str(lost)},
-            )
-
-    async def _enroll_again(self, package: Package) -> None:
-        """What was kept of templates of other recognisers is shown to this one, which serves; no
-        other takes its place meanwhile."""
-        pipeline, gallery = self._pipeline, self._gallery
-        assert pipeline is not None
-        assert gallery is not None
-
-        async def embed(chip: bytes) -> renewal.Seen:
-            deadline_ns = time.monotonic_ns() + limits.RENEWAL_S * 1_000_000_000
-            answer = await pipeline.embed(chip, Origin(0, 1, deadline_ns))
-            return renewal.Seen(answer.ood_score, answer.vector)
-
-        side = package.crops[0].size
-        await renewal.renew(
-            gallery, embed, chip_bytes=side * side * 3, least_ood=pipeline.thresholds.enrolled_ood
-        )
-
     async def _enroll_again_after_start(self) -> None:
         """For those whose recogniser was changed by the config."""
         pool = self.pools.get(Stage.RECOGNIZER)
-        if pool is None:
+        if pool is None or (self.seat is not None and self.seat.index):
             return
         while not pool.available:
             await asyncio.sleep(START_POLL_S)
         async with self._reloading:
+            assert self._pipeline is not None
+            assert self._gallery is not None
             try:
-                await self._enroll_again(pool.package)
+                await changing.enroll_again(self._pipeline, self._gallery, pool.package)
             except FacelaneError as error:
                 log.warning("nobody was enrolled again", reason=error.reason.value)
 
@@ -513,27 +503,32 @@ class App:
         # READY ends a reload, and tells more than that of a server that has not started yet.
         if self._told_ready:
             self.notifier.reloading()
+        with contextlib.suppress(config.ConfigError):  # said by then
+            self.take_over()
+        if self._told_ready:
+            self.notifier.ready(self._status_line())
+
+    def take_over(self, fresh: config.Config | None = None) -> None:
+        """What can be without a restart; None = of the file. Raises ``ConfigError``, and then it is
+        said already."""
         self.edge.reload_denied()
         try:
-            fresh = config.load(self.path)
+            fresh = config.load(self.path) if fresh is None else fresh
             renewed = self.edge.reload(fresh)
         except config.ConfigError as error:
             log.error("config not reloaded", problem=str(error))
             self._note_reload(error="refused")
-        else:
-            applied = ["auth", "log", *(["tls"] if renewed else [])]
-            stale = [
-                name
-                for name in config.Config.__struct_fields__
-                if name not in ("auth", "log")
-                and getattr(fresh, name) != getattr(self.settings, name)
-            ]
-            configure_logging(fresh.log)
-            self._renew_keys()
-            log.info("config reloaded", applied=applied, needs_restart=stale)
-            self._note_reload(applied=" ".join(applied), needs_restart=" ".join(stale))
-        if self._told_ready:
-            self.notifier.ready(self._status_line())
+            raise
+        applied = ["auth", "log", *(["tls"] if renewed else [])]
+        stale = [
+            name
+            for name in config.Config.__struct_fields__
+            if name not in ("auth", "log") and getattr(fresh, name) != getattr(self.settings, name)
+        ]
+        configure_logging(fresh.log)
+        self._renew_keys()
+        log.info("config reloaded", applied=applied, needs_restart=stale)
+        self._note_reload(applied=" ".join(applied), needs_restart=" ".join(stale))
 
     def _note_reload(self, **told: str) -> None:
         if self._trail is not None:
@@ -568,17 +563,21 @@ async def serve(
     path: Path | None = None,
     *,
     on_running: Callable[[App], None] | None = None,
+    seat: Seat | None = None,
 ) -> int:
-    """Runs a server until SIGTERM or SIGINT; the exit code.
+    """Runs a server until SIGTERM or SIGINT, or a shard of one until its keeper says so; the exit
+    code.
 
     Raises ``ConfigError`` and ``FacelaneError`` for what cannot be started.
     """
-    configure_logging(settings.log)
-    app = App(settings, path)
+    configure_logging(settings.log, shard=None if seat is None else seat.index)
+    app = App(settings, path, seat)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, app.request_stop)
-    loop.add_signal_handler(signal.SIGHUP, app.reload_config)
+    loop.add_signal_handler(signal.SIGTERM, app.request_stop)
+    # A terminal tells all of its processes; a shard hears of it from its keeper.
+    loop.add_signal_handler(signal.SIGINT, app.request_stop if seat is None else lambda: None)
+    loop.add_signal_handler(signal.SIGHUP, app.reload_config if seat is None else lambda: None)
+    attending = None if seat is None else asyncio.create_task(seat.attend(app), name="seat")
     try:
         async with app.running():
             if on_running is not None:
@@ -592,6 +591,8 @@ async def serve(
             finally:
                 await _cancel(tending)
     finally:
+        if attending is not None:
+            await _cancel(attending)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
     log.info("ended")

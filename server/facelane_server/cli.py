@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
 import os
 import re
-import resource
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,14 +24,12 @@ except ImportError:  # pragma: no cover - the bare install
 
 from facelane_server import __version__, limits, wiping
 from facelane_server import config as configuration
-from facelane_server.domain import FacelaneError, Reason
+from facelane_server.domain import FacelaneError
+from facelane_server.running import EX_CONFIG, EX_UNAVAILABLE, shards_of
 from facelane_server.store.cli import app as store_app
 
 if TYPE_CHECKING:
     from facelane_server.edge.auth import Key, KeysFile
-
-EX_UNAVAILABLE: Final = 69
-EX_CONFIG: Final = 78
 
 ConfigOption = Annotated[
     Path | None,
@@ -86,41 +82,19 @@ def _load(path: Path | None) -> configuration.Config:
 @app.command()
 def run(config: ConfigOption = None) -> None:
     """Run the server in the foreground until SIGTERM or SIGINT; SIGHUP reloads the config."""
-    # The watchdog ends a hung server with SIGABRT: its stacks belong into the journal.
-    faulthandler.enable()
-    # A core would hold templates and keys. One byte, since a program that cores are piped to
-    # (systemd-coredump) is started for a limit of 0 all the same.
-    with contextlib.suppress(OSError, ValueError):  # less is allowed already
-        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-    # A connection is a descriptor; what the limit allows is used.
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    # Else gRPC writes lines of its own among ours, for every stranger who knocks at a TLS port.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    loaded = _load(config)
-    import uvloop
+    from facelane_server.running import prepare, run_server
 
-    from facelane_server.app import serve
+    prepare()
+    raise typer.Exit(run_server(_load(config), config))
 
-    try:
-        # libuv's loop: a frame wakes the front about four times, and each costs half as much.
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            code = runner.run(serve(loaded, config))
-    except configuration.AddressError as error:
-        typer.echo(f"facelane-server: {error}", err=True)
-        raise typer.Exit(EX_UNAVAILABLE) from None
-    except configuration.ConfigError as error:
-        typer.echo(f"facelane-server: {error}", err=True)
-        raise typer.Exit(EX_CONFIG) from None
-    except FacelaneError as error:
-        typer.echo(f"facelane-server: {error.reason.value}: {error.message}", err=True)
-        # Neither a package nor a damaged gallery is mended by another try.
-        final = error.reason is Reason.MODEL_INVALID or (
-            error.reason is Reason.GALLERY_UNAVAILABLE and not error.retryable
-        )
-        raise typer.Exit(EX_CONFIG if final else EX_UNAVAILABLE) from None
-    raise typer.Exit(code)
+
+@app.command(hidden=True)
+def shard(launch: str) -> None:
+    """One of several processes of a server; started by `run`."""
+    from facelane_server.running import prepare, run_shard
+
+    prepare()
+    raise typer.Exit(run_shard(launch))
 
 
 @app.command()
@@ -146,7 +120,9 @@ def check(config: ConfigOption = None) -> None:
     except configuration.ConfigError as error:
         typer.echo(f"facelane-server: {error}", err=True)
         raise typer.Exit(EX_CONFIG) from None
-    problems = planning.make_plan(loaded, models.packages, planning.read_devices()).problems
+    shards = shards_of(loaded)
+    devices = planning.read_devices()
+    problems = planning.make_plan(loaded, models.packages, devices, shards=shards).problems
     for problem in problems:
         typer.echo(f"facelane-server: {problem}", err=True)
     if problems:
@@ -167,6 +143,8 @@ def check(config: ConfigOption = None) -> None:
             f"watchers, {share.held_mib} MiB of pictures; 1 in {limits.OPERATORS_PART} places is "
             "kept for admin keys"
         )
+    if shards > 1:
+        typer.echo(f"{shards} shards: each has pools of its own, as above")
     typer.echo(f"listens on {loaded.listen}, {encryption}, {keys}; metrics on {metrics}")
     if lent:
         typer.echo(f"not looked at: {', '.join(lent)}: systemd lends them to the running service")
@@ -215,7 +193,8 @@ def plan(
     except FacelaneError as error:
         typer.echo(f"facelane-server: {error.message}", err=True)
         raise typer.Exit(EX_CONFIG) from None
-    made = planning.make_plan(loaded, models.packages, planning.read_devices(), measured)
+    devices = planning.read_devices()
+    made = planning.make_plan(loaded, models.packages, devices, measured, shards=shards_of(loaded))
     for line in made.lines():
         typer.echo(line)
     if made.problems:

@@ -81,6 +81,10 @@ class Server(Section, frozen=True):
     """How long open streams may finish after SIGTERM."""
     reflection: bool = True
     """Offer gRPC reflection (``grpcurl`` and friends)."""
+    shards: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SHARDS)] | Literal["auto"] = 1
+    """Processes that serve at one address, each with streams and pools of its own: one ends near
+    1,500 frames a second. Pools are as configured in each; their ``devices`` are dealt out.
+    ``auto``: one for every four cores, and where a card is used at most four for each."""
 
 
 class Limits(Section, frozen=True):

@@ -74,6 +74,18 @@ MAX_DECODER_THREADS: Final = 2
 MAX_DECODERS: Final = 64
 """Of video, of one worker; with more lanes of video the pool needs more workers."""
 
+# -- shards -----------------------------------------------------------------------
+MAX_SHARDS: Final = 64
+"""Processes of one server."""
+MAX_LINK_MESSAGE_BYTES: Final = 16 * MIB
+"""What a shard and its keeper say at a time: metrics are the longest."""
+MAX_LINK_BACKLOG_BYTES: Final = 32 * MIB
+"""What waits for one that does not read; with more it counts as hung."""
+MAX_LINK_QUESTIONS: Final = 256
+"""Of one shard to the others, under way at one time."""
+MAX_SHARED_KEYS: Final = 512
+"""Keys with calls under way, of one shard, that the others count too."""
+
 # -- a stream ---------------------------------------------------------------------
 MAX_STREAMS: Final = 4_096
 MAX_WINDOW: Final = 256
@@ -301,3 +313,4 @@ assert MAX_BATCH * MAX_EMBEDDING_DIM * 4 <= RESPONSE_SLOT_BYTES
 assert MAX_WINDOW * 8 <= MAX_KEY_QUEUE
 assert BAD_PICTURES <= BAD_PICTURES_OF_KEY
 assert MAX_TRACKS >= 2 * MAX_FACES
+assert MAX_LINK_MESSAGE_BYTES <= MAX_LINK_BACKLOG_BYTES

@@ -27,6 +27,7 @@ from facelane_server.models.package import Package
 from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.pool import Pool
+from facelane_server.shards.dealing import dealt
 
 MIB: Final = 1024 * 1024
 CONTEXT_MIB: Final = 640
@@ -139,51 +140,56 @@ def make_plan(
     packages: Mapping[Stage, Package],
     devices: Sequence[DeviceMemory] | None,
     measured: Mapping[str, int] | None = None,
+    *,
+    shards: int = 1,
 ) -> MemoryPlan:
-    """The plan of a configuration. Pure.
+    """The plan of a configuration, which holds in each of so many ``shards``. Pure.
 
     ``devices``: those that CUDA shows; None = they cannot be asked. ``measured``: MiB of one
     worker, by pool, from a dry run.
     """
     known = {memory.device: memory for memory in devices or ()}
     shares: dict[str, list[Share]] = {}
-    groups: set[tuple[str, str]] = set()
     problems: list[str] = []
     remarks: list[str] = []
-    for name, pool in settings.stages.items():
-        package = packages[Stage(name)]
-        if package.manifest.runtime == "null":
-            continue
-        for device, count in _placed(pool, bool(known)).items():
-            if device == "cpu":
+    for shard in range(shards):
+        groups: set[tuple[str, str]] = set()
+        for name, pool in settings.stages.items():
+            package = packages[Stage(name)]
+            if package.manifest.runtime == "null":
                 continue
-            if devices is not None and device not in known:
-                there = ", ".join(known) or "none"
-                problems.append(
-                    f"pools.{name}.devices: {device} does not exist; there are: {there}"
+            given = dealt(pool.devices, shard, shards)
+            for device, count in _placed(pool, given, bool(known)).items():
+                if device == "cpu":
+                    continue
+                if devices is not None and device not in known:
+                    there = ", ".join(known) or "none"
+                    problems.append(
+                        f"pools.{name}.devices: {device} does not exist; there are: {there}"
+                    )
+                    continue
+                context = CONTEXT_MIB
+                if pool.hosting.shares_process:
+                    if (pool.group, device) in groups:
+                        context = 0
+                    groups.add((pool.group, device))
+                memory = package.manifest.memory
+                share = Share(
+                    pool=name if shards == 1 else f"{shard}/{name}",
+                    workers=count,
+                    context_mib=context,
+                    weights_mib=memory.weights_mib or _file_mib(package),
+                    activations_mib=memory.activations_mib_per_item
+                    * (pool.batch_max or limits.BATCH),
+                    budget_mib=pool.memory_mib,
+                    measured_mib=(measured or {}).get(name),
                 )
-                continue
-            context = CONTEXT_MIB
-            if pool.hosting.shares_process:
-                if (pool.group, device) in groups:
-                    context = 0
-                groups.add((pool.group, device))
-            memory = package.manifest.memory
-            share = Share(
-                pool=name,
-                workers=count,
-                context_mib=context,
-                weights_mib=memory.weights_mib or _file_mib(package),
-                activations_mib=memory.activations_mib_per_item * (pool.batch_max or limits.BATCH),
-                budget_mib=pool.memory_mib,
-                measured_mib=(measured or {}).get(name),
-            )
-            shares.setdefault(device, []).append(share)
-            if 0 < pool.memory_mib < share.need_mib:
-                problems.append(
-                    f"pools.{name}: a worker needs about {share.need_mib:.0f} MiB on {device}, but "
-                    f"memory_mib is {pool.memory_mib}; raise it, or lower batch_max"
-                )
+                shares.setdefault(device, []).append(share)
+                if 0 < pool.memory_mib < share.need_mib:
+                    problems.append(
+                        f"pools.{name}: a worker needs about {share.need_mib:.0f} MiB on {device}, "
+                        f"but memory_mib is {pool.memory_mib}; raise it, or lower batch_max"
+                    )
     plans = tuple(
         DevicePlan(device, known.get(device), tuple(found))
         for device, found in sorted(shares.items())
@@ -194,15 +200,15 @@ def make_plan(
         elif plan.reserved_mib > plan.memory.total_mib:
             problems.append(
                 f"{plan.device} has {plan.memory.total_mib} MiB, but its workers may take "
-                f"{plan.reserved_mib:.0f} MiB; lower memory_mib, workers or batch_max, or use "
-                "another device"
+                f"{plan.reserved_mib:.0f} MiB; lower memory_mib, workers or batch_max (or "
+                "server.shards), or use another device"
             )
         elif plan.reserved_mib > plan.memory.total_mib - plan.memory.used_mib:
             remarks.append(
                 f"{plan.device}: {plan.memory.used_mib} MiB are in use by others; together with "
                 f"{plan.reserved_mib:.0f} MiB that is more than it has"
             )
-    return MemoryPlan(plans, tuple(problems), tuple(remarks))
+    return MemoryPlan(plans, tuple(dict.fromkeys(problems)), tuple(remarks))
 
 
 def process_budget_mib(settings: config.Config, stage: Stage) -> int:
@@ -219,11 +225,11 @@ def process_budget_mib(settings: config.Config, stage: Stage) -> int:
     return sum(p.memory_mib * (p.workers + p.spares) for p in members)
 
 
-def _placed(pool: config.Pool, has_cuda: bool) -> dict[str, int]:
+def _placed(pool: config.Pool, devices: Sequence[str], has_cuda: bool) -> dict[str, int]:
     """Workers, spares included, by device: in turn, as the pool places them."""
     placed: dict[str, int] = {}
     for number in range(pool.workers + pool.spares):
-        device = pool.devices[number % len(pool.devices)]
+        device = devices[number % len(devices)]
         if device == "auto":
             device = "cuda:0" if has_cuda else "cpu"
         placed[device] = placed.get(device, 0) + 1
@@ -285,9 +291,12 @@ def read_devices(timeout_s: float = NVML_S) -> list[DeviceMemory] | None:
     return visible(devices, chosen)
 
 
-async def check(settings: config.Config, packages: Mapping[Stage, Package]) -> MemoryPlan:
+async def check(
+    settings: config.Config, packages: Mapping[Stage, Package], *, shards: int = 1
+) -> MemoryPlan:
     """The plan at the start of a server. Raises ConfigError when it is refused."""
-    plan = make_plan(settings, packages, await asyncio.to_thread(read_devices))
+    devices = await asyncio.to_thread(read_devices)
+    plan = make_plan(settings, packages, devices, shards=shards)
     if plan.problems:
         raise config.ConfigError("; ".join(plan.problems))
     return plan

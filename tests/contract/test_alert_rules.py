@@ -16,7 +16,9 @@ from facelane_bridge.metrics import serve_metrics
 from facelane_bridge.output import CameraTotals
 from facelane_server.capacity import Load
 from facelane_server.domain import Overload
+from facelane_server.keeper.exposition import merged
 from facelane_server.observability.metrics import GalleryReading, Metrics, Sources
+from facelane_server.shards.messages import Standing
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "prometheus"
 RULES = (FOLDER / "facelane.rules.yml").read_text()
@@ -54,6 +56,8 @@ async def exposed() -> set[str]:
         )
     sources = Sources(load=lambda: Load(1.0, 2.0, 1, 0), gallery=lambda: GalleryReading(1, 1))
     exposition = Metrics(sources).exposition().decode() + answer.data.decode()
+    of_shards = merged({}, [Standing(shard=0, pid=1, life="READY", takes=True, restarts=0)])
+    exposition += of_shards.decode()
     found: set[str] = set()
     for name, kind in re.findall(r"(?m)^# TYPE (\w+) (\w+)", exposition):
         parts = ("_bucket", "_count", "_sum") if kind == "histogram" else ("",)

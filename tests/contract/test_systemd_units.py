@@ -18,10 +18,12 @@ from facelane_server import config as server_config
 from facelane_server.capacity import Load
 from facelane_server.domain import Stage
 from facelane_server.edge import health
+from facelane_server.keeper.exposition import merged
 from facelane_server.monitor import DeviceReading
 from facelane_server.observability.metrics import Metrics, Sources
 from facelane_server.pools.report import PoolInfo, PoolState, WorkerInfo
 from facelane_server.pools.restart import Life
+from facelane_server.shards.messages import Standing
 from facelane_server.worker import exit_codes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -341,7 +343,9 @@ class TestOperationsPage:
                 pools=lambda: [pool], devices=lambda: [device], load=lambda: Load(1.0, 2.0, 1, 0)
             )
         )
-        exposed = set(re.findall(r"(?m)^# TYPE (\w+)", metrics.exposition().decode()))
+        shards = merged({}, [Standing(shard=0, pid=1, life="READY", takes=True, restarts=0)])
+        text = metrics.exposition().decode() + shards.decode()
+        exposed = set(re.findall(r"(?m)^# TYPE (\w+)", text))
         named = set(re.findall(r"\bfacelane_\w+", self.page)) - {"facelane_server"}
         assert len(named) >= 8
         assert named <= exposed
@@ -364,13 +368,13 @@ class TestOperationsPage:
     def test_exit_codes(self) -> None:
         for code, name in exit_codes.NAMES.items():
             assert re.search(rf"\b{code}\b", self.page), name
-        from facelane_server import cli
+        from facelane_server import running
 
-        assert f"| {cli.EX_UNAVAILABLE} |" in self.page
-        assert f"| {cli.EX_CONFIG} |" in self.page
+        assert f"| {running.EX_UNAVAILABLE} |" in self.page
+        assert f"| {running.EX_CONFIG} |" in self.page
         unit = settings(SYSTEM / "facelane-server.service")
-        assert str(cli.EX_CONFIG) in unit["RestartPreventExitStatus"][0].split()
-        assert str(cli.EX_UNAVAILABLE) not in unit["RestartPreventExitStatus"][0].split()
+        assert str(running.EX_CONFIG) in unit["RestartPreventExitStatus"][0].split()
+        assert str(running.EX_UNAVAILABLE) not in unit["RestartPreventExitStatus"][0].split()
 
     def test_limits_that_it_states(self) -> None:
         unit = settings(SYSTEM / "facelane-server.service")

@@ -32,6 +32,9 @@ def server_info(ctx: typer.Context, output_format: FormatOption = Format.table) 
         ("load", _load(info)),
         ("frame", f"at most {limits.max_frame_bytes} bytes, {limits.max_pixels} pixels"),
     ]
+    if info.shards:
+        told = ", ".join(f"{s.shard} {s.state.value} {s.open_streams}" for s in info.shards)
+        rows.insert(3, ("shards", f"{told} (state, streams)"))
     rows.extend(("degraded", f"{d.component}: {d.message} ({d.cause})") for d in info.degradations)
     rows.extend(
         (m.task.value, f"{m.name} {m.version}{f' ({m.license})' if m.license else ''}")

@@ -87,6 +87,21 @@ class ServerInfo:
     load: ServerLoad | None = None
     degradations: tuple[Degradation, ...] = ()
     """Empty = nothing is amiss."""
+    shards: tuple[ShardInfo, ...] = ()
+    """Empty = the server is one process."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One process of a server that has several. ``last_loss``: why it was lost last, empty =
+    never."""
+
+    shard: int
+    pid: int
+    state: WorkerState
+    open_streams: int
+    restarts: int
+    last_loss: str
 
 
 class PoolState(enum.StrEnum):
@@ -118,7 +133,7 @@ class WorkerState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """``worker_id`` is pool#index, ``uptime`` in seconds."""
+    """``worker_id`` is pool#index, or shard/pool#index; ``uptime`` in seconds."""
 
     worker_id: str
     pid: int

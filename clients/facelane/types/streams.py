@@ -201,7 +201,9 @@ class StreamLimits:
 class StreamOpened:
     """The server accepted the stream. ``models`` maps a stage to name@version. ``false_naming``:
     the share of strangers that may be named in it, ``match_threshold``: the least cosine of a
-    match; both ``None`` where nobody is named."""
+    match; both ``None`` where nobody is named. ``move``: it did not accept it, because another of
+    its processes has more room, and the client goes there by itself: to this target, or, where that
+    is empty, to the same one on a new connection."""
 
     stream_id: str
     limits: StreamLimits
@@ -209,6 +211,7 @@ class StreamOpened:
     server_version: str = ""
     false_naming: float | None = None
     match_threshold: float | None = None
+    move: str | None = None
 
 
 class StreamUpdateKind(enum.StrEnum):

@@ -23,7 +23,7 @@ class RestartWorkerRequest(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """pool#index."""
+    """pool#index; shard/pool#index where the server has shards."""
     def __init__(
         self,
         *,

@@ -64,7 +64,8 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReloadModel(self, request, context):
-        """Warms workers with a model package beside the present ones, then swaps. No frame is lost.
+        """Warms workers with a model package beside the present ones, then swaps. No frame is lost. One
+        shard after the other; where one fails, those before it have the new model: call again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,9 @@ class AdminServiceStub:
     RestartWorker: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RestartWorkerRequest, _admin_service_pb2.RestartWorkerResponse]
     """Drains one worker and starts it again."""
     ReloadModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReloadModelRequest, _admin_service_pb2.ReloadModelResponse]
-    """Warms workers with a model package beside the present ones, then swaps. No frame is lost."""
+    """Warms workers with a model package beside the present ones, then swaps. No frame is lost. One
+    shard after the other; where one fails, those before it have the new model: call again.
+    """
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DrainRequest, _admin_service_pb2.DrainResponse]
     """Stops taking streams, tells the open ones, and ends the server within `grace`."""
 
@@ -48,7 +50,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     RestartWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RestartWorkerRequest, _admin_service_pb2.RestartWorkerResponse]  # type: ignore[assignment]
     """Drains one worker and starts it again."""
     ReloadModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReloadModelRequest, _admin_service_pb2.ReloadModelResponse]  # type: ignore[assignment]
-    """Warms workers with a model package beside the present ones, then swaps. No frame is lost."""
+    """Warms workers with a model package beside the present ones, then swaps. No frame is lost. One
+    shard after the other; where one fails, those before it have the new model: call again.
+    """
     Drain: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DrainRequest, _admin_service_pb2.DrainResponse]  # type: ignore[assignment]
     """Stops taking streams, tells the open ones, and ends the server within `grace`."""
 
@@ -69,7 +73,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ReloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ReloadModelResponse, _abc.Awaitable[_admin_service_pb2.ReloadModelResponse]]:
-        """Warms workers with a model package beside the present ones, then swaps. No frame is lost."""
+        """Warms workers with a model package beside the present ones, then swaps. No frame is lost. One
+        shard after the other; where one fails, those before it have the new model: call again.
+        """
 
     @_abc_1.abstractmethod
     def Drain(

@@ -321,6 +321,7 @@ class StreamConfig(_message.Message):
     PRIVATE_FIELD_NUMBER: _builtins.int
     ZONES_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
+    MAY_MOVE_FIELD_NUMBER: _builtins.int
     source_id: _builtins.str
     """A name for logs and metrics of the operator; 0-64 letters, digits, `-`, `_`, `.`."""
     overload_policy: Global___OverloadPolicy.ValueType
@@ -335,6 +336,8 @@ class StreamConfig(_message.Message):
     """
     private: _builtins.bool
     """Nobody may look at this stream (ViewService), and no event keeps a picture of it."""
+    may_move: _builtins.bool
+    """The client can open the stream at another shard: see StreamMove."""
     @_builtins.property
     def options(self) -> Global___AnalysisOptions: ...
     @_builtins.property
@@ -371,10 +374,11 @@ class StreamConfig(_message.Message):
         private: _builtins.bool = ...,
         zones: _abc.Iterable[Global___Zone] | None = ...,
         lines: _abc.Iterable[Global___Line] | None = ...,
+        may_move: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_frame_age", b"max_frame_age", "options", b"options", "reinference_interval", b"reinference_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["analysis_fps", b"analysis_fps", "disable_tracking", b"disable_tracking", "lines", b"lines", "max_frame_age", b"max_frame_age", "options", b"options", "overload_policy", b"overload_policy", "private", b"private", "reinference_interval", b"reinference_interval", "source_id", b"source_id", "weight", b"weight", "zones", b"zones"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analysis_fps", b"analysis_fps", "disable_tracking", b"disable_tracking", "lines", b"lines", "max_frame_age", b"max_frame_age", "may_move", b"may_move", "options", b"options", "overload_policy", b"overload_policy", "private", b"private", "reinference_interval", b"reinference_interval", "source_id", b"source_id", "weight", b"weight", "zones", b"zones"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -490,6 +494,31 @@ class StreamLimits(_message.Message):
 Global___StreamLimits: _TypeAlias = StreamLimits  # noqa: Y015
 
 @_typing.final
+class StreamMove(_message.Message):
+    """The server has several processes (shards), and another one has more room: open the stream again,
+    on a connection of its own. Told only where the config has may_move; nothing was opened then, and
+    the call ends. Leave may_move out after some tries.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """Where; empty = the same address again, which leads to a shard by chance."""
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamMove: _TypeAlias = StreamMove  # noqa: Y015
+
+@_typing.final
 class StreamOpened(_message.Message):
     """The server accepted the config."""
 
@@ -521,6 +550,7 @@ class StreamOpened(_message.Message):
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     FALSE_NAMING_FIELD_NUMBER: _builtins.int
     MATCH_THRESHOLD_FIELD_NUMBER: _builtins.int
+    MOVE_FIELD_NUMBER: _builtins.int
     stream_id: _builtins.str
     server_version: _builtins.str
     false_naming: _builtins.float
@@ -535,6 +565,8 @@ class StreamOpened(_message.Message):
     def models(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """name@version of the models that serve the stream."""
 
+    @_builtins.property
+    def move(self) -> Global___StreamMove: ...
     def __init__(
         self,
         *,
@@ -544,10 +576,11 @@ class StreamOpened(_message.Message):
         server_version: _builtins.str = ...,
         false_naming: _builtins.float | None = ...,
         match_threshold: _builtins.float | None = ...,
+        move: Global___StreamMove | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "limits", b"limits", "match_threshold", b"match_threshold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "limits", b"limits", "match_threshold", b"match_threshold", "move", b"move"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "limits", b"limits", "match_threshold", b"match_threshold", "models", b"models", "server_version", b"server_version", "stream_id", b"stream_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "limits", b"limits", "match_threshold", b"match_threshold", "models", b"models", "move", b"move", "server_version", b"server_version", "stream_id", b"stream_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__false_naming: _TypeAlias = _typing.Literal["false_naming"]  # noqa: Y015
     _WhichOneofArgType__false_naming: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming"]  # noqa: Y015

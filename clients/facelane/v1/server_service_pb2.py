@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n facelane/v1/server_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xf3\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12 \n\x04task\x18\x04 \x01(\x0e\x32\x12.facelane.v1.Stage\x12\x0f\n\x07license\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12:\n\nthresholds\x18\x07 \x03(\x0b\x32&.facelane.v1.ModelInfo.ThresholdsEntry\x1a\x31\n\x0fThresholdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc8\x01\n\x0cServerLimits\x12\x13\n\x0bmax_streams\x18\x01 \x01(\r\x12\x0e\n\x06window\x18\x02 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x03 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04\x12\x12\n\nmax_pixels\x18\x05 \x01(\x04\x12\x11\n\tmax_faces\x18\x06 \x01(\r\x12\x38\n\x15\x64\x65\x66\x61ult_max_frame_age\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"x\n\nServerLoad\x12\x13\n\x0boffered_fps\x18\x01 \x01(\x01\x12\x14\n\x0c\x63\x61pacity_fps\x18\x02 \x01(\x01\x12\x0c\n\x04load\x18\x03 \x01(\x01\x12\x18\n\x10headroom_streams\x18\x04 \x01(\r\x12\x17\n\x0fthinned_streams\x18\x05 \x01(\r\"@\n\x0b\x44\x65gradation\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xaa\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x06models\x18\x03 \x03(\x0b\x32\x16.facelane.v1.ModelInfo\x12)\n\x06limits\x18\x04 \x01(\x0b\x32\x19.facelane.v1.ServerLimits\x12\x14\n\x0copen_streams\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12%\n\x04load\x18\n \x01(\x0b\x32\x17.facelane.v1.ServerLoad\x12.\n\x0c\x64\x65gradations\x18\x0b \x03(\x0b\x32\x18.facelane.v1.Degradation\"\xdc\x01\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.facelane.v1.WorkerState\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x10\n\x08restarts\x18\x05 \x01(\r\x12\x11\n\tlast_loss\x18\x06 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12)\n\x06uptime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07sandbox\x18\t \x01(\t\"\xf6\x01\n\x08PoolInfo\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12 \n\x04task\x18\x02 \x01(\x0e\x32\x12.facelane.v1.Stage\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.facelane.v1.PoolState\x12\x10\n\x08model_id\x18\x04 \x01(\t\x12\x11\n\tisolation\x18\x05 \x01(\t\x12\x0e\n\x06queued\x18\x06 \x01(\r\x12\x11\n\tin_flight\x18\x07 \x01(\r\x12\x11\n\tcompleted\x18\x08 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\t \x01(\x04\x12(\n\x07workers\x18\n \x03(\x0b\x32\x17.facelane.v1.WorkerInfo\"\x12\n\x10ListPoolsRequest\"9\n\x11ListPoolsResponse\x12$\n\x05pools\x18\x01 \x03(\x0b\x32\x15.facelane.v1.PoolInfo*\xa6\x01\n\tPoolState\x12\x1a\n\x16POOL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13POOL_STATE_STARTING\x10\x01\x12\x16\n\x12POOL_STATE_SERVING\x10\x02\x12\x17\n\x13POOL_STATE_DEGRADED\x10\x03\x12\x1a\n\x16POOL_STATE_NOT_SERVING\x10\x04\x12\x17\n\x13POOL_STATE_DRAINING\x10\x05*\x94\x02\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_SPAWNED\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n\x14WORKER_STATE_WARMING\x10\x03\x12\x16\n\x12WORKER_STATE_READY\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05\x12\x17\n\x13WORKER_STATE_EXITED\x10\x06\x12\x15\n\x11WORKER_STATE_LOST\x10\x07\x12\x18\n\x14WORKER_STATE_BACKOFF\x10\x08\x12\x1c\n\x18WORKER_STATE_QUARANTINED\x10\t2\xb3\x01\n\rServerService\x12V\n\rGetServerInfo\x12!.facelane.v1.GetServerInfoRequest\x1a\".facelane.v1.GetServerInfoResponse\x12J\n\tListPools\x12\x1d.facelane.v1.ListPoolsRequest\x1a\x1e.facelane.v1.ListPoolsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n facelane/v1/server_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xf3\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12 \n\x04task\x18\x04 \x01(\x0e\x32\x12.facelane.v1.Stage\x12\x0f\n\x07license\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12:\n\nthresholds\x18\x07 \x03(\x0b\x32&.facelane.v1.ModelInfo.ThresholdsEntry\x1a\x31\n\x0fThresholdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc8\x01\n\x0cServerLimits\x12\x13\n\x0bmax_streams\x18\x01 \x01(\r\x12\x0e\n\x06window\x18\x02 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x03 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04\x12\x12\n\nmax_pixels\x18\x05 \x01(\x04\x12\x11\n\tmax_faces\x18\x06 \x01(\r\x12\x38\n\x15\x64\x65\x66\x61ult_max_frame_age\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"x\n\nServerLoad\x12\x13\n\x0boffered_fps\x18\x01 \x01(\x01\x12\x14\n\x0c\x63\x61pacity_fps\x18\x02 \x01(\x01\x12\x0c\n\x04load\x18\x03 \x01(\x01\x12\x18\n\x10headroom_streams\x18\x04 \x01(\r\x12\x17\n\x0fthinned_streams\x18\x05 \x01(\r\"@\n\x0b\x44\x65gradation\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x8b\x01\n\tShardInfo\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.facelane.v1.WorkerState\x12\x14\n\x0copen_streams\x18\x04 \x01(\r\x12\x10\n\x08restarts\x18\x05 \x01(\r\x12\x11\n\tlast_loss\x18\x06 \x01(\t\"\xd2\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x06models\x18\x03 \x03(\x0b\x32\x16.facelane.v1.ModelInfo\x12)\n\x06limits\x18\x04 \x01(\x0b\x32\x19.facelane.v1.ServerLimits\x12\x14\n\x0copen_streams\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12%\n\x04load\x18\n \x01(\x0b\x32\x17.facelane.v1.ServerLoad\x12.\n\x0c\x64\x65gradations\x18\x0b \x03(\x0b\x32\x18.facelane.v1.Degradation\x12&\n\x06shards\x18\x0c \x03(\x0b\x32\x16.facelane.v1.ShardInfo\"\xdc\x01\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.facelane.v1.WorkerState\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x10\n\x08restarts\x18\x05 \x01(\r\x12\x11\n\tlast_loss\x18\x06 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12)\n\x06uptime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07sandbox\x18\t \x01(\t\"\xf6\x01\n\x08PoolInfo\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12 \n\x04task\x18\x02 \x01(\x0e\x32\x12.facelane.v1.Stage\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.facelane.v1.PoolState\x12\x10\n\x08model_id\x18\x04 \x01(\t\x12\x11\n\tisolation\x18\x05 \x01(\t\x12\x0e\n\x06queued\x18\x06 \x01(\r\x12\x11\n\tin_flight\x18\x07 \x01(\r\x12\x11\n\tcompleted\x18\x08 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\t \x01(\x04\x12(\n\x07workers\x18\n \x03(\x0b\x32\x17.facelane.v1.WorkerInfo\"\x12\n\x10ListPoolsRequest\"9\n\x11ListPoolsResponse\x12$\n\x05pools\x18\x01 \x03(\x0b\x32\x15.facelane.v1.PoolInfo*\xa6\x01\n\tPoolState\x12\x1a\n\x16POOL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13POOL_STATE_STARTING\x10\x01\x12\x16\n\x12POOL_STATE_SERVING\x10\x02\x12\x17\n\x13POOL_STATE_DEGRADED\x10\x03\x12\x1a\n\x16POOL_STATE_NOT_SERVING\x10\x04\x12\x17\n\x13POOL_STATE_DRAINING\x10\x05*\x94\x02\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_SPAWNED\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x18\n\x14WORKER_STATE_WARMING\x10\x03\x12\x16\n\x12WORKER_STATE_READY\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05\x12\x17\n\x13WORKER_STATE_EXITED\x10\x06\x12\x15\n\x11WORKER_STATE_LOST\x10\x07\x12\x18\n\x14WORKER_STATE_BACKOFF\x10\x08\x12\x1c\n\x18WORKER_STATE_QUARANTINED\x10\t2\xb3\x01\n\rServerService\x12V\n\rGetServerInfo\x12!.facelane.v1.GetServerInfoRequest\x1a\".facelane.v1.GetServerInfoResponse\x12J\n\tListPools\x12\x1d.facelane.v1.ListPoolsRequest\x1a\x1e.facelane.v1.ListPoolsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELINFO_THRESHOLDSENTRY']._loaded_options = None
   _globals['_MODELINFO_THRESHOLDSENTRY']._serialized_options = b'8\001'
-  _globals['_POOLSTATE']._serialized_start=1652
-  _globals['_POOLSTATE']._serialized_end=1818
-  _globals['_WORKERSTATE']._serialized_start=1821
-  _globals['_WORKERSTATE']._serialized_end=2097
+  _globals['_POOLSTATE']._serialized_start=1834
+  _globals['_POOLSTATE']._serialized_end=2000
+  _globals['_WORKERSTATE']._serialized_start=2003
+  _globals['_WORKERSTATE']._serialized_end=2279
   _globals['_GETSERVERINFOREQUEST']._serialized_start=138
   _globals['_GETSERVERINFOREQUEST']._serialized_end=160
   _globals['_MODELINFO']._serialized_start=163
@@ -52,16 +52,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVERLOAD']._serialized_end=731
   _globals['_DEGRADATION']._serialized_start=733
   _globals['_DEGRADATION']._serialized_end=797
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=800
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1098
-  _globals['_WORKERINFO']._serialized_start=1101
-  _globals['_WORKERINFO']._serialized_end=1321
-  _globals['_POOLINFO']._serialized_start=1324
-  _globals['_POOLINFO']._serialized_end=1570
-  _globals['_LISTPOOLSREQUEST']._serialized_start=1572
-  _globals['_LISTPOOLSREQUEST']._serialized_end=1590
-  _globals['_LISTPOOLSRESPONSE']._serialized_start=1592
-  _globals['_LISTPOOLSRESPONSE']._serialized_end=1649
-  _globals['_SERVERSERVICE']._serialized_start=2100
-  _globals['_SERVERSERVICE']._serialized_end=2279
+  _globals['_SHARDINFO']._serialized_start=800
+  _globals['_SHARDINFO']._serialized_end=939
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=942
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1280
+  _globals['_WORKERINFO']._serialized_start=1283
+  _globals['_WORKERINFO']._serialized_end=1503
+  _globals['_POOLINFO']._serialized_start=1506
+  _globals['_POOLINFO']._serialized_end=1752
+  _globals['_LISTPOOLSREQUEST']._serialized_start=1754
+  _globals['_LISTPOOLSREQUEST']._serialized_end=1772
+  _globals['_LISTPOOLSRESPONSE']._serialized_start=1774
+  _globals['_LISTPOOLSRESPONSE']._serialized_end=1831
+  _globals['_SERVERSERVICE']._serialized_start=2282
+  _globals['_SERVERSERVICE']._serialized_end=2461
 # @@protoc_insertion_point(module_scope)

@@ -246,7 +246,7 @@ class Degradation(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     component: _builtins.str
-    """"store" or "events"."""
+    """"store", "events" or "shards"."""
     cause: _builtins.str
     """In capitals: FILE_GONE, DISK_FULL, UNREACHABLE, READ_ONLY, REFUSED, FENCED, ..."""
     message: _builtins.str
@@ -267,7 +267,47 @@ class Degradation(_message.Message):
 Global___Degradation: _TypeAlias = Degradation  # noqa: Y015
 
 @_typing.final
+class ShardInfo(_message.Message):
+    """One process of a server that has several."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    OPEN_STREAMS_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    LAST_LOSS_FIELD_NUMBER: _builtins.int
+    shard: _builtins.int
+    pid: _builtins.int
+    state: Global___WorkerState.ValueType
+    """As a worker's: READY = every pool of it has inferred."""
+    open_streams: _builtins.int
+    restarts: _builtins.int
+    last_loss: _builtins.str
+    """Why it was lost last; empty = never."""
+    def __init__(
+        self,
+        *,
+        shard: _builtins.int = ...,
+        pid: _builtins.int = ...,
+        state: Global___WorkerState.ValueType = ...,
+        open_streams: _builtins.int = ...,
+        restarts: _builtins.int = ...,
+        last_loss: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_loss", b"last_loss", "open_streams", b"open_streams", "pid", b"pid", "restarts", b"restarts", "shard", b"shard", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardInfo: _TypeAlias = ShardInfo  # noqa: Y015
+
+@_typing.final
 class GetServerInfoResponse(_message.Message):
+    """Of the whole server, whichever of its shards answers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -278,6 +318,7 @@ class GetServerInfoResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     DEGRADATIONS_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     open_streams: _builtins.int
     draining: _builtins.bool
@@ -293,6 +334,10 @@ class GetServerInfoResponse(_message.Message):
     def degradations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
         """Empty = nothing is amiss."""
 
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardInfo]:
+        """Empty = the server is one process."""
+
     def __init__(
         self,
         *,
@@ -304,10 +349,11 @@ class GetServerInfoResponse(_message.Message):
         draining: _builtins.bool = ...,
         load: Global___ServerLoad | None = ...,
         degradations: _abc.Iterable[Global___Degradation] | None = ...,
+        shards: _abc.Iterable[Global___ShardInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degradations", b"degradations", "draining", b"draining", "limits", b"limits", "load", b"load", "models", b"models", "open_streams", b"open_streams", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degradations", b"degradations", "draining", b"draining", "limits", b"limits", "load", b"load", "models", b"models", "open_streams", b"open_streams", "shards", b"shards", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -327,7 +373,7 @@ class WorkerInfo(_message.Message):
     UPTIME_FIELD_NUMBER: _builtins.int
     SANDBOX_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """pool#index."""
+    """pool#index; shard/pool#index where the server has shards."""
     pid: _builtins.int
     state: Global___WorkerState.ValueType
     device: _builtins.str

@@ -24,6 +24,7 @@ from facelane_server.edge.pictures import SinglePictures
 from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.roles import Caller
 from facelane_server.edge.streams import StreamRegistry
+from facelane_server.edge.whole import Siblings
 from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import (
     KeyFrameWanted,
@@ -104,7 +105,9 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         quotas: Quotas,
         trail: Trail,
         sights: Sights,
+        siblings: Siblings | None = None,
     ) -> None:
+        self._siblings = siblings
         self._config = config
         self._pipeline = pipeline
         self._streams = streams
@@ -128,6 +131,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
 
     async def _serve(self, context: Context) -> None:
         lane = await self._open(context)
+        if lane is None:
+            return
         stream = self._streams.add(lane)
         self._load.opened(lane)
         reader = asyncio.create_task(self._read(context, lane), name="lane-reader")
@@ -167,7 +172,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             self._streams.remove(lane)
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _open(self, context: Context) -> Lane:
+    async def _open(self, context: Context) -> Lane | None:
+        """None when the stream was sent to another shard."""
         try:
             first = await gate.while_awake(context.read(), self._config.limits.first_message_s)
         except TimeoutError:
@@ -176,6 +182,16 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             raise FacelaneError(
                 Reason.CONFIG_MISSING, "the first message of a stream must be its config"
             )
+        if self._siblings is not None and first.config.may_move:
+            target = self._siblings.move()
+            if target is not None:
+                opened = pb.StreamOpened(move=pb.StreamMove(target=target))
+                await gate.write(
+                    context,
+                    pb.AnalyzeStreamResponse(opened=opened),
+                    self._config.limits.slow_reader_s,
+                )
+                return None
         caller = gate.caller()
         options = convert.lane_options(first.config, self._config, caller)
         options = areas.placed(options, first.config, self._config)
@@ -210,6 +226,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             ),
             models=self._controls.model_ids(),
             server_version=__version__,
+            move=None,
             **convert.names_by(
                 self._pipeline.named_by(options.plan),
                 options.plan.recognize and Stage.RECOGNIZER in self._pipeline.pools,

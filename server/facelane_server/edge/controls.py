@@ -50,5 +50,5 @@ class Controls(Protocol):
     def forgotten(self) -> None:
         """Something was deleted: nothing of it is to be left in memory either."""
 
-    def request_stop(self, grace_s: float | None = None) -> None:
-        """Drain and end."""
+    def request_end(self, grace_s: float | None = None) -> None:
+        """Drain and end, with all shards."""

@@ -19,7 +19,7 @@ Draining makes all but ``facelane.process`` NOT_SERVING.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from grpc_health.v1 import health_pb2
@@ -89,6 +89,11 @@ class Health:
     def __init__(self) -> None:
         self.servicer = health_aio.HealthServicer()
         self._published: dict[str, bool] = {}
+        self.own: dict[str, bool] = {}
+        """Of this process alone."""
+        self.shared: Callable[[], None] | None = None
+        """Where there are several, whoever sees to it that ``overall`` is called; told of each
+        change of ``own``."""
         self.keeps_changes = True
         """Of the gallery; told with the next ``publish``."""
         self.takes_watchers = True
@@ -110,8 +115,17 @@ class Health:
             keeps_changes=self.keeps_changes,
             takes_watchers=self.takes_watchers,
         )
+        changed = [n for n, able in wanted.items() if self.own.get(n) is not able]
+        self.own = wanted
+        if self.shared is None:
+            await self.overall(wanted)
+        else:
+            self.shared()
+        return changed
+
+    async def overall(self, wanted: dict[str, bool]) -> None:
+        """Tells this of the server as a whole."""
         changed = [n for n, able in wanted.items() if self._published.get(n) is not able]
         self._published = wanted
         for name in changed:
             await self.servicer.set(name, SERVING if wanted[name] else NOT_SERVING)
-        return changed

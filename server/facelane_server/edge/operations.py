@@ -28,7 +28,7 @@ from facelane_server.domain import (
     Stage,
     TrackReport,
 )
-from facelane_server.edge import convert, gate
+from facelane_server.edge import convert, gate, whole
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.load import LoadWatch
@@ -41,13 +41,18 @@ from facelane_server.gallery.trail import Trail
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolState
-from facelane_server.pools.restart import Life
 from facelane_server.rules import GalleryRules
+from facelane_server.shards import messages
 from facelane_server.store.audit import Action
 from facelane_server.store.confirmations import confirm
 from facelane_server.store.pictures import not_found
 
 log = structlog.get_logger(__name__)
+
+DESCRIBE_S: Final = 2.0
+RESTART_S: Final = 300.0
+RELOAD_S: Final = 600.0
+"""Of each shard: models are loaded and warmed up meanwhile."""
 
 _POOL_STATES: Final = {
     PoolState.STARTING: pb.POOL_STATE_STARTING,
@@ -57,7 +62,6 @@ _POOL_STATES: Final = {
     PoolState.DRAINING: pb.POOL_STATE_DRAINING,
     PoolState.STOPPED: pb.POOL_STATE_DRAINING,
 }
-_LIVES: Final = {life: pb.WorkerState.Value(f"WORKER_STATE_{life.name}") for life in Life}
 _KINDS: Final = {kind: event_pb.EventKind.Value(f"EVENT_KIND_{kind.value}") for kind in EventKind}
 _DIRECTIONS: Final = {
     Direction.IN: event_pb.CROSSING_DIRECTION_IN,
@@ -74,16 +78,26 @@ class ServerService(pb_grpc.ServerServiceServicer):
         streams: StreamRegistry,
         pipeline: Pipeline,
         load: LoadWatch,
+        siblings: whole.Siblings | None = None,
     ) -> None:
         self._config = config
         self._controls = controls
         self._streams = streams
         self._pipeline = pipeline
         self._load = load
+        self._siblings = siblings
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
+        siblings = self._siblings
+        if siblings is None:
+            return self.info()
+        answers = await siblings.ask(messages.DescribeServer(), timeout_s=DESCRIBE_S)
+        return whole.server(answers, siblings.standings, siblings.seats())
+
+    def info(self) -> pb.GetServerInfoResponse:
+        """Of this process."""
         bounds = self._config.limits
         return pb.GetServerInfoResponse(
             version=__version__,
@@ -149,6 +163,12 @@ class ServerService(pb_grpc.ServerServiceServicer):
     async def ListPools(
         self, request: pb.ListPoolsRequest, context: Context
     ) -> pb.ListPoolsResponse:
+        if self._siblings is None:
+            return self.own_pools()
+        return whole.pools(await self._siblings.ask(messages.DescribePools(), timeout_s=DESCRIBE_S))
+
+    def own_pools(self) -> pb.ListPoolsResponse:
+        """Of this process."""
         response = pb.ListPoolsResponse()
         for pool in self._controls.pools.values():
             info = pool.info()
@@ -167,7 +187,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
                 message.workers.add(
                     worker_id=worker.worker_id,
                     pid=worker.pid,
-                    state=_LIVES[worker.life],
+                    state=whole.LIVES[worker.life],
                     device=worker.device,
                     restarts=worker.restarts,
                     last_loss=worker.last_loss,
@@ -179,28 +199,52 @@ class ServerService(pb_grpc.ServerServiceServicer):
 
 
 class AdminService(admin_grpc.AdminServiceServicer):
-    def __init__(self, controls: Controls) -> None:
+    def __init__(self, controls: Controls, siblings: whole.Siblings | None = None) -> None:
         self._controls = controls
+        self._siblings = siblings
 
     async def RestartWorker(
         self, request: admin_pb.RestartWorkerRequest, context: Context
     ) -> admin_pb.RestartWorkerResponse:
-        name = request.worker_id.partition("#")[0]
+        if self._siblings is None:
+            return await self.restart_worker(request.worker_id)
+        shard, name = whole.worker(request.worker_id)
+        asked = messages.RestartWorker(worker_id=name)
+        answers = await self._siblings.ask(asked, shard=shard, timeout_s=RESTART_S)
+        if not answers:
+            raise FacelaneError(
+                Reason.WORKER_NOT_FOUND,
+                f"there is no shard {shard} now; ListPools names the workers that there are",
+            )
+        return admin_pb.RestartWorkerResponse.FromString(whole.good(answers[0]))
+
+    async def restart_worker(self, worker_id: str) -> admin_pb.RestartWorkerResponse:
+        """Of this process."""
+        name = worker_id.partition("#")[0]
         pool = next((p for p in self._controls.pools.values() if p.name == name), None)
         if pool is None:
             raise FacelaneError(
                 Reason.WORKER_NOT_FOUND,
                 "there is no such worker; ListPools names them (pool#number)",
             )
-        log.info("worker restart asked for", worker=request.worker_id)
-        old, new = await pool.restart_worker(request.worker_id)
+        log.info("worker restart asked for", worker=worker_id)
+        old, new = await pool.restart_worker(worker_id)
         return admin_pb.RestartWorkerResponse(old_pid=old, new_pid=new)
 
     async def ReloadModel(
         self, request: admin_pb.ReloadModelRequest, context: Context
     ) -> admin_pb.ReloadModelResponse:
+        asked = messages.ReloadModel(
+            pool=request.pool, model=request.model, forget_templates=request.forget_templates
+        )
+        if self._siblings is None:
+            return await self.reload_model(asked)
+        return whole.reloaded(await self._siblings.ask(asked, timeout_s=RELOAD_S))
+
+    async def reload_model(self, asked: messages.ReloadModel) -> admin_pb.ReloadModelResponse:
+        """Of this process."""
         done = await self._controls.reload_model(
-            request.pool, request.model, forget_templates=request.forget_templates
+            asked.pool, asked.model, forget_templates=asked.forget_templates
         )
         return admin_pb.ReloadModelResponse(
             old_model_id=done.old,
@@ -217,7 +261,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
             grace = convert.duration_ns(request.grace, "grace") / 1e9
             if grace < 0:
                 raise convert.invalid("grace must not be negative", field="grace")
-        self._controls.request_stop(grace)
+        self._controls.request_end(grace)
         return admin_pb.DrainResponse()
 
 

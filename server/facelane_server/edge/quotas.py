@@ -17,6 +17,7 @@ from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge.roles import Caller
 from facelane_server.lanes import Allowance
+from facelane_server.shards.board import Holdings
 
 
 class Kind(enum.StrEnum):
@@ -43,7 +44,15 @@ _ADVICE = {
 class Quotas:
     """Places by key, and the bytes that a key's pictures may hold."""
 
-    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        elsewhere: Holdings | None = None,
+    ) -> None:
+        """``elsewhere``: what other shards of this server have under way."""
+        self._elsewhere = elsewhere
         chosen = config.quotas
         self._each = {
             Kind.STREAMS: chosen.streams,
@@ -80,6 +89,7 @@ class Quotas:
         name = caller.name
         self._taken[kind] += 1
         self._by_key[name, kind] += 1
+        self._tell(caller)
         try:
             with self._allowance(caller) as allowance:
                 yield allowance
@@ -88,6 +98,7 @@ class Quotas:
             self._by_key[name, kind] -= 1
             if not self._by_key[name, kind]:
                 del self._by_key[name, kind]
+            self._tell(caller)
 
     def look_up(self, caller: Caller, per_minute: float) -> None:
         """Counts a face that is looked up. Raises ``FacelaneError(QUOTA_EXCEEDED)`` (retryable)
@@ -114,6 +125,8 @@ class Quotas:
         now = self._clock()
         full, at = self._buckets.get(caller.name, (per_minute, now))
         left = min(per_minute, full + (now - at) * per_minute / 60.0)
+        if self._elsewhere is not None:
+            left -= self._elsewhere.looked_up(caller.name, self.lookups[caller.name])
         given = left >= 1.0
         self._buckets[caller.name] = (left - given, now)
         return given
@@ -130,7 +143,10 @@ class Quotas:
             mine = self._each[kind]
             if kind is Kind.STREAMS and caller.streams is not None:
                 mine = caller.streams
-            if self._by_key[caller.name, kind] >= mine:
+            there = (
+                self._elsewhere.of(caller.name, list(Kind).index(kind)) if self._elsewhere else 0
+            )
+            if self._by_key[caller.name, kind] + there >= mine:
                 raise FacelaneError(
                     Reason.QUOTA_EXCEEDED,
                     f"the key `{caller.name}` has {mine} {kind.value} under way, which is its "
@@ -140,13 +156,20 @@ class Quotas:
                 )
         most = self._all[kind]
         room = most if caller.may("admin") else most - _kept(most)
-        if self._taken[kind] >= room:
+        there = 0
+        if self._elsewhere is not None and kind is Kind.STREAMS:
+            there = self._elsewhere.streams()
+        if self._taken[kind] + there >= room:
             raise FacelaneError(
                 Reason.POOL_OVERLOADED if kind is Kind.CALLS else Reason.STREAM_LIMIT,
                 f"{room} {kind.value} are under way, which is this server's limit; {_ADVICE[kind]}",
                 metadata={"limit": str(room)},
                 retryable=True,
             )
+
+    def _tell(self, caller: Caller) -> None:
+        if self._elsewhere is not None and caller.known:
+            self._elsewhere.tell(caller.name, [self._by_key[caller.name, kind] for kind in Kind])
 
     @contextlib.contextmanager
     def _allowance(self, caller: Caller) -> Iterator[Allowance | None]:

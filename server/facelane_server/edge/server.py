@@ -22,7 +22,7 @@ from facelane.v1 import (
     view_service_pb2_grpc,
 )
 from facelane_server import __version__, addresses, config, limits
-from facelane_server.domain import Stage
+from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import address
 from facelane_server.edge.analysis import AnalysisService
 from facelane_server.edge.auth import Authenticator
@@ -37,15 +37,25 @@ from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.edge.tls import Certificates, Presented
 from facelane_server.edge.view import ViewService
+from facelane_server.edge.whole import Siblings
 from facelane_server.events import EventFeed, EventPictures
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import LaneObserver
 from facelane_server.pipeline import Pipeline
+from facelane_server.shards.messages import (
+    DescribePools,
+    DescribeServer,
+    Question,
+    ReloadModel,
+    RestartWorker,
+)
 from facelane_server.store.audit import Action
 from facelane_server.viewing import Sights
 
 log = structlog.get_logger(__name__)
+
+LEAVE_MARGIN_S: Final = 5.0
 
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
@@ -57,7 +67,6 @@ OPTIONS: Final = (
     # The pings of clients that have nothing to say, at least this far apart; by default a quiet
     # subscription would be cut off after a minute or two.
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.so_reuseport", 0),
     # What a stranger holds is little, and for a short time.
     ("grpc.max_concurrent_streams", limits.MAX_STREAMS_PER_CONNECTION),
     ("grpc.server.max_pending_requests", limits.MAX_PENDING_CALLS),
@@ -67,26 +76,36 @@ OPTIONS: Final = (
 )
 
 
-def _options() -> list[tuple[str, int]]:
-    """With a bound on connections that leaves descriptors for everything else."""
+def _options(*, shared: bool) -> list[tuple[str, int]]:
+    """With a bound on connections that leaves descriptors for everything else. ``shared``: other
+    shards listen on the same port."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < 0:
         files = limits.MAX_CONNECTIONS + limits.RESERVED_DESCRIPTORS
     room = max(files - limits.RESERVED_DESCRIPTORS, files // 2)
-    return [*OPTIONS, ("grpc.max_allowed_incoming_connections", min(room, limits.MAX_CONNECTIONS))]
+    reuse = ("grpc.so_reuseport", int(shared))
+    return [
+        *OPTIONS,
+        reuse,
+        ("grpc.max_allowed_incoming_connections", min(room, limits.MAX_CONNECTIONS)),
+    ]
 
 
 class Edge:
     """What clients meet. Made before anything is started; ``open`` lets them in."""
 
-    def __init__(self, settings: config.Config) -> None:
-        """Reads keys and certificates. Raises ``ConfigError``."""
+    def __init__(self, settings: config.Config, siblings: Siblings | None = None) -> None:
+        """Reads keys and certificates. Raises ``ConfigError``. ``siblings``: of a server that has
+        several shards."""
         self._settings = settings
-        self.quotas = Quotas(settings)
+        self._siblings = siblings
+        self.quotas = Quotas(settings, elsewhere=None if siblings is None else siblings.holdings)
         self.streams = StreamRegistry()
         self.sights = Sights()
         self.load = LoadWatch(settings.limits, self.streams)
         self.health = Health()
+        if siblings is not None:
+            self.health.shared = siblings.changed
         self._authenticator = Authenticator.of(settings)
         certificates = Certificates.read(settings.tls)
         self._certificates = Presented(certificates) if certificates else None
@@ -98,6 +117,9 @@ class Edge:
         )
         self._expiry: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
+        self._describing: ServerService | None = None
+        self._admin: AdminService | None = None
+        self._leaving: asyncio.Task[None] | None = None
 
     async def open(
         self,
@@ -116,7 +138,9 @@ class Edge:
         self._gate.trail = trail
         pictures = SinglePictures(settings, pipeline, self.streams, seen)
         self.load.begin(controls.pools)
-        server = self._server = grpc.aio.server(interceptors=[self._gate], options=_options())
+        server = self._server = grpc.aio.server(
+            interceptors=[self._gate], options=_options(shared=self._siblings is not None)
+        )
         analysis_service_pb2_grpc.add_AnalysisServiceServicer_to_server(
             AnalysisService(
                 settings,
@@ -129,6 +153,7 @@ class Edge:
                 self.quotas,
                 trail,
                 self.sights,
+                self._siblings,
             ),
             server,
         )
@@ -152,10 +177,12 @@ class Edge:
             ),
             server,
         )
-        server_service_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(settings, controls, self.streams, pipeline, self.load), server
+        describing = self._describing = ServerService(
+            settings, controls, self.streams, pipeline, self.load, self._siblings
         )
-        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(controls), server)
+        server_service_pb2_grpc.add_ServerServiceServicer_to_server(describing, server)
+        admin = self._admin = AdminService(controls, self._siblings)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         event_service_pb2_grpc.add_EventServiceServicer_to_server(
             EventService(events, gallery, kept, trail, settings.galleries), server
         )
@@ -174,6 +201,30 @@ class Edge:
         if not (self._authenticator.required or addresses.is_local(listen)):
             log.warning("other machines can reach the server, and need no key", address=listen)
 
+    async def answer(self, question: Question) -> bytes:
+        """What another shard asks of this one. Raises ``FacelaneError``."""
+        if self._describing is None or self._admin is None:
+            raise FacelaneError(
+                Reason.POOL_UNAVAILABLE, "the shard is starting; try again", retryable=True
+            )
+        match question:
+            case DescribeServer():
+                return self._describing.info().SerializeToString()
+            case DescribePools():
+                return self._describing.own_pools().SerializeToString()
+            case RestartWorker():
+                done = await self._admin.restart_worker(question.worker_id)
+                return done.SerializeToString()
+            case ReloadModel():
+                return (await self._admin.reload_model(question)).SerializeToString()
+        raise AssertionError(question)
+
+    def leave_port(self, grace_s: float) -> None:
+        """Takes no more connections, which go to other shards; those that are there go on for
+        ``grace_s`` and a little."""
+        if self._server is not None:
+            self._leaving = asyncio.create_task(self._server.stop(grace_s + LEAVE_MARGIN_S))
+
     async def close(self) -> None:
         """Ends what is still open within a second."""
         if self._expiry is not None:
@@ -181,6 +232,8 @@ class Edge:
         self.load.close()
         if self._server is not None:
             await self._server.stop(1.0)
+        if self._leaving is not None:
+            await self._leaving
 
     async def stages_changed(self, can_infer: Mapping[Stage, bool]) -> bool:
         """Tells health and the open streams what the pools can do now; whether health changed."""

@@ -29,6 +29,7 @@ class StreamRegistry:
         self.draining = False
         self.on_opened: Callable[[Lane], None] = lambda _lane: None
         self.on_closed: Callable[[Lane], None] = lambda _lane: None
+        self.on_number: Callable[[int], None] = lambda _number: None
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -70,12 +71,14 @@ class StreamRegistry:
         self.refuse_draining()
         stream = OpenStream(lane, asyncio.Event())
         self._streams[lane.lane_id] = stream
+        self.on_number(len(self._streams))
         self.on_opened(lane)
         lane.stages_changed()  # those that came or went while it was being opened
         return stream
 
     def remove(self, lane: Lane) -> None:
         if self._streams.pop(lane.lane_id, None) is not None:
+            self.on_number(len(self._streams))
             self.on_closed(lane)
 
     def stages_changed(self) -> None:

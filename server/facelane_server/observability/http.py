@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Self
 
 import structlog
@@ -29,7 +29,9 @@ class MetricsServer:
     REQUEST_TIMEOUT_S: Final = 5.0
 
     def __init__(
-        self, exposition: Callable[[], bytes], serving: Callable[[str], bool | None]
+        self,
+        exposition: Callable[[], bytes | Awaitable[bytes]],
+        serving: Callable[[str], bool | None],
     ) -> None:
         self._exposition = exposition
         self._serving = serving
@@ -40,7 +42,7 @@ class MetricsServer:
     async def start(
         cls,
         section: config.Metrics,
-        exposition: Callable[[], bytes],
+        exposition: Callable[[], bytes | Awaitable[bytes]],
         serving: Callable[[str], bool | None],
     ) -> Self | None:
         """Listens on ``section.listen``; ``None`` when that is empty. ``serving``: of a name of
@@ -91,7 +93,7 @@ class MetricsServer:
                 return
             async with asyncio.timeout(self.REQUEST_TIMEOUT_S):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(self._answer(head))
+                writer.write(await self._answer(head))
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass
@@ -104,7 +106,7 @@ class MetricsServer:
             self._open.discard(task)
             writer.transport.abort()
 
-    def _answer(self, head: bytes) -> bytes:
+    async def _answer(self, head: bytes) -> bytes:
         request = head.split(b"\r\n", 1)[0].split(b" ")
         if len(request) != 3 or not request[2].startswith(b"HTTP/1."):
             return _response("400 Bad Request", b"")
@@ -116,7 +118,8 @@ class MetricsServer:
             return _response("405 Method Not Allowed", b"")
         head_only = method == b"HEAD"
         if path == b"metrics":
-            body = self._exposition()
+            found = self._exposition()
+            body = found if isinstance(found, bytes) else await found
             return _response("200 OK", body, CONTENT_TYPE_PLAIN_0_0_4, head_only=head_only)
         serving = self._serving(name.decode("ascii", "replace"))
         status, body = {

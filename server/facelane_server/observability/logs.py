@@ -190,13 +190,17 @@ def configure_logging(
     *,
     stream: TextIO | None = None,
     environ: Mapping[str, str] = os.environ,
+    shard: int | None = None,
 ) -> None:
     """Sets up structlog and the standard library's root logger, once a process.
 
     ``auto``: lines for people on a terminal, JSON lines anywhere else (no escape codes in
     files, pipes and the journal). Lines of other libraries get the same form and the same
-    rules; below WARNING they are left out.
+    rules; below WARNING they are left out. ``shard``: which of several this process is; every
+    line says so, now and when logging is set up again.
     """
+    global _shard
+    _shard = _shard if shard is None else shard
     stream = sys.stderr if stream is None else stream
     level = getattr(logging, section.level.upper())
     terminal = stream.isatty()
@@ -214,6 +218,7 @@ def configure_logging(
         renderer = _Journal(renderer)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _name_shard,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         *traceback,
@@ -243,6 +248,16 @@ def configure_logging(
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(max(level, logging.WARNING))
+
+
+_shard: int | None = None
+
+
+def _name_shard(_logger: object, _method: str, event: Event) -> Event:
+    if _shard is not None:
+        # ``shard`` is what a line is about, where it is about another one.
+        event.setdefault("shard", _shard)
+    return event
 
 
 def _withhold_all(logger: Any, method: str, event: Event) -> Event:

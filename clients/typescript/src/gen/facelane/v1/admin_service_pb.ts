@@ -19,7 +19,7 @@ export const file_facelane_v1_admin_service: GenFile = /*@__PURE__*/
  */
 export type RestartWorkerRequest = Message<"facelane.v1.RestartWorkerRequest"> & {
   /**
-   * pool#index.
+   * pool#index; shard/pool#index where the server has shards.
    *
    * @generated from field: string worker_id = 1;
    */
@@ -171,7 +171,8 @@ export const AdminService: GenService<{
     output: typeof RestartWorkerResponseSchema;
   },
   /**
-   * Warms workers with a model package beside the present ones, then swaps. No frame is lost.
+   * Warms workers with a model package beside the present ones, then swaps. No frame is lost. One
+   * shard after the other; where one fails, those before it have the new model: call again.
    *
    * @generated from rpc facelane.v1.AdminService.ReloadModel
    */

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file facelane/v1/event_service.proto.
  */
 export const file_facelane_v1_event_service: GenFile = /*@__PURE__*/
-  fileDesc("Ch9mYWNlbGFuZS92MS9ldmVudF9zZXJ2aWNlLnByb3RvEgtmYWNlbGFuZS52MSKsAQoKUnVsZVJlcG9ydBIMCgRuYW1lGAEgASgJEigKBWR3ZWxsGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEg4KBmluc2lkZRgDIAEoDRIxCglkaXJlY3Rpb24YBCABKA4yHi5mYWNlbGFuZS52MS5Dcm9zc2luZ0RpcmVjdGlvbhIQCghpbl9jb3VudBgFIAEoBBIRCglvdXRfY291bnQYBiABKAQingQKC1RyYWNrUmVwb3J0EhcKD2dsb2JhbF90cmFja19pZBgBIAEoCRIvCgxmaXJzdF9vZmZzZXQYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SLgoLbGFzdF9vZmZzZXQYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SNgoSZmlyc3RfY2FwdHVyZV90aW1lGAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBI1ChFsYXN0X2NhcHR1cmVfdGltZRgFIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASJQoDYm94GAYgASgLMhguZmFjZWxhbmUudjEuQm91bmRpbmdCb3gSGwoOYmVzdF9vb2Rfc2NvcmUYByABKAJIAIgBARINCgVsb29rcxgIIAEoDRIUCgxkaXNwbGF5X25hbWUYCSABKAkSNAoGbGFiZWxzGAogAygLMiQuZmFjZWxhbmUudjEuVHJhY2tSZXBvcnQuTGFiZWxzRW50cnkSHAoPYmVzdF9zaW1pbGFyaXR5GAsgASgCSAGIAQESEwoLaGFzX3BpY3R1cmUYDCABKAgaLQoLTGFiZWxzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4AUIRCg9fYmVzdF9vb2Rfc2NvcmVCEgoQX2Jlc3Rfc2ltaWxhcml0eSKiAwoFRXZlbnQSEAoIc2VxdWVuY2UYASABKAQSJAoEa2luZBgCIAEoDjIWLmZhY2VsYW5lLnYxLkV2ZW50S2luZBIuCgpldmVudF90aW1lGAMgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIRCglzb3VyY2VfaWQYBCABKAkSEQoJc3RyZWFtX2lkGAUgASgJEhAKCHRyYWNrX2lkGAYgASgEEhIKCmdhbGxlcnlfaWQYByABKAkSJwoIaWRlbnRpdHkYCCABKAsyFS5mYWNlbGFuZS52MS5JZGVudGl0eRInCghsaXZlbmVzcxgJIAEoCzIVLmZhY2VsYW5lLnYxLkxpdmVuZXNzEhYKCW9vZF9zY29yZRgKIAEoAkgAiAEBEgwKBHBvb2wYCyABKAkSDwoHbWVzc2FnZRgMIAEoCRInCgV0cmFjaxgNIAEoCzIYLmZhY2VsYW5lLnYxLlRyYWNrUmVwb3J0EiUKBHJ1bGUYDiABKAsyFy5mYWNlbGFuZS52MS5SdWxlUmVwb3J0QgwKCl9vb2Rfc2NvcmUiegoSV2F0Y2hFdmVudHNSZXF1ZXN0EhQKDHJlc3VtZV90b2tlbhgBIAEoCRIlCgVraW5kcxgCIAMoDjIWLmZhY2VsYW5lLnYxLkV2ZW50S2luZBISCgpzb3VyY2VfaWRzGAMgAygJEhMKC2dhbGxlcnlfaWRzGAQgAygJIk4KE1dhdGNoRXZlbnRzUmVzcG9uc2USIQoFZXZlbnQYASABKAsyEi5mYWNlbGFuZS52MS5FdmVudBIUCgxyZXN1bWVfdG9rZW4YAiABKAkiKgoWR2V0RXZlbnRQaWN0dXJlUmVxdWVzdBIQCghzZXF1ZW5jZRgBIAEoBCJCChdHZXRFdmVudFBpY3R1cmVSZXNwb25zZRIUCgxwaWN0dXJlX2pwZWcYASABKAwSEQoJY2hpcF9qcGVnGAIgASgMKvgDCglFdmVudEtpbmQSGgoWRVZFTlRfS0lORF9VTlNQRUNJRklFRBAAEhsKF0VWRU5UX0tJTkRfU1VCSkVDVF9TRUVOEAESGwoXRVZFTlRfS0lORF9VTktOT1dOX1NFRU4QAhIeChpFVkVOVF9LSU5EX1NQT09GX1NVU1BFQ1RFRBADEhwKGEVWRU5UX0tJTkRfU1RSRUFNX09QRU5FRBAEEhwKGEVWRU5UX0tJTkRfU1RSRUFNX0NMT1NFRBAFEhsKF0VWRU5UX0tJTkRfUE9PTF9DSEFOR0VEEAYSHAoYRVZFTlRfS0lORF9ERVZJQ0VfTUVNT1JZEAcSHAoYRVZFTlRfS0lORF9UUkFDS19TVEFSVEVEEAgSHAoYRVZFTlRfS0lORF9UUkFDS19VUERBVEVEEAkSGgoWRVZFTlRfS0lORF9UUkFDS19FTkRFRBAKEhoKFkVWRU5UX0tJTkRfRkFDRV9ISURERU4QCxIbChdFVkVOVF9LSU5EX1pPTkVfRU5URVJFRBAMEhgKFEVWRU5UX0tJTkRfWk9ORV9MRUZUEA0SGQoVRVZFTlRfS0lORF9aT05FX0RXRUxMEA4SGwoXRVZFTlRfS0lORF9aT05FX1VOS05PV04QDxIbChdFVkVOVF9LSU5EX0xJTkVfQ1JPU1NFRBAQKm4KEUNyb3NzaW5nRGlyZWN0aW9uEiIKHkNST1NTSU5HX0RJUkVDVElPTl9VTlNQRUNJRklFRBAAEhkKFUNST1NTSU5HX0RJUkVDVElPTl9JThABEhoKFkNST1NTSU5HX0RJUkVDVElPTl9PVVQQAjLAAQoMRXZlbnRTZXJ2aWNlElIKC1dhdGNoRXZlbnRzEh8uZmFjZWxhbmUudjEuV2F0Y2hFdmVudHNSZXF1ZXN0GiAuZmFjZWxhbmUudjEuV2F0Y2hFdmVudHNSZXNwb25zZTABElwKD0dldEV2ZW50UGljdHVyZRIjLmZhY2VsYW5lLnYxLkdldEV2ZW50UGljdHVyZVJlcXVlc3QaJC5mYWNlbGFuZS52MS5HZXRFdmVudFBpY3R1cmVSZXNwb25zZWIGcHJvdG8z", [file_facelane_v1_face, file_google_protobuf_duration, file_google_protobuf_timestamp]);
+  fileDesc("Ch9mYWNlbGFuZS92MS9ldmVudF9zZXJ2aWNlLnByb3RvEgtmYWNlbGFuZS52MSKsAQoKUnVsZVJlcG9ydBIMCgRuYW1lGAEgASgJEigKBWR3ZWxsGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEg4KBmluc2lkZRgDIAEoDRIxCglkaXJlY3Rpb24YBCABKA4yHi5mYWNlbGFuZS52MS5Dcm9zc2luZ0RpcmVjdGlvbhIQCghpbl9jb3VudBgFIAEoBBIRCglvdXRfY291bnQYBiABKAQingQKC1RyYWNrUmVwb3J0EhcKD2dsb2JhbF90cmFja19pZBgBIAEoCRIvCgxmaXJzdF9vZmZzZXQYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SLgoLbGFzdF9vZmZzZXQYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SNgoSZmlyc3RfY2FwdHVyZV90aW1lGAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBI1ChFsYXN0X2NhcHR1cmVfdGltZRgFIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASJQoDYm94GAYgASgLMhguZmFjZWxhbmUudjEuQm91bmRpbmdCb3gSGwoOYmVzdF9vb2Rfc2NvcmUYByABKAJIAIgBARINCgVsb29rcxgIIAEoDRIUCgxkaXNwbGF5X25hbWUYCSABKAkSNAoGbGFiZWxzGAogAygLMiQuZmFjZWxhbmUudjEuVHJhY2tSZXBvcnQuTGFiZWxzRW50cnkSHAoPYmVzdF9zaW1pbGFyaXR5GAsgASgCSAGIAQESEwoLaGFzX3BpY3R1cmUYDCABKAgaLQoLTGFiZWxzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4AUIRCg9fYmVzdF9vb2Rfc2NvcmVCEgoQX2Jlc3Rfc2ltaWxhcml0eSLcAwoFRXZlbnQSEAoIc2VxdWVuY2UYASABKAQSJAoEa2luZBgCIAEoDjIWLmZhY2VsYW5lLnYxLkV2ZW50S2luZBIuCgpldmVudF90aW1lGAMgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIRCglzb3VyY2VfaWQYBCABKAkSEQoJc3RyZWFtX2lkGAUgASgJEhAKCHRyYWNrX2lkGAYgASgEEhIKCmdhbGxlcnlfaWQYByABKAkSJwoIaWRlbnRpdHkYCCABKAsyFS5mYWNlbGFuZS52MS5JZGVudGl0eRInCghsaXZlbmVzcxgJIAEoCzIVLmZhY2VsYW5lLnYxLkxpdmVuZXNzEhYKCW9vZF9zY29yZRgKIAEoAkgAiAEBEgwKBHBvb2wYCyABKAkSDwoHbWVzc2FnZRgMIAEoCRInCgV0cmFjaxgNIAEoCzIYLmZhY2VsYW5lLnYxLlRyYWNrUmVwb3J0EiUKBHJ1bGUYDiABKAsyFy5mYWNlbGFuZS52MS5SdWxlUmVwb3J0EhoKEmNhbmRpZGF0ZV9zZXF1ZW5jZRgPIAEoBBIcChRjYW5kaWRhdGVfc3ViamVjdF9pZBgQIAEoCUIMCgpfb29kX3Njb3JlInoKEldhdGNoRXZlbnRzUmVxdWVzdBIUCgxyZXN1bWVfdG9rZW4YASABKAkSJQoFa2luZHMYAiADKA4yFi5mYWNlbGFuZS52MS5FdmVudEtpbmQSEgoKc291cmNlX2lkcxgDIAMoCRITCgtnYWxsZXJ5X2lkcxgEIAMoCSJOChNXYXRjaEV2ZW50c1Jlc3BvbnNlEiEKBWV2ZW50GAEgASgLMhIuZmFjZWxhbmUudjEuRXZlbnQSFAoMcmVzdW1lX3Rva2VuGAIgASgJIioKFkdldEV2ZW50UGljdHVyZVJlcXVlc3QSEAoIc2VxdWVuY2UYASABKAQiQgoXR2V0RXZlbnRQaWN0dXJlUmVzcG9uc2USFAoMcGljdHVyZV9qcGVnGAEgASgMEhEKCWNoaXBfanBlZxgCIAEoDCJOChZDb25maXJtU2lnaHRpbmdSZXF1ZXN0EhIKCmdhbGxlcnlfaWQYASABKAkSEAoIc2VxdWVuY2UYAiABKAQSDgoGYWdyZWVzGAMgASgIImQKF0NvbmZpcm1TaWdodGluZ1Jlc3BvbnNlEikKBXN0YXRlGAEgASgOMhouZmFjZWxhbmUudjEuU2lnaHRpbmdTdGF0ZRIOCgZhZ3JlZWQYAiABKA0SDgoGbmVlZGVkGAMgASgNKpoECglFdmVudEtpbmQSGgoWRVZFTlRfS0lORF9VTlNQRUNJRklFRBAAEhsKF0VWRU5UX0tJTkRfU1VCSkVDVF9TRUVOEAESGwoXRVZFTlRfS0lORF9VTktOT1dOX1NFRU4QAhIeChpFVkVOVF9LSU5EX1NQT09GX1NVU1BFQ1RFRBADEhwKGEVWRU5UX0tJTkRfU1RSRUFNX09QRU5FRBAEEhwKGEVWRU5UX0tJTkRfU1RSRUFNX0NMT1NFRBAFEhsKF0VWRU5UX0tJTkRfUE9PTF9DSEFOR0VEEAYSHAoYRVZFTlRfS0lORF9ERVZJQ0VfTUVNT1JZEAcSHAoYRVZFTlRfS0lORF9UUkFDS19TVEFSVEVEEAgSHAoYRVZFTlRfS0lORF9UUkFDS19VUERBVEVEEAkSGgoWRVZFTlRfS0lORF9UUkFDS19FTkRFRBAKEhoKFkVWRU5UX0tJTkRfRkFDRV9ISURERU4QCxIbChdFVkVOVF9LSU5EX1pPTkVfRU5URVJFRBAMEhgKFEVWRU5UX0tJTkRfWk9ORV9MRUZUEA0SGQoVRVZFTlRfS0lORF9aT05FX0RXRUxMEA4SGwoXRVZFTlRfS0lORF9aT05FX1VOS05PV04QDxIbChdFVkVOVF9LSU5EX0xJTkVfQ1JPU1NFRBAQEiAKHEVWRU5UX0tJTkRfU1VCSkVDVF9DQU5ESURBVEUQESpuChFDcm9zc2luZ0RpcmVjdGlvbhIiCh5DUk9TU0lOR19ESVJFQ1RJT05fVU5TUEVDSUZJRUQQABIZChVDUk9TU0lOR19ESVJFQ1RJT05fSU4QARIaChZDUk9TU0lOR19ESVJFQ1RJT05fT1VUEAIqgQEKDVNpZ2h0aW5nU3RhdGUSHgoaU0lHSFRJTkdfU1RBVEVfVU5TUEVDSUZJRUQQABIXChNTSUdIVElOR19TVEFURV9PUEVOEAESHAoYU0lHSFRJTkdfU1RBVEVfQ09ORklSTUVEEAISGQoVU0lHSFRJTkdfU1RBVEVfREVOSUVEEAMyngIKDEV2ZW50U2VydmljZRJSCgtXYXRjaEV2ZW50cxIfLmZhY2VsYW5lLnYxLldhdGNoRXZlbnRzUmVxdWVzdBogLmZhY2VsYW5lLnYxLldhdGNoRXZlbnRzUmVzcG9uc2UwARJcCg9HZXRFdmVudFBpY3R1cmUSIy5mYWNlbGFuZS52MS5HZXRFdmVudFBpY3R1cmVSZXF1ZXN0GiQuZmFjZWxhbmUudjEuR2V0RXZlbnRQaWN0dXJlUmVzcG9uc2USXAoPQ29uZmlybVNpZ2h0aW5nEiMuZmFjZWxhbmUudjEuQ29uZmlybVNpZ2h0aW5nUmVxdWVzdBokLmZhY2VsYW5lLnYxLkNvbmZpcm1TaWdodGluZ1Jlc3BvbnNlYgZwcm90bzM", [file_facelane_v1_face, file_google_protobuf_duration, file_google_protobuf_timestamp]);
 
 /**
  * What a zone or a line has to tell.
@@ -237,6 +237,21 @@ export type Event = Message<"facelane.v1.Event"> & {
    * @generated from field: facelane.v1.RuleReport rule = 14;
    */
   rule?: RuleReport | undefined;
+
+  /**
+   * Of a SUBJECT_SEEN that was confirmed: the `sequence` of its SUBJECT_CANDIDATE.
+   *
+   * @generated from field: uint64 candidate_sequence = 15;
+   */
+  candidateSequence: bigint;
+
+  /**
+   * Of a SUBJECT_CANDIDATE: who it might be. Its `identity` says nothing, so that nobody takes a
+   * candidate for somebody who was seen.
+   *
+   * @generated from field: string candidate_subject_id = 16;
+   */
+  candidateSubjectId: string;
 };
 
 /**
@@ -358,6 +373,70 @@ export const GetEventPictureResponseSchema: GenMessage<GetEventPictureResponse> 
   messageDesc(file_facelane_v1_event_service, 6);
 
 /**
+ * @generated from message facelane.v1.ConfirmSightingRequest
+ */
+export type ConfirmSightingRequest = Message<"facelane.v1.ConfirmSightingRequest"> & {
+  /**
+   * Of the candidate.
+   *
+   * @generated from field: string gallery_id = 1;
+   */
+  galleryId: string;
+
+  /**
+   * The candidate's `Event.sequence`.
+   *
+   * @generated from field: uint64 sequence = 2;
+   */
+  sequence: bigint;
+
+  /**
+   * Whether it is the subject that the candidate names.
+   *
+   * @generated from field: bool agrees = 3;
+   */
+  agrees: boolean;
+};
+
+/**
+ * Describes the message facelane.v1.ConfirmSightingRequest.
+ * Use `create(ConfirmSightingRequestSchema)` to create a new message.
+ */
+export const ConfirmSightingRequestSchema: GenMessage<ConfirmSightingRequest> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_event_service, 7);
+
+/**
+ * @generated from message facelane.v1.ConfirmSightingResponse
+ */
+export type ConfirmSightingResponse = Message<"facelane.v1.ConfirmSightingResponse"> & {
+  /**
+   * @generated from field: facelane.v1.SightingState state = 1;
+   */
+  state: SightingState;
+
+  /**
+   * Keys that have agreed so far, this one included.
+   *
+   * @generated from field: uint32 agreed = 2;
+   */
+  agreed: number;
+
+  /**
+   * How many it takes.
+   *
+   * @generated from field: uint32 needed = 3;
+   */
+  needed: number;
+};
+
+/**
+ * Describes the message facelane.v1.ConfirmSightingResponse.
+ * Use `create(ConfirmSightingResponseSchema)` to create a new message.
+ */
+export const ConfirmSightingResponseSchema: GenMessage<ConfirmSightingResponse> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_event_service, 8);
+
+/**
  * @generated from enum facelane.v1.EventKind
  */
 export enum EventKind {
@@ -474,6 +553,14 @@ export enum EventKind {
    * @generated from enum value: EVENT_KIND_LINE_CROSSED = 16;
    */
   LINE_CROSSED = 16,
+
+  /**
+   * In a gallery with `confirm`, instead of SUBJECT_SEEN: who it might be, for keys that may
+   * confirm. Such a gallery's other events name nobody.
+   *
+   * @generated from enum value: EVENT_KIND_SUBJECT_CANDIDATE = 17;
+   */
+  SUBJECT_CANDIDATE = 17,
 }
 
 /**
@@ -511,6 +598,39 @@ export const CrossingDirectionSchema: GenEnum<CrossingDirection> = /*@__PURE__*/
   enumDesc(file_facelane_v1_event_service, 1);
 
 /**
+ * @generated from enum facelane.v1.SightingState
+ */
+export enum SightingState {
+  /**
+   * @generated from enum value: SIGHTING_STATE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * More keys have to agree.
+   *
+   * @generated from enum value: SIGHTING_STATE_OPEN = 1;
+   */
+  OPEN = 1,
+
+  /**
+   * @generated from enum value: SIGHTING_STATE_CONFIRMED = 2;
+   */
+  CONFIRMED = 2,
+
+  /**
+   * @generated from enum value: SIGHTING_STATE_DENIED = 3;
+   */
+  DENIED = 3,
+}
+
+/**
+ * Describes the enum facelane.v1.SightingState.
+ */
+export const SightingStateSchema: GenEnum<SightingState> = /*@__PURE__*/
+  enumDesc(file_facelane_v1_event_service, 2);
+
+/**
  * What happened, for security software.
  *
  * @generated from service facelane.v1.EventService
@@ -541,6 +661,18 @@ export const EventService: GenService<{
     methodKind: "unary";
     input: typeof GetEventPictureRequestSchema;
     output: typeof GetEventPictureResponseSchema;
+  },
+  /**
+   * What a person says who has looked at a candidate (SUBJECT_CANDIDATE), in galleries with
+   * `confirm`. With so many keys that agree, SUBJECT_SEEN is told; one that disagrees ends it.
+   * The same answer again changes nothing; EVENT_NOT_FOUND where there is no such candidate.
+   *
+   * @generated from rpc facelane.v1.EventService.ConfirmSighting
+   */
+  confirmSighting: {
+    methodKind: "unary";
+    input: typeof ConfirmSightingRequestSchema;
+    output: typeof ConfirmSightingResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_facelane_v1_event_service, 0);

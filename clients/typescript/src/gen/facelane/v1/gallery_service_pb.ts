@@ -6,15 +6,15 @@ import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobu
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Face, Picture, Subject, Template } from "./face_pb.js";
 import { file_facelane_v1_face } from "./face_pb.js";
-import type { FieldMask } from "@bufbuild/protobuf/wkt";
-import { file_google_protobuf_field_mask } from "@bufbuild/protobuf/wkt";
+import type { FieldMask, Timestamp } from "@bufbuild/protobuf/wkt";
+import { file_google_protobuf_field_mask, file_google_protobuf_timestamp } from "@bufbuild/protobuf/wkt";
 import type { Message } from "@bufbuild/protobuf";
 
 /**
  * Describes the file facelane/v1/gallery_service.proto.
  */
 export const file_facelane_v1_gallery_service: GenFile = /*@__PURE__*/
-  fileDesc("CiFmYWNlbGFuZS92MS9nYWxsZXJ5X3NlcnZpY2UucHJvdG8SC2ZhY2VsYW5lLnYxIsIBChRDcmVhdGVTdWJqZWN0UmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhIKCnN1YmplY3RfaWQYAiABKAkSFAoMZGlzcGxheV9uYW1lGAMgASgJEj0KBmxhYmVscxgEIAMoCzItLmZhY2VsYW5lLnYxLkNyZWF0ZVN1YmplY3RSZXF1ZXN0LkxhYmVsc0VudHJ5Gi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiPgoVQ3JlYXRlU3ViamVjdFJlc3BvbnNlEiUKB3N1YmplY3QYASABKAsyFC5mYWNlbGFuZS52MS5TdWJqZWN0IjsKEUdldFN1YmplY3RSZXF1ZXN0EhIKCmdhbGxlcnlfaWQYASABKAkSEgoKc3ViamVjdF9pZBgCIAEoCSI7ChJHZXRTdWJqZWN0UmVzcG9uc2USJQoHc3ViamVjdBgBIAEoCzIULmZhY2VsYW5lLnYxLlN1YmplY3QiUAoTTGlzdFN1YmplY3RzUmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhEKCXBhZ2Vfc2l6ZRgCIAEoDRISCgpwYWdlX3Rva2VuGAMgASgJIlcKFExpc3RTdWJqZWN0c1Jlc3BvbnNlEiYKCHN1YmplY3RzGAEgAygLMhQuZmFjZWxhbmUudjEuU3ViamVjdBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkibgoUVXBkYXRlU3ViamVjdFJlcXVlc3QSJQoHc3ViamVjdBgBIAEoCzIULmZhY2VsYW5lLnYxLlN1YmplY3QSLwoLdXBkYXRlX21hc2sYAiABKAsyGi5nb29nbGUucHJvdG9idWYuRmllbGRNYXNrIj4KFVVwZGF0ZVN1YmplY3RSZXNwb25zZRIlCgdzdWJqZWN0GAEgASgLMhQuZmFjZWxhbmUudjEuU3ViamVjdCI+ChREZWxldGVTdWJqZWN0UmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhIKCnN1YmplY3RfaWQYAiABKAkiQwoVRGVsZXRlU3ViamVjdFJlc3BvbnNlEhkKEXRlbXBsYXRlc19kZWxldGVkGAEgASgNEg8KB3JlY2VpcHQYAiABKAkiPgoUTGlzdFRlbXBsYXRlc1JlcXVlc3QSEgoKZ2FsbGVyeV9pZBgBIAEoCRISCgpzdWJqZWN0X2lkGAIgASgJIkEKFUxpc3RUZW1wbGF0ZXNSZXNwb25zZRIoCgl0ZW1wbGF0ZXMYASADKAsyFS5mYWNlbGFuZS52MS5UZW1wbGF0ZSJAChVEZWxldGVUZW1wbGF0ZVJlcXVlc3QSEgoKZ2FsbGVyeV9pZBgBIAEoCRITCgt0ZW1wbGF0ZV9pZBgCIAEoCSIYChZEZWxldGVUZW1wbGF0ZVJlc3BvbnNlIu8BChFFbnJvbGxGYWNlUmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhIKCnN1YmplY3RfaWQYAiABKAkSJQoHcGljdHVyZRgDIAEoCzIULmZhY2VsYW5lLnYxLlBpY3R1cmUSEgoKcmVxdWVzdF9pZBgEIAEoCRIWCg5jcmVhdGVfc3ViamVjdBgFIAEoCBIUCgxkaXNwbGF5X25hbWUYBiABKAkSHAoUYWxsb3dfbXVsdGlwbGVfZmFjZXMYByABKAgSFQoNc2tpcF9saXZlbmVzcxgIIAEoCBIUCgxyZXF1aXJlX2xpdmUYCSABKAgiswEKEkVucm9sbEZhY2VSZXNwb25zZRIlCgdzdWJqZWN0GAEgASgLMhQuZmFjZWxhbmUudjEuU3ViamVjdBInCgh0ZW1wbGF0ZRgCIAEoCzIVLmZhY2VsYW5lLnYxLlRlbXBsYXRlEh8KBGZhY2UYAyABKAsyES5mYWNlbGFuZS52MS5GYWNlEiwKCHdhcm5pbmdzGAQgAygOMhouZmFjZWxhbmUudjEuRW5yb2xsV2FybmluZyJiChFWZXJpZnlGYWNlUmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhIKCnN1YmplY3RfaWQYAiABKAkSJQoHcGljdHVyZRgDIAEoCzIULmZhY2VsYW5lLnYxLlBpY3R1cmUiggEKElZlcmlmeUZhY2VSZXNwb25zZRIQCgh2ZXJpZmllZBgBIAEoCBIXCgpzaW1pbGFyaXR5GAIgASgCSACIAQESEQoJdGhyZXNob2xkGAMgASgCEh8KBGZhY2UYBCABKAsyES5mYWNlbGFuZS52MS5GYWNlQg0KC19zaW1pbGFyaXR5ImgKE0lkZW50aWZ5RmFjZVJlcXVlc3QSEgoKZ2FsbGVyeV9pZBgBIAEoCRIlCgdwaWN0dXJlGAIgASgLMhQuZmFjZWxhbmUudjEuUGljdHVyZRIWCg5tYXhfY2FuZGlkYXRlcxgDIAEoDSI4ChRJZGVudGlmeUZhY2VSZXNwb25zZRIgCgVmYWNlcxgBIAMoCzIRLmZhY2VsYW5lLnYxLkZhY2UqcQoNRW5yb2xsV2FybmluZxIeChpFTlJPTExfV0FSTklOR19VTlNQRUNJRklFRBAAEiAKHEVOUk9MTF9XQVJOSU5HX0xPV19PT0RfU0NPUkUQARIeChpFTlJPTExfV0FSTklOR19MT1dfUVVBTElUWRACMuIGCg5HYWxsZXJ5U2VydmljZRJWCg1DcmVhdGVTdWJqZWN0EiEuZmFjZWxhbmUudjEuQ3JlYXRlU3ViamVjdFJlcXVlc3QaIi5mYWNlbGFuZS52MS5DcmVhdGVTdWJqZWN0UmVzcG9uc2USTQoKR2V0U3ViamVjdBIeLmZhY2VsYW5lLnYxLkdldFN1YmplY3RSZXF1ZXN0Gh8uZmFjZWxhbmUudjEuR2V0U3ViamVjdFJlc3BvbnNlElMKDExpc3RTdWJqZWN0cxIgLmZhY2VsYW5lLnYxLkxpc3RTdWJqZWN0c1JlcXVlc3QaIS5mYWNlbGFuZS52MS5MaXN0U3ViamVjdHNSZXNwb25zZRJWCg1VcGRhdGVTdWJqZWN0EiEuZmFjZWxhbmUudjEuVXBkYXRlU3ViamVjdFJlcXVlc3QaIi5mYWNlbGFuZS52MS5VcGRhdGVTdWJqZWN0UmVzcG9uc2USVgoNRGVsZXRlU3ViamVjdBIhLmZhY2VsYW5lLnYxLkRlbGV0ZVN1YmplY3RSZXF1ZXN0GiIuZmFjZWxhbmUudjEuRGVsZXRlU3ViamVjdFJlc3BvbnNlElYKDUxpc3RUZW1wbGF0ZXMSIS5mYWNlbGFuZS52MS5MaXN0VGVtcGxhdGVzUmVxdWVzdBoiLmZhY2VsYW5lLnYxLkxpc3RUZW1wbGF0ZXNSZXNwb25zZRJZCg5EZWxldGVUZW1wbGF0ZRIiLmZhY2VsYW5lLnYxLkRlbGV0ZVRlbXBsYXRlUmVxdWVzdBojLmZhY2VsYW5lLnYxLkRlbGV0ZVRlbXBsYXRlUmVzcG9uc2USTQoKRW5yb2xsRmFjZRIeLmZhY2VsYW5lLnYxLkVucm9sbEZhY2VSZXF1ZXN0Gh8uZmFjZWxhbmUudjEuRW5yb2xsRmFjZVJlc3BvbnNlEk0KClZlcmlmeUZhY2USHi5mYWNlbGFuZS52MS5WZXJpZnlGYWNlUmVxdWVzdBofLmZhY2VsYW5lLnYxLlZlcmlmeUZhY2VSZXNwb25zZRJTCgxJZGVudGlmeUZhY2USIC5mYWNlbGFuZS52MS5JZGVudGlmeUZhY2VSZXF1ZXN0GiEuZmFjZWxhbmUudjEuSWRlbnRpZnlGYWNlUmVzcG9uc2ViBnByb3RvMw", [file_facelane_v1_face, file_google_protobuf_field_mask]);
+  fileDesc("CiFmYWNlbGFuZS92MS9nYWxsZXJ5X3NlcnZpY2UucHJvdG8SC2ZhY2VsYW5lLnYxIsIBChRDcmVhdGVTdWJqZWN0UmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhIKCnN1YmplY3RfaWQYAiABKAkSFAoMZGlzcGxheV9uYW1lGAMgASgJEj0KBmxhYmVscxgEIAMoCzItLmZhY2VsYW5lLnYxLkNyZWF0ZVN1YmplY3RSZXF1ZXN0LkxhYmVsc0VudHJ5Gi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiPgoVQ3JlYXRlU3ViamVjdFJlc3BvbnNlEiUKB3N1YmplY3QYASABKAsyFC5mYWNlbGFuZS52MS5TdWJqZWN0IjsKEUdldFN1YmplY3RSZXF1ZXN0EhIKCmdhbGxlcnlfaWQYASABKAkSEgoKc3ViamVjdF9pZBgCIAEoCSI7ChJHZXRTdWJqZWN0UmVzcG9uc2USJQoHc3ViamVjdBgBIAEoCzIULmZhY2VsYW5lLnYxLlN1YmplY3QiUAoTTGlzdFN1YmplY3RzUmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhEKCXBhZ2Vfc2l6ZRgCIAEoDRISCgpwYWdlX3Rva2VuGAMgASgJIlcKFExpc3RTdWJqZWN0c1Jlc3BvbnNlEiYKCHN1YmplY3RzGAEgAygLMhQuZmFjZWxhbmUudjEuU3ViamVjdBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkibgoUVXBkYXRlU3ViamVjdFJlcXVlc3QSJQoHc3ViamVjdBgBIAEoCzIULmZhY2VsYW5lLnYxLlN1YmplY3QSLwoLdXBkYXRlX21hc2sYAiABKAsyGi5nb29nbGUucHJvdG9idWYuRmllbGRNYXNrIj4KFVVwZGF0ZVN1YmplY3RSZXNwb25zZRIlCgdzdWJqZWN0GAEgASgLMhQuZmFjZWxhbmUudjEuU3ViamVjdCI+ChREZWxldGVTdWJqZWN0UmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhIKCnN1YmplY3RfaWQYAiABKAkiQwoVRGVsZXRlU3ViamVjdFJlc3BvbnNlEhkKEXRlbXBsYXRlc19kZWxldGVkGAEgASgNEg8KB3JlY2VpcHQYAiABKAkiPgoUTGlzdFRlbXBsYXRlc1JlcXVlc3QSEgoKZ2FsbGVyeV9pZBgBIAEoCRISCgpzdWJqZWN0X2lkGAIgASgJIkEKFUxpc3RUZW1wbGF0ZXNSZXNwb25zZRIoCgl0ZW1wbGF0ZXMYASADKAsyFS5mYWNlbGFuZS52MS5UZW1wbGF0ZSJAChVEZWxldGVUZW1wbGF0ZVJlcXVlc3QSEgoKZ2FsbGVyeV9pZBgBIAEoCRITCgt0ZW1wbGF0ZV9pZBgCIAEoCSIYChZEZWxldGVUZW1wbGF0ZVJlc3BvbnNlIu8BChFFbnJvbGxGYWNlUmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhIKCnN1YmplY3RfaWQYAiABKAkSJQoHcGljdHVyZRgDIAEoCzIULmZhY2VsYW5lLnYxLlBpY3R1cmUSEgoKcmVxdWVzdF9pZBgEIAEoCRIWCg5jcmVhdGVfc3ViamVjdBgFIAEoCBIUCgxkaXNwbGF5X25hbWUYBiABKAkSHAoUYWxsb3dfbXVsdGlwbGVfZmFjZXMYByABKAgSFQoNc2tpcF9saXZlbmVzcxgIIAEoCBIUCgxyZXF1aXJlX2xpdmUYCSABKAgiswEKEkVucm9sbEZhY2VSZXNwb25zZRIlCgdzdWJqZWN0GAEgASgLMhQuZmFjZWxhbmUudjEuU3ViamVjdBInCgh0ZW1wbGF0ZRgCIAEoCzIVLmZhY2VsYW5lLnYxLlRlbXBsYXRlEh8KBGZhY2UYAyABKAsyES5mYWNlbGFuZS52MS5GYWNlEiwKCHdhcm5pbmdzGAQgAygOMhouZmFjZWxhbmUudjEuRW5yb2xsV2FybmluZyJiChFWZXJpZnlGYWNlUmVxdWVzdBISCgpnYWxsZXJ5X2lkGAEgASgJEhIKCnN1YmplY3RfaWQYAiABKAkSJQoHcGljdHVyZRgDIAEoCzIULmZhY2VsYW5lLnYxLlBpY3R1cmUiggEKElZlcmlmeUZhY2VSZXNwb25zZRIQCgh2ZXJpZmllZBgBIAEoCBIXCgpzaW1pbGFyaXR5GAIgASgCSACIAQESEQoJdGhyZXNob2xkGAMgASgCEh8KBGZhY2UYBCABKAsyES5mYWNlbGFuZS52MS5GYWNlQg0KC19zaW1pbGFyaXR5ImgKE0lkZW50aWZ5RmFjZVJlcXVlc3QSEgoKZ2FsbGVyeV9pZBgBIAEoCRIlCgdwaWN0dXJlGAIgASgLMhQuZmFjZWxhbmUudjEuUGljdHVyZRIWCg5tYXhfY2FuZGlkYXRlcxgDIAEoDSI4ChRJZGVudGlmeUZhY2VSZXNwb25zZRIgCgVmYWNlcxgBIAMoCzIRLmZhY2VsYW5lLnYxLkZhY2UijgEKFkNvcnJlY3RJZGVudGl0eVJlcXVlc3QSEAoIc2VxdWVuY2UYASABKAQSEAoGaXNfbm90GAIgASgISAASFAoKc3ViamVjdF9pZBgDIAEoCUgAEhYKDmNyZWF0ZV9zdWJqZWN0GAQgASgIEhQKDGRpc3BsYXlfbmFtZRgFIAEoCUIMCgpjb3JyZWN0aW9uIkYKF0NvcnJlY3RJZGVudGl0eVJlc3BvbnNlEisKCmNvcnJlY3Rpb24YASABKAsyFy5mYWNlbGFuZS52MS5Db3JyZWN0aW9uIngKCkNvcnJlY3Rpb24SFQoNY29ycmVjdGlvbl9pZBgBIAEoCRISCgpzdWJqZWN0X2lkGAIgASgJEg4KBmlzX25vdBgDIAEoCBIvCgtjcmVhdGVfdGltZRgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAiQgoVVW5kb0NvcnJlY3Rpb25SZXF1ZXN0EhIKCmdhbGxlcnlfaWQYASABKAkSFQoNY29ycmVjdGlvbl9pZBgCIAEoCSIYChZVbmRvQ29ycmVjdGlvblJlc3BvbnNlIkAKFkxpc3RDb3JyZWN0aW9uc1JlcXVlc3QSEgoKZ2FsbGVyeV9pZBgBIAEoCRISCgpzdWJqZWN0X2lkGAIgASgJIkcKF0xpc3RDb3JyZWN0aW9uc1Jlc3BvbnNlEiwKC2NvcnJlY3Rpb25zGAEgAygLMhcuZmFjZWxhbmUudjEuQ29ycmVjdGlvbipxCg1FbnJvbGxXYXJuaW5nEh4KGkVOUk9MTF9XQVJOSU5HX1VOU1BFQ0lGSUVEEAASIAocRU5ST0xMX1dBUk5JTkdfTE9XX09PRF9TQ09SRRABEh4KGkVOUk9MTF9XQVJOSU5HX0xPV19RVUFMSVRZEAIy+QgKDkdhbGxlcnlTZXJ2aWNlElYKDUNyZWF0ZVN1YmplY3QSIS5mYWNlbGFuZS52MS5DcmVhdGVTdWJqZWN0UmVxdWVzdBoiLmZhY2VsYW5lLnYxLkNyZWF0ZVN1YmplY3RSZXNwb25zZRJNCgpHZXRTdWJqZWN0Eh4uZmFjZWxhbmUudjEuR2V0U3ViamVjdFJlcXVlc3QaHy5mYWNlbGFuZS52MS5HZXRTdWJqZWN0UmVzcG9uc2USUwoMTGlzdFN1YmplY3RzEiAuZmFjZWxhbmUudjEuTGlzdFN1YmplY3RzUmVxdWVzdBohLmZhY2VsYW5lLnYxLkxpc3RTdWJqZWN0c1Jlc3BvbnNlElYKDVVwZGF0ZVN1YmplY3QSIS5mYWNlbGFuZS52MS5VcGRhdGVTdWJqZWN0UmVxdWVzdBoiLmZhY2VsYW5lLnYxLlVwZGF0ZVN1YmplY3RSZXNwb25zZRJWCg1EZWxldGVTdWJqZWN0EiEuZmFjZWxhbmUudjEuRGVsZXRlU3ViamVjdFJlcXVlc3QaIi5mYWNlbGFuZS52MS5EZWxldGVTdWJqZWN0UmVzcG9uc2USVgoNTGlzdFRlbXBsYXRlcxIhLmZhY2VsYW5lLnYxLkxpc3RUZW1wbGF0ZXNSZXF1ZXN0GiIuZmFjZWxhbmUudjEuTGlzdFRlbXBsYXRlc1Jlc3BvbnNlElkKDkRlbGV0ZVRlbXBsYXRlEiIuZmFjZWxhbmUudjEuRGVsZXRlVGVtcGxhdGVSZXF1ZXN0GiMuZmFjZWxhbmUudjEuRGVsZXRlVGVtcGxhdGVSZXNwb25zZRJNCgpFbnJvbGxGYWNlEh4uZmFjZWxhbmUudjEuRW5yb2xsRmFjZVJlcXVlc3QaHy5mYWNlbGFuZS52MS5FbnJvbGxGYWNlUmVzcG9uc2USTQoKVmVyaWZ5RmFjZRIeLmZhY2VsYW5lLnYxLlZlcmlmeUZhY2VSZXF1ZXN0Gh8uZmFjZWxhbmUudjEuVmVyaWZ5RmFjZVJlc3BvbnNlElMKDElkZW50aWZ5RmFjZRIgLmZhY2VsYW5lLnYxLklkZW50aWZ5RmFjZVJlcXVlc3QaIS5mYWNlbGFuZS52MS5JZGVudGlmeUZhY2VSZXNwb25zZRJcCg9Db3JyZWN0SWRlbnRpdHkSIy5mYWNlbGFuZS52MS5Db3JyZWN0SWRlbnRpdHlSZXF1ZXN0GiQuZmFjZWxhbmUudjEuQ29ycmVjdElkZW50aXR5UmVzcG9uc2USWQoOVW5kb0NvcnJlY3Rpb24SIi5mYWNlbGFuZS52MS5VbmRvQ29ycmVjdGlvblJlcXVlc3QaIy5mYWNlbGFuZS52MS5VbmRvQ29ycmVjdGlvblJlc3BvbnNlElwKD0xpc3RDb3JyZWN0aW9ucxIjLmZhY2VsYW5lLnYxLkxpc3RDb3JyZWN0aW9uc1JlcXVlc3QaJC5mYWNlbGFuZS52MS5MaXN0Q29ycmVjdGlvbnNSZXNwb25zZWIGcHJvdG8z", [file_facelane_v1_face, file_google_protobuf_field_mask, file_google_protobuf_timestamp]);
 
 /**
  * @generated from message facelane.v1.CreateSubjectRequest
@@ -528,6 +528,188 @@ export const IdentifyFaceResponseSchema: GenMessage<IdentifyFaceResponse> = /*@_
   messageDesc(file_facelane_v1_gallery_service, 19);
 
 /**
+ * @generated from message facelane.v1.CorrectIdentityRequest
+ */
+export type CorrectIdentityRequest = Message<"facelane.v1.CorrectIdentityRequest"> & {
+  /**
+   * Of the event.
+   *
+   * @generated from field: uint64 sequence = 1;
+   */
+  sequence: bigint;
+
+  /**
+   * @generated from oneof facelane.v1.CorrectIdentityRequest.correction
+   */
+  correction: {
+    /**
+     * It is not whom the event names: a face that is nearer to this one than to any template of the
+     * subject is not the subject from now on.
+     *
+     * @generated from field: bool is_not = 2;
+     */
+    value: boolean;
+    case: "isNot";
+  } | {
+    /**
+     * It is this subject of the event's gallery: the face becomes a template.
+     *
+     * @generated from field: string subject_id = 3;
+     */
+    value: string;
+    case: "subjectId";
+  } | { case: undefined; value?: undefined };
+
+  /**
+   * With subject_id: create the subject where it does not exist.
+   *
+   * @generated from field: bool create_subject = 4;
+   */
+  createSubject: boolean;
+
+  /**
+   * @generated from field: string display_name = 5;
+   */
+  displayName: string;
+};
+
+/**
+ * Describes the message facelane.v1.CorrectIdentityRequest.
+ * Use `create(CorrectIdentityRequestSchema)` to create a new message.
+ */
+export const CorrectIdentityRequestSchema: GenMessage<CorrectIdentityRequest> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_gallery_service, 20);
+
+/**
+ * @generated from message facelane.v1.CorrectIdentityResponse
+ */
+export type CorrectIdentityResponse = Message<"facelane.v1.CorrectIdentityResponse"> & {
+  /**
+   * @generated from field: facelane.v1.Correction correction = 1;
+   */
+  correction?: Correction | undefined;
+};
+
+/**
+ * Describes the message facelane.v1.CorrectIdentityResponse.
+ * Use `create(CorrectIdentityResponseSchema)` to create a new message.
+ */
+export const CorrectIdentityResponseSchema: GenMessage<CorrectIdentityResponse> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_gallery_service, 21);
+
+/**
+ * A correction that holds.
+ *
+ * @generated from message facelane.v1.Correction
+ */
+export type Correction = Message<"facelane.v1.Correction"> & {
+  /**
+   * For UndoCorrection.
+   *
+   * @generated from field: string correction_id = 1;
+   */
+  correctionId: string;
+
+  /**
+   * @generated from field: string subject_id = 2;
+   */
+  subjectId: string;
+
+  /**
+   * True: "is not"; false: "is".
+   *
+   * @generated from field: bool is_not = 3;
+   */
+  isNot: boolean;
+
+  /**
+   * @generated from field: google.protobuf.Timestamp create_time = 4;
+   */
+  createTime?: Timestamp | undefined;
+};
+
+/**
+ * Describes the message facelane.v1.Correction.
+ * Use `create(CorrectionSchema)` to create a new message.
+ */
+export const CorrectionSchema: GenMessage<Correction> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_gallery_service, 22);
+
+/**
+ * @generated from message facelane.v1.UndoCorrectionRequest
+ */
+export type UndoCorrectionRequest = Message<"facelane.v1.UndoCorrectionRequest"> & {
+  /**
+   * @generated from field: string gallery_id = 1;
+   */
+  galleryId: string;
+
+  /**
+   * @generated from field: string correction_id = 2;
+   */
+  correctionId: string;
+};
+
+/**
+ * Describes the message facelane.v1.UndoCorrectionRequest.
+ * Use `create(UndoCorrectionRequestSchema)` to create a new message.
+ */
+export const UndoCorrectionRequestSchema: GenMessage<UndoCorrectionRequest> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_gallery_service, 23);
+
+/**
+ * @generated from message facelane.v1.UndoCorrectionResponse
+ */
+export type UndoCorrectionResponse = Message<"facelane.v1.UndoCorrectionResponse"> & {
+};
+
+/**
+ * Describes the message facelane.v1.UndoCorrectionResponse.
+ * Use `create(UndoCorrectionResponseSchema)` to create a new message.
+ */
+export const UndoCorrectionResponseSchema: GenMessage<UndoCorrectionResponse> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_gallery_service, 24);
+
+/**
+ * @generated from message facelane.v1.ListCorrectionsRequest
+ */
+export type ListCorrectionsRequest = Message<"facelane.v1.ListCorrectionsRequest"> & {
+  /**
+   * @generated from field: string gallery_id = 1;
+   */
+  galleryId: string;
+
+  /**
+   * @generated from field: string subject_id = 2;
+   */
+  subjectId: string;
+};
+
+/**
+ * Describes the message facelane.v1.ListCorrectionsRequest.
+ * Use `create(ListCorrectionsRequestSchema)` to create a new message.
+ */
+export const ListCorrectionsRequestSchema: GenMessage<ListCorrectionsRequest> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_gallery_service, 25);
+
+/**
+ * @generated from message facelane.v1.ListCorrectionsResponse
+ */
+export type ListCorrectionsResponse = Message<"facelane.v1.ListCorrectionsResponse"> & {
+  /**
+   * @generated from field: repeated facelane.v1.Correction corrections = 1;
+   */
+  corrections: Correction[];
+};
+
+/**
+ * Describes the message facelane.v1.ListCorrectionsResponse.
+ * Use `create(ListCorrectionsResponseSchema)` to create a new message.
+ */
+export const ListCorrectionsResponseSchema: GenMessage<ListCorrectionsResponse> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_gallery_service, 26);
+
+/**
  * What is worth knowing about a face that was enrolled.
  *
  * @generated from enum facelane.v1.EnrollWarning
@@ -654,6 +836,35 @@ export const GalleryService: GenService<{
     methodKind: "unary";
     input: typeof IdentifyFaceRequestSchema;
     output: typeof IdentifyFaceResponseSchema;
+  },
+  /**
+   * Says of an event's face, whose picture has to be kept, that it is not the subject that the event
+   * names, or which subject it is. Refused as an enrolment is.
+   *
+   * @generated from rpc facelane.v1.GalleryService.CorrectIdentity
+   */
+  correctIdentity: {
+    methodKind: "unary";
+    input: typeof CorrectIdentityRequestSchema;
+    output: typeof CorrectIdentityResponseSchema;
+  },
+  /**
+   * @generated from rpc facelane.v1.GalleryService.UndoCorrection
+   */
+  undoCorrection: {
+    methodKind: "unary";
+    input: typeof UndoCorrectionRequestSchema;
+    output: typeof UndoCorrectionResponseSchema;
+  },
+  /**
+   * What was said of a subject's faces and not undone, oldest first.
+   *
+   * @generated from rpc facelane.v1.GalleryService.ListCorrections
+   */
+  listCorrections: {
+    methodKind: "unary";
+    input: typeof ListCorrectionsRequestSchema;
+    output: typeof ListCorrectionsResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_facelane_v1_gallery_service, 0);

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file facelane/v1/server_service.proto.
  */
 export const file_facelane_v1_server_service: GenFile = /*@__PURE__*/
-  fileDesc("CiBmYWNlbGFuZS92MS9zZXJ2ZXJfc2VydmljZS5wcm90bxILZmFjZWxhbmUudjEiFgoUR2V0U2VydmVySW5mb1JlcXVlc3Qi8wEKCU1vZGVsSW5mbxIMCgRuYW1lGAEgASgJEg8KB3ZlcnNpb24YAiABKAkSEAoIbW9kZWxfaWQYAyABKAkSIAoEdGFzaxgEIAEoDjISLmZhY2VsYW5lLnYxLlN0YWdlEg8KB2xpY2Vuc2UYBSABKAkSEwoLZGVzY3JpcHRpb24YBiABKAkSOgoKdGhyZXNob2xkcxgHIAMoCzImLmZhY2VsYW5lLnYxLk1vZGVsSW5mby5UaHJlc2hvbGRzRW50cnkaMQoPVGhyZXNob2xkc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAToCOAEiyAEKDFNlcnZlckxpbWl0cxITCgttYXhfc3RyZWFtcxgBIAEoDRIOCgZ3aW5kb3cYAiABKA0SFwoPbWF4X2ZyYW1lX2J5dGVzGAMgASgEEhkKEW1heF9tZXNzYWdlX2J5dGVzGAQgASgEEhIKCm1heF9waXhlbHMYBSABKAQSEQoJbWF4X2ZhY2VzGAYgASgNEjgKFWRlZmF1bHRfbWF4X2ZyYW1lX2FnZRgHIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJ4CgpTZXJ2ZXJMb2FkEhMKC29mZmVyZWRfZnBzGAEgASgBEhQKDGNhcGFjaXR5X2ZwcxgCIAEoARIMCgRsb2FkGAMgASgBEhgKEGhlYWRyb29tX3N0cmVhbXMYBCABKA0SFwoPdGhpbm5lZF9zdHJlYW1zGAUgASgNIkAKC0RlZ3JhZGF0aW9uEhEKCWNvbXBvbmVudBgBIAEoCRINCgVjYXVzZRgCIAEoCRIPCgdtZXNzYWdlGAMgASgJIqoCChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRIuCgpzdGFydF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBImCgZtb2RlbHMYAyADKAsyFi5mYWNlbGFuZS52MS5Nb2RlbEluZm8SKQoGbGltaXRzGAQgASgLMhkuZmFjZWxhbmUudjEuU2VydmVyTGltaXRzEhQKDG9wZW5fc3RyZWFtcxgFIAEoDRIQCghkcmFpbmluZxgGIAEoCBIlCgRsb2FkGAogASgLMhcuZmFjZWxhbmUudjEuU2VydmVyTG9hZBIuCgxkZWdyYWRhdGlvbnMYCyADKAsyGC5mYWNlbGFuZS52MS5EZWdyYWRhdGlvbiLcAQoKV29ya2VySW5mbxIRCgl3b3JrZXJfaWQYASABKAkSCwoDcGlkGAIgASgFEicKBXN0YXRlGAMgASgOMhguZmFjZWxhbmUudjEuV29ya2VyU3RhdGUSDgoGZGV2aWNlGAQgASgJEhAKCHJlc3RhcnRzGAUgASgNEhEKCWxhc3RfbG9zcxgGIAEoCRIUCgxtZW1vcnlfYnl0ZXMYByABKAQSKQoGdXB0aW1lGAggASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEg8KB3NhbmRib3gYCSABKAki9gEKCFBvb2xJbmZvEgwKBHBvb2wYASABKAkSIAoEdGFzaxgCIAEoDjISLmZhY2VsYW5lLnYxLlN0YWdlEiUKBXN0YXRlGAMgASgOMhYuZmFjZWxhbmUudjEuUG9vbFN0YXRlEhAKCG1vZGVsX2lkGAQgASgJEhEKCWlzb2xhdGlvbhgFIAEoCRIOCgZxdWV1ZWQYBiABKA0SEQoJaW5fZmxpZ2h0GAcgASgNEhEKCWNvbXBsZXRlZBgIIAEoBBIOCgZmYWlsZWQYCSABKAQSKAoHd29ya2VycxgKIAMoCzIXLmZhY2VsYW5lLnYxLldvcmtlckluZm8iEgoQTGlzdFBvb2xzUmVxdWVzdCI5ChFMaXN0UG9vbHNSZXNwb25zZRIkCgVwb29scxgBIAMoCzIVLmZhY2VsYW5lLnYxLlBvb2xJbmZvKqYBCglQb29sU3RhdGUSGgoWUE9PTF9TVEFURV9VTlNQRUNJRklFRBAAEhcKE1BPT0xfU1RBVEVfU1RBUlRJTkcQARIWChJQT09MX1NUQVRFX1NFUlZJTkcQAhIXChNQT09MX1NUQVRFX0RFR1JBREVEEAMSGgoWUE9PTF9TVEFURV9OT1RfU0VSVklORxAEEhcKE1BPT0xfU1RBVEVfRFJBSU5JTkcQBSqUAgoLV29ya2VyU3RhdGUSHAoYV09SS0VSX1NUQVRFX1VOU1BFQ0lGSUVEEAASGAoUV09SS0VSX1NUQVRFX1NQQVdORUQQARIYChRXT1JLRVJfU1RBVEVfTE9BRElORxACEhgKFFdPUktFUl9TVEFURV9XQVJNSU5HEAMSFgoSV09SS0VSX1NUQVRFX1JFQURZEAQSGQoVV09SS0VSX1NUQVRFX0RSQUlOSU5HEAUSFwoTV09SS0VSX1NUQVRFX0VYSVRFRBAGEhUKEVdPUktFUl9TVEFURV9MT1NUEAcSGAoUV09SS0VSX1NUQVRFX0JBQ0tPRkYQCBIcChhXT1JLRVJfU1RBVEVfUVVBUkFOVElORUQQCTKzAQoNU2VydmVyU2VydmljZRJWCg1HZXRTZXJ2ZXJJbmZvEiEuZmFjZWxhbmUudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaIi5mYWNlbGFuZS52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2USSgoJTGlzdFBvb2xzEh0uZmFjZWxhbmUudjEuTGlzdFBvb2xzUmVxdWVzdBoeLmZhY2VsYW5lLnYxLkxpc3RQb29sc1Jlc3BvbnNlYgZwcm90bzM", [file_facelane_v1_face, file_google_protobuf_duration, file_google_protobuf_timestamp]);
+  fileDesc("CiBmYWNlbGFuZS92MS9zZXJ2ZXJfc2VydmljZS5wcm90bxILZmFjZWxhbmUudjEiFgoUR2V0U2VydmVySW5mb1JlcXVlc3Qi8wEKCU1vZGVsSW5mbxIMCgRuYW1lGAEgASgJEg8KB3ZlcnNpb24YAiABKAkSEAoIbW9kZWxfaWQYAyABKAkSIAoEdGFzaxgEIAEoDjISLmZhY2VsYW5lLnYxLlN0YWdlEg8KB2xpY2Vuc2UYBSABKAkSEwoLZGVzY3JpcHRpb24YBiABKAkSOgoKdGhyZXNob2xkcxgHIAMoCzImLmZhY2VsYW5lLnYxLk1vZGVsSW5mby5UaHJlc2hvbGRzRW50cnkaMQoPVGhyZXNob2xkc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoAToCOAEiyAEKDFNlcnZlckxpbWl0cxITCgttYXhfc3RyZWFtcxgBIAEoDRIOCgZ3aW5kb3cYAiABKA0SFwoPbWF4X2ZyYW1lX2J5dGVzGAMgASgEEhkKEW1heF9tZXNzYWdlX2J5dGVzGAQgASgEEhIKCm1heF9waXhlbHMYBSABKAQSEQoJbWF4X2ZhY2VzGAYgASgNEjgKFWRlZmF1bHRfbWF4X2ZyYW1lX2FnZRgHIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJ4CgpTZXJ2ZXJMb2FkEhMKC29mZmVyZWRfZnBzGAEgASgBEhQKDGNhcGFjaXR5X2ZwcxgCIAEoARIMCgRsb2FkGAMgASgBEhgKEGhlYWRyb29tX3N0cmVhbXMYBCABKA0SFwoPdGhpbm5lZF9zdHJlYW1zGAUgASgNIkAKC0RlZ3JhZGF0aW9uEhEKCWNvbXBvbmVudBgBIAEoCRINCgVjYXVzZRgCIAEoCRIPCgdtZXNzYWdlGAMgASgJIosBCglTaGFyZEluZm8SDQoFc2hhcmQYASABKA0SCwoDcGlkGAIgASgFEicKBXN0YXRlGAMgASgOMhguZmFjZWxhbmUudjEuV29ya2VyU3RhdGUSFAoMb3Blbl9zdHJlYW1zGAQgASgNEhAKCHJlc3RhcnRzGAUgASgNEhEKCWxhc3RfbG9zcxgGIAEoCSLSAgoVR2V0U2VydmVySW5mb1Jlc3BvbnNlEg8KB3ZlcnNpb24YASABKAkSLgoKc3RhcnRfdGltZRgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASJgoGbW9kZWxzGAMgAygLMhYuZmFjZWxhbmUudjEuTW9kZWxJbmZvEikKBmxpbWl0cxgEIAEoCzIZLmZhY2VsYW5lLnYxLlNlcnZlckxpbWl0cxIUCgxvcGVuX3N0cmVhbXMYBSABKA0SEAoIZHJhaW5pbmcYBiABKAgSJQoEbG9hZBgKIAEoCzIXLmZhY2VsYW5lLnYxLlNlcnZlckxvYWQSLgoMZGVncmFkYXRpb25zGAsgAygLMhguZmFjZWxhbmUudjEuRGVncmFkYXRpb24SJgoGc2hhcmRzGAwgAygLMhYuZmFjZWxhbmUudjEuU2hhcmRJbmZvItwBCgpXb3JrZXJJbmZvEhEKCXdvcmtlcl9pZBgBIAEoCRILCgNwaWQYAiABKAUSJwoFc3RhdGUYAyABKA4yGC5mYWNlbGFuZS52MS5Xb3JrZXJTdGF0ZRIOCgZkZXZpY2UYBCABKAkSEAoIcmVzdGFydHMYBSABKA0SEQoJbGFzdF9sb3NzGAYgASgJEhQKDG1lbW9yeV9ieXRlcxgHIAEoBBIpCgZ1cHRpbWUYCCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SDwoHc2FuZGJveBgJIAEoCSL2AQoIUG9vbEluZm8SDAoEcG9vbBgBIAEoCRIgCgR0YXNrGAIgASgOMhIuZmFjZWxhbmUudjEuU3RhZ2USJQoFc3RhdGUYAyABKA4yFi5mYWNlbGFuZS52MS5Qb29sU3RhdGUSEAoIbW9kZWxfaWQYBCABKAkSEQoJaXNvbGF0aW9uGAUgASgJEg4KBnF1ZXVlZBgGIAEoDRIRCglpbl9mbGlnaHQYByABKA0SEQoJY29tcGxldGVkGAggASgEEg4KBmZhaWxlZBgJIAEoBBIoCgd3b3JrZXJzGAogAygLMhcuZmFjZWxhbmUudjEuV29ya2VySW5mbyISChBMaXN0UG9vbHNSZXF1ZXN0IjkKEUxpc3RQb29sc1Jlc3BvbnNlEiQKBXBvb2xzGAEgAygLMhUuZmFjZWxhbmUudjEuUG9vbEluZm8qpgEKCVBvb2xTdGF0ZRIaChZQT09MX1NUQVRFX1VOU1BFQ0lGSUVEEAASFwoTUE9PTF9TVEFURV9TVEFSVElORxABEhYKElBPT0xfU1RBVEVfU0VSVklORxACEhcKE1BPT0xfU1RBVEVfREVHUkFERUQQAxIaChZQT09MX1NUQVRFX05PVF9TRVJWSU5HEAQSFwoTUE9PTF9TVEFURV9EUkFJTklORxAFKpQCCgtXb3JrZXJTdGF0ZRIcChhXT1JLRVJfU1RBVEVfVU5TUEVDSUZJRUQQABIYChRXT1JLRVJfU1RBVEVfU1BBV05FRBABEhgKFFdPUktFUl9TVEFURV9MT0FESU5HEAISGAoUV09SS0VSX1NUQVRFX1dBUk1JTkcQAxIWChJXT1JLRVJfU1RBVEVfUkVBRFkQBBIZChVXT1JLRVJfU1RBVEVfRFJBSU5JTkcQBRIXChNXT1JLRVJfU1RBVEVfRVhJVEVEEAYSFQoRV09SS0VSX1NUQVRFX0xPU1QQBxIYChRXT1JLRVJfU1RBVEVfQkFDS09GRhAIEhwKGFdPUktFUl9TVEFURV9RVUFSQU5USU5FRBAJMrMBCg1TZXJ2ZXJTZXJ2aWNlElYKDUdldFNlcnZlckluZm8SIS5mYWNlbGFuZS52MS5HZXRTZXJ2ZXJJbmZvUmVxdWVzdBoiLmZhY2VsYW5lLnYxLkdldFNlcnZlckluZm9SZXNwb25zZRJKCglMaXN0UG9vbHMSHS5mYWNlbGFuZS52MS5MaXN0UG9vbHNSZXF1ZXN0Gh4uZmFjZWxhbmUudjEuTGlzdFBvb2xzUmVzcG9uc2ViBnByb3RvMw", [file_facelane_v1_face, file_google_protobuf_duration, file_google_protobuf_timestamp]);
 
 /**
  * @generated from message facelane.v1.GetServerInfoRequest
@@ -184,7 +184,7 @@ export const ServerLoadSchema: GenMessage<ServerLoad> = /*@__PURE__*/
  */
 export type Degradation = Message<"facelane.v1.Degradation"> & {
   /**
-   * "store" or "events".
+   * "store", "events" or "shards".
    *
    * @generated from field: string component = 1;
    */
@@ -213,6 +213,56 @@ export const DegradationSchema: GenMessage<Degradation> = /*@__PURE__*/
   messageDesc(file_facelane_v1_server_service, 4);
 
 /**
+ * One process of a server that has several.
+ *
+ * @generated from message facelane.v1.ShardInfo
+ */
+export type ShardInfo = Message<"facelane.v1.ShardInfo"> & {
+  /**
+   * @generated from field: uint32 shard = 1;
+   */
+  shard: number;
+
+  /**
+   * @generated from field: int32 pid = 2;
+   */
+  pid: number;
+
+  /**
+   * As a worker's: READY = every pool of it has inferred.
+   *
+   * @generated from field: facelane.v1.WorkerState state = 3;
+   */
+  state: WorkerState;
+
+  /**
+   * @generated from field: uint32 open_streams = 4;
+   */
+  openStreams: number;
+
+  /**
+   * @generated from field: uint32 restarts = 5;
+   */
+  restarts: number;
+
+  /**
+   * Why it was lost last; empty = never.
+   *
+   * @generated from field: string last_loss = 6;
+   */
+  lastLoss: string;
+};
+
+/**
+ * Describes the message facelane.v1.ShardInfo.
+ * Use `create(ShardInfoSchema)` to create a new message.
+ */
+export const ShardInfoSchema: GenMessage<ShardInfo> = /*@__PURE__*/
+  messageDesc(file_facelane_v1_server_service, 5);
+
+/**
+ * Of the whole server, whichever of its shards answers.
+ *
  * @generated from message facelane.v1.GetServerInfoResponse
  */
 export type GetServerInfoResponse = Message<"facelane.v1.GetServerInfoResponse"> & {
@@ -257,6 +307,13 @@ export type GetServerInfoResponse = Message<"facelane.v1.GetServerInfoResponse">
    * @generated from field: repeated facelane.v1.Degradation degradations = 11;
    */
   degradations: Degradation[];
+
+  /**
+   * Empty = the server is one process.
+   *
+   * @generated from field: repeated facelane.v1.ShardInfo shards = 12;
+   */
+  shards: ShardInfo[];
 };
 
 /**
@@ -264,14 +321,14 @@ export type GetServerInfoResponse = Message<"facelane.v1.GetServerInfoResponse">
  * Use `create(GetServerInfoResponseSchema)` to create a new message.
  */
 export const GetServerInfoResponseSchema: GenMessage<GetServerInfoResponse> = /*@__PURE__*/
-  messageDesc(file_facelane_v1_server_service, 5);
+  messageDesc(file_facelane_v1_server_service, 6);
 
 /**
  * @generated from message facelane.v1.WorkerInfo
  */
 export type WorkerInfo = Message<"facelane.v1.WorkerInfo"> & {
   /**
-   * pool#index.
+   * pool#index; shard/pool#index where the server has shards.
    *
    * @generated from field: string worker_id = 1;
    */
@@ -325,7 +382,7 @@ export type WorkerInfo = Message<"facelane.v1.WorkerInfo"> & {
  * Use `create(WorkerInfoSchema)` to create a new message.
  */
 export const WorkerInfoSchema: GenMessage<WorkerInfo> = /*@__PURE__*/
-  messageDesc(file_facelane_v1_server_service, 6);
+  messageDesc(file_facelane_v1_server_service, 7);
 
 /**
  * @generated from message facelane.v1.PoolInfo
@@ -387,7 +444,7 @@ export type PoolInfo = Message<"facelane.v1.PoolInfo"> & {
  * Use `create(PoolInfoSchema)` to create a new message.
  */
 export const PoolInfoSchema: GenMessage<PoolInfo> = /*@__PURE__*/
-  messageDesc(file_facelane_v1_server_service, 7);
+  messageDesc(file_facelane_v1_server_service, 8);
 
 /**
  * @generated from message facelane.v1.ListPoolsRequest
@@ -400,7 +457,7 @@ export type ListPoolsRequest = Message<"facelane.v1.ListPoolsRequest"> & {
  * Use `create(ListPoolsRequestSchema)` to create a new message.
  */
 export const ListPoolsRequestSchema: GenMessage<ListPoolsRequest> = /*@__PURE__*/
-  messageDesc(file_facelane_v1_server_service, 8);
+  messageDesc(file_facelane_v1_server_service, 9);
 
 /**
  * @generated from message facelane.v1.ListPoolsResponse
@@ -417,7 +474,7 @@ export type ListPoolsResponse = Message<"facelane.v1.ListPoolsResponse"> & {
  * Use `create(ListPoolsResponseSchema)` to create a new message.
  */
 export const ListPoolsResponseSchema: GenMessage<ListPoolsResponse> = /*@__PURE__*/
-  messageDesc(file_facelane_v1_server_service, 9);
+  messageDesc(file_facelane_v1_server_service, 10);
 
 /**
  * @generated from enum facelane.v1.PoolState
