@@ -187,6 +187,7 @@ class App:
                 thresholds=self.models.thresholds,
                 max_pixels=self.settings.limits.max_pixels,
                 known=gallery.knows,
+                losses=gallery.losses,
                 searched=gallery.searched,
                 context=self.models.context,
                 portrait=self.models.portrait,
@@ -451,6 +452,7 @@ class App:
                 # A model's scores mean something by its own thresholds alone.
                 assert self._pipeline is not None
                 self._pipeline.thresholds = thresholds
+                self._pipeline.liveness_models += pool.stage is Stage.LIVENESS
                 if pool.stage is Stage.RECOGNIZER:
                     assert self._gallery is not None
                     if package.model_id != self._gallery.model_id:

@@ -228,6 +228,9 @@ MAX_GALLERY_CALLS: Final = 1_024
 MAX_REQUEST_IDS: Final = 10_000
 """Enrolments remembered for idempotency; the oldest are forgotten first."""
 
+MAX_LOSSES: Final = 10_000
+"""Subjects of whom it is known when they last lost a template; of older losses it is known that
+they were, and no more whose."""
 MAX_CHANGES_KEPT: Final = 100_000
 """Changes of the gallery that are kept for those who follow it; who is further behind takes all of
 it in again."""

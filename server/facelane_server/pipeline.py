@@ -14,7 +14,7 @@ import asyncio
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -40,6 +40,7 @@ from facelane_server.domain import (
 from facelane_server.gallery import decide
 from facelane_server.gallery.asked import Asked
 from facelane_server.gallery.decide import Thresholds
+from facelane_server.gallery.losses import Losses
 from facelane_server.pools.groups import Wanted
 from facelane_server.pools.tasks import (
     ANYBODY,
@@ -161,11 +162,13 @@ class Pipeline:
         max_pixels: int,
         known: Callable[[str, str], bool] = lambda _gallery_id, _subject_id: True,
         searched: Callable[[str], int] = lambda _gallery_id: 1,
+        losses: Losses | None = None,
         context: float = 0.0,
         portrait: int | None = None,
     ) -> None:
         """``portrait``: the position of the crop that an event's picture is made of; None = none is
         cut. ``known``: whether (gallery id, subject id) can be recognised at this moment.
+        ``losses``: when subjects lost templates.
         ``searched``: the number of templates in a gallery. ``context``: how many times its box
         liveness wants to see around a face; 0 = it needs nothing."""
         if Stage.DETECTOR not in pools:
@@ -174,6 +177,9 @@ class Pipeline:
         self.thresholds = thresholds
         self.known = known
         self.searched = searched
+        self.losses = losses or Losses()
+        self.liveness_models = 0
+        """How often liveness came to be judged by another model."""
         self.context = context
         self._portrait = portrait
         self._crops = dict(crops)
@@ -356,10 +362,16 @@ class Pipeline:
         self._detector.submit(task)
         return (await task.future).jpegs
 
-    def remembers(self, identity: Identity, plan: Plan) -> bool:
-        """Whether everybody whom an identity names is still in the gallery: a subject that was
-        deleted is named no more, whatever was seen before."""
-        return all(self.known(plan.gallery_id, subject_id) for subject_id in identity.subjects)
+    def remembers(self, subjects: Iterable[str], plan: Plan, moment: int) -> bool:
+        """Whether all of these are still in the gallery, as they were known at a ``moment`` of
+        ``losses``: one that was deleted is named no more, whatever was seen before, and one that
+        was enrolled anew is another."""
+        gallery_id = plan.gallery_id
+        return all(
+            self.known(gallery_id, subject_id)
+            and not self.losses.since(moment, gallery_id, subject_id)
+            for subject_id in subjects
+        )
 
     def named_by(self, plan: Plan) -> Thresholds | None:
         """What holds for the plan's names; ``None``: nobody is to be named."""

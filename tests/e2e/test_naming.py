@@ -97,3 +97,26 @@ def test_the_command_asks_too(
     done = CliRunner().invoke(app, [*command, "--match-threshold", "0.99"])
     assert done.exit_code == 0, done.output
     assert '"threshold":0.99' in done.output.replace(" ", "")
+
+
+def test_who_is_enrolled_anew_under_a_name_is_another(client: facelane.Client) -> None:
+    """While the track of the one who had it is alive."""
+    client.enroll("cleo", wire.picture(73), gallery="anew")
+    with client.analyze_stream(gallery="anew", overload="lossless") as stream:
+        outcomes = iter(stream)
+
+        def seen(number: int) -> facelane.Face:
+            stream.send(wire.picture(73), stream_offset=number / 25)
+            outcome = next(outcomes)
+            assert outcome.result is not None
+            return outcome.result.faces[0]
+
+        first = seen(1)
+        assert first.identity.subject_id == "cleo"
+        client.delete_subject("cleo", gallery="anew")
+        client.enroll("cleo", wire.picture(74), gallery="anew")
+        later = [seen(number) for number in range(2, 8)]
+        assert all(face.identity.subject_id == "" for face in later)
+        assert later[-1].identity.decision == "UNKNOWN"
+        assert {face.track_id for face in later} == {first.track_id}
+        stream.close_send()

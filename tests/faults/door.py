@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -287,6 +287,7 @@ class Site:
         self._patience_s = patience_s
         self.account = Account()
         self._judged = 0
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def __aenter__(self) -> Self:
         folder = self._folder
@@ -393,6 +394,12 @@ class Site:
     async def _act(self, fault: str, after: float) -> None:
         await asyncio.sleep(after)
         what, _, which = fault.partition(" ")
+        # Two at once, but each of them about another thing.
+        about = {"worker": "server", "cut": which, "silent": which}.get(what, what)
+        async with self._locks[about]:
+            await self._commit(fault, what, which)
+
+    async def _commit(self, fault: str, what: str, which: str) -> None:
         self.account.faults[fault] += 1
         if what == "server":
             await self._kill_server()

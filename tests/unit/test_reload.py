@@ -89,6 +89,7 @@ class Bench:
         self.app._gallery = self.gallery  # type: ignore[assignment]
         self.app._pipeline = type("Pipeline", (), {"embed": self.embed})()  # type: ignore[assignment]
         self.app._pipeline.thresholds = self.app.models.thresholds  # type: ignore[union-attr]
+        self.app._pipeline.liveness_models = 0  # type: ignore[union-attr]
 
     @staticmethod
     async def embed(*_asked: Any) -> EmbedAnswer:
@@ -224,7 +225,7 @@ class Analysis:
 async def test_vectors_of_either_model_are_given_up() -> None:
     pipeline = type("Pipeline", (), {"pools": {Stage.RECOGNIZER: None}})()
     both: Any = Analysis()
-    service = GalleryService(config.Config(), None, both, pipeline, both, both, both, both)  # type: ignore[arg-type]
+    service = GalleryService(config.Config(), None, both, pipeline, both, both, both, both, both)  # type: ignore[arg-type]
     with pytest.raises(FacelaneError) as changing:
         await service._read(None, service._plan(""), None)  # type: ignore[arg-type]
     assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
@@ -232,7 +233,7 @@ async def test_vectors_of_either_model_are_given_up() -> None:
 
 async def test_a_server_without_a_recogniser_says_so_and_not_to_try_again() -> None:
     pipeline = type("Pipeline", (), {"pools": {}})()
-    service = GalleryService(config.Config(), None, None, pipeline, None, None, None, None)  # type: ignore[arg-type]
+    service = GalleryService(config.Config(), None, None, pipeline, None, None, None, None, None)  # type: ignore[arg-type]
     with pytest.raises(FacelaneError) as refused:
         service._plan("default")
     assert not refused.value.retryable

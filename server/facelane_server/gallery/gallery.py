@@ -25,6 +25,7 @@ from facelane_server import limits
 from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.index import GalleryIndex, Publish
+from facelane_server.gallery.losses import Losses
 from facelane_server.gallery.snapshot import F32, Change, SubjectKey, added, changes_of, removal_of
 from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store.audit import Deed
@@ -93,9 +94,8 @@ class Gallery:
         self._seen = 0
         """The revision of the store up to which the index has been told."""
         self._removed = 0
-        """The revision of the newest removal among them: others wait to hear that it was told."""
-        self._told = 0
-        """The revision up to which all recognisers have been told, as far as others know."""
+        """The revision of the newest removal among them; others wait for it."""
+        self._told = 0  # the revision up to which all recognisers were, as far as others know
         self._reader = Reader(store.database, lease_s=lease_s)
         self.database, self.vault = store.database, store.vault
         """The store, which is this gallery's to close, and its keys."""
@@ -107,6 +107,7 @@ class Gallery:
         self.on_forgotten: list[Callable[[int], None]] = []
         """Called on the event loop with the number of a subject that was deleted, or one of whose
         templates was, by whomever."""
+        self.losses = Losses()
 
     @classmethod
     async def open(
@@ -159,7 +160,7 @@ class Gallery:
         Called again when the recogniser's model changes (``publish`` stays the first). Whether
         all recognisers had the first snapshot within ``PUBLISHED_TIMEOUT_S``.
         """
-        index = self._index or GalleryIndex(dim, publish)
+        index = self._index or GalleryIndex(dim, publish, self.losses)
 
         def load() -> tuple[int, int]:
             if not self._model_id:

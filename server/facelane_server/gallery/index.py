@@ -21,6 +21,7 @@ import structlog
 
 from facelane_server import limits
 from facelane_server.gallery import decide
+from facelane_server.gallery.losses import Losses, SubjectKey
 from facelane_server.gallery.snapshot import (
     F32,
     AddTemplate,
@@ -28,7 +29,6 @@ from facelane_server.gallery.snapshot import (
     Generation,
     RemoveSubject,
     RemoveTemplate,
-    SubjectKey,
     compact,
     load,
 )
@@ -67,8 +67,9 @@ class GalleryIndex:
     ``apply`` and ``rebase`` may be called from any thread; all else from the event loop.
     """
 
-    def __init__(self, dim: int, publish: Publish) -> None:
-        """``dim``: length of the serving model's embeddings."""
+    def __init__(self, dim: int, publish: Publish, losses: Losses | None = None) -> None:
+        """``dim``: length of the serving model's embeddings. ``losses``: told of what goes."""
+        self._losses = losses or Losses()
         self._publish = publish
         self._lock = threading.Lock()
         self._keys: dict[int, SubjectKey] = {}
@@ -153,6 +154,7 @@ class GalleryIndex:
             self._keys, self._numbers, self._per_gallery = keys, numbers, per_gallery
             self._templates = sum(per_gallery.values())
             self._since = None  # a base that is being made is of what was forgotten
+            self._losses.note_all()
             self._revision += 1
             revision = self._revision
         self._wake()
@@ -178,6 +180,9 @@ class GalleryIndex:
             self._keys[number] = key
             self._numbers[key] = number
             self._count(change.gallery_id, counted)
+            if not counted:  # whoever bears the name may be the one who is not meant by it
+                whose = change.subject_id.removeprefix(decide.SHADOW)
+                self._losses.note((change.gallery_id, whose))
             return True
         known = self._keys.get(number)
         if known is None:
@@ -193,6 +198,7 @@ class GalleryIndex:
             self._count(known[0], -counted)
             if not rows.count(number):
                 self._forget(number, known)
+        self._losses.note(known)
         for place in places:
             served.log.wipe(place, 2 * rows.base.dim)
         return True

@@ -42,6 +42,7 @@ class Look:
         "face",
         "link",
         "live",
+        "moment",
         "no_context",
         "portrait",
         "recognize",
@@ -57,6 +58,8 @@ class Look:
         self.track_id = track_id
         """As the tracker had it; the track may have been succeeded since."""
         self.link = 0
+        self.moment = 0
+        """Of the gallery's losses, when it was taken."""
         self.recognize = False
         self.live = False
         """Which stages are asked."""
@@ -130,6 +133,9 @@ class Faces:
         self._ended: dict[int, tracking.Track] = {}
         self._succeeded: dict[int, int] = {}
         """Tracks that ended by a contradiction -> those that go on in their place."""
+        self._moments: dict[int, int] = {}
+        """Of the gallery's losses: what tracks know is of looks that were asked for since."""
+        self._liveness_models = pipeline.liveness_models
 
     @property
     def created(self) -> int:
@@ -161,9 +167,14 @@ class Faces:
             for gone in update.ended:
                 self._ended[gone.track_id] = gone
             assignments = update.assignments
+        if self._liveness_models != self._pipeline.liveness_models:
+            self._liveness_models = self._pipeline.liveness_models
+            for active in self._tracks.active:
+                self._tracks = self._tracks.replace(tracking.judged_anew(active))
         looks = []
         for face, track_id in zip(faces, assignments, strict=True):
             look = Look(face, track_id, size)
+            look.moment = self._pipeline.losses.now
             look.no_context = plan.liveness and not self._pipeline.shows_context(face, *size)
             look.recognize, look.live = recognizer, judge and not look.no_context
             # A track beyond the tracker's bound has id 0: it is treated as a picture.
@@ -270,12 +281,16 @@ class Faces:
     ) -> tracking.Track:
         """The track, or its successor, with what this look has taught; kept."""
         link = look.link
-        if not self._pipeline.remembers(track.identity, self._plan):
-            track = tracking.forgotten(track)
-        if evidence.recognized and evidence.ood_score is not None:
+        track = self._remembering(track, look.moment)
+        if (
+            evidence.recognized
+            and evidence.ood_score is not None
+            and look.moment >= self._moments[track.track_id]
+        ):
             identity = self._pipeline.identity(evidence, self._plan)
             if tracking.contradicts(track, evidence.ood_score, identity, link=link):
                 track = self._succeed(track, now_ns, link)
+                self._moments[track.track_id] = look.moment
             track = tracking.with_recognition(
                 track,
                 look.face,
@@ -293,13 +308,26 @@ class Faces:
             track = tracking.with_liveness(
                 track, evidence.live_score, now_ns, self._pipeline.thresholds, link=link
             )
-        if not self._pipeline.remembers(track.identity, self._plan):
-            # Deleted while it was being looked for: named no more, nor as a candidate.
-            track = tracking.forgotten(track)
+        # Deleted while it was being looked for: named no more, nor as a candidate.
+        track = self._remembering(track, look.moment)
         if track.track_id in self._ended:
             self._ended[track.track_id] = track
         else:
             self._tracks = self._tracks.replace(track)
+        return track
+
+    def _remembering(self, track: tracking.Track, moment: int) -> tracking.Track:
+        """The track, without what it knew if somebody whom it names has lost templates since.
+        ``moment``: of the look that is there now."""
+        known = self._moments.get(track.track_id, moment)
+        named = tracking.named(track)
+        if not named:
+            known = max(known, moment)
+        elif not self._pipeline.remembers(named, self._plan, known):
+            track = tracking.forgotten(track)
+            # Looks that are under way were asked of the gallery as it was: they count no more.
+            known = self._pipeline.losses.now
+        self._moments[track.track_id] = known
         return track
 
     def _succeed(self, track: tracking.Track, now_ns: int, link: int) -> tracking.Track:
@@ -348,6 +376,7 @@ class Faces:
         gone = [track_id for track_id in self._ended if track_id not in held]
         for track_id in gone:
             del self._ended[track_id]
+            self._moments.pop(track_id, None)
             self._listener.ended(track_id)
         if self._succeeded:
             self._forget_names({look.track_id for look in looks})
@@ -366,6 +395,7 @@ class Faces:
         for track_id in (*self._ended, *self._tracks.by_id):
             self._listener.ended(track_id)
         self._ended.clear()
+        self._moments.clear()
         self._tracks = tracking.Tracks(created=self._tracks.created)
 
 

@@ -36,6 +36,10 @@ ended there and another begins (``contradicts``, ``successor``).
   OOD score is at least as good as the best shot's; otherwise it takes two in a row, and the
   first makes the track ask again on the next frame.
 
+Time that stands still (a client that gives every picture one time) keeps nothing young: after
+``STILL_LINKS`` such pictures a track is looked at again, and after twice as many what was said
+before is shown no more.
+
 **Liveness.** The last ``limits.MAX_LIVENESS_SHOTS`` scores are kept. The fused score is the
 mean of their lower half: a high outlier cannot lift it. Attack evidence is not averaged
 away: one score below ``spoof`` in memory bars LIVE, two make the verdict SPOOF until the
@@ -52,6 +56,7 @@ from facelane_server.tracking.linking import Update, prepare, update
 from facelane_server.tracking.liveness import (
     LivenessThresholds,
     fused_score,
+    judged_anew,
     liveness_at,
     wants_liveness,
     with_liveness,
@@ -63,6 +68,7 @@ from facelane_server.tracking.shots import (
     frontalness,
     identity_at,
     looking,
+    named,
     ood_score_at,
     promised_gain,
     quality,
@@ -87,8 +93,10 @@ __all__ = [
     "frontalness",
     "fused_score",
     "identity_at",
+    "judged_anew",
     "liveness_at",
     "looking",
+    "named",
     "ood_score_at",
     "prepare",
     "promised_gain",

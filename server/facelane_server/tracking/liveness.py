@@ -10,7 +10,14 @@ from msgspec.structs import replace
 
 from facelane_server import limits
 from facelane_server.domain import DetectedFace, Liveness, LivenessVerdict
-from facelane_server.tracking.track import UNDECIDED, LivenessShot, Params, Track
+from facelane_server.tracking.track import (
+    UNDECIDED,
+    LivenessShot,
+    Params,
+    Track,
+    clock_stands_still,
+    without_bona_fide,
+)
 
 RETRY_SHARE: Final = 0.1
 """Share of ``reinference_interval`` after which an undecided face is judged again."""
@@ -37,7 +44,10 @@ def wants_liveness(track: Track, found: DetectedFace, now_ns: int, params: Param
         return True
     undecided = track.liveness.verdict is LivenessVerdict.UNDECIDED
     share = RETRY_SHARE if undecided else LIVENESS_SHARE
-    return now_ns - track.liveness_ns >= params.interval_ns * share
+    since = now_ns - track.liveness_ns
+    if clock_stands_still(since, track.links - track.judged_link):
+        return True
+    return since >= params.interval_ns * share
 
 
 def with_liveness(
@@ -90,10 +100,17 @@ def liveness_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> 
     if suspect and track.judged_link < min(link, track.suspect_last):
         return UNDECIDED
     if track.liveness.verdict is LivenessVerdict.LIVE:
-        old = track.liveness_ns is None or now_ns - track.liveness_ns > params.stale_ns
-        if suspect or old:
+        since = math.inf if track.liveness_ns is None else now_ns - track.liveness_ns
+        still = clock_stands_still(since, (link - track.judged_link) // 2)
+        if suspect or still or since > params.stale_ns:
             return UNDECIDED
     return track.liveness
+
+
+def judged_anew(track: Track) -> Track:
+    """The track when another model judges from now on: its scores do not go with the old ones'.
+    What was an attack stays one until the new model has said otherwise."""
+    return replace(without_bona_fide(track), liveness_ns=None)
 
 
 def fused_score(scores: Sequence[float]) -> float:

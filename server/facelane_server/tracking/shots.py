@@ -14,6 +14,7 @@ from facelane_server.tracking.track import (
     Params,
     Shot,
     Track,
+    clock_stands_still,
     settled,
     without_bona_fide,
 )
@@ -86,7 +87,7 @@ def wants_recognition(track: Track, found: DetectedFace, now_ns: int, params: Pa
     if suspect and track.asked_link < track.suspect_last:
         return True
     since = now_ns - track.asked_ns
-    if since >= params.interval_ns:
+    if since >= params.interval_ns or clock_stands_still(since, track.links - track.asked_link):
         return True
     if track.rejected:
         share = SUSPECT_RETRY_SHARE if suspect else RETRY_SHARE
@@ -230,6 +231,15 @@ def with_recognition(
     return accepted
 
 
+def named(track: Track) -> set[str]:
+    """All subjects that the track has heard of and might tell, candidates included."""
+    found = {track.pending} - {""}
+    for shot in (track.shot, track.latest):
+        if shot is not None:
+            found |= shot.identity.subjects
+    return found
+
+
 def forgotten(track: Track) -> Track:
     """The track as if no shot had been recognised: whom it named is in the gallery no more."""
     return replace(
@@ -270,17 +280,17 @@ def shown_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> Sho
     suspect = track.suspect is not None and link >= track.suspect
     shot = track.shot
     if shot is not None and shot.identity.decision is not Decision.REJECTED_OOD and not suspect:
-        age_ns = max(0, now_ns - track.confirmed_ns)
-        if age_ns <= params.stale_ns:
-            return Shown(shot.identity, shot.ood_score, age_ns, max(0, link - track.confirmed_link))
+        age_ns, links = max(0, now_ns - track.confirmed_ns), max(0, link - track.confirmed_link)
+        if age_ns <= params.stale_ns and not clock_stands_still(age_ns, links // 2):
+            return Shown(shot.identity, shot.ood_score, age_ns, links)
     latest = track.latest
     if latest is None or latest.identity.decision is Decision.MATCH or track.asked_ns is None:
         return NOTHING
-    age_ns = max(0, now_ns - track.asked_ns)
+    age_ns, links = max(0, now_ns - track.asked_ns), max(0, link - track.asked_link)
     doubted_since = suspect and track.asked_link < min(link, track.suspect_last)
-    if doubted_since or age_ns > params.stale_ns:
+    if doubted_since or age_ns > params.stale_ns or clock_stands_still(age_ns, links // 2):
         return NOTHING
-    return Shown(latest.identity, latest.ood_score, age_ns, max(0, link - track.asked_link))
+    return Shown(latest.identity, latest.ood_score, age_ns, links)
 
 
 def identity_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> Identity:

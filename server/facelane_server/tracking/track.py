@@ -15,6 +15,11 @@ SECOND: Final = 1_000_000_000
 STALE_FLOOR_NS: Final = SECOND // 5
 """A name is shown for so long even if ``reinference_interval`` is shorter."""
 
+STILL_LINKS: Final = 100
+"""Pictures of a track within less than ``STILL_NS`` each: their time is none. A look is taken again
+after so many, and what it said is shown for twice as many, however little time they claim."""
+STILL_NS: Final = SECOND // 1000
+
 NOT_EVALUATED: Final = Identity(Decision.NOT_EVALUATED)
 UNDECIDED: Final = Liveness(LivenessVerdict.UNDECIDED)
 
@@ -191,3 +196,8 @@ def without_bona_fide(track: Track) -> Track:
     else:
         liveness = UNDECIDED
     return replace(track, liveness_shots=kept, liveness=liveness)
+
+
+def clock_stands_still(since_ns: float, links: int) -> bool:
+    """Whether so many pictures of a track say that hardly any time has passed."""
+    return links >= STILL_LINKS and since_ns < links * STILL_NS
