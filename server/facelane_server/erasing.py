@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,13 +12,21 @@ from typing import Annotated
 
 import typer
 
+from facelane_server import config as configuration
 from facelane_server.auditing import EX_BROKEN, ConfigOption, opened
 from facelane_server.config import Config, ConfigError
+from facelane_server.domain import FacelaneError
 from facelane_server.store import audit
-from facelane_server.store.audit import AuditLog
+from facelane_server.store.audit import Actor, AuditLog
 from facelane_server.store.chain import Receipt
 from facelane_server.store.database import Database
-from facelane_server.store.opening import unlock
+from facelane_server.store.gallery import Store
+from facelane_server.store.held import id_of
+from facelane_server.store.opening import open_store, place_of, unlock
+
+_PART = 16 << 20
+_OVERLAP = 1024
+"""Bytes of memory that are searched at a time, and how far parts reach into each other."""
 
 app = typer.Typer(no_args_is_help=True, help="Receipts of erasures.")
 
@@ -42,6 +52,18 @@ def verify(
     subject: Annotated[
         str, typer.Option(help="The subject's id, for --scan: it is in no receipt.")
     ] = "",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="What else is looked for, such as the name; several times."),
+    ] = None,
+    picture: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture whose bytes are looked for too; several times."),
+    ] = None,
+    process: Annotated[
+        list[int] | None,
+        typer.Option(help="The number of a process whose memory is looked through (root)."),
+    ] = None,
     key: Annotated[
         str, typer.Option(help="The key that it must be signed by, as noted before (base64).")
     ] = "",
@@ -55,8 +77,16 @@ def verify(
         raise typer.Exit(EX_BROKEN) from None
     with opened(config) as (settings, database):
         wrong = problems(found, settings, database, key)
-    for path, where in traces(scan or (), found, subject):
-        wrong.append(f"{path}: something of the subject at byte {where}")
+    try:
+        more = [*(word.encode() for word in text or ()), *map(mark, picture or ())]
+        for path, where in traces(scan or (), found, subject, more):
+            wrong.append(f"{path}: something of the subject at byte {where}")
+        for pid in process or ():
+            if (address := in_memory(pid, pattern_of(found, subject, more))) is not None:
+                wrong.append(f"process {pid}: something of the subject at {address:#x}")
+    except OSError as error:
+        typer.echo(f"facelane-server: {error.filename}: {error.strerror}", err=True)
+        raise typer.Exit(EX_BROKEN) from None
     for line in wrong:
         typer.echo(line, err=True)
     if wrong:
@@ -101,13 +131,85 @@ def problems(found: Receipt, settings: Config, database: Database, key: str = ""
     return wrong
 
 
-def traces(places: Sequence[Path], found: Receipt, subject: str = "") -> Iterator[tuple[Path, int]]:
-    """Where something of the subject lies: the row of its key, which opens all the rest, or its
-    id as it is. The first place of each file."""
-    patterns = [rb"subject-%d(?![0-9])" % found.subject]
-    if subject:
-        patterns.append(re.escape(subject.encode()))
-    wanted = re.compile(b"|".join(patterns))
+@app.command()
+def again(
+    receipts: Annotated[
+        list[Path], typer.Argument(help="Files with receipts, one a line: all since the backup.")
+    ],
+    config: ConfigOption = None,
+) -> None:
+    """After a backup was restored: delete again whoever was deleted since it was made, as their
+    receipts say. Beside a running server too."""
+    try:
+        found = [
+            Receipt.parse(line)
+            for path in receipts
+            for line in path.read_bytes().splitlines()
+            if line.strip()
+        ]
+        settings = configuration.load(config)
+        audit.acting(Actor(f"operator uid {os.getuid()}", "erasure again"))
+        with contextlib.closing(open_store(place_of(settings))) as database:
+            store = Store(database, vault=unlock(database, settings))
+            fresh = [erase_again(store, receipt) for receipt in found]
+    except (OSError, ValueError, ConfigError, FacelaneError) as error:
+        typer.echo(f"facelane-server: {error}", err=True)
+        raise typer.Exit(EX_BROKEN) from None
+    for text in filter(None, fresh):
+        typer.echo(text)
+    typer.echo(f"{sum(map(bool, fresh))} of {len(found)} were there again, and deleted", err=True)
+
+
+def erase_again(store: Store, receipt: Receipt) -> str:
+    """The new receipt; empty where nobody is there. Raises ``ValueError`` for a receipt that this
+    store's key has not signed, so that nobody is deleted by a word of others."""
+    with store.database.reading() as connection:
+        public = store.audit.public(connection)
+        if not receipt.is_of(public):
+            raise ValueError(f"the receipt of entry {receipt.entry} is not signed by this store")
+    subject_id = id_of(store, receipt.gallery, receipt.subject)
+    # Numbers go on from where the backup was: by now it may be another's.
+    if not subject_id or store.audit.code(receipt.gallery, subject_id) != receipt.code:
+        return ""
+    return store.delete_subject(receipt.gallery, subject_id, why="RESTORED").receipt
+
+
+def mark(picture: Path) -> bytes:
+    """Bytes from the middle of a file, which no other has."""
+    content = picture.read_bytes()
+    return content[len(content) // 2 :][:64]
+
+
+def pattern_of(found: Receipt, subject: str, more: Sequence[bytes] = ()) -> re.Pattern[bytes]:
+    """What is looked for: the row of the subject's key, which opens all the rest, its id as it is,
+    and what else is named."""
+    words = [re.escape(word) for word in (subject.encode(), *more) if word]
+    return re.compile(b"|".join([rb"subject-%d(?![0-9])" % found.subject, *words]))
+
+
+def in_memory(pid: int, wanted: re.Pattern[bytes]) -> int | None:
+    """The first address at which a process has it. Raises ``OSError`` where it may not be read."""
+    with open(f"/proc/{pid}/maps", encoding="ascii", errors="replace") as lines:
+        regions = [line.split()[:2] for line in lines if "[v" not in line]
+    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for where, rights in regions:
+            first, last = (int(part, 16) for part in where.split("-"))
+            for begin in range(first, last if rights[0] == "r" else first, _PART):
+                try:
+                    memory.seek(begin)
+                    part = memory.read(min(_PART + _OVERLAP, last - begin))
+                except OSError:  # a device's, or gone meanwhile
+                    break
+                if (hit := wanted.search(part)) is not None:
+                    return begin + hit.start()
+    return None
+
+
+def traces(
+    places: Sequence[Path], found: Receipt, subject: str = "", more: Sequence[bytes] = ()
+) -> Iterator[tuple[Path, int]]:
+    """Where something of the subject lies, see ``pattern_of``. The first place of each file."""
+    wanted = pattern_of(found, subject, more)
     for place in places:
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if not path.is_file() or path.is_symlink():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def main() -> int:
         return 2
     artifacts = HERE.parents[1] / "build" / "fuzz"
     artifacts.mkdir(parents=True, exist_ok=True)
-    failed = []
+    failed, total = [], 0
     for name in options.target:
         with tempfile.TemporaryDirectory(prefix=f"facelane-fuzz-{name}-") as found:
             command = [
@@ -55,13 +56,21 @@ def main() -> int:
                 *(f"-artifact_prefix={artifacts}/{name}-", f"-runs={options.runs}"),
             ]
             left = options.seconds
-            code = 0
+            code = done = 0
             while left > 0 and not code:
                 span = min(left, SLICE_S)
-                code = subprocess.run([*command, f"-max_total_time={span}"], check=False).returncode
+                run = subprocess.run(
+                    [*command, f"-max_total_time={span}"], check=False, stderr=subprocess.PIPE
+                )
+                code, said = run.returncode, run.stderr.decode(errors="replace")
+                done += sum(map(int, re.findall(r"number_of_executed_units:\s*(\d+)", said)))
+                if code:
+                    sys.stderr.write(said)
                 left = 0 if options.runs >= 0 else left - span
-            print(f"{name}: {'FAILED' if code else 'clean'}", flush=True)
+            total += done
+            print(f"{name}: {done} inputs, {'FAILED' if code else 'clean'}", flush=True)
             failed += [name] if code else []
+    print(f"{total} inputs in all")
     return 1 if failed else 0
 
 

@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from google.protobuf.message import DecodeError
 
 from facelane.cli import stills
 from facelane.errors import PictureError
-from facelane_server import config, limits
+from facelane.v1 import (
+    admin_service_pb2,
+    analysis_service_pb2,
+    event_service_pb2,
+    gallery_service_pb2,
+)
+from facelane_server import config, limits, naming
 from facelane_server.domain import Encoding, FacelaneError
+from facelane_server.edge import convert
+from facelane_server.edge.roles import ANYBODY
+from facelane_server.events import EventFeed
 from facelane_server.ipc import messages
 from facelane_server.lanes.video import Footage
 from facelane_server.models.package import MANIFEST, read_package
+from facelane_server.store import records
 from facelane_server.worker.decoding import headers, pictures
 from facelane_server.worker.decoding.cpu_video import CpuDecoder, CpuEngine
 
@@ -107,6 +118,55 @@ def video(data: bytes) -> None:
                     assert shown.read().ndim == 3
 
 
+REQUESTS: Final = (
+    analysis_service_pb2.AnalyzeStreamRequest,
+    analysis_service_pb2.AnalyzeImageRequest,
+    gallery_service_pb2.EnrollFaceRequest,
+    gallery_service_pb2.IdentifyFaceRequest,
+    gallery_service_pb2.UpdateSubjectRequest,
+    event_service_pb2.WatchEventsRequest,
+    admin_service_pb2.DrainRequest,
+)
+_SETTINGS: Final = config.Config()
+
+
+def protobuf(data: bytes) -> None:
+    """A request of a kind that the first byte chooses: what of it is read before anything is done,
+    is taken or refused with a reason."""
+    message = REQUESTS[(data[0] if data else 0) % len(REQUESTS)]()
+    try:
+        message.ParseFromString(data[1:])
+    except DecodeError:
+        return
+    with contextlib.suppress(FacelaneError):
+        match message:
+            case analysis_service_pb2.AnalyzeStreamRequest():
+                if message.HasField("config"):
+                    convert.lane_options(message.config, _SETTINGS, ANYBODY)
+                else:
+                    frame = message.frame
+                    convert.duration_ns(frame.stream_offset, "stream_offset")
+                    convert.timestamp_ns(frame.capture_time, "capture_time")
+                    convert.picture(frame.picture, _SETTINGS, in_stream=True)
+            case analysis_service_pb2.AnalyzeImageRequest():
+                convert.plan(message.options, _SETTINGS, "gallery")
+                convert.picture(message.picture, _SETTINGS)
+            case (
+                gallery_service_pb2.EnrollFaceRequest() | gallery_service_pb2.IdentifyFaceRequest()
+            ):
+                convert.gallery(message.gallery_id, ANYBODY, "identify")
+                convert.picture(message.picture, _SETTINGS)
+            case gallery_service_pb2.UpdateSubjectRequest():
+                naming.check_identifier(message.subject.subject_id, "subject_id")
+                records.check_display_name(message.subject.display_name)
+                records.check_labels(dict(message.subject.labels))
+            case event_service_pb2.WatchEventsRequest():
+                EventFeed().watch(message.resume_token, source_ids=message.source_ids)
+            case admin_service_pb2.DrainRequest():
+                convert.duration_ns(message.grace, "grace")
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
-    target.__name__: target for target in (header, picture, ipc, toml, package, still, video)
+    target.__name__: target
+    for target in (header, picture, ipc, toml, package, still, video, protobuf)
 }

@@ -19,6 +19,7 @@ ROUNDS = {
     "package": 400,
     "still": 6_000,
     "video": 600,
+    "protobuf": 6_000,
 }
 _TOKENS = (b"\xff", b"\0", b"\xff\xd8", b"\xff\xda", b"\xff\xd9", b"IDAT", b"\x7f\xff\xff\xff")
 

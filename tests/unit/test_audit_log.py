@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import random
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -320,3 +322,70 @@ def test_an_erasure_has_a_receipt_that_can_be_judged(tmp_path: Path) -> None:
         assert verify("--key", chain.Signer(bytes(32)).public)[0] == 1
         store.audit.prune(before_ns=2**62, most=10**6)
         assert verify()[0] == 0, "the entry has ended, the receipt has not"
+
+
+def test_after_a_backup_was_restored_whoever_was_deleted_is_deleted_again(tmp_path: Path) -> None:
+    state, path = tmp_path / "state", tmp_path / "state" / "gallery.db"
+    state.mkdir()
+    (tmp_path / "server.toml").write_text(f'state_dir = "{state}"\n')
+    kept, backup = tmp_path / "receipts", tmp_path / "backup.db"
+
+    def again() -> tuple[int, str]:
+        command = ["again", str(kept), "--config", str(tmp_path / "server.toml")]
+        done = CliRunner().invoke(erasing.app, command)
+        return done.exit_code, done.output
+
+    with opened(path, state) as store:
+        for name in ("lovelace", "hopper"):
+            store.create_subject("staff", name, "", {})
+        with sqlite3.connect(path) as raw:
+            raw.execute(f"VACUUM INTO '{backup}'")
+        old = store.delete_subject("staff", "lovelace").receipt
+        late = store.create_subject("staff", "late", "", {})
+        kept.write_text(f"{old}\n{store.delete_subject('staff', late.subject_id).receipt}\n\n")
+        list(store.erasing())
+    for other in path.parent.glob("gallery.db*"):
+        other.unlink()
+    backup.rename(path)
+    with opened(path, state) as store:
+        assert len(store.list_subjects("staff")[0]) == 2, "she is back"
+        # Whoever got the number of one who was deleted after the backup is somebody else.
+        store.create_subject("staff", "new", "", {})
+        code, said = again()
+        assert (code, "1 of 2 were there again" in said) == (0, True)
+        assert [s.subject_id for s in store.list_subjects("staff")[0]] == ["hopper", "new"]
+        entry = entries(store)[-1]
+        assert (entry["action"], entry["why"]) == ("SUBJECT_DELETED", "RESTORED")
+        assert again()[1].startswith("0 of 2")
+        assert judged(store) is None
+        forged = chain.Receipt.parse(old)
+        kept.write_text(chain.Signer(bytes(32)).receipt(forged).text())
+        assert "not signed by this store" in again()[1]
+        assert len(store.list_subjects("staff")[0]) == 2
+
+
+def test_what_is_in_a_process_is_found(tmp_path: Path) -> None:
+    signer = chain.Signer(bytes(32))
+    receipt = signer.receipt(chain.Receipt("log", 1, 1, "staff", 4711, "c", 1, "", 0, "", ""))
+    picture = tmp_path / "picture.jpg"
+    picture.write_bytes(bytes(range(256)) * 9)
+    program = (
+        "import sys; held = [b'Hedy' + b'Lamarr' * 3, bytes(range(256)) * 9]; "
+        "print(flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        try:
+            for words, there in (
+                ((b"HedyLamarrLamarrLamarr",), True),
+                ((erasing.mark(picture),), True),
+                ((b"Lovelace" * 3,), False),
+            ):
+                wanted = erasing.pattern_of(receipt, "", words)
+                assert (erasing.in_memory(child.pid, wanted) is not None) is there
+        finally:
+            child.kill()

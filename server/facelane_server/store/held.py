@@ -106,3 +106,9 @@ def set_right(store: Store, *, gallery_ids: Collection[str], now_ns: int) -> int
             .values(seen_ns=now_ns - now_ns % HOUR_NS)
         )
         return int(made.rowcount + seen.rowcount)
+
+
+def id_of(store: Store, gallery_id: str, number: int) -> str:
+    """The id of a subject; empty where it is not there."""
+    found = held(store, gallery_id=gallery_id, after=number - 1, count=1)
+    return found[0].subject_id if found and found[0].number == number else ""
