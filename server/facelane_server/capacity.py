@@ -50,6 +50,9 @@ _GROWTH: Final = 0.3
 """What the budget grows by at a reading while answers are far younger than they may be."""
 _MOST_YOUNG: Final = 1.6
 """As ``_MOST``, while answers are young."""
+_VIDEO_AT_ONCE: Final = 4
+"""Of a stream of video every fourth picture is taken at least: those between are decoded with it,
+and the more of them there are the older it is; fewer would only make answers late."""
 _KNOWN: Final = 0.3
 """Share of busy time from which on it says what more would fit."""
 _ALONE: Final = 1.5
@@ -61,6 +64,7 @@ class Demand:
     """What a stream sends: pictures a second, and whose they are.
 
     ``lossless``: it is pushed back by its own window and never thinned; it has its share.
+    ``video``: every picture of it is decoded, taken or not.
     """
 
     lane: int
@@ -69,6 +73,7 @@ class Demand:
     key_weight: int = 1
     weight: int = 10
     lossless: bool = False
+    video: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +278,10 @@ class Capacity:
         if self.budget is None:
             return {}
         rates = fair_rates(self._demands, part * self.budget)
+        for demand in self._demands:
+            if demand.video:
+                least = demand.fps / _VIDEO_AT_ONCE
+                rates[demand.lane] = max(rates[demand.lane], least)
         return {
             d.lane: rates[d.lane]
             for d in self._demands
@@ -299,6 +308,7 @@ class Capacity:
                     demand.key_weight,
                     demand.weight,
                     demand.lossless,
+                    demand.video,
                 )
             )
         self._streams = streams

@@ -248,6 +248,16 @@ def test_a_moment_in_which_nothing_went_on_is_not_what_a_card_can_carry() -> Non
     assert min(world.rates(12.0)) > 24.0
 
 
+def test_video_is_not_thinned_so_far_that_what_it_decodes_together_makes_it_late() -> None:
+    capacity = Capacity(TARGET_S, 2.0)
+    demands = [Demand(lane, 25.0, video=lane < 8) for lane in range(16)]
+    for _ in range(4):
+        busy = {"detector": 1.0}
+        rates = capacity.step(Reading(PERIOD_S, demands, 4, [1.0], busy, 0.01, 1.0))
+    assert {rates[lane] for lane in range(8)} == {25.0 / 4}
+    assert max(rates[lane] for lane in range(8, 16)) < 2.0
+
+
 @pytest.mark.parametrize("cameras", [56, 112])
 def test_over_what_fits_on_a_card_answers_keep_their_age_too(cameras: int) -> None:
     world = simulated([25.0] * cameras, **CARD)

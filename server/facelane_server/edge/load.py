@@ -121,7 +121,8 @@ class LoadWatch:
         demands, ages_s, answered = [], [], 0
         for lane in self._streams.lanes:
             tally = lane.tally()
-            demand = _demand(lane.lane_id, lane.options, lane.sender, tally.received / seconds)
+            fps = tally.received / seconds
+            demand = _demand(lane.lane_id, lane.options, lane.sender, fps, video=tally.video)
             demands.append(demand)
             answered += tally.results
             if not demand.lossless:
@@ -142,7 +143,9 @@ class LoadWatch:
         return Reading(seconds, demands, answered, ages_s, busy, alone_s, wait_s)
 
 
-def _demand(lane_id: int, options: LaneOptions, sender: Sender, fps: float) -> Demand:
+def _demand(
+    lane_id: int, options: LaneOptions, sender: Sender, fps: float, *, video: bool = False
+) -> Demand:
     return Demand(
         lane_id,
         fps,
@@ -150,4 +153,5 @@ def _demand(lane_id: int, options: LaneOptions, sender: Sender, fps: float) -> D
         sender.weight,
         options.weight,
         options.overload is Overload.LOSSLESS,
+        video,
     )

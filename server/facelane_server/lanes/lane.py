@@ -319,7 +319,7 @@ class Lane:
         self._tallied = (asked, self._results)
         ages_ns = tuple(self._ages_ns)
         self._ages_ns.clear()
-        return Tally(received, results, ages_ns)
+        return Tally(received, results, ages_ns, self.footage.is_video)
 
     def close_input(self) -> None:
         """No more frames will come."""

@@ -82,11 +82,12 @@ Update = TrackEnded | StageChanged | LaneDraining | RateChanged | KeyFrameWanted
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What happened in a lane since it was asked before. ``ages_ns``: of its results, the newest
-    of them where there are many."""
+    of them where there are many. ``video``: it brings no stills."""
 
     received: int
     results: int
     ages_ns: tuple[int, ...]
+    video: bool = False
 
 
 @dataclass(frozen=True, slots=True)
