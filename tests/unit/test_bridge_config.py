@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import facelane
 from facelane_bridge import config
 from facelane_bridge.config import ConfigError, Pace, SourceKind, Transport
+from facelane_bridge.runner import CameraRunner
 
 FULL = """
 status_interval = 30
@@ -47,9 +50,29 @@ def test_a_whole_file() -> None:
     assert door.policy.open_timeout == 10
 
 
+async def test_zones_lines_and_surer_names_of_a_camera() -> None:
+    text = one("false_naming = 0.0001") + (
+        '[[camera.zones]]\nname = "vault"\npolygon = [[0, 0], [1, 0], [1, 1]]\ndwell_s = 10\n'
+        '[[camera.lines]]\nname = "door"\nstart = [0, 0.5]\nend = [1, 0.5]\n'
+    )
+    [camera] = config.parse(text).cameras
+    unused: Any = None
+    server = config.ServerSettings()
+    runner = CameraRunner(camera, server, unused, unused, unused, unused)
+    options = runner._stream_options()
+    assert options["zones"] == [facelane.Zone("vault", ((0, 0), (1, 0), (1, 1)), 10.0)]
+    assert options["lines"] == [facelane.Line("door", (0, 0.5), (1, 0.5))]
+    assert (options["false_naming"], options["match_threshold"]) == (0.0001, None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (one('zones = [{name = "z", polygon = [[0, 0], [9, 9]]}]'), r"zones"),
+        (one('zones = [{name = "z", polygon = [[0, 0], [9, 9], [1, 1]]}]'), r"<= 1"),
+        (one('lines = [{name = "z", start = [0, 0]}]'), r"missing required field end"),
+        (one("false_naming = 1.5"), r"false_naming"),
+        (one("false_naming = 0.1\nmatch_threshold = 0.5"), r"one of false_naming and"),
         ("", r"no camera is configured"),
         ("[[camera", r"not valid TOML"),
         ("camera = 3", r"\[\[camera\]\] tables"),
