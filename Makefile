@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # The tests start hundreds of processes: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel release deb install-systemd clean
+.PHONY: help setup demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel docs release deb install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -113,6 +113,9 @@ models-report: setup ## the starter recogniser on people of your own: DATA=FOLDE
 
 wheel: setup ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+docs: setup ## the documentation as a site in build/site; a dead link ends it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q && echo "docs: build/site/index.html"
 
 release: setup ## checks, then wheel, sdist, SBOM and SHA256SUMS in dist/
 	@$(BIN)/python deploy/release.py
