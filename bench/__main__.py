@@ -20,7 +20,7 @@ from bench.settings import Settings
 
 CPU: Final = (
     "overhead", "article", "front", "recovery", "revocation", "bridge", "overload", "gallery",
-    "vault", "names", "fleet",
+    "vault", "names", "fleet", "shards",
 )  # fmt: skip
 GPU: Final = ("isolation", "leak", "streams", "decode")
 ABOUT: Final = {
@@ -32,6 +32,7 @@ ABOUT: Final = {
     "bridge": "one camera's H.264 through bridge and server: decoded by the bridge, or passed on",
     "overload": "more cameras than fit: age of results, equal rates, every frame's outcome",
     "gallery": "search at 10k to 1M templates against the memory's bandwidth; exactness",
+    "shards": "several processes at one address: frames a second; an enrolment at every shard",
     "vault": "what encryption at rest costs a start, an enrolment, an identification",
     "names": "whom a real clip's faces are named after while answers are late; who may enrol",
     "fleet": "nodes killed, added and drained under 24 cameras: gaps, accounts (needs ray)",
@@ -61,6 +62,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, default=None, help="folder of drawings")
     parser.add_argument(
+        "--shards", type=int, default=0, choices=range(1, 65), metavar="N",
+        help="so many processes at one address (shards, streams)",
+    )  # fmt: skip
+    parser.add_argument(
         "--servers", type=int, default=1, choices=range(1, 17), metavar="N",
         help="so many independent servers share the card (streams; with a card under MPS)",
     )  # fmt: skip
@@ -84,7 +89,12 @@ def main() -> int:
     for name, part in chosen:
 
         def keep(report: Report, part: str = part) -> Path:
-            report.part = f"{part}-x{args.servers}".strip("-") if args.servers > 1 else part
+            parts = (
+                part,
+                f"x{args.servers}" * (args.servers > 1),
+                f"shards{args.shards}" * (args.shards > 1),
+            )
+            report.part = "-".join(filter(None, parts))
             return report.write(args.out, command_line())
 
         settings = Settings(
@@ -95,6 +105,7 @@ def main() -> int:
             frames=args.frames,
             only=(part,) if part else (),
             servers=args.servers,
+            shards=args.shards,
             keep=keep,
         )
         console.print(f"[bold]{name}[/]{f', {part}' * bool(part)}: {ABOUT[name]}")

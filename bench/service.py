@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,8 +42,11 @@ class Service:
         start_s: float = START_S,
         environ: Mapping[str, str] | None = None,
         token: str | None = None,
+        shards: int = 1,
     ) -> None:
-        """``token``: a key's secret, where ``tables`` ask for keys."""
+        """``token``: a key's secret, where ``tables`` ask for keys. With several ``shards`` the
+        server listens on a port of this machine instead."""
+        self.shards = shards
         self._token = token
         self._pools = pools_toml
         self._tables = tables
@@ -56,9 +60,17 @@ class Service:
 
     async def __aenter__(self) -> Self:
         config = self.folder / "server.toml"
+        server = f'listen = "{self.target}"\n'
+        if self.shards > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.target = f"127.0.0.1:{probe.getsockname()[1]}"
+            server = f'listen = "{self.target}"\nshards = {self.shards}\n'
+            if "[auth]" not in self._tables:
+                server += '[auth]\nmode = "none"\n'
         config.write_text(
             f'state_dir = "{self.folder}/state"\nruntime_dir = "{self.folder}/run"\n'
-            f'[server]\nlisten = "{self.target}"\n[metrics]\nlisten = ""\n'
+            f'[server]\n{server}[metrics]\nlisten = ""\n'
             f'[log]\nformat = "json"\nlevel = "warning"\n{self._tables}\n{self._pools}\n'
         )
         for name in ("state", "run"):
@@ -136,15 +148,22 @@ class Service:
         return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
 
     def front(self) -> psutil.Process:
-        """The server's own process."""
+        """The server's own process; of several shards their keeper."""
         return psutil.Process(self.process.pid)
 
+    def fronts(self) -> list[psutil.Process]:
+        """Those that serve: one, or the shards."""
+        if self.shards == 1:
+            return [self.front()]
+        return [p for p in self.front().children() if "shard" in p.cmdline()]
+
     def workers(self) -> list[psutil.Process]:
-        """Its worker processes."""
-        found: list[psutil.Process] = self.front().children(recursive=True)
-        return found
+        """Worker processes."""
+        fronts = self.fronts()
+        return [w for front in fronts for w in front.children(recursive=True)]
 
     def rss_mib(self) -> float:
         """Resident memory of the server and its workers; shared pages count in each."""
-        total: int = sum(p.memory_info().rss for p in (self.front(), *self.workers()))
+        everything = {self.front(), *self.fronts(), *self.workers()}
+        total: int = sum(p.memory_info().rss for p in everything)
         return total / 2**20

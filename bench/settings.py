@@ -25,8 +25,9 @@ class Settings:
     imported models and the peers' environments are kept between runs. ``frames``: a
     folder of JPEG files instead of rendered frames, or None. ``docs``: where drawings go.
     ``only``: parts of a benchmark by name, empty = all. ``servers``: how many share the card, for
-    ``streams``. ``keep``: stores a report as far as it has come, so that a run that is ended early
-    leaves what it had measured.
+    ``streams``; ``shards``: how many processes each of them is, 0 = as the benchmark has it.
+    ``keep``: stores a report as far as it has come, so that a run that is ended early leaves what
+    it had measured.
     """
 
     smoke: bool
@@ -36,6 +37,7 @@ class Settings:
     frames: Path | None = None
     only: tuple[str, ...] = ()
     servers: int = 1
+    shards: int = 0
     keep: Callable[[Report], object] = _not_kept
     began: float = field(default_factory=time.monotonic)
 

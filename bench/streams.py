@@ -303,7 +303,13 @@ async def _servers(
             stack.push_async_callback(daemon.close)
             environ["CUDA_MPS_PIPE_DIRECTORY"] = str(daemon.pipe_directory)
         services = [
-            Service(pools, tables=tables, start_s=START_S, environ=environ)
+            Service(
+                pools,
+                tables=tables,
+                start_s=START_S,
+                environ=environ,
+                shards=max(1, settings.shards),
+            )
             for _ in range(settings.servers)
         ]
         for started in await asyncio.gather(
@@ -395,7 +401,7 @@ async def trial(
 async def _watch(services: Sequence[Service], begin: float, seconds: float) -> dict[str, Any]:
     """Shares of processor and card in the middle of a trial."""
     await asyncio.sleep(max(0.0, begin + 1.0 - time.monotonic()))
-    fronts = [service.front() for service in services]
+    fronts = [front for service in services for front in service.fronts()]
     workers = [worker for service in services for worker in service.workers()]
 
     def used() -> list[dict[int, float]]:

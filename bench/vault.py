@@ -57,7 +57,7 @@ async def _start(settings: Settings, report: Report) -> None:
         folder = Path(scratch)
         paths = {mode: folder / mode / "gallery.db" for mode in MODES}
         settings.say(f"{count} templates")
-        _fill(paths["open"], count, model_id, dim)
+        fill(paths["open"], count, model_id, dim)
         (folder / "encrypted").mkdir()
         shutil.copy(paths["open"], paths["encrypted"])
         begun = time.perf_counter()
@@ -88,7 +88,7 @@ async def _start(settings: Settings, report: Report) -> None:
     report.aim(f"a start with {count} encrypted templates, x", ratio, START_AT_MOST, at_most=True)
 
 
-def _fill(path: Path, count: int, model_id: str, dim: int) -> None:
+def fill(path: Path, count: int, model_id: str, dim: int) -> None:
     dice = np.random.default_rng(7)
     with contextlib.closing(open_store(path)) as database, database.writing() as connection:
         connection.execute(

@@ -221,6 +221,7 @@ def test_events_go_on_at_any_shard(sharded: Sharded) -> None:
             with client.analyze_stream(source_id=f"camera{number}"):
                 pass
         opened = [f"camera{number}" for number in range(6)]
+        told: list[list[str]] = []
         for _ in range(4):
             with sharded.client() as another, another.watch_events(token) as again:
                 found = []
@@ -228,9 +229,13 @@ def test_events_go_on_at_any_shard(sharded: Sharded) -> None:
                     event = next(again)
                     if event.kind == "STREAM_OPENED":
                         found.append(event.source_id)
-                assert found == opened
+                # In the store's order, which is one for all; shards write theirs as they can.
+                told.append(found)
+        assert sorted(told[0]) == opened
+        assert told == [told[0]] * 4
 
 
+@pytest.mark.slow
 def test_a_worker_is_restarted_and_a_model_reloaded_by_whichever_shard_is_asked(
     sharded: Sharded,
 ) -> None:
@@ -307,6 +312,7 @@ def _asked(sharded: Sharded) -> list[facelane.Degradation]:
     return []
 
 
+@pytest.mark.slow
 def test_hangup_reloads_one_after_the_other_and_streams_stay(tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     first, second = "a" * 43, "b" * 43
@@ -355,6 +361,7 @@ def _end(server: Sharded) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_the_end_is_in_order_and_without_a_keeper_nothing_is_left(tmp_path: Path) -> None:
     server = Sharded(tmp_path)
     server.wait_serving()
@@ -381,6 +388,7 @@ def test_the_end_is_in_order_and_without_a_keeper_nothing_is_left(tmp_path: Path
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_second_server_is_not_let_in(sharded: Sharded, tmp_path: Path) -> None:
     """Though ports are shared by those who ask for it."""
     other = Sharded(tmp_path)
@@ -394,6 +402,7 @@ def test_a_second_server_is_not_let_in(sharded: Sharded, tmp_path: Path) -> None
     second.stop()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_started_ends_with_its_reason(tmp_path: Path) -> None:
     """As a server of one process does."""
     server = Sharded(tmp_path, extra='[gallery]\npath = "/proc/nowhere/gallery.db"\n')
