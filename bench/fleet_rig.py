@@ -114,6 +114,17 @@ def _closed(connection: socket.socket, wait: float = 0.0) -> bool:
         return True
 
 
+def _patiently(begin: Callable[[], Any]) -> Any:
+    """Ray gives its own processes half a minute to start, which a busy machine may take."""
+    for _ in range(2):
+        try:
+            return begin()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return begin()
+
+
 @dataclass(eq=False)
 class Rig:
     """A cluster of nodes ``n0``, ``n1``, ... and a fleet of cameras ``cam-00``, ... in it."""
@@ -134,12 +145,8 @@ class Rig:
         from ray.cluster_utils import Cluster
 
         self.simulated = self._stack.enter_context(Cameras(self.fps, self.picture))
-        self._cluster: Any = Cluster(
-            initialize_head=True,
-            head_node_args={
-                **self._node_arguments(0), "include_dashboard": False, "_system_config": HEALTH
-            },
-        )  # fmt: skip
+        head = {**self._node_arguments(0), "include_dashboard": False, "_system_config": HEALTH}
+        self._cluster: Any = _patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self._stack.callback(self._cluster.shutdown)
         self._nodes: dict[str, Any] = {"n0": self._cluster.head_node}
         for _ in range(1, self.nodes):
@@ -179,7 +186,9 @@ class Rig:
     def add_node(self, cards: int = 0) -> str:
         """Another node, with cards as far as Ray knows; gives its name."""
         number = len(self._nodes)
-        node = self._cluster.add_node(num_gpus=cards, **self._node_arguments(number))
+        node = _patiently(
+            lambda: self._cluster.add_node(num_gpus=cards, **self._node_arguments(number))
+        )
         self._nodes[f"n{number}"] = node
         return f"n{number}"
 

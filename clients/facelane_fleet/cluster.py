@@ -293,7 +293,8 @@ def connected(address: str, wait: float = 0.0) -> Iterator[None]:
         if time.monotonic() >= until:
             raise FleetError(
                 f"no Ray cluster answers at {address!r}: begin one with "
-                "`ray start --head --node-name NAME`, or give --address"
+                "`ray start --head --node-name NAME`, or give --address; where it wants a token, "
+                "set RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH as `ray start` has them"
             )
         time.sleep(1.0)
     try:
