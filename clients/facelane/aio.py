@@ -229,6 +229,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     health = _awaited(calls.health)
     confirm_sighting = _awaited(calls.confirm_sighting)
     list_streams = _awaited(views.list_streams)
+    list_events = _awaited(views.list_events)
     event_picture = _awaited(views.event_picture)
     correct_identity = _awaited(views.correct_identity)
     undo_correction = _awaited(views.undo_correction)

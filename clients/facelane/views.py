@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterable
 from typing import Any
 
 import grpc
@@ -112,6 +112,37 @@ def list_corrections(
 def _correction(c: gallery_service_pb2.Correction) -> types.Correction:
     made = convert._moment(c.create_time) if c.HasField("create_time") else None
     return types.Correction(c.correction_id, c.subject_id, c.is_not, made)
+
+
+def list_events(
+    *,
+    before: int = 0,
+    kinds: Iterable[types.EventKind | str] = (),
+    source_ids: Iterable[str] = (),
+    gallery_ids: Iterable[str] = (),
+    page_size: int = 50,
+    timeout: float | None = None,
+) -> calls.Call[tuple[list[types.Event], int]]:
+    """A page of what has happened, the newest first, and what to give as ``before`` for the next
+    one; 0 = nothing older is kept. Events of a page have no resume token."""
+    return calls.Call(
+        lambda stubs: stubs.events.ListEvents,
+        event_service_pb2.ListEventsRequest(
+            before_sequence=before,
+            kinds=[
+                event_service_pb2.EventKind.Value(f"EVENT_KIND_{types.EventKind(kind).name}")
+                for kind in kinds
+            ],
+            source_ids=source_ids,
+            gallery_ids=gallery_ids,
+            page_size=convert.count("page_size", page_size),
+        ),
+        lambda answer: (
+            [convert.event(event_service_pb2.WatchEventsResponse(event=e)) for e in answer.events],
+            answer.next_before_sequence,
+        ),
+        timeout,
+    )
 
 
 def _open_stream(s: pb.OpenStream) -> types.OpenStream:

@@ -104,6 +104,12 @@ def test_the_picture_shows_whom_the_event_names(stage: Stage) -> None:
     state = stage.server.folder / "state"
     lying = b"".join(path.read_bytes() for path in state.rglob("*") if path.is_file())
     assert kept.picture[:200] not in lying
+    # The history has it too, the newest first, page by page.
+    page, older = stage.client.list_events(page_size=2)
+    assert [event.sequence for event in page] == [events[-1].sequence, events[-1].sequence - 1]
+    page, _ = stage.client.list_events(before=older, kinds=["SUBJECT_SEEN"], page_size=256)
+    assert first.sequence in [event.sequence for event in page]
+    assert {event.kind for event in page} == {facelane.EventKind.SUBJECT_SEEN}
     assert kept.chip[:200] not in lying
     assert "PICTURE_SEEN" in audit_of(stage)
 

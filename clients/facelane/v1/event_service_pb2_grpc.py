@@ -40,6 +40,11 @@ class EventServiceStub(object):
                 request_serializer=facelane_dot_v1_dot_event__service__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=facelane_dot_v1_dot_event__service__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
+        self.ListEvents = channel.unary_unary(
+                '/facelane.v1.EventService/ListEvents',
+                request_serializer=facelane_dot_v1_dot_event__service__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=facelane_dot_v1_dot_event__service__pb2.ListEventsResponse.FromString,
+                _registered_method=True)
         self.GetEventPicture = channel.unary_unary(
                 '/facelane.v1.EventService/GetEventPicture',
                 request_serializer=facelane_dot_v1_dot_event__service__pb2.GetEventPictureRequest.SerializeToString,
@@ -62,6 +67,13 @@ class EventServiceServicer(object):
         An event is told once it is kept: its token holds at every server of the store, and after
         restarts, for as long as `events.keep` and `events.keep_days` say.
         A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEvents(self, request, context):
+        """What has happened, the newest first, as far as it is kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +104,11 @@ def add_EventServiceServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=facelane_dot_v1_dot_event__service__pb2.WatchEventsRequest.FromString,
                     response_serializer=facelane_dot_v1_dot_event__service__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'ListEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvents,
+                    request_deserializer=facelane_dot_v1_dot_event__service__pb2.ListEventsRequest.FromString,
+                    response_serializer=facelane_dot_v1_dot_event__service__pb2.ListEventsResponse.SerializeToString,
             ),
             'GetEventPicture': grpc.unary_unary_rpc_method_handler(
                     servicer.GetEventPicture,
@@ -132,6 +149,33 @@ class EventService(object):
             '/facelane.v1.EventService/WatchEvents',
             facelane_dot_v1_dot_event__service__pb2.WatchEventsRequest.SerializeToString,
             facelane_dot_v1_dot_event__service__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/facelane.v1.EventService/ListEvents',
+            facelane_dot_v1_dot_event__service__pb2.ListEventsRequest.SerializeToString,
+            facelane_dot_v1_dot_event__service__pb2.ListEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

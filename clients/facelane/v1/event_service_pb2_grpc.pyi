@@ -40,6 +40,8 @@ class EventServiceStub:
     restarts, for as long as `events.keep` and `events.keep_days` say.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
     """
+    ListEvents: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.ListEventsRequest, _event_service_pb2.ListEventsResponse]
+    """What has happened, the newest first, as far as it is kept."""
     GetEventPicture: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.GetEventPictureRequest, _event_service_pb2.GetEventPictureResponse]
     """The best shot of an event's track, where one is kept (`track.has_picture`): see
     `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
@@ -63,6 +65,8 @@ class EventServiceAsyncStub(EventServiceStub):
     restarts, for as long as `events.keep` and `events.keep_days` say.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
     """
+    ListEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.ListEventsRequest, _event_service_pb2.ListEventsResponse]  # type: ignore[assignment]
+    """What has happened, the newest first, as far as it is kept."""
     GetEventPicture: _aio.UnaryUnaryMultiCallable[_event_service_pb2.GetEventPictureRequest, _event_service_pb2.GetEventPictureResponse]  # type: ignore[assignment]
     """The best shot of an event's track, where one is kept (`track.has_picture`): see
     `events.pictures` of the configuration. PICTURE_NOT_FOUND once retention, or the deletion of
@@ -89,6 +93,14 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         restarts, for as long as `events.keep` and `events.keep_days` say.
         A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
         """
+
+    @_abc_1.abstractmethod
+    def ListEvents(
+        self,
+        request: _event_service_pb2.ListEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_event_service_pb2.ListEventsResponse, _abc.Awaitable[_event_service_pb2.ListEventsResponse]]:
+        """What has happened, the newest first, as far as it is kept."""
 
     @_abc_1.abstractmethod
     def GetEventPicture(

@@ -67,6 +67,7 @@ _DIRECTIONS: Final = {
     Direction.IN: event_pb.CROSSING_DIRECTION_IN,
     Direction.OUT: event_pb.CROSSING_DIRECTION_OUT,
 }
+_PAGE: Final = 50
 _KINDS_BACK: Final = {number: kind for kind, number in _KINDS.items()}
 
 
@@ -333,19 +334,7 @@ class EventService(event_grpc.EventServiceServicer):
     async def WatchEvents(  # type: ignore[override]
         self, request: event_pb.WatchEventsRequest, context: Context
     ) -> None:
-        try:
-            kinds = [_KINDS_BACK[kind] for kind in set(request.kinds) if kind]
-        except KeyError:
-            raise convert.invalid("kinds: there is no such kind of event", field="kinds") from None
-        caller = gate.caller()
-
-        wanted = len(request.source_ids) + len(request.gallery_ids)
-        if wanted > limits.MAX_EVENT_FILTERS:
-            raise convert.invalid(
-                f"at most {limits.MAX_EVENT_FILTERS} source_ids and gallery_ids; watch all of them "
-                "instead",
-                field="source_ids",
-            )
+        kinds, caller = _kinds(request), gate.caller()
         with self._feed.watch(
             request.resume_token,
             kinds,
@@ -359,6 +348,26 @@ class EventService(event_grpc.EventServiceServicer):
                 if self._hears(caller, event):
                     await context.write(await self._told(event, caller))
                 del event  # until the next one comes, nobody is kept here
+
+    async def ListEvents(
+        self, request: event_pb.ListEventsRequest, context: Context
+    ) -> event_pb.ListEventsResponse:
+        kinds, caller = _kinds(request), gate.caller()
+        count = min(request.page_size or _PAGE, limits.MAX_EVENT_BATCH)
+        found = await self._feed.before(
+            request.before_sequence,
+            count,
+            kinds=[kind.value for kind in kinds],
+            source_ids=request.source_ids,
+            gallery_ids=request.gallery_ids,
+        )
+        response = event_pb.ListEventsResponse()
+        if len(found) == count:
+            response.next_before_sequence = found[-1].sequence
+        for event in found:
+            if caller.hears(event.source_id, event.gallery_id, event.sender):
+                response.events.append((await self._told(event, caller)).event)
+        return response
 
     async def _told(self, event: Event, caller: Caller) -> event_pb.WatchEventsResponse:
         gallery_id, source_id = event.gallery_id or None, event.source_id or None
@@ -383,6 +392,20 @@ class EventService(event_grpc.EventServiceServicer):
             subject = await self._gallery.get_subject(message.gallery_id, subject_id)
             message.track.display_name = subject.display_name
             message.track.labels.update(subject.labels)
+
+
+def _kinds(request: event_pb.WatchEventsRequest | event_pb.ListEventsRequest) -> list[EventKind]:
+    """Those that are asked for. Raises ARGUMENT_INVALID for what no filter may be."""
+    if len(request.source_ids) + len(request.gallery_ids) > limits.MAX_EVENT_FILTERS:
+        raise convert.invalid(
+            f"at most {limits.MAX_EVENT_FILTERS} source_ids and gallery_ids; ask for all of them "
+            "instead",
+            field="source_ids",
+        )
+    try:
+        return [_KINDS_BACK[kind] for kind in set(request.kinds) if kind]
+    except KeyError:
+        raise convert.invalid("kinds: there is no such kind of event", field="kinds") from None
 
 
 def _event(event: Event, view: convert.View) -> event_pb.Event:

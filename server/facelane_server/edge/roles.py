@@ -106,6 +106,7 @@ METHODS: Final[dict[str, Rule]] = {
     "/facelane.v1.GalleryService/ListCorrections": Rule("correct", _GALLERY),
     "/facelane.v1.EventService/WatchEvents": Rule("events"),
     "/facelane.v1.EventService/ConfirmSighting": Rule("confirm", _GALLERY),
+    "/facelane.v1.EventService/ListEvents": Rule("events"),
     # The event says of which gallery and source it is.
     "/facelane.v1.EventService/GetEventPicture": Rule("view"),
     "/facelane.v1.ViewService/ListStreams": Rule("view"),

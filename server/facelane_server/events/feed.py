@@ -89,6 +89,17 @@ class Keeper(Protocol):
     async def find(self, sequence: int) -> Event | None:
         """The event of a number, while it is kept."""
 
+    async def before(
+        self,
+        sequence: int,
+        count: int,
+        *,
+        kinds: Sequence[str],
+        source_ids: Sequence[str],
+        gallery_ids: Sequence[str],
+    ) -> list[Event]:
+        """Older events, the newest first; see ``store.events.before``."""
+
 
 class EventFeed:
     """The history and its watchers. All calls from the event loop's thread."""
@@ -271,6 +282,31 @@ class EventFeed:
         if self._keeper is not None:
             return await self._keeper.find(sequence)
         return next((event for event in self._ring if event.sequence == sequence), None)
+
+    async def before(
+        self,
+        sequence: int,
+        count: int,
+        *,
+        kinds: Sequence[str] = (),
+        source_ids: Sequence[str] = (),
+        gallery_ids: Sequence[str] = (),
+    ) -> list[Event]:
+        """At most ``count`` events before ``sequence`` (0 = from the newest on), the newest first.
+        Raises GALLERY_UNAVAILABLE."""
+        if self._keeper is not None:
+            return await self._keeper.before(
+                sequence, count, kinds=kinds, source_ids=source_ids, gallery_ids=gallery_ids
+            )
+        found = [
+            event
+            for event in reversed(self._ring)
+            if (not sequence or event.sequence < sequence)
+            and (not kinds or event.kind.value in kinds)
+            and (not source_ids or event.source_id in source_ids)
+            and (not gallery_ids or event.gallery_id in gallery_ids)
+        ]
+        return found[:count]
 
     # for the watchers
 

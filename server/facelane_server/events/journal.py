@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -159,6 +161,35 @@ class EventJournal:
                 Reason.DRAINING, "the server is shutting down; ask again", retryable=True
             ) from None
         return None if record is None else _event(record)
+
+    async def before(
+        self,
+        sequence: int,
+        count: int,
+        *,
+        kinds: Sequence[str],
+        source_ids: Sequence[str],
+        gallery_ids: Sequence[str],
+    ) -> list[Event]:
+        """See ``store.events.before``. Raises GALLERY_UNAVAILABLE (retryable)."""
+        loop = asyncio.get_running_loop()
+        asked = functools.partial(
+            stored.before,
+            self._database,
+            self._vault,
+            sequence,
+            count,
+            kinds=kinds,
+            source_ids=source_ids,
+            gallery_ids=gallery_ids,
+        )
+        try:
+            records = await loop.run_in_executor(self._readers, asked)
+        except RuntimeError:
+            raise FacelaneError(
+                Reason.DRAINING, "the server is shutting down; ask again", retryable=True
+            ) from None
+        return [_event(record) for record in records]
 
     # -- the task ----------------------------------------------------------------------------
 

@@ -215,6 +215,32 @@ def confirmed(candidate: EventRecord, kind: str, now_ns: int) -> EventRecord:
     return replace(candidate, sequence=0, kind=kind, time_ns=now_ns, candidate=candidate.sequence)
 
 
+def before(
+    database: Database,
+    vault: Vault,
+    sequence: int,
+    count: int,
+    *,
+    kinds: Sequence[str] = (),
+    source_ids: Sequence[str] = (),
+    gallery_ids: Sequence[str] = (),
+) -> list[EventRecord]:
+    """At most ``count`` events before ``sequence`` (0 = from the newest on), the newest first; of
+    those kinds, sources and galleries alone, where some are named."""
+    query = sa.select(events).order_by(events.c.sequence.desc()).limit(count)
+    if sequence:
+        query = query.where(events.c.sequence < sequence)
+    for column, wanted in (
+        (events.c.kind, kinds),
+        (events.c.source_id, source_ids),
+        (events.c.gallery_id, gallery_ids),
+    ):
+        if wanted:
+            query = query.where(column.in_(wanted))
+    with database.reading() as connection:
+        return named(connection, vault, connection.execute(query).all())
+
+
 def _names(connection: sa.Connection, vault: Vault, numbers: Iterable[str]) -> dict[str, str]:
     """Of the subjects that are there."""
     wanted = [int(number) for number in numbers]
