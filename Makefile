@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # The tests start hundreds of processes: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel docs release deb install-systemd clean
+.PHONY: help setup console demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel docs release deb install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "facelane needs Python 3.11 to 3.13; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)")'
 	@echo "setting up $(VENV) (about 2 GB, a few minutes) ..."
 	@$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[server,cli,bridge,events,fleet,onnx,nvidia,evaluate,postgres,demo]' --group dev
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[server,cli,bridge,events,console,fleet,onnx,nvidia,evaluate,postgres,demo]' --group dev
 	@touch $@
 
 demo: setup ## faces recognised from a synthetic camera, live on this terminal
@@ -110,6 +110,10 @@ models-report: setup ## the starter recogniser on people of your own: DATA=FOLDE
 	@test -n "$(DATA)" || { echo "say whose pictures: make models-report DATA=FOLDER, which holds subject/picture.jpg"; exit 2; }
 	@$(BIN)/facelane-server models evaluate facelane-recognizer --detector facelane-detector \
 	    --data "$(DATA)" --out "$(OUT)"
+
+console: setup ## build the console's page into clients/facelane_console/static (needs node and npm)
+	@cd clients/facelane_console/web && npm ci --no-audit --no-fund --silent && npm run --silent build
+	@$(BIN)/python clients/facelane_console/web/hash.py
 
 wheel: setup ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -1,0 +1,424 @@
+"""The console's own server: log-in, an API of JSON for the page, and sockets for what is live.
+
+The facelane key stays here. What is shown to a browser is what that key may see; what changes
+something carries the session's token, and comes from the console's own page (``guard``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import struct
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+import facelane
+from facelane_console import shown
+from facelane_console.guard import Guard
+from facelane_console.sessions import Session, Sessions
+
+STATIC: Final = Path(__file__).with_name("static")
+MAX_PICTURE: Final = 16 << 20
+MAX_KNOWN: Final = 10_000
+"""Acknowledged events that are remembered, until the console ends."""
+
+log = logging.getLogger(__name__)
+
+Client = facelane.aio.Client
+Handler = Callable[[Request, Session[Client]], Awaitable[Any]]
+
+_STATUS: Final = (
+    (facelane.AuthenticationError, 401),
+    (facelane.PermissionDeniedError, 403),
+    (facelane.NotFoundError, 404),
+    (facelane.AlreadyExistsError, 409),
+    (facelane.ConflictError, 409),
+    (facelane.ArgumentError, 400),
+    (facelane.PictureError, 400),
+    (facelane.EnrollmentRefusedError, 422),
+    (facelane.RefusedError, 422),
+    (facelane.OverloadedError, 429),
+    (facelane.UnavailableError, 503),
+    (facelane.DeadlineExceededError, 504),
+)
+
+
+def refusal(error: facelane.FacelaneError) -> JSONResponse:
+    status = next((code for kind, code in _STATUS if isinstance(error, kind)), 502)
+    told = {"reason": error.reason, "message": error.message, "metadata": dict(error.metadata)}
+    return JSONResponse(told, status)
+
+
+class Console:
+    """The application. ``connect``: a client for a key."""
+
+    def __init__(
+        self, connect: Callable[[str], Client], *, hosts: frozenset[str], tls: bool
+    ) -> None:
+        self._connect = connect
+        self._tls = tls
+        self._cookie = "__Host-facelane" if tls else "facelane"
+        self.sessions: Sessions[Client] = Sessions()
+        self._known: OrderedDict[int, None] = OrderedDict()
+        api = [
+            ("/session", "GET", self._session),
+            ("/streams", "GET", self._streams),
+            ("/events", "GET", self._events),
+            ("/events/{sequence:int}/picture", "GET", self._picture),
+            ("/events/{sequence:int}/correct", "POST", self._correct),
+            ("/events/{sequence:int}/acknowledge", "POST", self._acknowledge),
+            ("/corrections/{correction}", "DELETE", self._undo),
+            ("/people", "GET", self._people),
+            ("/people/{subject}", "GET", self._person),
+            ("/people/{subject}", "DELETE", self._erase),
+            ("/people/{subject}/faces", "POST", self._enroll),
+            ("/templates/{template}", "DELETE", self._forget),
+            ("/system", "GET", self._system),
+        ]
+        routes = [
+            Route("/api/login", self._login, methods=["POST"]),
+            Route("/api/logout", self._logout, methods=["POST"]),
+            *(Route(f"/api{path}", self._api(do), methods=[how]) for path, how, do in api),
+            WebSocketRoute("/api/live", self._live),
+            WebSocketRoute("/api/events/live", self._news),
+            Mount("/assets", StaticFiles(directory=STATIC / "assets", check_dir=False)),
+            Route("/{path:path}", self._page),
+        ]
+        self.app = Starlette(
+            routes=routes,
+            middleware=[Middleware(Guard, hosts=hosts, tls=tls)],
+            lifespan=self._life,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _life(self, _app: Starlette) -> AsyncIterator[None]:
+        async def sweep() -> None:
+            while True:
+                await asyncio.sleep(30.0)
+                for session in self.sessions.over():
+                    await session.client.close()
+
+        sweeper = asyncio.create_task(sweep(), name="sessions")
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            for session in self.sessions.all():
+                await session.client.close()
+
+    # -- log-in --------------------------------------------------------------------------------
+
+    async def _login(self, request: Request) -> Response:
+        if not self.sessions.may_try:
+            told = {"reason": "TOO_MANY_TRIES", "message": "wait a minute, then try again"}
+            return JSONResponse(told, 429)
+        try:
+            key = str((await _body(request))["key"])
+        except (KeyError, ValueError):
+            return JSONResponse({"reason": "ARGUMENT_INVALID", "message": "key is missing"}, 400)
+        client = self._connect(key)
+        try:
+            may = await _may(client)
+        except facelane.FacelaneError as error:
+            await client.close()
+            if isinstance(error, facelane.AuthenticationError):
+                self.sessions.failed()
+            return refusal(error)
+        begun = self.sessions.begin(client, may)
+        if begun is None:
+            await client.close()
+            return JSONResponse({"reason": "FULL", "message": "too many are logged in"}, 503)
+        word, session = begun
+        response = JSONResponse({"csrf": session.csrf, "may": may})
+        response.set_cookie(
+            self._cookie, word, httponly=True, samesite="strict", secure=self._tls, path="/"
+        )
+        return response
+
+    async def _logout(self, request: Request) -> Response:
+        word = request.cookies.get(self._cookie, "")
+        session = self.sessions.find(word)
+        if session is None or not session.accepts(request.headers.get("x-csrf-token", "")):
+            return JSONResponse({"reason": "NO_SESSION", "message": "log in first"}, 401)
+        self.sessions.end(word)
+        await session.client.close()
+        response = JSONResponse({})
+        response.delete_cookie(self._cookie, path="/")
+        return response
+
+    def _who(self, connection: HTTPConnection) -> Session[Client] | None:
+        return self.sessions.find(connection.cookies.get(self._cookie, ""))
+
+    def _api(self, do: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request) -> Response:
+            session = self._who(request)
+            if session is None:
+                return JSONResponse({"reason": "NO_SESSION", "message": "log in first"}, 401)
+            changes = request.method not in ("GET", "HEAD")
+            if changes and not session.accepts(request.headers.get("x-csrf-token", "")):
+                told = {"reason": "CSRF", "message": "the page is of another session: reload it"}
+                return JSONResponse(told, 403)
+            try:
+                answer = await do(request, session)
+            except facelane.FacelaneError as error:
+                if isinstance(error, facelane.AuthenticationError):
+                    self.sessions.end(request.cookies.get(self._cookie, ""))
+                    await session.client.close()
+                return refusal(error)
+            except (KeyError, ValueError):
+                told = {"reason": "ARGUMENT_INVALID", "message": "the request says too little"}
+                return JSONResponse(told, 400)
+            return answer if isinstance(answer, Response) else JSONResponse(answer)
+
+        return handle
+
+    async def _page(self, _request: Request) -> Response:
+        page = STATIC / "index.html"
+        if not page.is_file():
+            return Response("the page is not built: run `make console`", 503)
+        return FileResponse(page)
+
+    # -- the API -------------------------------------------------------------------------------
+
+    async def _session(self, _request: Request, session: Session[Client]) -> Any:
+        return {"csrf": session.csrf, "may": session.may}
+
+    async def _streams(self, _request: Request, session: Session[Client]) -> Any:
+        return [shown.stream(one) for one in await session.client.list_streams()]
+
+    async def _events(self, request: Request, session: Session[Client]) -> Any:
+        asked = request.query_params
+        page, older = await session.client.list_events(
+            before=int(asked.get("before", 0)),
+            kinds=asked.getlist("kind"),
+            source_ids=asked.getlist("source"),
+            page_size=50,
+        )
+        found = [{**shown.event(one), "known": one.sequence in self._known} for one in page]
+        return {"events": found, "before": older}
+
+    async def _picture(self, request: Request, session: Session[Client]) -> Response:
+        kept = await session.client.event_picture(request.path_params["sequence"])
+        chip = request.query_params.get("chip") == "1"
+        return Response(kept.chip if chip else kept.picture, media_type="image/jpeg")
+
+    async def _correct(self, request: Request, session: Session[Client]) -> Any:
+        said = await _body(request)
+        subject_id = str(said.get("subject", ""))
+        done = await session.client.correct_identity(
+            request.path_params["sequence"],
+            is_not=not subject_id,
+            subject_id=subject_id,
+            create_subject=bool(said.get("create", False)),
+            timeout=20.0,
+        )
+        return {"id": done.correction_id, "subject": done.subject_id, "is_not": done.is_not}
+
+    async def _undo(self, request: Request, session: Session[Client]) -> Any:
+        gallery = request.query_params.get("gallery", "")
+        await session.client.undo_correction(request.path_params["correction"], gallery=gallery)
+        return {}
+
+    async def _acknowledge(self, request: Request, _session: Session[Client]) -> Any:
+        self._known[request.path_params["sequence"]] = None
+        while len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+        return {}
+
+    async def _people(self, request: Request, session: Session[Client]) -> Any:
+        gallery = request.query_params.get("gallery", "")
+        wanted = request.query_params.get("q", "").lower()
+        found = []
+        async with contextlib.aclosing(
+            session.client.list_subjects(gallery=gallery)  # type: ignore[type-var]
+        ) as people:
+            async for one in people:
+                if wanted in f"{one.subject_id} {one.display_name}".lower():
+                    found.append(shown.subject(one))
+                if len(found) >= 500:
+                    break
+        return found
+
+    async def _person(self, request: Request, session: Session[Client]) -> Any:
+        subject, gallery = request.path_params["subject"], request.query_params.get("gallery", "")
+        kept = await session.client.get_subject(subject, gallery=gallery)
+        faces = await session.client.list_templates(subject, gallery=gallery)
+        return {**shown.subject(kept), "faces": [shown.template(one) for one in faces]}
+
+    async def _erase(self, request: Request, session: Session[Client]) -> Any:
+        subject, gallery = request.path_params["subject"], request.query_params.get("gallery", "")
+        gone = await session.client.erase_subject(subject, gallery=gallery, timeout=20.0)
+        return {"templates": gone.templates, "receipt": gone.receipt}
+
+    async def _enroll(self, request: Request, session: Session[Client]) -> Any:
+        data = await _bytes(request)
+        asked = request.query_params
+        done = await session.client.enroll(
+            request.path_params["subject"],
+            facelane.Picture.encoded(data),
+            gallery=asked.get("gallery", ""),
+            display_name=asked.get("name", ""),
+            require_live=asked.get("live") == "1",
+            timeout=20.0,
+        )
+        return {
+            **shown.subject(done.subject),
+            "face": shown.template(done.template),
+            "warnings": [warning.value for warning in done.warnings],
+        }
+
+    async def _forget(self, request: Request, session: Session[Client]) -> Any:
+        gallery = request.query_params.get("gallery", "")
+        await session.client.delete_template(request.path_params["template"], gallery=gallery)
+        return {}
+
+    async def _system(self, _request: Request, session: Session[Client]) -> Any:
+        client = session.client
+        info, pools, health = await asyncio.gather(
+            client.server_info(), client.pools(), client.health()
+        )
+        streams: list[facelane.OpenStream] = []
+        if session.may["view"]:
+            streams = await client.list_streams()
+        told = shown.system(info, pools, health)
+        return {**told, "cameras": [shown.stream(one) for one in streams]}
+
+    # -- what is live --------------------------------------------------------------------------
+
+    async def _live(self, socket: WebSocket) -> None:
+        """Pictures of one source: the length of what is told (4 bytes), that as JSON, the bytes.
+        A browser that is too slow is waited for, and the server then leaves pictures out."""
+        session = self._who(socket)
+        if session is None:
+            await socket.close(4401)
+            return
+        await socket.accept()
+        asked = socket.query_params
+        fps = min(30.0, max(0.5, float(asked.get("fps", "25"))))
+        looking = session.client.watch_stream(
+            asked.get("source", ""),
+            stream_id=asked.get("stream", ""),
+            max_fps=fps,
+            results_only=True,
+        )
+
+        async def send() -> None:
+            async with contextlib.aclosing(looking) as pictures:
+                async for seen in pictures:
+                    told = json.dumps(shown.picture(seen)).encode()
+                    head = struct.pack(">I", len(told))
+                    await socket.send_bytes(head + told + seen.picture.data)
+
+        await self._until_left(socket, send())
+
+    async def _news(self, socket: WebSocket) -> None:
+        """Events as they happen, as JSON."""
+        session = self._who(socket)
+        if session is None:
+            await socket.close(4401)
+            return
+        await socket.accept()
+
+        async def send() -> None:
+            async with session.client.watch_events() as events:
+                async for event in events:
+                    await socket.send_text(json.dumps(shown.event(event)))
+
+        await self._until_left(socket, send())
+
+    async def _until_left(self, socket: WebSocket, work: Any) -> None:
+        """Does the work until the browser leaves, its session ends, or it is done."""
+        sender = asyncio.create_task(work)
+
+        async def left() -> None:
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+                while True:
+                    await socket.receive_text()
+
+        async def ended() -> None:
+            while self._who(socket) is not None:
+                await asyncio.sleep(1.0)
+
+        others = [asyncio.create_task(left()), asyncio.create_task(ended())]
+        code = 1000
+        try:
+            await asyncio.wait([sender, *others], return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+            elif others[1].done():
+                code = 4401
+        except facelane.FacelaneError as error:
+            code = 4403 if isinstance(error, facelane.PermissionDeniedError) else 4404
+        except (WebSocketDisconnect, RuntimeError):
+            pass
+        finally:
+            for task in (sender, *others):
+                task.cancel()
+            await asyncio.gather(sender, *others, return_exceptions=True)
+            with contextlib.suppress(RuntimeError):
+                await socket.close(code)
+
+
+async def _may(client: Client) -> dict[str, bool]:
+    """What the key may, by trying: raises AuthenticationError for one that is not known."""
+
+    async def try_(call: Awaitable[Any]) -> bool:
+        try:
+            await call
+        except facelane.PermissionDeniedError:
+            return False
+        except facelane.AuthenticationError:
+            raise
+        except facelane.FacelaneError:
+            return True
+        return True
+
+    async def first_subject() -> None:
+        async with contextlib.aclosing(
+            client.list_subjects(gallery="", page_size=1)  # type: ignore[type-var]
+        ) as people:
+            async for _ in people:
+                return
+
+    await client.server_info()
+    view, people, events, correct, enroll = await asyncio.gather(
+        try_(client.list_streams()),
+        try_(first_subject()),
+        try_(client.list_events(page_size=1)),
+        try_(client.correct_identity(0, is_not=True)),
+        try_(client.enroll("x", facelane.Picture.encoded(b"\xff\xd8none"), gallery="")),
+    )
+    return {
+        "view": view, "people": people, "events": events, "correct": correct, "enroll": enroll,
+    }  # fmt: skip
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    data = await _bytes(request)
+    found = json.loads(data or b"{}")
+    if not isinstance(found, dict):
+        raise ValueError("no object")  # noqa: TRY004 - of what was sent
+    return found
+
+
+async def _bytes(request: Request) -> bytes:
+    """The body, bounded. Raises ``ValueError``."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_PICTURE:
+            raise ValueError("too large")
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,95 @@
+"""The command ``facelane-console``."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import facelane
+from facelane_console import app
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="facelane-console",
+        description="A web page for a facelane server: cameras live, events, people, the system.",
+    )
+    made.add_argument(
+        "--target", default=os.environ.get("FACELANE_TARGET"),
+        help="the server, host:port or unix:/path (default: $FACELANE_TARGET, else this user's)",
+    )  # fmt: skip
+    made.add_argument("--tls-ca", help="PEM of the authority of the server's certificate")
+    made.add_argument(
+        "--listen", default="127.0.0.1:9160", metavar="HOST:PORT",
+        help="where browsers find the page (default: %(default)s); off loopback TLS is needed",
+    )  # fmt: skip
+    made.add_argument("--cert", type=Path, help="PEM certificate chain for browsers")
+    made.add_argument("--key", type=Path, help="PEM private key")
+    made.add_argument(
+        "--name", action="append", default=[], metavar="HOST",
+        help="a name by which browsers may call the page, where it is not the address; repeatable",
+    )  # fmt: skip
+    return made
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def build(arguments: argparse.Namespace) -> tuple[app.Console, str, int]:
+    """The console, and where it listens. Raises ``SystemExit`` with what to write instead."""
+    host, _, port = arguments.listen.rpartition(":")
+    if not host or not port.isdigit():
+        raise SystemExit(f"--listen {arguments.listen}: write HOST:PORT")
+    if bool(arguments.cert) != bool(arguments.key):
+        raise SystemExit("--cert and --key go together")
+    if not (is_loopback(host) or arguments.cert):
+        raise SystemExit(
+            f"--listen {arguments.listen}: other machines reach it, and keys and pictures would "
+            "cross the network unencrypted; give --cert and --key, or listen on 127.0.0.1 behind "
+            "a proxy with TLS"
+        )
+    # Whoever logs in acts with the key that he shows, and never with one of the console's own.
+    for name in ("FACELANE_TOKEN", "FACELANE_TOKEN_FILE"):
+        os.environ.pop(name, None)
+    tls = facelane.Tls(ca_file=arguments.tls_ca) if arguments.tls_ca else None
+
+    def connect(key: str) -> facelane.aio.Client:
+        return facelane.aio.Client(arguments.target, token=key or None, tls=tls)
+
+    names = {host.strip("[]").lower(), *(name.lower() for name in arguments.name)}
+    if is_loopback(host):
+        names |= {"localhost", "127.0.0.1", "::1"}
+    return app.Console(connect, hosts=frozenset(names), tls=bool(arguments.cert)), host, int(port)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    console, host, port = build(arguments)
+    import uvicorn
+
+    scheme = "https" if arguments.cert else "http"
+    print(f"facelane-console: {scheme}://{host}:{port}/", file=sys.stderr, flush=True)
+    uvicorn.run(
+        console.app,
+        host=host.strip("[]"),
+        port=port,
+        ssl_certfile=arguments.cert,
+        ssl_keyfile=arguments.key,
+        log_level="warning",
+        server_header=False,
+        ws_max_size=1 << 16,
+        timeout_graceful_shutdown=2,
+        # A proxy's word for who calls is not taken.
+        proxy_headers=False,
+    )
+    return 0
