@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import struct
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,6 +31,7 @@ from facelane_console.guard import Guard
 from facelane_console.sessions import Session, Sessions
 
 STATIC: Final = Path(__file__).with_name("static")
+_NOTHING: Final = facelane.Picture(facelane.Encoding.JPEG, b"\xff\xd8\xff")
 MAX_PICTURE: Final = 16 << 20
 MAX_KNOWN: Final = 10_000
 """Acknowledged events that are remembered, until the console ends."""
@@ -61,8 +63,8 @@ def refusal(error: facelane.FacelaneError) -> JSONResponse:
     return JSONResponse(told, status)
 
 
-class Console:
-    """The application. ``connect``: a client for a key."""
+class Site:
+    """The console. ``connect``: a client for a key."""
 
     def __init__(
         self, connect: Callable[[str], Client], *, hosts: frozenset[str], tls: bool
@@ -398,7 +400,8 @@ async def _may(client: Client) -> dict[str, bool]:
         try_(first_subject()),
         try_(client.list_events(page_size=1)),
         try_(client.correct_identity(0, is_not=True)),
-        try_(client.enroll("x", facelane.Picture.encoded(b"\xff\xd8none"), gallery="")),
+        # Refused before the picture is looked at: there is no such subject.
+        try_(client.enroll(secrets.token_hex(16), _NOTHING, create_subject=False, gallery="")),
     )
     return {
         "view": view, "people": people, "events": events, "correct": correct, "enroll": enroll,

@@ -45,7 +45,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def build(arguments: argparse.Namespace) -> tuple[app.Console, str, int]:
+def build(arguments: argparse.Namespace) -> tuple[app.Site, str, int]:
     """The console, and where it listens. Raises ``SystemExit`` with what to write instead."""
     host, _, port = arguments.listen.rpartition(":")
     if not host or not port.isdigit():
@@ -69,7 +69,7 @@ def build(arguments: argparse.Namespace) -> tuple[app.Console, str, int]:
     names = {host.strip("[]").lower(), *(name.lower() for name in arguments.name)}
     if is_loopback(host):
         names |= {"localhost", "127.0.0.1", "::1"}
-    return app.Console(connect, hosts=frozenset(names), tls=bool(arguments.cert)), host, int(port)
+    return app.Site(connect, hosts=frozenset(names), tls=bool(arguments.cert)), host, int(port)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

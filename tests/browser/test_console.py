@@ -80,7 +80,9 @@ def test_enrol_see_the_name_correct_it_and_delete_with_a_receipt(page: Any, hous
     names_say(page, "unknown")
     # Pictures are shown as they come, each with what was found in it.
     first = int(page.locator("canvas").get_attribute("data-painted"))
-    page.wait_for_function(f"+document.querySelector('canvas').dataset.painted > {first + 20}")
+    page.wait_for_function(
+        "least => +document.querySelector('canvas').dataset.painted > least", arg=first + 20
+    )
     view(page, "People")
     page.get_by_label("Id").fill("grace")
     page.get_by_label("Name").fill("Grace Hopper")
@@ -100,8 +102,10 @@ def test_enrol_see_the_name_correct_it_and_delete_with_a_receipt(page: Any, hous
     figure(page, "live")
 
     view(page, "Events")
-    seen = page.locator("li.event[data-kind=SUBJECT_SEEN]").first
-    seen.wait_for()
+    newest = page.locator("li.event[data-kind=SUBJECT_SEEN]").first
+    newest.wait_for()
+    # The very one: others come before it.
+    seen = page.locator(f"li.event[data-sequence='{newest.get_attribute('data-sequence')}']")
     assert (
         seen.locator("img").evaluate("async img => { await img.decode(); return img.naturalWidth }")
         == 224
@@ -113,7 +117,9 @@ def test_enrol_see_the_name_correct_it_and_delete_with_a_receipt(page: Any, hous
     seen.get_by_text("Corrected: not grace.").wait_for()
     view(page, "Live")
     names_say(page, "unknown")
-    page.wait_for_function("!document.querySelector('canvas').dataset.names.includes('grace')")
+    page.wait_for_function(
+        "() => !document.querySelector('canvas').dataset.names.includes('grace')"
+    )
 
     view(page, "System")
     page.get_by_text("detector#0").wait_for()

@@ -205,7 +205,7 @@ def test_compose_names_what_is_there(path: Path) -> None:
 def test_images_install_extras_that_there_are() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = re.findall(r'"\.\[([\w,]+)\]"', CONTAINERFILE)
-    assert len(wanted) == 2
+    assert len(wanted) == 3
     for extra in itertools.chain.from_iterable(words.split(",") for words in wanted):
         assert extra in project["optional-dependencies"]
     for command in re.findall(r'CMD \["([\w-]+)"', CONTAINERFILE):

@@ -267,6 +267,7 @@ def test_commands_in_documents_exist() -> None:
         "facelane": "facelane.cli",
         "facelane-server": "facelane_server.cli",
         "facelane-bridge": "facelane_bridge.cli",
+        "facelane-console": "facelane_console.cli",
         "facelane-events": "facelane_events.cli",
         "facelane-fleet": "facelane_fleet.cli",
     }

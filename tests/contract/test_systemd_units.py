@@ -31,7 +31,7 @@ DEPLOY = ROOT / "deploy"
 SYSTEM = DEPLOY / "systemd" / "system"
 UNITS = sorted(path.name for path in SYSTEM.iterdir())
 SERVICES = [name for name in UNITS if name.endswith(".service")]
-PROGRAMS = ("facelane-server", "facelane-bridge", "facelane-events")
+PROGRAMS = ("facelane-server", "facelane-bridge", "facelane-events", "facelane-console")
 MAX_EXPOSURE_TENTHS = 25
 
 needs_systemd = [
