@@ -17,6 +17,7 @@ from facelane_server.domain import Encoding, FacelaneError, Picture, Reading, Re
 from facelane_server.edge import convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
+from facelane_server.edge.operations import for_confirmers
 from facelane_server.edge.pictures import SinglePictures
 from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.roles import Verb
@@ -194,6 +195,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         gallery_id, track = event.gallery_id, event.track
         if not caller.may("correct", gallery=gallery_id, source=event.source_id):
             caller.place("correct", gallery=gallery_id, source=event.source_id)
+        for_confirmers(event, caller)
         if track is None or not track.picture:
             raise picture_not_found()
         photo = await self._kept.get(track.picture)

@@ -290,6 +290,7 @@ class EventService(event_grpc.EventServiceServicer):
             raise event_not_found()
         if not caller.may("view", gallery=event.gallery_id, source=event.source_id):
             caller.place("view", gallery=event.gallery_id, source=event.source_id)
+        for_confirmers(event, caller)
         if event.track is None or not event.track.picture:
             raise not_found()
         photo = await self._pictures.get(event.track.picture)
@@ -365,7 +366,7 @@ class EventService(event_grpc.EventServiceServicer):
         if len(found) == count:
             response.next_before_sequence = found[-1].sequence
         for event in found:
-            if caller.hears(event.source_id, event.gallery_id, event.sender):
+            if self._hears(caller, event):
                 response.events.append((await self._told(event, caller)).event)
         return response
 
@@ -392,6 +393,18 @@ class EventService(event_grpc.EventServiceServicer):
             subject = await self._gallery.get_subject(message.gallery_id, subject_id)
             message.track.display_name = subject.display_name
             message.track.labels.update(subject.labels)
+
+
+def for_confirmers(event: Event, caller: Caller) -> None:
+    """Raises PERMISSION_DENIED for a candidate, where the caller is none of those who confirm."""
+    if event.kind is EventKind.SUBJECT_CANDIDATE and not caller.may(
+        "confirm", gallery=event.gallery_id, source=event.source_id
+    ):
+        raise FacelaneError(
+            Reason.PERMISSION_DENIED,
+            "the event waits for those who confirm it (the verb `confirm`)",
+            metadata={"scope": "confirm"},
+        )
 
 
 def _kinds(request: event_pb.WatchEventsRequest | event_pb.ListEventsRequest) -> list[EventKind]:
