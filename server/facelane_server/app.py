@@ -99,17 +99,10 @@ class App:
     def degradations(self) -> list[Degradation]:
         found = []
         if self._gallery is not None and (cause := self._gallery.trouble):
-            what = (
-                "nobody is named until the store can be reached: others may have deleted somebody"
-                if cause == "FENCED"
-                else "recognition goes on from memory, changes are refused"
-            )
-            found.append(Degradation("store", cause, f"{what}; see the server's log"))
+            found.append(Degradation.of_store(cause))
         journal = self._journal
         if journal is not None and (journal.trouble or journal.dropped):
-            lost = f", {journal.dropped} were lost" if journal.dropped else ""
-            waiting = f"{journal.waiting} events wait to be written and told{lost}"
-            found.append(Degradation("events", journal.trouble or "LOST", waiting))
+            found.append(Degradation.of_events(journal.trouble, journal.waiting, journal.dropped))
         return found
 
     def request_end(self, grace_s: float | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from facelane_server.domain import Stage
 from facelane_server.pools.pool import Pool
@@ -28,6 +28,24 @@ class Degradation:
     component: str
     cause: str
     message: str
+
+    @classmethod
+    def of_store(cls, cause: str) -> Self:
+        what = (
+            "nobody is named until the store can be reached: others may have deleted somebody"
+            if cause == "FENCED"
+            else "recognition goes on from memory, changes are refused"
+        )
+        return cls("store", cause, f"{what}; see the server's log")
+
+    @classmethod
+    def of_events(cls, cause: str, waiting: int, dropped: int) -> Self:
+        lost = f", {dropped} were lost" if dropped else ""
+        return cls(
+            "events",
+            cause or "LOST",
+            f"{waiting} events wait to be written and told{lost}",
+        )
 
 
 class Controls(Protocol):
