@@ -381,7 +381,7 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
         last = min(first + owner.event_burst - 1, owner.events_end)
         numbers = range(first, last + 1)
         yield event_service_pb2.WatchEventsResponse(resume_token=str(first - 1))
-        for number in self._numbers(numbers, context):
+        for number in self._numbers(numbers, first + owner.event_burst - 1, context):
             event = event_service_pb2.Event(
                 sequence=number,
                 kind=event_service_pb2.EVENT_KIND_SUBJECT_SEEN,
@@ -396,9 +396,9 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
         if owner.after_subscription:
             owner.failures.append(owner.after_subscription.popleft())
 
-    def _numbers(self, burst: range, context: Context) -> Iterator[int]:
-        """The burst, and where the subscription stays open what ``events_end`` makes room for,
-        and one more when it is told so."""
+    def _numbers(self, burst: range, most: int, context: Context) -> Iterator[int]:
+        """The burst, and where the subscription stays open what ``events_end`` makes room for, up
+        to ``most``, and one more when it is told so."""
         yield from burst
         owner = self._owner
         if owner.events_stay_open:
@@ -406,7 +406,7 @@ class _Events(event_service_pb2_grpc.EventServiceServicer):
             context.add_callback(ended.set)
             following = burst.stop
             while not ended.wait(0.01):
-                while following <= owner.events_end and not ended.is_set():
+                while following <= min(owner.events_end, most) and not ended.is_set():
                     yield following
                     following += 1
                 if owner.say_event.is_set():
