@@ -33,7 +33,7 @@ from facelane_server.domain import (
     Stage,
     StageTiming,
 )
-from facelane_server.edge import convert, errors, operations
+from facelane_server.edge import convert, errors, operations, whole
 from facelane_server.edge.auth import Key
 from facelane_server.edge.roles import ANYBODY, Role
 from facelane_server.events import EventKind
@@ -52,7 +52,7 @@ CONFIG = config.Config()
         (LivenessVerdict, convert.VERDICTS, pb.LivenessVerdict, "LIVENESS_VERDICT_"),
         (DropReason, convert.DROPS, analysis_pb.DropReason, "DROP_REASON_"),
         (EventKind, operations._KINDS, event_pb.EventKind, "EVENT_KIND_"),
-        (Life, operations._LIVES, server_pb.WorkerState, "WORKER_STATE_"),
+        (Life, whole.LIVES, server_pb.WorkerState, "WORKER_STATE_"),
         (
             Encoding,
             {v: k for k, v in convert.ENCODINGS.items()},
