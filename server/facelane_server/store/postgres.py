@@ -102,6 +102,7 @@ class PostgresDatabase(Database):
             pool_pre_ping=True,
             pool_recycle=1800,
         )
+        sa.event.listen(self.engine, "checkin", self._given_back)
         # One state throughout for readers, and the newest for writers, who hold their counters.
         self._readers = self.engine.execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
@@ -273,6 +274,11 @@ class PostgresDatabase(Database):
         self._closed.set()
         with self._lock:
             self.engine.dispose()
+
+    def _given_back(self, connection: Any, _record: object) -> None:
+        """Into a pool that is gone, by a call that was under way when the store was closed."""
+        if self._closed.is_set() and connection is not None:
+            connection.close()
 
     def end_waiting(self) -> None:
         self._hang_up()
