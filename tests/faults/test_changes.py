@@ -122,8 +122,11 @@ async def test_a_drain_under_faults_gives_every_frame_an_outcome(tmp_path: Path,
             books = await asyncio.wait_for(asyncio.gather(*streams), 100.0)
         await auntil(lambda: server.process.poll() is not None, what="the end")
         assert server.process.returncode == 0
-        assert "Traceback" not in server.text()
-    for book in books:
+        assert "Traceback" not in server.text(), server.text()[-6000:]
+    # One that had not been let in when the drain began was refused, and nothing of it taken.
+    let_in = [book for book in books if book.ended != "DRAINING" or book.outcomes]
+    assert let_in
+    for book in let_in:
         assert not book.broken, book
         assert book.outcomes == book.sent, book
         assert set(book.drops) <= {"DRAINING", "SUPERSEDED", "TOO_OLD", "THINNED"}
