@@ -322,15 +322,19 @@ def test_a_key_frame_that_opens_a_decoder_and_is_broken() -> None:
     assert shows(found, 1)
 
 
-def test_a_decoder_that_cannot_be_opened_is_its_lane_s_error() -> None:
+@pytest.mark.parametrize("reason", [Reason.VIDEO_UNSUPPORTED, Reason.PICTURE_CORRUPT])
+def test_a_decoder_that_cannot_be_opened_is_its_lane_s_error(reason: Reason) -> None:
     engine, units = SlowEngine(), clip(count=2)
-    engine.fault = FacelaneError(Reason.VIDEO_UNSUPPORTED, "not this")
+    engine.fault = FacelaneError(reason, "not this")
     engine.let.set()
     held = video.Sessions(engine, max_pixels=0)
     (found,) = read(held, (item(0, 0, 0), units[:1]))
     assert isinstance(found, FacelaneError)
-    assert found.reason is Reason.VIDEO_UNSUPPORTED
+    assert found.reason is reason
     assert len(held) == 0
+    engine.fault = None
+    (found,) = read(held, (item(0, 1, 1), units))
+    assert shows(found, 1), "the next group opens another"
 
 
 def test_another_size_with_a_key_frame() -> None:

@@ -174,6 +174,11 @@ class Session:
         self.position += 1
         self._undecoded.append(unit)
 
+    @property
+    def is_open(self) -> bool:
+        """False too where its decoder could not be opened: it is of no more use then."""
+        return not isinstance(self._decoder, Future)
+
     def opened(self, wait_s: float) -> bool:
         """Whether there is a decoder by now. Raises what opening it has raised."""
         if isinstance(self._decoder, Future):
@@ -324,7 +329,7 @@ class Sessions:
                 PictureHeld(session.position, session.held) if picture is None else picture.read()
             )
         except FacelaneError as error:
-            if error.reason is not Reason.PICTURE_CORRUPT:
+            if error.reason is not Reason.PICTURE_CORRUPT or not session.is_open:
                 self._sessions.pop(item.lane, None)
             return error
         finally:
