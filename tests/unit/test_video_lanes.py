@@ -618,6 +618,57 @@ def test_what_belonged_to_a_worker_that_is_gone() -> None:
     assert everything(lineup, "c") == [9]
 
 
+def test_what_came_back_from_a_worker_that_is_gone_waits_once() -> None:
+    lineup: Lineup[str] = Lineup()
+    tasks = [task(lane) for lane in range(3)]
+    for one in [*tasks, task(7)]:
+        lineup.put(one, ["a"])
+    assert lineup.take("a", 3, lambda _: True) == tasks
+    for one in reversed(tasks):
+        lineup.put_back(one, alone=False)
+    lineup.settle(["b"])
+    assert len(lineup) == 4
+    # In one batch: a queue that runs empty forgets what it had too much of.
+    assert [one.lane for one in lineup.take("b", 9, lambda _: True)] == [0, 1, 2, 7]
+    assert len(lineup) == 0
+
+
+@given(st.data())
+def test_every_task_waits_once_wherever_its_lane_goes(data: st.DataObject) -> None:
+    """Tasks come, are taken, come back and lose their workers, in any order."""
+    lineup: Lineup[str] = Lineup()
+    names = ["a", "b", "c"]
+    seats = names[:1]
+    waiting: dict[int, AnyTask] = {}
+    out: dict[int, AnyTask] = {}
+    for _ in range(data.draw(st.integers(1, 30))):
+        match data.draw(st.sampled_from(["put", "put", "take", "back", "seats", "withdraw"])):
+            case "put":
+                one = task(data.draw(st.integers(0, 4)), data.draw(st.integers(0, 1)))
+                lineup.put(one, seats)
+                waiting[id(one)] = one
+            case "take" if seats and waiting:
+                most = data.draw(st.sampled_from([1, 2, 9]))
+                for one in lineup.take(data.draw(st.sampled_from(seats)), most, lambda _: True):
+                    out[id(one)] = waiting.pop(id(one))
+            case "back" if out:
+                one = out.pop([*out][data.draw(st.integers(0, len(out) - 1))])
+                lineup.put_back(one, alone=data.draw(st.booleans()))
+                waiting[id(one)] = one
+            case "seats":
+                seats = data.draw(st.lists(st.sampled_from(names), unique=True))
+                lineup.settle(seats)
+            case "withdraw" if waiting:
+                one = waiting.pop([*waiting][data.draw(st.integers(0, len(waiting) - 1))])
+                assert lineup.withdraw(one)
+        assert len(lineup) == len(waiting)
+        assert {id(one) for one in lineup.tasks()} == waiting.keys()
+    lineup.settle(["z"])
+    found = [id(one) for _ in range(3) for one in lineup.take("z", 99, lambda _: True)]
+    assert sorted(found) == sorted(waiting)
+    assert len(lineup) == 0
+
+
 def test_lanes_do_not_wait_for_a_worker_that_may_hang() -> None:
     schedule = Schedule("detector", Codec(Stage.DETECTOR, [8]))
     stuck, other = Seat(), Seat()

@@ -163,8 +163,10 @@ class FairQueue:
         return any(other.lane == task.lane for other in self._queued)
 
     def in_order(self) -> list[AnyTask]:
-        """All that is queued, in the order of coming."""
-        return [task for _, _, task in sorted(self._deadlines) if task in self._queued]
+        """All that is queued, each once, in the order of deadlines."""
+        # One that was taken and came back stands there more than once.
+        ordered = dict.fromkeys(task for _, _, task in sorted(self._deadlines))
+        return [task for task in ordered if task in self._queued]
 
     @property
     def next_is_alone(self) -> bool:
@@ -275,6 +277,7 @@ class FairQueue:
         return [(self._root, sender.live, kind), (kind, sender.key, key), (key, task.lane, lane)]
 
     def _register(self, task: AnyTask) -> None:
+        assert task not in self._queued, "it waits already"
         self._queued.add(task)
         key = task.sender.key
         self._by_key[key] = self._by_key.get(key, 0) + 1
@@ -303,9 +306,9 @@ class FairQueue:
                 return  # the level's own head is the same as before
 
     def _take(self, task: AnyTask) -> None:
+        self._forget(task)
         path = self._path(task)
         path[-1][2].waiting.popleft()
-        self._forget(task)
         for level, name, child in reversed(path):
             level.virtual = max(level.virtual + 1.0 / level.total, child.start)
             child.finish = child.start + 1.0 / child.weight
