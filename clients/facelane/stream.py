@@ -62,9 +62,9 @@ DEFAULT_STALL_TIMEOUT: Final = 30.0
 STEADY: Final = 1.0
 """Seconds after which a connection that breaks was one. What breaks sooner, again and again, is
 a server or a proxy that will not have it: the waits between tries go on growing."""
-MAX_MOVES: Final = 3
-"""How often a stream that is being opened goes to another process of the server that has more room;
-half of them would be right by chance alone."""
+MAX_MOVES: Final = 4
+"""How often a stream that is being opened goes to another process of the server that has more room:
+from the client's connection, then from one by chance to the next, of which half would be right."""
 UPDATES_KEPT: Final = 256
 """Updates kept for a user who does not read them; the oldest go first."""
 

@@ -177,14 +177,14 @@ class Endpoint:
         return self._channel(way, self.target, self.options)
 
     def stream_channel(self, way: Any, moved: str | None) -> Any:
-        """A channel for one stream alone, so that the server's processes share streams; ``None``
-        where it goes by the client's own: of several servers that one chooses by health. ``moved``:
-        where the server has sent the stream, which is followed from socket to socket alone; empty
-        = to another of its processes."""
-        if moved is None and dict(self.options)["grpc.service_config"] == _SEVERAL:
+        """A channel for one stream alone that the server has sent to another of its processes;
+        ``None`` where it goes by the client's own, as every stream does at first. ``moved``: where
+        it was sent, which is followed from socket to socket alone; empty = the same address again,
+        ``None`` = nowhere."""
+        if moved is None:
             return None
-        sockets = (moved or "").startswith("unix:") and self.target.startswith("unix:")
-        return self._channel(way, str(moved) if sockets else self.target, self.options)
+        sockets = moved.startswith("unix:") and self.target.startswith("unix:")
+        return self._channel(way, moved if sockets else self.target, self.options)
 
     def _channel(self, way: Any, target: str, options: Options) -> Any:
         if self.credentials is None:
@@ -386,7 +386,7 @@ _OPTIONS: Options = (
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Two channels of one process are two connections: two clients, as their owner expects, and
-    # each stream, so that a server of several processes spreads them.
+    # a stream that was sent to another process of the server, which the same one never leads to.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.primary_user_agent", "facelane-python"),
 )
