@@ -83,7 +83,7 @@ class Reading:
     ``answered``: results of streams. ``ages_s``: of those among them that can be thinned.
     ``busy``: for each that works, the share of its time, 0-1. ``alone_s``: what a picture would
     take in the workers if it were the only one. ``wait_s``: what waits for workers now would take
-    them so long.
+    them so long; of what can be thinned, as the ages are.
     """
 
     seconds: float
@@ -162,6 +162,9 @@ class Capacity:
     _alone_s: float = 0.0
     _hold: int = 0
     _calm: int = 0
+    _led: int = 0
+    """Readings since there is a budget: the first one is a guess from what was answered while
+    much was only beginning, and nobody is refused for it."""
 
     # -- what is known ----------------------------------------------------------------------
 
@@ -185,7 +188,7 @@ class Capacity:
         capacity = self._capacity()
         known = {d.lane: d for d in self._demands}
         others = [known.get(d.lane, d) for d in open_lanes]
-        if capacity is None or not others:
+        if capacity is None or not others or self._led < _WINDOW:
             return None
         least = self.min_fps
         asked = [self._at_most(d, least) for d in (*others, newcomer)]
@@ -240,10 +243,11 @@ class Capacity:
         answered = self._answered()
         if late and self._busiest() > _BUSY and answered > 0:
             self.budget = _FULL * answered
-            self._hold, self._calm = _HOLD, 0
+            self._hold, self._calm, self._led = _HOLD, 0, 0
 
     def _lead(self, age: float | None, target: float) -> None:
         assert self.budget is not None
+        self._led += 1
         offered = sum(d.fps for d in self._demands)
         busiest, answered = self._busiest(), self._answered()
         if answered <= 0 or not self._demands:

@@ -305,6 +305,20 @@ def test_one_more_is_refused_only_while_streams_give_way_and_where_each_would_ha
     assert Capacity(TARGET_S, 2.0).load is None
 
 
+def test_nobody_is_refused_for_a_first_guess() -> None:
+    """While much is only beginning, next to nothing has been answered yet."""
+    capacity = Capacity(TARGET_S, 2.0)
+    there = [Demand(lane, 25.0) for lane in range(8)]
+    slow = Reading(PERIOD_S, there, 1, [2 * TARGET_S], {"detector": 1.0})
+    for _ in range(4):
+        capacity.step(slow)
+        assert capacity.budget is not None
+        assert capacity.budget < 2.0 * len(there)
+        assert capacity.room(Demand(99, 0.0), there) is None
+    capacity.step(slow)
+    assert capacity.room(Demand(99, 0.0), there) is not None
+
+
 def test_a_stream_that_comes_is_given_what_the_others_have() -> None:
     capacity = overloaded()
     assert capacity.budget is not None

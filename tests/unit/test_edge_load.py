@@ -51,6 +51,7 @@ async def test_where_each_would_have_too_little_no_more_are_let_in() -> None:
     watch.admit(LaneOptions(), ANYBODY)
     assert watch._capacity is not None
     watch._capacity.budget = 7.0
+    watch._capacity._led = 4
     for _ in range(2):
         watch.admit(LaneOptions(), ANYBODY)
         opened(streams)

@@ -38,10 +38,12 @@ from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolChange, PoolEvent, PoolState
 from facelane_server.pools.restart import Life
 from facelane_server.pools.tasks import (
+    ANYBODY,
     DetectRequest,
     LivenessAnswer,
     LivenessRequest,
     Request,
+    Sender,
     Task,
 )
 
@@ -82,7 +84,9 @@ class Bench:
         for worker in self.workers:
             await worker.become_ready()
 
-    def submit(self, lane: int = 1, *, weight: int = 1, age_ms: float = 1000.0) -> Task[Any]:
+    def submit(
+        self, lane: int = 1, *, weight: int = 1, age_ms: float = 1000.0, sender: Sender = ANYBODY
+    ) -> Task[Any]:
         request: Request = LivenessRequest(CROPS)
         if self.pool.stage is Stage.DETECTOR:
             request = DetectRequest(Picture(Encoding.JPEG, b"\0" * 100), 1, 10**6)
@@ -92,6 +96,7 @@ class Bench:
             weight,
             self.clock.now_ns() + int(age_ms * 1e6),
             asyncio.get_running_loop().create_future(),
+            sender=sender,
         )
         # Not every test looks at every task.
         task.future.add_done_callback(lambda f: f.cancelled() or f.exception())
@@ -362,6 +367,15 @@ async def test_a_full_queue_refuses_the_newest(monkeypatch: pytest.MonkeyPatch) 
         tasks = [b.submit() for _ in range(5)]
         assert [task.future.done() for task in tasks] == [False] * 4 + [True]
         assert reason_of(tasks[-1]) is Reason.POOL_OVERLOADED
+
+
+async def test_what_is_in_no_hurry_is_not_late() -> None:
+    async with bench() as made:
+        await made.start()  # and no worker is ready
+        for lane, sender in enumerate([Sender(), Sender(patient=True), Sender(live=False)]):
+            made.submit(lane, sender=sender)
+        assert made.pool.queued == 3
+        assert made.pool.work().queued == 1
 
 
 async def test_withdraw_says_whether_it_was_in_time() -> None:

@@ -15,7 +15,7 @@ from facelane.v1 import analysis_service_pb2 as pb
 from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import __version__, tracking
 from facelane_server.config import Config
-from facelane_server.domain import FacelaneError, Outcome, Reason, Stage
+from facelane_server.domain import FacelaneError, Outcome, Overload, Reason, Stage
 from facelane_server.edge import areas, convert, gate
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
@@ -196,7 +196,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         options = convert.lane_options(first.config, self._config, caller)
         options = areas.placed(options, first.config, self._config)
         self._pipeline.check_naming(options.plan)
-        sender = Sender(caller.name, caller.weight)
+        patient = options.overload is Overload.LOSSLESS
+        sender = Sender(caller.name, caller.weight, patient=patient)
         self._load.admit(options, sender)
         lane = Lane(
             self._streams.next_id(),

@@ -133,7 +133,8 @@ class Pool:
         now = self._clock.now_ns()
         jobs = [seat.jobs[0] for seat in self._crew.seats() if seat.jobs]
         under_way = sum(now - job.started_ns for job in jobs if job.started_ns)
-        return Work(self._busy_ns + under_way, self._answers, self.queued, len(self._crew.active))
+        hurried = sum(t.sender.live and not t.sender.patient for t in self._schedule.waiting())
+        return Work(self._busy_ns + under_way, self._answers, hurried, len(self._crew.active))
 
     def info(self) -> PoolInfo:
         return PoolInfo(

@@ -50,8 +50,8 @@ class PoolEvent:
 @dataclass(frozen=True, slots=True)
 class Work:
     """What the workers of a pool have done. ``busy_ns``: the time in which each had a job, of all
-    together, since the start; ``answers``: tasks of those jobs. ``queued`` tasks wait now, for
-    ``workers`` that take them."""
+    together, since the start; ``answers``: tasks of those jobs. ``queued`` tasks of streams that
+    are in a hurry wait now, for ``workers`` that take them."""
 
     busy_ns: int
     answers: int

@@ -124,6 +124,10 @@ class Schedule:
     def queued(self) -> int:
         return len(self._queue)
 
+    def waiting(self) -> list[AnyTask]:
+        """All that is queued, in no order."""
+        return self._queue.tasks()
+
     # -- in and out -----------------------------------------------------------------------
 
     def submit(
