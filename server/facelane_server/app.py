@@ -435,7 +435,7 @@ class App:
                     pool.stage: package,
                 }
                 try:
-                    thresholds = served.thresholds(packages, self.settings.identity)
+                    thresholds = served.thresholds_of(packages, self.settings)
                 except config.ConfigError as error:
                     raise FacelaneError(Reason.MODEL_INVALID, str(error)) from None
                 if pool.stage is Stage.RECOGNIZER and not forget_templates:
@@ -509,18 +509,22 @@ class App:
         self.edge.reload_denied()
         try:
             fresh = config.load(self.path) if fresh is None else fresh
+            serving = {pool.stage: pool.package for pool in self.pools.values()}
+            thresholds = served.thresholds_of(serving, self.settings)  # liveness, calibrated
             renewed = self.edge.reload(fresh)
         except config.ConfigError as error:
             log.error("config not reloaded", problem=str(error))
             self._note_reload(error="refused")
             raise
-        applied = ["auth", "log", *(["tls"] if renewed else [])]
+        applied = ["auth", "log", "liveness", *(["tls"] if renewed else [])]
         stale = [
             name
             for name in config.Config.__struct_fields__
             if name not in ("auth", "log") and getattr(fresh, name) != getattr(self.settings, name)
         ]
         configure_logging(fresh.log)
+        if self._pipeline is not None:
+            self._pipeline.thresholds = thresholds
         self._renew_keys()
         log.info("config reloaded", applied=applied, needs_restart=stale)
         self._note_reload(applied=" ".join(applied), needs_restart=" ".join(stale))

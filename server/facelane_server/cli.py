@@ -102,6 +102,7 @@ def check(config: ConfigOption = None) -> None:
     """Read the config and the files that it names, and say what would run. Exit status 78 when
     the server would not start with it."""
     loaded = _load(config)
+    from facelane_server import calibrating
     from facelane_server import plan as planning
     from facelane_server.edge.auth import Authenticator
     from facelane_server.edge.tls import Certificates
@@ -133,6 +134,8 @@ def check(config: ConfigOption = None) -> None:
             f"{stage.value:<11} {package.model_id}  x{pool.workers} on {', '.join(pool.devices)}"
             f"  {pool.isolation}"
         )
+    for line in calibrating.lines(loaded, models):
+        typer.echo(line)
     encryption = "TLS" if loaded.tls.cert_file else "no TLS"
     keys = "keys" if loaded.wants_keys else "no keys"
     metrics = loaded.metrics.listen or "none"
@@ -501,12 +504,14 @@ def version() -> None:
 def _attach_models() -> None:
     """``facelane-server models``, ``audit`` and the like: no torch until a model is loaded."""
     from facelane_server.auditing import app as audit_app
+    from facelane_server.calibrating import app as liveness_app
     from facelane_server.erasing import app as erasure_app
     from facelane_server.exporting import app as subjects_app
     from facelane_server.modeltools.cli import app as models_app
 
     app.add_typer(models_app, name="models")
     app.add_typer(audit_app, name="audit")
+    app.add_typer(liveness_app, name="liveness")
     app.add_typer(erasure_app, name="erasure")
     app.add_typer(subjects_app, name="subjects")
 

@@ -20,7 +20,7 @@ from facelane_server.addresses import LENT, default_socket, is_host_port, is_loc
 from facelane_server.areas import Line, Zone
 from facelane_server.domain import Keeping, Stage
 from facelane_server.naming import hint, is_name
-from facelane_server.rules import GalleryRules, Naming, Ratio, Share
+from facelane_server.rules import Even, GalleryRules, Naming, Ratio, Share
 from facelane_server.sources import Source, View
 
 Isolation = Literal["process", "mps", "thread", "external"]
@@ -272,6 +272,11 @@ class Identity(Section, frozen=True):
     """Liveness scores from here on are LIVE."""
     spoof_threshold: Ratio | None = None
     """Liveness scores below are SPOOF."""
+    false_live: Even | None = None
+    """The share of attacks that may be called LIVE: a track is LIVE only once a sequential test
+    over its looks allows that, beside the thresholds. Unset = the thresholds alone."""
+    false_spoof: Even = 0.01
+    """The share of living faces that the same test may call SPOOF."""
 
 
 class Tracking(Section, frozen=True):

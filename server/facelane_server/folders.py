@@ -16,14 +16,19 @@ from facelane_server import config
 RUN_PREFIX: Final = "facelane-run-"
 
 
-def state_dir(settings: config.Config) -> Path:
-    """Where the gallery lives; made when it is missing (mode 0700)."""
+def state_path(settings: config.Config) -> Path:
+    """Where the gallery lives, whether it is there or not."""
     chosen = settings.state_dir or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     if not chosen:
         base = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
         chosen = str(Path(base) / "facelane")
+    return Path(chosen).expanduser()
+
+
+def state_dir(settings: config.Config) -> Path:
+    """The same folder; made when it is missing (mode 0700)."""
     return _made(
-        "state_dir", Path(chosen).expanduser(), "set state_dir to a folder that it may write to"
+        "state_dir", state_path(settings), "set state_dir to a folder that it may write to"
     )
 
 

@@ -112,6 +112,12 @@ RESERVED_DESCRIPTORS: Final = 256
 MAX_TRACKS: Final = 256
 """Tracks a lane; more than ``MAX_FACES`` because lost tracks linger for a while."""
 
+MAX_CALIBRATION_TRACKS: Final = 100_000
+"""Tracks that a calibration of liveness looks at, the newest ones."""
+MAX_CALIBRATED_SOURCES: Final = 10_000
+"""Sources that have liveness thresholds of their own."""
+MAX_CALIBRATIONS_BYTES: Final = 8 * 1024 * 1024
+"""Of the file that holds them."""
 MAX_LIVENESS_SHOTS: Final = 8
 """Liveness scores that a track remembers."""
 

@@ -403,8 +403,8 @@ class Pipeline:
             return ""
         return decide.resembles(evidence.ood_score, evidence.candidates, thresholds)
 
-    def liveness(self, score: float | None) -> Liveness:
-        return decide.liveness(score, self.thresholds)
+    def liveness(self, score: float | None, plan: Plan) -> Liveness:
+        return decide.liveness(score, self.thresholds.liveness_at(plan.source_id))
 
     def shows_context(self, face: DetectedFace, width: int, height: int) -> bool:
         """Whether a picture of this size shows enough around the face to judge its liveness:
@@ -469,7 +469,7 @@ class Pipeline:
                     identity=self.identity(evidence, plan),
                     liveness=decide.liveness(
                         evidence.live_score,
-                        self.thresholds,
+                        self.thresholds.liveness_at(plan.source_id),
                         no_context=plan.liveness and not live,
                     ),
                     ood_score=evidence.ood_score,

@@ -17,6 +17,8 @@ DAY_NS: Final = 24 * 3600 * 1_000_000_000
 
 Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Share = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+Even = Annotated[float, msgspec.Meta(gt=0.0, lt=0.5)]
+"""A share of errors that is worth asking for."""
 Days = Annotated[float, msgspec.Meta(gt=0.0, le=36_500.0)]
 
 

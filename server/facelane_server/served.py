@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
-from facelane_server import config, limits
+from facelane_server import config, folders, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.decide import Thresholds
+from facelane_server.liveness.band import LivenessBand
+from facelane_server.liveness.records import Records, RecordsError, read
+from facelane_server.liveness.sequential import SequentialTest
 from facelane_server.models.api import ContextCrop, CropSpec
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package
@@ -72,16 +75,32 @@ class ServedModels:
         if settings.keeps_pictures:
             crops.append(ContextCrop(limits.PORTRAIT_SCALE, limits.PORTRAIT_SIDE))
             portrait = len(crops) - 1
-        chosen = thresholds(packages, settings.identity)
+        chosen = thresholds_of(packages, settings)
         return cls(packages, tuple(crops), positions, chosen, portrait)
 
 
-def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Thresholds:
+def thresholds_of(packages: Mapping[Stage, Package], settings: config.Config) -> Thresholds:
+    """``thresholds``, with the calibrations of the state folder. Raises ``ConfigError``."""
+    return thresholds(packages, settings.identity, calibrations(settings))
+
+
+def calibrations(settings: config.Config) -> Records:
+    """Those of the state folder, whether they hold or not. Raises ``ConfigError``."""
+    try:
+        return read(folders.state_path(settings))
+    except RecordsError as error:
+        raise config.ConfigError(str(error)) from None
+
+
+def thresholds(
+    packages: Mapping[Stage, Package], chosen: config.Identity, records: Records | None = None
+) -> Thresholds:
     """The packages' thresholds, with the config's overrides.
 
     The match threshold follows from ``false_naming`` where the recogniser's package says how
     similar different people are to it; else, or where the config has ``match_threshold``, it is
-    a bare cosine.
+    a bare cosine. ``records``: calibrations of liveness, of which those hold that are of this model
+    and these thresholds.
     """
 
     def pick(stage: Stage, name: str, override: float | None, without: float) -> float:
@@ -113,6 +132,17 @@ def thresholds(packages: Mapping[Stage, Package], chosen: config.Identity) -> Th
             enroll_ood=chosen.enroll_ood,
             bands=tuple(bands),
         )
+        if chosen.false_live is not None:
+            plain = replace(plain, test=SequentialTest(chosen.false_live, chosen.false_spoof))
+        judge = packages.get(Stage.LIVENESS)
+        if judge is not None and records:
+            base = LivenessBand(plain.live, plain.spoof)
+            holding = {
+                name: one.band
+                for name, one in records.items()
+                if not one.stale(judge.model_id, base)
+            }
+            plain = replace(plain, calibrated=holding)
         general = naming(plain, chosen)
         return replace(
             general,

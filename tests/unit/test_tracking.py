@@ -23,7 +23,9 @@ from facelane_server.domain import (
     Landmarks,
     LivenessVerdict,
 )
+from facelane_server.liveness.sequential import SequentialTest
 from facelane_server.tracking import Params, Track, Tracks, Update, linking, update
+from facelane_server.tracking.track import suspected
 
 MS = 1_000_000
 SECOND = 1_000 * MS
@@ -690,6 +692,52 @@ def test_liveness_rules_hold_for_all_scores(scores: list[float]) -> None:
         assert track.liveness.verdict is LivenessVerdict.SPOOF
     if all(score >= limit.live for score in memory) and len(memory) == limits.MAX_LIVENESS_SHOTS:
         assert track.liveness.verdict is LivenessVerdict.LIVE
+
+
+def judged_by(track: Track, scores: Iterable[float], test: SequentialTest) -> Track:
+    for n, score in enumerate(scores):
+        track = tracking.with_liveness(track, score, n * FRAME, Thresholds(), test=test)
+    return track
+
+
+def test_a_track_is_live_once_the_sequential_test_says_so(fresh: Track) -> None:
+    strict = SequentialTest(0.01, 0.01)
+    assert with_live(fresh, [0.95]).liveness.verdict is LivenessVerdict.LIVE
+    assert judged_by(fresh, [0.95], strict).liveness.verdict is LivenessVerdict.UNDECIDED
+    assert judged_by(fresh, [0.999] * 2, strict).liveness.verdict is LivenessVerdict.LIVE
+    # Who has passed stays LIVE while the scores' own rules say so.
+    passed = judged_by(fresh, [*[0.999] * 2, *[0.9] * 8], strict)
+    assert passed.liveness.verdict is LivenessVerdict.LIVE
+    # Weak attack scores, none of them below the threshold, are an attack together.
+    assert judged_by(fresh, [0.51] * 8, SequentialTest(0.3, 0.3)).liveness.verdict is (
+        LivenessVerdict.SPOOF
+    )
+    assert with_live(fresh, [0.51] * 8).liveness.verdict is LivenessVerdict.UNDECIDED
+
+
+def test_a_doubt_begins_the_test_anew_for_who_is_live_alone(fresh: Track) -> None:
+    strict = SequentialTest(0.01, 0.01)
+    live = judged_by(fresh, [0.999] * 4, strict)
+    doubted = suspected(live, live.links)
+    assert (doubted.said, doubted.said_looks) == (0.0, 0)
+    assert judged_by(doubted, [0.95], strict).liveness.verdict is LivenessVerdict.UNDECIDED
+    attack = judged_by(fresh, [0.55] * 4, strict)
+    assert suspected(attack, attack.links).said == attack.said < 0
+
+
+@settings(max_examples=200)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0.001, 0.4))
+def test_a_test_makes_nobody_live_who_was_not(scores: list[float], allowed: float) -> None:
+    plain = one(play([[at(10)]]))
+    strict = plain
+    test = SequentialTest(allowed, 0.01)
+    for n, score in enumerate(scores):
+        plain = tracking.with_liveness(plain, score, n * FRAME, Thresholds())
+        strict = tracking.with_liveness(strict, score, n * FRAME, Thresholds(), test=test)
+        if strict.liveness.verdict is LivenessVerdict.LIVE:
+            assert plain.liveness.verdict is LivenessVerdict.LIVE
+        if plain.liveness.verdict is LivenessVerdict.SPOOF:
+            assert strict.liveness.verdict is LivenessVerdict.SPOOF
 
 
 # -- parameters ------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from facelane_server.domain import (
     Liveness,
     LivenessVerdict,
 )
+from facelane_server.liveness.band import LivenessBand
+from facelane_server.liveness.sequential import SequentialTest
 from facelane_server.models.promise import Band, Promise
 
 BEYOND_DOUBT: Final = 0.01
@@ -63,6 +65,10 @@ class Thresholds:
     """By gallery id: what holds there instead."""
     sources: Mapping[str, Thresholds] = field(default_factory=dict)
     """By source id: what holds for its streams instead; before ``galleries``."""
+    calibrated: Mapping[str, LivenessBand] = field(default_factory=dict)
+    """By source id: liveness thresholds that were calibrated for its streams."""
+    test: SequentialTest | None = None
+    """What a track has to pass as well before it is LIVE."""
 
     def __post_init__(self) -> None:
         if not -1.0 <= self.match <= 1.0:
@@ -75,11 +81,7 @@ class Thresholds:
             raise ValueError(
                 f"enroll_ood {self.enroll_ood} must be between 0 and the OOD threshold {self.ood}"
             )
-        if not 0.0 <= self.spoof <= self.live <= 1.0:
-            raise ValueError(
-                f"liveness thresholds spoof {self.spoof} and live {self.live} "
-                "must satisfy 0 <= spoof <= live <= 1"
-            )
+        LivenessBand(self.live, self.spoof)
 
     @property
     def enrolled_ood(self) -> float:
@@ -89,6 +91,10 @@ class Thresholds:
     def at(self, gallery_id: str, source_id: str = "") -> Thresholds:
         """What holds for this gallery and source."""
         return self.sources.get(source_id) or self.galleries.get(gallery_id) or self
+
+    def liveness_at(self, source_id: str) -> Thresholds | LivenessBand:
+        """What liveness scores of this source's streams are compared with."""
+        return self.calibrated.get(source_id) or self
 
     def match_at(self, ood_score: float, searched: int) -> float:
         """Least cosine of a match for a probe of this OOD score among ``searched`` templates."""
@@ -202,14 +208,16 @@ def verify(ood_score: float | None, similarity: float, thresholds: Thresholds) -
     return Decision.MATCH if similarity >= needed else Decision.UNKNOWN
 
 
-def liveness(score: float | None, thresholds: Thresholds, *, no_context: bool = False) -> Liveness:
+def liveness(
+    score: float | None, thresholds: Thresholds | LivenessBand, *, no_context: bool = False
+) -> Liveness:
     """The verdict of one shot. No score, or NaN, is UNDECIDED: never LIVE by absence."""
     if score is None or math.isnan(score):
         return Liveness(LivenessVerdict.UNDECIDED, no_context=no_context)
     return Liveness(verdict(score, thresholds), score)
 
 
-def verdict(score: float, thresholds: Thresholds) -> LivenessVerdict:
+def verdict(score: float, thresholds: Thresholds | LivenessBand) -> LivenessVerdict:
     """LIVE at or above ``live``, SPOOF below ``spoof``, UNDECIDED between and for NaN."""
     if score >= thresholds.live:
         return LivenessVerdict.LIVE

@@ -235,7 +235,7 @@ class Faces:
             age_ns = 0 if evidence.recognized else None
             identity = self._pipeline.identity(evidence, self._plan)
             shown = tracking.Shown(identity, evidence.ood_score, age_ns)
-            liveness = self._pipeline.liveness(evidence.live_score)
+            liveness = self._pipeline.liveness(evidence.live_score, self._plan)
         else:
             track = self._fused(track, look, evidence, now_ns)
             track_id = track.track_id
@@ -305,8 +305,14 @@ class Faces:
                 ),
             )
         if evidence.live_score is not None:
+            thresholds = self._pipeline.thresholds
             track = tracking.with_liveness(
-                track, evidence.live_score, now_ns, self._pipeline.thresholds, link=link
+                track,
+                evidence.live_score,
+                now_ns,
+                thresholds.liveness_at(self._plan.source_id),
+                link=link,
+                test=thresholds.test,
             )
         # Deleted while it was being looked for: named no more, nor as a candidate.
         track = self._remembering(track, look.moment)

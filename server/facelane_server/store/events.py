@@ -241,6 +241,24 @@ def before(
         return named(connection, vault, connection.execute(query).all())
 
 
+def reports(
+    database: Database, kind: str, source_id: str, since_ns: int, count: int
+) -> list[TrackReport]:
+    """What events of a kind and a source said of their tracks, whose subjects are numbers here; the
+    newest ``count`` of them since ``since_ns``, newest first."""
+    query = (
+        sa.select(events.c.body)
+        .where(events.c.time_ns >= since_ns)
+        .where(events.c.kind == kind)
+        .where(events.c.source_id == source_id)
+        .order_by(events.c.sequence.desc())
+        .limit(count)
+    )
+    with database.reading() as connection:
+        found = (decoded(row.body) for row in connection.execute(query))
+        return [track for track in found if track is not None]
+
+
 def _names(connection: sa.Connection, vault: Vault, numbers: Iterable[str]) -> dict[str, str]:
     """Of the subjects that are there."""
     wanted = [int(number) for number in numbers]

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from facelane_server import limits
 from facelane_server.domain import DetectedFace, Liveness, LivenessVerdict
+from facelane_server.liveness.sequential import SequentialTest, evidence
 from facelane_server.tracking.track import (
     UNDECIDED,
     LivenessShot,
@@ -51,11 +52,18 @@ def wants_liveness(track: Track, found: DetectedFace, now_ns: int, params: Param
 
 
 def with_liveness(
-    track: Track, score: float, now_ns: int, thresholds: LivenessThresholds, *, link: int = 0
+    track: Track,
+    score: float,
+    now_ns: int,
+    thresholds: LivenessThresholds,
+    *,
+    link: int = 0,
+    test: SequentialTest | None = None,
 ) -> Track:
     """The track after the liveness score, [0, 1], of a shot taken at ``now_ns``. NaN is no
     answer and changes nothing; nor does a shot from before the track became suspect, unless it
-    shows an attack: it may be of another person."""
+    shows an attack: it may be of another person. With a ``test`` it is LIVE only once that says
+    so, too, and SPOOF as soon as that says so."""
     if math.isnan(score):
         return track
     link = link or track.links
@@ -75,9 +83,17 @@ def with_liveness(
     enough = thresholds.live
     if track.liveness.verdict is LivenessVerdict.LIVE:
         enough = (thresholds.live + thresholds.spoof) / 2
+    said = track.said + evidence(score, thresholds.live, thresholds.spoof)
+    looks = track.said_looks + 1
+    passed = True
+    if test is not None:
+        attacked = attacked or test.says_spoof(said, looks)
+        # Who has passed it has passed it: from then on the scores' own rules hold.
+        live = track.liveness.verdict is LivenessVerdict.LIVE
+        passed = live or test.says_live(said, looks)
     if attacked or fused < thresholds.spoof:
         verdict = LivenessVerdict.SPOOF
-    elif attacks == 0 and fused >= enough:
+    elif attacks == 0 and passed and fused >= enough:
         verdict = LivenessVerdict.LIVE
     else:
         verdict = LivenessVerdict.UNDECIDED
@@ -87,6 +103,8 @@ def with_liveness(
         liveness_shots=shots,
         liveness_ns=now_ns if track.liveness_ns is None else max(now_ns, track.liveness_ns),
         attacked=attacked,
+        said=said,
+        said_looks=looks,
         judged_link=link,
     )
 

@@ -128,6 +128,9 @@ class Track(msgspec.Struct, frozen=True, gc=False):
     judged_link: int = 0
     attacked: bool = False
     """Two attack scores were in memory together, and it has not been all live since."""
+    said: float = 0.0
+    """The evidence of all liveness looks since the last doubt, in nats; ``liveness.sequential``."""
+    said_looks: int = 0
 
     @property
     def identity(self) -> Identity:
@@ -188,8 +191,11 @@ def settled(track: Track, link: int) -> Track:
 
 
 def without_bona_fide(track: Track) -> Track:
+    """What spoke for a living face counts no more."""
     if not track.liveness_shots:
         return track
+    if track.said > 0.0:
+        track = replace(track, said=0.0, said_looks=0)
     kept = tuple(shot for shot in track.liveness_shots if shot.attack)
     if track.attacked or track.liveness.verdict is LivenessVerdict.SPOOF:
         liveness = track.liveness
