@@ -351,10 +351,15 @@ def verify(
     *,
     gallery: str = DEFAULT_GALLERY,
     timeout: float | None = None,
+    **naming: Unpack[types.NamingOptions],
 ) -> Call[types.Verification]:
     """Whether the face of a picture is the subject (1:1).
 
+    ``naming``: ``false_naming`` (here: the share of others who may pass for the subject) or
+    ``match_threshold``, stricter than the server's (``facelane.NamingOptions``).
+
     Raises:
+        PermissionDeniedError: names that are less sure than the server's (NAMING_TOO_LOOSE).
         RefusedError: NO_FACE or MULTIPLE_FACES in the picture, or the subject has
             NO_TEMPLATES of the serving model.
         NotFoundError: no such subject.
@@ -362,7 +367,10 @@ def verify(
     return _call(
         lambda stubs: stubs.gallery.VerifyFace,
         gallery_service_pb2.VerifyFaceRequest(
-            gallery_id=gallery, subject_id=subject_id, picture=convert.picture(picture)
+            gallery_id=gallery,
+            subject_id=subject_id,
+            picture=convert.picture(picture),
+            **naming,
         ),
         convert.verification,
         timeout,
@@ -375,14 +383,23 @@ def identify(
     max_candidates: int = 3,
     gallery: str = DEFAULT_GALLERY,
     timeout: float | None = None,
+    **naming: Unpack[types.NamingOptions],
 ) -> Call[list[types.Face]]:
-    """Who every face of a picture is (1:N), with up to 10 candidates each."""
+    """Who every face of a picture is (1:N), with up to 10 candidates each.
+
+    ``naming``: ``false_naming`` or ``match_threshold``, stricter than the server's
+    (``facelane.NamingOptions``).
+
+    Raises:
+        PermissionDeniedError: names that are less sure than the server's (NAMING_TOO_LOOSE).
+    """
     return _call(
         lambda stubs: stubs.gallery.IdentifyFace,
         gallery_service_pb2.IdentifyFaceRequest(
             gallery_id=gallery,
             picture=convert.picture(picture),
             max_candidates=convert.count("max_candidates", max_candidates),
+            **naming,
         ),
         lambda answer: [convert.face(f) for f in answer.faces],
         timeout,

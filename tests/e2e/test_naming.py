@@ -53,6 +53,22 @@ def test_the_opening_says_what_holds(client: facelane.Client) -> None:
         stream.close_send()
 
 
+def test_a_look_up_may_have_surer_names(client: facelane.Client) -> None:
+    client.enroll("eva-who-is-looked-up", wire.picture(75), gallery="looked-up")
+    same, other = wire.picture(75), wire.picture(75, size=(64, 96))
+    [found] = client.identify(same, gallery="looked-up", match_threshold=0.75)
+    assert (found.identity.subject_id, found.identity.threshold) == ("eva-who-is-looked-up", 0.75)
+    [found] = client.identify(other, gallery="looked-up", match_threshold=1.0)
+    assert (found.identity.decision, found.identity.threshold) == ("UNKNOWN", 1.0)
+    whom = "eva-who-is-looked-up"
+    # Null models call nobody alive: the decision says whom it passes for.
+    answer = client.verify(whom, same, gallery="looked-up", match_threshold=0.75)
+    assert (answer.face.identity.decision, answer.threshold) == ("MATCH", 0.75)
+    answer = client.verify(whom, other, gallery="looked-up", match_threshold=1.0)
+    assert (answer.face.identity.decision, answer.threshold) == ("UNKNOWN", 1.0)
+    assert not answer.verified
+
+
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
@@ -73,6 +89,12 @@ def test_what_is_refused_says_why(
     with pytest.raises(facelane.FacelaneError) as refused:
         client.analyze_image(wire.picture(1), **asked)  # type: ignore[arg-type]
     assert refused.value.reason == reason.replace("CONFIG", "ARGUMENT")
+    with pytest.raises(facelane.FacelaneError) as refused:
+        client.identify(wire.picture(1), **asked)  # type: ignore[arg-type]
+    assert refused.value.reason == reason.replace("CONFIG", "ARGUMENT")
+    with pytest.raises(facelane.FacelaneError) as refused:
+        client.verify("nobody", wire.picture(1), **asked)  # type: ignore[arg-type]
+    assert refused.value.reason == reason.replace("CONFIG", "ARGUMENT"), "before who is looked for"
 
     async def open_one() -> None:
         async with aio.Client(server.target) as waiting, waiting.analyze_stream(**asked):  # type: ignore[arg-type]
@@ -97,6 +119,13 @@ def test_the_command_asks_too(
     done = CliRunner().invoke(app, [*command, "--match-threshold", "0.99"])
     assert done.exit_code == 0, done.output
     assert '"threshold":0.99' in done.output.replace(" ", "")
+    subject = "bea-who-is-asked-for"
+    for words in (["identify", str(path)], ["verify", subject, str(path)]):
+        command = ["--target", server.target, *words, "--gallery", "commanded", "--format", "jsonl"]
+        done = CliRunner().invoke(app, [*command, "--match-threshold", "0"])
+        assert "loosen-naming" in done.output
+        done = CliRunner().invoke(app, [*command, "--match-threshold", "0.99"])
+        assert '"threshold":0.99' in done.output.replace(" ", "")
 
 
 def test_who_is_enrolled_anew_under_a_name_is_another(client: facelane.Client) -> None:

@@ -18,7 +18,16 @@ from rich.live import Live
 import facelane
 from facelane import lines, types
 from facelane.cli import output
-from facelane.cli.base import OK, PARTLY, Format, FormatOption, GalleryOption, progress
+from facelane.cli.base import (
+    OK,
+    PARTLY,
+    FalseNamingOption,
+    Format,
+    FormatOption,
+    GalleryOption,
+    MatchThresholdOption,
+    progress,
+)
 from facelane.cli.sources import (
     Item,
     Source,
@@ -79,14 +88,8 @@ def analyze(
     max_faces: Annotated[int, typer.Option(min=0, help="0 = the server's limit.")] = 0,
     max_candidates: Annotated[int, typer.Option(min=0, max=10)] = 0,
     min_face_size: Annotated[int, typer.Option(min=0, help="In pixels.")] = 0,
-    false_naming: Annotated[
-        float | None,
-        typer.Option(help="The share of strangers that may be named: less than the server's."),
-    ] = None,
-    match_threshold: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Instead: the least cosine of a match."),
-    ] = None,
+    false_naming: FalseNamingOption = None,
+    match_threshold: MatchThresholdOption = None,
     skip_recognition: Annotated[bool, typer.Option("--skip-recognition")] = False,
     skip_liveness: Annotated[bool, typer.Option("--skip-liveness")] = False,
     max_frames: Annotated[int, typer.Option(min=0, help="Stop after so many; 0 = all.")] = 0,

@@ -67,6 +67,13 @@ class Access:
 
 
 GalleryOption = Annotated[str, typer.Option(help="The gallery.")]
+FalseNamingOption = Annotated[
+    float | None,
+    typer.Option(help="The share of strangers that may be named: less than the server's."),
+]
+MatchThresholdOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Instead: the least cosine of a match.")
+]
 FormatOption = Annotated[
     Format, typer.Option("--format", "-f", help="A table for people, JSON lines for programs.")
 ]

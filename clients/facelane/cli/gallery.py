@@ -11,7 +11,16 @@ import typer
 import facelane
 from facelane import lines, types
 from facelane.cli import enrolment, output
-from facelane.cli.base import OK, PARTLY, Format, FormatOption, GalleryOption, progress
+from facelane.cli.base import (
+    OK,
+    PARTLY,
+    FalseNamingOption,
+    Format,
+    FormatOption,
+    GalleryOption,
+    MatchThresholdOption,
+    progress,
+)
 from facelane.cli.sources import SourceError
 from facelane.cli.stills import load_picture
 from facelane.cli.streams import shown
@@ -84,6 +93,8 @@ def identify(
     pictures: Annotated[list[Path], typer.Argument(help="Pictures.")],
     gallery: GalleryOption = "default",
     candidates: Annotated[int, typer.Option(min=0, max=10, help="To list for each face.")] = 3,
+    false_naming: FalseNamingOption = None,
+    match_threshold: MatchThresholdOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Say who the faces of pictures are (1:N)."""
@@ -94,7 +105,11 @@ def identify(
         for path in pictures:
             try:
                 faces = client.identify(
-                    load_picture(path), max_candidates=candidates, gallery=gallery
+                    load_picture(path),
+                    max_candidates=candidates,
+                    gallery=gallery,
+                    false_naming=false_naming,
+                    match_threshold=match_threshold,
                 )
             except (facelane.PictureError, OSError) as error:
                 failed = True
@@ -116,12 +131,20 @@ def verify(
     subject: Annotated[str, typer.Argument(help="The subject's id.")],
     picture: Annotated[Path, typer.Argument(help="A picture with one face.")],
     gallery: GalleryOption = "default",
+    false_naming: FalseNamingOption = None,
+    match_threshold: MatchThresholdOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Say whether a picture shows the subject (1:1); exit code 1 when it does not."""
     console, _ = output.consoles()
     with ctx.obj.client() as client:
-        answer = client.verify(subject, load_picture(picture), gallery=gallery)
+        answer = client.verify(
+            subject,
+            load_picture(picture),
+            gallery=gallery,
+            false_naming=false_naming,
+            match_threshold=match_threshold,
+        )
     if output_format is Format.jsonl:
         output.write_line(
             lines.VerificationLine(

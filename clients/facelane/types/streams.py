@@ -124,7 +124,18 @@ class Reconnect:
         return min(self.max_delay, grown) * (1 + self.jitter * (2 * unit - 1))
 
 
-class AnalysisOptions(TypedDict, total=False):
+class NamingOptions(TypedDict, total=False):
+    """How sure names must be, beside what the server asks for; one of them at most."""
+
+    false_naming: float | None
+    """The share of strangers that may be named here, in (0, 1); ``None`` = as the server is set
+    up. A lower one makes names rarer and surer; a higher one is refused with NAMING_TOO_LOOSE
+    unless the key's role has ``loosen-naming``."""
+    match_threshold: float | None
+    """Instead: the least cosine of a match, in [0, 1], besides what the server asks for."""
+
+
+class AnalysisOptions(NamingOptions, total=False):
     """Which stages run behind the detector, and what the answer holds."""
 
     skip_recognition: bool
@@ -139,12 +150,6 @@ class AnalysisOptions(TypedDict, total=False):
     """Candidates to list for each face, 0-10."""
     min_face_size: int
     """Ignore faces whose box is narrower than this, in pixels."""
-    false_naming: float | None
-    """The share of strangers that may be named here, in (0, 1); ``None`` = as the server is set
-    up. A lower one makes names rarer and surer; a higher one is refused with NAMING_TOO_LOOSE
-    unless the key's role has ``loosen-naming``."""
-    match_threshold: float | None
-    """Instead: the least cosine of a match, in [0, 1], besides what the server asks for."""
 
 
 class StreamConfigOptions(AnalysisOptions, total=False):

@@ -473,8 +473,16 @@ class VerifyFaceRequest(_message.Message):
     GALLERY_ID_FIELD_NUMBER: _builtins.int
     SUBJECT_ID_FIELD_NUMBER: _builtins.int
     PICTURE_FIELD_NUMBER: _builtins.int
+    FALSE_NAMING_FIELD_NUMBER: _builtins.int
+    MATCH_THRESHOLD_FIELD_NUMBER: _builtins.int
     gallery_id: _builtins.str
     subject_id: _builtins.str
+    false_naming: _builtins.float
+    """As in AnalysisOptions, of a comparison with one subject: the share of others who may pass for
+    it, in (0, 1), or the least cosine of a match. A looser one than the server's is refused with
+    NAMING_TOO_LOOSE, unless the key's role has `loosen-naming`.
+    """
+    match_threshold: _builtins.float
     @_builtins.property
     def picture(self) -> _face_pb2.Picture: ...
     def __init__(
@@ -483,12 +491,21 @@ class VerifyFaceRequest(_message.Message):
         gallery_id: _builtins.str = ...,
         subject_id: _builtins.str = ...,
         picture: _face_pb2.Picture | None = ...,
+        false_naming: _builtins.float | None = ...,
+        match_threshold: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "match_threshold", b"match_threshold", "picture", b"picture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery_id", b"gallery_id", "picture", b"picture", "subject_id", b"subject_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "gallery_id", b"gallery_id", "match_threshold", b"match_threshold", "picture", b"picture", "subject_id", b"subject_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__false_naming: _TypeAlias = _typing.Literal["false_naming"]  # noqa: Y015
+    _WhichOneofArgType__false_naming: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming"]  # noqa: Y015
+    _WhichOneofReturnType__match_threshold: _TypeAlias = _typing.Literal["match_threshold"]  # noqa: Y015
+    _WhichOneofArgType__match_threshold: _TypeAlias = _typing.Literal["_match_threshold", b"_match_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__false_naming) -> _WhichOneofReturnType__false_naming | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__match_threshold) -> _WhichOneofReturnType__match_threshold | None: ...
 
 Global___VerifyFaceRequest: _TypeAlias = VerifyFaceRequest  # noqa: Y015
 
@@ -532,8 +549,13 @@ class IdentifyFaceRequest(_message.Message):
     GALLERY_ID_FIELD_NUMBER: _builtins.int
     PICTURE_FIELD_NUMBER: _builtins.int
     MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
+    FALSE_NAMING_FIELD_NUMBER: _builtins.int
+    MATCH_THRESHOLD_FIELD_NUMBER: _builtins.int
     gallery_id: _builtins.str
     max_candidates: _builtins.int
+    false_naming: _builtins.float
+    """As in AnalysisOptions: surer names than the server's; looser ones need `loosen-naming`."""
+    match_threshold: _builtins.float
     @_builtins.property
     def picture(self) -> _face_pb2.Picture: ...
     def __init__(
@@ -542,12 +564,21 @@ class IdentifyFaceRequest(_message.Message):
         gallery_id: _builtins.str = ...,
         picture: _face_pb2.Picture | None = ...,
         max_candidates: _builtins.int = ...,
+        false_naming: _builtins.float | None = ...,
+        match_threshold: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "match_threshold", b"match_threshold", "picture", b"picture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery_id", b"gallery_id", "max_candidates", b"max_candidates", "picture", b"picture"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming", "_match_threshold", b"_match_threshold", "false_naming", b"false_naming", "gallery_id", b"gallery_id", "match_threshold", b"match_threshold", "max_candidates", b"max_candidates", "picture", b"picture"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__false_naming: _TypeAlias = _typing.Literal["false_naming"]  # noqa: Y015
+    _WhichOneofArgType__false_naming: _TypeAlias = _typing.Literal["_false_naming", b"_false_naming"]  # noqa: Y015
+    _WhichOneofReturnType__match_threshold: _TypeAlias = _typing.Literal["match_threshold"]  # noqa: Y015
+    _WhichOneofArgType__match_threshold: _TypeAlias = _typing.Literal["_match_threshold", b"_match_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__false_naming) -> _WhichOneofReturnType__false_naming | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__match_threshold) -> _WhichOneofReturnType__match_threshold | None: ...
 
 Global___IdentifyFaceRequest: _TypeAlias = IdentifyFaceRequest  # noqa: Y015
 

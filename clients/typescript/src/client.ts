@@ -42,6 +42,14 @@ export interface WatchOptions {
   signal?: AbortSignal;
 }
 
+/** How sure names must be, beside what the server asks for; one of them. */
+export interface NamingOptions {
+  /** The share of strangers that may be named, in (0, 1). */
+  falseNaming?: number;
+  /** The least cosine of a match, in [0, 1]. */
+  matchThreshold?: number;
+}
+
 /** `event` is absent in the first: the watch has begun, at this token. */
 export interface Watched {
   event: Event | undefined;
@@ -123,12 +131,12 @@ export class Client implements AsyncDisposable {
   }
 
   /** Whether the face is that subject's. */
-  async verifyFace(subjectId: string, picture: PictureInput, galleryId = ""): Promise<VerifyFaceResponse> {
-    return this.unary(GalleryService.method.verifyFace, { galleryId, subjectId, picture: pictureOf(picture) });
+  async verifyFace(subjectId: string, picture: PictureInput, galleryId = "", naming: NamingOptions = {}): Promise<VerifyFaceResponse> {
+    return this.unary(GalleryService.method.verifyFace, { ...naming, galleryId, subjectId, picture: pictureOf(picture) });
   }
 
   /** Who is in the picture. */
-  async identifyFace(picture: PictureInput, more: { galleryId?: string; maxCandidates?: number } = {}): Promise<Face[]> {
+  async identifyFace(picture: PictureInput, more: { galleryId?: string; maxCandidates?: number } & NamingOptions = {}): Promise<Face[]> {
     return (await this.unary(GalleryService.method.identifyFace, { ...more, picture: pictureOf(picture) })).faces;
   }
 

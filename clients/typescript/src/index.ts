@@ -1,6 +1,6 @@
 /** `@facelane/client`: streams, pictures, galleries and events of a facelane server. */
 
-export { Client, defaultTarget, type ClientOptions, type Tls, type Watched, type WatchOptions } from "./client.js";
+export { Client, defaultTarget, type ClientOptions, type NamingOptions, type Tls, type Watched, type WatchOptions } from "./client.js";
 export { type Counts, type Reconnect } from "./core.js";
 export { errorInfo, FacelaneError } from "./errors.js";
 export { type PictureInput } from "./pictures.js";

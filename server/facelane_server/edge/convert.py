@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, Self
+from typing import Final, Self, TypeAlias
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from facelane.v1 import analysis_service_pb2 as analysis_pb
 from facelane.v1 import face_pb2 as pb
+from facelane.v1 import gallery_service_pb2 as gallery_pb
 from facelane_server import limits
 from facelane_server.bulk import refuse_swollen
 from facelane_server.config import Config
@@ -134,8 +135,16 @@ def plan(options: analysis_pb.AnalysisOptions, config: Config, gallery_id: str) 
 _GRAINS: Final[dict[Similarities, float]] = {"exact": 0.0, "rounded": 0.01, "withheld": 0.05}
 
 
+_Naming: TypeAlias = (
+    analysis_pb.AnalysisOptions | gallery_pb.VerifyFaceRequest | gallery_pb.IdentifyFaceRequest
+)
+
+
 def naming(
-    options: analysis_pb.AnalysisOptions, caller: Caller, gallery_id: str, source_id: str | None
+    options: _Naming,
+    caller: Caller,
+    gallery_id: str,
+    source_id: str | None,
 ) -> Asked | None:
     """What a caller asks of names. Raises ``FacelaneError``."""
     share = options.false_naming if options.HasField("false_naming") else None

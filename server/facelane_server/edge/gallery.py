@@ -24,6 +24,7 @@ from facelane_server.edge.roles import Verb
 from facelane_server.events import EventFeed, EventPictures
 from facelane_server.events.feed import event_not_found
 from facelane_server.gallery import correction, enrolment, verification
+from facelane_server.gallery.asked import Asked
 from facelane_server.gallery.gallery import Gallery, model_changing
 from facelane_server.gallery.trail import Trail
 from facelane_server.pipeline import Pipeline, Plan
@@ -262,6 +263,10 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         caller = gate.caller()
         gallery_id = _gallery(request.gallery_id, "identify")
         plan, remaining = self._plan("", want_vectors=True), context.time_remaining()
+        thresholds = self._pipeline.thresholds.at(gallery_id)
+        asked = convert.naming(request, caller, gallery_id, None)
+        if asked is not None:
+            thresholds = asked.verifying(thresholds)
         picture = convert.picture(request.picture, self._config)
         self._look_up(gallery_id)
         self._trail.note(Action.LOOKED_UP, gallery=gallery_id, subject=request.subject_id)
@@ -271,7 +276,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             request.subject_id,
             picture,
             analyse=lambda picture: self._read(picture, plan, remaining),
-            thresholds=self._pipeline.thresholds.at(gallery_id),
+            thresholds=thresholds,
             liveness=plan.liveness and not caller.may("waive-liveness", gallery=gallery_id),
         )
         if found.verified:
@@ -294,7 +299,12 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 f"max_candidates must be 0-{limits.MAX_CANDIDATES}", field="max_candidates"
             )
         picture = convert.picture(request.picture, self._config)
-        plan = self._plan(gallery_id, request.max_candidates)
+        plan = self._plan(
+            gallery_id,
+            request.max_candidates,
+            naming=convert.naming(request, caller, gallery_id, None),
+        )
+        self._pipeline.check_naming(plan)
         per_minute = self._look_up(gallery_id)
         reading = await self._pictures.analyse(picture, plan, remaining_s=context.time_remaining())
         if Stage.RECOGNIZER in reading.result.missing_stages:
@@ -314,7 +324,12 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         return per_minute
 
     def _plan(
-        self, gallery_id: str, max_candidates: int = 0, *, want_vectors: bool = False
+        self,
+        gallery_id: str,
+        max_candidates: int = 0,
+        *,
+        want_vectors: bool = False,
+        naming: Asked | None = None,
     ) -> Plan:
         """Raises ``FacelaneError(POOL_UNAVAILABLE)`` on a server that recognises nobody."""
         if Stage.RECOGNIZER not in self._pipeline.pools:
@@ -330,6 +345,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             max_candidates=max_candidates,
             liveness=Stage.LIVENESS in self._pipeline.pools,
             want_vectors=want_vectors,
+            naming=naming,
         )
 
     def _recogniser(self) -> str:

@@ -78,6 +78,13 @@ class Asked:
             if self.match < needed:
                 self._refuse("match_threshold", f"{math.ceil(needed * 100) / 100:g}", "at least")
 
+    def verifying(self, against: Thresholds) -> Thresholds:
+        """What holds for one comparison with one subject. Raises as ``check``."""
+        self.check(against, 1)
+        own = self.applied(against)
+        assert own is not None, "what cannot be kept was refused"
+        return own
+
     def _refuse(self, field: str, allowed: str, bound: str) -> None:
         if self.looser:
             return
