@@ -15,6 +15,7 @@ from tests.real_pool import real_pool
 
 from facelane_server.domain import Stage
 from facelane_server.ipc.channel import socket_pair
+from facelane_server.pools import briefing
 from facelane_server.pools.process import Confined
 from facelane_server.worker import exit_codes, sandbox
 
@@ -67,8 +68,9 @@ def attempts():
     yield "+ a signal to itself", lambda: os.kill(os.getpid(), 0)
     yield "+ random numbers", lambda: open("/dev/urandom", "rb").read(1)
 
-def probe(*_):
+def probe(*arguments):
     done = {}
+    print(arguments[-1], file=sys.stderr)
     for name, attempt in attempts():
         try:
             attempt()
@@ -93,7 +95,26 @@ sys.exit(worker.main(sys.argv[6:]))
 """
 
 
-def inside(tmp_path: Path, mode: str, **changes: Any) -> tuple[dict[str, str], int, str]:
+UNDER_A_FILTER = """
+import ctypes, os, platform
+from facelane_server.worker import sandbox
+
+step, which = sandbox._step, sandbox._ARCHITECTURES[platform.machine()][0]
+program = sandbox._program(
+    step(0x20, 0)
+    + step(0x15, sandbox._SECCOMP[which], 0, 1)
+    + step(0x06, 0x00050000 | 1)
+    + step(0x06, 0x7FFF0000)
+)
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+"""
+"""A container that denies seccomp(2), and forgot about prctl(2)."""
+
+
+def inside(
+    tmp_path: Path, mode: str, before: str = "", **changes: Any
+) -> tuple[dict[str, str], int, str]:
     for folder in ("gallery", "models", "scratch"):
         (tmp_path / folder).mkdir()
     (tmp_path / "gallery" / "gallery.db").write_text("templates")
@@ -105,7 +126,7 @@ def inside(tmp_path: Path, mode: str, **changes: Any) -> tuple[dict[str, str], i
     try:
         run = subprocess.run(
             [
-                *(sys.executable, "-P", "-c", INSIDE),
+                *(sys.executable, "-P", "-c", before + INSIDE),
                 str(tmp_path / "gallery" / "gallery.db"),
                 str(tmp_path / "models" / "weights"),
                 str(tmp_path / "scratch"),
@@ -156,6 +177,23 @@ def test_for_a_card_it_may_listen_and_nothing_else(tmp_path: Path) -> None:
         assert found[name] == "PermissionError", name
 
 
+def test_where_sockets_cannot_be_denied_it_says_so_and_goes_on(tmp_path: Path) -> None:
+    for mode in ("auto", "required"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        tmp_path.chmod(0o755)
+        found, code, errors = inside(folder, mode, UNDER_A_FILTER)
+        if mode == "required":
+            assert (found, code) == ({}, exit_codes.NOT_CONFINED), errors
+            assert "sandbox = 'required' cannot be had here" in errors
+        elif found["a program"] == "done":
+            pytest.skip("no seccomp here")
+        else:
+            assert code == 0, errors
+            assert found["a TCP socket"] == found["+ its weights"] == "done"
+            assert "sockets open" in errors
+
+
 async def test_a_pool_says_what_its_workers_are_confined_by() -> None:
     async with real_pool(Stage.LIVENESS, sandbox="auto") as p:
         (worker,) = p.pool.info().workers
@@ -183,6 +221,25 @@ async def test_a_pool_says_what_its_workers_are_confined_by() -> None:
 )
 def test_what_holds_in_words(held: sandbox.Confinement, said: str) -> None:
     assert str(held) == said
+
+
+@pytest.mark.parametrize(
+    ("held", "is_enough"),
+    [
+        (sandbox.Confinement("required", 6, True), True),
+        (sandbox.Confinement("required", 12, True, "nobody"), True),
+        (sandbox.Confinement("auto", 6, True, sockets=True), False),
+        (sandbox.Confinement("auto", 6, True, files=False), False),
+        (sandbox.Confinement("auto", 6), False),
+        (sandbox.Confinement("auto", 0, True), False),
+        (sandbox.Confinement("off"), False),
+    ],
+    ids=str,
+)
+def test_the_server_takes_no_less_than_it_requires(
+    held: sandbox.Confinement, is_enough: bool
+) -> None:
+    assert (briefing._WHOLE.fullmatch(str(held)) is not None) is is_enough
 
 
 @pytest.mark.parametrize("works", range(5))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 from facelane_server import config, limits
 from facelane_server.domain import Encoding, Picture, Stage
 from facelane_server.ipc.channel import ProtocolError
@@ -11,6 +14,9 @@ from facelane_server.models.api import AlignedCrop, ContextCrop, CropSpec
 from facelane_server.models.package import Package
 from facelane_server.pools.slots import Codec, SubjectResolver
 from facelane_server.pools.tasks import DetectRequest, EmbedRequest, LivenessRequest, Request
+
+_WHOLE: Final = re.compile(r"landlock [1-9]\d*, seccomp(, user [^,]+)?")
+"""What ``worker.sandbox.Confinement`` says of itself when nothing is left out."""
 
 
 class Briefing:
@@ -63,7 +69,7 @@ class Briefing:
             raise ProtocolError("the model is not what its package says")
         if not 1 <= facts.batch_max <= (self._settings.batch_max or limits.MAX_BATCH):
             raise ProtocolError("it takes other batches than it was told")
-        if self._settings.sandbox == "required" and not facts.sandbox.startswith("landlock"):
+        if self._settings.sandbox == "required" and not _WHOLE.fullmatch(facts.sandbox):
             raise ProtocolError(f"sandbox = 'required', but its sandbox is: {facts.sandbox}")
 
     def codec(self, package: Package) -> Codec:

@@ -100,7 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
         sockets = [socket.socket(fileno=fd) for fd in options.channel]
         for sock in sockets:
             os.set_inheritable(sock.fileno(), False)
-    sandbox.close_doors(held, cards=options.cards or bool(options.attach), mps=bool(options.mps))
+    try:
+        held = sandbox.close_doors(
+            held, cards=options.cards or bool(options.attach), mps=bool(options.mps)
+        )
+    except sandbox.SandboxError as error:
+        sys.stderr.write(f"{error}; or set sandbox = 'auto' to go without\n")
+        return exit_codes.NOT_CONFINED
     return _serve(sockets, stopping, wake, ready, str(held))
 
 

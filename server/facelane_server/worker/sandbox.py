@@ -23,7 +23,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -240,17 +240,29 @@ def _without(found: Confinement) -> Confinement:
     return found
 
 
-def close_doors(held: Confinement, *, cards: bool = False, mps: bool = False) -> None:
+def close_doors(held: Confinement, *, cards: bool = False, mps: bool = False) -> Confinement:
     """No more sockets, for all threads: the channel is there. ``cards``: but CUDA may listen on
-    an abstract Unix socket, without which it does not start. ``mps``: and connect to a daemon."""
+    an abstract Unix socket, without which it does not start. ``mps``: and connect to a daemon.
+
+    What holds then: sockets stay open where the system call for it is denied, by a container's
+    own filter for instance (prctl, which ``enter`` takes, speaks for one thread alone). Raises
+    SandboxError where all of it is required.
+    """
     if not held.seccomp or held.sockets:
-        return
+        return held
     program = _filter(sockets=True, cards=cards or mps, mps=mps)
     assert program is not None
     libc = ctypes.CDLL(None, use_errno=True)
     number = _SECCOMP[_ARCHITECTURES[platform.machine()][0]]
     if libc.syscall(number, _SET_MODE_FILTER, _TSYNC, ctypes.byref(_program(program))):
-        raise SandboxError(f"seccomp: {os.strerror(ctypes.get_errno())}")
+        why = os.strerror(ctypes.get_errno())
+        held = replace(held, sockets=True)
+        if held.mode == "required":
+            raise SandboxError(
+                f"sandbox = 'required' cannot be had here ({held}): seccomp(2) for all threads "
+                f"says {why}; let the container or the unit allow the system call seccomp"
+            )
+    return held
 
 
 def name_temporary_folder(held: Confinement, write: Sequence[str] = ()) -> None:
