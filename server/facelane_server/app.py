@@ -76,7 +76,7 @@ class App:
             settings.monitor, workers=self._workers, on_memory=self._device_memory
         )
         self._gallery: Gallery | None = None
-        self._scrubber = wiping.Scrubber()
+        self._scrubber = wiping.Scrubber(self._scrub_workers)
         self._trail: Trail | None = None
         self._journal: EventJournal | None = None
         self._pipeline: Pipeline | None = None
@@ -353,6 +353,10 @@ class App:
         """Something was deleted, by whomever."""
         self.events.forget_subject("", "")
         self._scrubber.note()
+
+    def _scrub_workers(self) -> None:
+        for pool in self.pools.values():
+            pool.scrub()
 
     # -- while it runs -----------------------------------------------------------------------
 

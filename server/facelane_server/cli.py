@@ -530,7 +530,7 @@ def _open_standard_streams() -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["run"]:
+    if sys.argv[1:2] in (["run"], ["shard"]):
         wiping.one_heap()
     _open_standard_streams()
     _attach_models()

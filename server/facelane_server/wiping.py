@@ -1,9 +1,11 @@
 """Memory of what nobody is to find again: embeddings, pictures, names of who was deleted.
 
-What is freed is not overwritten, by Python nor by the C library, until the place is used again. So
-what holds an embedding is overwritten when it is let go of (``Fleeting``, ``wipe``). Copies that
-are not ours, of names above all (messages, strings, buffers of libraries), are found by nobody
-either once ``scrub`` has filled the free memory of the process.
+What is freed is not overwritten, by Python nor by the C library, until the place is used again,
+and where whoever uses it next needs less, what it does not need stays for as long. So what holds
+an embedding is overwritten when it is let go of (``Fleeting``, ``wipe``). Copies that are not ours,
+of names above all (messages, strings, buffers of libraries), are overwritten when they are freed
+where ``one_heap`` has seen to it, and where not, or by Python itself, once ``scrub`` has filled
+the free memory of the process.
 
 glibc and CPython on Linux; with other allocators ``scrub`` does what can be done.
 """
@@ -17,7 +19,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -34,7 +36,14 @@ _CLASSES: Final = range(512, 32, -16)
 _MOST_BYTES: Final = 256 << 20
 """Free memory that is filled at a time, of each kind."""
 M_ARENA_MAX: Final = -8
+M_PERTURB: Final = -6
+M_MMAP_THRESHOLD: Final = -3
 """See mallopt(3)."""
+_FREED: Final = 0xFF
+"""What is freed is filled with this; what is taken with zeros then."""
+_MAPPED_FROM: Final = 40_000
+"""Bytes: larger pieces, pictures above all, are mapped, and given back as they are freed: nobody
+takes the time to fill them, and nothing is left of them either."""
 PAUSE_S: Final = 0.3
 _VARIABLE: Final = "GLIBC_TUNABLES"
 _NO_CACHES: Final = "glibc.malloc.tcache_count=0"
@@ -75,9 +84,9 @@ def fleeting(shape: tuple[int, ...], dtype: type[D]) -> npt.NDArray[D]:
 
 
 def one_heap() -> None:
-    """All threads share one heap of the C library, none keeps free places of its own, so that
-    ``scrub`` reaches all that is free. At the start of a program, which may begin once again for
-    it: the second of both is read from the environment when the library is loaded."""
+    """All threads share one heap of the C library, none keeps free places of its own, and what is
+    freed is overwritten. At the start of a program, which may begin once again for it: the second
+    of these is read from the environment when the library is loaded."""
     libc = _libc()
     if libc is None:
         return
@@ -86,6 +95,8 @@ def one_heap() -> None:
         os.environ[_VARIABLE] = f"{tunables}:{_NO_CACHES}".lstrip(":")
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program
     libc.mallopt(M_ARENA_MAX, 1)
+    libc.mallopt(M_PERTURB, _FREED)
+    libc.mallopt(M_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
 def as_others(environment: Mapping[str, str]) -> dict[str, str]:
@@ -112,10 +123,37 @@ def scrub() -> None:
         del kept
 
 
-class Scrubber:
-    """Scrubs soon after something was deleted. Used on the event loop."""
+class Scrubbing:
+    """Scrubs in a thread of its own, which goes when nothing is left to do."""
 
     def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._due = False
+        self._thread: threading.Thread | None = None
+
+    def note(self) -> None:
+        """Something was deleted. Many of them together cost hardly more than one."""
+        with self._guard:
+            self._due = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="scrubbing", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._guard:
+                if not self._due:
+                    self._thread = None
+                    return
+                self._due = False
+            scrub()
+
+
+class Scrubber:
+    """Scrubs soon after something was deleted, and tells others to. Used on the event loop."""
+
+    def __init__(self, others: Callable[[], None] = lambda: None) -> None:
+        self._others = others
         self._due = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -130,6 +168,7 @@ class Scrubber:
         while self._due:
             self._due -= 1
             await asyncio.sleep(PAUSE_S)
+            self._others()
             await asyncio.to_thread(scrub)
         self._task = None
 

@@ -22,10 +22,11 @@ from facelane.v1 import (
     analysis_service_pb2,
     event_service_pb2,
     gallery_service_pb2,
+    view_service_pb2,
 )
 from facelane_server import config, limits, naming
 from facelane_server.domain import Encoding, FacelaneError
-from facelane_server.edge import convert
+from facelane_server.edge import convert, operations, view
 from facelane_server.edge.roles import ANYBODY
 from facelane_server.events import EventFeed
 from facelane_server.ipc import messages
@@ -126,6 +127,9 @@ REQUESTS: Final = (
     gallery_service_pb2.UpdateSubjectRequest,
     event_service_pb2.WatchEventsRequest,
     admin_service_pb2.DrainRequest,
+    event_service_pb2.ListEventsRequest,
+    gallery_service_pb2.CorrectIdentityRequest,
+    view_service_pb2.WatchStreamRequest,
 )
 _SETTINGS: Final = config.Config()
 
@@ -164,6 +168,13 @@ def protobuf(data: bytes) -> None:
                 EventFeed().watch(message.resume_token, source_ids=message.source_ids)
             case admin_service_pb2.DrainRequest():
                 convert.duration_ns(message.grace, "grace")
+            case event_service_pb2.ListEventsRequest():
+                operations.kinds_of(message)
+            case gallery_service_pb2.CorrectIdentityRequest():
+                naming.check_identifier(message.subject_id, "subject_id")
+                records.check_display_name(message.display_name)
+            case view_service_pb2.WatchStreamRequest():
+                assert 0 < view.wish_of(message).max_fps <= limits.MAX_VIEW_FPS
 
 
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {

@@ -37,8 +37,8 @@ from facelane_server.sources import Source, keeping
 from facelane_server.store import audit
 from facelane_server.store.gallery import Store
 from facelane_server.store.pictures import Photo, Pictures, new_id
-from facelane_server.store.records import NewTemplate
-from facelane_server.store.schema import GALLERY, keys, pictures
+from facelane_server.store.records import Correction, NewTemplate
+from facelane_server.store.schema import GALLERY, keys, pictures, templates
 
 JPEG = b"\xff\xd8\xff\xe0 a face"
 PHOTO = Photo(JPEG, JPEG + b" as a chip")
@@ -156,6 +156,8 @@ def test_a_picture_is_sealed_and_gone_with_whom_it_shows(place: Path | str, tmp_
     with opened(place, tmp_path) as store:
         kept = enrolled(store)
         mine, other = new_id(), new_id()
+        not_her = NewTemplate(MODEL, vector(2), 0.9, correction=Correction.NOT)
+        store.enroll("staff", "ada", not_her)
         assert kept.add(mine, PHOTO, 1, gallery_id="staff", subject_id="ada")
         assert kept.add(other, PHOTO, 2, gallery_id="staff", subject_id="")
         assert kept.get(mine) == kept.get(other) == PHOTO
@@ -165,6 +167,8 @@ def test_a_picture_is_sealed_and_gone_with_whom_it_shows(place: Path | str, tmp_
         gone = store.delete_subject("staff", "ada")
         assert kept.get(mine) is None
         assert kept.get(other) == PHOTO
+        assert count(store, templates) == 0, "what she is not goes too"
+        assert count(store, pictures) == 1
         with store.database.reading() as connection:
             assert not audit.has_rows(connection, gone.number)
         # The keys of the erased are opened by none that is left; that of the other goes on.

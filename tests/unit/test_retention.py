@@ -43,7 +43,8 @@ from facelane_server.store import events as stored
 from facelane_server.store.events import EventRecord
 from facelane_server.store.held import HOUR_NS, held
 from facelane_server.store.masterkey import Source
-from facelane_server.store.records import NewTemplate
+from facelane_server.store.pictures import Photo, Pictures
+from facelane_server.store.records import Correction, NewTemplate
 from facelane_server.store.vault import open_vault
 
 DIM = 64
@@ -255,7 +256,7 @@ def test_what_the_configuration_takes() -> None:
 # -- access ------------------------------------------------------------------------------------
 
 
-def report(subject_id: str, *others: str) -> TrackReport:
+def report(subject_id: str, *others: str, picture: str = "") -> TrackReport:
     near = tuple(Candidate(name, 0.5) for name in (subject_id, *others))
     identity = Identity(Decision.MATCH, subject_id, 0.8, candidates=near)
     return TrackReport(
@@ -267,6 +268,7 @@ def report(subject_id: str, *others: str) -> TrackReport:
         box=Box(0, 0, 1, 1),
         identity=identity,
         liveness=Liveness(LivenessVerdict.LIVE, 0.9),
+        picture=picture,
     )
 
 
@@ -283,9 +285,16 @@ async def test_somebody_gets_all_that_is_held_of_them(tmp_path: Path) -> None:
             assert isinstance(store, Store)
             new = NewTemplate("m@1", vector, 0.8, 0.5, chip.tobytes())
             store.enroll("staff", "ada", new, create_subject=True, display_name="Ada Lovelace")
+            not_her = NewTemplate("m@1", -vector, 0.8, 0.5, correction=Correction.NOT)
+            store.enroll("staff", "ada", not_her)
             store.create_subject("staff", "bo", "", {})
+            pictures = Pictures(store.database, store.vault)
+            for name, who in zip("abc", ("ada", "ada", "bo"), strict=True):
+                photo = Photo(b"JPEG " + name.encode(), b"chip" if name == "a" else b"")
+                assert pictures.add(name * 32, photo, NOW, gallery_id="staff", subject_id=who)
+            mine = report("ada", picture="a" * 32)
             records = [
-                EventRecord(0, "SUBJECT_SEEN", NOW, "door", "s", "staff", report("ada")),
+                EventRecord(0, "SUBJECT_SEEN", NOW, "door", "s", "staff", mine),
                 EventRecord(0, "SUBJECT_SEEN", NOW + 1, "door", "s", "staff", report("bo", "ada")),
                 EventRecord(0, "SUBJECT_SEEN", NOW + 2, "door", "s", "staff", report("bo")),
                 EventRecord(0, "STREAM_CLOSED", NOW + 3, "door", "s"),
@@ -315,7 +324,23 @@ async def test_somebody_gets_all_that_is_held_of_them(tmp_path: Path) -> None:
     assert [(e["kind"], e["named"]) for e in said["events"]] == [
         ("SUBJECT_SEEN", True), ("SUBJECT_SEEN", False),
     ]  # fmt: skip
-    assert [e["action"] for e in said["audit"]] == ["ENROLLED", "EXPORTED"]
+    assert [e["action"] for e in said["audit"]] == ["ENROLLED", "CORRECTED", "EXPORTED"]
+    # What she is not, and the pictures of her; of nobody else.
+    assert template["correction"] is None
+    [not_her] = said["corrections"]
+    assert not_her["correction"] == "NOT"
+    assert len(not_her["vector"]["data"]) > 100
+    of_her = [f"event-{'a' * 32}-face.jpg", f"event-{'a' * 32}.jpg"]
+    assert [event["pictures"] for event in said["events"]] == [of_her, []]
+    assert [one["files"] for one in said["event_pictures"]] == [
+        of_her, [f"event-{'b' * 32}.jpg"],
+    ]  # fmt: skip
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("event-*")}
+    assert found == {
+        f"event-{'a' * 32}.jpg": b"JPEG a",
+        f"event-{'a' * 32}-face.jpg": b"chip",
+        f"event-{'b' * 32}.jpg": b"JPEG b",
+    }
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
     import cv2
 

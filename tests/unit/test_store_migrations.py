@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from tests.unit.stores import make as stores
 
 from facelane_server.domain import FacelaneError
-from facelane_server.store import schema
+from facelane_server.store import audit, chain, events, schema
 from facelane_server.store.gallery import Store
+from facelane_server.store.masterkey import Source
 from facelane_server.store.opening import open_store
-from facelane_server.store.records import NewTemplate
+from facelane_server.store.pictures import Pictures
+from facelane_server.store.records import Correction, NewTemplate, RequestKey
+from facelane_server.store.vault import open_vault
 
 DIM = 8
 MODEL = "m@1#aa"
@@ -107,6 +111,88 @@ def test_a_file_of_an_earlier_version_is_taken_over_whole(tmp_path: Path, ddl: s
     with contextlib.closing(Store(path)) as again:
         assert again.check() == ""
         assert again.counts() == (4, 4)
+
+
+def restored(place: Path | str, version: int, folder: Path) -> None:
+    """A store as that version wrote it, and its master key in the folder."""
+    if isinstance(place, Path):
+        place.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(place)) as raw:
+            raw.executescript((stores.HERE / f"{version}.sqlite.sql").read_text())
+    else:
+        psycopg = pytest.importorskip("psycopg")
+        with contextlib.closing(psycopg.connect(place, autocommit=True)) as raw:
+            raw.execute((stores.HERE / f"{version}.postgresql.sql").read_text())
+    key = folder / "master.key"
+    key.write_text("5a" * 32 + "\n")
+    key.chmod(0o600)
+
+
+@pytest.mark.parametrize("version", range(3, len(schema.MIGRATIONS) + 1))
+def test_a_store_of_every_version_is_taken_over_whole_on_each_engine(
+    place: Path | str, version: int, tmp_path: Path
+) -> None:
+    """Of the newest too: a schema has its file from its first day (``stores.make``)."""
+    restored(place, version, tmp_path)
+    with contextlib.closing(open_store(place)) as database:
+        # 3 knew no keys: it is sealed by what came later.
+        vault = open_vault(database, Source("", tmp_path), mode="on")
+        assert vault.encrypts
+        store = Store(database, vault=vault)
+        assert store.check() == ""
+        rows = {
+            row.subject_id: row
+            for row in store.vectors(stores.MODEL, stores.DIM)
+            if not row.negative
+        }
+        assert set(rows) == {"ada", "bo"}
+        for number, name in enumerate(("ada", "bo")):
+            gallery = "staff" if number else "default"
+            subject = store.get_subject(gallery, name)
+            assert (subject.display_name, subject.labels) == (name.title(), {"k": "v"})
+            assert np.allclose(rows[name].vector, stores.vector(number), atol=1e-3)
+            [template] = store.list_templates(gallery, name)
+            assert template.quality == 0.5
+            if version > 3:  # at the sealing, answers that are kept for a day are forgotten
+                again = store.recall(gallery, RequestKey(f"enrol-{name}", b"f" * 32))
+                assert again is not None
+                assert again.answer == {"said": name}
+        corrections = store.list_templates("default", "ada", corrections=True)
+        assert [one.correction for one in corrections] == ([Correction.NOT] if version > 5 else [])
+        kept = Pictures(database, vault)
+        for picture_id in stores.PICTURES:
+            assert kept.get(picture_id) == (stores.PHOTO if version > 5 else None)
+        told = events.after(database, vault, 0)
+        named = [e.track.identity.subject_id for e in told if e.track is not None]
+        assert named == (["ada", ""] if version > 3 else [])
+        # Numbers that no store has, as anybody may ask for them.
+        for beyond in (1 << 63, (1 << 64) - 1):
+            assert events.one(database, vault, beyond) is None
+            assert len(events.before(database, vault, beyond, 9)) == len(told)
+        with database.reading() as connection:
+            seen = connection.scalars(sa.select(schema.last_seen.c.seen_ns)).all()
+            said = connection.scalars(sa.select(schema.confirmations.c.by)).all()
+            assert (seen, said) == (([stores.SEEN_NS], ["guard"]) if version > 4 else ([], []))
+            head, _ = audit.heads(connection)
+            if version > 3:
+                public = store.audit.public(connection)
+                assert chain.verify(audit.links(connection), head, public=public) is None
+        # It goes on: nobody gets a number again, and what is deleted is gone whole.
+        new = NewTemplate(stores.MODEL, stores.vector(5), 0.8, 0.5)
+        store.enroll("staff", "dee", new, create_subject=True)
+        numbers = {row.subject_id: row.subject for row in store.vectors(stores.MODEL, stores.DIM)}
+        assert numbers["dee"] > max(numbers["ada"], numbers["bo"]) + 1
+        gone = store.delete_subject("default", "ada")
+        list(store.erasing())
+        with database.reading() as connection:
+            assert not audit.has_rows(connection, gone.number)
+        assert kept.get(stores.PICTURES[0]) is None
+        assert kept.get(stores.PICTURES[1]) == (stores.PHOTO if version > 5 else None)
+        assert not any(
+            e.track.identity.subjects
+            for e in events.after(database, vault, 0)
+            if e.track is not None
+        )
 
 
 def test_a_fresh_store_of_each_engine_has_every_table(place: Path | str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tests.real_pool import PACKAGES
 from tests.waiting import until
 
+from facelane_server import wiping
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.ipc import gallery_table, messages
 from facelane_server.ipc.arena import Arena
@@ -36,6 +37,7 @@ from facelane_server.ipc.messages import (
     Ping,
     Pong,
     Ready,
+    Scrub,
     ToWorker,
     Warming,
 )
@@ -276,6 +278,20 @@ def test_ping_is_answered_between_jobs_and_by_the_loop_alone(server: Server) -> 
     server.model.permits.release()
     assert isinstance(server.receive(), InferDone), "the device first: that is what a ping shows"
     assert isinstance(server.receive(), Pong)
+
+
+def test_a_deletion_has_the_memory_scrubbed_beside_the_jobs(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.become_ready()
+    scrubbed = threading.Event()
+    monkeypatch.setattr(wiping, "scrub", scrubbed.set)
+    server.infer(1, 0)
+    until(lambda: server.model.calls == ["begin job1"])
+    server.send(Scrub())
+    server.model.permits.release()
+    assert isinstance(server.receive(), InferDone)
+    assert scrubbed.wait(60)
 
 
 def test_cancel_skips_a_job_that_was_not_begun(server: Server) -> None:

@@ -335,7 +335,7 @@ class EventService(event_grpc.EventServiceServicer):
     async def WatchEvents(  # type: ignore[override]
         self, request: event_pb.WatchEventsRequest, context: Context
     ) -> None:
-        kinds, caller = _kinds(request), gate.caller()
+        kinds, caller = kinds_of(request), gate.caller()
         with self._feed.watch(
             request.resume_token,
             kinds,
@@ -353,7 +353,7 @@ class EventService(event_grpc.EventServiceServicer):
     async def ListEvents(
         self, request: event_pb.ListEventsRequest, context: Context
     ) -> event_pb.ListEventsResponse:
-        kinds, caller = _kinds(request), gate.caller()
+        kinds, caller = kinds_of(request), gate.caller()
         count = min(request.page_size or _PAGE, limits.MAX_EVENT_BATCH)
         found = await self._feed.before(
             request.before_sequence,
@@ -407,7 +407,7 @@ def for_confirmers(event: Event, caller: Caller) -> None:
         )
 
 
-def _kinds(request: event_pb.WatchEventsRequest | event_pb.ListEventsRequest) -> list[EventKind]:
+def kinds_of(request: event_pb.WatchEventsRequest | event_pb.ListEventsRequest) -> list[EventKind]:
     """Those that are asked for. Raises ARGUMENT_INVALID for what no filter may be."""
     if len(request.source_ids) + len(request.gallery_ids) > limits.MAX_EVENT_FILTERS:
         raise convert.invalid(

@@ -66,7 +66,7 @@ class ViewService(pb_grpc.ViewServiceServicer):
         self, request: pb.WatchStreamRequest, context: Context
     ) -> None:
         caller = gate.caller()
-        wish = _wish(request)
+        wish = wish_of(request)
         lane, sight = self._meant(request, caller)
         source_id, gallery_id = lane.options.source_id, lane.options.plan.gallery_id
         self._trail.note(Action.VIEWED, gallery=gallery_id, source=source_id)
@@ -142,7 +142,7 @@ def _may(caller: Caller, lane: Lane) -> bool:
     return caller.may("view", gallery=plan.gallery_id, source=lane.options.source_id)
 
 
-def _wish(request: pb.WatchStreamRequest) -> Wish:
+def wish_of(request: pb.WatchStreamRequest) -> Wish:
     fps = request.max_fps or limits.VIEW_FPS
     if not _LEAST_FPS <= fps <= limits.MAX_VIEW_FPS:  # nor NaN
         raise convert.invalid(

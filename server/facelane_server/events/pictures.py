@@ -182,20 +182,24 @@ class EventPictures:
                     await self._changed.wait()
             self._changed.clear()
             while self._waiting:
-                one = self._waiting.popleft()
-                try:
-                    await self._write(one)
-                except FacelaneError as error:
-                    self._drop(error.reason.value)
-                except Exception:
-                    log.exception("a picture of an event was not kept")
-                    self.dropped += 1
-                finally:
-                    self._under_way.discard(one.picture_id)
+                await self._keep_next()
             if time.monotonic() - pruned >= PRUNE_S:
                 pruned = time.monotonic()
                 with contextlib.suppress(FacelaneError):  # the next time, then
                     await self._prune()
+
+    async def _keep_next(self) -> None:
+        # Held by this call alone: nobody's face stays behind while nothing else happens.
+        one = self._waiting.popleft()
+        try:
+            await self._write(one)
+        except FacelaneError as error:
+            self._drop(error.reason.value)
+        except Exception:
+            log.exception("a picture of an event was not kept")
+            self.dropped += 1
+        finally:
+            self._under_way.discard(one.picture_id)
 
     async def _write(self, one: _Waiting) -> None:
         portrait = one.portrait

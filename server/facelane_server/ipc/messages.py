@@ -18,6 +18,7 @@ in the slots of two memfd arenas, and messages hold offsets into the job's slot.
       |  -- Ping -> / <- Pong -----------------|   answered by the inference loop itself
       |  -- Cancel ---------------------------> |   best effort: skips a job not begun
       |  -- CloseVideo -----------------------> |   a lane of video ended, or has moved
+      |  -- Scrub ----------------------------> |   somebody was deleted
       |  -- Drain -> / <- Drained ------------- |   then the worker exits 0
       |  <- Fatal ------------------------------|   last words: why the worker ends
 
@@ -238,6 +239,11 @@ class CloseVideo(Message, frozen=True):
     lane: int
 
 
+class Scrub(Message, frozen=True):
+    """Somebody was deleted: what is free of the worker's memory is filled with zeros, beside its
+    jobs."""
+
+
 class Ping(Message, frozen=True):
     sequence: int
 
@@ -274,7 +280,9 @@ class GalleryDelta(Message, frozen=True):
     log_bytes: int
 
 
-ToWorker = Load | Infer | Cancel | CloseVideo | Ping | Drain | GallerySnapshot | GalleryDelta
+ToWorker = (
+    Load | Infer | Cancel | CloseVideo | Scrub | Ping | Drain | GallerySnapshot | GalleryDelta
+)
 
 
 # -- from the worker ------------------------------------------------------------------

@@ -35,6 +35,7 @@ from facelane_server.ipc.messages import (
     Ping,
     Pong,
     Ready,
+    Scrub,
     Warming,
 )
 from facelane_server.pools.groups import Decoders
@@ -243,6 +244,11 @@ class ReadyHandle:
             self.decoders.forget([lane])
             with contextlib.suppress(ChannelError):  # end of file tells
                 self._channel.send(CloseVideo(lane))
+
+    def scrub(self) -> None:
+        """Somebody was deleted: nothing of them is to be left in the worker's free memory."""
+        with contextlib.suppress(ChannelError):  # end of file tells
+            self._channel.send(Scrub())
 
     def take_over(self, lanes: Sequence[int], everyone: Sequence[ReadyHandle | None]) -> None:
         """These lanes are given to this worker: of video, no other decodes them from now on, and

@@ -186,6 +186,12 @@ class Pool:
             if worker.handle is not None:
                 worker.handle.close_video(lane)
 
+    def scrub(self) -> None:
+        """Somebody was deleted: nothing of them is to be left in free memory of the workers."""
+        for worker in self._crew.everyone():
+            if worker.handle is not None:
+                worker.handle.scrub()
+
     def withdraw(self, task: AnyTask) -> bool:
         """Take a task back. True when it was still queued: its future is then the caller's to
         resolve. False when a worker has it or had it: its future is resolved as usual."""

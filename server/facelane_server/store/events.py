@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import sqlalchemy as sa
@@ -59,6 +59,9 @@ class _Body:
     rule: RuleReport | None = None
     candidate: int = 0
 
+
+_LAST: Final = (1 << 63) - 1
+"""No number of an event is above it, nor of anything else that a store can be asked for."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Body).decode
@@ -205,6 +208,8 @@ def named(
 
 def one(database: Database, vault: Vault, sequence: int) -> EventRecord | None:
     """The event of a number, while it is kept."""
+    if sequence > _LAST:
+        return None
     with database.reading() as connection:
         rows = connection.execute(sa.select(events).where(events.c.sequence == sequence)).all()
         return next(iter(named(connection, vault, rows)), None)
@@ -228,7 +233,7 @@ def before(
     """At most ``count`` events before ``sequence`` (0 = from the newest on), the newest first; of
     those kinds, sources and galleries alone, where some are named."""
     query = sa.select(events).order_by(events.c.sequence.desc()).limit(count)
-    if sequence:
+    if 0 < sequence <= _LAST:
         query = query.where(events.c.sequence < sequence)
     for column, wanted in (
         (events.c.kind, kinds),

@@ -6,7 +6,7 @@ import base64
 import datetime as dt
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,14 @@ from facelane_server.store.chips import ENCODING
 from facelane_server.store.envelope import Lock
 from facelane_server.store.events import decoded
 from facelane_server.store.gallery import Store
-from facelane_server.store.records import subject_missing
+from facelane_server.store.pictures import opened_photo
+from facelane_server.store.records import Correction, subject_missing
 from facelane_server.store.schema import (
     chips,
     confirmations,
     events,
     last_seen,
+    pictures,
     requests,
     subjects,
     templates,
@@ -34,7 +36,7 @@ from facelane_server.store.vault import Person
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """``said``: as JSON can say it. ``pictures``: name of a file -> PNG."""
+    """``said``: as JSON can say it. ``pictures``: name of a file -> PNG, or JPEG of an event."""
 
     said: dict[str, Any]
     pictures: dict[str, bytes]
@@ -59,7 +61,9 @@ def export(store: Store, gallery_id: str, subject_id: str) -> Export:
             if lock is None
             else store.vault.person(lock, number, row.sealed)
         )
-        pictures = dict(_pictures(connection, store, lock, number))
+        shown = dict(_chips(connection, store, lock, number))
+        of_events = dict(_event_pictures(connection, store, lock, number))
+        faces = list(_faces(connection, store, lock, number, shown))
         seen_ns = connection.scalar(
             sa.select(last_seen.c.seen_ns).where(last_seen.c.subject == number)
         )
@@ -72,12 +76,20 @@ def export(store: Store, gallery_id: str, subject_id: str) -> Export:
             "created": _time(row.created_ns),
             "updated": _time(row.updated_ns),
             "last_seen": _time(seen_ns) if seen_ns else None,
-            "templates": list(_templates(connection, store, lock, number, pictures)),
+            "templates": [face for face in faces if face["correction"] != "NOT"],
+            "corrections": [face for face in faces if face["correction"] == "NOT"],
             "enrolments_remembered": list(_requests(connection, number)),
-            "events": list(_events(connection, gallery_id, number)),
+            "events": list(_events(connection, gallery_id, number, of_events)),
+            # Those of events that are not kept any more are here alone.
+            "event_pictures": [
+                {"time": _time(at_ns), "files": sorted(files)}
+                for at_ns, files in of_events.values()
+            ],
             "audit": list(_audit(connection, store, gallery_id, subject_id)),
         }
-    return Export(said, pictures)
+    for _, files in of_events.values():
+        shown |= files
+    return Export(said, shown)
 
 
 def _number(
@@ -95,13 +107,14 @@ def _time(at_ns: int) -> str:
     return dt.datetime.fromtimestamp(at_ns / 1e9, dt.UTC).isoformat(timespec="seconds")
 
 
-def _templates(
+def _faces(
     connection: sa.Connection,
     store: Store,
     lock: Lock | None,
     number: int,
-    pictures: dict[str, bytes],
+    shown: Collection[str],
 ) -> Iterator[dict[str, Any]]:
+    """Templates, and what somebody said that the subject is not."""
     rows = connection.execute(
         sa.select(templates).where(templates.c.subject == number).order_by(templates.c.id)
     )
@@ -110,13 +123,15 @@ def _templates(
         if lock is not None:
             vector = store.vault.vector(lock, row.template_id, vector)
         name = f"{row.template_id}.png"
+        says = Correction(row.correction)
         yield {
             "template_id": row.template_id,
             "model": row.model_id,
             "ood_score": row.ood_score,
             "quality": row.quality,
+            "correction": says.name if says else None,
             "created": _time(row.created_ns),
-            "picture": name if name in pictures else None,
+            "picture": name if name in shown else None,
             "vector": {
                 "values": row.dim,
                 "type": "float16, little endian, base64",
@@ -125,7 +140,7 @@ def _templates(
         }
 
 
-def _pictures(
+def _chips(
     connection: sa.Connection, store: Store, lock: Lock | None, number: int
 ) -> Iterator[tuple[str, bytes]]:
     rows = connection.execute(
@@ -139,6 +154,23 @@ def _pictures(
             yield f"{row.template_id}.png", _png(chip)
 
 
+def _event_pictures(
+    connection: sa.Connection, store: Store, lock: Lock | None, number: int
+) -> Iterator[tuple[str, tuple[int, dict[str, bytes]]]]:
+    """By what each is kept by: its time, and its files. A store that is not encrypted has none."""
+    rows = connection.execute(
+        sa.select(pictures).where(pictures.c.subject == number).order_by(pictures.c.time_ns)
+    )
+    for row in rows.all() if lock is not None else ():
+        assert lock is not None
+        photo = opened_photo(store.vault, lock, row)
+        name = f"event-{row.picture_id}"
+        files = {f"{name}.jpg": photo.around}
+        if photo.chip:
+            files[f"{name}-face.jpg"] = photo.chip
+        yield row.picture_id, (row.time_ns, files)
+
+
 def _requests(connection: sa.Connection, number: int) -> Iterator[dict[str, Any]]:
     """Of the last day; their ids are kept as codes."""
     rows = connection.execute(
@@ -150,7 +182,12 @@ def _requests(connection: sa.Connection, number: int) -> Iterator[dict[str, Any]
         yield {"template_id": row.template_id, "time": _time(row.created_ns)}
 
 
-def _events(connection: sa.Connection, gallery_id: str, number: int) -> Iterator[dict[str, Any]]:
+def _events(
+    connection: sa.Connection,
+    gallery_id: str,
+    number: int,
+    of_events: Mapping[str, tuple[int, dict[str, bytes]]],
+) -> Iterator[dict[str, Any]]:
     """Those that name the subject, first or among others who were like it."""
     query = sa.select(events).where(events.c.gallery_id == gallery_id).order_by(events.c.sequence)
     own = str(number)
@@ -170,6 +207,9 @@ def _events(connection: sa.Connection, gallery_id: str, number: int) -> Iterator
                 "named": named,
                 "similarity": track.identity.similarity if named else None,
                 "liveness": track.liveness.verdict.value,
+                "pictures": sorted(of_events[track.picture][1])
+                if named and track.picture in of_events
+                else [],
                 "confirmations": [
                     {"by": one.by, "agrees": one.agrees, "time": _time(one.time_ns)}
                     for one in connection.execute(

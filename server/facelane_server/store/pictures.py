@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import sqlalchemy as sa
@@ -39,6 +39,11 @@ class Photo:
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Photo).decode
+
+
+def opened_photo(vault: Vault, lock: Lock, row: sa.Row[Any]) -> Photo:
+    """Of a row of the table, with its owner's lock. Raises GALLERY_UNAVAILABLE."""
+    return _decode(vault.picture(lock, row.picture_id, row.sealed))
 
 
 def new_id() -> str:
@@ -80,8 +85,7 @@ class Pictures:
             row = connection.execute(query).first()
             if row is None:
                 return None
-            lock = self._vault.lock_of(connection, row.owner)
-            return _decode(self._vault.picture(lock, picture_id, row.sealed))
+            return opened_photo(self._vault, self._vault.lock_of(connection, row.owner), row)
 
     def give(self, picture_id: str, gallery_id: str, subject_id: str) -> bool:
         """The picture shows this subject: its key seals it from now on. False where either is
@@ -94,7 +98,7 @@ class Pictures:
             if row is None or number is None:
                 return False
             lock = self._vault.lock_of(connection, row.owner)
-            photo = _decode(self._vault.picture(lock, picture_id, row.sealed))
+            photo = opened_photo(self._vault, lock, row)
             self._delete(connection, [row.picture_id], [row.owner])
             self._insert(connection, picture_id, photo, row.time_ns, number)
         return True

@@ -28,7 +28,8 @@ subject's number is a revision too, so that none is ever used again.
 
 To add a table: define it here, append a step to ``MIGRATIONS`` that makes it (``_make``, which
 leaves alone what is there: a fresh store has been given all tables by the first step), and list it
-in ``COPIED`` when ``store copy`` is to move it. To add a column: ``_add_column`` in a step.
+in ``COPIED`` when ``store copy`` is to move it. To add a column: ``_add_column`` in a step. Then
+``python -m tests.unit.stores.make`` writes the files that later versions are tested to take over.
 """
 
 from __future__ import annotations

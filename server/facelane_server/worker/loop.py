@@ -18,6 +18,7 @@ does not answer, and the server sees it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import threading
@@ -49,9 +50,11 @@ from facelane_server.ipc.messages import (
     Ping,
     Pong,
     Ready,
+    Scrub,
     Warming,
 )
 from facelane_server.models import api
+from facelane_server.wiping import Scrubbing
 from facelane_server.worker import device, exit_codes, failpoints
 from facelane_server.worker.failpoints import Failpoints
 from facelane_server.worker.faults import JobFaults, Quit, ending
@@ -66,6 +69,10 @@ _DESCRIPTORS: Final = {GallerySnapshot: 2, GalleryDelta: 1}
 _STARTING = threading.Lock()
 """The threads of a group load and warm up one after the other: neither torch's import nor
 its search for the fastest algorithms bears company."""
+
+
+SCRUBBING: Final = Scrubbing()
+"""Of the process, whose memory it is, however many models are in it."""
 
 
 @dataclass(slots=True)
@@ -140,7 +147,7 @@ class Loop:
             if isinstance(message, Load) and len(descriptors) == 2:
                 return message, descriptors
             close_all(descriptors)
-            if isinstance(message, Cancel | CloseVideo):
+            if isinstance(message, Cancel | CloseVideo | Scrub):
                 continue  # for the model before, which was drained on this channel
             if isinstance(message, Drain):
                 self._send(Drained())
@@ -183,6 +190,8 @@ class Loop:
         self._gallery.device = on
         self._gallery.model_id = model_id
         self._memory = device.memory_meter(on)
+        # What is there now stays: looking for garbage, as every scrub does, passes it over.
+        gc.freeze()
         self._on_ready()
         self._send(
             Ready(
@@ -245,6 +254,8 @@ class Loop:
                 self._cancel(message.job_id)
             elif isinstance(message, CloseVideo):
                 self._work.close_video(message.lane)
+            elif isinstance(message, Scrub):
+                SCRUBBING.note()
             elif isinstance(message, Drain):
                 self._draining = True
             elif isinstance(message, GallerySnapshot):

@@ -1,0 +1,178 @@
+CREATE TABLE public.audit (
+    sequence bigint NOT NULL,
+    time_ns bigint NOT NULL,
+    body bytea NOT NULL,
+    digest bytea NOT NULL
+);
+CREATE TABLE public.changes (
+    revision bigint NOT NULL,
+    kind character varying(24) NOT NULL,
+    subject bigint NOT NULL,
+    template_id character varying(32) NOT NULL COLLATE pg_catalog."C"
+);
+CREATE TABLE public.chips (
+    template_id character varying(32) NOT NULL COLLATE pg_catalog."C",
+    encoding character varying(16) NOT NULL,
+    chip bytea NOT NULL
+);
+CREATE TABLE public.counters (
+    name character varying(64) NOT NULL COLLATE pg_catalog."C",
+    value bigint NOT NULL
+);
+CREATE TABLE public.events (
+    sequence bigint NOT NULL,
+    kind character varying(32) NOT NULL,
+    time_ns bigint NOT NULL,
+    source_id character varying(256) NOT NULL,
+    stream_id character varying(256) NOT NULL,
+    gallery_id character varying(128) NOT NULL,
+    body bytea NOT NULL
+);
+CREATE TABLE public.galleries (
+    gallery_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    settings json NOT NULL,
+    created_ns bigint NOT NULL
+);
+CREATE TABLE public.keys (
+    key_id character varying(64) NOT NULL COLLATE pg_catalog."C",
+    kind character varying(16) NOT NULL,
+    subject bigint,
+    wrapped bytea NOT NULL,
+    wrapped_by character varying(64) NOT NULL COLLATE pg_catalog."C",
+    created_ns bigint NOT NULL
+);
+CREATE TABLE public.meta (
+    name character varying(64) NOT NULL COLLATE pg_catalog."C",
+    value character varying(1024) NOT NULL
+);
+CREATE TABLE public.requests (
+    gallery_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    request_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    fingerprint bytea NOT NULL,
+    template_id character varying(32) NOT NULL COLLATE pg_catalog."C",
+    answer json,
+    created_ns bigint NOT NULL
+);
+CREATE TABLE public.schema_version (
+    version integer
+);
+CREATE TABLE public.shards (
+    shard_id character varying(64) NOT NULL COLLATE pg_catalog."C",
+    host character varying(128) NOT NULL,
+    process character varying(64) NOT NULL,
+    revision bigint NOT NULL,
+    lease_until_ns bigint NOT NULL
+);
+CREATE TABLE public.subjects (
+    id bigint NOT NULL,
+    gallery_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    subject_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    display_name character varying(256) NOT NULL,
+    labels json NOT NULL,
+    etag character varying(32) NOT NULL,
+    created_ns bigint NOT NULL,
+    updated_ns bigint NOT NULL,
+    sealed bytea
+);
+CREATE TABLE public.templates (
+    id bigint NOT NULL,
+    template_id character varying(32) NOT NULL COLLATE pg_catalog."C",
+    subject bigint NOT NULL,
+    model_id character varying(256) NOT NULL COLLATE pg_catalog."C",
+    dim integer NOT NULL,
+    vector bytea NOT NULL,
+    ood_score double precision NOT NULL,
+    created_ns bigint NOT NULL,
+    quality double precision DEFAULT '0'::double precision NOT NULL
+);
+CREATE SEQUENCE public.templates_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+ALTER SEQUENCE public.templates_id_seq OWNED BY public.templates.id;
+ALTER TABLE ONLY public.templates ALTER COLUMN id SET DEFAULT nextval('public.templates_id_seq'::regclass);
+INSERT INTO public.audit VALUES (1, 1795818157546195889, '\x7b22616374696f6e223a22454e524f4c4c4544222c2267616c6c657279223a2264656661756c74222c227375626a656374223a223234393137323736383362623237313739613864366632396635366365386531227d', '\x5e79703cc3d4fae23a5d75d1196a5698aa913f46d120772d73a4375e341c71c8');
+INSERT INTO public.audit VALUES (2, 1795818157575444908, '\x7b22616374696f6e223a225355424a4543545f55504441544544222c2267616c6c657279223a2264656661756c74222c227375626a656374223a223234393137323736383362623237313739613864366632396635366365386531227d', '\x1954f85858738f09ffb75579135e61c7d952efd15f9882966ba089a598865e76');
+INSERT INTO public.audit VALUES (3, 1795818157634195532, '\x7b22616374696f6e223a22454e524f4c4c4544222c2267616c6c657279223a227374616666222c227375626a656374223a226661613165666365346461313933643463343464643261633766663536306430227d', '\xfb39bf9d7234cdc4b032d763d0e052139a8743ff9900f4ab3537929a5392c852');
+INSERT INTO public.audit VALUES (4, 1795818157663858658, '\x7b22616374696f6e223a225355424a4543545f55504441544544222c2267616c6c657279223a227374616666222c227375626a656374223a226661613165666365346461313933643463343464643261633766663536306430227d', '\xcad6481d00669dede8c9f086b735257465813ffaf8ed3a630a11791b7db09f6f');
+INSERT INTO public.audit VALUES (5, 1795818157718110235, '\x7b22616374696f6e223a22454e524f4c4c4544222c2267616c6c657279223a227374616666222c227375626a656374223a226163326534393364623462366233306333666565306134633861666562663464227d', '\xb797c7d9871c42af725f4566ec5002cbe94cf311c76867c38828a8f393b4ef42');
+INSERT INTO public.audit VALUES (6, 1795818157739517103, '\x7b22616374696f6e223a225355424a4543545f55504441544544222c2267616c6c657279223a227374616666222c227375626a656374223a226163326534393364623462366233306333666565306134633861666562663464227d', '\x5c4edfe8b4c6dc69d8e865e3c141e64d2dddd0eb5777337be219fe35fd40c3ae');
+INSERT INTO public.audit VALUES (7, 1795818157777878395, '\x7b22616374696f6e223a225355424a4543545f44454c45544544222c2267616c6c657279223a227374616666222c227375626a656374223a226163326534393364623462366233306333666565306134633861666562663464227d', '\x6689e7cc8fad9900ff56f82613c793aa95f4e31749f60894e8c609f4ed610cb2');
+INSERT INTO public.changes VALUES (1, 'SUBJECT', 1, '');
+INSERT INTO public.changes VALUES (2, 'TEMPLATE_ADDED', 1, '13e533797c7a383af825848146bff926');
+INSERT INTO public.changes VALUES (3, 'SUBJECT', 1, '');
+INSERT INTO public.changes VALUES (4, 'SUBJECT', 4, '');
+INSERT INTO public.changes VALUES (5, 'TEMPLATE_ADDED', 4, 'b728b49f85c164305117c4d3de1aad5e');
+INSERT INTO public.changes VALUES (6, 'SUBJECT', 4, '');
+INSERT INTO public.changes VALUES (7, 'SUBJECT', 7, '');
+INSERT INTO public.changes VALUES (8, 'TEMPLATE_ADDED', 7, 'b5b675add1b9395c3304961171d12dd3');
+INSERT INTO public.changes VALUES (9, 'SUBJECT', 7, '');
+INSERT INTO public.changes VALUES (10, 'SUBJECT_REMOVED', 7, '');
+INSERT INTO public.chips VALUES ('13e533797c7a383af825848146bff926', 'bgr24', '\x53fa2cdc1f4b5f227e086bf61e523a884b3df505bebafb3ea92bcaae6c1c8a67795f966801a79427094ce25a46e382b1b8327e3abcef5c');
+INSERT INTO public.chips VALUES ('b728b49f85c164305117c4d3de1aad5e', 'bgr24', '\x30e9fc3f4c6eb103d6af460005ce13e09117ff110e0f5598110017672d574a9a669bf8df8846570e58f01cc970332cc13180f1e1217640');
+INSERT INTO public.counters VALUES ('events', 3);
+INSERT INTO public.counters VALUES ('gallery', 10);
+INSERT INTO public.counters VALUES ('audit', 7);
+INSERT INTO public.events VALUES (1, 'STREAM_OPENED', 1800000000000000000, 'door', 's', '', '\x84a5747261636bc0a4706f6f6ca0a76d657373616765a0a673656e646572a0');
+INSERT INTO public.events VALUES (2, 'SUBJECT_SEEN', 1800000000000000000, 'door', 's', 'default', '\x84a5747261636b8ba8747261636b5f696407a866697273745f6e7300a76c6173745f6e7301b066697273745f636170747572655f6e73c0af6c6173745f636170747572655f6e73c0a3626f7884a17800a17900a5776964746801a668656967687401a86964656e7469747986a86465636973696f6ea54d41544348aa7375626a6563745f6964a131aa73696d696c6172697479cb3fe999999999999aaa63616e646964617465739182aa7375626a6563745f6964a131aa73696d696c6172697479cb3fe999999999999aa97468726573686f6c64c0a76365727461696ec3a86c6976656e65737383a776657264696374a44c495645a573636f7265cb3feccccccccccccdaa6e6f5f636f6e74657874c2a96f6f645f73636f7265c0ae626573745f6f6f645f73636f7265c0a56c6f6f6b7300a4706f6f6ca0a76d657373616765a0a673656e646572a0');
+INSERT INTO public.events VALUES (3, 'SUBJECT_SEEN', 1800000000000000001, 'door', 's', 'staff', '\x84a5747261636b8ba8747261636b5f696407a866697273745f6e7300a76c6173745f6e7301b066697273745f636170747572655f6e73c0af6c6173745f636170747572655f6e73c0a3626f7884a17800a17900a5776964746801a668656967687401a86964656e7469747986a86465636973696f6ea54d41544348aa7375626a6563745f6964a137aa73696d696c6172697479cb3fe999999999999aaa63616e646964617465739182aa7375626a6563745f6964a137aa73696d696c6172697479cb3fe999999999999aa97468726573686f6c64c0a76365727461696ec3a86c6976656e65737383a776657264696374a44c495645a573636f7265cb3feccccccccccccdaa6e6f5f636f6e74657874c2a96f6f645f73636f7265c0ae626573745f6f6f645f73636f7265c0a56c6f6f6b7300a4706f6f6ca0a76d657373616765a0a673656e646572a0');
+INSERT INTO public.galleries VALUES ('default', '{}', 1795818157506303377);
+INSERT INTO public.galleries VALUES ('staff', '{}', 1795818157587397791);
+INSERT INTO public.keys VALUES ('index', 'index', NULL, '\xb3388fbb64a3017c4dc8441505ea2c30b6077f738bae64d06fbb71ff787fe7b4f311ea30f3d38a977b63441f91c6c7f78c5d56346ef26f4c66550f15', '51f4634fe21c261e', 1795818157455778064);
+INSERT INTO public.keys VALUES ('signing', 'signing', NULL, '\x05c1878f5271fd0f05535c7d34016fb8b0aaeef692a41dda845ad717b67ee6e9b0ab0338fe6b3e86322833bb2991664ca4f6789169e5d9b9dba741f7', '51f4634fe21c261e', 1795818157541016211);
+INSERT INTO public.keys VALUES ('epoch-01795818157795431203-3e9c0531', 'epoch', NULL, '\x116dd55ea1369171afc488254d05c1972d12b1cdbb004e157d4b60ddae2d5027fe6b6470e8ce32f72df3a2743dd656423e1b8ad2d57e81087271631f', '51f4634fe21c261e', 1795818157795648117);
+INSERT INTO public.keys VALUES ('subject-1', 'subject', 1, '\x86867c96a2d670a364315320ae7a7878df694f181613b08403b956bff4142cfe1ae27fd5b8677990272ea0ead57c9bea35df9bb9f3161f5faa0cb9fb', 'epoch-01795818157795431203-3e9c0531', 1795818157512584552);
+INSERT INTO public.keys VALUES ('subject-4', 'subject', 4, '\x3bbcac48a35641aec49cc453d23608209b88f4d77656da43addd34cb4d6b487c80079863e33568e50f929eaedd04869f80ad7b1882fc78b1100aaccb', 'epoch-01795818157795431203-3e9c0531', 1795818157590191877);
+INSERT INTO public.meta VALUES ('store_id', '9dd151a636a9ec46');
+INSERT INTO public.meta VALUES ('encryption', '1');
+INSERT INTO public.meta VALUES ('audit_head', '{"log":"9dd151a636a9ec46","number":7,"time_ns":1795818157777878395,"digest":"6689e7cc8fad9900ff56f82613c793aa95f4e31749f60894e8c609f4ed610cb2","key":"rlFgIdcuzD7abhxp/9ytXfNztqBR1jq5psyWsWgpMbE=","signature":"B5mGTmf3+c5l9AbiHZ50axbbgWmsot4LmryDkx0hArmsKGr7JBVvrGWgxFEXs3dSanN1OQs2uweCr8+i9e+mDg==","stub":false}');
+INSERT INTO public.requests VALUES ('default', 'cd682dd20f902f552d159674c63265e97ca45cbd30dfdcbcc3577514ae6dd835', '\x6666666666666666666666666666666666666666666666666666666666666666', '13e533797c7a383af825848146bff926', '{"sealed": "60d1291910d34452c1fe9589f6f8e714adad8276efe1a45f2562843113651178caa9538dc03b2399b22e"}', 1795818157530151086);
+INSERT INTO public.requests VALUES ('staff', 'e18f8ca6cab42a28e7fabd7df7601a011cefc83aa2ffa882a44a0d7e660ced3f', '\x6666666666666666666666666666666666666666666666666666666666666666', 'b728b49f85c164305117c4d3de1aad5e', '{"sealed": "86369830155ad9231b38bb45cc925ac6ef8bf75469e89cc682e9f4655fc7a2f1a0e026818c12cc00c7"}', 1795818157618163145);
+INSERT INTO public.requests VALUES ('staff', 'aeac0bbc915951e4e3a52ed3f5c0bc0bd930e76736dbb808bdd0f317bae97099', '\x6666666666666666666666666666666666666666666666666666666666666666', 'b5b675add1b9395c3304961171d12dd3', NULL, 1795818157698789319);
+INSERT INTO public.schema_version VALUES (4);
+INSERT INTO public.subjects VALUES (1, 'default', 'd606e700dcdd13be4b08b28e1eef037e3992da667fd016c0bd379d0f1eb995b1', '', '{}', 'd8331a6be37ca959', 1795818157506303377, 1795818157563137160, '\xe7fae3cd75eff44d86dc8b8a16f12b3223358be71e82caab304197f21ea352b5900774b03b507588bbca082c156ef8b09e421d');
+INSERT INTO public.subjects VALUES (4, 'staff', '9778b86d0be2709aba69b13fba39061b4219ec8bcb17ebcb7f92a9da781bca15', '', '{}', 'dc802cca3cf4ac9b', 1795818157587397791, 1795818157648287965, '\xdead9cebd4038095c74644b690fae86e84abb20be87517e977738ab669bbe0284329f718d142bcc22fcd088e48d1ad7ea6');
+INSERT INTO public.templates VALUES (1, '13e533797c7a383af825848146bff926', 1, 'm@1#aa', 8, '\xe6fc87b1ab2a9ae50fa8759d94799cdb8134c3096ef6a43a410a92d798e0f9ed8817d41120df609b36c8798b', 0.9, 1795818157522310044, 0.5);
+INSERT INTO public.templates VALUES (2, 'b728b49f85c164305117c4d3de1aad5e', 4, 'm@1#aa', 8, '\x4ef61d6760eb37263f02cb3b23af9750ab5ad5ad7ee63974ca126a0eff6c11298f724e77ce86a7125712fe11', 0.9, 1795818157610457184, 0.5);
+SELECT pg_catalog.setval('public.templates_id_seq', 3, true);
+ALTER TABLE ONLY public.audit
+    ADD CONSTRAINT audit_pkey PRIMARY KEY (sequence);
+ALTER TABLE ONLY public.changes
+    ADD CONSTRAINT changes_pkey PRIMARY KEY (revision);
+ALTER TABLE ONLY public.chips
+    ADD CONSTRAINT chips_pkey PRIMARY KEY (template_id);
+ALTER TABLE ONLY public.counters
+    ADD CONSTRAINT counters_pkey PRIMARY KEY (name);
+ALTER TABLE ONLY public.events
+    ADD CONSTRAINT events_pkey PRIMARY KEY (sequence);
+ALTER TABLE ONLY public.galleries
+    ADD CONSTRAINT galleries_pkey PRIMARY KEY (gallery_id);
+ALTER TABLE ONLY public.keys
+    ADD CONSTRAINT keys_pkey PRIMARY KEY (key_id);
+ALTER TABLE ONLY public.meta
+    ADD CONSTRAINT meta_pkey PRIMARY KEY (name);
+ALTER TABLE ONLY public.requests
+    ADD CONSTRAINT requests_pkey PRIMARY KEY (gallery_id, request_id);
+ALTER TABLE ONLY public.shards
+    ADD CONSTRAINT shards_pkey PRIMARY KEY (shard_id);
+ALTER TABLE ONLY public.subjects
+    ADD CONSTRAINT subjects_gallery_id_subject_id_key UNIQUE (gallery_id, subject_id);
+ALTER TABLE ONLY public.subjects
+    ADD CONSTRAINT subjects_pkey PRIMARY KEY (id);
+ALTER TABLE ONLY public.templates
+    ADD CONSTRAINT templates_pkey PRIMARY KEY (id);
+ALTER TABLE ONLY public.templates
+    ADD CONSTRAINT templates_template_id_key UNIQUE (template_id);
+CREATE INDEX ix_events_time_ns ON public.events USING btree (time_ns);
+CREATE INDEX ix_keys_subject ON public.keys USING btree (subject);
+CREATE INDEX ix_keys_wrapped_by ON public.keys USING btree (wrapped_by);
+CREATE INDEX ix_requests_created_ns ON public.requests USING btree (created_ns);
+CREATE INDEX ix_requests_template_id ON public.requests USING btree (template_id);
+CREATE INDEX ix_templates_model_id ON public.templates USING btree (model_id);
+CREATE INDEX ix_templates_subject ON public.templates USING btree (subject);
+ALTER TABLE ONLY public.chips
+    ADD CONSTRAINT chips_template_id_fkey FOREIGN KEY (template_id) REFERENCES public.templates(template_id) ON DELETE CASCADE;
+ALTER TABLE ONLY public.templates
+    ADD CONSTRAINT templates_subject_fkey FOREIGN KEY (subject) REFERENCES public.subjects(id) ON DELETE CASCADE;

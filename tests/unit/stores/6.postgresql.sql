@@ -1,0 +1,218 @@
+CREATE TABLE public.audit (
+    sequence bigint NOT NULL,
+    time_ns bigint NOT NULL,
+    body bytea NOT NULL,
+    digest bytea NOT NULL
+);
+CREATE TABLE public.changes (
+    revision bigint NOT NULL,
+    kind character varying(24) NOT NULL,
+    subject bigint NOT NULL,
+    template_id character varying(32) NOT NULL COLLATE pg_catalog."C"
+);
+CREATE TABLE public.chips (
+    template_id character varying(32) NOT NULL COLLATE pg_catalog."C",
+    encoding character varying(16) NOT NULL,
+    chip bytea NOT NULL
+);
+CREATE TABLE public.confirmations (
+    sequence bigint NOT NULL,
+    by character varying(128) NOT NULL COLLATE pg_catalog."C",
+    agrees boolean NOT NULL,
+    time_ns bigint NOT NULL
+);
+CREATE TABLE public.counters (
+    name character varying(64) NOT NULL COLLATE pg_catalog."C",
+    value bigint NOT NULL
+);
+CREATE TABLE public.events (
+    sequence bigint NOT NULL,
+    kind character varying(32) NOT NULL,
+    time_ns bigint NOT NULL,
+    source_id character varying(256) NOT NULL,
+    stream_id character varying(256) NOT NULL,
+    gallery_id character varying(128) NOT NULL,
+    body bytea NOT NULL
+);
+CREATE TABLE public.galleries (
+    gallery_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    settings json NOT NULL,
+    created_ns bigint NOT NULL
+);
+CREATE TABLE public.keys (
+    key_id character varying(64) NOT NULL COLLATE pg_catalog."C",
+    kind character varying(16) NOT NULL,
+    subject bigint,
+    wrapped bytea NOT NULL,
+    wrapped_by character varying(64) NOT NULL COLLATE pg_catalog."C",
+    created_ns bigint NOT NULL
+);
+CREATE TABLE public.last_seen (
+    subject bigint NOT NULL,
+    seen_ns bigint NOT NULL
+);
+CREATE TABLE public.meta (
+    name character varying(64) NOT NULL COLLATE pg_catalog."C",
+    value character varying(1024) NOT NULL
+);
+CREATE TABLE public.pictures (
+    picture_id character varying(32) NOT NULL COLLATE pg_catalog."C",
+    subject bigint,
+    owner bigint NOT NULL,
+    time_ns bigint NOT NULL,
+    sealed bytea NOT NULL
+);
+CREATE TABLE public.requests (
+    gallery_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    request_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    fingerprint bytea NOT NULL,
+    template_id character varying(32) NOT NULL COLLATE pg_catalog."C",
+    answer json,
+    created_ns bigint NOT NULL
+);
+CREATE TABLE public.schema_version (
+    version integer
+);
+CREATE TABLE public.shards (
+    shard_id character varying(64) NOT NULL COLLATE pg_catalog."C",
+    host character varying(128) NOT NULL,
+    process character varying(64) NOT NULL,
+    revision bigint NOT NULL,
+    lease_until_ns bigint NOT NULL
+);
+CREATE TABLE public.subjects (
+    id bigint NOT NULL,
+    gallery_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    subject_id character varying(128) NOT NULL COLLATE pg_catalog."C",
+    display_name character varying(256) NOT NULL,
+    labels json NOT NULL,
+    etag character varying(32) NOT NULL,
+    created_ns bigint NOT NULL,
+    updated_ns bigint NOT NULL,
+    sealed bytea
+);
+CREATE TABLE public.templates (
+    id bigint NOT NULL,
+    template_id character varying(32) NOT NULL COLLATE pg_catalog."C",
+    subject bigint NOT NULL,
+    model_id character varying(256) NOT NULL COLLATE pg_catalog."C",
+    dim integer NOT NULL,
+    vector bytea NOT NULL,
+    ood_score double precision NOT NULL,
+    created_ns bigint NOT NULL,
+    quality double precision DEFAULT '0'::double precision NOT NULL,
+    correction integer DEFAULT 0 NOT NULL
+);
+CREATE SEQUENCE public.templates_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+ALTER SEQUENCE public.templates_id_seq OWNED BY public.templates.id;
+ALTER TABLE ONLY public.templates ALTER COLUMN id SET DEFAULT nextval('public.templates_id_seq'::regclass);
+INSERT INTO public.audit VALUES (1, 1795818169474201306, '\x7b22616374696f6e223a22454e524f4c4c4544222c2267616c6c657279223a2264656661756c74222c227375626a656374223a226239333265393933363666626264386236393333336164376334373466393039227d', '\x5da5cce0883ca3a0ee7fc26c9c910a7a4447e8975c57041a0fb5569c6a23dce4');
+INSERT INTO public.audit VALUES (2, 1795818169491857964, '\x7b22616374696f6e223a225355424a4543545f55504441544544222c2267616c6c657279223a2264656661756c74222c227375626a656374223a226239333265393933363666626264386236393333336164376334373466393039227d', '\xcafc0dcb41eb115224c8c7efc119f7a4f06334073d398373d803148a9f065232');
+INSERT INTO public.audit VALUES (3, 1795818169517264759, '\x7b22616374696f6e223a22454e524f4c4c4544222c2267616c6c657279223a227374616666222c227375626a656374223a223065353364646532626564366563633665656233363963666166656535333566227d', '\xf1e78d9a72543fee72ba81281bbe0303e18921fd7094c821c59fd7d760ee417b');
+INSERT INTO public.audit VALUES (4, 1795818169536606860, '\x7b22616374696f6e223a225355424a4543545f55504441544544222c2267616c6c657279223a227374616666222c227375626a656374223a223065353364646532626564366563633665656233363963666166656535333566227d', '\x1697a3aa0c159778214b7611fd22f166614491da34390ce58dde77dceab091cf');
+INSERT INTO public.audit VALUES (5, 1795818169562659226, '\x7b22616374696f6e223a22454e524f4c4c4544222c2267616c6c657279223a227374616666222c227375626a656374223a223364626138333165373432646537353039663030653430336164313031333533227d', '\xfe82d2f9268e82006c5584e12c3cd3d0dbf32deb042d452d703d98599232bf3b');
+INSERT INTO public.audit VALUES (6, 1795818169574443668, '\x7b22616374696f6e223a225355424a4543545f55504441544544222c2267616c6c657279223a227374616666222c227375626a656374223a223364626138333165373432646537353039663030653430336164313031333533227d', '\x62a3eddfb39e6012a4e51df089df3bf535bcb5ac83230d02b5931e28b0053e8d');
+INSERT INTO public.audit VALUES (7, 1795818169590459553, '\x7b22616374696f6e223a22434f52524543544544222c2267616c6c657279223a2264656661756c74222c227375626a656374223a226239333265393933363666626264386236393333336164376334373466393039222c2273617973223a224e4f54227d', '\x6c4603c9f75e53c47db4da8d1f4f71aadc0accb04f9f806a6bfcd4e6cd5f424a');
+INSERT INTO public.audit VALUES (8, 1795818169634183072, '\x7b22616374696f6e223a225355424a4543545f44454c45544544222c2267616c6c657279223a227374616666222c227375626a656374223a223364626138333165373432646537353039663030653430336164313031333533227d', '\x22134fa67e1d1d465ae594bd2571392761f86d89d2ea0e1e4b3b5258037fa9be');
+INSERT INTO public.changes VALUES (1, 'SUBJECT', 1, '');
+INSERT INTO public.changes VALUES (2, 'TEMPLATE_ADDED', 1, '2d5fadae90a4ebc035dd2d19c6d3def5');
+INSERT INTO public.changes VALUES (3, 'SUBJECT', 1, '');
+INSERT INTO public.changes VALUES (4, 'SUBJECT', 4, '');
+INSERT INTO public.changes VALUES (5, 'TEMPLATE_ADDED', 4, '6493d06bbdadfa0119baacd544896b8f');
+INSERT INTO public.changes VALUES (6, 'SUBJECT', 4, '');
+INSERT INTO public.changes VALUES (7, 'SUBJECT', 7, '');
+INSERT INTO public.changes VALUES (8, 'TEMPLATE_ADDED', 7, '4cb3458eb956e7af5d01cdd815de99cd');
+INSERT INTO public.changes VALUES (9, 'SUBJECT', 7, '');
+INSERT INTO public.changes VALUES (10, 'TEMPLATE_ADDED', 1, 'c31e713fad73e63410e3dbfe26c1a17e');
+INSERT INTO public.changes VALUES (11, 'SUBJECT_REMOVED', 7, '');
+INSERT INTO public.chips VALUES ('2d5fadae90a4ebc035dd2d19c6d3def5', 'bgr24', '\xccb2c0d367b164cd965750494055a12faa61067d4108045f1ecfb10435f9153e2fbe23164edf5edc73f02d6003a6cc69672fa3b8ef8389');
+INSERT INTO public.chips VALUES ('6493d06bbdadfa0119baacd544896b8f', 'bgr24', '\xac0e9e756e1ec66aaea7e22c7f9bc5c2b3a8d2de2f09a7ec2f192ccee59494f1471466ba8f62c5838282ae928cbe59c723558e74c2576c');
+INSERT INTO public.confirmations VALUES (2, 'guard', true, 1800000000000000000);
+INSERT INTO public.counters VALUES ('events', 3);
+INSERT INTO public.counters VALUES ('gallery', 11);
+INSERT INTO public.counters VALUES ('audit', 8);
+INSERT INTO public.events VALUES (1, 'STREAM_OPENED', 1800000000000000000, 'door', 's', '', '\x86a5747261636bc0a4706f6f6ca0a76d657373616765a0a673656e646572a0a472756c65c0a963616e64696461746500');
+INSERT INTO public.events VALUES (2, 'SUBJECT_SEEN', 1800000000000000000, 'door', 's', 'default', '\x86a5747261636b8da8747261636b5f696407a866697273745f6e7300a76c6173745f6e7301b066697273745f636170747572655f6e73c0af6c6173745f636170747572655f6e73c0a3626f7884a17800a17900a5776964746801a668656967687401a86964656e7469747986a86465636973696f6ea54d41544348aa7375626a6563745f6964a131aa73696d696c6172697479cb3fe999999999999aaa63616e646964617465739182aa7375626a6563745f6964a131aa73696d696c6172697479cb3fe999999999999aa97468726573686f6c64c0a76365727461696ec3a86c6976656e65737383a776657264696374a44c495645a573636f7265cb3feccccccccccccdaa6e6f5f636f6e74657874c2a96f6f645f73636f7265c0ae626573745f6f6f645f73636f7265c0a56c6f6f6b7300af626573745f73696d696c6172697479c0a770696374757265d9203131313131313131313131313131313131313131313131313131313131313131a4706f6f6ca0a76d657373616765a0a673656e646572a0a472756c65c0a963616e64696461746500');
+INSERT INTO public.events VALUES (3, 'SUBJECT_SEEN', 1800000000000000001, 'door', 's', 'staff', '\x86a5747261636b8da8747261636b5f696407a866697273745f6e7300a76c6173745f6e7301b066697273745f636170747572655f6e73c0af6c6173745f636170747572655f6e73c0a3626f7884a17800a17900a5776964746801a668656967687401a86964656e7469747986a86465636973696f6ea54d41544348aa7375626a6563745f6964a137aa73696d696c6172697479cb3fe999999999999aaa63616e646964617465739182aa7375626a6563745f6964a137aa73696d696c6172697479cb3fe999999999999aa97468726573686f6c64c0a76365727461696ec3a86c6976656e65737383a776657264696374a44c495645a573636f7265cb3feccccccccccccdaa6e6f5f636f6e74657874c2a96f6f645f73636f7265c0ae626573745f6f6f645f73636f7265c0a56c6f6f6b7300af626573745f73696d696c6172697479c0a770696374757265a0a4706f6f6ca0a76d657373616765a0a673656e646572a0a472756c65c0a963616e64696461746500');
+INSERT INTO public.galleries VALUES ('default', '{}', 1795818169428446660);
+INSERT INTO public.galleries VALUES ('staff', '{}', 1795818169501315218);
+INSERT INTO public.keys VALUES ('index', 'index', NULL, '\xacdaee9e4b5a357e2bcf528b537c1cba547cab8cea8d0c7d0c5d777b1dcfaa612c2872aa3b9c011c4e4924783378bab535e6836f767693c9714a4c56', '51f4634fe21c261e', 1795818169385710241);
+INSERT INTO public.keys VALUES ('signing', 'signing', NULL, '\x8ac2137915a17f6d21558db2ef672f988716877630966a42ca25c8b70df0b65428428e1fb5f2e031298344abe85bb7845d98a2a6101d523135e4443a', '51f4634fe21c261e', 1795818169471600932);
+INSERT INTO public.keys VALUES ('epoch-01795818169638875956-34ca960f', 'epoch', NULL, '\xc54f9133e1f1373860edae22082966559e4781d55213f08b9f5cdc865c255ffe916a843c70fec0e3f42589fe0f54cec4f3cec27f01a101b793a6fb20', '51f4634fe21c261e', 1795818169638935092);
+INSERT INTO public.keys VALUES ('subject-1', 'subject', 1, '\xf4ea98e3b8b0bfd61ff49aa3ae928bd656b2d881da9fb8e1266cea602e06061db78cde693fece28c2cac93405ac079adb3b97bb878c844d5e8cdf28c', 'epoch-01795818169638875956-34ca960f', 1795818169437346804);
+INSERT INTO public.keys VALUES ('subject-4', 'subject', 4, '\x069d5d6a51123a2fafdb16db9f29b9ed3c8b3b8fc940b0e0de6b2cf81ed144d7f4203326079b46bd8497d98644bc1c2c0be4bf9b5cfb6b7b45b11c43', 'epoch-01795818169638875956-34ca960f', 1795818169503396761);
+INSERT INTO public.keys VALUES ('subject--4439930968270909213', 'subject', -4439930968270909213, '\x536dec240dacca3c6b3e088688e3d462a96040e6be71ec1b1a8cc31db56d5329f42d28a64a523c5e8860f3be1e94bc4e6c06b0dbe0bd291959895f3d', 'epoch-01795818169638875956-34ca960f', 1795818169602834079);
+INSERT INTO public.last_seen VALUES (1, 1800000000000000000);
+INSERT INTO public.meta VALUES ('store_id', '3a46191acbfa1dee');
+INSERT INTO public.meta VALUES ('encryption', '1');
+INSERT INTO public.meta VALUES ('audit_head', '{"log":"3a46191acbfa1dee","number":8,"time_ns":1795818169634183072,"digest":"22134fa67e1d1d465ae594bd2571392761f86d89d2ea0e1e4b3b5258037fa9be","key":"5Oxa5r7aRq/5y/VBte7cxTpKGKTBkJUQTx1xxOx/Sqo=","signature":"OE8SlAJE1BAyXXwTanxPu+iU6YvCXUgBUB+mozdOAPs9jawHMeD1r6g+ldNLrK88g4KSFVWxR/AWI0gn99B/DA==","stub":false}');
+INSERT INTO public.pictures VALUES ('11111111111111111111111111111111', 1, 1, 1800000000000000000, '\x1cb0fda2f426cfafbbf5e844e0cbd739597482d74b7dd601a593f7dbf5221a56bd2e8e6added9f7e30b2b0702db43063484ce89b15015c156f246b46b64ac1b68a');
+INSERT INTO public.pictures VALUES ('22222222222222222222222222222222', NULL, -4439930968270909213, 1800000000000000000, '\xf5b0ce890c8b92f5101758104a46ccfbce8df124e4099a4113fd672e763900356d9e51a9a7a419dbc8438e258f6e1a60766479fcc565b7eb6e2b43f0d7d372b35e');
+INSERT INTO public.requests VALUES ('default', '704f98558d662098987ace61cde795ef90c2e78dd672a29b8af468708717f1ad', '\x6666666666666666666666666666666666666666666666666666666666666666', '2d5fadae90a4ebc035dd2d19c6d3def5', '{"sealed": "70d7bf628cc87d489397e1249c2cdf05c80293d4a45b39319682af840bc330bfc1c2a09011c94be5217b"}', 1795818169458130036);
+INSERT INTO public.requests VALUES ('staff', '0a7491639e83eba2e6c3cd30e016f143b9c077ddb81724afc93f6e54e5ad0a88', '\x6666666666666666666666666666666666666666666666666666666666666666', '6493d06bbdadfa0119baacd544896b8f', '{"sealed": "27475110d6b22ef3aca844d3296d2348f7ca6b4b6fc4fa46c8640c415faeb1c27562cb935386e7f361"}', 1795818169510935802);
+INSERT INTO public.requests VALUES ('staff', 'a2d8d63b6bc0e122186d6865e3c906163beb6b71bfee59ad1f1ec87be5eb4c66', '\x6666666666666666666666666666666666666666666666666666666666666666', '4cb3458eb956e7af5d01cdd815de99cd', NULL, 1795818169555320264);
+INSERT INTO public.schema_version VALUES (6);
+INSERT INTO public.subjects VALUES (4, 'staff', '6e8b5f74ee15d46b132c83b5930375378e6fc220ab20416a7bb3229e71ba2ff1', '', '{}', '301332e391775bd7', 1795818169501315218, 1795818169532270803, '\x6905fd5b73860a52234f9c4cfc2c536e8664f8e976ec78d405467da90b9baa57e2381e86f8b5425c65ad835f356236290a');
+INSERT INTO public.subjects VALUES (1, 'default', '393affec216796e9bd3ed9c003535416f2cc9df687a24fa4112d6a54293c0fb0', '', '{}', '03f6870e857f4d7d', 1795818169428446660, 1795818169588462537, '\xe45ad5956c8d27cabc5073d929943c5ab65c4000b547906c9c6d12024dbce8fec23113d2a4fc6b824e18f7d413fd3b554814c5');
+INSERT INTO public.templates VALUES (1, '2d5fadae90a4ebc035dd2d19c6d3def5', 1, 'm@1#aa', 8, '\x56b48a4644b42a76d5c731f5f4cab3d4cc383cf2e34b4e0340745c7bd0abfbd62878843b41eb79225614ba9d', 0.9, 1795818169446943875, 0.5, 0);
+INSERT INTO public.templates VALUES (2, '6493d06bbdadfa0119baacd544896b8f', 4, 'm@1#aa', 8, '\x268685d1b6afd9dc98d23d0bf35429764277956db45c6a0a83069eb7d0e8eb3f6041bc51b9b4fd20010696fb', 0.9, 1795818169506418450, 0.5, 0);
+INSERT INTO public.templates VALUES (4, 'c31e713fad73e63410e3dbfe26c1a17e', 1, 'm@1#aa', 8, '\xfcd521ea506ebf4b91714583a2a7f1b5597afeb30088655b214f25f09b451a5af3a4eb8df4e39c844f0142d5', 0.9, 1795818169587214563, 0.5, 1);
+SELECT pg_catalog.setval('public.templates_id_seq', 4, true);
+ALTER TABLE ONLY public.audit
+    ADD CONSTRAINT audit_pkey PRIMARY KEY (sequence);
+ALTER TABLE ONLY public.changes
+    ADD CONSTRAINT changes_pkey PRIMARY KEY (revision);
+ALTER TABLE ONLY public.chips
+    ADD CONSTRAINT chips_pkey PRIMARY KEY (template_id);
+ALTER TABLE ONLY public.confirmations
+    ADD CONSTRAINT confirmations_pkey PRIMARY KEY (sequence, by);
+ALTER TABLE ONLY public.counters
+    ADD CONSTRAINT counters_pkey PRIMARY KEY (name);
+ALTER TABLE ONLY public.events
+    ADD CONSTRAINT events_pkey PRIMARY KEY (sequence);
+ALTER TABLE ONLY public.galleries
+    ADD CONSTRAINT galleries_pkey PRIMARY KEY (gallery_id);
+ALTER TABLE ONLY public.keys
+    ADD CONSTRAINT keys_pkey PRIMARY KEY (key_id);
+ALTER TABLE ONLY public.last_seen
+    ADD CONSTRAINT last_seen_pkey PRIMARY KEY (subject);
+ALTER TABLE ONLY public.meta
+    ADD CONSTRAINT meta_pkey PRIMARY KEY (name);
+ALTER TABLE ONLY public.pictures
+    ADD CONSTRAINT pictures_pkey PRIMARY KEY (picture_id);
+ALTER TABLE ONLY public.requests
+    ADD CONSTRAINT requests_pkey PRIMARY KEY (gallery_id, request_id);
+ALTER TABLE ONLY public.shards
+    ADD CONSTRAINT shards_pkey PRIMARY KEY (shard_id);
+ALTER TABLE ONLY public.subjects
+    ADD CONSTRAINT subjects_gallery_id_subject_id_key UNIQUE (gallery_id, subject_id);
+ALTER TABLE ONLY public.subjects
+    ADD CONSTRAINT subjects_pkey PRIMARY KEY (id);
+ALTER TABLE ONLY public.templates
+    ADD CONSTRAINT templates_pkey PRIMARY KEY (id);
+ALTER TABLE ONLY public.templates
+    ADD CONSTRAINT templates_template_id_key UNIQUE (template_id);
+CREATE INDEX ix_events_time_ns ON public.events USING btree (time_ns);
+CREATE INDEX ix_keys_subject ON public.keys USING btree (subject);
+CREATE INDEX ix_keys_wrapped_by ON public.keys USING btree (wrapped_by);
+CREATE INDEX ix_pictures_subject ON public.pictures USING btree (subject);
+CREATE INDEX ix_pictures_time_ns ON public.pictures USING btree (time_ns);
+CREATE INDEX ix_requests_created_ns ON public.requests USING btree (created_ns);
+CREATE INDEX ix_requests_template_id ON public.requests USING btree (template_id);
+CREATE INDEX ix_templates_model_id ON public.templates USING btree (model_id);
+CREATE INDEX ix_templates_subject ON public.templates USING btree (subject);
+ALTER TABLE ONLY public.chips
+    ADD CONSTRAINT chips_template_id_fkey FOREIGN KEY (template_id) REFERENCES public.templates(template_id) ON DELETE CASCADE;
+ALTER TABLE ONLY public.confirmations
+    ADD CONSTRAINT confirmations_sequence_fkey FOREIGN KEY (sequence) REFERENCES public.events(sequence) ON DELETE CASCADE;
+ALTER TABLE ONLY public.last_seen
+    ADD CONSTRAINT last_seen_subject_fkey FOREIGN KEY (subject) REFERENCES public.subjects(id) ON DELETE CASCADE;
+ALTER TABLE ONLY public.pictures
+    ADD CONSTRAINT pictures_subject_fkey FOREIGN KEY (subject) REFERENCES public.subjects(id) ON DELETE CASCADE;
+ALTER TABLE ONLY public.templates
+    ADD CONSTRAINT templates_subject_fkey FOREIGN KEY (subject) REFERENCES public.subjects(id) ON DELETE CASCADE;
