@@ -6,19 +6,17 @@ loops of a process share gRPC's one completion queue, and wake for each other's 
 
 from __future__ import annotations
 
-import atexit
 import math
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import datetime
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, cast
 
 import grpc
 
-from facelane import calls, convert, types, views
+from facelane import calls, convert, ending, types, views
 from facelane.driver import ClientBase, EventStreamBase, StreamBase
 from facelane.errors import FacelaneError, Reason, StreamClosedError
 from facelane.stream import DEFAULT_BUFFER, DEFAULT_STALL_TIMEOUT, StreamCore
@@ -43,29 +41,6 @@ from facelane.v1.event_service_pb2 import WatchEventsResponse
 P = ParamSpec("P")
 T = TypeVar("T")
 _Stream = TypeVar("_Stream", "AnalyzeStream", "EventStream")
-
-_JOIN_TIMEOUT = 5.0
-"""Seconds for a thread of ours to end once its call was cancelled."""
-
-_streams: weakref.WeakSet[AnalyzeStream | EventStream] = weakref.WeakSet()
-_streams_lock = threading.Lock()
-"""All streams of the process. A set of any kind must not grow while it is gone through."""
-
-
-def _let_go_of_all() -> None:
-    """Ends the calls of streams that nobody closed, while there still are threads to do it.
-
-    Later the interpreter stops every thread where it is, with whatever locks it holds, and then
-    destroys what is left: to close a stream from there would wait for ever.
-    """
-    with _streams_lock:
-        streams = list(_streams)
-    deadline = time.monotonic() + _JOIN_TIMEOUT
-    for stream in streams:
-        stream._let_go(deadline)
-
-
-atexit.register(_let_go_of_all)
 
 
 def _blocking(build: Callable[P, calls.Call[T]]) -> Callable[Concatenate[Client, P], T]:
@@ -109,9 +84,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
         self._closed = True
-        with _streams_lock:
-            streams = list(self._open)
-        for stream in streams:
+        for stream in ending.kept(self._open):
             stream.close()
         self._channel.close()
 
@@ -144,10 +117,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
 
     def _keep(self, stream: _Stream) -> _Stream:
         """Remembers a stream that ``close`` has to close."""
-        with _streams_lock:
-            self._open.add(stream)
-            _streams.add(stream)
-        return stream
+        return ending.keep(stream, self._open)
 
     # Analysis.
 
@@ -223,7 +193,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
             finally:
                 stream.close()
                 if not sys.is_finalizing():
-                    pump.join(_JOIN_TIMEOUT)
+                    pump.join(ending.JOIN_TIMEOUT)
         if failures:
             raise failures[0]
 
@@ -389,10 +359,10 @@ class AnalyzeStream(StreamBase[threading.Condition]):
         self._abandon()
         reader = self._reader
         if reader is not None and reader is not threading.current_thread() and reader.is_alive():
-            reader.join(_JOIN_TIMEOUT)
+            reader.join(ending.JOIN_TIMEOUT)
 
     def _let_go(self, deadline: float) -> None:
-        """Ends the call without a word: whoever waits for the stream goes on waiting."""
+        """See ``ending.Open``."""
         with self._lock:
             self._forsaken = True
             call = self._detach()
@@ -528,7 +498,9 @@ class EventStream(EventStreamBase):
             call.cancel()
 
     def _let_go(self, _deadline: float) -> None:
+        """See ``ending.Open``."""
         self.close()
+        self._call = None
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -577,6 +549,8 @@ class EventStream(EventStreamBase):
     def _next(self, patience: float) -> WatchEventsResponse:
         """The next response of this connection, which has so many seconds."""
         call = self._call
+        if call is None:
+            raise StopIteration
         seconds = calls.deadline(patience)
         if seconds is None:
             return cast("WatchEventsResponse", next(call))
@@ -591,9 +565,11 @@ class EventStream(EventStreamBase):
         timer.start()
         try:
             return cast("WatchEventsResponse", next(call))
-        except grpc.RpcError:
-            if late.is_set():
-                raise self._core.never_began() from None
-            raise
+        except grpc.RpcError as failed:
+            if not late.is_set():
+                raise
+            # See Endpoint.failure.
+            failed.__traceback__ = None
         finally:
             timer.cancel()
+        raise self._core.never_began()

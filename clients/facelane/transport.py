@@ -194,6 +194,9 @@ class Endpoint:
     def failure(self, error: grpc.RpcError) -> FacelaneError:
         """A failed call's error, which names the proxy that may be at fault."""
         told = from_rpc(error)
+        # gRPC raises the call itself. With the frames that it went through it would hold itself,
+        # and be destroyed by the interpreter at its end: see ``facelane.ending``.
+        error.__traceback__ = None
         if self.proxy and told.reason == Reason.UNREACHABLE:
             told.message += (
                 f"; the way leads by the proxy that {self.proxy} names: list the server in "

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from facelane import calls, convert, types
+from facelane import calls, convert, ending, types
 from facelane.driver import ClientBase
 from facelane.errors import ArgumentError, FacelaneError, Reason
 from facelane.v1 import event_service_pb2, gallery_service_pb2
@@ -225,9 +225,9 @@ def watch_stream(
     while True:
         client._check_open()
         shown = self._metadata()
-        call = self._stubs.view.WatchStream(request, metadata=shown)
+        answers = ending.keep(ending.Answers(self._stubs.view.WatchStream(request, metadata=shown)))
         try:
-            for response in call:
+            for response in answers:
                 again = False
                 if (picture := _picture(response)) is not None:
                     yield picture
@@ -238,7 +238,7 @@ def watch_stream(
                 raise error from None
             again = False
         finally:
-            call.cancel()
+            answers.close()
 
 
 async def watch_stream_async(
