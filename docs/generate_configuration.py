@@ -14,7 +14,7 @@ from typing import Any, get_args
 import msgspec
 
 from facelane_server import areas, config
-from facelane_server.rules import GalleryRules
+from facelane_server.gallery_rules import GalleryRules
 
 TARGET = Path(__file__).with_name("configuration.md")
 

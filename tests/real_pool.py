@@ -38,7 +38,7 @@ FAST = {
     "backoff_initial_s": 0.02,
     "ping_interval_s": 0.2,
     "job_timeout_ms": 2000,
-    "load_timeout_s": 20.0,
+    "load_timeout_s": 100.0,
 }
 """Settings that let faults show within a test."""
 
@@ -72,7 +72,7 @@ class RealPool:
             return EmbedRequest(crops[0], want_vector=True)
         return LivenessRequest(crops)
 
-    def submit(self, lane: int = 1, *, age_s: float = 20.0, **request: Any) -> Task[Any]:
+    def submit(self, lane: int = 1, *, age_s: float = 100.0, **request: Any) -> Task[Any]:
         task: Task[Any] = Task(
             self.request(**request),
             lane,
@@ -85,7 +85,7 @@ class RealPool:
         return task
 
     async def infer(self, **options: Any) -> Any:
-        return await asyncio.wait_for(self.submit(**options).future, 30)
+        return await asyncio.wait_for(self.submit(**options).future, 100)
 
     def pids(self) -> list[int]:
         return [worker.pid for worker in self.pool.info().workers]
@@ -120,7 +120,7 @@ async def real_pool(
         made = RealPool(pool, events)
         try:
             if wait:
-                assert await pool.wait_ready(20.0), pool.info()
+                assert await pool.wait_ready(100.0), pool.info()
             yield made
         finally:
             await pool.stop(1.0)

@@ -82,7 +82,7 @@ class RunningServer:
     def client(self, **options: object) -> facelane.Client:
         return facelane.Client(self.target, **{"timeout": 100.0} | options)  # type: ignore[arg-type]
 
-    def wait_serving(self, timeout: float = 60.0, service: str = "") -> None:
+    def wait_serving(self, timeout: float = 100.0, service: str = "") -> None:
         """Until health answers SERVING."""
 
         def serving() -> bool:

@@ -12,13 +12,14 @@ from typing import TypeVar, Unpack
 from google.protobuf import duration_pb2, timestamp_pb2
 from grpc_health.v1 import health_pb2
 
-from facelane import errors, rules, types
+from facelane import errors, types
 from facelane.v1 import (
     analysis_service_pb2,
     event_service_pb2,
     face_pb2,
     gallery_service_pb2,
 )
+from facelane.zones import areas, rule_report
 
 _E = TypeVar("_E")
 _UTC = dt.UTC
@@ -231,7 +232,7 @@ def stream_config(
         disable_tracking=disable_tracking,
         analysis_fps=_rate(analysis_fps),
         private=private,
-        **rules.areas(zones, lines),
+        **areas(zones, lines),
     )
     if max_frame_age is not None:
         config.max_frame_age.CopyFrom(duration(max_frame_age))
@@ -499,7 +500,7 @@ def event(pb: event_service_pb2.WatchEventsResponse) -> types.Event:
         e.pool,
         e.message,
         _track_report(e.track) if e.HasField("track") else None,
-        rules.report(e.rule) if e.HasField("rule") else None,
+        rule_report(e.rule) if e.HasField("rule") else None,
         e.candidate_sequence,
         e.candidate_subject_id,
     )

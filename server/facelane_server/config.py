@@ -19,8 +19,8 @@ from facelane_server import areas, limits
 from facelane_server.addresses import LENT, default_socket, is_host_port, is_local
 from facelane_server.areas import Line, Zone
 from facelane_server.domain import Keeping, Stage
+from facelane_server.gallery_rules import Even, GalleryRules, Naming, Ratio, Share
 from facelane_server.naming import hint, is_name
-from facelane_server.rules import Even, GalleryRules, Naming, Ratio, Share
 from facelane_server.sources import Source, View
 
 Isolation = Literal["process", "mps", "thread", "external"]

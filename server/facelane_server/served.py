@@ -10,6 +10,7 @@ from typing import Final, Self
 from facelane_server import config, folders, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery.decide import Thresholds
+from facelane_server.gallery_rules import Naming
 from facelane_server.liveness.band import LivenessBand
 from facelane_server.liveness.records import Records, RecordsError, read
 from facelane_server.liveness.sequential import SequentialTest
@@ -17,7 +18,6 @@ from facelane_server.models.api import ContextCrop, CropSpec
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Package
 from facelane_server.models.promise import Promise
-from facelane_server.rules import Naming
 
 DEFAULT_MODELS: Final = {stage: f"facelane-{stage.value}" for stage in Stage}
 

@@ -162,7 +162,7 @@ def test_pools_tell_how_they_are_hosted(
 def test_a_model_is_reloaded(client: facelane.Client, hosted: RunningServer) -> None:
     before = {pool.pool: {worker.pid for worker in pool.workers} for pool in client.pools()}
     for name in before:
-        answer = client.reload_model(name, timeout=30)
+        answer = client.reload_model(name, timeout=100)
         assert answer.old_model_id == answer.new_model_id
         assert len(client.analyze_image(wire.picture()).faces) == 1
     assert client.health() == "SERVING"

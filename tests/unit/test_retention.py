@@ -30,7 +30,7 @@ from facelane_server.domain import (
 )
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.retention import Retention
-from facelane_server.rules import (
+from facelane_server.gallery_rules import (
     DAY_NS,
     GalleryRules,
     SteadyClock,

@@ -190,24 +190,34 @@ WRITER = """
 import sys
 import numpy as np
 from pathlib import Path
+from facelane_server.domain import FacelaneError
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
-from facelane_server.gallery.snapshot import AddTemplate, changes_of
-from facelane_server.store.records import Correction, NewTemplate
+from facelane_server.store.records import NewTemplate
 
 place, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 store = Store(open_store(place if place.startswith("postgresql") else Path(place)))
 rng = np.random.default_rng(int(name))
+
+def surely(change, *arguments, **options):
+    while True:
+        try:
+            return change("g", *arguments, **options)
+        except FacelaneError as error:
+            # The others kept it from writing for as long as a change waits.
+            if not error.retryable:
+                raise
+
 for n in range(count):
     new = NewTemplate("m@1", rng.standard_normal(16).astype(np.float32), 0.9)
     subject = f"p{name}-{n}"
-    store.enroll("g", subject, new, create_subject=True)
+    surely(store.enroll, subject, new, create_subject=True)
     print("+", subject, flush=True)
     # The same subjects as all others.
-    store.enroll("g", f"shared-{n // 3}", new, create_subject=True)
+    surely(store.enroll, f"shared-{n // 3}", new, create_subject=True)
     print("+", f"shared-{n // 3}", flush=True)
     if n % 3 == 2:
-        store.delete_subject("g", subject)
+        surely(store.delete_subject, subject)
         print("-", subject, flush=True)
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from facelane.types.faces import *  # noqa: F403 - the rooms of one house
 from facelane.types.pictures import *  # noqa: F403
-from facelane.types.rules import *  # noqa: F403
 from facelane.types.server import *  # noqa: F403
 from facelane.types.streams import *  # noqa: F403
 from facelane.types.views import *  # noqa: F403
+from facelane.types.zones import *  # noqa: F403

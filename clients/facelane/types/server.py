@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from facelane.types.faces import BoundingBox, Identity, Liveness, Stage
-from facelane.types.rules import RuleReport
+from facelane.types.zones import RuleReport
 
 
 class HealthStatus(enum.StrEnum):

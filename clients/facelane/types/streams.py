@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Literal, TypedDict
 
 from facelane.types.faces import FrameResult, Stage
-from facelane.types.rules import Line, Zone
+from facelane.types.zones import Line, Zone
 
 
 class DropReason(enum.StrEnum):

@@ -38,10 +38,10 @@ from facelane_server.events import Event, EventFeed, EventKind, EventPictures
 from facelane_server.events.feed import event_not_found
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
+from facelane_server.gallery_rules import GalleryRules
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolState
-from facelane_server.rules import GalleryRules
 from facelane_server.shards import messages
 from facelane_server.store.audit import Action
 from facelane_server.store.confirmations import confirm

@@ -1,8 +1,8 @@
 """Nobody is kept longer than their gallery says (``[galleries.NAME]``): by itself.
 
 Whoever is due is deleted as by ``DeleteSubject``, with an entry of the audit log that says why. A
-clock that has leapt is not believed at once (``rules.SteadyClock``), and whoever was changed, seen
-or enrolled again between the look and the deletion stays for the next round.
+clock that has leapt is not believed at once (``gallery_rules.SteadyClock``), and whoever was
+changed, seen or enrolled again between the look and the deletion stays for the next round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import structlog
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.gallery.gallery import Gallery
-from facelane_server.rules import GalleryRules, SteadyClock, why_not_kept
+from facelane_server.gallery_rules import GalleryRules, SteadyClock, why_not_kept
 from facelane_server.store import audit
 from facelane_server.store.audit import Actor
 from facelane_server.store.held import held, note_seen, set_right

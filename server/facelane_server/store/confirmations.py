@@ -1,5 +1,5 @@
 """Who has said of a candidate that it is the one, or is not: in galleries where somebody is seen
-only once people have looked (``rules.GalleryRules.confirm``).
+only once people have looked (``gallery_rules.GalleryRules.confirm``).
 
 Each answer and what follows from it are one transaction: the answer, its entry in the audit log,
 and, with the last one, SUBJECT_SEEN. So every server of the store tells the same.

@@ -55,7 +55,7 @@ def _point(point: tuple[float, float]) -> pb.RelativePoint:
     return pb.RelativePoint(x=x, y=y)
 
 
-def report(message: event_pb.RuleReport) -> types.RuleReport:
+def rule_report(message: event_pb.RuleReport) -> types.RuleReport:
     """What an event of a zone or a line says."""
     return types.RuleReport(
         message.name,
