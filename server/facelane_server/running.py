@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
-from facelane_server import config
+from facelane_server import config, seclusion
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.shards.dealing import cards, count
 
@@ -24,10 +24,8 @@ def prepare() -> None:
     """What every process that serves begins with."""
     # The watchdog ends a hung server with SIGABRT: its stacks belong into the journal.
     faulthandler.enable()
-    # A core would hold templates and keys. One byte, since a program that cores are piped to
-    # (systemd-coredump) is started for a limit of 0 all the same.
-    with contextlib.suppress(OSError, ValueError):  # less is allowed already
-        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    seclusion.no_cores()
+    seclusion.seclude()
     # A connection is a descriptor; what the limit allows is used.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):

@@ -106,20 +106,36 @@ def patterns_of(number: int) -> list[Pattern]:
     ]
 
 
-def vectors(server: RunningServer) -> dict[str, list[Pattern]]:
-    """A part of each vector, as the server has it in memory and as its workers have."""
+def sealed(server: RunningServer) -> dict[str, list[Pattern]]:
+    """Of those who are enrolled: a part of each vector, as the server has it in memory and as its
+    workers have, and the keys that seal it."""
     with opened(server.config) as (settings, database):
-        store = Store(database, vault=unlock(database, settings, look=True))
+        vault = unlock(database, settings, look=True)
+        store = Store(database, vault=vault)
         with database.reading() as connection:
             row = connection.execute(
                 sa.select(schema.templates.c.model_id, schema.templates.c.dim).limit(1)
             ).first()
+            keys = {
+                key.subject: vault._opened(
+                    vault._epochs[key.wrapped_by], key.wrapped, f"key {key.subject}"
+                )
+                for key in connection.execute(
+                    sa.select(schema.keys).where(schema.keys.c.kind == "subject")
+                )
+                if key.wrapped_by in vault._epochs
+            }
         if row is None:
             return {}
         return {
             one.subject_id: [
                 Pattern(one.subject_id, "vector", part.tobytes()),
                 Pattern(one.subject_id, "vector, float32", part.astype(np.float32).tobytes()),
+                *(
+                    Pattern(one.subject_id, "key", key)
+                    for key in [keys.get(one.subject)]
+                    if key is not None
+                ),
             ]
             for one in store.vectors(row.model_id, row.dim)
             for part in [one.vector[100:124]]
@@ -292,7 +308,7 @@ def play(folder: Path, *, people: int, kills: int, seed: int = 1) -> tuple[Run, 
             if dies:  # those that were not enrolled, and those that were, without being told so
                 with load(server, stayer):
                     _enroll(server, run, numbers, 0.0)
-            known = vectors(server)
+            known = sealed(server)
             mine = {}
             for number in numbers:
                 name = person(number)[0]

@@ -21,7 +21,7 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store import audit, chain
 from facelane_server.store import vault as vault_module
 from facelane_server.store.database import Database
-from facelane_server.store.envelope import new_key
+from facelane_server.store.envelope import Lock, new_key
 from facelane_server.store.gallery import Store
 from facelane_server.store.masterkey import FILE_NAME, Source
 from facelane_server.store.opening import key_source, open_store, unlock
@@ -350,3 +350,14 @@ def test_deletions_have_the_epoch_turned(tmp_path: Path) -> None:
         assert list(store.erasing()) == [None], "the second one has its own turn"
         assert list(store.erasing()) == []
         assert [row.subject_id for row in store.vectors(MODEL, DIM)] == [NAMES[2]]
+
+
+def test_bytes_of_keys_are_overwritten_once_a_lock_has_them() -> None:
+    key = new_key()
+    lock = Lock.taking(key, "a")
+    assert not any(key)
+    assert lock.open(lock.seal(b"word", "here"), "here") == b"word"
+    short = bytes(bytearray(b"0123456789"))
+    with pytest.raises(ValueError, match="32 bytes"):
+        Lock.taking(short)
+    assert not any(short)

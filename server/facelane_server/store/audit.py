@@ -36,6 +36,7 @@ from facelane_server.store.schema import (
     templates,
 )
 from facelane_server.store.vault import IS_EPOCH, Vault
+from facelane_server.wiping import wipe
 
 HEAD: Final = "audit_head"
 STUB: Final = "audit_stub"
@@ -236,6 +237,8 @@ class AuditLog:
         # would sign with another.
         signer = Signer(key)
         self._codes = hashlib.sha256(b"facelane audit codes\0" + key).digest()
+        if self._vault.encrypts:
+            wipe(key)
         if _get(connection, HEAD):
             self._signer = signer
         return signer

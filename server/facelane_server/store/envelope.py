@@ -22,6 +22,8 @@ from typing import Final, Self
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from facelane_server.wiping import wipe
+
 KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = 16
@@ -49,6 +51,15 @@ class Lock:
     def of(cls, key: bytes, name: str = "") -> Self:
         """The name is the key's fingerprint where none is given."""
         return cls(key, name or fingerprint(key))
+
+    @classmethod
+    def taking(cls, key: bytes, name: str = "") -> Self:
+        """The same, and the key's bytes, the caller's alone, are overwritten: the lock has them,
+        and OpenSSL overwrites its own as the lock goes."""
+        try:
+            return cls.of(key, name)
+        finally:
+            wipe(key)
 
     def seal(self, plain: bytes, where: str) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)

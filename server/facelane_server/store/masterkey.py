@@ -7,6 +7,7 @@ others only open, which is how a key is rotated while every process goes on.
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import os
 import re
@@ -21,6 +22,7 @@ import structlog
 from facelane_server.config import ConfigError
 from facelane_server.store import envelope
 from facelane_server.store.envelope import Lock
+from facelane_server.wiping import Fleeting, wipe
 
 COMMAND_TIMEOUT_S: Final = 20.0
 FILE_NAME: Final = "master.key"
@@ -64,14 +66,13 @@ class Source:
         itself. Raises ``ConfigError``, which never holds what was read."""
         if self.made_here and not Path(self._what).exists():
             return ()
-        text = self._text()
-        words = text.split()
-        if not words or not all(re.fullmatch(r"[0-9A-Fa-f]{64}", word) for word in words):
+        words = _words(self._content())
+        if not words or not all(re.fullmatch(rb"[0-9A-Fa-f]{64}", word) for word in words):
             raise ConfigError(
                 f"store.master_key: {self.name} does not hold 64 hexadecimal digits a line; make "
                 "a key with `openssl rand -hex 32`"
             )
-        return tuple(Lock.of(bytes.fromhex(word)) for word in words)
+        return tuple(Lock.taking(binascii.unhexlify(word)) for word in words)
 
     def make(self) -> tuple[Lock, ...]:
         """A first key, in the file beside the store (mode 0600)."""
@@ -79,9 +80,9 @@ class Source:
         key = envelope.new_key()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            with open(path, "x", encoding="ascii", opener=_private) as stream:
-                stream.write(key.hex() + "\n")
-                stream.flush()
+            with open(path, "xb", buffering=0, opener=_private) as stream:
+                stream.write(_hexadecimal(key))
+                stream.write(b"\n")
                 os.fsync(stream.fileno())
         except FileExistsError:  # another shard was first
             return self.read()
@@ -94,7 +95,7 @@ class Source:
             "an environment variable, a command); see docs/privacy.md",
             file=str(path),
         )
-        return (Lock.of(key),)
+        return (Lock.taking(key),)
 
     def rotate(self, in_use: Collection[str]) -> bool:
         """One step of a rotation, in the file: a fresh key before the one that is there (True);
@@ -108,22 +109,23 @@ class Source:
                 "server, then take the old one away"
             )
         path, locks = Path(self._what), self.read()
-        words = path.read_text(encoding="ascii").split()
+        words = _words(self._content())
         fresh = len(words) == 1
         if not fresh and set(in_use) != {locks[0].name}:
             raise ConfigError(
                 "the store is still locked by an older key: reload the server (SIGHUP) or start "
                 "it once, then call this again"
             )
-        kept = [envelope.new_key().hex(), *words] if fresh else words[:1]
+        kept = [_hexadecimal(envelope.new_key()), *words] if fresh else words[:1]
         new = path.with_name(f".{path.name}.new")
         try:
             status = path.stat()
-            with open(new, "w", encoding="ascii", opener=_private) as stream:
-                stream.write("\n".join(kept) + "\n")
+            with open(new, "wb", buffering=0, opener=_private) as stream:
+                for word in kept:
+                    stream.write(word)
+                    stream.write(b"\n")
                 if os.geteuid() == 0:
                     os.fchown(stream.fileno(), status.st_uid, status.st_gid)
-                stream.flush()
                 os.fsync(stream.fileno())
             # Its blocks are overwritten once the new file stands in its place, not before.
             with contextlib.ExitStack() as stack:
@@ -138,9 +140,10 @@ class Source:
             raise ConfigError(f"store.master_key: {path}: {error.strerror}") from None
         return fresh
 
-    def _text(self) -> str:
+    def _content(self) -> bytes:
+        """The caller's alone."""
         if self._kind == "env":
-            return os.environ.get(self._what, "")
+            return os.environ.get(self._what, "").encode("ascii", "replace")
         if self._kind == "command":
             return self._ask()
         path = self.path
@@ -152,11 +155,11 @@ class Source:
         try:
             if self._kind == "file" and path.stat().st_mode & 0o077:
                 raise ConfigError(f"store.master_key: {path} is readable by others: chmod 600")
-            return path.read_text(encoding="ascii", errors="replace")
+            return path.read_bytes()
         except OSError as error:
             raise ConfigError(f"store.master_key: {path}: {error.strerror}") from None
 
-    def _ask(self) -> str:
+    def _ask(self) -> bytes:
         try:
             done = subprocess.run(
                 shlex.split(self._what),
@@ -171,7 +174,25 @@ class Source:
                 f"store.master_key: {self.name} gave no key ({type(error).__name__}); it has "
                 f"{COMMAND_TIMEOUT_S:g} s to print one and to end with status 0"
             ) from None
-        return done.stdout.decode("ascii", "replace")
+        return done.stdout
+
+
+def _words(content: bytes) -> list[Fleeting]:
+    """What is in it, which is overwritten."""
+    try:
+        return [
+            Fleeting(memoryview(content)[slice(*at.span())]) for at in re.finditer(rb"\S+", content)
+        ]
+    finally:
+        wipe(content)
+
+
+def _hexadecimal(key: bytes) -> Fleeting:
+    digits = binascii.hexlify(key)
+    try:
+        return Fleeting(digits)
+    finally:
+        wipe(digits)
 
 
 def _private(path: str, flags: int) -> int:

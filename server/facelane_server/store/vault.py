@@ -28,6 +28,7 @@ from facelane_server.store.envelope import Lock, SealBrokenError
 from facelane_server.store.masterkey import Source
 from facelane_server.store.schema import GALLERY, chips, keys, meta, revision, subjects, templates
 from facelane_server.store.schema import requests as requests_table
+from facelane_server.wiping import wipe
 
 log = structlog.get_logger(__name__)
 
@@ -96,7 +97,7 @@ class Vault:
             epoch = self._epochs.get(row.wrapped_by)
         if epoch is None:
             raise broken(self._name)
-        return Lock.of(self._opened(epoch, row.wrapped, f"key {number}"), "subject")
+        return Lock.taking(self._opened(epoch, row.wrapped, f"key {number}"), "subject")
 
     def new_lock(self, connection: sa.Connection, number: int) -> Lock:
         """A fresh key for a subject, kept in the store."""
@@ -106,7 +107,7 @@ class Vault:
             self._read_keys(connection)
         key = envelope.new_key()
         connection.execute(sa.insert(keys), [self._key_row(number, key)])
-        return Lock.of(key, "subject")
+        return Lock.taking(key, "subject")
 
     def lock_of(self, connection: sa.Connection, number: int) -> Lock:
         """A subject's lock, by its number."""
@@ -226,7 +227,9 @@ class Vault:
             .where(keys.c.wrapped_by != self._master.name)
         ).all()
         for row in old:
-            sealed = self._master.seal(self._unwrapped(row), f"key {row.key_id}")
+            key = self._unwrapped(row)
+            sealed = self._master.seal(key, f"key {row.key_id}")
+            wipe(key)
             connection.execute(
                 sa.update(keys)
                 .where(keys.c.key_id == row.key_id)
@@ -280,7 +283,9 @@ class Vault:
                 old, where = self._epochs.get(row.wrapped_by), f"key {row.subject}"
                 if old is None:
                     raise broken(self._name)
-                sealed = lock.seal(self._opened(old, row.wrapped, where), where)
+                key = self._opened(old, row.wrapped, where)
+                sealed = lock.seal(key, where)
+                wipe(key)
                 moved.append({"which": row.key_id, "sealed": sealed})
             connection.execute(
                 sa.update(keys)
@@ -313,10 +318,10 @@ class Vault:
 
     def _seal(self, connection: sa.Connection, numbers: Sequence[int]) -> None:
         made = {number: envelope.new_key() for number in numbers}
-        locks = {number: Lock.of(key, "subject") for number, key in made.items()}
         connection.execute(
             sa.insert(keys), [self._key_row(number, key) for number, key in made.items()]
         )
+        locks = {number: Lock.taking(key, "subject") for number, key in made.items()}
         people = []
         for row in connection.execute(sa.select(subjects).where(subjects.c.id.in_(numbers))).all():
             person = Person(row.subject_id, row.display_name, row.labels)
@@ -403,7 +408,7 @@ class Vault:
         key = envelope.new_key()
         self._keep(connection, name, "epoch", key)
         with self._guard:
-            self._epochs[name] = Lock.of(key, name)
+            self._epochs[name] = Lock.taking(key, name)
             self._epoch = name
 
     def _keep(self, connection: sa.Connection, key_id: str, kind: str, key: bytes) -> None:
@@ -433,7 +438,7 @@ class Vault:
             if row.kind == "index":
                 self._index = self._index or self._unwrapped(row)
             else:
-                epochs[row.key_id] = self._epochs.get(row.key_id) or Lock.of(
+                epochs[row.key_id] = self._epochs.get(row.key_id) or Lock.taking(
                     self._unwrapped(row), row.key_id
                 )
         with self._guard:

@@ -14,7 +14,6 @@ import ctypes
 import faulthandler
 import importlib
 import os
-import resource
 import signal
 import socket
 import sys
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Final, get_args
 
+from facelane_server import seclusion
 from facelane_server.worker import exit_codes, sandbox
 from facelane_server.worker.priority import step_back
 
@@ -66,8 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ[variable] = str(max(1, options.threads))
     _keep_heap()
     _close_stdin()
-    with contextlib.suppress(OSError, ValueError):  # a core would hold templates and faces
-        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    seclusion.no_cores()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
@@ -82,7 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_codes.NOT_CONFINED
     if not options.attach:
         _die_with_parent()  # after the change of user, which forgets it
-    ready = step_back(options.nice) if options.nice else _nothing
+    step_forward = step_back(options.nice) if options.nice else _nothing
+    on_cards = options.cards or bool(options.attach)
+
+    def ready() -> None:
+        step_forward()  # writes to /proc what cannot be written to afterwards
+        # CUDA maps what it likes, and has a limit of its own for what is locked.
+        seclusion.seclude(lock=not on_cards)
+
     # Now, and not after an attach: from there on the server is waiting.
     from facelane_server.worker import loop  # noqa: F401
 
