@@ -40,7 +40,7 @@ def seclude(*, lock: bool = True) -> bool:
     if not lock or not _has_no_limit():
         return False
     with contextlib.suppress(AttributeError):
-        return libc.mlockall(_CURRENT | _FUTURE | _ON_FAULT) == 0
+        return int(libc.mlockall(_CURRENT | _FUTURE | _ON_FAULT)) == 0
     return False
 
 
