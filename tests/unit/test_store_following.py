@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.gallery import gallery as gallery_module
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.snapshot import AddTemplate, changes_of
-from facelane_server.store import schema
+from facelane_server.store import schema, sqlite
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
 from facelane_server.store.readers import Reader
@@ -264,6 +265,28 @@ async def test_eight_processes_write_at_once_and_none_is_missed(
     assert {name for name in names if not gallery.knows("g", name)} == set()
     assert [name for name in gone if gallery.knows("g", name)] == []
     await gallery.close()
+
+
+def test_a_commit_of_our_own_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "POLL_S", 3_000.0)
+    with contextlib.closing(open_store(tmp_path / "own.db")) as store:
+        while store.wait_for_change(0.01):
+            pass
+
+        def commit() -> None:
+            with store.writing(schema.GALLERY) as connection:
+                schema.next_revision(connection, schema.GALLERY)
+
+        with ThreadPoolExecutor(1) as others:
+            committed = others.submit(commit)
+            assert store.wait_for_change(300.0)
+            committed.result()
+            closed = others.submit(store.close)
+            assert not store.wait_for_change(300.0), "the end is heard too"
+            closed.result()
+        store.end_waiting()
 
 
 def test_a_commit_of_another_is_heard(place: Path | str) -> None:

@@ -32,8 +32,11 @@ BUSY_TIMEOUT_MS: Final = 2_000
 WRITER_TIMEOUT_MS: Final = 5_000
 """How long a change waits for those of other threads and processes."""
 POOL_SIZE: Final = 4
-POLL_S: Final = 0.02
-"""Between two looks whether somebody else has committed: some microseconds each."""
+POLL_S: Final = 0.05
+"""Between two looks whether another process has committed: it wakes a thread, which an edge box
+that has nothing to do pays for. Commits of our own are looked for at once."""
+GATHER_S: Final = 0.005
+"""Commits of our own that come together are told of together."""
 _WRITERS: Final = 1 << 40
 """A byte of the file, far behind SQLite's own locks, that is whose who writes, or overwrites the
 log. SQLite's own waiting lets some of eight writers starve: its pauses grow."""
@@ -62,6 +65,8 @@ class SqliteFile(Database):
         self._log_is_full = True
         """It may hold what was deleted and could not be emptied; a killed server left it so."""
         self._closed = threading.Event()
+        self._stirred = threading.Event()
+        """Set after a commit of our own, and at the end."""
         self._watching: sqlite3.Connection | None = None
         self._data_version = 0
         self._closing = contextlib.ExitStack()
@@ -87,6 +92,7 @@ class SqliteFile(Database):
 
     def close(self) -> None:
         self._closed.set()
+        self._stirred.set()
         self._closing.close()
 
     def wait_for_change(self, timeout_s: float) -> bool:
@@ -107,8 +113,11 @@ class SqliteFile(Database):
                 self._data_version = version
                 return True
             left = deadline - time.monotonic()
-            if left <= 0 or self._closed.wait(min(POLL_S, left)):
+            if left <= 0:
                 break
+            if self._stirred.wait(min(POLL_S, left)):
+                self._stirred.clear()
+                self._closed.wait(GATHER_S)
         return False
 
     def end_waiting(self) -> None:
@@ -278,6 +287,7 @@ class SqliteFile(Database):
                     yield connection
             finally:
                 self._lock_writers(fcntl.F_UNLCK, 0)
+            self._stirred.set()
             if self._log_is_full:
                 self._forget_deleted()
         finally:
