@@ -314,6 +314,7 @@ def play(folder: Path, *, people: int, kills: int, seed: int = 1) -> tuple[Run, 
                 name = person(number)[0]
                 mine[name] = run.patterns[name] = [*patterns_of(number), *known.get(name, ())]
             there = {name: [p for p in some if "vector" in p.kind] for name, some in mine.items()}
+            wrong += [f"while enrolled, {hit}" for hit in in_files(folder, mine)]
             found = in_memory(server, there)
             if not all(any(name in hit for hit in found) for name in mine if name in known):
                 wrong.append("not all who are enrolled were found in memory: the search is no good")

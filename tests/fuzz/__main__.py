@@ -63,7 +63,7 @@ def main() -> int:
                 *(f"-artifact_prefix={artifacts}/{name}-", f"-runs={options.runs}"),
             ]
             left = options.seconds
-            code = done = 0
+            code = done = slowest = 0
             while left > 0 and not code:
                 span = min(left, SLICE_S)
                 run = subprocess.run(
@@ -71,11 +71,14 @@ def main() -> int:
                 )
                 code, said = run.returncode, run.stderr.decode(errors="replace")
                 done += sum(map(int, re.findall(r"number_of_executed_units:\s*(\d+)", said)))
+                for seconds in re.findall(r"slowest_unit_time_sec:\s*(\d+)", said):
+                    slowest = max(slowest, int(seconds))
                 if code:
                     sys.stderr.write(said)
                 left = 0 if options.runs >= 0 else left - span
             total += done
-            print(f"{name}: {done} inputs, {'FAILED' if code else 'clean'}", flush=True)
+            verdict = "FAILED" if code else "clean"
+            print(f"{name}: {done} inputs, {verdict}, the slowest {slowest} s", flush=True)
             failed += [name] if code else []
     print(f"{total} inputs in all")
     return 1 if failed else 0

@@ -253,6 +253,21 @@ def test_what_the_configuration_takes() -> None:
             config.parse(text)
 
 
+async def test_a_list_goes_on_with_those_who_lost_a_template(tmp_path: Path) -> None:
+    async with opened(tmp_path / "gallery.db", tmp_path, [NOW]) as gallery:
+        for name in ("ada", "bo"):
+            await gallery.create_subject("staff", name, "", {})
+        vector = np.ones(DIM, np.float32) / DIM**0.5
+        kept = await gallery.enroll("staff", "ada", vector=vector, ood_score=0.9, model_id="m@1")
+        listed, _ = await gallery.list_subjects("staff")
+        assert [one.subject_id for one in listed] == ["ada", "bo"]
+        await gallery.delete_template("staff", kept.template.template_id)
+        await gallery.delete_subject("staff", "bo")
+        listed, _ = await gallery.list_subjects("staff")
+        assert [one.subject_id for one in listed] == ["ada"]
+        assert [name for name, _ in gallery._store.listed._sorted["staff"]] == ["ada"]
+
+
 # -- access ------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -17,20 +18,43 @@ from typer.testing import CliRunner
 
 from facelane_server import cli, config
 from facelane_server.config import ConfigError
-from facelane_server.domain import FacelaneError, Reason
-from facelane_server.store import audit, chain
+from facelane_server.domain import (
+    Box,
+    Candidate,
+    Decision,
+    FacelaneError,
+    Identity,
+    Liveness,
+    LivenessVerdict,
+    Reason,
+    TrackReport,
+)
+from facelane_server.store import audit, chain, events
 from facelane_server.store import vault as vault_module
 from facelane_server.store.database import Database
 from facelane_server.store.envelope import Lock, new_key
+from facelane_server.store.events import EventRecord
+from facelane_server.store.export import export
 from facelane_server.store.gallery import Store
 from facelane_server.store.masterkey import FILE_NAME, Source
 from facelane_server.store.opening import key_source, open_store, unlock
-from facelane_server.store.records import NewTemplate, RequestKey
-from facelane_server.store.schema import GALLERY, keys, subjects, templates
+from facelane_server.store.pictures import Photo, Pictures, new_id
+from facelane_server.store.records import Correction, NewTemplate, RequestKey
+from facelane_server.store.schema import (
+    GALLERY,
+    confirmations,
+    keys,
+    last_seen,
+    pictures,
+    subjects,
+    templates,
+)
 from facelane_server.store.vault import Mode, Vault, is_sealed, open_vault
 
 DIM, MODEL = 512, "m@1"
 NAMES = ("ada.lovelace", "grace.hopper", "hedy.lamarr")
+CHIP = np.random.default_rng(5).integers(0, 256, 112 * 112 * 3, np.uint8).tobytes()
+PICTURE = np.random.default_rng(6).integers(0, 256, 9000, np.uint8).tobytes()
 MARKS = ("Lovelace, Countess", "analytical-engine", "badge-4711")
 
 
@@ -59,16 +83,47 @@ def fill(store: Store) -> None:
         store.enroll("staff", name, new, request=request, answer={"said": MARKS[1]})
 
 
+def keep_more(store: Store) -> None:
+    """All else that is kept of people: chips, corrections, pictures of events, events, answers of
+    those who confirm, retention's times, and what was done."""
+    with_chip = NewTemplate(MODEL, vector(7), 0.8, 0.5, CHIP)
+    store.enroll("staff", NAMES[0], with_chip)
+    not_her = NewTemplate(MODEL, vector(8), 0.8, 0.5, correction=Correction.NOT)
+    store.enroll("staff", NAMES[0], not_her)
+    of_events = Pictures(store.database, store.vault)
+    for name in (NAMES[0], ""):
+        photo = Photo(b"\xff\xd8\xff" + PICTURE, PICTURE[::-1])
+        assert of_events.add(new_id(), photo, 1, gallery_id="staff", subject_id=name)
+    near = tuple(Candidate(name, 0.7) for name in NAMES)
+    identity = Identity(Decision.MATCH, NAMES[0], 0.8, candidates=near)
+    track = TrackReport(
+        1, 0, 1, None, None, Box(0, 0, 1, 1), identity, Liveness(LivenessVerdict.LIVE)
+    )
+    told = [EventRecord(0, "SUBJECT_SEEN", n, "door", "s", "staff", track) for n in (1, 2)]
+    events.append(store.database, store.vault, told, again=False)
+    with store.database.writing(GALLERY) as connection:
+        number = connection.scalar(sa.select(sa.func.min(subjects.c.id)))
+        connection.execute(sa.insert(last_seen).values(subject=number, seen_ns=1))
+        connection.execute(
+            sa.insert(confirmations).values(sequence=1, by="guard", agrees=True, time_ns=1)
+        )
+    who = audit.Actor("front-desk", "IdentifyFace")
+    store.audit.write([audit.Deed(audit.Action.LOOKED_UP, who, "staff", NAMES[1])])
+    assert NAMES[0].encode() in json.dumps(export(store, "staff", NAMES[0]).said).encode()
+
+
 def secrets_of() -> list[bytes]:
     words = [*NAMES, *MARKS, *(f"enrol-{name}" for name in NAMES)]
-    plain = [vector(n).astype(np.float16).tobytes() for n in range(len(NAMES))]
-    return [word.encode() for word in words] + [one[:64] for one in plain]
+    plain = [vector(n).astype(np.float16).tobytes() for n in (*range(len(NAMES)), 7, 8)]
+    shown = [CHIP, PICTURE, PICTURE[::-1]]
+    return [word.encode() for word in words] + [one[:64] for one in (*plain, *shown)]
 
 
 def test_a_stolen_disk_without_the_master_key_tells_nothing(tmp_path: Path) -> None:
     path = tmp_path / "state" / "gallery.db"
     with opened(path, path.parent) as store:
         fill(store)
+        keep_more(store)
         assert [s.subject_id for s in store.list_subjects("staff")[0]] == sorted(NAMES)
         # While it runs, the write-ahead log lies there too.
         everything = b"".join(p.read_bytes() for p in path.parent.iterdir())
@@ -98,11 +153,24 @@ def test_a_stolen_disk_without_the_master_key_tells_nothing(tmp_path: Path) -> N
         with pytest.raises(FacelaneError) as told:
             store.get_subject("staff", NAMES[0])
         assert told.value.reason is Reason.SUBJECT_NOT_FOUND
+        said = repr(events.after(database, store.vault, 0))
+        assert not any(name in said for name in NAMES)
+        kept = Pictures(database, store.vault)
+        with database.reading() as connection:
+            ids = connection.scalars(sa.select(pictures.c.picture_id)).all()
+        assert len(ids) == 2
+        for picture_id in ids:
+            with pytest.raises(ConfigError, match="without that key"):
+                kept.get(picture_id)
     # With the key it is whole: what a backup needs.
     (tmp_path / "elsewhere").replace(path.parent / FILE_NAME)
     with opened(path, path.parent) as store:
         found = {row.subject_id: row.vector for row in store.vectors(MODEL, DIM)}
         assert set(found) == set(NAMES)
+        assert all(Pictures(store.database, store.vault).get(one) for one in ids)
+        [first, _] = events.after(store.database, store.vault, 0)
+        assert first.track is not None
+        assert first.track.identity.subject_id == NAMES[0]
         assert np.allclose(found[NAMES[1]].astype(np.float32), vector(1), atol=1e-3)
         again = store.recall("staff", RequestKey(f"enrol-{NAMES[0]}", b"f" * 32))
         assert again is not None
@@ -350,6 +418,23 @@ def test_deletions_have_the_epoch_turned(tmp_path: Path) -> None:
         assert list(store.erasing()) == [None], "the second one has its own turn"
         assert list(store.erasing()) == []
         assert [row.subject_id for row in store.vectors(MODEL, DIM)] == [NAMES[2]]
+
+
+def test_a_list_of_ids_does_not_remember_who_was_deleted(tmp_path: Path) -> None:
+    with opened(tmp_path / "gallery.db", tmp_path) as store:
+        fill(store)
+        assert [s.subject_id for s in store.list_subjects("staff")[0]] == sorted(NAMES)
+        with store.database.reading() as before:
+            store.delete_subject("staff", NAMES[0])
+            gone = next(
+                number for name, number in store.listed._sorted["staff"] if name == NAMES[0]
+            )
+            store.listed.forget(gone)
+            # Nor does who lists at this moment, in a transaction that began before.
+            store.listed._seen.clear()
+            store.listed.after(before, "staff", "", 10)
+        assert [name for name, _ in store.listed._sorted["staff"]] == sorted(NAMES[1:])
+        assert [s.subject_id for s in store.list_subjects("staff")[0]] == sorted(NAMES[1:])
 
 
 def test_bytes_of_keys_are_overwritten_once_a_lock_has_them() -> None:

@@ -471,6 +471,8 @@ class Gallery:
             for change in found:
                 if change.kind in (ChangeKind.SUBJECT_REMOVED, ChangeKind.TEMPLATE_REMOVED):
                     self._removed = change.revision
+                    if change.kind is ChangeKind.SUBJECT_REMOVED:
+                        self._store.listed.forget(change.subject)
                     self._tell_forgotten(change.subject)
 
     def _tell_forgotten(self, number: int) -> None:

@@ -94,7 +94,7 @@ class Store:
         except BaseException:
             self.database.close()
             raise
-        self._ids = SortedIds(self._vault)
+        self.listed = SortedIds(self._vault)
         self.audit = AuditLog(self.database, self._vault, clock_ns=clock_ns)
         self.chips = Chips(self.database, self._vault)
         self._max_templates = max_templates
@@ -178,7 +178,7 @@ class Store:
         query = subject_query().where(subjects.c.gallery_id == gallery_name(gallery_id))
         with self.database.reading() as connection:
             if self._vault.encrypts:
-                numbers = self._ids.after(connection, gallery_name(gallery_id), after, size + 1)
+                numbers = self.listed.after(connection, gallery_name(gallery_id), after, size + 1)
                 query = query.where(subjects.c.id.in_(numbers))
             else:
                 query = (

@@ -12,6 +12,7 @@ import bisect
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -470,28 +471,39 @@ def locked_by(database: Database) -> set[str]:
 class SortedIds:
     """The ids of each gallery's subjects in their order, which the blinded ones do not have.
 
-    Read when first listed, and brought up to date by what has changed since."""
+    Read when first listed, and brought up to date by what has changed since. From any thread."""
 
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
+        self._guard = threading.Lock()
+        self._gone: deque[int] = deque(maxlen=BATCH)
+        """Deleted lately: a transaction of before may still see them."""
         self._seen: dict[str, int] = {}
         self._sorted: dict[str, list[tuple[str, int]]] = {}
 
     def after(self, connection: sa.Connection, gallery_id: str, last: str, count: int) -> list[int]:
         """The numbers of at most ``count`` subjects behind the id ``last``."""
         newest = revision(connection, GALLERY)
-        if self._seen.get(gallery_id) != newest:
-            self._read(connection, gallery_id)
-            self._seen[gallery_id] = newest
-        ids = self._sorted[gallery_id]
+        with self._guard:
+            if self._seen.get(gallery_id) != newest:
+                self._read(connection, gallery_id)
+                self._seen[gallery_id] = newest
+            ids = self._sorted[gallery_id]
         begin = bisect.bisect_right(ids, last, key=lambda one: one[0])
         return [number for _, number in ids[begin : begin + count]]
+
+    def forget(self, number: int) -> None:
+        """A subject was deleted: its id does not wait here for the next listing."""
+        with self._guard:
+            self._gone.append(number)
+            for gallery_id, ids in self._sorted.items():
+                self._sorted[gallery_id] = [one for one in ids if one[1] != number]
 
     def _read(self, connection: sa.Connection, gallery_id: str) -> None:
         """Opens those that were not known, and leaves out those that are gone."""
         present = set(
             connection.scalars(sa.select(subjects.c.id).where(subjects.c.gallery_id == gallery_id))
-        )
+        ).difference(self._gone)
         known = [one for one in self._sorted.get(gallery_id, ()) if one[1] in present]
         fresh = present.difference(number for _, number in known)
         query = (
