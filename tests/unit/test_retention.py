@@ -258,7 +258,8 @@ async def test_a_list_goes_on_with_those_who_lost_a_template(tmp_path: Path) -> 
         for name in ("ada", "bo"):
             await gallery.create_subject("staff", name, "", {})
         vector = np.ones(DIM, np.float32) / DIM**0.5
-        kept = await gallery.enroll("staff", "ada", vector=vector, ood_score=0.9, model_id="m@1")
+        new = NewTemplate("m@1", vector, 0.9)
+        kept = await gallery.ask(lambda store: store.enroll("staff", "ada", new))
         listed, _ = await gallery.list_subjects("staff")
         assert [one.subject_id for one in listed] == ["ada", "bo"]
         await gallery.delete_template("staff", kept.template.template_id)
