@@ -8,7 +8,9 @@ PYTEST_ARGS ?=
 # The tests start hundreds of processes: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup console demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel docs release deb install-systemd clean
+FIGURES = axe or telephone or demo_in_the_console or enrol_see
+
+.PHONY: help setup console screenshots demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel docs release deb install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -24,8 +26,10 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[server,cli,bridge,events,console,fleet,onnx,nvidia,evaluate,postgres,demo]' --group dev
 	@touch $@
 
-demo: setup ## faces recognised from a synthetic camera, live on this terminal
-	@$(BIN)/python -m facelane_bridge.demo
+WEB ?=
+
+demo: setup ## faces recognised from a synthetic camera, live on this terminal; WEB=1: and in the web console
+	@$(BIN)/python -m facelane_bridge.demo $(if $(WEB),--web)
 
 PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS)
 COVERED = --cov --cov-report=term --cov-fail-under=90
@@ -114,6 +118,9 @@ models-report: setup ## the starter recogniser on people of your own: DATA=FOLDE
 console: setup ## build the console's page into clients/facelane_console/static (needs node and npm)
 	@cd clients/facelane_console/web && npm ci --no-audit --no-fund --silent && npm run --silent build
 	@$(BIN)/python clients/facelane_console/web/hash.py
+
+screenshots: setup ## the documentation's pictures of the console, as its tests see it (needs Chromium)
+	@FACELANE_FIGURES=1 $(BIN)/python -m pytest -q tests/browser -k "$(FIGURES)" $(PYTEST_ARGS)
 
 wheel: setup ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -20,7 +20,7 @@ from bench.settings import Settings
 
 CPU: Final = (
     "overhead", "article", "front", "recovery", "revocation", "bridge", "overload", "gallery",
-    "vault", "names", "fleet", "shards",
+    "vault", "names", "fleet", "shards", "watchers",
 )  # fmt: skip
 GPU: Final = ("isolation", "leak", "streams", "decode")
 ABOUT: Final = {
@@ -34,6 +34,7 @@ ABOUT: Final = {
     "gallery": "search at 10k to 1M templates against the memory's bandwidth; exactness",
     "shards": "several processes at one address: frames a second; an enrolment at every shard",
     "vault": "what encryption at rest costs a start, an enrolment, an identification",
+    "watchers": "some look at streams, stop reading, look at video: what it costs the streams",
     "names": "whom a real clip's faces are named after while answers are late; who may enrol",
     "fleet": "nodes killed, added and drained under 24 cameras: gaps, accounts (needs ray)",
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",

@@ -23,6 +23,7 @@ import typer.main
 import facelane
 import facelane.cli.app
 import facelane_bridge.cli
+import facelane_console.cli
 import facelane_events.cli
 import facelane_fleet.cli
 import facelane_server.cli
@@ -84,11 +85,13 @@ PAGES: Final[dict[str, Callable[[], Page]]] = {
         "facelane-server", typer.main.get_command(facelane_server.cli.app)
     ),
     "facelane-bridge": lambda: of_argparse("facelane-bridge", facelane_bridge.cli._parser()),
+    "facelane-console": lambda: of_argparse("facelane-console", facelane_console.cli.parser()),
     "facelane-events": lambda: of_argparse("facelane-events", facelane_events.cli._parser()),
     "facelane-fleet": lambda: of_argparse("facelane-fleet", facelane_fleet.cli._parser()),
 }
 PARSERS: Final[dict[str, Callable[[], argparse.ArgumentParser]]] = {
     "facelane-bridge": facelane_bridge.cli._parser,
+    "facelane-console": facelane_console.cli.parser,
     "facelane-events": facelane_events.cli._parser,
     "facelane-fleet": facelane_fleet.cli._parser,
 }

@@ -23,13 +23,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from facelane_bridge.demo_verdict import Verdict
 from facelane_bridge.tether import tethered
 
 EXIT_OK = 0
@@ -61,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m facelane_bridge.demo", description="Faces from a synthetic camera."
     )
     parser.add_argument("--keep", action="store_true", help="keep the demo's folder")
+    parser.add_argument(
+        "--web", action="store_true", help="beside it the web console, until Ctrl-C"
+    )
     parser.add_argument("--folder", type=Path, help="use this folder (it is kept)")
     arguments = parser.parse_args(argv)
     interruption = _Interruption()
@@ -79,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         folder = _folder(arguments.folder, keep=arguments.keep, stack=stack)
         try:
-            return asyncio.run(interruption.cancelling(_Demo(console, folder).run()))
+            demo = _Demo(console, folder, web=arguments.web)
+            return asyncio.run(interruption.cancelling(demo.run()))
         except asyncio.CancelledError:
             return EXIT_INTERRUPTED
         except (DemoError, demo_clip.MissingPhotoError) as error:
@@ -145,9 +148,10 @@ def _folder(given: Path | None, *, keep: bool, stack: contextlib.ExitStack) -> P
 
 
 class _Demo:
-    def __init__(self, console: Any, folder: Path) -> None:
+    def __init__(self, console: Any, folder: Path, *, web: bool = False) -> None:
         self._console = console
         self._folder = folder
+        self._web = web
 
     async def run(self) -> int:
         from facelane_bridge import demo_clip
@@ -155,12 +159,34 @@ class _Demo:
         begun = time.monotonic()
         demo_clip.photos()  # before anything is started
         models = await self._models()
-        with _Server(self._folder, models) as server:
+        with _Server(self._folder, models, pictures=self._web) as server:
             # The clip is rendered while the models load.
             clip = await self._with_server(server)
             self._say(f"ready after {time.monotonic() - begun:.1f} s: server, gallery and camera")
+            if self._web:
+                return await self._with_console(server, clip)
             verdict, report = await self._stream(server, clip)
             code = server.stop()
+        return self._tell(verdict, report, code, server)
+
+    async def _with_console(self, server: _Server, clip: Path) -> int:
+        """The clip judged once, as ever, then over and over until somebody ends it."""
+        from facelane_bridge.demo_web import NoConsoleError, WebConsole
+
+        try:
+            async with WebConsole(server.target, self._folder) as web:
+                self._say(f"console: {web.address} (log in without a key)")
+                web.open()
+                verdict, report = await self._stream(server, clip)
+                code = self._tell(verdict, report, 0, server)
+                self._say(f"The camera goes on: {web.address} (Ctrl-C ends it)")
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._loop(server, clip)
+                return code
+        except NoConsoleError as error:
+            raise DemoError(str(error)) from None
+
+    def _tell(self, verdict: Verdict, report: Any, code: int, server: _Server) -> int:
         problems = verdict.problems(report)
         if code != 0:
             problems.append(f"the server ended with code {code}: see {server.log.name}")
@@ -266,6 +292,16 @@ class _Demo:
 
     # --- the stream ---
 
+    async def _loop(self, server: _Server, clip: Path) -> None:
+        """Until it is cancelled."""
+        from facelane_bridge import config
+        from facelane_bridge.bridge import Bridge
+
+        _quiet_logs()
+        options = {"name": "demo-camera", "pace": "realtime", "loop": True}
+        settings = config.single(str(clip), server={"target": server.target}, options=options)
+        await Bridge(settings, _Nothing()).run()
+
     async def _stream(self, server: _Server, clip: Path) -> tuple[Verdict, Any]:
         from facelane_bridge import config
         from facelane_bridge.bridge import Bridge
@@ -325,7 +361,8 @@ def _public_models() -> Path | None:
 class _Server:
     """``facelane-server run`` in the demo's folder. Leaving the context stops it."""
 
-    def __init__(self, folder: Path, models: dict[str, str]) -> None:
+    def __init__(self, folder: Path, models: dict[str, str], *, pictures: bool = False) -> None:
+        """``pictures``: of whom is seen, for the console."""
         self.target = f"unix:{folder}/grpc.sock"
         self.log = folder / "server.log"
         for name in ("state", "run"):
@@ -337,6 +374,7 @@ class _Server:
             f"listen = {json.dumps(self.target)}",
             "[metrics]",
             'listen = ""',
+            *(["[events]", 'pictures = "all"'] if pictures else []),
         ]
         for stage, model in models.items():
             config += [f"[pools.{stage}]", f"model = {json.dumps(model)}"]
@@ -396,125 +434,17 @@ class _Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
-# --- the verdict ---
+class _Nothing:
+    """Shows nothing: the console does."""
 
+    async def __aenter__(self) -> Self:
+        return self
 
-@dataclass(slots=True)
-class StretchCount:
-    """What was recognised in one stretch of the clip."""
+    async def __aexit__(self, *_error: object) -> None:
+        pass
 
-    results: int = 0
-    faces: int = 0
-    named: Counter[str] = field(default_factory=Counter)
-    """Frames in which a subject was named."""
-    decisions: Counter[str] = field(default_factory=Counter)
-    liveness: Counter[str] = field(default_factory=Counter)
-
-
-class Verdict:
-    """Holds the results against the clip's script."""
-
-    NAMED_SHARE = 0.5
-    """Of the results of a clear stretch, so many must name who is in view."""
-
-    def __init__(self) -> None:
-        from facelane_bridge.demo_clip import SCRIPT
-
-        self._script = SCRIPT
-        self.counts = [StretchCount() for _ in SCRIPT]
-
-    def take(self, offset: float, faces: Sequence[Any]) -> int:
-        """Count one result (``output.FaceLine`` each); gives the number of its stretch."""
-        from facelane_bridge.demo_clip import stretch_at
-
-        # Media times are rounded by the container: a millisecond decides nothing.
-        number = self._script.index(stretch_at(offset + 0.002))
-        count = self.counts[number]
-        count.results += 1
-        count.faces += len(faces)
-        count.named.update({face.subject_id for face in faces if face.decision == "MATCH"})
-        count.decisions.update(face.decision for face in faces)
-        count.liveness.update(face.liveness for face in faces)
-        return number
-
-    def problems(self, report: Any) -> list[str]:
-        """What is not as it has to be, in sentences; empty = all is well."""
-        from facelane_bridge.demo_clip import StretchKind
-
-        summary = report.summary
-        found = []
-        if summary.frames == 0:
-            found.append("the camera gave no frame")
-        if summary.frames != summary.results + summary.drops + summary.errors:
-            found.append("frames without an outcome")
-        if summary.errors:
-            found.append(f"{summary.errors} frames ended in errors")
-        if report.failed:
-            reasons = {camera.reason for camera in summary.cameras.values()}
-            found.append(f"the camera failed: {', '.join(sorted(reasons))}")
-        for stretch, count in zip(self._script, self.counts, strict=True):
-            where = f"the {stretch.kind.value} stretch at {stretch.start:g} s"
-            strangers = sorted(count.named.keys() - set(stretch.subjects))
-            found += [f"{subject} was named in {where}, where she is not" for subject in strangers]
-            if stretch.kind in (StretchKind.BLURRED, StretchKind.DARK) and count.named:
-                found.append(f"somebody was named in {where}")
-            if stretch.kind is StretchKind.CLEAR:
-                if count.results == 0:
-                    found.append(f"no result came from {where}: is the machine overloaded?")
-                found += [
-                    f"{subject} was named in {count.named[subject]} of the {count.results} "
-                    f"results of {where}"
-                    for subject in stretch.subjects
-                    if count.named[subject] < self.NAMED_SHARE * count.results
-                ]
-        return found
-
-    def line(self, report: Any) -> dict[str, Any]:
-        """The demo's last line."""
-        summary = report.summary
-        named: Counter[str] = Counter()
-        rejected = 0
-        for count in self.counts:
-            named.update(count.named)
-            rejected += count.decisions["REJECTED_OOD"]
-        latency = next(iter(summary.cameras.values()))
-        return {
-            "frames": summary.frames,
-            "results": summary.results,
-            "drops": summary.drops,
-            "errors": summary.errors,
-            "faces": summary.faces,
-            "subjects": dict(sorted(named.items())),
-            "rejected_ood": rejected,
-            "p50_ms": latency.p50_ms,
-            "p99_ms": latency.p99_ms,
-        }
-
-    def tell(self, console: Any) -> None:
-        """A table of the stretches."""
-        from rich.table import Table
-
-        table = Table(title="what the camera saw, and what was recognised", title_justify="left")
-        for column in ("from", "stretch", "in view", "results", "faces", "named", "live"):
-            table.add_column(column, overflow="fold")
-        for stretch, count in zip(self._script, self.counts, strict=True):
-            decisions = [f"{subject} {frames}x" for subject, frames in sorted(count.named.items())]
-            decisions += [
-                f"{decision.lower().replace('_', ' ')} {faces}x"
-                for decision, faces in sorted(count.decisions.items())
-                if decision != "MATCH"
-            ]
-            liveness = [f"{verdict.lower()} {n}x" for verdict, n in sorted(count.liveness.items())]
-            table.add_row(
-                f"{stretch.start:g} s",
-                stretch.kind.value,
-                "\n".join(stretch.subjects),
-                str(count.results),
-                str(count.faces),
-                "\n".join(decisions),
-                "\n".join(liveness),
-            )
-        console.print(table)
+    async def emit(self, line: Any) -> None:
+        pass
 
 
 class _Show:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import secrets
-import struct
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -26,8 +25,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import facelane
-from facelane_console import shown
+from facelane_console import copying, shown
+from facelane_console.decoding import CannotDecodeError
 from facelane_console.guard import Guard
+from facelane_console.looking import messages
 from facelane_console.sessions import Session, Sessions
 
 STATIC: Final = Path(__file__).with_name("static")
@@ -86,6 +87,7 @@ class Site:
             ("/people/{subject}", "GET", self._person),
             ("/people/{subject}", "DELETE", self._erase),
             ("/people/{subject}/faces", "POST", self._enroll),
+            ("/people/{subject}/copy", "GET", self._copy),
             ("/templates/{template}", "DELETE", self._forget),
             ("/system", "GET", self._system),
         ]
@@ -226,14 +228,17 @@ class Site:
             create_subject=bool(said.get("create", False)),
             timeout=20.0,
         )
-        return {"id": done.correction_id, "subject": done.subject_id, "is_not": done.is_not}
+        return shown.correction(done)
 
     async def _undo(self, request: Request, session: Session[Client]) -> Any:
         gallery = request.query_params.get("gallery", "")
         await session.client.undo_correction(request.path_params["correction"], gallery=gallery)
         return {}
 
-    async def _acknowledge(self, request: Request, _session: Session[Client]) -> Any:
+    async def _acknowledge(self, request: Request, session: Session[Client]) -> Any:
+        if not session.may["events"]:
+            told = {"reason": "PERMISSION_DENIED", "message": "the key may not see events"}
+            return JSONResponse(told, 403)
         self._known[request.path_params["sequence"]] = None
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
@@ -258,6 +263,12 @@ class Site:
         kept = await session.client.get_subject(subject, gallery=gallery)
         faces = await session.client.list_templates(subject, gallery=gallery)
         return {**shown.subject(kept), "faces": [shown.template(one) for one in faces]}
+
+    async def _copy(self, request: Request, session: Session[Client]) -> Response:
+        subject, gallery = request.path_params["subject"], request.query_params.get("gallery", "")
+        made = await copying.copy_of(session.client, subject, gallery)
+        name = {"Content-Disposition": 'attachment; filename="subject.zip"'}
+        return Response(made, media_type="application/zip", headers=name)
 
     async def _erase(self, request: Request, session: Session[Client]) -> Any:
         subject, gallery = request.path_params["subject"], request.query_params.get("gallery", "")
@@ -300,33 +311,36 @@ class Site:
     # -- what is live --------------------------------------------------------------------------
 
     async def _live(self, socket: WebSocket) -> None:
-        """Pictures of one source: the length of what is told (4 bytes), that as JSON, the bytes.
-        A browser that is too slow is waited for, and the server then leaves pictures out."""
+        """Pictures of one source, as ``looking.messages`` says."""
         session = self._who(socket)
         if session is None:
             await socket.close(4401)
             return
         await socket.accept()
         asked = socket.query_params
-        fps = min(30.0, max(0.5, float(asked.get("fps", "25"))))
-        looking = session.client.watch_stream(
-            asked.get("source", ""),
-            stream_id=asked.get("stream", ""),
-            max_fps=fps,
-            results_only=True,
+        try:
+            fps = min(30.0, max(0.5, float(asked.get("fps", "25"))))
+        except ValueError:
+            await socket.close(4400)
+            return
+        looking = messages(
+            session.client,
+            source=asked.get("source", ""),
+            stream=asked.get("stream", ""),
+            fps=fps,
+            as_jpeg=asked.get("as") == "jpeg",
         )
 
         async def send() -> None:
-            async with contextlib.aclosing(looking) as pictures:
-                async for seen in pictures:
-                    told = json.dumps(shown.picture(seen)).encode()
-                    head = struct.pack(">I", len(told))
-                    await socket.send_bytes(head + told + seen.picture.data)
+            async with contextlib.aclosing(looking) as pictures:  # type: ignore[type-var]
+                async for picture in pictures:
+                    await socket.send_bytes(picture)
 
         await self._until_left(socket, send())
 
     async def _news(self, socket: WebSocket) -> None:
-        """Events as they happen, as JSON."""
+        """Events as they happen, as JSON; first an empty object, from which on none is missed: what
+        was before is in the history."""
         session = self._who(socket)
         if session is None:
             await socket.close(4401)
@@ -335,6 +349,7 @@ class Site:
 
         async def send() -> None:
             async with session.client.watch_events() as events:
+                await socket.send_text("{}")
                 async for event in events:
                     await socket.send_text(json.dumps(shown.event(event)))
 
@@ -361,6 +376,8 @@ class Site:
                 sender.result()
             elif others[1].done():
                 code = 4401
+        except CannotDecodeError:
+            code = 4415
         except facelane.FacelaneError as error:
             code = 4403 if isinstance(error, facelane.PermissionDeniedError) else 4404
         except (WebSocketDisconnect, RuntimeError):
@@ -395,16 +412,19 @@ async def _may(client: Client) -> dict[str, bool]:
                 return
 
     await client.server_info()
-    view, people, events, correct, enroll = await asyncio.gather(
+    view, people, events, correct, enroll, delete = await asyncio.gather(
         try_(client.list_streams()),
         try_(first_subject()),
         try_(client.list_events(page_size=1)),
         try_(client.correct_identity(0, is_not=True)),
         # Refused before the picture is looked at: there is no such subject.
         try_(client.enroll(secrets.token_hex(16), _NOTHING, create_subject=False, gallery="")),
+        # Nor is there that one.
+        try_(client.update_subject(secrets.token_hex(16), display_name="nobody", gallery="")),
     )
     return {
         "view": view, "people": people, "events": events, "correct": correct, "enroll": enroll,
+        "delete": delete,
     }  # fmt: skip
 
 

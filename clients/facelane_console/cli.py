@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import facelane
-from facelane_console import app
+
+if TYPE_CHECKING:
+    from facelane_console.app import Site
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +48,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def build(arguments: argparse.Namespace) -> tuple[app.Site, str, int]:
+def build(arguments: argparse.Namespace) -> tuple[Site, str, int]:
     """The console, and where it listens. Raises ``SystemExit`` with what to write instead."""
     host, _, port = arguments.listen.rpartition(":")
     if not host or not port.isdigit():
@@ -58,6 +61,9 @@ def build(arguments: argparse.Namespace) -> tuple[app.Site, str, int]:
             "cross the network unencrypted; give --cert and --key, or listen on 127.0.0.1 behind "
             "a proxy with TLS"
         )
+    # Its words alone (manual page, completion) take no web server.
+    from facelane_console.app import Site
+
     # Whoever logs in acts with the key that he shows, and never with one of the console's own.
     for name in ("FACELANE_TOKEN", "FACELANE_TOKEN_FILE"):
         os.environ.pop(name, None)
@@ -69,7 +75,7 @@ def build(arguments: argparse.Namespace) -> tuple[app.Site, str, int]:
     names = {host.strip("[]").lower(), *(name.lower() for name in arguments.name)}
     if is_loopback(host):
         names |= {"localhost", "127.0.0.1", "::1"}
-    return app.Site(connect, hosts=frozenset(names), tls=bool(arguments.cert)), host, int(port)
+    return Site(connect, hosts=frozenset(names), tls=bool(arguments.cert)), host, int(port)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

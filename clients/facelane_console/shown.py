@@ -54,6 +54,8 @@ def event(value: facelane.Event) -> dict[str, Any]:
         "live": value.liveness.verdict.value,
         "message": value.message,
         "pool": value.pool,
+        "rule": "" if value.rule is None else value.rule.name,
+        "candidate": value.candidate_subject_id,
     }
     if track is not None:
         seen = track.last_capture_time
@@ -72,6 +74,7 @@ def event(value: facelane.Event) -> dict[str, Any]:
 def subject(value: facelane.Subject) -> dict[str, Any]:
     return {
         "id": value.subject_id,
+        "gallery": value.gallery,
         "display_name": value.display_name,
         "labels": dict(value.labels),
         "templates": value.template_count,
@@ -84,6 +87,16 @@ def template(value: facelane.Template) -> dict[str, Any]:
         "id": value.template_id,
         "quality": value.quality,
         "ood": value.ood_score,
+        "time": None if made is None else made.timestamp(),
+    }
+
+
+def correction(value: facelane.Correction) -> dict[str, Any]:
+    made = value.create_time
+    return {
+        "id": value.correction_id,
+        "subject": value.subject_id,
+        "is_not": value.is_not,
         "time": None if made is None else made.timestamp(),
     }
 
@@ -112,6 +125,10 @@ def system(
         "version": info.version,
         "streams": info.open_streams,
         "draining": info.draining,
+        "shards": [
+            [shard.shard, shard.state.value, shard.open_streams, shard.restarts, shard.last_loss]
+            for shard in info.shards
+        ],
         "load": None if info.load is None else info.load.load,
         "degradations": [[d.component, d.cause, d.message] for d in info.degradations],
         "models": [[m.task.value, m.name, m.version] for m in info.models],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib as mpl
@@ -18,9 +22,12 @@ from tests.running_server import RunningServer, free_port, toml
 from tests.waiting import until
 
 import facelane
+from facelane_bridge import demo_clip
 from facelane_server.edge.auth import new_key
 from facelane_server.models.catalog import SHIPPED
 
+FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
+VIEWPORT = {"width": 1280, "height": 800}
 CHROMIUM = Path("/usr/bin/chromium")
 POOLS = """
 [pools.detector]
@@ -38,6 +45,16 @@ def portrait() -> np.ndarray:
 
 def jpeg(pixels: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", pixels)[1].tobytes()
+
+
+@functools.cache
+def _clip() -> demo_clip.Camera:
+    return demo_clip.Camera()
+
+
+def clip_picture(number: int) -> np.ndarray:
+    """Of the demo's clip, which is rendered: 0-69 Grace Hopper, 70-139 Eileen Collins."""
+    return _clip().frame(number)
 
 
 @dataclass(frozen=True)
@@ -67,10 +84,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     entries.append('[[roles]]\nname = "guard"\nverbs = ["view", "events", "identify"]\n')
     (folder / "keys.toml").write_text("\n".join(entries))
     extra = (
-        f'[auth]\nmode = "keys"\nkeys_file = "{folder}/keys.toml"\n'
+        f'[limits]\nmin_fps = 0.0\n[auth]\nmode = "keys"\nkeys_file = "{folder}/keys.toml"\n'
         '[events]\npictures = "all"\n[tracking]\nreinference_interval_s = 0.5\n'
     )
-    port = free_port()
     with (
         RunningServer(folder, toml(folder, POOLS, extra)) as server,
         contextlib.ExitStack() as stack,
@@ -84,37 +100,53 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
                     return False
 
         until(serving, 120, "SERVING")
+        url = stack.enter_context(serving_console(folder, server.target))
+        # To the right and back: without a leap, she is one track.
+        numbers = [*range(0, 70, 2), *range(68, 0, -2)]
+        shown = [facelane.Picture.encoded(jpeg(clip_picture(number))) for number in numbers]
+        stack.enter_context(camera(server, keys["boss"], "door", shown))
+        yield House(server, url, keys, folder / "console.log")
+
+
+@contextlib.contextmanager
+def serving_console(folder: Path, target: str) -> Iterator[str]:
+    """A console of a server; its address. What it says is in ``console.log``."""
+    port = free_port()
+    with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "console.log").open("w"))
         console = subprocess.Popen(
-            [sys.executable, "-m", "facelane_console", "--target", server.target,
+            [sys.executable, "-m", "facelane_console", "--target", target,
              "--listen", f"127.0.0.1:{port}"],
             stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         stack.callback(console.wait, 30)
         stack.callback(console.terminate)
-        stack.enter_context(camera(server, keys["boss"]))
-        yield House(server, f"http://127.0.0.1:{port}/", keys, folder / "console.log")
+        until(lambda: "http" in (folder / "console.log").read_text(), 60, "the console")
+        yield f"http://127.0.0.1:{port}/"
 
 
 @contextlib.contextmanager
-def camera(server: RunningServer, key: str, source: str = "door") -> Iterator[None]:
-    """Grace Hopper, who wanders a little, as JPEG."""
+def camera(
+    server: RunningServer,
+    key: str,
+    source: str,
+    pictures: Sequence[facelane.Picture],
+    *,
+    every_s: float = 0.04,
+) -> Iterator[None]:
+    """A camera that shows the pictures over and over, until the block is left. Pictures that a
+    stream has no room for are left out."""
     over = threading.Event()
-    face = cv2.resize(portrait(), (256, 300))
-    frames = []
-    for step in range(24):
-        picture = np.full((360, 640, 3), 70, np.uint8)
-        x = 60 + 8 * step
-        picture[30:330, x : x + 256] = face
-        frames.append(facelane.Picture.encoded(jpeg(picture)))
 
     def send() -> None:
-        with server.client(token=key) as client, client.analyze_stream(source_id=source) as stream:
-            number = 0
-            while not over.wait(0.04):
-                at = number % 46
-                stream.try_send(frames[at if at < 24 else 46 - at])
-                number += 1
+        with (
+            server.client(token=key or None) as client,
+            client.analyze_stream(source_id=source) as stream,
+        ):
+            for picture in itertools.cycle(pictures):
+                if over.wait(every_s):
+                    return
+                stream.try_send(picture)
                 with contextlib.suppress(facelane.DeadlineExceededError):
                     while stream.recv(timeout=0.0) is not None:
                         pass
@@ -129,12 +161,80 @@ def camera(server: RunningServer, key: str, source: str = "door") -> Iterator[No
 
 
 @pytest.fixture(scope="session")
-def chromium(house: House) -> Iterator[object]:
+def webcam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Chromium's own camera sees: Eileen Collins, as motion JPEG."""
+    still = jpeg(clip_picture(100))
+    path = tmp_path_factory.mktemp("webcam") / "collins.mjpeg"
+    path.write_bytes(still * 4)
+    return path
+
+
+@pytest.fixture(scope="session")
+def chromium(house: House, webcam: Path) -> Iterator[object]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"]
-        )
+            executable_path=str(CHROMIUM),
+            args=["--no-sandbox", "--disable-gpu", "--use-fake-device-for-media-stream",
+                  "--use-fake-ui-for-media-stream", f"--use-file-for-fake-video-capture={webcam}"],
+        )  # fmt: skip
         yield browser
         browser.close()
+
+
+WAIT_MS = 90_000
+
+
+@pytest.fixture
+def page(chromium: Any, house: House) -> Iterator[Any]:
+    """Logged in as who may all. What the page's Content-Security-Policy forbids fails the test."""
+    with visit(chromium, house, "boss") as made:
+        yield made
+
+
+@contextlib.contextmanager
+def visit(
+    chromium: Any,
+    house: House,
+    who: str,
+    *,
+    script: str = "",
+    key: str = "Facelane key",
+    **options: Any,
+) -> Iterator[Any]:
+    """A page of a browser that nobody has used before. ``script``: runs before the page's own;
+    ``key``: as the field is called in the browser's language."""
+    context = chromium.new_context(**{"viewport": VIEWPORT, "locale": "en-GB"} | options)
+    if script:
+        context.add_init_script(script)
+    made = context.new_page()
+    made.set_default_timeout(WAIT_MS)
+    problems: list[str] = []
+    made.on("pageerror", lambda error: problems.append(str(error)))
+    made.on(
+        "console",
+        lambda said: problems.append(said.text) if "Content Security" in said.text else None,
+    )
+    log_in(made, house, who, key)
+    yield made
+    context.close()
+    assert problems == []
+
+
+def log_in(page: Any, house: House, who: str, key: str = "Facelane key") -> None:
+    page.goto(house.url)
+    page.get_by_label(key).fill(house.keys[who])
+    page.keyboard.press("Enter")
+    page.get_by_role("navigation").wait_for()
+
+
+def view(page: Any, name: str) -> None:
+    page.get_by_role("navigation").get_by_role("link", name=name).click()
+    page.get_by_role("heading", name=name, exact=True).wait_for()
+
+
+def figure(page: Any, name: str) -> None:
+    """For the documentation, where it is asked for: FACELANE_FIGURES=1."""
+    if os.environ.get("FACELANE_FIGURES"):
+        page.screenshot(path=str(FIGURES / f"console-{name}.png"))

@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import os
+import http.server
+import json
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
+import zipfile
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
-from tests.browser.conftest import House, jpeg, portrait
+from tests.browser.conftest import (
+    WAIT_MS,
+    House,
+    clip_picture,
+    figure,
+    jpeg,
+    log_in,
+    portrait,
+    view,
+)
+
+import facelane
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
-
-FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
-WAIT_MS = 60_000
-
-
-@pytest.fixture
-def page(chromium: Any, house: House) -> Iterator[Any]:
-    """Logged in as who may all."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 800}, locale="en-GB")
-    made = context.new_page()
-    made.set_default_timeout(WAIT_MS)
-    problems: list[str] = []
-    made.on("pageerror", lambda error: problems.append(str(error)))
-    made.on(
-        "console",
-        lambda said: problems.append(said.text) if "Content Security" in said.text else None,
-    )
-    log_in(made, house, "boss")
-    yield made
-    context.close()
-    assert problems == []
-
-
-def log_in(page: Any, house: House, who: str) -> None:
-    page.goto(house.url)
-    page.get_by_label("Facelane key").fill(house.keys[who])
-    page.get_by_role("button", name="Log in").click()
-    page.get_by_role("navigation").wait_for()
-
-
-def view(page: Any, name: str) -> None:
-    page.get_by_role("navigation").get_by_role("link", name=name).click()
-    page.get_by_role("heading", name=name, exact=True).wait_for()
-
-
-def figure(page: Any, name: str) -> None:
-    """For the documentation, where it is asked for: FACELANE_FIGURES=1."""
-    if os.environ.get("FACELANE_FIGURES"):
-        page.screenshot(path=str(FIGURES / f"console-{name}.png"))
 
 
 def names_say(page: Any, text: str) -> None:
@@ -61,17 +35,17 @@ def names_say(page: Any, text: str) -> None:
     )
 
 
-def api(page: Any, method: str, path: str, body: str = "") -> tuple[int, str]:
-    """As the page itself would ask."""
+def api(page: Any, method: str, path: str, body: str = "undefined") -> tuple[int, str]:
+    """As the page itself would ask. ``body``: an expression."""
     return tuple(
         page.evaluate(
-            """async ([method, path, body]) => {
+            """async ([method, path]) => {
                 const session = await (await fetch('/api/session')).json();
-                const answer = await fetch(path, {method, body: body || undefined,
+                const answer = await fetch(path, {method, body: BODY,
                     headers: {'x-csrf-token': session.csrf}});
                 return [answer.status, await answer.text()];
-            }""",
-            [method, path, body],
+            }""".replace("BODY", body),
+            [method, path],
         )
     )
 
@@ -85,18 +59,18 @@ def test_enrol_see_the_name_correct_it_and_delete_with_a_receipt(page: Any, hous
         "least => +document.querySelector('canvas').dataset.painted > least", arg=first + 20
     )
     view(page, "People")
-    page.get_by_label("Id").fill("grace")
-    page.get_by_label("Name").fill("Grace Hopper")
+    page.get_by_label("Id", exact=True).fill("grace")
+    page.get_by_label("Name", exact=True).fill("Grace Hopper")
     # Not quite the face before the camera: what is said of that one can be nearer to it.
     other = cv2.GaussianBlur(cv2.flip(portrait(), 1), (0, 0), 2.0)
     upload = {"name": "grace.jpg", "mimeType": "image/jpeg", "buffer": jpeg(other)}
-    page.get_by_label("Picture").set_input_files(upload)
+    page.get_by_label("Picture", exact=True).set_input_files(upload)
     page.get_by_role("button", name="Enrol", exact=True).click()
     page.get_by_text("Enrolled: quality").wait_for()
     figure(page, "people")
     # A picture without a face is refused, and it is said why.
     nothing = {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": jpeg(portrait()[:40, :40])}
-    page.get_by_label("Picture").set_input_files(nothing)
+    page.get_by_label("Picture", exact=True).set_input_files(nothing)
     page.get_by_role("button", name="Enrol", exact=True).click()
     page.get_by_text("No face was found").wait_for()
 
@@ -131,12 +105,74 @@ def test_enrol_see_the_name_correct_it_and_delete_with_a_receipt(page: Any, hous
 
     view(page, "People")
     card = page.locator("li[data-subject=grace]")
+    # What is kept of her, before it is deleted.
+    with page.expect_download() as download:
+        card.get_by_role("link", name="Export").click()
+    with zipfile.ZipFile(download.value.path()) as kept:
+        record = json.loads(kept.read("subject.json"))
+        assert (record["id"], record["templates"]) == ("grace", 1)
+        told = [event["sequence"] for event in json.loads(kept.read("events.json"))]
+        shown = [name for name in kept.namelist() if name.startswith("pictures/")]
+        assert told
+        assert shown
+        assert cv2.imdecode(np.frombuffer(kept.read(shown[0]), np.uint8), 1).shape == (224, 224, 3)
     card.get_by_role("button", name="Delete").first.click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     receipt = page.get_by_role("dialog").locator(".receipt").text_content()
     assert '"signature"' in receipt or "sig" in receipt
     page.get_by_role("dialog").get_by_role("button", name="Close").click()
     card.wait_for(state="detached")
+
+
+def test_enrol_by_webcam(page: Any, house: House) -> None:
+    view(page, "People")
+    page.get_by_label("Id", exact=True).fill("eileen")
+    page.get_by_role("button", name="Use the webcam").click()
+    page.get_by_role("button", name="Take picture").click()
+    page.get_by_alt_text("The picture that is sent").wait_for()
+    page.get_by_role("button", name="Enrol", exact=True).click()
+    page.get_by_text("Enrolled: quality").wait_for()
+    card = page.locator("li[data-subject=eileen]")
+    card.get_by_role("button", name="Faces: 1").click()
+    card.get_by_role("meter").wait_for()
+    with house.client() as client:
+        [face] = client.identify(facelane.Picture.encoded(jpeg(clip_picture(110))))
+        assert face.identity.subject_id == "eileen"
+        client.delete_subject("eileen")
+
+
+def test_events_page_by_page_filtered_and_acknowledged(page: Any, house: House) -> None:
+    with house.client() as client:
+        for _ in range(70):  # two events each
+            with client.analyze_stream(source_id="gate"):
+                pass
+    view(page, "Events")
+    page.get_by_label("Camera", exact=True).fill("gate")
+    page.get_by_label("Filter").select_option("STREAM_CLOSED")
+    rows = page.locator("li.event")
+    settled = page.locator("ol.events[aria-busy=false]")
+    # Scrolling brings what is older, each once and in its order, to the very first.
+    settled.wait_for()
+    while page.get_by_role("button", name="Older events").count():
+        page.mouse.wheel(0, 4000)
+        page.evaluate("() => new Promise(done => requestAnimationFrame(done))")
+    # The last of them may be told only now.
+    page.wait_for_function("() => document.querySelectorAll('li.event').length >= 70")
+    assert rows.count() == 70
+    told = [int(row.get_attribute("data-sequence")) for row in rows.all()]
+    assert told == sorted(set(told), reverse=True)
+    first = page.locator(f"li.event[data-sequence='{told[0]}']")
+    first.get_by_role("button", name="Acknowledge").click()
+    first.get_by_text("acknowledged").wait_for()
+    page.get_by_label("Not acknowledged only").check()
+    first.wait_for(state="detached")
+    assert rows.count() == 69
+    # As it happens: no reload.
+    with house.client() as client, client.analyze_stream(source_id="gate"):
+        pass
+    page.wait_for_function(
+        "least => +document.querySelector('li.event').dataset.sequence > least", arg=told[0]
+    )
 
 
 def test_who_may_not_sees_no_people_and_gets_403(chromium: Any, house: House) -> None:
@@ -148,6 +184,9 @@ def test_who_may_not_sees_no_people_and_gets_403(chromium: Any, house: House) ->
     assert links == ["Live", "Events", "System"]
     assert api(page, "GET", "/api/people")[0] == 403
     assert api(page, "DELETE", "/api/people/grace")[0] == 403
+    assert api(page, "GET", "/api/people/grace/copy")[0] == 403
+    jpeg_begins = "new Uint8Array([255, 216, 255])"
+    assert api(page, "POST", "/api/people/grace/faces", jpeg_begins)[0] == 403
     # Another word for another session is nobody's.
     [cookie] = context.cookies()
     assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
@@ -185,28 +224,50 @@ def test_another_origin_gets_nothing(page: Any, house: House) -> None:
     assert ask("POST", "api/events/1/acknowledge") == 403, "no origin"
     assert ask("POST", "api/events/1/acknowledge", Origin=origin) == 403, "no token"
     assert ask("POST", "api/login", Origin="http://evil.example") == 403
-    # A page of another origin opens no socket with this browser's session.
-    other = page.context.new_page()
-    other.goto("about:blank")
-    socket = house.url.replace("http", "ws") + "api/live?source=door"
-    state = other.evaluate(
-        """url => new Promise(done => { const ws = new WebSocket(url);
-            ws.onmessage = () => done('heard'); ws.onclose = () => done('closed'); })""",
-        socket,
-    )
-    assert state == "closed"
-    other.close()
 
 
-def test_by_keyboard_in_chinese_dark_and_on_a_telephone(page: Any) -> None:
-    page.set_viewport_size({"width": 390, "height": 800})
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
-    page.get_by_role("button", name="中文").click()
-    page.get_by_role("link", name="系统").click()
-    page.get_by_role("heading", name="系统").wait_for()
-    assert page.evaluate("document.documentElement.lang") == "zh-CN"
-    page.get_by_role("button", name="主题").click()
-    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-    wide = page.evaluate("document.documentElement.scrollWidth <= innerWidth + 1")
-    assert wide, "nothing sticks out on a telephone"
+class _Foreign(http.server.BaseHTTPRequestHandler):
+    """A page of somebody else's, on this machine: cookies know no ports, so they are sent along."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>another</title>")
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+def test_a_page_of_another_origin_cannot_use_the_session(page: Any, house: House) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Foreign) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            thief = page.context.new_page()
+            thief.goto(f"http://127.0.0.1:{other.server_address[1]}/")
+            told = thief.evaluate(_STEAL, house.url)
+        finally:
+            other.shutdown()
+            thread.join(30)
+    assert told == {"read": "failed", "socket": "closed", "framed": "nothing"}
+    # The session itself is as it was.
+    assert api(page, "GET", "/api/session")[0] == 200
+
+
+_STEAL = """async url => {
+    const told = {};
+    told.read = await fetch(url + 'api/session', {credentials: 'include'})
+        .then(answer => answer.text(), () => 'failed');
+    // Sent without asking first, as a form is; the answer cannot be read, but it could log out.
+    await fetch(url + 'api/logout', {method: 'POST', credentials: 'include', mode: 'no-cors'});
+    told.socket = await new Promise(done => {
+        const ws = new WebSocket(url.replace('http', 'ws') + 'api/live?source=door');
+        ws.onmessage = () => done('heard'); ws.onclose = () => done('closed'); });
+    told.framed = await new Promise(done => {
+        const frame = document.createElement('iframe');
+        frame.onload = () => { try { done(frame.contentDocument ? 'read' : 'nothing'); }
+            catch { done('nothing'); } };
+        frame.src = url; document.body.append(frame); });
+    return told;
+}"""

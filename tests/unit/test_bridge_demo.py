@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from facelane_bridge import demo_clip
-from facelane_bridge.demo import Verdict
 from facelane_bridge.demo_clip import COLLINS, HOPPER, SCRIPT, Camera, StretchKind, stretch_at
+from facelane_bridge.demo_verdict import Verdict
 from facelane_bridge.output import CameraTotals, FaceLine, merge
 
 FRAMES = round(demo_clip.SECONDS * demo_clip.FPS)

@@ -4,13 +4,13 @@ const en = {
   key: "Facelane key", keyHint: "Leave it empty where the server wants none.", language: "中文", theme: "Theme",
   noCameras: "No camera is sending, or none that this key may look at.", connecting: "connecting…", lost: "The connection is lost; trying again.",
   unknown: "unknown", ambiguous: "ambiguous", rejected: "not clear", notEvaluated: "face", spoof: "spoof?", liveFace: "live",
-  trust: "trust", codec: "This browser cannot show this camera's video.", skip: "Skip to content",
+  trust: "trust", codec: "Neither this browser nor the console can decode this camera's video.", asJpeg: "Shown as pictures: this browser has no decoder for {0}.", enlarge: "full screen", camerasOf: "{0} of {1} cameras are shown.", cameraTime: "camera:", forSeconds: "seen for {0} s", onlyOpen: "Not acknowledged only", skip: "Skip to content",
   all: "All kinds", source: "Camera", filter: "Filter", more: "Older events", none: "Nothing yet.", acknowledge: "Acknowledge", acknowledged: "acknowledged",
   notHim: "This is not {0}", isHim: "This is …", whoIsIt: "Who is it? (id)", save: "Save", cancel: "Cancel", undo: "Undo", corrected: "Corrected: not {0}.", correctedIs: "Corrected: {0}.",
-  looks: "{0} looks", similarity: "similarity", pictureOf: "Picture of {0}", nobody: "nobody known",
-  search: "Search", enrol: "Enrol", id: "Id", name: "Name", picture: "Picture", webcam: "Use the webcam", take: "Take picture", enrolled: "Enrolled: quality {0}.",
-  faces: "{0} faces", quality: "quality", delete: "Delete", deleteAll: "Delete {0} and all that is kept?", receipt: "Receipt of the erasure", close: "Close", deleted: "Deleted: {0} templates.", copy: "Save receipt",
-  health: "Health", pools: "Pools", worker: "Worker", state: "State", device: "Device", memory: "Memory", restarts: "Restarts", loss: "Last loss", cameras: "Cameras", rate: "Results a second", age: "Age (p95)", drops: "Dropped", tracks: "Tracks", queued: "Queued", models: "Models", load: "Load", amiss: "Amiss",
+  looks: "looks: {0}", similarity: "similarity", pictureOf: "Picture of {0}", nobody: "nobody known",
+  search: "Search", enrol: "Enrol", id: "Id", name: "Name", picture: "Picture", webcam: "Use the webcam", take: "Take picture", chosen: "The picture that is sent", noWebcam: "No camera: the browser has none, or may not use it.", mustLive: "The person has to be there (liveness)", working: "A moment…", gallery: "Gallery", nobodyFound: "Nobody.", export: "Export", exportHint: "All that is kept of this person and this key may see, as a ZIP", enrolled: "Enrolled: quality {0}.",
+  faces: "Faces: {0}", quality: "quality", delete: "Delete", deleteAll: "Delete {0} and all that is kept?", receipt: "Receipt of the erasure", close: "Close", deleted: "Templates deleted: {0}.", copy: "Save receipt",
+  health: "Health", pools: "Pools", worker: "Worker", state: "State", device: "Device", memory: "Memory", restarts: "Restarts", loss: "Last loss", cameras: "Cameras", rate: "Results a second", age: "Age (p95)", drops: "Dropped", tracks: "Tracks", queued: "Queued", models: "Models", load: "Load", loadHint: "100 % is what fits in time", encoding: "Encoding", watchers: "Watched by", failed: "Failed", shards: "Shards", shard: "Shard", draining: "The server takes no new cameras: it is being shut down.", amiss: "Amiss",
   NO_FACE: "No face was found. Use an upright picture that shows one face from the front.", MULTIPLE_FACES: "The picture shows several faces. Crop it to the one that is meant.",
   OOD_REJECTED: "The face is not clear enough. Take a sharper, brighter picture from the front.", SPOOF_SUSPECTED: "The picture seems to show a print or a screen.",
   NO_CONTEXT: "Too little is shown around the face.", LIVENESS_UNDECIDED: "It is not clear that the person is there. Take another picture.",
@@ -23,19 +23,28 @@ const zh: Record<Word, string> = {
   key: "Facelane 密钥", keyHint: "服务器不需要密钥时可留空。", language: "English", theme: "主题",
   noCameras: "没有摄像机在发送画面，或该密钥无权查看。", connecting: "正在连接…", lost: "连接已断开，正在重试。",
   unknown: "陌生人", ambiguous: "不确定", rejected: "不清晰", notEvaluated: "人脸", spoof: "疑似伪造", liveFace: "活体",
-  trust: "可信度", codec: "此浏览器无法播放该摄像机的视频。", skip: "跳到内容",
+  trust: "可信度", codec: "此浏览器和控制台均无法解码该摄像机的视频。", asJpeg: "以图片方式显示：此浏览器没有 {0} 解码器。", enlarge: "全屏", camerasOf: "显示 {0} / {1} 个摄像机。", cameraTime: "摄像机时间：", forSeconds: "出现 {0} 秒", onlyOpen: "仅未确认", skip: "跳到内容",
   all: "所有类型", source: "摄像机", filter: "筛选", more: "更早的事件", none: "暂无内容。", acknowledge: "确认", acknowledged: "已确认",
   notHim: "不是 {0}", isHim: "这是 …", whoIsIt: "是谁？（编号）", save: "保存", cancel: "取消", undo: "撤销", corrected: "已更正：不是 {0}。", correctedIs: "已更正：{0}。",
   looks: "识别 {0} 次", similarity: "相似度", pictureOf: "{0} 的图片", nobody: "无人识别",
-  search: "搜索", enrol: "登记", id: "编号", name: "姓名", picture: "图片", webcam: "使用摄像头", take: "拍照", enrolled: "已登记：质量 {0}。",
+  search: "搜索", enrol: "登记", id: "编号", name: "姓名", picture: "图片", webcam: "使用摄像头", take: "拍照", chosen: "将要发送的图片", noWebcam: "无法使用摄像头：浏览器没有摄像头或未获授权。", mustLive: "要求本人在场（活体检测）", working: "请稍候…", gallery: "人员库", nobodyFound: "没有人员。", export: "导出", exportHint: "该密钥可查看的此人全部数据（ZIP）", enrolled: "已登记：质量 {0}。",
   faces: "{0} 张人脸", quality: "质量", delete: "删除", deleteAll: "删除 {0} 及其全部数据？", receipt: "删除凭证", close: "关闭", deleted: "已删除：{0} 个模板。", copy: "保存凭证",
-  health: "健康状态", pools: "模型池", worker: "工作进程", state: "状态", device: "设备", memory: "内存", restarts: "重启次数", loss: "最近故障", cameras: "摄像机", rate: "每秒结果", age: "延迟 (p95)", drops: "丢弃", tracks: "轨迹", queued: "排队", models: "模型", load: "负载", amiss: "异常",
+  health: "健康状态", pools: "模型池", worker: "工作进程", state: "状态", device: "设备", memory: "内存", restarts: "重启次数", loss: "最近故障", cameras: "摄像机", rate: "每秒结果", age: "延迟 (p95)", drops: "丢弃", tracks: "轨迹", queued: "排队", models: "模型", load: "负载", loadHint: "100 % 表示可按时处理的上限", encoding: "编码", watchers: "观看者", failed: "失败", shards: "分片", shard: "分片编号", draining: "服务器正在关闭，不再接受新的摄像机。", amiss: "异常",
   NO_FACE: "未找到人脸。请使用一张正面、竖直的人脸图片。", MULTIPLE_FACES: "图片中有多张人脸。请裁剪到目标人脸。",
   OOD_REJECTED: "人脸不够清晰。请拍摄更清晰、更明亮的正面照片。", SPOOF_SUSPECTED: "图片似乎是打印件或屏幕。",
   NO_CONTEXT: "人脸周围显示得太少。", LIVENESS_UNDECIDED: "无法确认本人在场。请重新拍摄。",
   FACE_OF_ANOTHER: "该人脸与另一人员匹配。", UNAUTHENTICATED: "服务器不认识此密钥。", PERMISSION_DENIED: "此密钥无权执行该操作。",
   TOO_MANY_TRIES: "尝试次数过多，请稍等一分钟。", PICTURE_CORRUPT: "无法读取图片。", PICTURE_NOT_FOUND: "图片已不再保存。", LOW_OOD_SCORE: "更清晰的图片效果更好。", LOW_QUALITY: "此人已有更好的图片。",
 };
+/** Kinds of events, in both languages. */
+export const KINDS = {
+  SUBJECT_SEEN: ["Seen", "识别到人员"], UNKNOWN_SEEN: ["Unknown", "陌生人"], SPOOF_SUSPECTED: ["Spoof?", "疑似伪造"], FACE_HIDDEN: ["Face hidden", "人脸被遮挡"],
+  SUBJECT_CANDIDATE: ["To be confirmed", "待确认"], ZONE_ENTERED: ["Zone entered", "进入区域"], ZONE_LEFT: ["Zone left", "离开区域"], ZONE_DWELL: ["Stays in zone", "区域停留"],
+  ZONE_UNKNOWN: ["Unknown in zone", "区域内陌生人"], LINE_CROSSED: ["Line crossed", "越线"], TRACK_STARTED: ["Face came", "人脸出现"], TRACK_UPDATED: ["Face changed", "人脸更新"],
+  TRACK_ENDED: ["Face left", "人脸离开"], STREAM_OPENED: ["Camera on", "摄像机接入"], STREAM_CLOSED: ["Camera off", "摄像机断开"], POOL_CHANGED: ["Pool", "模型池"], DEVICE_MEMORY: ["Device memory", "设备内存"],
+} as const;
+export type Kind = keyof typeof KINDS;
+export const kind = (name: string): string => KINDS[name as Kind]?.[chosen === "zh" ? 1 : 0] ?? name;
 export const languages = { en, zh };
 export type Language = keyof typeof languages;
 let chosen: Language = (localStorage.getItem("language") as Language | null) ?? (navigator.language.startsWith("zh") ? "zh" : "en");

@@ -1,0 +1,147 @@
+import { useEffect, useRef, useState } from "preact/hooks";
+import { call, socket, type Event_, type May, type Stream } from "./api";
+import { Heading, number, Problem, useSettled, useTold, when } from "./parts";
+import { KINDS, kind as kindText, reason, t, type Kind, type Refusal } from "./words";
+
+const AGAIN_MS = 2000;
+/** So many are held; the button goes on from there. */
+const MOST = 5000;
+
+/** Newest first, each once. */
+function merged(now: Event_[], found: Event_[]): Event_[] {
+  const held = new Set(now.map((one) => one.sequence));
+  const fresh = found.filter((one) => !held.has(one.sequence));
+  return fresh.length ? [...fresh, ...now].sort((a, b) => b.sequence - a.sequence) : now;
+}
+
+function Picture({ event, whom }: { event: Event_; whom: string }) {
+  const [gone, lose] = useState(!event.picture);
+  if (gone) return <div class="nopicture" />;
+  return <img loading="lazy" width="112" height="112" src={`/api/events/${event.sequence}/picture`} alt={t("pictureOf", whom)} onError={() => lose(true)} />;
+}
+
+function EventRow({ event, may, hide }: { event: Event_; may: May; hide: boolean }) {
+  const [known, know] = useState(event.known ?? false);
+  const [note, say] = useState("");
+  const [undo, offer] = useState("");
+  const [asking, ask] = useState(false);
+  const [who, name] = useState("");
+  const whom = event.display_name || event.name || t("nobody");
+  const correct = async (body: object) => {
+    try {
+      const done = await call<{ id: string; subject: string; is_not: boolean }>("POST", `/events/${event.sequence}/correct`, body);
+      offer(done.id);
+      say(done.is_not ? t("corrected", done.subject) : t("correctedIs", done.subject));
+    } catch (error) { say(reason(error as Refusal)); }
+    ask(false);
+  };
+  const takeBack = async () => {
+    try { await call("DELETE", `/corrections/${undo}?gallery=${encodeURIComponent(event.gallery)}`); offer(""); say(""); }
+    catch (error) { say(reason(error as Refusal)); }
+  };
+  const acknowledge = async () => {
+    try { await call("POST", `/events/${event.sequence}/acknowledge`); know(true); } catch (error) { say(reason(error as Refusal)); }
+  };
+  if (known && hide) return null;
+  const about = event.looks === undefined ? event.message || event.pool : whom;
+  const live = event.live === "LIVE" ? t("liveFace") : event.live === "SPOOF" ? t("spoof") : "";
+  return (
+    <li class={`event ${known ? "known" : ""}`} data-sequence={event.sequence} data-kind={event.kind}>
+      <Picture event={event} whom={whom} />
+      <div class="grow">
+        <h2><span class={`badge ${event.kind}`}>{kindText(event.kind)}</span> {about}{event.rule && ` · ${event.rule}`}</h2>
+        <p class="small">{when(event.time)} · {event.source || "–"}{event.camera_time ? ` · ${t("cameraTime")} ${when(event.camera_time)}` : ""}</p>
+        {!!event.looks && <p class="small">{t("looks", event.looks)} · {t("similarity")} {number(event.similarity)} · {t("trust")} {number(event.ood)} · {t("forSeconds", number(event.seconds, 1))}{live && ` · ${live}`}</p>}
+        <p role="status" class="small">{note}</p>
+        <div class="row">
+          {!known ? <button onClick={acknowledge}>{t("acknowledge")}</button> : <span class="small">✓ {t("acknowledged")}</span>}
+          {may.correct && event.picture && !undo && event.name && <button onClick={() => correct({})}>{t("notHim", event.name)}</button>}
+          {may.correct && event.picture && !asking && <button onClick={() => ask(true)}>{t("isHim")}</button>}
+          {undo && <button onClick={takeBack}>{t("undo")}</button>}
+        </div>
+        {asking && (
+          <form class="row" onSubmit={(e) => { e.preventDefault(); void correct({ subject: who, create: true }); }}>
+            <label>{t("whoIsIt")} <input required value={who} onInput={(e) => name(e.currentTarget.value)} /></label>
+            <button>{t("save")}</button><button type="button" onClick={() => ask(false)}>{t("cancel")}</button>
+          </form>
+        )}
+      </div>
+    </li>
+  );
+}
+
+export function Events({ may }: { may: May }) {
+  const [kind, choose] = useState("");
+  const [typed, type] = useState("");
+  const source = useSettled(typed);
+  const [open, only] = useState(false);
+  const [events, set] = useState<Event_[]>([]);
+  const [before, older] = useState(0);
+  const [asked, answered] = useState("?");
+  const [problem, complain] = useState("");
+  const [streams] = useTold<Stream[]>(may.view ? "/streams" : "/session", 0);
+  const end = useRef<HTMLButtonElement>(null);
+  const current = useRef(""), asking = useRef(new Set<string>());
+  const filter = `${kind ? `&kind=${kind}` : ""}${source ? `&source=${encodeURIComponent(source)}` : ""}`;
+  const page = async (at: number, moves = true) => {
+    const question = `${at}${filter}`;
+    if (current.current !== filter || asking.current.has(question)) return;
+    asking.current.add(question);
+    try {
+      const found = await call<{ events: Event_[]; before: number }>("GET", `/events?before=${at}${filter}`);
+      if (current.current === filter) {
+        set((now) => merged(now, found.events));
+        if (moves) older(found.before);
+        answered(filter);
+        complain("");
+      }
+    } catch (error) { if (current.current === filter) complain(reason(error as Refusal)); }
+    asking.current.delete(question);
+  };
+  useEffect(() => {
+    let over = false, first = true, timer = 0, news: WebSocket;
+    current.current = filter;
+    set([]);
+    older(0);
+    const listen = () => {
+      news = socket("/events/live");
+      news.onmessage = (message) => {
+        const event = JSON.parse(message.data as string) as Event_;
+        if (!event.sequence) {
+          // From here on all is heard; what was before, or while nobody listened, is in the history.
+          void page(0, first);
+          first = false;
+          return;
+        }
+        if ((!kind || event.kind === kind) && (!source || event.source === source)) set((now) => merged(now, [event]).slice(0, MOST));
+      };
+      news.onclose = () => { if (!over) timer = window.setTimeout(listen, AGAIN_MS); };
+    };
+    listen();
+    return () => { over = true; clearTimeout(timer); news.close(); };
+  }, [filter]);
+  useEffect(() => {
+    // Scrolling to the end asks for what is older; the button is there for everybody else.
+    const seen = new IntersectionObserver((entries) => { if (entries[0]?.isIntersecting && before && events.length < MOST) void page(before); });
+    if (end.current) seen.observe(end.current);
+    return () => seen.disconnect();
+  }, [before, filter, events.length >= MOST]);
+  const busy = asked !== filter || typed !== source;
+  return (
+    <section aria-labelledby="head">
+      <Heading>{t("events")}</Heading>
+      <div class="row filters">
+        <label>{t("filter")} <select value={kind} onChange={(e) => choose(e.currentTarget.value)}>
+          <option value="">{t("all")}</option>{(Object.keys(KINDS) as Kind[]).map((one) => <option key={one} value={one}>{kindText(one)}</option>)}
+        </select></label>
+        <label>{t("source")} <input type="search" list="sources" value={typed} onInput={(e) => type(e.currentTarget.value)} /></label>
+        <datalist id="sources">{Array.isArray(streams) && [...new Set(streams.map((one) => one.source))].map((one) => <option key={one} value={one} />)}</datalist>
+        <label><input type="checkbox" checked={open} onChange={(e) => only(e.currentTarget.checked)} /> {t("onlyOpen")}</label>
+      </div>
+      {problem && <Problem text={problem} />}
+      {!busy && !events.length && !problem && <p>{t("none")}</p>}
+      <ol class="events" aria-busy={busy}>{events.map((event) => <EventRow key={event.sequence} event={event} may={may} hide={open} />)}</ol>
+      {before > 0 && <button ref={end} onClick={() => page(before)}>{t("more")}</button>}
+    </section>
+  );
+}

@@ -1,0 +1,62 @@
+"""``make demo WEB=1``: the console on the demo's clip, as the README shows it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.browser.conftest import VIEWPORT, WAIT_MS, figure
+from tests.e2e.test_demo import servers_in
+from tests.waiting import until
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(400)]
+
+_NAMED = """() => { const canvas = document.querySelector('canvas');
+    return canvas?.dataset.how === 'webcodecs' && canvas.dataset.names.includes('_'); }"""
+
+
+def test_the_demo_in_the_console(chromium: Any, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with said.open("w") as out:
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "facelane_bridge.demo", "--web"],
+            stdout=out, stderr=subprocess.STDOUT,
+            # No browser is opened here.
+            env={**os.environ, "TMPDIR": str(folder), "BROWSER": "true"},
+        )  # fmt: skip
+    try:
+        line = until(
+            lambda: next((x for x in said.read_text().splitlines() if "console: http" in x), ""),
+            200,
+            "the console's address",
+        )
+        context = chromium.new_context(viewport=VIEWPORT, locale="en-GB")
+        page = context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        page.goto(line.split()[1])
+        page.get_by_role("button", name="Log in").click()
+        # H.264 as the bridge passes it on, and a name of the two.
+        page.wait_for_function(_NAMED)
+        figure(page, "live")
+        until(lambda: "The camera goes on" in said.read_text(), 120, "the clip's end")
+        assert '"frames": 400' in said.read_text()
+        before = int(page.locator("canvas").get_attribute("data-painted"))
+        page.wait_for_function(
+            "least => +document.querySelector('canvas').dataset.painted > least", arg=before + 5
+        )
+        context.close()
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == 0, said.read_text()[-4000:]
+    finally:
+        if demo.poll() is None:
+            demo.kill()
+            demo.wait(30)
+    assert servers_in(folder) == []
+    assert list(folder.iterdir()) == []
