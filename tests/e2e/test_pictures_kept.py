@@ -143,6 +143,39 @@ def test_gone_with_whom_it_shows(stage: Stage) -> None:
     stage.client.enroll("grace", jpeg(portrait()))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_gone_after_retention_by_number_and_by_age(tmp_path: Path) -> None:
+    def served(kept: str) -> RunningServer:
+        events = f'[events]\npictures = "all"\nunknown_after_s = 0.2\n{kept}\n'
+        server = RunningServer(
+            tmp_path, toml(tmp_path, POOLS, events + "[pools]\nliveness = false\n")
+        )
+        server.wait_serving(120)
+        return server
+
+    def kept(client: facelane.Client, event: facelane.Event) -> bool:
+        try:
+            return bool(client.event_picture(event.sequence).picture)
+        except facelane.NotFoundError as error:
+            return error.reason != "PICTURE_NOT_FOUND"
+
+    with served("") as server, server.client() as client:
+        stage = Stage(server, client)
+        older, newer = [stage.pictured(stage.play())[0] for _ in range(2)]
+        assert kept(client, older)
+        assert kept(client, newer)
+    with served("pictures_keep = 1") as server, server.client() as client:
+        until(lambda: not kept(client, older), 60, "the oldest is deleted")
+        assert kept(client, newer)
+    with served("pictures_keep_days = 0.000001") as server, server.client() as client:
+        until(lambda: not kept(client, newer), 60, "what is too old is deleted")
+        # The event itself is told of as before, without one.
+        page, _ = client.list_events(page_size=256, kinds=[newer.kind])
+        [event] = [one for one in page if one.sequence == newer.sequence]
+        assert event.identity == newer.identity
+
+
 def test_a_wrong_name_is_corrected_and_the_correction_taken_back(stage: Stage) -> None:
     client = stage.client
     [event, *_] = stage.pictured(stage.play())

@@ -175,18 +175,18 @@ class EventPictures:
         return await self._call(lambda: self._store.give(picture_id, gallery_id, subject_id))
 
     async def run(self) -> None:
-        pruned = -PRUNE_S
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PRUNE_S):
-                    await self._changed.wait()
-            self._changed.clear()
-            while self._waiting:
-                await self._keep_next()
-            if time.monotonic() - pruned >= PRUNE_S:
-                pruned = time.monotonic()
-                with contextlib.suppress(FacelaneError):  # the next time, then
-                    await self._prune()
+            # First of all: while no server ran, pictures have come of age.
+            with contextlib.suppress(FacelaneError):  # the next time, then
+                await self._prune()
+            pruned = time.monotonic()
+            while (left := pruned + PRUNE_S - time.monotonic()) > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._changed.wait()
+                self._changed.clear()
+                while self._waiting:
+                    await self._keep_next()
 
     async def _keep_next(self) -> None:
         # Held by this call alone: nobody's face stays behind while nothing else happens.
