@@ -144,8 +144,9 @@ def test_enrol_by_webcam(page: Any, house: House) -> None:
 def test_events_page_by_page_filtered_and_acknowledged(page: Any, house: House) -> None:
     with house.client() as client:
         for _ in range(70):  # two events each
-            with client.analyze_stream(source_id="gate"):
-                pass
+            with client.analyze_stream(source_id="gate") as stream:
+                stream.close_send()
+                assert list(stream) == []
     view(page, "Events")
     page.get_by_label("Camera", exact=True).fill("gate")
     page.get_by_label("Filter").select_option("STREAM_CLOSED")
@@ -168,8 +169,9 @@ def test_events_page_by_page_filtered_and_acknowledged(page: Any, house: House) 
     first.wait_for(state="detached")
     assert rows.count() == 69
     # As it happens: no reload.
-    with house.client() as client, client.analyze_stream(source_id="gate"):
-        pass
+    with house.client() as client, client.analyze_stream(source_id="gate") as stream:
+        stream.close_send()
+        assert list(stream) == []
     page.wait_for_function(
         "least => +document.querySelector('li.event').dataset.sequence > least", arg=told[0]
     )
