@@ -110,9 +110,10 @@ gpu-bench: setup ## the benchmarks that need an NVIDIA card (about twelve minute
 
 DATA =
 OUT = build/models-report
-models-report: setup ## the starter recogniser on people of your own: DATA=FOLDER (subject/picture.jpg), OUT=FOLDER
-	@test -n "$(DATA)" || { echo "say whose pictures: make models-report DATA=FOLDER, which holds subject/picture.jpg"; exit 2; }
-	@$(BIN)/facelane-server models evaluate facelane-recognizer --detector facelane-detector \
+models-report: setup ## a starter model on pictures of your own: DATA=FOLDER (subject/picture.jpg, or live/ and spoof/kind/, or boxes.json), OUT=FOLDER
+	@test -n "$(DATA)" || { echo "say which pictures: make models-report DATA=FOLDER, which holds subject/picture.jpg, or live/ and spoof/kind/, or boxes.json"; exit 2; }
+	@model=recognizer; [ ! -d "$(DATA)/live" ] || model=liveness; [ ! -f "$(DATA)/boxes.json" ] || model=detector; \
+	$(BIN)/facelane-server models evaluate facelane-$$model --detector facelane-detector \
 	    --data "$(DATA)" --out "$(OUT)"
 
 console: setup ## build the console's page into clients/facelane_console/static (needs node and npm)

@@ -79,7 +79,9 @@ def detector(report: Report, score: float, parameters: int) -> str:
             "upside down; heavy occlusion; hands in motion are now and then taken for faces.",
             "Faces in the dark that YuNet does not see count as false in the clip: of sixteen",
             "such finds that were looked at, fourteen were faces. Landmarks of profiles are off by",
-            "a twentieth of the face's width, more than those of edition 1.3 (.038).",
+            "a twentieth of the face's width, more than those of edition 1.3 (.038). Whether faces",
+            "of one group are missed more often than others was not measured: the data has no",
+            "labels.",
             "",
             _DATA.format(
                 teacher="YuNet (Apache-2.0), by its dense answers and by where its finds in"
@@ -269,7 +271,8 @@ def liveness(report: Report, live: float, spoof: float) -> str:
             "was drawn by a program: prints, screens, sheets held up. Treat its verdict as a hint",
             "among others, never as the only gate. Masks and well-made replays on good screens",
             "pass. The second example, a print, is UNDECIDED, no SPOOF. Animated pictures of 256",
-            "colours look like prints to it.",
+            "colours look like prints to it. How often living people of one group are held up,",
+            "beside others, was not measured: the data has no such labels.",
             "",
             _DATA.format(
                 teacher="the MiniFASNet pair of Silent-Face-Anti-Spoofing (Apache-2.0), whose"

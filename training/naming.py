@@ -27,7 +27,7 @@ from facelane_server.gallery.decide import Thresholds
 from facelane_server.models.api import DeviceOptions, Recognizer
 from facelane_server.models.package import Impostors, Package, read_package
 from facelane_server.models.promise import Promise
-from facelane_server.modeltools import damage, impostors, measures
+from facelane_server.modeltools import damage, impostors, measures, openset
 from facelane_server.worker.networks.load import load
 from training.data import U8, WRONG_LABELS, is_held_out
 
@@ -209,6 +209,56 @@ def _share(hits: list[bool]) -> dict[str, Any]:
     }
 
 
+SEARCH: Final = "## Measured: search among many"
+"""The heading of the card's part that is written here."""
+FAILS: Final = "## Where it fails"
+
+
+def search_among_many(held: Looks, others: Looks) -> list[str]:
+    """The figures of NIST's FRTE 1:N for the card: people who were kept out come back, or are
+    strangers; others fill the galleries."""
+    both = held.and_these(others)
+    known = np.arange(len(both.who)) >= len(held.who)
+    lines = [
+        "| enrolled | templates | probes: mated, others | FNIR at FPIR 0.01 | 0.003 | 0.001 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size in openset.GALLERIES:
+        for templates in openset.TEMPLATES:
+            rates = openset.identification(both.vectors, both.who, size, templates, 1, known=known)
+            if rates is None:
+                lines.append(f"| {size:,} | {templates} | too few people | - | - | - |")
+                continue
+            cells = [
+                "too few strangers" if found is None else f"{found[1]:.3f} (from {found[0]:.3f})"
+                for found in (rates.fnir[fpir] for fpir in openset.FPIRS)
+            ]
+            probes = f"{rates.mated}, {rates.non_mated}"
+            lines.append(f"| {size:,} | {templates} | {probes} | {' | '.join(cells)} |")
+    return [
+        "Open-set identification in the terms of NIST's FRTE 1:N: the share of mated probes that",
+        "are not given their name (FNIR) where the threshold lets through that share of strangers",
+        f"(FPIR). People kept out come back or are strangers, over {openset.SPLITS} draws; people",
+        "of the training fill the galleries, each with as many of the templates as there are, two",
+        "at most. The OOD score has no say here.",
+        "",
+        *lines,
+    ]
+
+
+def with_section(card: str, heading: str, lines: list[str]) -> str:
+    """The card with these lines under a heading, in the place of what stands there; a new part
+    comes before what the model fails at."""
+    before, there, rest = card.partition(f"{heading}\n")
+    if not there:
+        before, there, rest = card.partition(f"{FAILS}\n")
+        if not there:
+            raise SystemExit(f"the card has neither {heading!r} nor {FAILS!r}")
+        return "\n".join((before + heading, *lines, "", FAILS, "")) + rest
+    _, following, rest = rest.partition("\n## ")
+    return "\n".join((before + heading, *lines, "")) + following + rest
+
+
 def look_at(package: Package, data: Path) -> tuple[Looks, Looks, Looks]:
     """(those kept out, the same damaged, the others) by the package's model."""
     chips, who, held = read_crops(data)
@@ -258,6 +308,9 @@ def main() -> None:
             print(package.name, row)
         if arguments.write:
             impostors.write(package, rows)
+            card = folder / "CARD.md"
+            lines = search_among_many(held, others)
+            card.write_text(with_section(card.read_text("utf-8"), SEARCH, lines), "utf-8")
         if arguments.test:
             plain = Thresholds(match=1.0, margin=package.thresholds.margin or MARGIN, ood=least)
             told = put_to_the_test(held, worse, others, plain)

@@ -54,7 +54,7 @@ class App:
         self.seat = seat
         self.settings = settings
         self.path = path
-        self.models = ServedModels.resolve(settings)
+        self.models = ServedModels.resolve(settings, calibrated=True)
         self.started_ns = time.time_ns()
         self.events = EventFeed(recorded=True)
         self.edge = Edge(settings, seat)

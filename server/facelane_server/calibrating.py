@@ -24,7 +24,7 @@ from facelane_server.events import EventKind
 from facelane_server.liveness import calibration
 from facelane_server.liveness.band import LivenessBand
 from facelane_server.liveness.calibration import Calibrated, Refusal, Refused
-from facelane_server.liveness.records import Record, RecordsError, write
+from facelane_server.liveness.records import NAME, Record, RecordsError, write
 from facelane_server.naming import is_name
 from facelane_server.served import ServedModels
 from facelane_server.store import events
@@ -151,6 +151,14 @@ def line(source: str, record: Record, stale: str) -> str:
 
 def lines(settings: configuration.Config, models: ServedModels) -> Iterator[str]:
     """Of all calibrations, for `check`. Raises ``ConfigError``."""
+    path = folders.state_path(settings) / NAME
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        yield f"not looked at: {path}: only the service's own user may"
+        return
     package = models.packages.get(Stage.LIVENESS)
     base = LivenessBand(models.thresholds.live, models.thresholds.spoof)
     for source, record in sorted(served.calibrations(settings).items()):

@@ -51,8 +51,10 @@ class ServedModels:
         return min((c.scale for c in package.crops if isinstance(c, ContextCrop)), default=0.0)
 
     @classmethod
-    def resolve(cls, settings: config.Config) -> Self:
-        """Reads the manifests. Raises ``FacelaneError(MODEL_INVALID)``."""
+    def resolve(cls, settings: config.Config, *, calibrated: bool = False) -> Self:
+        """Reads the manifests, and as ``calibrated`` the calibrations of the state folder, which
+        the service alone may be able to. Raises ``FacelaneError(MODEL_INVALID)`` and
+        ``ConfigError``."""
         known = catalog(settings)
         packages = {}
         for stage, pool in settings.stages.items():
@@ -75,7 +77,8 @@ class ServedModels:
         if settings.keeps_pictures:
             crops.append(ContextCrop(limits.PORTRAIT_SCALE, limits.PORTRAIT_SIDE))
             portrait = len(crops) - 1
-        chosen = thresholds_of(packages, settings)
+        records = calibrations(settings) if calibrated else None
+        chosen = thresholds(packages, settings.identity, records)
         return cls(packages, tuple(crops), positions, chosen, portrait)
 
 

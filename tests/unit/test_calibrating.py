@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -171,17 +172,29 @@ def test_a_calibration_holds_for_its_model_until_the_file_goes(place: Path) -> N
     ended(place, "door", HELD_UP)
     assert run(place, "calibrate", "door").exit_code == 0
     settings = config.load(place / "server.toml")
-    found = served.ServedModels.resolve(settings).thresholds
+    found = served.ServedModels.resolve(settings, calibrated=True).thresholds
     assert found.liveness_at("door") == kept(place)["door"].band
     assert found.liveness_at("gate").live == found.live == 0.9
     stricter = config.parse(toml(place, extra="[identity]\nlive_threshold = 0.95"))
-    assert served.ServedModels.resolve(stricter).thresholds.calibrated == {}
+    assert served.ServedModels.resolve(stricter, calibrated=True).thresholds.calibrated == {}
     starter = Catalog([]).resolve("facelane-liveness")
     packages = {starter.task: starter}
     assert served.thresholds(packages, settings.identity, kept(place)).calibrated == {}
     (place / "state" / records.NAME).write_text("{")
     with pytest.raises(ConfigError, match="remove it"):
-        served.ServedModels.resolve(settings)
+        served.ServedModels.resolve(settings, calibrated=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_check_of_another_user_says_what_it_did_not_look_at(place: Path) -> None:
+    settings = config.load(place / "server.toml")
+    models = served.ServedModels.resolve(settings)
+    os.seteuid(51_300)
+    try:
+        [said] = calibrating.lines(settings, models)
+    finally:
+        os.seteuid(0)
+    assert "not looked at" in said
 
 
 def test_a_calibrated_source_s_tracks_are_judged_by_its_own_thresholds() -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from facelane_server.models.catalog import Catalog
 from facelane_server.modeltools import measures, openset
+from facelane_server.modeltools.evaluate import evaluate
+from facelane_server.modeltools.samples import Settings
 
 
 def people(
@@ -46,7 +54,62 @@ def test_the_promised_share_of_strangers_is_named_and_more_templates_miss_fewer(
     assert of_three[1] < shares[-1]
 
 
-@pytest.mark.parametrize(("count", "pictures"), [(150, 2), (400, 1)])
+def test_who_has_one_picture_fills_a_large_gallery() -> None:
+    several, who = people(240, 2, 0.6)
+    alone, others = people(1200, 1, 0.6, seed=5)
+    vectors, subject = np.concatenate((several, alone)), np.concatenate((who, others + 1000))
+    rates = openset.identification(vectors, subject, 1_000, 1, seed=1)
+    assert rates is not None
+    assert rates.mated == 120 * openset.SPLITS
+    assert rates.non_mated == (240 + 1200 - 1_000) * openset.SPLITS
+    small = openset.identification(vectors, subject, 100, 1, seed=1)
+    assert small is not None
+    # Ten times as many people, and more of them come near a stranger.
+    large_at, small_at = rates.fnir[0.01], small.fnir[0.01]
+    assert large_at is not None
+    assert small_at is not None
+    assert large_at[0] > small_at[0]
+    assert large_at[1] >= small_at[1]
+    assert openset.identification(vectors, subject, 10_000, 1, seed=1) is None
+
+
+def test_people_whom_the_model_knows_fill_galleries_and_are_no_probes() -> None:
+    vectors, who = people(400, 3, 0.6)
+    known = who >= 150
+    rates = openset.identification(vectors, who, 200, 1, seed=1, known=known)
+    assert rates is not None
+    assert rates.mated == rates.non_mated == 75 * openset.SPLITS
+    assert openset.identification(vectors, who, 1_000, 1, seed=1, known=known) is None
+    assert openset.identification(vectors, who, 200, 1, seed=1, known=who >= 40) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 260), st.integers(0, 260), st.sampled_from([1, 3]), st.floats(0.05, 2.0),
+    st.integers(0, 100),
+)  # fmt: skip
+def test_rates_are_what_they_say_of_any_people(
+    several: int, alone: int, templates: int, spread: float, seed: int
+) -> None:
+    vectors, who = people(several + alone, 4, spread, dim=16, seed=seed)
+    kept = (who < several) | (np.arange(len(who)) % 4 == 0)
+    vectors, who = vectors[kept], who[kept]
+    rates = openset.identification(vectors, who, 100, templates, seed=seed)
+    enough = several >= openset.LEAST_MATED and several + alone >= 100 + openset.LEAST_MATED
+    assert (rates is not None) == enough
+    if rates is None:
+        return
+    assert openset.LEAST_MATED * openset.SPLITS <= rates.mated <= 100 * openset.SPLITS
+    assert rates.non_mated == (several + alone - 100) * openset.SPLITS
+    told = [rates.fnir[fpir] for fpir in sorted(openset.FPIRS)]
+    known = [found for found in told if found is not None]
+    # Fewer strangers named is a higher threshold, and that misses more.
+    assert [t for t, _ in known] == sorted((t for t, _ in known), reverse=True)
+    assert [f for _, f in known] == sorted((f for _, f in known), reverse=True)
+    assert all(0 <= f <= 1 for _, f in known)
+
+
+@pytest.mark.parametrize(("count", "pictures"), [(120, 2), (400, 1)])
 def test_too_few_people_or_pictures_are_not_measured(count: int, pictures: int) -> None:
     vectors, who = people(count, pictures, 0.1)
     assert openset.identification(vectors, who, 100, 1, seed=1) is None
@@ -91,3 +154,26 @@ def test_thresholds_of_people_who_are_told_apart_lie_in_the_middle() -> None:
     assert measures.best_threshold(genuine, impostor) == pytest.approx(0.4)
     threshold, rate = measures.equal_error(genuine, impostor)
     assert (threshold, rate) == (pytest.approx(0.4), 0.0)
+
+
+@pytest.mark.shared
+def test_of_a_few_people_it_is_said_what_was_not_measured(shared: Path, tmp_path: Path) -> None:
+    """The starter models on the enrolment pictures of five people: named where they can be told,
+    and no rate is made of too few."""
+    catalog = Catalog()
+    people = tmp_path / "people"
+    shutil.copytree(shared / "media" / "gallery", people)
+    (people / "groups.csv").write_text("subject,group\nobama,one\nbiden,one\n")
+    found = evaluate(
+        catalog.resolve("facelane-recognizer"),
+        people,
+        tmp_path / "out",
+        detector=catalog.resolve("facelane-detector"),
+        settings=Settings(damaged=4, plots=False),
+    )
+    assert "130 people" in found["open_set"]["not_measured"]
+    assert "40 people" in found["groups"]["not_measured"]
+    told = found["ood"]["tellable"]
+    assert told["clean"]["wrongly_named"] == 0
+    assert set(told["clean"]) == {"tellable", "tellable_but_refused", "wrongly_named"}
+    assert "Open-set identification" in (tmp_path / "out" / "report.md").read_text()

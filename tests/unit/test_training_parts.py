@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, normalize
-from training import cameras, detector, evaluate, imaging, recognizer, run, ship
+from training import cameras, detector, evaluate, imaging, naming, recognizer, run, ship
 from training.clock import CpuClock, grown_state, halved
 from training.clutter import clutter
 from training.data import is_held_out
@@ -365,3 +365,13 @@ def test_a_poster_beside_a_face_leaves_the_face_free(seed: int) -> None:
     changed = (bystander(scenes, boxes) - scenes).abs()
     assert float(changed[:, :, 112:144, 112:144].max()) < 0.05
     assert float(changed.amax((1, 2, 3)).min()) > 0.02
+
+
+def test_a_card_s_part_is_written_where_it_stands_or_before_what_fails() -> None:
+    card = "# m\n\n## Where it fails\nHere.\n"
+    once = naming.with_section(card, naming.SEARCH, ["one"])
+    assert once == f"# m\n\n{naming.SEARCH}\none\n\n## Where it fails\nHere.\n"
+    again = naming.with_section(once, naming.SEARCH, ["two", "three"])
+    assert again == f"# m\n\n{naming.SEARCH}\ntwo\nthree\n\n## Where it fails\nHere.\n"
+    with pytest.raises(SystemExit):
+        naming.with_section("# m\n", naming.SEARCH, ["one"])

@@ -102,9 +102,9 @@ class Keeper:
             self._board = Board.make(self._count)
             stack.callback(self._board.close)
             self._runtime = stack.enter_context(folders.runtime_dir(self._settings))
-            planned = await plan.check(
-                self._settings, ServedModels.resolve(self._settings).packages, shards=self._count
-            )
+            # What would keep a shard from starting keeps all of them.
+            models = ServedModels.resolve(self._settings, calibrated=True)
+            planned = await plan.check(self._settings, models.packages, shards=self._count)
             for line in planned.lines():
                 log.info("memory plan", line=line)
             self._mps_pipes = await self._start_mps(stack)

@@ -229,12 +229,13 @@ def _open_set(faces: _Faces, subject: I64) -> Report:
             if rates is None:
                 continue
             row: Report = {"mated": rates.mated, "non_mated": rates.non_mated}
+            row["fillers"] = enrolled - rates.mated // openset.SPLITS
             for fpir, found in rates.fnir.items():
                 row[f"threshold_at_fpir_{fpir:g}"] = found[0] if found else None
                 row[f"fnir_at_fpir_{fpir:g}"] = found[1] if found else None
             table[f"{enrolled} people, {templates} of each"] = row
     least = min(openset.GALLERIES)
-    few = f"needs {2 * least} people, {least} of whom have two pictures or more"
+    few = f"needs {least + openset.LEAST_MATED} people, {least} of whom have two pictures or more"
     return {"open_set": table or {"not_measured": few}}
 
 
@@ -242,7 +243,7 @@ def _groups(data: Path, files: Sequence[Path], faces: _Faces, subject: I64) -> R
     """False accept rates within the groups of ``groups.csv`` (columns subject, group)."""
     listed = data / "groups.csv"
     if not listed.is_file():
-        return {}
+        return {"groups": {"not_measured": "there is no groups.csv (columns subject, group)"}}
     groups: dict[str, str] = {}
     with listed.open(newline="", encoding="utf-8-sig") as stream:
         for number, row in enumerate(csv.DictReader(stream), 2):

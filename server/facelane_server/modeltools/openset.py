@@ -25,6 +25,8 @@ GALLERIES: Final = (100, 1_000, 10_000)
 TEMPLATES: Final = (1, 3)
 SPLITS: Final = 5
 """Draws of who is enrolled, pooled."""
+LEAST_MATED: Final = 30
+"""People who come back, and strangers, that a gallery takes to be measured."""
 LEAST_GROUP: Final = 40
 """People that a group must have to be measured."""
 _CHUNK: Final = 1024
@@ -46,37 +48,56 @@ class Rates:
 
 
 def identification(
-    vectors: F32, subject: I64, enrolled: int, templates: int, seed: int
+    vectors: F32,
+    subject: I64,
+    enrolled: int,
+    templates: int,
+    seed: int,
+    *,
+    known: npt.NDArray[np.bool_] | None = None,
 ) -> Rates | None:
-    """Everybody who has a picture beside ``templates`` may be enrolled, half of the people at
-    most; the others' pictures are non-mated probes. None where the people are too few.
+    """Of ``enrolled`` people those who have a picture beside ``templates`` come back as mated
+    probes; where they are too few for the gallery others fill it, with as many of their pictures.
+    The pictures of whoever is not enrolled are non-mated probes. None where the people are too few.
 
-    ``vectors`` [N, D]; ``subject`` [N]. Probes are one picture of each person and split, so
-    that nobody with many pictures counts more.
+    ``vectors`` [N, D]; ``subject`` [N]. ``known`` [N]: pictures of people whom the model was
+    trained on, who fill galleries and are nobody's probes. Probes are one picture of each person
+    and split, so that nobody with many pictures counts more.
     """
     people, counts = np.unique(subject, return_counts=True)
-    able = people[counts > templates]
-    if len(able) < enrolled or len(people) - enrolled < enrolled:
+    taught = people[:0] if known is None else np.unique(subject[known])
+    able = people[(counts > templates) & ~np.isin(people, taught)]
+    fillers = people[~np.isin(people, able)] if known is None else taught
+    strangers = len(people) - len(taught)
+    # Half of those who could come back stay strangers where that leaves enough, so that pictures of
+    # both are of the same kind.
+    back = max(min(enrolled, len(able) // 2), min(enrolled, len(able), LEAST_MATED))
+    back = max(back, enrolled - len(fillers))
+    missing = enrolled - back
+    strangers -= back if known is not None else enrolled
+    if back < LEAST_MATED or back > len(able) or strangers < LEAST_MATED:
         return None
     right: list[F64] = []
     best: list[F64] = []
     for split in range(SPLITS):
         rng = np.random.default_rng([seed, split])
-        chosen = rng.permutation(able)[:enrolled]
+        chosen = rng.permutation(able)[:back]
+        chosen = np.concatenate((chosen, rng.permutation(fillers)[:missing]))
         rows, owner, probes = _dealt(rng, subject, chosen, templates)
+        probes = probes[~np.isin(subject[probes], taught)]
         own, other = _nearest(vectors[probes], subject[probes], vectors[rows], owner)
         mated = np.isin(subject[probes], chosen)
         # Named rightly: from the lowest threshold at which nobody else is nearer.
         right.append(np.where(own > other, own, -np.inf)[mated])
         best.append(other[~mated])
-    mated_scores, strangers = np.concatenate(right), np.concatenate(best)
+    mated_scores, nobody = np.concatenate(right), np.concatenate(best)
     fnir: dict[float, tuple[float, float] | None] = {}
     for fpir in FPIRS:
         fnir[fpir] = None
-        if fpir * len(strangers) >= 1:
-            threshold = measures.threshold_at_far(strangers, fpir)
+        if fpir * len(nobody) >= 1:
+            threshold = measures.threshold_at_far(nobody, fpir)
             fnir[fpir] = threshold, float((mated_scores < threshold).mean())
-    return Rates(enrolled, templates, len(mated_scores), len(strangers), fnir)
+    return Rates(enrolled, templates, len(mated_scores), len(nobody), fnir)
 
 
 def _dealt(
