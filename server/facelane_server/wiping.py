@@ -31,6 +31,8 @@ Buffer = bytes | bytearray | memoryview | npt.NDArray[Any]
 
 _OVERHEAD: Final = 33
 """Bytes of a ``bytes`` object besides its own."""
+_CONTENT: Final = bytes.__basicsize__ - 1
+"""Where in a ``bytes`` object its own begin."""
 _CLASSES: Final = range(512, 32, -16)
 """Sizes of the blocks that CPython hands out itself; smaller ones hold no text."""
 _MOST_BYTES: Final = 256 << 20
@@ -54,9 +56,13 @@ def wipe(*buffers: Buffer) -> None:
     """Overwrites them with zeros, also where Python says that they cannot change: each must be the
     caller's alone. Contiguous."""
     for buffer in buffers:
+        if type(buffer) is bytes:  # keys, one for each subject: five times as fast as below
+            if len(buffer) > 1:  # those of one byte are everybody's
+                ctypes.memset(id(buffer) + _CONTENT, 0, len(buffer))
+            continue
         with buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer) as view:
             size = view.nbytes
-            if size < 2:  # those of one byte are everybody's
+            if size < 2:
                 continue
             place = np.frombuffer(view, np.uint8)
             if view.readonly:

@@ -385,7 +385,7 @@ def test_what_is_in_a_process_is_found(tmp_path: Path) -> None:
                 ((erasing.mark(picture),), True),
                 ((b"Lovelace" * 3,), False),
             ):
-                wanted = erasing.pattern_of(receipt, "", words)
+                wanted = erasing.patterns_of(receipt, "", words)
                 assert (erasing.in_memory(child.pid, wanted) is not None) is there
         finally:
             child.kill()
