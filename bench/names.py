@@ -218,7 +218,7 @@ class LatePool:
 def _key(task: Task[Any]) -> bytes:
     request = task.request
     if isinstance(request, DetectRequest):
-        return request.picture.data
+        return bytes(request.picture.data)
     if isinstance(request, EmbedRequest):
         return request.chip
     assert isinstance(request, LivenessRequest)

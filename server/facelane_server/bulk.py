@@ -21,15 +21,15 @@ _ROW: Final = 32
 """More for each row: filters, of all passes."""
 
 
-def refuse_swollen(data: bytes, encoding: Encoding) -> None:
+def refuse_swollen(data: bytes | memoryview, encoding: Encoding) -> None:
     """Raises PICTURE_TOO_COSTLY."""
     if len(data) <= limits.MAX_PICTURE_EXTRAS:
         return
     size, pixel = None, 0
     if encoding is Encoding.PNG:
-        size, pixel = _png(data), _PNG_PIXEL
+        size, pixel = _png(bytes(data)), _PNG_PIXEL
     elif encoding is Encoding.WEBP:
-        size, pixel = _webp(data), _WEBP_PIXEL
+        size, pixel = _webp(bytes(data)), _WEBP_PIXEL
     if size is None:
         return
     width, height = size

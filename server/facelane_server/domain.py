@@ -42,12 +42,13 @@ class Encoding(enum.StrEnum):
 class Picture(msgspec.Struct, frozen=True, gc=False):
     """One picture as received. ``width``/``height``/``stride`` are zero unless raw.
 
+    ``data`` is contiguous, and nobody changes it; a view where a copy would take long.
     ``stride`` is in bytes a row (of the Y plane for NV12, whose UV plane has the
     same stride and follows at ``stride * height``).
     """
 
     encoding: Encoding
-    data: bytes
+    data: bytes | memoryview
     width: int = 0
     height: int = 0
     stride: int = 0

@@ -233,7 +233,7 @@ def test_a_stream_that_says_nothing_gives_its_place_back(start: Start) -> None:
 
 def test_single_calls_are_bounded(start: Start) -> None:
     """More pictures than the server works on at a time are refused, not queued for ever."""
-    server = start(wire.pools(detector='options = { "fail.slow_load_ms" = "3000" }'))
+    server = start(wire.pools(detector='options = { "fail.slow_load_ms" = "5000" }'))
     with server.client() as client:
         (worker,) = client.pools()[0].workers
         with wire.channel(server.target) as one, wire.channel(server.target) as other:
@@ -247,7 +247,10 @@ def test_single_calls_are_bounded(start: Start) -> None:
                 stubs[n % 2].AnalyzeImage.future(request, timeout=wire.CALL_S) for n in range(200)
             ]
             codes = Counter(call.code() for call in calls)
-    assert codes == {EXHAUSTED: 200 - 128, grpc.StatusCode.OK: 128}
+    # Those that a slow client asks only once the worker is back are answered too.
+    assert codes.total() == codes[EXHAUSTED] + codes[grpc.StatusCode.OK]
+    assert codes[grpc.StatusCode.OK] >= 128
+    assert codes[EXHAUSTED]
     with server.client() as client:
         assert len(client.analyze_image(wire.picture()).faces) == 1
 

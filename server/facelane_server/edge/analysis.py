@@ -178,11 +178,12 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             first = await gate.while_awake(context.read(), self._config.limits.first_message_s)
         except TimeoutError:
             first = grpc.aio.EOF
-        if first is grpc.aio.EOF or first.WhichOneof("message") != "config":
+        if first is grpc.aio.EOF or first.message.WhichOneof("message") != "config":
             raise FacelaneError(
                 Reason.CONFIG_MISSING, "the first message of a stream must be its config"
             )
-        if self._siblings is not None and first.config.may_move:
+        wanted = first.message.config
+        if self._siblings is not None and wanted.may_move:
             target = self._siblings.move()
             if target is not None:
                 opened = pb.StreamOpened(move=pb.StreamMove(target=target))
@@ -193,8 +194,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                 )
                 return None
         caller = gate.caller()
-        options = convert.lane_options(first.config, self._config, caller)
-        options = areas.placed(options, first.config, self._config)
+        options = convert.lane_options(wanted, self._config, caller)
+        options = areas.placed(options, wanted, self._config)
         self._pipeline.check_naming(options.plan)
         patient = options.overload is Overload.LOSSLESS
         sender = Sender(caller.name, caller.weight, patient=patient)
@@ -246,14 +247,17 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         while True:
             if not lane.can_accept:
                 await lane.wait_can_accept()
-            message = await context.read()
-            if message is grpc.aio.EOF:
+            received = await context.read()
+            if received is grpc.aio.EOF:
                 lane.close_input()
                 return
+            message, data = received.message, received.data
             kind = message.WhichOneof("message")
             if kind == "frame":
                 elapsed_ns = time.monotonic_ns() - opened_ns
-                frame, fault = convert.frame(message.frame, self._config, elapsed_ns=elapsed_ns)
+                frame, fault = convert.frame(
+                    message.frame, self._config, elapsed_ns=elapsed_ns, data=data
+                )
                 if sight is None:
                     lane.offer(frame, fault)
                     continue

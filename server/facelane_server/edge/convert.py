@@ -86,8 +86,15 @@ def gallery(gallery_id: str, caller: Caller, verb: Verb) -> str:
     return gallery_name(caller.place(verb, gallery=gallery_id, default=DEFAULT_GALLERY)[0])
 
 
-def picture(message: pb.Picture, config: Config, *, in_stream: bool = False) -> Picture:
-    """A picture whose bytes are bounded and whose encoding is known."""
+def picture(
+    message: pb.Picture,
+    config: Config,
+    *,
+    in_stream: bool = False,
+    data: bytes | memoryview | None = None,
+) -> Picture:
+    """A picture whose bytes are bounded and whose encoding is known. ``data``: its bytes, where
+    they are not in the message."""
     encoding = ENCODINGS.get(message.encoding)
     if encoding is None:
         raise FacelaneError(
@@ -100,7 +107,8 @@ def picture(message: pb.Picture, config: Config, *, in_stream: bool = False) -> 
             Reason.ENCODING_UNSUPPORTED,
             "an access unit of video is no single picture; send it in a stream",
         )
-    data = message.data
+    if data is None:
+        data = message.data
     if not data:
         raise FacelaneError(Reason.PICTURE_EMPTY, "picture.data is empty")
     if len(data) > config.limits.max_frame_bytes:
@@ -272,13 +280,18 @@ def timestamp(ns: int) -> timestamp_pb2.Timestamp:
 
 
 def frame(
-    message: analysis_pb.Frame, config: Config, *, elapsed_ns: int = 0
+    message: analysis_pb.Frame,
+    config: Config,
+    *,
+    elapsed_ns: int = 0,
+    data: bytes | memoryview | None = None,
 ) -> tuple[Frame, FacelaneError | None]:
     """A frame, and what is wrong with it if anything is.
 
     A fault is no exception here: the frame still has its place in the stream, where the
     fault is told. What is at fault is left out of the frame. ``elapsed_ns``: time since the
-    stream was opened, the media time of a frame whose client gives none.
+    stream was opened, the media time of a frame whose client gives none. ``data``: see
+    ``picture``.
     """
     body, offset_ns, capture_ns, fault = _NO_PICTURE, 0, None, None
     try:
@@ -291,7 +304,7 @@ def frame(
             offset_ns = elapsed_ns
         if message.HasField("capture_time"):
             capture_ns = timestamp_ns(message.capture_time, "capture_time")
-        body = picture(message.picture, config, in_stream=True)
+        body = picture(message.picture, config, in_stream=True, data=data)
     except FacelaneError as error:
         fault = error
     return Frame(message.frame_id, body, offset_ns, capture_ns), fault

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.edge import errors, sizes
+from facelane_server.edge import errors, sizes, wire
 from facelane_server.edge.auth import NO_PEER, Authenticator, Peer
 from facelane_server.edge.errors import Context
 from facelane_server.edge.quotas import Kind, Quotas
@@ -231,7 +231,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
 
         return grpc.stream_stream_rpc_method_handler(
             enter,
-            request_deserializer=_parser(handler.request_deserializer, sizes.checked(method)),
+            request_deserializer=_parser(
+                wire.parse if method == sizes.STREAM else handler.request_deserializer,
+                sizes.checked(method),
+            ),
             response_serializer=handler.response_serializer,
         )
 

@@ -175,7 +175,7 @@ def _response(seen: Seen, stream_id: str, view: convert.View) -> pb.WatchStreamR
     message = response.picture
     picture = message.picture
     picture.encoding = _ENCODINGS[seen.picture.encoding]
-    picture.data = seen.picture.data
+    picture.data = bytes(seen.picture.data)
     picture.width, picture.height = seen.picture.width, seen.picture.height
     picture.stride = seen.picture.stride
     message.key_frame = seen.key

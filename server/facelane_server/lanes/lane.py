@@ -219,7 +219,7 @@ class Lane:
                 return fault
             footage.check(picture.encoding)
             if picture.encoding.is_video:
-                entry.place = footage.take(picture.data, picture.encoding)
+                entry.place = footage.take(bytes(picture.data), picture.encoding)
         except FacelaneError as error:
             return error
         finally:
