@@ -39,13 +39,9 @@ _MOST_BYTES: Final = 256 << 20
 """Free memory that is filled at a time, of each kind."""
 M_ARENA_MAX: Final = -8
 M_PERTURB: Final = -6
-M_MMAP_THRESHOLD: Final = -3
 """See mallopt(3)."""
 _FREED: Final = 0xFF
 """What is freed is filled with this; what is taken with zeros then."""
-_MAPPED_FROM: Final = 40_000
-"""Bytes: larger pieces, pictures above all, are mapped, and given back as they are freed: nobody
-takes the time to fill them, and nothing is left of them either."""
 PAUSE_S: Final = 0.3
 _VARIABLE: Final = "GLIBC_TUNABLES"
 _NO_CACHES: Final = "glibc.malloc.tcache_count=0"
@@ -102,7 +98,6 @@ def one_heap() -> None:
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program
     libc.mallopt(M_ARENA_MAX, 1)
     libc.mallopt(M_PERTURB, _FREED)
-    libc.mallopt(M_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
 def as_others(environment: Mapping[str, str]) -> dict[str, str]:
