@@ -13,6 +13,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 
 from tests import postgres as postgres_server
+from tests.costs import Costs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Costs())
     seconds = config.getoption("--within")
     if seconds is not None:
         # The processes of xdist inherit it: all have one end.

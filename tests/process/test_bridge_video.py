@@ -12,6 +12,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 from tests.fakes import clips
+from tests.fakes.bridge_scenes import run, settings, states
 from tests.fakes.field_cameras import Play, RtspCamera
 from tests.fakes.scripted_server import (
     Context,
@@ -25,7 +26,6 @@ from tests.fakes.scripted_server import (
     summary,
     update,
 )
-from tests.process.test_bridge_run import run, settings, states
 from tests.waiting import auntil
 
 import facelane

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.test_pool import Bench, bench
+from tests.fakes.pool_bench import Bench, bench
 
 from facelane_server import limits
 from facelane_server.domain import Encoding, FacelaneError, Picture, Reason, Stage
