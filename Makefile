@@ -37,7 +37,7 @@ BY_FILE = --dist loadfile --no-loadscope-reorder
 COVERED = --cov --cov-report=term --cov-fail-under=90
 
 # mypy keeps one core busy for a minute, so it has its turn beside the tests.
-test: setup ## lint, and the tests but the slow ones with branch coverage (six minutes on two cores)
+test: setup ## lint, and the tests but the slow ones with branch coverage (its budget: six minutes on two cores)
 	@log=$$(mktemp); { $(MAKE) -s lint >"$$log" 2>&1 || { cat "$$log"; exit 1; } } & lint=$$!; \
 	$(PYTEST) $(BY_FILE) -m "not slow" $(COVERED) $(PYTEST_ARGS); tests=$$?; \
 	wait $$lint; lint=$$?; tail -n 3 "$$log"; rm -f "$$log"; \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import postgres as postgres_server
 from tests.costs import Costs
+from tests.measuring import Measuring
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Costs())
+    config.pluginmanager.register(Measuring())
     seconds = config.getoption("--within")
     if seconds is not None:
         # The processes of xdist inherit it: all have one end.
@@ -77,7 +80,26 @@ def is_last(item: pytest.Item) -> bool:
     return any(mark.kwargs.get("last", False) for mark in item.iter_markers("slow"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+FOLDERS = ("e2e", "browser", "process", "faults", "cases", "contract")
+"""Whose files are begun first where several processes share the tests: they wait for most of
+their time, and one of them at the end would keep a single process busy."""
+
+
+def in_order(items: list[pytest.Item]) -> None:
+    """Files stay whole; those with the most tests first in their folder."""
+    sizes = Counter(item.path for item in items)
+
+    def place(item: pytest.Item) -> tuple[bool, int, int, str]:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        rank = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+        return is_last(item), rank, -sizes[item.path], str(item.path)
+
+    items.sort(key=place)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        in_order(items)
     items.sort(key=is_last)
     missing = {}
     if shared_folder() is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-SHOWN = int(os.environ.get("SHOWN", "15"))
+SHOWN = 15
 _COST = "facelane_processor_seconds"
 
 

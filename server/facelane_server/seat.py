@@ -99,8 +99,6 @@ class Seat:
         self._next = 0
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.lonely = False
-        """The keeper is gone."""
 
     @classmethod
     async def take(cls, encoded: str) -> Self:
@@ -211,7 +209,6 @@ class Seat:
         try:
             while (message := await self._link.receive()) is not None:
                 await self._heard(message, served)
-            self.lonely = True
             log.error("the keeper is gone: this shard ends")
             served.request_stop(ORPHAN_GRACE_S)
         finally:

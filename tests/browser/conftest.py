@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 import pytest
+from tests.portraits import HOPPER
 from tests.running_server import RunningServer, free_port, toml
 from tests.waiting import until
 
@@ -40,7 +40,7 @@ liveness = false
 
 
 def portrait() -> np.ndarray:
-    return cv2.imread(str(Path(mpl.get_data_path()) / "sample_data/grace_hopper.jpg"))
+    return cv2.imread(str(HOPPER))
 
 
 def jpeg(pixels: np.ndarray) -> bytes:

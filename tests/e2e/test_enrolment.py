@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import cv2
-import matplotlib as mpl
 import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
+from tests.portraits import HOPPER
 from tests.running_server import RunningServer
 from tests.waiting import until
 
@@ -59,7 +59,7 @@ SHIPPED = "".join(
 
 
 def test_a_blurred_face_is_refused_and_the_sharp_one_is_not(start: Start) -> None:
-    portrait = cv2.imread(str(Path(mpl.get_data_path()) / "sample_data/grace_hopper.jpg"))
+    portrait = cv2.imread(str(HOPPER))
 
     def blurred(sigma: float) -> facelane.Picture:
         picture = cv2.GaussianBlur(portrait, (0, 0), sigma) if sigma else portrait

@@ -7,11 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pytest
-import skimage
 import sqlalchemy as sa
+from tests.portraits import COLLINS, HOPPER
 from tests.running_server import NULL_POOLS, RunningServer, toml
 
 from facelane_server.auditing import opened
@@ -19,13 +18,11 @@ from facelane_server.store import schema
 from facelane_server.store.opening import unlock
 from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT
 
-GRACE = Path(mpl.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-EILEEN = Path(skimage.__file__).parent / "data" / "astronaut.png"
 ERASED_WITHIN_S = 1.0
 
 ENROL = f"""
-    grace = facelane.Picture.encoded(open({str(GRACE)!r}, "rb").read())
-    eileen = facelane.Picture.encoded(open({str(EILEEN)!r}, "rb").read())
+    grace = facelane.Picture.encoded(open({str(HOPPER)!r}, "rb").read())
+    eileen = facelane.Picture.encoded(open({str(COLLINS)!r}, "rb").read())
     client.create_subject("grace", display_name="Grace Brewster HOPPERNAME")
     client.enroll("grace", grace)
     client.enroll("eileen", eileen, create_subject=True)
@@ -110,7 +107,7 @@ def test_no_process_has_anything_of_a_face_that_was_erased(pools: str, tmp_path:
         server.wait_serving(120)
         call(server, ENROL)
         vector = vector_of(server, "grace")
-        picture = GRACE.read_bytes()[5000:5064]
+        picture = HOPPER.read_bytes()[5000:5064]
         assert any("float16" in key for key in found(server, vector, picture)), "it is searched"
         call(server, '    client.delete_subject("grace")\n')
         returned = time.monotonic()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 import pytest
+from tests.portraits import HOPPER
 from tests.running_server import RunningServer, toml
 from tests.waiting import until
 from typer.testing import CliRunner
@@ -39,7 +39,7 @@ liveness = false
 
 
 def portrait() -> np.ndarray:
-    return cv2.imread(str(Path(mpl.get_data_path()) / "sample_data/grace_hopper.jpg"))
+    return cv2.imread(str(HOPPER))
 
 
 def jpeg(pixels: np.ndarray) -> facelane.Picture:

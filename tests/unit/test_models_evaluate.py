@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from tests.portraits import COLLINS, HOPPER
 from typer.testing import CliRunner
 
 from facelane_server.domain import FacelaneError, Reason
@@ -30,11 +31,9 @@ IMPOSTOR = np.array([0.5, 0.3, 0.2, 0.1, 0.0])
 
 
 def portraits() -> dict[str, np.ndarray]:
-    matplotlib = pytest.importorskip("matplotlib")
-    skimage = pytest.importorskip("skimage")
     found = {
-        "hopper": Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg",
-        "collins": Path(skimage.__file__).parent / "data" / "astronaut.png",
+        "hopper": HOPPER,
+        "collins": COLLINS,
     }
     pictures = {}
     for name, path in found.items():

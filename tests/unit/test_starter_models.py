@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tests.portraits import COLLINS, HOPPER
 from training.imaging import textures
 
 from facelane_server.models.api import (
@@ -102,14 +103,12 @@ def read(path: Path) -> U8:
 
 @pytest.fixture(scope="module")
 def hopper() -> U8:
-    matplotlib = pytest.importorskip("matplotlib")
-    return read(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
+    return read(HOPPER)
 
 
 @pytest.fixture(scope="module")
 def collins() -> U8:
-    skimage = pytest.importorskip("skimage")
-    return read(Path(skimage.__file__).parent / "data" / "astronaut.png")
+    return read(COLLINS)
 
 
 @pytest.mark.parametrize("name", NAMES)

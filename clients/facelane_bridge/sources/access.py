@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import ssl
-import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,15 +72,6 @@ def refused(
         )
         outlook = Outlook.UNPROVEN
     return SourceError(SourceReason.AUTHENTICATION_FAILED, message, outlook)
-
-
-def is_known(url: str) -> bool:
-    """Whether the host of an address can be looked up."""
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
-    except (OSError, UnicodeError):
-        return False
-    return True
 
 
 # --- certificates ---------------------------------------------------------------------

@@ -365,7 +365,7 @@ class Crew:
             latency_ms=round(facts.latency_ms, 3),
             memory_mib=facts.memory_mib,
         )
-        worker.ready_since_ns = handle.last_success_ns = self._clock.now_ns()
+        worker.ready_since_ns = self._clock.now_ns()
         self.happen(worker, Happening.READY)
         self._owner.tell(PoolChange.WORKER_READY, worker, "")
 
@@ -460,8 +460,6 @@ class Crew:
         handle, now = worker.handle, self._clock.now_ns()
         if handle is None:
             return
-        if isinstance(message, InferDone):
-            handle.last_success_ns = now
         handle.done(job, used)
         if job.started_ns:
             handle.service_ns += 0.125 * (now - job.started_ns - handle.service_ns)

@@ -189,7 +189,6 @@ class ReadyHandle:
         """When the oldest snapshot that it has not answered was sent."""
         self.ping_sent_ns = 0
         """When the ping that is not answered yet was sent; 0 = none."""
-        self.last_success_ns = 0
         self.canary_ns = 0
         """When the last canary was sent; ``canary_due``: one goes as soon as there is a place."""
         self.canary_due = False

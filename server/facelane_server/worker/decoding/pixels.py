@@ -27,8 +27,6 @@ Colours = tuple[float, float, float, float, float, float]
 BT601: Final[Colours] = (1.1643836, 16.0, 1.5960268, -0.3917623, -0.8129676, 2.0172321)
 """Limited range: what cameras of old, and OpenCV, mean by NV12."""
 BT709: Final[Colours] = (1.1643836, 16.0, 1.7927411, -0.2132486, -0.5329093, 2.1124018)
-BT601_FULL: Final[Colours] = (1.0, 0.0, 1.402, -0.3441363, -0.7141363, 1.772)
-BT709_FULL: Final[Colours] = (1.0, 0.0, 1.5748, -0.1873243, -0.4681243, 1.8556)
 
 
 class Layout(IntEnum):

@@ -1,0 +1,107 @@
+"""What of a test run coverage measures.
+
+A traced Python runs at a third of its speed, whatever it runs. So what cannot reach new lines is
+not traced: collecting (our own packages are imported before it, traced), the hundreds of examples
+of a property, and faults under traffic, whose every part has tests of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pkgutil
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import coverage
+import pytest
+
+UNTRACED = ("tests/faults/test_matrix.py", "tests/fuzz/", "tests/browser/")
+PACKAGES = (
+    "facelane",
+    "facelane_bridge",
+    "facelane_console",
+    "facelane_events",
+    "facelane_fleet",
+    "facelane_server",
+)
+HEAVY = (
+    "av",
+    "cryptography.x509",
+    "cv2",
+    "grpc.aio",
+    "numpy",
+    "onnxruntime",
+    "scipy.optimize",
+    "sqlalchemy",
+    "starlette.applications",
+    "torch",
+    "typer",
+)
+"""What our packages import is not ours."""
+LEFT_OUT = ("__main__", "facelane_fleet.cluster")
+"""Programs, and what takes seconds to import and no test needs (Ray)."""
+_PROCESSES = "COVERAGE_PROCESS_CONFIG"
+"""By which coverage reaches the processes of a test."""
+
+
+class Measuring:
+    """A plugin; without coverage it does nothing."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        collects = not session.config.pluginmanager.hasplugin("dsession")
+        if not collects or coverage.Coverage.current() is None:
+            return (yield)
+        with untraced():
+            for name in HEAVY:
+                _import(name)
+        for package in PACKAGES:
+            for name in _modules(package):
+                _import(name)
+        with untraced():
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        if is_traced(item):
+            return (yield)
+        with untraced():
+            return (yield)
+
+
+def is_traced(item: pytest.Item) -> bool:
+    test = getattr(item, "obj", None)
+    return not (item.nodeid.startswith(UNTRACED) or getattr(test, "is_hypothesis_test", False))
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Neither this process nor those that it starts."""
+    measuring = coverage.Coverage.current()
+    if measuring is None:
+        yield
+        return
+    measuring.stop()
+    processes = os.environ.pop(_PROCESSES, None)
+    try:
+        yield
+    finally:
+        if processes is not None:
+            os.environ[_PROCESSES] = processes
+        measuring.start()
+
+
+def _modules(package: str) -> Iterator[str]:
+    made = importlib.import_module(package)
+    yield package
+    for found in pkgutil.walk_packages(made.__path__, f"{package}."):
+        if not found.name.endswith(LEFT_OUT):
+            yield found.name
+
+
+def _import(name: str) -> None:
+    # An extra that is not installed has tests that skip.
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
