@@ -13,6 +13,7 @@ from facelane_server.edge.auth import Key
 from facelane_server.edge.quotas import Kind, Quotas
 from facelane_server.edge.roles import ANYBODY, Caller, Role
 from facelane_server.lanes import Allowance
+from facelane_server.shards.board import Board, Holdings
 
 CONFIG = config.parse("""
 [limits]
@@ -60,6 +61,41 @@ def test_a_key_has_its_share_and_others_theirs() -> None:
         assert why(quotas, Kind.CALLS, greedy) is None, "another kind"
     assert why(quotas, Kind.STREAMS, greedy) is None, "given back"
     assert quotas.taken(Kind.STREAMS) == 0
+
+
+def test_a_share_is_of_all_shards_together_whatever_the_kind() -> None:
+    board = Board.make(2)
+    shards = [Quotas(CONFIG, elsewhere=Holdings(board, index)) for index in range(2)]
+    keys = [caller("one"), caller("two"), caller("three")]
+    shares = {Kind.STREAMS: 4, Kind.CALLS: 2, Kind.WATCHERS: 1, Kind.VIEWERS: 16, Kind.HEALTH: 64}
+    shares[Kind.VIEWERS] = CONFIG.view.watchers_of_key
+    shares[Kind.HEALTH] = limits.MAX_HEALTH_WATCHERS // 4
+    with contextlib.ExitStack() as stack:
+        # Every key has something of everything at one shard; none disturbs the other's rows.
+        for key in keys:
+            for kind in Kind:
+                assert take(shards[0], stack, kind, key, 1) == 1
+            assert shards[0].may_look_up(key, 600.0)
+        for key in keys:
+            with contextlib.ExitStack() as held:
+                for kind, share in shares.items():
+                    assert take(shards[1], held, kind, key, share) == share - 1, (key.name, kind)
+            assert shards[1].may_look_up(key, 600.0)
+    for kind, share in shares.items():
+        with contextlib.ExitStack() as stack:
+            assert take(shards[1], stack, kind, keys[1], share + 1) == share, "all was given back"
+    board.close()
+
+
+def test_the_servers_own_bounds_are_of_all_shards_together() -> None:
+    board = Board.make(2)
+    shards = [Quotas(CONFIG, elsewhere=Holdings(board, index)) for index in range(2)]
+    for kind, most in ((Kind.STREAMS, 16), (Kind.VIEWERS, CONFIG.view.watchers)):
+        with contextlib.ExitStack() as stack:
+            assert take(shards[0], stack, kind, ANYBODY, most - 1) == most - 1
+            assert take(shards[1], stack, kind, ANYBODY, 2) == 1
+        assert shards[0].taken(kind) == shards[1].taken(kind) == 0
+    board.close()
 
 
 def test_a_key_may_have_more_or_less_of_its_own() -> None:

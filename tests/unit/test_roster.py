@@ -346,9 +346,9 @@ def test_streams_that_come_by_chance_end_up_nearly_even(shards: int) -> None:
 def test_keys_are_counted_over_all_shards() -> None:
     board = Board.make(3)
     zero, one = Holdings(board, 0), Holdings(board, 1)
-    zero.tell("camera", (3, 1, 0))
-    one.tell("other", (5, 0, 0))
-    one.tell("camera", (2, 0, 0))
+    zero.tell("camera", (3, 1, 0, 0, 0))
+    one.tell("other", (5, 0, 0, 0, 0))
+    one.tell("camera", (2, 0, 0, 0, 0))
     assert (zero.of("camera", 0), one.of("camera", 0), one.of("camera", 1)) == (2, 3, 1)
     assert zero.of("nobody", 0) == 0
     assert zero.looked_up("camera", 4) == 0
@@ -357,7 +357,8 @@ def test_keys_are_counted_over_all_shards() -> None:
     assert one.looked_up("camera", 1) == 5
     assert one.looked_up("camera", 1) == 0
     board.tell(0, streams=4, takes=True, full=True)
-    assert one.streams() == 4
+    zero.tell_taken((4, 1, 0, 2, 0))
+    assert [one.taken(kind) for kind in range(5)] == [4, 1, 0, 2, 0]
     assert board.seats()[0] == Seat(0, True, 4, True)
     board.clear(0)
     assert board.seats()[0] == Seat(0, False, 0, False)
@@ -371,7 +372,7 @@ def test_keys_beyond_the_board_are_counted_in_their_shard_alone() -> None:
     board = Board.make(2)
     zero, one = Holdings(board, 0), Holdings(board, 1)
     for number in range(limits.MAX_SHARED_KEYS + 1):
-        zero.tell(f"key {number}", (1, 0, 0))
+        zero.tell(f"key {number}", (1, 0, 0, 0, 0))
     assert one.of(f"key {limits.MAX_SHARED_KEYS - 1}", 0) == 1
     assert one.of(f"key {limits.MAX_SHARED_KEYS}", 0) == 0
     board.close()

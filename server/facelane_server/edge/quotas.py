@@ -17,7 +17,7 @@ from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge.roles import Caller
 from facelane_server.lanes import Allowance
-from facelane_server.shards.board import Holdings
+from facelane_server.shards.board import COUNTS, Holdings
 
 
 class Kind(enum.StrEnum):
@@ -31,6 +31,12 @@ class Kind(enum.StrEnum):
     HEALTH = "health"
     """Those who watch health. Not in the configuration: clients do it by themselves."""
 
+
+assert len(Kind) == COUNTS, "shards tell each other of every kind"
+_PLACE = {kind: place for place, kind in enumerate(Kind)}
+_CONFIGURED = (Kind.STREAMS, Kind.VIEWERS)
+"""Whose number in all is the operator's to choose, and of the whole server; the others' protect a
+process."""
 
 _ADVICE = {
     Kind.STREAMS: "close one or raise limits.max_streams",
@@ -143,9 +149,7 @@ class Quotas:
             mine = self._each[kind]
             if kind is Kind.STREAMS and caller.streams is not None:
                 mine = caller.streams
-            there = (
-                self._elsewhere.of(caller.name, list(Kind).index(kind)) if self._elsewhere else 0
-            )
+            there = self._elsewhere.of(caller.name, _PLACE[kind]) if self._elsewhere else 0
             if self._by_key[caller.name, kind] + there >= mine:
                 raise FacelaneError(
                     Reason.QUOTA_EXCEEDED,
@@ -157,8 +161,8 @@ class Quotas:
         most = self._all[kind]
         room = most if caller.may("admin") else most - _kept(most)
         there = 0
-        if self._elsewhere is not None and kind is Kind.STREAMS:
-            there = self._elsewhere.streams()
+        if self._elsewhere is not None and kind in _CONFIGURED:
+            there = self._elsewhere.taken(_PLACE[kind])
         if self._taken[kind] + there >= room:
             raise FacelaneError(
                 Reason.POOL_OVERLOADED if kind is Kind.CALLS else Reason.STREAM_LIMIT,
@@ -168,7 +172,10 @@ class Quotas:
             )
 
     def _tell(self, caller: Caller) -> None:
-        if self._elsewhere is not None and caller.known:
+        if self._elsewhere is None:
+            return
+        self._elsewhere.tell_taken([self._taken[kind] for kind in Kind])
+        if caller.known:
             self._elsewhere.tell(caller.name, [self._by_key[caller.name, kind] for kind in Kind])
 
     @contextlib.contextmanager

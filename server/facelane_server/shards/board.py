@@ -7,8 +7,9 @@ whole. ``seats * SEAT`` numbers::
     streams   open now
     flags     1: it takes connections, 2: it has more than it can carry in time
     rows      of keys that were ever used
-    0 ...     reserved
-    keys      MAX_SHARED_KEYS times: digest (2 numbers), streams, calls, watchers, look-ups so far
+    taken     places of all keys, of each kind (COUNTS numbers)
+    keys      MAX_SHARED_KEYS times: digest (2 numbers), what it has under way (COUNTS numbers),
+              look-ups so far
 
 The seat of a shard that is gone is cleared by the keeper.
 """
@@ -26,10 +27,13 @@ from facelane_server import limits
 
 _TAKES: Final = 1
 _FULL: Final = 2
-_HEAD: Final = 8
-_ROW: Final = 6
-_LOOKUPS: Final = 3
-"""The place of look-ups among a key's counts."""
+COUNTS: Final = 5
+"""Kinds of places: streams, calls, watchers, viewers, watchers of health."""
+_TAKEN: Final = 3
+_HEAD: Final = _TAKEN + COUNTS
+_LOOKUPS: Final = COUNTS
+"""The place of look-ups among a key's numbers."""
+_ROW: Final = 2 + COUNTS + 1
 _SEAT: Final = _HEAD + _ROW * limits.MAX_SHARED_KEYS
 
 
@@ -111,11 +115,25 @@ class Board:
         self, shard: int, row: int, digest: tuple[int, int], place: int, counts: Sequence[int]
     ) -> None:
         """Numbers of a shard's key, from ``place`` on."""
+        assert 0 <= place <= place + len(counts) <= COUNTS + 1, "another key's row begins there"
         numbers, at = self._numbers, shard * _SEAT + _HEAD + row * _ROW
         for offset, number in enumerate(counts, 2 + place):
             numbers[at + offset] = number
         numbers[at], numbers[at + 1] = digest
         numbers[shard * _SEAT + 2] = max(numbers[shard * _SEAT + 2], row + 1)
+
+    def tell_taken(self, shard: int, counts: Sequence[int]) -> None:
+        assert len(counts) == COUNTS
+        for at, number in enumerate(counts, shard * _SEAT + _TAKEN):
+            self._numbers[at] = number
+
+    def taken(self, without: int, kind: int) -> int:
+        """Places of a kind, over all shards but one."""
+        return sum(
+            self._numbers[shard * _SEAT + _TAKEN + kind]
+            for shard in range(self._seats)
+            if shard != without
+        )
 
     def found(self, without: int, digest: tuple[int, int], kind: int) -> int:
         """A key's count of one kind, over all shards but one."""
@@ -143,7 +161,7 @@ class Holdings:
         """By key: the look-ups of others that were taken off already."""
 
     def tell(self, name: str, counts: Sequence[int]) -> None:
-        """``counts``: streams, calls, watchers."""
+        """``counts``: one for each kind, see ``COUNTS``."""
         if (row := self._row(name)) is not None:
             self._board.write(self._mine, row, _digest(name), 0, counts)
 
@@ -151,9 +169,13 @@ class Holdings:
         """What a key has under way in all other shards; ``kind``: the place among the counts."""
         return self._board.found(self._mine, _digest(name), kind)
 
-    def streams(self) -> int:
-        """Open in all other shards."""
-        return sum(seat.streams for seat in self._board.seats() if seat.shard != self._mine)
+    def tell_taken(self, counts: Sequence[int]) -> None:
+        """Places that all keys together have here: ``COUNTS`` numbers."""
+        self._board.tell_taken(self._mine, counts)
+
+    def taken(self, kind: int) -> int:
+        """Places of a kind in all other shards."""
+        return self._board.taken(self._mine, kind)
 
     def looked_up(self, name: str, mine: int) -> int:
         """Faces that a key has had looked up in other shards since this was asked last. ``mine``:
