@@ -214,6 +214,46 @@ def _who(client: facelane.Client) -> list[str]:
     return [face.identity.subject_id for face in client.identify(wire.picture(0))]
 
 
+def test_streams_are_listed_and_looked_at_by_whichever_shard_is_asked(sharded: Sharded) -> None:
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(sharded.client())
+        names = [f"door{number}" for number in range(6)]
+        for number, name in enumerate(names):
+            camera = Camera(client, number, source_id=name)
+            camera.start()
+            stack.callback(camera.end)
+            camera.go_on()
+        assert min(shard.open_streams for shard in sharded.shards()) >= 2
+        # By connections that lead to either shard, each stream of both.
+        for _ in range(4):
+            with sharded.client() as another:
+                listed = another.list_streams()
+                assert sorted(one.source_id for one in listed) == names
+                for one in listed:
+                    with contextlib.closing(another.watch_stream(stream_id=one.stream_id)) as shown:
+                        seen = next(shown)
+                        number = names.index(one.source_id)
+                        assert seen.picture.data == wire.encoded(seed=number)
+        with sharded.client() as another:
+            with contextlib.closing(another.watch_stream("door3", results_only=True)) as shown:
+                for _ in range(3):
+                    seen = next(shown)
+                    assert seen.outcome is not None
+                    assert seen.outcome.result is not None
+                assert [one.watchers for one in client.list_streams(source_ids=["door3"])] == [1]
+            until(
+                lambda: [one.watchers for one in client.list_streams(source_ids=["door3"])] == [0],
+                what="the end of the look",
+            )
+            with pytest.raises(facelane.NotFoundError) as caught:
+                next(another.watch_stream("door9"))
+            assert caught.value.reason == "STREAM_NOT_FOUND"
+            last = another.watch_stream("door0")
+            next(last)
+            stack.close()
+            assert sum(1 for _ in last) >= 0, "it ends with the stream, without an error"
+
+
 def test_events_go_on_at_any_shard(sharded: Sharded) -> None:
     with sharded.client() as client, client.watch_events() as events:
         token = events.resume_token

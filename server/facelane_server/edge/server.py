@@ -21,9 +21,10 @@ from facelane.v1 import (
     server_service_pb2_grpc,
     view_service_pb2_grpc,
 )
+from facelane.v1.view_service_pb2 import WatchStreamRequest
 from facelane_server import __version__, addresses, config, limits
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.edge import address
+from facelane_server.edge import address, looks
 from facelane_server.edge.analysis import AnalysisService
 from facelane_server.edge.auth import Authenticator
 from facelane_server.edge.controls import Controls
@@ -46,9 +47,11 @@ from facelane_server.pipeline import Pipeline
 from facelane_server.shards.messages import (
     DescribePools,
     DescribeServer,
+    ListStreams,
     Question,
     ReloadModel,
     RestartWorker,
+    WatchStream,
 )
 from facelane_server.store.audit import Action
 from facelane_server.viewing import Sights
@@ -119,6 +122,7 @@ class Edge:
         self._server: grpc.aio.Server | None = None
         self._describing: ServerService | None = None
         self._admin: AdminService | None = None
+        self._view: ViewService | None = None
         self._leaving: asyncio.Task[None] | None = None
 
     async def open(
@@ -157,12 +161,18 @@ class Edge:
             ),
             server,
         )
-        view_service_pb2_grpc.add_ViewServiceServicer_to_server(
-            ViewService(
-                settings.view, self.streams, self.sights, self.quotas, trail, observer.tracks
-            ),
-            server,
+        self._view = ViewService(
+            settings.view,
+            self.streams,
+            self.sights,
+            self.quotas,
+            trail,
+            observer.tracks,
+            self._siblings,
         )
+        if self._siblings is not None:
+            await self._view.looks.open()
+        view_service_pb2_grpc.add_ViewServiceServicer_to_server(self._view, server)
         gallery_service_pb2_grpc.add_GalleryServiceServicer_to_server(
             GalleryService(
                 settings,
@@ -203,7 +213,7 @@ class Edge:
 
     async def answer(self, question: Question) -> bytes:
         """What another shard asks of this one. Raises ``FacelaneError``."""
-        if self._describing is None or self._admin is None:
+        if self._describing is None or self._admin is None or self._view is None:
             raise FacelaneError(
                 Reason.POOL_UNAVAILABLE, "the shard is starting; try again", retryable=True
             )
@@ -217,6 +227,12 @@ class Edge:
                 return done.SerializeToString()
             case ReloadModel():
                 return (await self._admin.reload_model(question)).SerializeToString()
+            case ListStreams():
+                caller = looks.unpacked(question.caller)
+                return self._view.listed(question.source_ids, caller).SerializeToString()
+            case WatchStream():
+                asked = WatchStreamRequest.FromString(question.request)
+                return self._view.looks.ticket(asked, looks.unpacked(question.caller))
         raise AssertionError(question)
 
     def leave_port(self, grace_s: float) -> None:
@@ -232,6 +248,8 @@ class Edge:
         self.load.close()
         if self._server is not None:
             await self._server.stop(1.0)
+        if self._view is not None:
+            await self._view.looks.close()
         if self._leaving is not None:
             await self._leaving
 

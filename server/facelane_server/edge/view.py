@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from facelane.v1 import view_service_pb2 as pb
 from facelane.v1 import view_service_pb2_grpc as pb_grpc
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.edge import convert, gate
+from facelane_server.edge import convert, gate, looks, whole
 from facelane_server.edge.errors import Context
+from facelane_server.edge.looks import Looks
 from facelane_server.edge.quotas import Quotas
 from facelane_server.edge.roles import Caller
 from facelane_server.edge.streams import StreamRegistry
+from facelane_server.edge.whole import Siblings
 from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import Lane
+from facelane_server.shards import messages
 from facelane_server.sources import View
 from facelane_server.store.audit import Action
 from facelane_server.viewing import Box, Seen, Sight, Sights, Wish
 
 _ENCODINGS: Final = {ours: theirs for theirs, ours in convert.ENCODINGS.items()}
+_LIST_S: Final = 2.0
 _LEAST_FPS: Final = 0.0999  # a float32's tenth
 
 
@@ -36,8 +41,12 @@ class ViewService(pb_grpc.ViewServiceServicer):
         quotas: Quotas,
         trail: Trail,
         tracks: Callable[[int], int],
+        siblings: Siblings | None = None,
     ) -> None:
         """``tracks``: how many a lane has."""
+        self.looks = Looks(self.show)
+        """What other shards are shown."""
+        self._siblings = siblings
         self._settings = settings
         self._streams = streams
         self._sights = sights
@@ -53,19 +62,70 @@ class ViewService(pb_grpc.ViewServiceServicer):
                 f"at most {limits.MAX_EVENT_FILTERS} source_ids; list all instead",
                 field="source_ids",
             )
-        wanted = set(request.source_ids)
-        caller = gate.caller()
-        shown = [
-            self._open_stream(lane, sight)
-            for lane, sight in self._visible(caller)
-            if not wanted or lane.options.source_id in wanted
+        caller, wanted = gate.caller(), tuple(request.source_ids)
+        return pb.ListStreamsResponse(streams=[one for _, one in await self._all(wanted, caller)])
+
+    def listed(self, source_ids: Collection[str], caller: Caller) -> pb.ListStreamsResponse:
+        """Of this process."""
+        return pb.ListStreamsResponse(
+            streams=[
+                self._open_stream(lane, sight)
+                for lane, sight in self._visible(caller)
+                if not source_ids or lane.options.source_id in source_ids
+            ]
+        )
+
+    async def _all(
+        self, source_ids: tuple[str, ...], caller: Caller
+    ) -> list[tuple[int, pb.OpenStream]]:
+        """Of all shards, each with the one that has it."""
+        if self._siblings is None:
+            return [(0, one) for one in self.listed(source_ids, caller).streams]
+        question = messages.ListStreams(source_ids=source_ids, caller=looks.packed(caller))
+        answers = await self._siblings.ask(question, timeout_s=_LIST_S)
+        return [
+            (answer.shard, one)
+            for answer in answers
+            if answer.failure is None
+            for one in pb.ListStreamsResponse.FromString(answer.body).streams
         ]
-        return pb.ListStreamsResponse(streams=shown)
 
     async def WatchStream(  # type: ignore[override]
         self, request: pb.WatchStreamRequest, context: Context
     ) -> None:
         caller = gate.caller()
+        wish_of(request)
+        self._check_named(request, caller)
+        siblings, here = self._siblings, request.stream_id
+        if siblings is not None and here not in {lane.stream_id for lane in self._streams.lanes}:
+            found = [
+                (one.open_time.ToNanoseconds(), shard, one.stream_id)
+                for shard, one in await self._all(
+                    (request.source_id,) if request.source_id else (), caller
+                )
+                if request.stream_id in ("", one.stream_id)
+            ]
+            if not found:
+                raise _not_found()
+            _, shard, request.stream_id = max(found)
+            request.source_id = ""
+            if shard != siblings.index:
+                question = messages.WatchStream(
+                    request=request.SerializeToString(), caller=looks.packed(caller)
+                )
+                answers = await siblings.ask(question, shard=shard, timeout_s=_LIST_S)
+                if not answers:
+                    raise _not_found()
+                async with contextlib.aclosing(looks.seen(whole.good(answers[0]), shard)) as seen:
+                    async for response in seen:
+                        await context.write(response)
+                return
+        await self.show(request, caller, context.write)
+
+    async def show(
+        self, request: pb.WatchStreamRequest, caller: Caller, write: looks.Write
+    ) -> None:
+        """A stream of this process, to its end."""
         wish = wish_of(request)
         lane, sight = self._meant(request, caller)
         source_id, gallery_id = lane.options.source_id, lane.options.plan.gallery_id
@@ -80,10 +140,9 @@ class ViewService(pb_grpc.ViewServiceServicer):
         units = None if group is None else group.units(0, len(group) - 1)
         box = sight.watch(wish, changed.set, units)
         try:
-            opened = pb.WatchStreamResponse(opened=self._open_stream(lane, sight))
-            await context.write(opened)
+            await write(pb.WatchStreamResponse(opened=self._open_stream(lane, sight)))
             while (seen := await _next(box, changed)) is not None:
-                await context.write(_response(seen, lane.stream_id, view))
+                await write(_response(seen, lane.stream_id, view))
         finally:
             sight.leave(box)
 
@@ -97,22 +156,21 @@ class ViewService(pb_grpc.ViewServiceServicer):
                 found.append((lane, sight))
         return found
 
-    def _meant(self, request: pb.WatchStreamRequest, caller: Caller) -> tuple[Lane, Sight]:
-        """Raises PERMISSION_DENIED for a place that the key is not for, and STREAM_NOT_FOUND."""
+    def _check_named(self, request: pb.WatchStreamRequest, caller: Caller) -> None:
+        """Raises PERMISSION_DENIED for a place that the key is not for."""
         if bool(request.stream_id) is bool(request.source_id):
             raise convert.invalid("name either stream_id or source_id", field="stream_id")
         if request.source_id and not caller.may("view", source=request.source_id):
             caller.place("view", source=request.source_id)
+
+    def _meant(self, request: pb.WatchStreamRequest, caller: Caller) -> tuple[Lane, Sight]:
+        """Raises STREAM_NOT_FOUND."""
         for lane, sight in reversed(self._visible(caller)):
             if request.stream_id in ("", lane.stream_id) and (
                 not request.source_id or request.source_id == lane.options.source_id
             ):
                 return lane, sight
-        raise FacelaneError(
-            Reason.STREAM_NOT_FOUND,
-            "no such stream is open, or it is private, or of a gallery or source that the key may "
-            "not view; ListStreams lists those that can be looked at",
-        )
+        raise _not_found()
 
     def _open_stream(self, lane: Lane, sight: Sight) -> pb.OpenStream:
         totals, figures = lane.totals, sight.figures()
@@ -135,6 +193,14 @@ class ViewService(pb_grpc.ViewServiceServicer):
         if sight.encoding is not None:
             message.encoding = _ENCODINGS[sight.encoding]
         return message
+
+
+def _not_found() -> FacelaneError:
+    return FacelaneError(
+        Reason.STREAM_NOT_FOUND,
+        "no such stream is open, or it is private, or of a gallery or source that the key may "
+        "not view; ListStreams lists those that can be looked at",
+    )
 
 
 def _may(caller: Caller, lane: Lane) -> bool:

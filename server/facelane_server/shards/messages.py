@@ -67,7 +67,30 @@ class ReloadConfig(Message, frozen=True):
     settings: Config
 
 
-Question = DescribeServer | DescribePools | Expose | RestartWorker | ReloadModel | ReloadConfig
+class ListStreams(Message, frozen=True):
+    """Answered by a ``ListStreamsResponse``: of those that ``caller`` may view (opaque here)."""
+
+    source_ids: tuple[str, ...]
+    caller: bytes
+
+
+class WatchStream(Message, frozen=True):
+    """Answered by a ticket (``edge/looks.py``). ``request``: a ``WatchStreamRequest``."""
+
+    request: bytes
+    caller: bytes
+
+
+Question = (
+    DescribeServer
+    | DescribePools
+    | Expose
+    | RestartWorker
+    | ReloadModel
+    | ReloadConfig
+    | ListStreams
+    | WatchStream
+)
 
 IN_TURN: Final = (ReloadModel, ReloadConfig)
 """One shard after the other, in the order of their numbers; one such question at a time."""
