@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import sqlalchemy as sa
 
 from tests.waiting import until
@@ -38,9 +39,10 @@ def present() -> bool:
 
 
 class Postgres:
-    """One server. ``kill`` and ``start`` are an operator's accident; ``url`` a database in it."""
+    """One server. ``kill`` and ``start`` are an operator's accident; ``url`` a database in it.
+    ``address``: of this machine, where it listens beside its socket."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "") -> None:
         found = programs()
         assert found is not None
         self._programs = found
@@ -51,8 +53,13 @@ class Postgres:
             owner = pwd.getpwnam(self._user)
             os.chown(folder, owner.pw_uid, owner.pw_gid)
         self._databases = 0
+        self.address = address
+        self.port = 5432
         self._process: subprocess.Popen[bytes] | None = None
         self._run("initdb", "-D", str(folder / "data"), "-U", "facelane", "-A", "trust", "-N")
+        if address:
+            with (folder / "data" / "pg_hba.conf").open("a") as rules:
+                rules.write("host all facelane samenet trust\n")
 
     def _run(self, program: str, *arguments: str) -> None:
         subprocess.run(
@@ -67,11 +74,15 @@ class Postgres:
 
     def start(self) -> None:
         settings = {
-            "listen_addresses": "",
+            "listen_addresses": self.address,
+            "port": str(self.port),
             "unix_socket_directories": str(self._folder),
             # The machine is not switched off in tests.
             "fsync": "off",
             "max_connections": "200",
+            # On a small disk too.
+            "min_wal_size": "32MB",
+            "max_wal_size": "64MB",
         }
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -95,9 +106,23 @@ class Postgres:
             return bool(connection.scalar(sa.text("SELECT true")))
         return False
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended by itself."""
+        return self._process is not None and self._process.poll() is None
+
     def kill(self) -> None:
-        """kill -9: the postmaster, and with it every backend."""
-        self._end(signal.SIGQUIT)
+        """kill -9: the postmaster and every backend."""
+        if self._process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(self._process.pid).children()
+                self._process.kill()
+                for child in children:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                psutil.wait_procs(children, timeout=30)
+            self._process.wait(30)
+            self._process = None
 
     def stop(self) -> None:
         """As a restart does: sessions are ended, what was committed is kept."""
@@ -118,7 +143,7 @@ class Postgres:
         )
 
     def url(self) -> str:
-        """Of a fresh database."""
+        """Of a fresh database, by ``address`` where there is one."""
         self._databases += 1
         name = f"facelane_{self._databases}"
         engine = sa.create_engine(
@@ -127,16 +152,19 @@ class Postgres:
         with engine.connect() as connection:
             connection.execute(sa.text(f"CREATE DATABASE {name} STRATEGY file_copy"))
         address = self._address(name).set(drivername="postgresql")
+        if self.address:
+            address = address.set(host=self.address, port=self.port, query={})
         return address.render_as_string(hide_password=False)
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Postgres]:
+def running(address: str = "", folder: Path | None = None) -> Iterator[Postgres]:
+    """``folder``: an empty one that any user may enter, on a disk of its own for instance."""
     # Not in pytest's folder, which is its user's alone.
-    folder = Path(tempfile.mkdtemp(prefix="facelane-postgres-"))
+    folder = folder or Path(tempfile.mkdtemp(prefix="facelane-postgres-"))
     try:
         folder.chmod(0o755)
-        server = Postgres(folder)
+        server = Postgres(folder, address)
         try:
             server.start()
             yield server

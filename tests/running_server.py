@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -59,7 +59,15 @@ def free_port() -> int:
 class RunningServer:
     """``facelane-server run`` on a config. Owns the process; ``stop`` ends it."""
 
-    def __init__(self, folder: Path, config: str, *, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """``prefix``: a command that becomes the server, in a network of its own for instance."""
         self.folder = folder
         self.config = folder / "server.toml"
         self.config.write_text(config)
@@ -68,7 +76,7 @@ class RunningServer:
             (folder / name).mkdir(exist_ok=True, mode=0o700)
         self._log_file = self.log.open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "facelane_server", "run", "--config", str(self.config)],
+            [*prefix, sys.executable, "-m", "facelane_server", "run", "--config", str(self.config)],
             stdin=subprocess.DEVNULL,
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
