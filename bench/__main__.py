@@ -36,11 +36,13 @@ ABOUT: Final = {
     "vault": "what encryption at rest costs a start, an enrolment, an identification",
     "watchers": "some look at streams, stop reading, look at video: what it costs the streams",
     "names": "whom a real clip's faces are named after while answers are late; who may enrol",
-    "fleet": "nodes killed, added and drained under 24 cameras: gaps, accounts (needs ray)",
+    "fleet": "nodes killed, added and drained under 24 cameras: gaps, accounts (needs ray); "
+    "fleet:bare on nodes begun by `ray start`",
     "isolation": "models sharing a card: alone, threads, processes, MPS, MPS with shares",
     "leak": "a model that leaks device memory is replaced beside two that behave",
     "streams": "how many cameras one card takes; 720p and 1080p, with -mps, -nvjpeg, -nvjpeg-mps, "
-    "-h264 and (1080p) -h265, these with -mps, or -10 for ten analyses a second; --servers N",
+    "-h264 and (1080p) -h265, these with -mps, or -10 for ten analyses a second; "
+    "without a card null models: 720p-null, 720p-h264-null; --servers N, --shards N",
     "decode": "JPEG decoding and face crops: on the host or on the card",
 }
 

@@ -1,7 +1,8 @@
 """A fleet on three nodes: how long cameras are without results when a node is lost, one comes, one
 is drained, a camera is moved, the supervisor is killed; and whether every frame has its outcome.
 
-Nodes are Ray's, as processes of this machine; servers, workers, bridges and cameras (HTTP-MJPEG,
+Nodes are Ray's, as processes of this machine, begun by Ray's own tests' means or (part ``bare``) by
+`ray start`, as on machines of their own; servers, workers, bridges and cameras (HTTP-MJPEG,
 small pictures) are real, models compute nothing: what is measured is the fleet, not recognition.
 Gaps are between results, as the bridges have them; over moves and losses, from the last result of
 the one run to the first of the next.
@@ -47,7 +48,7 @@ def _run(settings: Settings, report: Report) -> None:
         tempfile.TemporaryDirectory(prefix="facelane-bench-") as folder,
         Rig(
             Path(folder), cameras=cameras, nodes=settings.sized(3, 2), fps=FPS,
-            picture=picture.tobytes(),
+            picture=picture.tobytes(), bare=settings.only == ("bare",),
         ) as rig,
     ):  # fmt: skip
         settings.say("the fleet begins")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import msgspec
+import psutil
 import tomli_w
 
 from facelane_fleet.messages import CameraStatus, Status
@@ -41,6 +42,7 @@ NULL_SERVER: Final[Mapping[str, Any]] = {
     "log": {"level": "warning"},
 }
 COMMAND_S: Final = 120.0
+BEGIN_S: Final = 120.0
 
 
 class Cameras:
@@ -125,9 +127,60 @@ def _patiently(begin: Callable[[], Any]) -> Any:
     return begin()
 
 
+class Started:
+    """Nodes as people begin them (docs/fleet.md): `ray start --block`, a process for each machine,
+    of which one that is lost takes all with it that runs on it."""
+
+    def __init__(self) -> None:
+        self.address = f"127.0.0.1:{_free_port()}"
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def begin(self, name: str, cards: int) -> None:
+        head = not self._nodes
+        where = ["--head", "--port", self.address.rpartition(":")[2]] if head else []
+        where += [] if head else ["--address", self.address]
+        if head:
+            where += ["--ray-client-server-port", str(_free_port()), "--include-dashboard", "false"]
+        variables = {f"RAY_{key}": str(value) for key, value in HEALTH.items()}
+        self._nodes[name] = subprocess.Popen(
+            [
+                sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *where,
+                "--node-name", name, "--node-ip-address", "127.0.0.1", "--num-cpus", "1",
+                "--num-gpus", str(cards), "--object-store-memory", str(80 << 20),
+                "--dashboard-agent-listen-port", str(_free_port()),
+                "--min-worker-port", "0", "--max-worker-port", "0", "--disable-usage-stats",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **variables},
+        )  # fmt: skip
+
+    def lose(self, name: str) -> None:
+        """As a machine loses its power."""
+        process = self._nodes.pop(name)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everything = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for one in everything:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.wait(30)
+
+    def end(self) -> None:
+        for name in reversed(list(self._nodes)):
+            self.lose(name)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @dataclass(eq=False)
 class Rig:
-    """A cluster of nodes ``n0``, ``n1``, ... and a fleet of cameras ``cam-00``, ... in it."""
+    """A cluster of nodes ``n0``, ``n1``, ... and a fleet of cameras ``cam-00``, ... in it.
+    ``bare``: nodes are begun by `ray start`, instead of by Ray's own tests' means."""
 
     folder: Path
     cameras: int
@@ -136,6 +189,7 @@ class Rig:
     picture: bytes = b""
     server: Mapping[str, Any] = field(default_factory=lambda: NULL_SERVER)
     fleet: Mapping[str, Any] = field(default_factory=dict)
+    bare: bool = False
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Self:
@@ -145,16 +199,28 @@ class Rig:
         from ray.cluster_utils import Cluster
 
         self.simulated = self._stack.enter_context(Cameras(self.fps, self.picture))
-        head = {**self._node_arguments(0), "include_dashboard": False, "_system_config": HEALTH}
-        self._cluster: Any = _patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
-        self._stack.callback(self._cluster.shutdown)
-        self._nodes: dict[str, Any] = {"n0": self._cluster.head_node}
+        self._nodes: dict[str, Any] = {}
+        self._started: Started | None = None
+        if self.bare:
+            self._started = Started()
+            self._stack.callback(self._started.end)
+            self.address = self._started.address
+            self.add_node()
+            self._connect_when_begun()
+        else:
+            head = {
+                **self._node_arguments(0), "include_dashboard": False, "_system_config": HEALTH
+            }  # fmt: skip
+            self._cluster: Any = _patiently(
+                lambda: Cluster(initialize_head=True, head_node_args=head)
+            )
+            self._stack.callback(self._cluster.shutdown)
+            self._nodes["n0"] = self._cluster.head_node
+            self.address = self._cluster.address
         for _ in range(1, self.nodes):
             self.add_node()
-        ray.init(
-            address=self._cluster.address, namespace="facelane-fleet", log_to_driver=False,
-            configure_logging=False,
-        )  # fmt: skip
+        if not self.bare:
+            self._connect()
         self._stack.callback(ray.shutdown)
         self._stack.callback(self._down)
         self.config = self.folder / "fleet.toml"
@@ -164,6 +230,24 @@ class Rig:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _connect(self) -> None:
+        import ray
+
+        ray.init(
+            address=self.address, namespace="facelane-fleet", log_to_driver=False,
+            configure_logging=False,
+        )  # fmt: skip
+
+    def _connect_when_begun(self) -> None:
+        deadline = time.monotonic() + BEGIN_S
+        while True:
+            try:
+                return self._connect()
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
 
     def _node_arguments(self, number: int) -> dict[str, Any]:
         return {"num_cpus": 1, "object_store_memory": 80 << 20, "node_name": f"n{number}"}
@@ -186,6 +270,10 @@ class Rig:
     def add_node(self, cards: int = 0) -> str:
         """Another node, with cards as far as Ray knows; gives its name."""
         number = len(self._nodes)
+        if self._started is not None:
+            self._started.begin(f"n{number}", cards)
+            self._nodes[f"n{number}"] = None
+            return f"n{number}"
         node = _patiently(
             lambda: self._cluster.add_node(num_gpus=cards, **self._node_arguments(number))
         )
@@ -194,14 +282,18 @@ class Rig:
 
     def kill_node(self, name: str) -> None:
         """Its raylet is killed, and all that Ray runs on it ends with that."""
-        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+        node = self._nodes.pop(name)
+        if self._started is not None:
+            self._started.lose(name)
+        else:
+            self._cluster.remove_node(node, allow_graceful=False)
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """``facelane-fleet``, as people call it."""
         return subprocess.run(
             [
                 sys.executable, "-m", "facelane_fleet",
-                "--address", self._cluster.address, *words,
+                "--address", self.address, *words,
             ],
             capture_output=True, text=True, timeout=COMMAND_S, check=False,
         )  # fmt: skip

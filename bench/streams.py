@@ -6,10 +6,11 @@ Parts: `streams:720p`, `streams:1080p`, which are the whole; and by name alone t
 all workers under MPS (`streams:720p-mps`), with the frames decoded by the card
 (`streams:720p-nvjpeg`), and both (`streams:720p-nvjpeg-mps`). Cameras that send video, decoded
 by the card where it can: `streams:720p-h264`, `streams:1080p-h264`, `streams:1080p-h265`, and with
-ten analyses a second each, the pictures in between being decoded and no more (`-10`); all that
-with `--servers N`: so many independent servers on the card, under one MPS daemon, the cameras
-dealt to them in turn. Says what was the limit. A part takes about a minute and a half; when its
-time is up, the largest number that was good so far is told as such.
+ten analyses a second each, the pictures in between being decoded and no more (`-10`). With null
+models, which need no card: `streams:720p-null`, `streams:720p-h264-null`. All that with `--servers
+N`: so many independent servers on the card, under one MPS daemon, the cameras dealt to them in
+turn; or with `--shards N`: so many processes at one address. Says what was the limit. A part takes
+about a minute and a half; when its time is up, the largest number that was good so far is told.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ STREAMS_A_CLIENT: Final = 12
 BUDGET_S: Final = 90.0
 """For one part; no trial is begun after it."""
 START_S: Final = 100.0
+"""For each shard: on a card they load and warm up beside each other, and slow each other down."""
 FACES: Final = (0, 1, 2, 1, 4, 0, 3, 1)
 SIZES: Final = {"720p": (1280, 720), "1080p": (1920, 1080)}
 CODECS: Final = {"720p": ("h264",), "1080p": ("h264", "h265")}
@@ -124,19 +126,21 @@ class Trial:
 
 async def run(settings: Settings) -> Report:
     report = Report("streams", smoke=settings.smoke)
-    models = material.real_models(settings.cache)
     on_card = settings.device.startswith("cuda")
+    listed: set[str] = set()
     for size, (width, height) in SIZES.items():
         named = {
             size: _Way(),
             f"{size}-mps": _Way("mps"),
             f"{size}-nvjpeg": _Way(decode="cuda"),
             f"{size}-nvjpeg-mps": _Way("mps", "cuda"),
+            f"{size}-null": _Way(null=True),
         }
         for codec in CODECS[size]:
             card = "cuda" if on_card else "cpu"
             named[f"{size}-{codec}"] = _Way(decode=card, codec=codec)
             named[f"{size}-{codec}-mps"] = _Way("mps", card, codec)
+            named[f"{size}-{codec}-null"] = _Way(decode=card, codec=codec, null=True)
             named[f"{size}-{codec}-10"] = _Way(decode=card, codec=codec, analysis_fps=10.0)
         parts = {
             part: way
@@ -145,7 +149,7 @@ async def run(settings: Settings) -> Report:
         }
         if not on_card:
             parts = {p: way for p, way in parts.items() if way.isolation == "process"}
-            parts = {p: way for p, way in parts.items() if way.codec or way == _Way()}
+            parts = {p: way for p, way in parts.items() if way.codec or way.decode == "cpu"}
         if on_card and settings.servers > 1:
             parts = {p: replace(way, isolation="mps") for p, way in parts.items()}
         if not parts or (settings.smoke and size == "1080p"):
@@ -166,7 +170,13 @@ async def run(settings: Settings) -> Report:
                     if way.codec:
                         sent = Path(scratch) / way.codec
                         _make_clip(settings, report, size, way.codec, sent)
+                    models = (
+                        material.null_models() if way.null else material.real_models(settings.cache)
+                    )
+                    listed.add(models.listed)
                     await _part(settings, report, models, part, way, sent)
+                except material.MissingError:
+                    raise
                 except Exception as error:  # one part's failure must not lose the others
                     report.note(f"{part}: not measured: {type(error).__name__}: {error}")
         kb = sum(map(len, frames)) / len(frames) / 1e3
@@ -176,7 +186,8 @@ async def run(settings: Settings) -> Report:
             f"streams has no part {', '.join(settings.only)} on {settings.device}; "
             "python -m bench --help names them"
         )
-    report.note(models.listed)
+    for one in sorted(listed):
+        report.note(one)
     return report
 
 
@@ -189,6 +200,8 @@ class _Way:
     codec: str = ""
     """Of cameras that send video."""
     analysis_fps: float = 0.0
+    null: bool = False
+    """Models that compute nothing."""
 
 
 def _make_clip(settings: Settings, report: Report, size: str, codec: str, folder: Path) -> None:
@@ -207,10 +220,11 @@ def _pools(settings: Settings, models: material.Models, way: _Way) -> str:
     """Where decoding is the processor's work there are several detector workers: three for
     every eight cores, and each decodes a batch with two threads. The rest is for the front,
     the other workers and the cameras. Where the card decodes, two workers feed it; of several
-    servers on it, one each."""
-    cores = len(os.sched_getaffinity(0)) // settings.servers
+    servers or shards on it, one each."""
+    many = settings.servers * max(1, settings.shards)
+    cores = len(os.sched_getaffinity(0)) // many
     detectors = max(1, min(8, cores * 3 // 8)) if way.decode == "cpu" else 2
-    if settings.servers > 1 and way.decode == "cuda":
+    if many > 1 and way.decode == "cuda":
         detectors = 1
     device = f'devices = ["{settings.device}"]\nbatch_max = 8\nisolation = "{way.isolation}"\n'
     return models.pools_toml(
@@ -306,7 +320,7 @@ async def _servers(
             Service(
                 pools,
                 tables=tables,
-                start_s=START_S,
+                start_s=START_S * max(1, settings.shards),
                 environ=environ,
                 shards=max(1, settings.shards),
             )

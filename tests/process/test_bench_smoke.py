@@ -49,6 +49,15 @@ def test_the_service_alone(tmp_path: Path) -> None:
     assert "smoke run" in done.stdout
 
 
+def test_cameras_on_shards_need_neither_card_nor_models(tmp_path: Path) -> None:
+    done = bench(tmp_path, "streams:720p-null", "--device", "cpu", "--shards", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = tmp_path.glob("streams-720p-null-shards2-*.json")
+    document = json.loads(path.read_text())
+    assert not [note for note in document["notes"] if "not measured" in note], document["notes"]
+    assert document["rows"]
+
+
 @pytest.mark.shared
 def test_names_on_a_real_clip(tmp_path: Path) -> None:
     done = bench(tmp_path, "names:clip")
