@@ -171,7 +171,7 @@ class History:
 
     def wait_serving(self) -> None:
         for target in self.targets:
-            until(lambda to=target: self._serves(to), 180.0, f"{target} SERVING")  # type: ignore[misc]
+            until(lambda to=target: self._serves(to), 600.0, f"{target} SERVING")  # type: ignore[misc]
 
     def _serves(self, target: str) -> bool:
         for server in self.servers:
@@ -383,9 +383,9 @@ class History:
             threading.Thread(target=self._guarded, args=(n, pair))
             for n in range(1 if pair else WRITERS)
         ]
-        begun = time.monotonic()
         try:
             self.wait_serving()
+            begun = time.monotonic()
             with self.client() as client, client.watch_events() as first:
                 token = first.resume_token
             for one in watchers:
@@ -577,13 +577,13 @@ def main() -> int:
             except UnavailableError as error:
                 print(json.dumps({"cell": cell, "engine": args.engine, "left_out": str(error)}))
                 continue
+            seconds = round(time.monotonic() - begun, 1)
+            print(json.dumps(history.report() | {"shards": shards, "seconds": seconds}), flush=True)
             if history.wrong:
                 kept = Path(tempfile.mkdtemp(prefix="facelane-history-wrong-"))
                 for server in history.servers:
                     shutil.copy(server.log, kept / f"{server.folder.name}.log")
                 print(f"logs: {kept}", file=sys.stderr)
-        seconds = round(time.monotonic() - begun, 1)
-        print(json.dumps(history.report() | {"shards": shards, "seconds": seconds}), flush=True)
         bad = bad or bool(history.wrong) or history.operations < args.operations
     return 1 if bad else 0
 
