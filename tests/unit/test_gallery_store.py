@@ -7,7 +7,7 @@ import itertools
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store import remembered, schema, sqlite
+from facelane_server.store.database import patiently, unavailable
 from facelane_server.store.gallery import Store
 from facelane_server.store.masterkey import Source
 from facelane_server.store.opening import open_store
@@ -650,3 +651,33 @@ def test_a_store_that_is_sealed_later_seals_its_chips(path: Path, tmp_path: Path
     finally:
         sealed.close()
     assert not any(bytes([7]) * 300 in file.read_bytes() for file in path.parent.iterdir())
+
+
+def test_a_process_that_begins_waits_for_a_busy_store_and_for_nothing_else() -> None:
+    tried = []
+
+    def begin(*errors: FacelaneError) -> Callable[[], str]:
+        waiting = list(errors)
+
+        def once() -> str:
+            tried.append(1)
+            if waiting:
+                raise waiting.pop(0)
+            return "open"
+
+        return once
+
+    busy = unavailable("busy", cause="BUSY", retryable=True)
+    assert patiently(begin(busy, busy)) == "open"
+    assert len(tried) == 3
+    with pytest.raises(FacelaneError, match="busy"):
+        patiently(begin(busy), patience_s=0.0)
+    away = unavailable("away", cause="08006", trouble="UNREACHABLE", retryable=True)
+    damaged = unavailable("damaged", cause="CORRUPT")
+    full = unavailable("full", cause="SQLITE_FULL", retryable=True)
+    for error in (away, damaged, full):
+        tried.clear()
+        with pytest.raises(FacelaneError) as caught:
+            patiently(begin(error))
+        assert caught.value is error
+        assert len(tried) == 1

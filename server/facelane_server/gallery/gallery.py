@@ -31,7 +31,7 @@ from facelane_server.naming import check_identifier, gallery_name
 from facelane_server.store.audit import Deed
 from facelane_server.store.chain import Head
 from facelane_server.store.chips import KeptChip
-from facelane_server.store.database import Database, opening, perhaps_done
+from facelane_server.store.database import Database, opening, patiently, perhaps_done
 from facelane_server.store.following import ChangeKind, HistoryLostError
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
@@ -130,7 +130,7 @@ class Gallery:
 
         executor = ThreadPoolExecutor(1, thread_name_prefix="gallery-store")
         try:
-            store = await asyncio.get_running_loop().run_in_executor(executor, opened)
+            store = await asyncio.get_running_loop().run_in_executor(executor, patiently, opened)
         except BaseException:
             executor.shutdown(wait=False)
             raise

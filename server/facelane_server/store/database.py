@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+import time
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Final, Literal, TypeVar
 
 import sqlalchemy as sa
 
@@ -18,6 +19,12 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store import schema
 
 Kind = Literal["sqlite", "postgresql"]
+T = TypeVar("T")
+
+BUSY_S: Final = 60.0
+"""A process that begins waits so long for others that begin."""
+_BUSY: Final = ("BUSY", "POOL", "SQLITE_BUSY", "SQLITE_LOCKED", "40", "55", "57014")
+"""How causes begin that are others' at work."""
 
 
 def perhaps_done() -> FacelaneError:
@@ -134,6 +141,23 @@ class Database(abc.ABC):
                 f"{self.name} is a database of another program; set {self._otherwise} to another"
             )
         return 0
+
+
+def patiently(begin: Callable[[], T], patience_s: float = BUSY_S) -> T:
+    """What a process does when it begins, again while the store is busy: with others that begin
+    beside it, each of which looks after tables and keys. Raises what it raises in the end, and at
+    once whatever else."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return begin()
+        except FacelaneError as error:
+            if (
+                not error.metadata.get("cause", "").startswith(_BUSY)
+                or time.monotonic() >= deadline
+            ):
+                raise
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
