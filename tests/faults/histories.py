@@ -32,6 +32,7 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -566,6 +567,8 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--shards", type=int, default=0, help="default 4, enrolling 8")
     args = parser.parse_args()
+    # As an exception, so that servers, disks and networks are ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bad = False
     for cell in args.cells or cells(args.engine):
         begun = time.monotonic()
