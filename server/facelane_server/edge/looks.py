@@ -19,7 +19,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -158,7 +158,7 @@ class Looks:
             await asyncio.gather(showing, leaving, return_exceptions=True)
 
 
-async def seen(ticket: bytes, shard: int) -> AsyncIterator[pb.WatchStreamResponse]:
+async def seen(ticket: bytes, shard: int) -> AsyncGenerator[pb.WatchStreamResponse, None]:
     """What the shard shows that has given the ticket. Raises what it raises, and STREAM_NOT_FOUND
     (retryable) when it is gone."""
     writer: asyncio.StreamWriter | None = None
