@@ -442,7 +442,7 @@ class History:
         with self.client() as client, client.analyze_stream(source_id="the-end"):
             pass
         for one in watchers:
-            until(lambda by=one: by.has_heard("the-end"), 60.0, "the last event")  # type: ignore[misc]
+            until(lambda by=one: by.has_heard("the-end"), what="the last event")  # type: ignore[misc]
             one.close()
         longest = max(watchers, key=lambda one: len(one.told))
         self.events = len(longest.told)
@@ -508,7 +508,7 @@ def _named(client: facelane.Client, picture: facelane.Picture) -> list[str]:
 def _until_named(
     client: facelane.Client, subject: str, picture: facelane.Picture, so: bool
 ) -> None:
-    until(lambda: (subject in _named(client, picture)) is so, 30.0, f"{subject} named: {so}")
+    until(lambda: (subject in _named(client, picture)) is so, what=f"{subject} named: {so}")
 
 
 def _told(event: facelane.Event) -> tuple[object, ...]:
