@@ -49,7 +49,8 @@ def test_axe_finds_nothing_serious_on_any_view(
         for number, name in enumerate(NAMES[language]):
             shown(page, name)
             look(name)
-            figure(page, f"{('live', 'events', 'people', 'system')[number]}-{theme}-{language}")
+            if number == 3 and (theme, language) == ("dark", "zh"):
+                figure(page, "system-dark-zh")
         page.get_by_role("button", name={"en": "Log out", "zh": "退出"}[language]).click()
         page.get_by_label(key).wait_for()
         look("log-in")

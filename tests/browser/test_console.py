@@ -79,6 +79,7 @@ def test_enrol_see_the_name_correct_it_and_delete_with_a_receipt(page: Any, hous
     figure(page, "live")
 
     view(page, "Events")
+    page.get_by_label("Filter").select_option("SUBJECT_SEEN")
     newest = page.locator("li.event[data-kind=SUBJECT_SEEN]").first
     newest.wait_for()
     # The very one: others come before it.

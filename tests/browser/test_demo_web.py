@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.browser.conftest import VIEWPORT, WAIT_MS, figure
+from tests.browser.conftest import VIEWPORT, WAIT_MS
 from tests.e2e.test_demo import servers_in
 from tests.waiting import until
 
@@ -44,7 +44,6 @@ def test_the_demo_in_the_console(chromium: Any, tmp_path: Path) -> None:
         page.get_by_role("button", name="Log in").click()
         # H.264 as the bridge passes it on, and a name of the two.
         page.wait_for_function(_NAMED)
-        figure(page, "live")
         until(lambda: "The camera goes on" in said.read_text(), 120, "the clip's end")
         assert '"frames": 400' in said.read_text()
         before = int(page.locator("canvas").get_attribute("data-painted"))

@@ -16,7 +16,7 @@ function merged(now: Event_[], found: Event_[]): Event_[] {
 
 function Picture({ event, whom }: { event: Event_; whom: string }) {
   const [gone, lose] = useState(!event.picture);
-  if (gone) return <div class="nopicture" />;
+  if (gone) return null;
   return <img loading="lazy" width="112" height="112" src={`/api/events/${event.sequence}/picture`} alt={t("pictureOf", whom)} onError={() => lose(true)} />;
 }
 

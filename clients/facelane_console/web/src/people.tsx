@@ -104,6 +104,7 @@ function Card({ person, changed, may }: { person: Person; changed: () => void; m
   const [problem, complain] = useState("");
   const path = `/people/${encodeURIComponent(person.id)}`, where = `?gallery=${encodeURIComponent(person.gallery)}`;
   const load = () => call<Person>("GET", path + where).then(fill, (error) => complain(reason(error as Refusal)));
+  useEffect(() => { if (open) void load(); }, [person.templates]);
   const erase = async () => {
     ask(false);
     try { show(await call("DELETE", path + where)); } catch (error) { complain(reason(error as Refusal)); }
