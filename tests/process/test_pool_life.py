@@ -199,16 +199,20 @@ async def test_whatever_a_worker_says_last_its_end_is_seen(words: bytes) -> None
 
 
 async def test_kill_9_under_load_loses_nothing() -> None:
-    async with real_pool(workers=2, batch_max=4, options={"fail.slow_ms": "3"}) as p:
+    slow = {"fail.slow_ms": "3"}
+    async with real_pool(workers=2, batch_max=4, restart_limit=100, options=slow) as p:
         tasks = []
         for round_ in range(4):
             # Both are there: the number of one that is gone could be killed again.
-            await auntil(lambda n=round_: len(p.changes(PoolChange.WORKER_READY)) == n + 2)
+            await auntil(lambda: [w.life for w in p.pool.info().workers] == [Life.READY] * 2)
             tasks += [p.submit(lane=n % 5) for n in range(60)]
             await auntil(lambda: p.pool.in_flight > 0)
-            os.kill(p.pids()[round_ % 2], signal.SIGKILL)
-            await auntil(lambda n=round_: p.pool.info().losses == n + 1)
+            ready = [w.pid for w in p.pool.info().workers if w.life is Life.READY]
+            killed = ready[round_ % len(ready)]
+            os.kill(killed, signal.SIGKILL)
+            await auntil(lambda pid=killed: pid not in p.pids())
             await auntil(lambda: p.pool.state is PoolState.SERVING)
+        assert p.pool.info().losses >= 4
         results = await outcomes(tasks)
         wrong = [result for result in results if not isinstance(result, LivenessAnswer)]
         assert wrong == []
