@@ -257,6 +257,8 @@ MAX_HEALTH_WATCHERS: Final = 1_024
 """Calls that watch health: one of every connection of a client of several servers."""
 MAX_EVENT_FILTERS: Final = 256
 """Sources and galleries that a watcher names."""
+MAX_SEQUENCE: Final = (1 << 63) - 1
+"""No event has a larger number: stores count in 64 bits with a sign, clients without."""
 MAX_EVENT_BATCH: Final = 256
 """Events that a watcher is given at a time."""
 

@@ -194,8 +194,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         if event is None:
             raise event_not_found()
         gallery_id, track = event.gallery_id, event.track
-        if not caller.may("correct", gallery=gallery_id, source=event.source_id):
-            caller.place("correct", gallery=gallery_id, source=event.source_id)
+        caller.require("correct", gallery=gallery_id, source=event.source_id)
         for_confirmers(event, caller)
         if track is None or not track.picture:
             raise picture_not_found()

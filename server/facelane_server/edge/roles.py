@@ -248,6 +248,24 @@ class Caller:
             metadata={"field": field, "scope": verb},
         )
 
+    def require(self, verb: Verb, *, gallery: str, source: str) -> None:
+        """Raises PERMISSION_DENIED unless it may do so with what belongs to this gallery and this
+        source, each of which may be none: that is nobody's who is bound to some (``place`` takes
+        none for the only one that is allowed)."""
+        if not self.may(verb, gallery=gallery, source=source):
+            raise FacelaneError(
+                Reason.PERMISSION_DENIED,
+                "the key is not for the gallery or the source of this; ask for another key",
+                metadata={"scope": verb},
+            )
+
+    def unbound(self, verb: Verb) -> bool:
+        """Whether it may do so everywhere."""
+        return self.grants is None or any(
+            verb in grant.verbs and not (grant.galleries or grant.sources or grant.own_events)
+            for grant in self.grants
+        )
+
     def hears(self, source_id: str, gallery_id: str, sender: str) -> bool:
         """Whether an event of this source and gallery, of a stream that the caller of the name
         ``sender`` has opened, is for this one; what belongs to none is for those who are bound to

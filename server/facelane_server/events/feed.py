@@ -266,8 +266,10 @@ class EventFeed:
                 if self._keeper is None
                 else "that token is of another store"
             )
-        if sequence > self._sequence and self._keeper is None:
-            raise _invalid_token()  # a keeper may have it from another server, a moment ahead
+        # A keeper may have it from another server, a moment ahead.
+        ahead = limits.MAX_SEQUENCE if self._keeper is not None else self._sequence
+        if sequence > ahead:
+            raise _invalid_token()
         if sequence < (self._first if self._keeper is None else self._gone):
             raise lost("more has happened since that token than is kept")
         return int(sequence)
@@ -279,6 +281,8 @@ class EventFeed:
 
     async def find(self, sequence: int) -> Event | None:
         """The event of a number, while it is kept. Raises GALLERY_UNAVAILABLE."""
+        if sequence > limits.MAX_SEQUENCE:
+            return None
         if self._keeper is not None:
             return await self._keeper.find(sequence)
         return next((event for event in self._ring if event.sequence == sequence), None)
@@ -294,6 +298,7 @@ class EventFeed:
     ) -> list[Event]:
         """At most ``count`` events before ``sequence`` (0 = from the newest on), the newest first.
         Raises GALLERY_UNAVAILABLE."""
+        sequence = min(sequence, limits.MAX_SEQUENCE)
         if self._keeper is not None:
             return await self._keeper.before(
                 sequence, count, kinds=kinds, source_ids=source_ids, gallery_ids=gallery_ids

@@ -14,6 +14,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
+from facelane_server import limits
 from facelane_server.domain import Decision, FacelaneError, Reason
 from facelane_server.naming import gallery_name
 from facelane_server.store import audit
@@ -67,6 +68,8 @@ def confirm(
     ``at_source``: whether it may answer for this source. Raises EVENT_NOT_FOUND,
     GALLERY_UNAVAILABLE."""
     gallery_id = gallery_name(gallery_id)
+    if sequence > limits.MAX_SEQUENCE:
+        raise _missing()
     with store.database.writing(GALLERY, AUDIT, EVENTS) as connection:
         row = connection.execute(
             sa.select(events).where(

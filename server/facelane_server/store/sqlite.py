@@ -37,6 +37,7 @@ POLL_S: Final = 0.05
 that has nothing to do pays for. Commits of our own are looked for at once."""
 GATHER_S: Final = 0.005
 """Commits of our own that come together are told of together."""
+_OF: Final = "facelane-forgotten"
 _WRITERS: Final = 1 << 40
 """A byte of the file, far behind SQLite's own locks, that is whose who writes, or overwrites the
 log. SQLite's own waiting lets some of eight writers starve: its pauses grow."""
@@ -64,6 +65,8 @@ class SqliteFile(Database):
         """SQLite has one writer at a time; threads queue here, processes at the file."""
         self._log_is_full = True
         """It may hold what was deleted and could not be emptied; a killed server left it so."""
+        self._forgotten = 0
+        """How often something was deleted for good: connections of before hold some of it."""
         self._closed = threading.Event()
         self._stirred = threading.Event()
         """Set after a commit of our own, and at the end."""
@@ -231,7 +234,8 @@ class SqliteFile(Database):
         )
 
         @sa.event.listens_for(engine, "connect")
-        def prepare(connection: sqlite3.Connection, _record: object) -> None:
+        def prepare(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry) -> None:
+            record.info[_OF] = self._forgotten
             # BEGIN is ours (below): the driver's own would start read transactions late.
             connection.isolation_level = None
             for pragma in (
@@ -244,6 +248,11 @@ class SqliteFile(Database):
                 "temp_store = MEMORY",
             ):
                 connection.execute(f"PRAGMA {pragma}").close()
+
+        @sa.event.listens_for(engine, "checkin")
+        def outdated(_connection: object, record: sa.pool.ConnectionPoolEntry) -> None:
+            if record.info.get(_OF) != self._forgotten:
+                record.invalidate()
 
         @sa.event.listens_for(engine, "begin")
         def begin(connection: sa.Connection) -> None:
@@ -384,6 +393,19 @@ class SqliteFile(Database):
             self._empty_log(wait_ms)
         finally:
             self._lock_writers(fcntl.F_UNLCK, 0)
+            self._close_outdated()
+
+    def _close_outdated(self) -> None:
+        """Connections keep pages of the file, and what their statements were given last. Those that
+        are in use end when they are given back."""
+        self._forgotten += 1
+        with contextlib.ExitStack() as idle, contextlib.suppress(exc.SQLAlchemyError):
+            for _ in range(self._idle()):
+                idle.enter_context(contextlib.closing(self._engine.raw_connection()))
+
+    def _idle(self) -> int:
+        pool = self._engine.pool
+        return pool.checkedin() if isinstance(pool, sa.QueuePool) else 0
 
     def _empty_log(self, wait_ms: int) -> None:
         # Not through a transaction: a checkpoint inside of one is refused.

@@ -1,0 +1,176 @@
+"""What a key learns of events that are not for it: nothing, whatever it asks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from contextvars import copy_context
+from typing import Any, cast
+
+import pytest
+
+from facelane.v1 import event_service_pb2 as pb
+from facelane_server import limits
+from facelane_server.domain import (
+    Box,
+    Decision,
+    FacelaneError,
+    Identity,
+    Liveness,
+    LivenessVerdict,
+    Reason,
+    TrackReport,
+)
+from facelane_server.edge import gate
+from facelane_server.edge.operations import EventService
+from facelane_server.edge.roles import Caller, Grant
+from facelane_server.events import EventFeed, EventKind
+
+SEEN, CANDIDATE = EventKind.SUBJECT_SEEN, EventKind.SUBJECT_CANDIDATE
+CAMERA = Caller("door", (Grant(frozenset({"analyze", "events"}), own_events=True),))
+AT_THE_DOOR = Caller("guard", (Grant(frozenset({"events", "view"}), sources=(("door",),)),))
+WATCHMAN = Caller("watch", (Grant(frozenset({"events"})),))
+CONFIRMS = Caller("desk", (Grant(frozenset({"events", "confirm"})),))
+
+
+def report(picture: str = "") -> TrackReport:
+    identity = Identity(Decision.MATCH, "grace", 0.9)
+    return TrackReport(
+        1, 0, 1, None, 5, Box(0, 0, 1, 1), identity, Liveness(LivenessVerdict.LIVE, 0.9),
+        picture=picture,
+    )  # fmt: skip
+
+
+class Gone:
+    """Services that a test does not come to."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"asked for {name}")
+
+
+def service(feed: EventFeed) -> EventService:
+    gone = cast("Any", Gone())
+    return EventService(feed, gone, gone, gone, {})
+
+
+def feed_of(*events: tuple[EventKind, str, str], history: int = 10_000) -> EventFeed:
+    """Of kinds, sources and senders, oldest first."""
+    feed = EventFeed(history=history)
+    for kind, source, sender in events:
+        feed.publish(kind, source_id=source, gallery_id="default", sender=sender, track=report())
+    return feed
+
+
+async def pages(feed: EventFeed, caller: Caller, **asked: Any) -> list[pb.ListEventsResponse]:
+    """All of them, as this caller gets them."""
+
+    async def read() -> list[pb.ListEventsResponse]:
+        gate._caller.set(caller)
+        found = [await service(feed).ListEvents(pb.ListEventsRequest(**asked), Any)]  # type: ignore[arg-type]
+        while found[-1].next_before_sequence:
+            asked["before_sequence"] = found[-1].next_before_sequence
+            found.append(await service(feed).ListEvents(pb.ListEventsRequest(**asked), Any))  # type: ignore[arg-type]
+        return found
+
+    return await asyncio.create_task(read(), context=copy_context())
+
+
+@pytest.mark.parametrize("caller", [CAMERA, AT_THE_DOOR], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"source_ids": ["vault"]},
+        {"source_ids": ["vault"], "kinds": [pb.EVENT_KIND_SUBJECT_SEEN], "page_size": 1},
+        {"gallery_ids": ["default"], "page_size": 1},
+        {"page_size": 1},
+    ],
+    ids=str,
+)
+async def test_a_filter_does_not_tell_what_happened_elsewhere(
+    caller: Caller, asked: dict[str, Any]
+) -> None:
+    """Page after page is the same whether somebody was at the vault or at the kiosk."""
+    own = (SEEN, "door", "door")
+    for other in (SEEN, CANDIDATE):
+        there = feed_of(own, (other, "vault", "vault"), own, (other, "vault", "vault"))
+        elsewhere = feed_of(own, (other, "kiosk", "kiosk"), own, (other, "kiosk", "kiosk"))
+        told = [
+            [(p.next_before_sequence, [e.sequence for e in p.events]) for p in found]
+            for found in (
+                await pages(there, caller, **asked),
+                await pages(elsewhere, caller, **asked),
+            )
+        ]
+        assert told[0] == told[1]
+
+
+async def test_a_candidate_is_not_even_counted_for_those_who_do_not_confirm() -> None:
+    feed = feed_of(*[(CANDIDATE, "door", "door")] * 3, (SEEN, "door", "door"))
+    asked = {"kinds": [pb.EVENT_KIND_SUBJECT_CANDIDATE], "page_size": 1}
+    [page] = await pages(feed, WATCHMAN, **asked)
+    assert not page.events
+    assert [len(p.events) for p in await pages(feed, CONFIRMS, **asked)] == [1, 1, 1, 0]
+
+
+async def test_what_is_heard_is_found_however_much_lies_between() -> None:
+    own, other = (SEEN, "door", "door"), (SEEN, "vault", "vault")
+    far = limits.MAX_EVENT_BATCH * 3
+    feed = feed_of(own, *itertools.repeat(other, far), own, own)
+    found = await pages(feed, CAMERA, page_size=2)
+    assert [e.sequence for p in found for e in p.events] == [far + 3, far + 2, 1]
+
+
+@pytest.mark.parametrize("number", [1 << 63, (1 << 64) - 1])
+async def test_numbers_that_no_store_can_count(number: int) -> None:
+    feed = feed_of((SEEN, "door", "door"))
+
+    class Keeper:
+        """As SQLite: what has no 64 bits with a sign is an error."""
+
+        async def before(self, sequence: int, count: int, **_: Any) -> list[Any]:
+            assert sequence < 1 << 63
+            return []
+
+        async def find(self, sequence: int) -> None:
+            assert sequence < 1 << 63
+
+    feed._keeper = cast("Any", Keeper())
+    assert await feed.before(number, 1) == []
+    assert await feed.find(number) is None
+    with pytest.raises(FacelaneError) as refused:
+        feed.watch(feed.token_after(number))
+    assert refused.value.reason is Reason.RESUME_TOKEN_INVALID
+
+
+@pytest.mark.parametrize(
+    ("source", "gallery", "allowed"),
+    [
+        ("door", "default", True),
+        ("", "default", False),
+        ("vault", "default", False),
+        ("door", "", True),
+    ],
+)
+def test_what_belongs_to_no_source_is_not_for_those_of_one(
+    source: str, gallery: str, *, allowed: bool
+) -> None:
+    if allowed:
+        AT_THE_DOOR.require("view", gallery=gallery, source=source)
+        return
+    with pytest.raises(FacelaneError) as refused:
+        AT_THE_DOOR.require("view", gallery=gallery, source=source)
+    assert refused.value.reason is Reason.PERMISSION_DENIED
+    assert source not in str(refused.value.metadata) or not source
+
+
+async def test_a_picture_of_a_stream_without_a_source_is_not_shown_to_a_key_of_one() -> None:
+    feed = EventFeed()
+    feed.publish(SEEN, source_id="", gallery_id="default", track=report("a-picture"))
+
+    async def ask() -> None:
+        gate._caller.set(AT_THE_DOOR)
+        await service(feed).GetEventPicture(pb.GetEventPictureRequest(sequence=1), Any)  # type: ignore[arg-type]
+
+    with pytest.raises(FacelaneError) as refused:
+        await ask()
+    assert refused.value.reason is Reason.PERMISSION_DENIED
