@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import secrets
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -34,6 +35,14 @@ from facelane_console.sessions import Session, Sessions
 STATIC: Final = Path(__file__).with_name("static")
 _NOTHING: Final = facelane.Picture(facelane.Encoding.JPEG, b"\xff\xd8\xff")
 MAX_PICTURE: Final = 16 << 20
+MAX_SAID: Final = 64 << 10
+"""A body of JSON."""
+MAX_KEY: Final = 4 << 10
+"""The body of a log-in, which anybody sends."""
+LOG_IN_S: Final = 10.0
+UPLOAD_S: Final = 60.0
+"""In which a body must have come."""
+_DIGITS: Final = 19
 MAX_KNOWN: Final = 10_000
 """Acknowledged events that are remembered, until the console ends."""
 
@@ -79,9 +88,9 @@ class Site:
             ("/session", "GET", self._session),
             ("/streams", "GET", self._streams),
             ("/events", "GET", self._events),
-            ("/events/{sequence:int}/picture", "GET", self._picture),
-            ("/events/{sequence:int}/correct", "POST", self._correct),
-            ("/events/{sequence:int}/acknowledge", "POST", self._acknowledge),
+            ("/events/{sequence}/picture", "GET", self._picture),
+            ("/events/{sequence}/correct", "POST", self._correct),
+            ("/events/{sequence}/acknowledge", "POST", self._acknowledge),
             ("/corrections/{correction}", "DELETE", self._undo),
             ("/people", "GET", self._people),
             ("/people/{subject}", "GET", self._person),
@@ -125,22 +134,30 @@ class Site:
     # -- log-in --------------------------------------------------------------------------------
 
     async def _login(self, request: Request) -> Response:
-        if not self.sessions.may_try:
+        address = request.client.host if request.client else ""
+        try:
+            key = str((await _body(request, MAX_KEY, LOG_IN_S))["key"])
+        except (KeyError, ValueError):
+            return JSONResponse({"reason": "ARGUMENT_INVALID", "message": "key is missing"}, 400)
+        if not self.sessions.may_try(address):
             told = {"reason": "TOO_MANY_TRIES", "message": "wait a minute, then try again"}
             return JSONResponse(told, 429)
         try:
-            key = str((await _body(request))["key"])
-        except (KeyError, ValueError):
-            return JSONResponse({"reason": "ARGUMENT_INVALID", "message": "key is missing"}, 400)
-        client = self._connect(key)
+            client = self._connect(key)
+        except facelane.FacelaneError as error:  # such a key cannot be
+            return refusal(error)
         try:
             may = await _may(client)
         except facelane.FacelaneError as error:
             await client.close()
-            if isinstance(error, facelane.AuthenticationError):
-                self.sessions.failed()
+            if not isinstance(error, facelane.AuthenticationError):
+                self.sessions.succeeded(address)
             return refusal(error)
-        begun = self.sessions.begin(client, may)
+        self.sessions.succeeded(address)
+        owner = hashlib.sha256(key.encode(errors="replace")).hexdigest()
+        for old in self.sessions.crowded(owner):
+            await old.client.close()
+        begun = self.sessions.begin(client, may, owner)
         if begun is None:
             await client.close()
             return JSONResponse({"reason": "FULL", "message": "too many are logged in"}, 503)
@@ -214,7 +231,7 @@ class Site:
         return {"events": found, "before": older}
 
     async def _picture(self, request: Request, session: Session[Client]) -> Response:
-        kept = await session.client.event_picture(request.path_params["sequence"])
+        kept = await session.client.event_picture(_sequence(request))
         chip = request.query_params.get("chip") == "1"
         return Response(kept.chip if chip else kept.picture, media_type="image/jpeg")
 
@@ -222,7 +239,7 @@ class Site:
         said = await _body(request)
         subject_id = str(said.get("subject", ""))
         done = await session.client.correct_identity(
-            request.path_params["sequence"],
+            _sequence(request),
             is_not=not subject_id,
             subject_id=subject_id,
             create_subject=bool(said.get("create", False)),
@@ -236,10 +253,10 @@ class Site:
         return {}
 
     async def _acknowledge(self, request: Request, session: Session[Client]) -> Any:
-        if not session.may["events"]:
-            told = {"reason": "PERMISSION_DENIED", "message": "the key may not see events"}
+        if not session.may["events"]:  # it is the same for all who see it
+            told = {"reason": "PERMISSION_DENIED", "message": "the key may not watch events"}
             return JSONResponse(told, 403)
-        self._known[request.path_params["sequence"]] = None
+        self._known[_sequence(request)] = None
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
         return {}
@@ -316,13 +333,13 @@ class Site:
         if session is None:
             await socket.close(4401)
             return
-        await socket.accept()
         asked = socket.query_params
         try:
             fps = min(30.0, max(0.5, float(asked.get("fps", "25"))))
         except ValueError:
             await socket.close(4400)
             return
+        await socket.accept()
         looking = messages(
             session.client,
             source=asked.get("source", ""),
@@ -428,20 +445,40 @@ async def _may(client: Client) -> dict[str, bool]:
     }  # fmt: skip
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    data = await _bytes(request)
-    found = json.loads(data or b"{}")
+def _sequence(request: Request) -> int:
+    """An event's number. Raises ``ValueError``."""
+    text = request.path_params["sequence"]
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
+        raise ValueError("no number of an event")
+    return int(text)
+
+
+async def _body(
+    request: Request, most: int = MAX_SAID, within_s: float = UPLOAD_S
+) -> dict[str, Any]:
+    """An object of JSON. Raises ``ValueError``."""
+    data = await _bytes(request, most, within_s)
+    try:
+        found = json.loads(data or b"{}")
+    except RecursionError:
+        raise ValueError("too deep") from None
     if not isinstance(found, dict):
         raise ValueError("no object")  # noqa: TRY004 - of what was sent
     return found
 
 
-async def _bytes(request: Request) -> bytes:
-    """The body, bounded. Raises ``ValueError``."""
+async def _bytes(request: Request, most: int = MAX_PICTURE, within_s: float = UPLOAD_S) -> bytes:
+    """The body, bounded in size and time. Raises ``ValueError``."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_PICTURE:
-            raise ValueError("too large")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(within_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise ValueError("too large")
+                parts.append(part)
+    except TimeoutError:
+        raise ValueError("too slow") from None
+    except ClientDisconnect:
+        raise ValueError("nobody is there any more") from None
     return b"".join(parts)

@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import facelane
 
 if TYPE_CHECKING:
     from facelane_console.app import Site
+
+MAX_CONNECTIONS: Final = 1024
+"""Of browsers and of whoever else knocks; more are answered with 503."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_level="warning",
         server_header=False,
         ws_max_size=1 << 16,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=2,
         # A proxy's word for who calls is not taken.
         proxy_headers=False,

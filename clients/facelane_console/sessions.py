@@ -1,7 +1,8 @@
 """Who is logged in: keys are kept here, and browsers hold a random word for them. Pure.
 
 A session ends when it was not used for ``IDLE_S``, and in any case after ``LONGEST_S``; there are
-at most ``MOST`` of them.
+at most ``MOST`` of them, and ``PER_KEY`` of one key, whose oldest makes room: no key takes the room
+of the others.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import Final, Generic, TypeVar
 IDLE_S: Final = 30 * 60.0
 LONGEST_S: Final = 12 * 3600.0
 MOST: Final = 256
+PER_KEY: Final = 16
 TRIES: Final = 10
-"""Log-ins that may fail in ``TRIES_S``, of all who try; then everybody waits."""
+"""Log-ins that may fail, or be under way, in ``TRIES_S``, of one address; then it waits."""
+ALL_TRIES: Final = 100
+"""Of all addresses together."""
 TRIES_S: Final = 60.0
 
 C = TypeVar("C")
@@ -32,6 +36,8 @@ class Session(Generic[C]):
     may: dict[str, bool]
     began: float
     used: float
+    owner: str = ""
+    """Which key it is of, without being it."""
     csrf: str = field(default_factory=lambda: secrets.token_urlsafe(24))
 
     def accepts(self, token: str) -> bool:
@@ -39,33 +45,46 @@ class Session(Generic[C]):
 
 
 class Sessions(Generic[C]):
-    """All of them. ``take`` and ``end`` give back clients that are to be closed."""
+    """All of them. What is taken out has a client that is to be closed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._by_word: dict[str, Session[C]] = {}
-        self._failures: list[float] = []
+        self._tries: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         return len(self._by_word)
 
-    @property
-    def may_try(self) -> bool:
-        """Whether a key may be tried now."""
+    def may_try(self, address: str) -> bool:
+        """Whether a key may be tried now; counts as one that failed until ``succeeded``, so that
+        many at once are no way around it."""
         now = self._clock()
-        self._failures = [at for at in self._failures if now - at < TRIES_S]
-        return len(self._failures) < TRIES
+        self._tries = [one for one in self._tries if now - one[0] < TRIES_S]
+        own = sum(one[1] == address for one in self._tries)
+        if own >= TRIES or len(self._tries) >= ALL_TRIES:
+            return False
+        self._tries.append((now, address))
+        return True
 
-    def failed(self) -> None:
-        """A key was refused."""
-        self._failures.append(self._clock())
+    def succeeded(self, address: str) -> None:
+        """The key that was tried last from there was no wrong one."""
+        last = max((i for i, one in enumerate(self._tries) if one[1] == address), default=-1)
+        if last >= 0:
+            del self._tries[last]
 
-    def begin(self, client: C, may: dict[str, bool]) -> tuple[str, Session[C]] | None:
+    def crowded(self, owner: str) -> list[Session[C]]:
+        """Takes out the oldest of a key, until there is room for one more of it."""
+        own = [word for word, session in self._by_word.items() if session.owner == owner]
+        return [self._by_word.pop(word) for word in own[: max(0, len(own) - PER_KEY + 1)]]
+
+    def begin(
+        self, client: C, may: dict[str, bool], owner: str = ""
+    ) -> tuple[str, Session[C]] | None:
         """The browser's word and the session; None where there is no room."""
         if len(self._by_word) >= MOST:
             return None
         word, now = secrets.token_urlsafe(32), self._clock()
-        session = self._by_word[word] = Session(client, may, now, now)
+        session = self._by_word[word] = Session(client, may, now, now, owner)
         return word, session
 
     def find(self, word: str) -> Session[C] | None:

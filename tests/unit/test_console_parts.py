@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.datastructures import Headers
 
-from facelane_console import cli, sessions
+from facelane_console import app, cli, sessions
+from facelane_console.app import Site
 from facelane_console.guard import same_origin
 from facelane_console.sessions import Sessions
 
@@ -76,11 +80,160 @@ def test_there_are_no_more_than_there_is_room_for_and_no_guessing() -> None:
     assert len(words) == sessions.MOST
     assert held.begin(0, {}) is None
     for _ in range(sessions.TRIES):
-        assert held.may_try
-        held.failed()
-    assert not held.may_try
+        assert held.may_try("here")
+    assert not held.may_try("here"), "also while nobody knows yet how they end"
+    assert held.may_try("there")
+    held.succeeded("here")
+    assert held.may_try("here")
     clock.now += sessions.TRIES_S
-    assert held.may_try
+    assert held.may_try("here")
+    for n in range(sessions.ALL_TRIES - 1):
+        assert held.may_try(f"address {n}")
+    assert not held.may_try("one more address")
+
+
+def test_a_key_does_not_take_the_room_of_others() -> None:
+    held: Sessions[int] = Sessions(Clock())
+    gone = []
+    for n in range(sessions.MOST):
+        gone += [session.client for session in held.crowded("a camera's")]
+        assert held.begin(n, {}, "a camera's") is not None
+    assert gone == list(range(sessions.MOST - sessions.PER_KEY)), "the oldest first"
+    assert len(held) == sessions.PER_KEY
+    assert held.crowded("an operator's") == []
+    assert held.begin(0, {}, "an operator's") is not None
+
+
+class Asked:
+    """An ASGI call of the console, without a network."""
+
+    def __init__(self, console: Site) -> None:
+        self._console = console
+        self.clients: list[object] = []
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *body: bytes | None,
+        kind: str = "http",
+        cookie: str = "",
+        query: str = "",
+        csrf: str = "",
+    ) -> tuple[int, bytes]:
+        """``body``: None = the browser leaves."""
+        sent: list[MutableMapping[str, Any]] = []
+        parts = iter(body or (b"",))
+        last = object()
+
+        async def receive() -> MutableMapping[str, Any]:
+            if kind == "websocket":
+                return {"type": "websocket.connect"}
+            part = next(parts, last)
+            if part is last:
+                await asyncio.Event().wait()  # nothing more comes
+            if part is None:
+                return {"type": "http.disconnect"}
+            return {"type": "http.request", "body": part, "more_body": len(body) > 1}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"localhost"), (b"origin", b"http://localhost")]
+        headers += [(b"cookie", f"facelane={cookie}".encode()), (b"x-csrf-token", csrf.encode())]
+        scope = {
+            "type": kind, "method": method, "path": path, "raw_path": path.encode(),
+            "root_path": "", "scheme": "http" if kind == "http" else "ws", "headers": headers,
+            "query_string": query.encode(), "client": ("10.0.0.9", 1), "server": ("localhost", 80),
+            "http_version": "1.1", "subprotocols": [],
+        }  # fmt: skip
+        await self._console.app(scope, receive, send)  # raises what the console lets out
+        if kind == "websocket":
+            return int(sent[-1].get("code", 0)), b""
+        return int(sent[0]["status"]), b"".join(m.get("body", b"") for m in sent[1:])
+
+
+class Nobody:
+    """A client that is never asked."""
+
+    async def close(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        def asked(*_arguments: Any, **_options: Any) -> Any:
+            raise AssertionError(f"asked for {name}")
+
+        return asked
+
+
+@pytest.fixture
+def console() -> Site:
+    def connect(_key: str) -> Any:
+        raise AssertionError("nobody gets so far")
+
+    return Site(connect, hosts=frozenset({"localhost"}), tls=False)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        (b'{"key": "' + b"x" * 5000 + b'"}',),
+        (b"[" * 4000,),
+        (b'{"a":' * 800,),
+        (b"",),
+        (b"null",),
+        (b'"key"',),
+        (b"\xff\xfe",),
+        (b'{"key": ', None),
+        (b"x" * 3000, b"x" * 3000),
+    ],
+    ids=range(9),
+)
+async def test_a_log_in_is_small_and_says_a_key(console: Site, body: tuple[bytes | None]) -> None:
+    status, said = await Asked(console).call("POST", "/api/login", *body)
+    assert status == 400
+    assert json.loads(said)["reason"] == "ARGUMENT_INVALID"
+
+
+async def test_a_log_in_that_does_not_come_to_its_end_is_not_waited_for(
+    console: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "LOG_IN_S", 0.01)
+    asked = Asked(console)
+    status, _ = await asked.call("POST", "/api/login", b'{"key":', b"", b"", b"")
+    assert status == 400
+
+
+async def test_what_a_session_asks_for_is_a_refusal_and_no_traceback(console: Site) -> None:
+    may = {"view": True, "people": True, "events": False, "correct": True, "enroll": True}
+    begun = console.sessions.begin(Nobody(), may)  # type: ignore[arg-type]
+    assert begun is not None
+    word, session = begun
+    asked = Asked(console)
+    many = "9" * 5000
+    for method, path, body, status in (
+        ("GET", f"/api/events/{many}/picture", b"", 400),
+        ("GET", "/api/events/-1/picture", b"", 400),
+        ("GET", "/api/events/x/picture", b"", 400),
+        ("POST", f"/api/events/{many}/correct", b"{}", 400),
+        ("POST", "/api/events/1/correct", b"[" * 20_000, 400),
+        ("POST", "/api/events/1/correct", b"{}" + b" " * (64 << 10), 400),
+        ("POST", "/api/events/1/acknowledge", b"", 403),
+        ("GET", "/assets/../app.py", b"", 404),
+        ("GET", "/assets/%2e%2e/app.py", b"", 404),
+    ):
+        got, _ = await asked.call(method, path, body, cookie=word, csrf=session.csrf)
+        assert got == status, (method, path[:40])
+    got, _ = await asked.call("GET", "/api/events", cookie=word, query=f"before={many}")
+    assert got == 400
+    code, _ = await asked.call(
+        "GET", "/api/live", kind="websocket", cookie=word, query="source=a&fps=fast"
+    )
+    assert code == 4400
+    code, _ = await asked.call("GET", "/api/live", kind="websocket", query="source=a")
+    assert code == 4401
+    got, _ = await asked.call("DELETE", "/api/people/a", cookie=word, csrf="another's")
+    assert got == 403
 
 
 @pytest.mark.parametrize(
