@@ -21,9 +21,16 @@ _ROW: Final = 32
 """More for each row: filters, of all passes."""
 
 
-def refuse_swollen(data: bytes | memoryview, encoding: Encoding) -> None:
-    """Raises PICTURE_TOO_COSTLY."""
-    if len(data) <= limits.MAX_PICTURE_EXTRAS:
+HEAD: Final = 64
+"""Bytes of a file that say all that is looked at."""
+
+
+def refuse_swollen(
+    data: bytes | memoryview, encoding: Encoding, length: int | None = None
+) -> None:
+    """``data``: a file, or its head, of a file of ``length`` bytes. Raises PICTURE_TOO_COSTLY."""
+    length = len(data) if length is None else length
+    if length <= limits.MAX_PICTURE_EXTRAS or len(data) < HEAD:
         return
     size, pixel = None, 0
     if encoding is Encoding.PNG:
@@ -33,10 +40,10 @@ def refuse_swollen(data: bytes | memoryview, encoding: Encoding) -> None:
     if size is None:
         return
     width, height = size
-    if len(data) > limits.MAX_PICTURE_EXTRAS + height * (pixel * width + _ROW):
+    if length > limits.MAX_PICTURE_EXTRAS + height * (pixel * width + _ROW):
         raise FacelaneError(
             Reason.PICTURE_TOO_COSTLY,
-            f"the {encoding.value} picture would take too much work: a file of {len(data)} bytes "
+            f"the {encoding.value} picture would take too much work: a file of {length} bytes "
             f"for {width}x{height} pixels; save it again as a plain one",
         )
 
