@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
 from tests.e2e.test_operations import Load
+from tests.fakes.cameras import HttpServer, send_stream
 from tests.unit.test_picture_budget import chunk, png, progressive, rows
+from tests.waiting import auntil
 
 import facelane
+from facelane_bridge import config
+from facelane_bridge.bridge import Bridge
+from facelane_bridge.output import Callback, ErrorLine, Line
 
 BOMBS = [
     progressive(64, 4_000),
@@ -59,3 +69,70 @@ def test_a_thousand_in_a_row_cost_no_worker_and_no_camera_a_frame(start: Start) 
         assert after == before, "the same processes serve"
         assert client.health() == "SERVING"
         assert len(client.analyze_image(wire.picture()).faces) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_a_camera_that_sends_them_through_the_bridge_blinds_itself_alone(
+    start: Start,
+) -> None:
+    """A bridge takes whatever a camera says is a JPEG, and no key stands before that."""
+    server = await asyncio.to_thread(start)
+    bombs = [data for data in BOMBS if data.startswith(b"\xff\xd8")]
+    sent = {"hostile": 0, "honest": 0}
+    enough = threading.Event()
+
+    def play(name: str, pictures: list[bytes]) -> Callable[[BaseHTTPRequestHandler], None]:
+        def respond(handler: BaseHTTPRequestHandler) -> None:
+            def endless() -> Iterator[bytes]:
+                while not enough.is_set():
+                    yield pictures[sent[name] % len(pictures)]
+                    sent[name] += 1
+                    enough.wait(0.02)  # the camera's pace
+
+            with contextlib.suppress(OSError):  # the bridge has gone
+                send_stream(handler, endless(), close=False)
+
+        return respond
+
+    with (
+        HttpServer(play("hostile", bombs)) as hostile,
+        HttpServer(play("honest", [wire.encoded(seed=n) for n in range(4)])) as honest,
+        server.client() as client,
+    ):
+        before = {p.pool: [(w.pid, w.restarts) for w in p.workers] for p in client.pools()}
+        lines: list[Line] = []
+        settings = config.from_mapping(
+            {
+                "results": "all",
+                "server": {"target": server.target},
+                "camera": [
+                    {"name": name, "source": f"http://127.0.0.1:{web.port}/v", "kind": "mjpeg"}
+                    for name, web in (("hostile", hostile), ("honest", honest))
+                ],
+            }
+        )
+        running = Bridge(settings, Callback(lines.append))
+        task = asyncio.create_task(running.run())
+
+        def seen() -> bool:
+            return bool(running.totals) and (
+                sent["hostile"] >= 1_000 and running.totals["honest"].results >= 100
+            )
+
+        await auntil(seen, timeout=120)
+        totals = running.totals["honest"]
+        assert totals.errors == 0
+        after = {p.pool: [(w.pid, w.restarts) for w in p.workers] for p in client.pools()}
+        assert after == before, "the same processes serve"
+        assert client.health() == "SERVING"
+        enough.set()
+        running.stop()
+        await asyncio.wait_for(task, 60)
+        reasons = {
+            line.reason
+            for line in lines
+            if line.camera == "hostile" and isinstance(line, ErrorLine)
+        }
+        assert reasons <= {"PICTURE_TOO_COSTLY", "TOO_MANY_BAD_PICTURES"}, reasons
+        assert running.totals["hostile"].results == 0
