@@ -397,10 +397,12 @@ class SqliteFile(Database):
 
     def _close_outdated(self) -> None:
         """Connections keep pages of the file, and what their statements were given last. Those that
-        are in use end when they are given back."""
+        are in use end when they are given back. A fresh one is opened before: with the last one
+        SQLite would take the log away."""
         self._forgotten += 1
         with contextlib.ExitStack() as idle, contextlib.suppress(exc.SQLAlchemyError):
-            for _ in range(self._idle()):
+            count = self._idle()
+            for _ in range(count + 1 if count else 0):
                 idle.enter_context(contextlib.closing(self._engine.raw_connection()))
 
     def _idle(self) -> int:
