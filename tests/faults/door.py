@@ -11,8 +11,10 @@ fall silent. Then, with all of it up again, one who must be kept out, and at las
 
 ``wrong``: openings for a picture in which she did not stand before the camera. ``missed``: seeds at
 whose end the door stayed closed. ``unexplained``: of those who were kept out at the end, the ones
-for whom the door did not say why. ``delay_ms``: from the camera's picture that showed who she is,
-and that she lives, to the door's line.
+for whom the door did not say why, with what was analysed of them and what the door said instead.
+``delay_ms``: from the camera's picture that showed who she is, and that she lives, to the door's
+line; ``result_ms``: the part of it until the bridge had that picture's result, ``event_ms``: what
+came after that.
 """
 
 from __future__ import annotations
@@ -256,10 +258,10 @@ class Account:
     faults: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     delays_ms: list[float] = field(default_factory=list)
+    results_ms: list[float] = field(default_factory=list)
+    events_ms: list[float] = field(default_factory=list)
 
     def told(self) -> dict[str, object]:
-        delays = sorted(self.delays_ms)
-        ranks = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "worst": 1.0}
         return {
             "seeds": self.seeds,
             "openings": self.openings,
@@ -268,13 +270,21 @@ class Account:
             "unexplained": self.unexplained,
             "faults": dict(self.faults),
             "reasons": dict(self.reasons),
-            "delay_ms": {
-                name: round(delays[min(len(delays) - 1, int(rank * len(delays)))])
-                for name, rank in ranks.items()
-                if delays
-            },
-            "over_500_ms": sum(delay > 500 for delay in delays),
+            "delay_ms": _ranks(self.delays_ms),
+            "result_ms": _ranks(self.results_ms),
+            "event_ms": _ranks(self.events_ms),
+            "over_500_ms": sum(delay > 500 for delay in self.delays_ms),
         }
+
+
+def _ranks(values: list[float]) -> dict[str, int]:
+    ordered = sorted(values)
+    ranks = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "worst": 1.0}
+    return {
+        name: round(ordered[min(len(ordered) - 1, int(rank * len(ordered)))])
+        for name, rank in ranks.items()
+        if ordered
+    }
 
 
 class Site:
@@ -309,7 +319,8 @@ class Site:
         )
         python = sys.executable
         self._bridge = Program(
-            [python, "-m", "facelane_bridge", "run", str(settings)], folder / "bridge.log"
+            [python, "-m", "facelane_bridge", "run", str(settings)],
+            folder / "bridge.log",
         )
         self.door = Program(
             [python, str(EXAMPLES / "door.py"), "--source", "front",
@@ -355,10 +366,27 @@ class Site:
         if not await self._says(lambda line: line.get("open") == SHE, at):
             account.missed.append(f"seed {seed}")
         if not await self._says(lambda line: line.get("closed") and line.get("seen"), since, at):
-            account.unexplained.append(f"seed {seed}: {kept_out}")
+            account.unexplained.append(f"seed {seed}: {kept_out}, {self._witnesses(since, at)}")
         self.camera.show("nobody")
         account.seeds += 1
         self._judge(seed)
+
+    def _witnesses(self, since: float, until: float) -> str:
+        """What was known of a time in which the door said nothing of anybody."""
+        results = [
+            line for _, line in self._bridge.lines
+            if line.get("type") == "result" and since <= _moment(line["captured"]) < until
+        ]  # fmt: skip
+        faces = sum(bool(line["faces"]) for line in results)
+        said = [line for at, line in self.door.lines if since <= at < until + self._patience_s]
+        return f"{len(results)} pictures analysed, {faces} with a face; the door said {said}"
+
+    def _result_at(self, seen: float) -> float | None:
+        """When the bridge had the result of the picture of that moment."""
+        for at, line in reversed(self._bridge.lines):
+            if line.get("type") == "result" and abs(_moment(line["captured"]) - seen) < 0.002:
+                return at
+        return None
 
     def _judge(self, seed: int) -> None:
         """What the door has said since this was asked before."""
@@ -370,8 +398,11 @@ class Site:
             if "open" not in line:
                 continue
             account.openings += 1
-            seen = datetime.fromisoformat(line["seen"]).timestamp()
+            seen = _moment(line["seen"])
             account.delays_ms.append((moment - seen) * 1e3)
+            if (answered := self._result_at(seen)) is not None:
+                account.results_ms.append((answered - seen) * 1e3)
+                account.events_ms.append((moment - answered) * 1e3)
             if line["open"] != SHE or not self.camera.showed("she", seen):
                 account.wrong.append(f"seed {seed}: {line}")
 
@@ -449,6 +480,10 @@ class Site:
     @staticmethod
     def _lost(line: dict[str, Any]) -> bool:
         return "closed" in line and "seen" not in line
+
+
+def _moment(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
 
 
 async def play(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +112,20 @@ def keep_more(store: Store) -> None:
     who = audit.Actor("front-desk", "IdentifyFace")
     store.audit.write([audit.Deed(audit.Action.LOOKED_UP, who, "staff", NAMES[1])])
     assert NAMES[0].encode() in json.dumps(export(store, "staff", NAMES[0]).said).encode()
+
+
+def test_nothing_goes_on_referring_to_whoever_was_deleted(tmp_path: Path) -> None:
+    """Compiled statements keep the values that they were first made with, for good."""
+    with contextlib.closing(Store(tmp_path / "gallery.db")) as store:
+        words = [f"{word} of somebody {len(word)}" for word in ("the-id", "the name", "a label")]
+        subject_id, name, label = (word.replace(" ", "-") for word in words)
+        before = [sys.getrefcount(word) for word in (subject_id, name, label)]
+        store.create_subject("staff", subject_id, display_name=name, labels={"team": label})
+        assert store.get_subject("staff", subject_id).display_name == name
+        assert sys.getrefcount(subject_id) > before[0], "else this shows nothing"
+        store.delete_subject("staff", subject_id)
+        gc.collect()
+        assert [sys.getrefcount(word) for word in (subject_id, name, label)] == before
 
 
 def secrets_of() -> list[bytes]:

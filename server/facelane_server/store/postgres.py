@@ -218,8 +218,9 @@ class PostgresDatabase(Database):
         return self._trouble
 
     def forget_deleted(self) -> None:
-        """Nothing: dead rows are PostgreSQL's to overwrite, and stand in its log until then. What
-        was deleted is unreadable because its key is."""
+        """Nothing there: dead rows are PostgreSQL's to overwrite, and stand in its log until then.
+        What was deleted is unreadable because its key is. Here, what compiled statements keep."""
+        self.engine.clear_compiled_cache()
 
     def rewrite(self) -> None:
         engine = self.engine.execution_options(isolation_level="AUTOCOMMIT")

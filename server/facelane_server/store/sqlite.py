@@ -398,8 +398,10 @@ class SqliteFile(Database):
     def _close_outdated(self) -> None:
         """Connections keep pages of the file, and what their statements were given last. Those that
         are in use end when they are given back. A fresh one is opened before: with the last one
-        SQLite would take the log away."""
+        SQLite would take the log away. Statements that are kept compiled keep the values that
+        they were first made with, too."""
         self._forgotten += 1
+        self._engine.clear_compiled_cache()
         with contextlib.ExitStack() as idle, contextlib.suppress(exc.SQLAlchemyError):
             count = self._idle()
             for _ in range(count + 1 if count else 0):
