@@ -31,7 +31,7 @@ PICTURES: Final = {
 """Methods whose requests hold a picture, in this field, and nothing else that repeats."""
 _ENCODING: Final = face_pb.Picture.DESCRIPTOR.fields_by_name["encoding"].number
 _DATA: Final = face_pb.Picture.DESCRIPTOR.fields_by_name["data"].number
-_SWELLS: Final = {
+_SWELLS: Final[dict[int, Encoding]] = {
     face_pb.PICTURE_ENCODING_PNG: Encoding.PNG,
     face_pb.PICTURE_ENCODING_WEBP: Encoding.WEBP,
 }
