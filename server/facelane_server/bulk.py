@@ -25,18 +25,16 @@ HEAD: Final = 64
 """Bytes of a file that say all that is looked at."""
 
 
-def refuse_swollen(
-    data: bytes | memoryview, encoding: Encoding, length: int | None = None
-) -> None:
+def refuse_swollen(data: bytes | memoryview, encoding: Encoding, length: int | None = None) -> None:
     """``data``: a file, or its head, of a file of ``length`` bytes. Raises PICTURE_TOO_COSTLY."""
     length = len(data) if length is None else length
     if length <= limits.MAX_PICTURE_EXTRAS or len(data) < HEAD:
         return
-    size, pixel = None, 0
+    size, pixel, head = None, 0, bytes(data[:HEAD])
     if encoding is Encoding.PNG:
-        size, pixel = _png(bytes(data)), _PNG_PIXEL
+        size, pixel = _png(head), _PNG_PIXEL
     elif encoding is Encoding.WEBP:
-        size, pixel = _webp(bytes(data)), _WEBP_PIXEL
+        size, pixel = _webp(head), _WEBP_PIXEL
     if size is None:
         return
     width, height = size
