@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 from tests.e2e import wire
 from tests.running_server import RunningServer, toml
 from tests.waiting import until
@@ -16,6 +17,7 @@ from facelane_server.liveness import records
 TRACKS = 60
 
 
+@pytest.mark.slow
 def test_from_a_server_s_own_tracks_to_its_next_reload(tmp_path: Path) -> None:
     with RunningServer(tmp_path, toml(tmp_path)) as server:
         server.wait_serving()

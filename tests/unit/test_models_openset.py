@@ -157,6 +157,7 @@ def test_thresholds_of_people_who_are_told_apart_lie_in_the_middle() -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_of_a_few_people_it_is_said_what_was_not_measured(shared: Path, tmp_path: Path) -> None:
     """The starter models on the enrolment pictures of five people: named where they can be told,
     and no rate is made of too few."""
