@@ -403,7 +403,8 @@ class Site:
             for task in (sender, *others):
                 task.cancel()
             await asyncio.gather(sender, *others, return_exceptions=True)
-            with contextlib.suppress(RuntimeError):
+            # It may have left meanwhile.
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
                 await socket.close(code)
 
 
