@@ -214,6 +214,7 @@ def _who(client: facelane.Client) -> list[str]:
     return [face.identity.subject_id for face in client.identify(wire.picture(0))]
 
 
+@pytest.mark.slow
 def test_streams_are_listed_and_looked_at_by_whichever_shard_is_asked(sharded: Sharded) -> None:
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(sharded.client())
