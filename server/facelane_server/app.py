@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import structlog
 
@@ -40,8 +40,6 @@ from facelane_server.store.opening import place_of, unlock
 from facelane_server.watch import LaneWatch, keep_pictures
 
 log = structlog.get_logger(__name__)
-
-START_POLL_S: Final = 0.2
 
 
 class App:
@@ -371,7 +369,7 @@ class App:
                 return
             self.notifier.extend_timeout(30.0)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(START_POLL_S):
+                async with asyncio.timeout(limits.START_POLL_S):
                     await self._stop.wait()
 
     async def wait_stop(self) -> None:
@@ -478,7 +476,7 @@ class App:
         if pool is None or (self.seat is not None and self.seat.index):
             return
         while not pool.available:
-            await asyncio.sleep(START_POLL_S)
+            await asyncio.sleep(limits.START_POLL_S)
         async with self._reloading:
             assert self._pipeline is not None
             assert self._gallery is not None
@@ -568,8 +566,7 @@ async def serve(
     on_running: Callable[[App], None] | None = None,
     seat: Seat | None = None,
 ) -> int:
-    """Runs a server until SIGTERM or SIGINT, or a shard of one until its keeper says so; the exit
-    code.
+    """Runs a server until SIGTERM or SIGINT, or a shard until its keeper says so; the exit code.
 
     Raises ``ConfigError`` and ``FacelaneError`` for what cannot be started.
     """

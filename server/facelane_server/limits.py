@@ -218,6 +218,8 @@ RECHECK_S: Final = 30.0
 """Open calls are looked at again this often, whether or not anything has been told."""
 MAX_METERED_TRACKS: Final = 1024
 """Tracks of a stream whose names are known to have been counted."""
+START_POLL_S: Final = 0.2
+"""Between two looks of a server that begins whether its pools can infer by now."""
 ERASED_WITHIN_NS: Final = 300 * 1_000_000_000
 """By then the keys of the deleted are opened by none that is left, as receipts say; a large gallery
 on a slow disk takes a while."""
