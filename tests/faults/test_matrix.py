@@ -20,10 +20,7 @@ MATRIX = [
         fault,
         load,
         seed,
-        # With a full disk an enrolment once ended as UNKNOWN and was stored: not mended yet.
-        marks=()
-        if (load, seed) == ("mixed", 0) and fault != "full_disk"
-        else pytest.mark.slow(last=True),
+        marks=() if (load, seed) == ("mixed", 0) else pytest.mark.slow(last=True),
         id=f"{fault}-{load}-{seed}",
     )
     for seed in range(SEEDS)
