@@ -23,7 +23,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "facelane needs Python 3.11 to 3.13; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)")'
 	@echo "setting up $(VENV) (about 2 GB, a few minutes) ..."
 	@$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[server,cli,bridge,events,console,fleet,onnx,nvidia,evaluate,postgres,demo]' --group dev
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[server,cli,bridge,events,console,fleet,onnx,nvidia,evaluate,postgres,otel,demo]' --group dev
 	@touch $@
 
 WEB ?=

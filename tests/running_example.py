@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,8 +22,11 @@ Line = dict[str, Any]
 class RunningExample:
     """Started on entering, interrupted on leaving, which it must survive with the code 0."""
 
-    def __init__(self, name: str, *arguments: str) -> None:
-        self._command = [sys.executable, str(EXAMPLES / name), *arguments]
+    def __init__(self, name: str | Path, *arguments: str, env: Mapping[str, str] = {}) -> None:
+        """``name``: of ``examples/``, or the path of a program of node's."""
+        node = isinstance(name, Path)
+        self._command = ["node" if node else sys.executable, str(EXAMPLES / name), *arguments]
+        self._env = env
 
     def __enter__(self) -> Self:
         self._out = tempfile.TemporaryFile()
@@ -33,7 +36,7 @@ class RunningExample:
             stdin=subprocess.DEVNULL,
             stdout=self._out,
             stderr=self._err,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._env},
         )
         return self
 

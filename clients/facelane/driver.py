@@ -34,6 +34,7 @@ from facelane.stream import (
     unreadable,
 )
 from facelane.subscription import Subscription
+from facelane.tracing import Tracing
 from facelane.types import (
     Outcome,
     Picture,
@@ -80,6 +81,8 @@ class ClientBase(Generic[S]):
     ) -> None:
         self._endpoint = transport.endpoint(target, token, tls, proxy=proxy)
         self.timeout = timeout
+        self.tracing: Tracing | None = None
+        """Of the streams that are made from here on: whether, and how, frames are traced."""
         self._closed = False
         self._open: weakref.WeakSet[S] = weakref.WeakSet()
 
@@ -137,6 +140,8 @@ class StreamBase(Generic[C]):
         self._config = config
         self._timeout = client.timeout
         self._on_update = on_update
+        tracing = client.tracing
+        self._tracing = None if tracing is None else tracing.stream(config.config.source_id)
         self._lock = lock
         self._space = change()
         self._arrived = change()
@@ -315,9 +320,13 @@ class StreamBase(Generic[C]):
         frame_id: int | None,
     ) -> int:
         moment = None if capture_time is None else convert.timestamp(capture_time)
+
+        def build(identifier: int, offset: float) -> Request:
+            return convert.frame(identifier, picture, offset, moment)
+
         number = self._core.submit(
             convert.size(picture),
-            lambda identifier, offset: convert.frame(identifier, picture, offset, moment),
+            build if self._tracing is None else self._tracing.traced(build),
             now=time.monotonic(),
             frame_id=frame_id,
             stream_offset=stream_offset,
@@ -341,6 +350,8 @@ class StreamBase(Generic[C]):
     def _detach(self) -> Any:
         """Makes the present call a stranger: whatever it still says is not heard."""
         self._generation += 1
+        if self._tracing is not None:
+            self._tracing.lost()
         call, self._call = self._call, None
         return call
 
@@ -372,6 +383,8 @@ class StreamBase(Generic[C]):
                 return False
             update = self._core.receive(message, time.monotonic())
             if isinstance(message, Outcome):
+                if self._tracing is not None:
+                    self._tracing.settled(message)
                 self._arrived.notify()
                 self._space.notify()
             else:

@@ -261,7 +261,16 @@ def new_client(server: ServerSettings) -> aio.Client:
             )
         # Whoever waits a second for an absent server does not want ten for the first try.
         patience = min(CONNECT_TIMEOUT, max(1.0, server.wait)) if server.wait else CONNECT_TIMEOUT
-        return aio.Client(server.target, token=token, tls=tls, timeout=patience, proxy=server.proxy)
+        client = aio.Client(
+            server.target, token=token, tls=tls, timeout=patience, proxy=server.proxy
+        )
+        if server.traces:
+            client.tracing = facelane.tracing.Tracing.to(
+                server.traces, ratio=server.trace_ratio, service="facelane-bridge"
+            )
+        return client
+    except ImportError as error:
+        raise ConfigError(f"in [server]: {error}") from None
     except OSError as error:
         name = error.filename or "a file of [server]"
         raise ConfigError(f"{name} cannot be read ({error.strerror})") from None

@@ -110,6 +110,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Whether servers on other machines may be reached by the proxy that the environment names."""
     wait: SecondsOrZero = 0.0
     """How long to wait for a server that is not there at the start; 0 = for ever."""
+    traces: Annotated[str, Meta(pattern=r"^(https?://[^\s/]+:\d+)?$")] = ""
+    """Where traces of frames are sent, OTLP over gRPC: ``http://host:4317``; empty = nowhere."""
+    trace_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.01
+    """The share of frames that are traced."""
 
 
 Point = tuple[Annotated[float, Meta(ge=0, le=1)], Annotated[float, Meta(ge=0, le=1)]]

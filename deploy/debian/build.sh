@@ -3,7 +3,7 @@
 # distribution's Python at /opt/facelane; units, users, settings, manual pages, completions.
 # Run by `make deb`. Needs no root; downloads what the environment holds.
 #
-#   EXTRAS       default server,cli,bridge,events,onnx,postgres,nvidia
+#   EXTRAS       default server,cli,bridge,events,console,fleet,otel,onnx,postgres,nvidia
 #   TORCH_INDEX  default https://download.pytorch.org/whl/cpu (for a card: .../whl/cu130);
 #                empty: pip's own index
 #   PIP_ARGS     more for pip, such as --find-links
@@ -14,7 +14,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
-EXTRAS=${EXTRAS:-server,cli,bridge,events,onnx,postgres,nvidia}
+EXTRAS=${EXTRAS:-server,cli,bridge,events,console,fleet,otel,onnx,postgres,nvidia}
 TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 PIP_ARGS=${PIP_ARGS:-}
 PYTHON=${PYTHON:-/usr/bin/python3}
@@ -63,7 +63,7 @@ DESTDIR=$stage PREFIX=/usr UNITDIR=/usr/lib/systemd/system VENV=/opt/facelane \
 install -d "$stage/usr/bin" "$stage/usr/share/man/man1" \
     "$stage/usr/share/bash-completion/completions" "$stage/usr/share/zsh/vendor-completions" \
     "$stage/usr/share/fish/vendor_completions.d"
-for program in facelane facelane-server facelane-bridge facelane-events facelane-fleet; do
+for program in facelane facelane-server facelane-bridge facelane-events facelane-console facelane-fleet; do
     ln -s "../../opt/facelane/bin/$program" "$stage/usr/bin/$program"
     gzip -9n <"$stage/manual/man1/$program.1" >"$stage/usr/share/man/man1/$program.1.gz"
 done
@@ -83,7 +83,9 @@ gzip -9n <"$root/CHANGELOG.md" >"$stage/usr/share/doc/facelane/changelog.gz"
 # -- the package itself
 install -d "$stage/DEBIAN"
 install -m 0755 "$here"/postinst "$here"/prerm "$here"/postrm "$stage/DEBIAN/"
-echo /etc/facelane/server.toml >"$stage/DEBIAN/conffiles"
+# Settings that a console and a node of a fleet start with; read by their units alone.
+install -m 0644 "$here/console.env" "$stage/etc/facelane/console.env"
+printf '%s\n' /etc/facelane/server.toml /etc/facelane/console.env >"$stage/DEBIAN/conffiles"
 size=$(du -sk --exclude=DEBIAN "$stage" | cut -f1)
 cat >"$stage/DEBIAN/control" <<CONTROL
 Package: facelane
@@ -97,7 +99,8 @@ Depends: python3 (>= $minor), python3 (<< $next), systemd | systemd-standalone-s
 Description: streaming video analytics for faces
  A gRPC server that recognises faces in camera streams with an identity, a trust
  score and a liveness verdict; a bridge for RTSP and HTTP cameras; delivery of
- events to MQTT, webhooks, NATS, files and syslog; and their command line.
+ events to MQTT, webhooks, NATS, files and syslog; a web console; a fleet of
+ machines; and their command line.
 CONTROL
 install -d "$DIST"
 package=$DIST/facelane_${version}_${architecture}.deb

@@ -47,7 +47,7 @@ done
 install -m 0644 "$here/sysusers.d/facelane.conf" "$DESTDIR$PREFIX/lib/sysusers.d/facelane.conf"
 install -m 0644 "$here/tmpfiles.d/facelane.conf" "$DESTDIR$PREFIX/lib/tmpfiles.d/facelane.conf"
 install -m 0644 "$here"/examples/* "$DESTDIR$PREFIX/share/doc/facelane/examples/"
-for page in operations configuration bridge events fleet; do
+for page in operations configuration bridge events console fleet tracing zones; do
     if [ -f "$root/docs/$page.md" ]; then
         install -m 0644 "$root/docs/$page.md" "$DESTDIR$PREFIX/share/doc/facelane/$page.md"
     fi

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +37,7 @@ from facelane_server.seat import Seat
 from facelane_server.served import ServedModels
 from facelane_server.store.audit import Action
 from facelane_server.store.opening import place_of, unlock
+from facelane_server.traces import exported
 from facelane_server.watch import LaneWatch, keep_pictures
 
 log = structlog.get_logger(__name__)
@@ -184,15 +185,13 @@ class App:
                 portrait=self.models.portrait,
             )
             self._pipeline = pipeline
-            follower = asyncio.create_task(self._publish_health(), name="health")
-            stack.push_async_callback(_cancel, follower)
+            _beside(stack, self._publish_health(), "health")
             self._changed.set()
             stack.push_async_callback(self._end_reloads)
             retention = Retention(gallery, self.settings.galleries)
             pictures = keep_pictures(self.settings, gallery, pipeline)
             stack.callback(pictures.close)
-            pictured = asyncio.create_task(pictures.run(), name="event-pictures")
-            stack.push_async_callback(_cancel, pictured)
+            _beside(stack, pictures.run(), "event-pictures")
             watch = LaneWatch(
                 self.metrics,
                 self.events,
@@ -208,6 +207,7 @@ class App:
             stack.push_async_callback(trail.close)
             self.edge.streams.on_opened = watch.opened
             self.edge.streams.on_closed = watch.closed
+            self.edge.traces = await stack.enter_async_context(exported(self.settings, self.pools))
             stack.push_async_callback(self.edge.close)
             if self.seat is not None:
                 self.seat.began(self.edge.streams)
@@ -223,20 +223,13 @@ class App:
                 stack.push_async_callback(scraped.close)
             self.monitor.start()
             stack.callback(self.monitor.close)
-            renewing = asyncio.create_task(self._enroll_again_after_start(), name="renewal")
-            stack.push_async_callback(_cancel, renewing)
-            lag = asyncio.create_task(self.metrics.watch_loop(), name="loop-lag")
-            stack.push_async_callback(_cancel, lag)
-            guard = asyncio.create_task(self._watch_gallery(gallery), name="gallery-file")
-            stack.push_async_callback(_cancel, guard)
-            writer = asyncio.create_task(trail.run(), name="audit")
-            stack.push_async_callback(_cancel, writer)
-            keeping = asyncio.create_task(retention.run(), name="retention")
-            stack.push_async_callback(_cancel, keeping)
-            eraser = asyncio.create_task(gallery.keep_erased(), name="gallery-erasure")
-            stack.push_async_callback(_cancel, eraser)
-            keeper = asyncio.create_task(self.notifier.keep_alive(self._alive), name="watchdog")
-            stack.push_async_callback(_cancel, keeper)
+            _beside(stack, self._enroll_again_after_start(), "renewal")
+            _beside(stack, self.metrics.watch_loop(), "loop-lag")
+            _beside(stack, self._watch_gallery(gallery), "gallery-file")
+            _beside(stack, trail.run(), "audit")
+            _beside(stack, retention.run(), "retention")
+            _beside(stack, gallery.keep_erased(), "gallery-erasure")
+            _beside(stack, self.notifier.keep_alive(self._alive), "watchdog")
             yield self
 
     async def _watch_gallery(self, gallery: Gallery) -> None:
@@ -551,6 +544,11 @@ class App:
         task = asyncio.create_task(renew(), name="master-key")
         self._renewals.add(task)
         task.add_done_callback(self._renewals.discard)
+
+
+def _beside(stack: contextlib.AsyncExitStack, work: Coroutine[Any, Any, Any], name: str) -> None:
+    """Runs until the stack is left."""
+    stack.push_async_callback(_cancel, asyncio.create_task(work, name=name))
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:

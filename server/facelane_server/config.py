@@ -21,6 +21,7 @@ from facelane_server.areas import Line, Zone
 from facelane_server.domain import Keeping, Stage
 from facelane_server.gallery_rules import Even, GalleryRules, Naming, Ratio, Share
 from facelane_server.naming import hint, is_name
+from facelane_server.sampling import Tracing
 from facelane_server.sources import Source, View
 
 Isolation = Literal["process", "mps", "thread", "external"]
@@ -404,6 +405,7 @@ class Config(Section, frozen=True):
     metrics: Metrics = Metrics()
     log: Log = Log()
     monitor: Monitor = Monitor()
+    tracing: Tracing = Tracing()
     zones: tuple[Zone, ...] = ()
     """`[[zones]]`: parts of cameras' pictures that events tell of; see zones.md."""
     lines: tuple[Line, ...] = ()
@@ -585,6 +587,8 @@ def check(config: Config, *, source: str) -> None:
         if pool.backoff_initial_s > pool.backoff_max_s:
             fail(f"pools.{name}.backoff_initial_s must not exceed backoff_max_s")
     if found := areas.problem((*config.zones, *config.lines), placed=True):
+        fail(found)
+    if found := config.tracing.problem():
         fail(found)
     if config.store.url and not re.match(r"(postgresql://|sqlite:///)", config.store.url):
         fail("store.url begins with postgresql:// (or sqlite:///, before a path)")

@@ -265,6 +265,12 @@ MAX_EVENT_BATCH: Final = 256
 """Events that a watcher is given at a time."""
 
 # -- looking at streams -------------------------------------------------------------
+MAX_TRACED_PER_S: Final = 1_000
+"""Frames a second that may be traced at most: some eight spans each."""
+MAX_TRACED_TASKS: Final = 64
+"""Tasks of one frame that its trace shows: two for each of thirty faces, and the detector's."""
+MAX_SPANS_WAITING: Final = 2_048
+"""For a collector that is away or slow; then they are lost."""
 MAX_VIEWERS: Final = 256
 """Looks at streams under way."""
 MAX_VIEWED_BYTES: Final = 4 * MIB

@@ -27,6 +27,15 @@ pytestmark = [
     ),
 ]
 SERVER = "facelane-server.service"
+CONSOLE = "facelane-console.service"
+FLEET = "facelane-fleet.service"
+UNTIL_OPEN = (
+    "import socket, time\n"
+    "for _ in range(300):\n"
+    "    with socket.socket() as s:\n"
+    "        if s.connect_ex(('127.0.0.1', 9160)) == 0: break\n"
+    "    time.sleep(.1)\n"
+)
 # What the package depends on, so that dpkg alone installs it.
 PACKAGES = "systemd,systemd-sysv,dbus,libgomp1,libglib2.0-0,procps,python3"
 # Written by running at all.
@@ -104,11 +113,19 @@ def test_installed_it_serves_removed_it_leaves_state_purged_nothing(
         "usr/share/bash-completion/completions/facelane-events",
         "usr/share/zsh/vendor-completions/_facelane",
         "usr/share/fish/vendor_completions.d/facelane-bridge.fish",
+        "usr/share/man/man1/facelane-console.1.gz",
+        "usr/share/man/man1/facelane-fleet.1.gz",
+        "usr/share/zsh/vendor-completions/_facelane-fleet",
+        "usr/lib/systemd/system/facelane-console.service",
+        "usr/lib/systemd/system/facelane-fleet.service",
+        "etc/facelane/console.env",
         "usr/share/doc/facelane/changelog.gz",
         "etc/facelane/server.toml",
     ):
         assert path in added, path
-    for program in ("facelane", "facelane-server", "facelane-bridge", "facelane-events"):
+    for program in (
+        "facelane", "facelane-server", "facelane-bridge", "facelane-events", "facelane-fleet",
+    ):  # fmt: skip
         assert machine.run(program, "--version").strip()
 
     # What a user gets: the settings that came with it, and its own models.
@@ -117,6 +134,15 @@ def test_installed_it_serves_removed_it_leaves_state_purged_nothing(
     shown = machine.run("facelane", "server", "health")
     assert "SERVING" in shown
     assert "NOT_SERVING" not in shown
+    # The console beside it; a fleet's node does not start before it is told how to join.
+    assert "facelane-console" in machine.run("facelane-console", "--help")
+    machine.run("systemctl", "enable", "--now", CONSOLE)
+    machine.wait_active(CONSOLE)
+    page = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9160/').status)"
+    assert machine.run("python3", "-c", UNTIL_OPEN + page).strip() == "200"
+    machine.run("systemctl", "start", FLEET)
+    assert machine.show(FLEET, "ActiveState") == "inactive"
+    assert machine.show(FLEET, "ConditionResult") == "no"
     assert machine.run("stat", "-c", "%U %a", "/var/lib/facelane").split() == ["facelane", "700"]
     machine.write("/etc/facelane/keys.toml", "# mine\n")
 

@@ -31,7 +31,10 @@ DEPLOY = ROOT / "deploy"
 SYSTEM = DEPLOY / "systemd" / "system"
 UNITS = sorted(path.name for path in SYSTEM.iterdir())
 SERVICES = [name for name in UNITS if name.endswith(".service")]
-PROGRAMS = ("facelane-server", "facelane-bridge", "facelane-events", "facelane-console")
+PROGRAMS = (
+    "facelane-server", "facelane-bridge", "facelane-events", "facelane-console", "facelane-fleet",
+    "ray",
+)  # fmt: skip
 MAX_EXPOSURE_TENTHS = 25
 
 needs_systemd = [

@@ -1,8 +1,11 @@
-"""The door and the alarm of ``examples/``: their rules, and as programs beside a server."""
+"""The programs of ``examples/``: their rules, and as programs beside a server."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +15,7 @@ from types import ModuleType
 
 import pytest
 from tests.e2e import wire
+from tests.fakes import clips
 from tests.running_example import EXAMPLES, RunningExample
 from tests.running_server import RunningServer
 from tests.waiting import until
@@ -174,3 +178,99 @@ def test_without_a_server_they_say_so(
     at = ("--target", f"unix:{tmp_path}/nobody.sock", "--source", "front")
     with RunningExample(name, *at) as program:
         until(lambda: says_so(program), what="its complaint")
+
+
+def test_attendance_counts_who_is_known_and_live_once_a_track() -> None:
+    register = example("attendance").Register(frozenset({"front"}))
+    assert register.hears(OPENS)
+    updated = replace(OPENS, kind=types.EventKind.TRACK_UPDATED)
+    later = replace(updated, event_time=NOW + timedelta(minutes=3), resume_token="later")
+    assert not register.hears(later), "the same track"
+    for change in (
+        {"source_id": "back"},
+        {"liveness": types.Liveness()},
+        {"identity": types.Identity(types.Decision.UNKNOWN)},
+    ):
+        assert not register.hears(replace(later, **change))  # type: ignore[arg-type]
+    again = example("attendance").Register(frozenset({"front"}), register.state())
+    assert again.resume_token == "later"
+    assert not again.hears(OPENS), "after a restart, delivered again"
+    assert OPENS.track is not None
+    back = replace(OPENS, track=replace(OPENS.track, global_track_id="t/1"))
+    assert again.hears(replace(back, event_time=NOW + timedelta(hours=1)))
+    [day] = again.days
+    head, row = csv.reader(again.table(day).splitlines())
+    assert head == ["subject", "first", "last", "times", "gates"]
+    assert row[0] == "ada"
+    first, last = datetime.fromisoformat(row[1]), datetime.fromisoformat(row[2])
+    assert (first, last) == (NOW, NOW + timedelta(hours=1))
+    assert row[3:] == ["2", "front"]
+
+
+def test_attendance_says_when_events_were_lost_and_forgets_days() -> None:
+    register = example("attendance").Register(frozenset({"front"}))
+    register.hears(replace(OPENS, resume_token="token"))
+    register.lost(NOW)
+    assert register.resume_token == ""
+    assert register.gaps == [NOW.isoformat(timespec="seconds")]
+    register.forget(NOW.date() + timedelta(days=1))
+    assert register.days, "yesterday may still come"
+    register.forget(NOW.date() + timedelta(days=2))
+    assert not register.days
+
+
+def test_attendance_beside_a_server_that_it_outlives(server: RunningServer, tmp_path: Path) -> None:
+    at = ("--target", server.target, "--gate", "attended", "--out", str(tmp_path / "out"))
+
+    def film() -> None:
+        frames = [facelane.Frame(wire.picture(33), stream_offset=k * 0.1) for k in range(50)]
+        list(client.analyze(frames, source_id="attended"))
+
+    with server.client() as client:
+        client.enroll("grace-who-attends", wire.picture(33))
+        with RunningExample("attendance.py", *at) as program:
+            program.wait_for(lambda line: line.get("listening"))
+            film()
+            assert program.wait_for(lambda line: line.get("seen"))["seen"] == "grace-who-attends"
+        film()  # while nobody listens
+        with RunningExample("attendance.py", *at) as program:
+            program.wait_for(lambda line: line.get("seen"))
+        client.delete_subject("grace-who-attends")
+    [table] = (tmp_path / "out").glob("*.csv")
+    _, row = csv.reader(table.read_text().splitlines())
+    assert (row[0], row[3], row[4]) == ("grace-who-attends", "2", "attended")
+    assert table.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_of_videos_is_gone_through(server: RunningServer, tmp_path: Path) -> None:
+    """H.264 as it is, MPEG-4 decoded here, and a file that is no video."""
+    videos = tmp_path / "videos"
+    for kind in ("plain", "MPEG-4"):
+        folder = videos / kind
+        folder.mkdir(parents=True)
+        clips.write(folder, kind, frames=10).rename(videos / f"{kind}.mp4")
+        folder.rmdir()
+    (videos / "broken.mp4").write_bytes(b"no video" * 100)
+
+    def run() -> tuple[int, dict[str, dict[str, object]]]:
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / "videos.py"), str(videos), "--target", server.target,
+             "--out", str(tmp_path / "found")],
+            capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        lines = map(json.loads, done.stdout.splitlines())
+        return done.returncode, {line["video"]: line for line in lines}
+
+    code, lines = run()
+    assert code == 1
+    assert "failed" in lines.pop("broken.mp4")
+    assert {line["results"] for line in lines.values()} == {10}
+    assert {line["errors"] for line in lines.values()} == {0}
+    for name, line in lines.items():
+        found = (tmp_path / "found" / f"{name}.jsonl").read_text().splitlines()
+        assert len(found) == line["appearances"] > 0
+        for row in map(json.loads, found):
+            assert 0 <= row["from"] <= row["to"] <= 1
+    code, again = run()
+    assert code == 1
+    assert {again[name].get("done") for name in lines} == {"before"}

@@ -13,8 +13,10 @@ from typing import Any
 
 import cv2
 import pytest
+from tests.e2e import wire
 from tests.e2e.conftest import Start
 from tests.fakes.cameras import jpeg
+from tests.running_example import RunningExample
 from tests.running_server import RunningServer, toml
 from tests.waiting import until
 
@@ -105,6 +107,55 @@ def test_a_server_that_is_killed_and_comes_back(built: Path, start: Start, tmp_p
     assert last["counts"]["connections"] == 2
     assert last["counts"]["submitted"] == len(lines)
     assert last["counts"]["lost"] == len(lost)
+
+
+def test_the_door_and_the_alarm_beside_a_server(
+    built: Path, server: RunningServer, tmp_path: Path
+) -> None:
+    """As ``test_examples.py`` has it of Python's."""
+    opened = tmp_path / "opened"
+    opener = tmp_path / "opener"
+    opener.write_text(f'#!/bin/sh\nprintf %s "$1" >>{opened}\n')
+    opener.chmod(0o755)
+    at = {"FACELANE_TARGET": server.target}
+    source = ("--source", "typed-front")
+    examples = built / "examples"
+    with (
+        server.client() as client,
+        RunningExample(
+            examples / "door.js", *source, "--latest", "600", "--", str(opener), env=at
+        ) as door,
+        RunningExample(examples / "alarm.js", *source, env=at) as alarm,
+    ):
+        client.enroll("ada-of-the-typed-door", wire.picture(35))
+        for program in (door, alarm):
+            program.wait_for(lambda line: line.get("listening"))
+
+        def film(seed: int, source: str) -> str:
+            frames = [facelane.Frame(wire.picture(seed), stream_offset=k * 0.1) for k in range(50)]
+            return list(client.analyze(frames, source_id=source))[-1].stream_id
+
+        film(35, "typed-back")
+        unknown = film(36, "typed-front")
+        ada = film(35, "typed-front")
+        line = door.wait_for(lambda line: line.get("open"))
+        assert (line["open"], line["stream"]) == ("ada-of-the-typed-door", ada)
+        told = [line for line in door.lines if line.get("closed")]
+        assert {(line["closed"], line["stream"]) for line in told} == {("UNKNOWN", unknown)}
+        until(opened.exists, what="the command")
+        line = alarm.wait_for(lambda line: line.get("alarm"))
+        assert (line["alarm"], line["stream"]) == ("UNKNOWN_SEEN", unknown)
+        client.delete_subject("ada-of-the-typed-door")
+    assert opened.read_text() == "ada-of-the-typed-door"
+
+
+def test_without_a_server_the_door_and_the_alarm_say_so(built: Path, tmp_path: Path) -> None:
+    at = {"FACELANE_TARGET": f"unix:{tmp_path}/nobody.sock"}
+    for name, what in (("door", "closed"), ("alarm", "blind")):
+        program = built / "examples" / f"{name}.js"
+        with RunningExample(program, "--source", "front", env=at) as running:
+            running.wait_for(lambda line, what=what: line.get(what))
+            assert all(what in line for line in running.lines)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import socket
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -18,6 +19,7 @@ from tests.waiting import auntil
 
 from facelane.types import (
     BoundingBox,
+    CrossingDirection,
     Decision,
     Event,
     EventKind,
@@ -312,6 +314,42 @@ def test_onvif_faces_and_what_onvif_has_no_topic_for() -> None:
     assert onvif.topic("site", pool) == "site/onvif-ej/Device/facelane:PoolChanged"
     lost = onvif.topic("site", history_lost(NOON))
     assert lost == "site/onvif-ej/Device/facelane:HistoryLost"
+
+
+def test_onvif_has_rules_for_zones_and_lines() -> None:
+    """A zone is a FieldDetector and, for who stays, a LoiteringDetector; a line a LineDetector and
+    two counters."""
+
+    def told(kind: EventKind, rule: RuleReport) -> list[tuple[str, dict[str, Any]]]:
+        found = onvif.messages("site", message(sink(), replace(SEEN, kind=kind, rule=rule)))
+        for _, body in found:
+            jsonschema.validate(json.loads(body), ONVIF_MESSAGE)
+        return [(where.removeprefix("site/onvif-ej/"), json.loads(body)) for where, body in found]
+
+    zone = RuleReport("vault", dwell=30.0, inside=1)
+    at = "&front-door/default/vault"
+    for kind, inside in ((EventKind.ZONE_ENTERED, True), (EventKind.ZONE_LEFT, False)):
+        [(where, body)] = told(kind, zone)
+        assert where == f"RuleEngine/FieldDetector/ObjectsInside/{at}"
+        assert body["Source"]["Rule"] == "vault"
+        assert body["Data"] == {"ObjectId": "s-1/7", "IsInside": inside, "EventId": event_id(SEEN)}
+    [(where, body)] = told(EventKind.ZONE_DWELL, zone)
+    assert where == f"RuleEngine/LoiteringDetector/ObjectIsLoitering/{at}"
+    assert body["Data"] == {
+        "ObjectId": "s-1/7", "EventId": event_id(SEEN),
+        "Since": "2027-03-04T11:59:30.000Z", "TimeStamp": "2027-03-04T12:00:00.000Z",
+    }  # fmt: skip
+    [(where, body)] = told(EventKind.ZONE_UNKNOWN, zone)
+    assert where == f"RuleEngine/FieldDetector/facelane:ZoneUnknown/{at}"
+    for way, count in ((CrossingDirection.IN, 4), (CrossingDirection.OUT, 2)):
+        line = RuleReport("door", direction=way, in_count=4, out_count=2)
+        (where, body), (counter, counted) = told(EventKind.LINE_CROSSED, line)
+        assert where == "RuleEngine/LineDetector/Crossed/&front-door/default/door"
+        assert body["Data"]["Direction"] == way.value
+        rule = f"door-{way.value.lower()}"
+        assert counter == f"RuleEngine/CountAggregation/Counter/&front-door/default/{rule}"
+        assert counted["Source"]["Rule"] == rule
+        assert counted["Data"] == {"Count": count, "EventId": event_id(SEEN)}
 
 
 @given(st.lists(st.sampled_from(["send", "break", "again"]), max_size=60), st.integers(1, 8))

@@ -118,7 +118,7 @@ def snippets(page: str) -> Iterator[str]:
 
 PAGES = [
     (page, number, code)
-    for page in ("README.md", "docs/sdk.md")
+    for page in ("README.md", "docs/sdk.md", "docs/tracing.md")
     if (ROOT / page).exists()
     for number, code in enumerate(snippets(page), 1)
 ]

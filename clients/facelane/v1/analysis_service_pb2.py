@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"facelane/v1/analysis_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xf6\x01\n\x0f\x41nalysisOptions\x12\x18\n\x10skip_recognition\x18\x01 \x01(\x08\x12\x15\n\rskip_liveness\x18\x02 \x01(\x08\x12\x12\n\ngallery_id\x18\x03 \x01(\t\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x16\n\x0emax_candidates\x18\x05 \x01(\r\x12\x15\n\rmin_face_size\x18\x06 \x01(\r\x12\x19\n\x0c\x66\x61lse_naming\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmatch_threshold\x18\x08 \x01(\x02H\x01\x88\x01\x01\x42\x0f\n\r_false_namingB\x12\n\x10_match_threshold\"%\n\rRelativePoint\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\"\xbe\x01\n\x04Zone\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x07polygon\x18\x02 \x03(\x0b\x32\x1a.facelane.v1.RelativePoint\x12(\n\x05\x64well\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07unknown\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05\x66\x61\x63\x65s\x18\x05 \x01(\x0e\x32\x16.facelane.v1.ZoneFaces\"h\n\x04Line\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x1a.facelane.v1.RelativePoint\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.facelane.v1.RelativePoint\"\x98\x03\n\x0cStreamConfig\x12\x11\n\tsource_id\x18\x01 \x01(\t\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\x12\x34\n\x0foverload_policy\x18\x03 \x01(\x0e\x32\x1b.facelane.v1.OverloadPolicy\x12\x30\n\rmax_frame_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06weight\x18\x05 \x01(\r\x12\x18\n\x10\x64isable_tracking\x18\x06 \x01(\x08\x12\x37\n\x14reinference_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x61nalysis_fps\x18\x08 \x01(\x02\x12\x0f\n\x07private\x18\t \x01(\x08\x12 \n\x05zones\x18\n \x03(\x0b\x32\x11.facelane.v1.Zone\x12 \n\x05lines\x18\x0b \x03(\x0b\x32\x11.facelane.v1.Line\x12\x10\n\x08may_move\x18\x10 \x01(\x08\"\xa4\x01\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12%\n\x07picture\x18\x02 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x30\n\rstream_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"s\n\x14\x41nalyzeStreamRequest\x12+\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamConfigH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.facelane.v1.FrameH\x00\x42\t\n\x07message\"\x90\x01\n\x0cStreamLimits\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x02 \x01(\x04\x12\x12\n\nmax_pixels\x18\x03 \x01(\x04\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x30\n\rmax_frame_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1c\n\nStreamMove\x12\x0e\n\x06target\x18\x01 \x01(\t\"\xcf\x02\n\x0cStreamOpened\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.facelane.v1.StreamLimits\x12\x35\n\x06models\x18\x03 \x03(\x0b\x32%.facelane.v1.StreamOpened.ModelsEntry\x12\x16\n\x0eserver_version\x18\x04 \x01(\t\x12\x19\n\x0c\x66\x61lse_naming\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmatch_threshold\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12%\n\x04move\x18\x10 \x01(\x0b\x32\x17.facelane.v1.StreamMove\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_false_namingB\x12\n\x10_match_threshold\"4\n\tFrameDrop\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.facelane.v1.DropReason\"\xc3\x02\n\x0c\x46rameOutcome\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\rstream_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x06result\x18\x05 \x01(\x0b\x32\x18.facelane.v1.FrameResultH\x00\x12&\n\x04\x64rop\x18\x06 \x01(\x0b\x32\x16.facelane.v1.FrameDropH\x00\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x11\n\tstream_id\x18\x08 \x01(\tB\t\n\x07outcome\"\xbd\x01\n\x0cStreamUpdate\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.facelane.v1.StreamUpdateKind\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.facelane.v1.Stage\x12\x10\n\x08track_id\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12(\n\x05grace\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08rate_fps\x18\x06 \x01(\x02\"\xee\x01\n\rStreamSummary\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07results\x18\x02 \x01(\x04\x12\r\n\x05\x64rops\x18\x03 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x04 \x01(\x04\x12\r\n\x05\x66\x61\x63\x65s\x18\x05 \x01(\x04\x12\x0e\n\x06tracks\x18\x06 \x01(\x04\x12\x46\n\x0f\x64rops_by_reason\x18\x07 \x03(\x0b\x32-.facelane.v1.StreamSummary.DropsByReasonEntry\x1a\x34\n\x12\x44ropsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd9\x01\n\x15\x41nalyzeStreamResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamOpenedH\x00\x12,\n\x07outcome\x18\x02 \x01(\x0b\x32\x19.facelane.v1.FrameOutcomeH\x00\x12+\n\x06update\x18\x03 \x01(\x0b\x32\x19.facelane.v1.StreamUpdateH\x00\x12-\n\x07summary\x18\x04 \x01(\x0b\x32\x1a.facelane.v1.StreamSummaryH\x00\x42\t\n\x07message\"k\n\x13\x41nalyzeImageRequest\x12%\n\x07picture\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Picture\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\"@\n\x14\x41nalyzeImageResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.facelane.v1.FrameResult*p\n\x0eOverloadPolicy\x12\x1f\n\x1bOVERLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x1f\n\x1bOVERLOAD_POLICY_LATEST_WINS\x10\x01\x12\x1c\n\x18OVERLOAD_POLICY_LOSSLESS\x10\x02*h\n\tZoneFaces\x12\x1a\n\x16ZONE_FACES_UNSPECIFIED\x10\x00\x12\x12\n\x0eZONE_FACES_ALL\x10\x01\x12\x13\n\x0fZONE_FACES_ONLY\x10\x02\x12\x16\n\x12ZONE_FACES_IGNORED\x10\x03*\xd7\x01\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44ROP_REASON_SUPERSEDED\x10\x01\x12\x17\n\x13\x44ROP_REASON_TOO_OLD\x10\x02\x12\x18\n\x14\x44ROP_REASON_DRAINING\x10\x03\x12\x1d\n\x19\x44ROP_REASON_STREAM_CLOSED\x10\x04\x12%\n!DROP_REASON_WAITING_FOR_KEY_FRAME\x10\x05\x12\x17\n\x13\x44ROP_REASON_THINNED\x10\x06*\x8b\x02\n\x10StreamUpdateKind\x12\"\n\x1eSTREAM_UPDATE_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dSTREAM_UPDATE_KIND_STAGE_LOST\x10\x01\x12%\n!STREAM_UPDATE_KIND_STAGE_RESTORED\x10\x02\x12\x1f\n\x1bSTREAM_UPDATE_KIND_DRAINING\x10\x03\x12\"\n\x1eSTREAM_UPDATE_KIND_TRACK_ENDED\x10\x04\x12\'\n#STREAM_UPDATE_KIND_KEY_FRAME_WANTED\x10\x05\x12\x1b\n\x17STREAM_UPDATE_KIND_RATE\x10\x06\x32\xc2\x01\n\x0f\x41nalysisService\x12Z\n\rAnalyzeStream\x12!.facelane.v1.AnalyzeStreamRequest\x1a\".facelane.v1.AnalyzeStreamResponse(\x01\x30\x01\x12S\n\x0c\x41nalyzeImage\x12 .facelane.v1.AnalyzeImageRequest\x1a!.facelane.v1.AnalyzeImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"facelane/v1/analysis_service.proto\x12\x0b\x66\x61\x63\x65lane.v1\x1a\x16\x66\x61\x63\x65lane/v1/face.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xf6\x01\n\x0f\x41nalysisOptions\x12\x18\n\x10skip_recognition\x18\x01 \x01(\x08\x12\x15\n\rskip_liveness\x18\x02 \x01(\x08\x12\x12\n\ngallery_id\x18\x03 \x01(\t\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x16\n\x0emax_candidates\x18\x05 \x01(\r\x12\x15\n\rmin_face_size\x18\x06 \x01(\r\x12\x19\n\x0c\x66\x61lse_naming\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmatch_threshold\x18\x08 \x01(\x02H\x01\x88\x01\x01\x42\x0f\n\r_false_namingB\x12\n\x10_match_threshold\"%\n\rRelativePoint\x12\t\n\x01x\x18\x01 \x01(\x02\x12\t\n\x01y\x18\x02 \x01(\x02\"\xbe\x01\n\x04Zone\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x07polygon\x18\x02 \x03(\x0b\x32\x1a.facelane.v1.RelativePoint\x12(\n\x05\x64well\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07unknown\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05\x66\x61\x63\x65s\x18\x05 \x01(\x0e\x32\x16.facelane.v1.ZoneFaces\"h\n\x04Line\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x1a.facelane.v1.RelativePoint\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.facelane.v1.RelativePoint\"\x98\x03\n\x0cStreamConfig\x12\x11\n\tsource_id\x18\x01 \x01(\t\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\x12\x34\n\x0foverload_policy\x18\x03 \x01(\x0e\x32\x1b.facelane.v1.OverloadPolicy\x12\x30\n\rmax_frame_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06weight\x18\x05 \x01(\r\x12\x18\n\x10\x64isable_tracking\x18\x06 \x01(\x08\x12\x37\n\x14reinference_interval\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x61nalysis_fps\x18\x08 \x01(\x02\x12\x0f\n\x07private\x18\t \x01(\x08\x12 \n\x05zones\x18\n \x03(\x0b\x32\x11.facelane.v1.Zone\x12 \n\x05lines\x18\x0b \x03(\x0b\x32\x11.facelane.v1.Line\x12\x10\n\x08may_move\x18\x10 \x01(\x08\"\xb9\x01\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12%\n\x07picture\x18\x02 \x01(\x0b\x32\x14.facelane.v1.Picture\x12\x30\n\rstream_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"s\n\x14\x41nalyzeStreamRequest\x12+\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamConfigH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.facelane.v1.FrameH\x00\x42\t\n\x07message\"\x90\x01\n\x0cStreamLimits\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x02 \x01(\x04\x12\x12\n\nmax_pixels\x18\x03 \x01(\x04\x12\x11\n\tmax_faces\x18\x04 \x01(\r\x12\x30\n\rmax_frame_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1c\n\nStreamMove\x12\x0e\n\x06target\x18\x01 \x01(\t\"\xcf\x02\n\x0cStreamOpened\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.facelane.v1.StreamLimits\x12\x35\n\x06models\x18\x03 \x03(\x0b\x32%.facelane.v1.StreamOpened.ModelsEntry\x12\x16\n\x0eserver_version\x18\x04 \x01(\t\x12\x19\n\x0c\x66\x61lse_naming\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmatch_threshold\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12%\n\x04move\x18\x10 \x01(\x0b\x32\x17.facelane.v1.StreamMove\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_false_namingB\x12\n\x10_match_threshold\"4\n\tFrameDrop\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.facelane.v1.DropReason\"\xc3\x02\n\x0c\x46rameOutcome\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\rstream_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0c\x63\x61pture_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x06result\x18\x05 \x01(\x0b\x32\x18.facelane.v1.FrameResultH\x00\x12&\n\x04\x64rop\x18\x06 \x01(\x0b\x32\x16.facelane.v1.FrameDropH\x00\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x11\n\tstream_id\x18\x08 \x01(\tB\t\n\x07outcome\"\xbd\x01\n\x0cStreamUpdate\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.facelane.v1.StreamUpdateKind\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.facelane.v1.Stage\x12\x10\n\x08track_id\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12(\n\x05grace\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08rate_fps\x18\x06 \x01(\x02\"\xee\x01\n\rStreamSummary\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07results\x18\x02 \x01(\x04\x12\r\n\x05\x64rops\x18\x03 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x04 \x01(\x04\x12\r\n\x05\x66\x61\x63\x65s\x18\x05 \x01(\x04\x12\x0e\n\x06tracks\x18\x06 \x01(\x04\x12\x46\n\x0f\x64rops_by_reason\x18\x07 \x03(\x0b\x32-.facelane.v1.StreamSummary.DropsByReasonEntry\x1a\x34\n\x12\x44ropsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd9\x01\n\x15\x41nalyzeStreamResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.facelane.v1.StreamOpenedH\x00\x12,\n\x07outcome\x18\x02 \x01(\x0b\x32\x19.facelane.v1.FrameOutcomeH\x00\x12+\n\x06update\x18\x03 \x01(\x0b\x32\x19.facelane.v1.StreamUpdateH\x00\x12-\n\x07summary\x18\x04 \x01(\x0b\x32\x1a.facelane.v1.StreamSummaryH\x00\x42\t\n\x07message\"k\n\x13\x41nalyzeImageRequest\x12%\n\x07picture\x18\x01 \x01(\x0b\x32\x14.facelane.v1.Picture\x12-\n\x07options\x18\x02 \x01(\x0b\x32\x1c.facelane.v1.AnalysisOptions\"@\n\x14\x41nalyzeImageResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.facelane.v1.FrameResult*p\n\x0eOverloadPolicy\x12\x1f\n\x1bOVERLOAD_POLICY_UNSPECIFIED\x10\x00\x12\x1f\n\x1bOVERLOAD_POLICY_LATEST_WINS\x10\x01\x12\x1c\n\x18OVERLOAD_POLICY_LOSSLESS\x10\x02*h\n\tZoneFaces\x12\x1a\n\x16ZONE_FACES_UNSPECIFIED\x10\x00\x12\x12\n\x0eZONE_FACES_ALL\x10\x01\x12\x13\n\x0fZONE_FACES_ONLY\x10\x02\x12\x16\n\x12ZONE_FACES_IGNORED\x10\x03*\xd7\x01\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44ROP_REASON_SUPERSEDED\x10\x01\x12\x17\n\x13\x44ROP_REASON_TOO_OLD\x10\x02\x12\x18\n\x14\x44ROP_REASON_DRAINING\x10\x03\x12\x1d\n\x19\x44ROP_REASON_STREAM_CLOSED\x10\x04\x12%\n!DROP_REASON_WAITING_FOR_KEY_FRAME\x10\x05\x12\x17\n\x13\x44ROP_REASON_THINNED\x10\x06*\x8b\x02\n\x10StreamUpdateKind\x12\"\n\x1eSTREAM_UPDATE_KIND_UNSPECIFIED\x10\x00\x12!\n\x1dSTREAM_UPDATE_KIND_STAGE_LOST\x10\x01\x12%\n!STREAM_UPDATE_KIND_STAGE_RESTORED\x10\x02\x12\x1f\n\x1bSTREAM_UPDATE_KIND_DRAINING\x10\x03\x12\"\n\x1eSTREAM_UPDATE_KIND_TRACK_ENDED\x10\x04\x12\'\n#STREAM_UPDATE_KIND_KEY_FRAME_WANTED\x10\x05\x12\x1b\n\x17STREAM_UPDATE_KIND_RATE\x10\x06\x32\xc2\x01\n\x0f\x41nalysisService\x12Z\n\rAnalyzeStream\x12!.facelane.v1.AnalyzeStreamRequest\x1a\".facelane.v1.AnalyzeStreamResponse(\x01\x30\x01\x12S\n\x0c\x41nalyzeImage\x12 .facelane.v1.AnalyzeImageRequest\x1a!.facelane.v1.AnalyzeImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,14 +39,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMOPENED_MODELSENTRY']._serialized_options = b'8\001'
   _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._loaded_options = None
   _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_options = b'8\001'
-  _globals['_OVERLOADPOLICY']._serialized_start=3170
-  _globals['_OVERLOADPOLICY']._serialized_end=3282
-  _globals['_ZONEFACES']._serialized_start=3284
-  _globals['_ZONEFACES']._serialized_end=3388
-  _globals['_DROPREASON']._serialized_start=3391
-  _globals['_DROPREASON']._serialized_end=3606
-  _globals['_STREAMUPDATEKIND']._serialized_start=3609
-  _globals['_STREAMUPDATEKIND']._serialized_end=3876
+  _globals['_OVERLOADPOLICY']._serialized_start=3191
+  _globals['_OVERLOADPOLICY']._serialized_end=3303
+  _globals['_ZONEFACES']._serialized_start=3305
+  _globals['_ZONEFACES']._serialized_end=3409
+  _globals['_DROPREASON']._serialized_start=3412
+  _globals['_DROPREASON']._serialized_end=3627
+  _globals['_STREAMUPDATEKIND']._serialized_start=3630
+  _globals['_STREAMUPDATEKIND']._serialized_end=3897
   _globals['_ANALYSISOPTIONS']._serialized_start=166
   _globals['_ANALYSISOPTIONS']._serialized_end=412
   _globals['_RELATIVEPOINT']._serialized_start=414
@@ -58,33 +58,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMCONFIG']._serialized_start=753
   _globals['_STREAMCONFIG']._serialized_end=1161
   _globals['_FRAME']._serialized_start=1164
-  _globals['_FRAME']._serialized_end=1328
-  _globals['_ANALYZESTREAMREQUEST']._serialized_start=1330
-  _globals['_ANALYZESTREAMREQUEST']._serialized_end=1445
-  _globals['_STREAMLIMITS']._serialized_start=1448
-  _globals['_STREAMLIMITS']._serialized_end=1592
-  _globals['_STREAMMOVE']._serialized_start=1594
-  _globals['_STREAMMOVE']._serialized_end=1622
-  _globals['_STREAMOPENED']._serialized_start=1625
-  _globals['_STREAMOPENED']._serialized_end=1960
-  _globals['_STREAMOPENED_MODELSENTRY']._serialized_start=1878
-  _globals['_STREAMOPENED_MODELSENTRY']._serialized_end=1923
-  _globals['_FRAMEDROP']._serialized_start=1962
-  _globals['_FRAMEDROP']._serialized_end=2014
-  _globals['_FRAMEOUTCOME']._serialized_start=2017
-  _globals['_FRAMEOUTCOME']._serialized_end=2340
-  _globals['_STREAMUPDATE']._serialized_start=2343
-  _globals['_STREAMUPDATE']._serialized_end=2532
-  _globals['_STREAMSUMMARY']._serialized_start=2535
-  _globals['_STREAMSUMMARY']._serialized_end=2773
-  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_start=2721
-  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_end=2773
-  _globals['_ANALYZESTREAMRESPONSE']._serialized_start=2776
-  _globals['_ANALYZESTREAMRESPONSE']._serialized_end=2993
-  _globals['_ANALYZEIMAGEREQUEST']._serialized_start=2995
-  _globals['_ANALYZEIMAGEREQUEST']._serialized_end=3102
-  _globals['_ANALYZEIMAGERESPONSE']._serialized_start=3104
-  _globals['_ANALYZEIMAGERESPONSE']._serialized_end=3168
-  _globals['_ANALYSISSERVICE']._serialized_start=3879
-  _globals['_ANALYSISSERVICE']._serialized_end=4073
+  _globals['_FRAME']._serialized_end=1349
+  _globals['_ANALYZESTREAMREQUEST']._serialized_start=1351
+  _globals['_ANALYZESTREAMREQUEST']._serialized_end=1466
+  _globals['_STREAMLIMITS']._serialized_start=1469
+  _globals['_STREAMLIMITS']._serialized_end=1613
+  _globals['_STREAMMOVE']._serialized_start=1615
+  _globals['_STREAMMOVE']._serialized_end=1643
+  _globals['_STREAMOPENED']._serialized_start=1646
+  _globals['_STREAMOPENED']._serialized_end=1981
+  _globals['_STREAMOPENED_MODELSENTRY']._serialized_start=1899
+  _globals['_STREAMOPENED_MODELSENTRY']._serialized_end=1944
+  _globals['_FRAMEDROP']._serialized_start=1983
+  _globals['_FRAMEDROP']._serialized_end=2035
+  _globals['_FRAMEOUTCOME']._serialized_start=2038
+  _globals['_FRAMEOUTCOME']._serialized_end=2361
+  _globals['_STREAMUPDATE']._serialized_start=2364
+  _globals['_STREAMUPDATE']._serialized_end=2553
+  _globals['_STREAMSUMMARY']._serialized_start=2556
+  _globals['_STREAMSUMMARY']._serialized_end=2794
+  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_start=2742
+  _globals['_STREAMSUMMARY_DROPSBYREASONENTRY']._serialized_end=2794
+  _globals['_ANALYZESTREAMRESPONSE']._serialized_start=2797
+  _globals['_ANALYZESTREAMRESPONSE']._serialized_end=3014
+  _globals['_ANALYZEIMAGEREQUEST']._serialized_start=3016
+  _globals['_ANALYZEIMAGEREQUEST']._serialized_end=3123
+  _globals['_ANALYZEIMAGERESPONSE']._serialized_start=3125
+  _globals['_ANALYZEIMAGERESPONSE']._serialized_end=3189
+  _globals['_ANALYSISSERVICE']._serialized_start=3900
+  _globals['_ANALYSISSERVICE']._serialized_end=4094
 # @@protoc_insertion_point(module_scope)

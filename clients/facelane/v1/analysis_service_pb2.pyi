@@ -400,8 +400,14 @@ class Frame(_message.Message):
     PICTURE_FIELD_NUMBER: _builtins.int
     STREAM_OFFSET_FIELD_NUMBER: _builtins.int
     CAPTURE_TIME_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.int
     """Strictly increasing within the stream."""
+    traceparent: _builtins.str
+    """W3C Trace Context (`00-<trace id>-<span id>-01`) of a frame that is traced; empty = it is not.
+    What is no such context, or is not sampled, is ignored, as it is where the server exports no
+    traces.
+    """
     @_builtins.property
     def picture(self) -> _face_pb2.Picture: ...
     @_builtins.property
@@ -421,10 +427,11 @@ class Frame(_message.Message):
         picture: _face_pb2.Picture | None = ...,
         stream_offset: _duration_pb2.Duration | None = ...,
         capture_time: _timestamp_pb2.Timestamp | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capture_time", b"capture_time", "picture", b"picture", "stream_offset", b"stream_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_time", b"capture_time", "frame_id", b"frame_id", "picture", b"picture", "stream_offset", b"stream_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_time", b"capture_time", "frame_id", b"frame_id", "picture", b"picture", "stream_offset", b"stream_offset", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,7 +83,8 @@ class MqttSink:
         settings = self._settings
         source = event.source_id
         if settings.payload == "onvif":
-            await self._event(onvif.topic(settings.prefix, event), onvif.payload(event))
+            for where, body in onvif.messages(settings.prefix, event):
+                await self._event(where, body)
             return
         states, changed = self._states.setdefault(source, States()), {}
         if event.event is not None and source:

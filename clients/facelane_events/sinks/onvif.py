@@ -1,30 +1,46 @@
 """Events as ONVIF has them over MQTT: topics, and JSON in place of XML. Pure.
 
 ONVIF Core Specification, "Event Broker" (topic structure, JSON event payload), as Profile M
-asks for it; names of items after its Analytics Service Specification, rule FaceRecognition.
-What ONVIF has no topic for stands below one of its topics under the alias ``facelane``.
+asks for it; topics and names of items after its Analytics Service Specification: the rules
+FaceRecognition, FieldDetector (a zone: who is inside), LoiteringDetector (who is so for long),
+LineDetector and LineCounting (a line). What ONVIF has no topic for stands below one of its topics
+under the alias ``facelane``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from facelane.types import Event, EventKind
+from facelane.types import CrossingDirection, Event, EventKind
 from facelane_events.message import Message
 
 PAYLOAD_PREFIX: Final = "onvif-ej"
 ALIAS: Final = "facelane"
 RULE: Final = "FaceRecognition"
 FACE: Final = "RuleEngine/Recognition/Face"
+INSIDE: Final = "RuleEngine/FieldDetector/ObjectsInside"
+LOITERING: Final = "RuleEngine/LoiteringDetector/ObjectIsLoitering"
+CROSSED: Final = "RuleEngine/LineDetector/Crossed"
+COUNTER: Final = "RuleEngine/CountAggregation/Counter"
+
+_TOPICS: Final = {
+    EventKind.SUBJECT_SEEN: FACE,
+    EventKind.ZONE_ENTERED: INSIDE,
+    EventKind.ZONE_LEFT: INSIDE,
+    EventKind.ZONE_DWELL: LOITERING,
+    EventKind.ZONE_UNKNOWN: f"RuleEngine/FieldDetector/{ALIAS}:ZoneUnknown",
+    EventKind.LINE_CROSSED: CROSSED,
+}
 
 
 def local_topic(event: Message) -> str:
     """The ONVIF topic without its namespace."""
-    if event.kind == EventKind.SUBJECT_SEEN:
-        return FACE
+    for kind, found in _TOPICS.items():
+        if event.kind == kind:
+            return found
     name = f"{ALIAS}:{event.kind.title().replace('_', '')}"
     if _of_a_face(event):
         return f"RuleEngine/Recognition/{name}"
@@ -37,7 +53,11 @@ def source(event: Message) -> dict[str, str]:
         return {}
     found = {"VideoSource": event.source_id}
     if event.event is not None and _of_a_face(event):
-        found |= {"AnalyticsConfiguration": event.event.gallery or ALIAS, "Rule": RULE}
+        rule = event.event.rule
+        found |= {
+            "AnalyticsConfiguration": event.event.gallery or ALIAS,
+            "Rule": RULE if rule is None else rule.name,
+        }
     return found
 
 
@@ -46,10 +66,28 @@ def _of_a_face(event: Message) -> bool:
     return seen or (event.event is not None and event.event.track is not None)
 
 
+def messages(prefix: str, event: Message) -> list[tuple[str, bytes]]:
+    """Topics and payloads: one, and for a line that was crossed the counter of that way too."""
+    found = [(topic(prefix, event), payload(event))]
+    crossed = event.event
+    if event.kind == EventKind.LINE_CROSSED and crossed is not None and crossed.rule is not None:
+        rule = crossed.rule
+        inwards = rule.direction is CrossingDirection.IN
+        counted = source(event) | {"Rule": f"{rule.name}-{'in' if inwards else 'out'}"}
+        count = rule.in_count if inwards else rule.out_count
+        body = _body(event, counted, {"Count": count})
+        found.append((_topic(prefix, COUNTER, counted), body))
+    return found
+
+
 def topic(prefix: str, event: Message) -> str:
     """``TopicPrefix "/" PayloadPrefix "/" LocalTopic [ "/&" Source ]``."""
-    found = f"{prefix}/{PAYLOAD_PREFIX}/{local_topic(event)}"
-    values = [_level(value) for value in source(event).values()]
+    return _topic(prefix, local_topic(event), source(event))
+
+
+def _topic(prefix: str, local: str, origin: dict[str, str]) -> str:
+    found = f"{prefix}/{PAYLOAD_PREFIX}/{local}"
+    values = [_level(value) for value in origin.values()]
     return f"{found}/&{'/'.join(values)}" if values else found
 
 
@@ -60,14 +98,38 @@ def _level(value: str) -> str:
 
 def payload(event: Message) -> bytes:
     """``{"UtcTime": …, "Source": {…}, "Data": {…}}``; UTF-8."""
-    data: dict[str, Any] = {} if event.event is None else _data(event.event)
+    data: dict[str, Any] = {}
+    if event.event is not None:
+        data = _data(event.event) if event.event.rule is None else _rule_data(event.event)
+    return _body(event, source(event), data)
+
+
+def _body(event: Message, origin: dict[str, str], data: dict[str, Any]) -> bytes:
     # A duplicate has the id of the first.
     body = {
         "UtcTime": _utc(event.time),
-        "Source": source(event),
+        "Source": origin,
         "Data": {**data, "EventId": event.id},
     }
     return json.dumps(body, ensure_ascii=False).encode()
+
+
+def _rule_data(event: Event) -> dict[str, Any]:
+    """Of zones and lines, as their rules have it; of the face no more than which it is."""
+    rule, found = event.rule, _data(event)
+    assert rule is not None
+    for name in ("Likelihood", "Label", "EnrollmentID", "Liveness"):
+        if event.kind is not EventKind.ZONE_UNKNOWN:
+            found.pop(name, None)
+    if event.kind in (EventKind.ZONE_ENTERED, EventKind.ZONE_LEFT):
+        found["IsInside"] = event.kind is EventKind.ZONE_ENTERED
+    elif event.kind is EventKind.ZONE_DWELL:
+        now = event.event_time or datetime.now(UTC)
+        found["Since"] = _utc(now - timedelta(seconds=rule.dwell or 0.0))
+        found["TimeStamp"] = _utc(now)
+    elif event.kind is EventKind.LINE_CROSSED:
+        found["Direction"] = rule.direction.value
+    return found
 
 
 def _data(event: Event) -> dict[str, Any]:

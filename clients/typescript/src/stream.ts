@@ -19,6 +19,8 @@ export interface FrameOptions {
   /** Media time in seconds; by itself the time since the stream opened. */
   streamOffset?: number;
   captureTime?: Date;
+  /** W3C Trace Context of the frame's span, `00-<trace id>-<span id>-01`: the server's spans are made its children. */
+  traceparent?: string;
   /** Seconds that `send` waits for a place; by itself as long as it takes. */
   timeout?: number;
 }
@@ -75,6 +77,7 @@ export class AnalysisStream implements AsyncIterable<FrameOutcome>, AsyncDisposa
     const frame = create(FrameSchema, {
       frameId, picture, streamOffset: durationFromMs(Math.round(offset * 1000)),
       ...(options.captureTime ? { captureTime: timestampFromDate(options.captureTime) } : {}),
+      ...(options.traceparent ? { traceparent: options.traceparent } : {}),
     });
     this.call?.write(create(AnalyzeStreamRequestSchema, { message: { case: "frame", value: frame } }));
     return frameId;

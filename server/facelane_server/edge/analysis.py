@@ -40,6 +40,7 @@ from facelane_server.lanes import (
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.tasks import Sender
 from facelane_server.store.audit import Action
+from facelane_server.traces import Traces
 from facelane_server.viewing import Sights
 
 log = structlog.get_logger(__name__)
@@ -106,8 +107,10 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         trail: Trail,
         sights: Sights,
         siblings: Siblings | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self._siblings = siblings
+        self._traces = traces
         self._config = config
         self._pipeline = pipeline
         self._streams = streams
@@ -243,7 +246,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
 
     async def _read(self, context: Context, lane: Lane) -> None:
         opened_ns = time.monotonic_ns()
-        sight = self._sights.of(lane.lane_id)
+        sight, traces = self._sights.of(lane.lane_id), self._traces
+        plain = sight is None and traces is None
         while True:
             if not lane.can_accept:
                 await lane.wait_can_accept()
@@ -258,13 +262,20 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                 frame, fault = convert.frame(
                     message.frame, self._config, elapsed_ns=elapsed_ns, data=data
                 )
-                if sight is None:
+                if plain:
                     lane.offer(frame, fault)
                     continue
+                traced = traces is not None and traces.receiving(
+                    lane, frame.frame_id, message.frame.traceparent
+                )
                 before = lane.footage.group
-                sight.receiving(frame)
+                if sight is not None:
+                    sight.receiving(frame)
                 lane.offer(frame, fault)
-                sight.received(key=lane.footage.group is not before)
+                if sight is not None:
+                    sight.received(key=lane.footage.group is not before)
+                if traced and traces is not None:
+                    traces.received(lane, frame.frame_id)
             elif kind == "config":
                 raise FacelaneError(
                     Reason.CONFIG_REPEATED,

@@ -54,6 +54,7 @@ from facelane_server.shards.messages import (
     WatchStream,
 )
 from facelane_server.store.audit import Action
+from facelane_server.traces import Traces, watching
 from facelane_server.viewing import Sights
 
 log = structlog.get_logger(__name__)
@@ -105,6 +106,7 @@ class Edge:
         self.quotas = Quotas(settings, elsewhere=None if siblings is None else siblings.holdings)
         self.streams = StreamRegistry()
         self.sights = Sights()
+        self.traces: Traces | None = None
         self.load = LoadWatch(settings.limits, self.streams)
         self.health = Health()
         if siblings is not None:
@@ -151,13 +153,14 @@ class Edge:
                 pipeline,
                 self.streams,
                 pictures,
-                observer,
+                watching(self.traces, observer),
                 controls,
                 self.load,
                 self.quotas,
                 trail,
                 self.sights,
                 self._siblings,
+                self.traces,
             ),
             server,
         )

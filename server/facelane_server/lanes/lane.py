@@ -376,6 +376,11 @@ class Lane:
         if self.footage.is_video:
             self._pipeline.release(self.lane_id)
 
+    @property
+    def newest(self) -> Entry | None:
+        """The last frame that was offered and has no outcome."""
+        return self._entries[-1] if self._entries else None
+
     # -- the writer's side -------------------------------------------------------------
 
     @property

@@ -76,6 +76,9 @@ class Pool:
         self.package = package
         self._settings = settings
         self._on_change = on_change
+        self.on_answered: Callable[[Pool, Job, str], None] | None = None
+        """Told of every job whose answer was given to those who wait, and of its worker; nothing
+        unless something is traced."""
         self._clock = clock or LoopClock()
         self._briefing = Briefing(
             stage, settings, crops=crops, max_pixels=max_pixels, resolve=resolve
@@ -299,6 +302,8 @@ class Pool:
             handle.decoders.forget(task.lane for task in job.tasks)
             ended = self._schedule.failed(job, message)
         self._resolve(ended)
+        if self.on_answered is not None:
+            self.on_answered(self, job, worker.worker_id)
         self._arm_deadline()
         if job.started_ns:
             self._busy_ns += self._clock.now_ns() - job.started_ns

@@ -1,0 +1,144 @@
+"""OpenTelemetry traces of sampled frames; needs the extra ``[otel]``.
+
+Give a client a ``Tracing``, and a share of its streams' frames has a span, ``facelane.frame``, from
+``send`` to the outcome. Its context goes with the frame, so that a server that exports traces too
+adds what happened there: lane, queues, workers, batches. Without one nothing of OpenTelemetry is
+imported, and no frame costs more.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from facelane.types import FrameDrop, FrameError, FrameResult, Outcome
+from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span, TracerProvider
+
+DEFAULT_RATIO: Final = 0.01
+EXPORT_TIMEOUT: Final = 5.0
+
+Build = Callable[[int, float], Request]
+"""A frame's message, of its number and its media time."""
+
+
+class Tracing:
+    """Which frames are traced, and by which provider.
+
+    ``provider``: a ``TracerProvider``; the process's own by default, as
+    ``opentelemetry.trace.set_tracer_provider`` has set it. ``ratio``: the share of frames, 0 to 1.
+    A frame that is sent inside of a span which is recorded is traced in any case, as its child.
+    """
+
+    def __init__(
+        self, provider: TracerProvider | None = None, *, ratio: float = DEFAULT_RATIO
+    ) -> None:
+        try:
+            from opentelemetry import trace
+        except ImportError:
+            raise ImportError("traces need OpenTelemetry: pip install facelane[otel]") from None
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"ratio is a share of frames, 0 to 1, not {ratio}")
+        self.ratio = ratio
+        self._trace = trace
+        self._tracer = trace.get_tracer("facelane", tracer_provider=provider)
+        self._own: Any = None
+
+    @classmethod
+    def to(
+        cls, endpoint: str, *, ratio: float = DEFAULT_RATIO, service: str = "facelane-client"
+    ) -> Self:
+        """Traces that go to a collector by themselves, OTLP over gRPC: ``http://host:4317`` or
+        ``https://``. ``service`` is who sends them. What is left goes out with ``close``, or at the
+        end of the process."""
+        try:
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError:
+            raise ImportError("traces need OpenTelemetry: pip install facelane[otel]") from None
+        provider = TracerProvider(resource=Resource.create({"service.name": service}))
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        tracing = cls(provider, ratio=ratio)
+        tracing._own = provider
+        return tracing
+
+    def close(self) -> None:
+        """Sends what is left and ends what ``to`` has begun; another's provider is left alone."""
+        own, self._own = self._own, None
+        if own is not None:
+            own.shutdown()
+
+    def stream(self, source_id: str) -> StreamTracing:
+        """For one stream."""
+        return StreamTracing(self, source_id)
+
+    def _begin(self, source_id: str) -> Span | None:
+        current = self._trace.get_current_span()
+        if not current.is_recording() and not random.random() < self.ratio:
+            return None
+        span = self._tracer.start_span(
+            "facelane.frame",
+            kind=self._trace.SpanKind.CLIENT,
+            attributes={"facelane.source_id": source_id},
+        )
+        return span if span.is_recording() else None
+
+
+class StreamTracing:
+    """The spans of a stream's frames that have no outcome yet. Its methods are called with the
+    stream's lock held."""
+
+    def __init__(self, tracing: Tracing, source_id: str) -> None:
+        self._tracing = tracing
+        self._source_id = source_id
+        self._spans: dict[int, Span] = {}
+
+    def traced(self, build: Build) -> Build:
+        """``build``, for a frame that may be traced."""
+
+        def built(frame_id: int, offset: float) -> Request:
+            request = build(frame_id, offset)
+            span = self._tracing._begin(self._source_id)
+            if span is not None:
+                span.set_attribute("facelane.frame_id", str(frame_id))
+                span.set_attribute("facelane.frame_bytes", len(request.frame.picture.data))
+                context = span.get_span_context()
+                request.frame.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
+                self._spans[frame_id] = span
+            return request
+
+        return built
+
+    def settled(self, outcome: Outcome) -> None:
+        """A frame has its outcome."""
+        span = self._spans.pop(outcome.frame_id, None)
+        if span is None:
+            return
+        body = outcome.body
+        if isinstance(body, FrameResult):
+            span.set_attribute("facelane.outcome", "RESULT")
+        elif isinstance(body, FrameDrop):
+            span.set_attribute("facelane.outcome", "DROP")
+            span.set_attribute("facelane.reason", body.reason.value)
+        else:
+            assert isinstance(body, FrameError)
+            self._failed(span, body.reason)
+        span.end()
+
+    def lost(self) -> None:
+        """The connection is over: what has no outcome by now gets none from the server."""
+        spans, self._spans = self._spans, {}
+        for span in spans.values():
+            self._failed(span, "CONNECTION_LOST")
+            span.end()
+
+    def _failed(self, span: Span, reason: str) -> None:
+        span.set_attribute("facelane.outcome", "ERROR")
+        span.set_attribute("facelane.reason", reason)
+        span.set_status(self._tracing._trace.StatusCode.ERROR, reason)

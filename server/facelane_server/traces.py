@@ -1,0 +1,371 @@
+"""OpenTelemetry: one trace a sampled frame, over its client, its lane, the queues and the workers.
+
+::
+
+    client's span                      facelane.frame, by the SDK, where it traces
+      facelane.lane                    from the frame's receipt to its outcome
+        facelane.queue                 a task waits for a worker; one for the detector, and one for
+        facelane.worker                each face and stage behind it. A worker has the task. Linked
+                                       to the batch that it was part of
+    facelane.batch                     a trace of its own: the job, linked to the lanes of its
+                                       traced frames
+
+Spans are made when a frame's outcome is there, of moments that its tasks keep anyway. So a frame
+that is not traced costs nothing, and a server that exports no traces has nothing of this module:
+its pools have no ``on_answered``, its lanes' observer is not wrapped. Nothing that is exported says
+anything of a face but how many there were.
+
+The exporter's thread sends; what it cannot get rid of is bounded, then lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from facelane_server import __version__, config, limits, sampling
+from facelane_server.domain import FrameDrop, FrameResult, Outcome, Sighting, Stage
+from facelane_server.lanes import Lane, LaneObserver
+from facelane_server.lanes.entry import Entry
+from facelane_server.pipeline import Timings
+from facelane_server.pools.pool import Pool
+from facelane_server.pools.tasks import AnyTask, Job
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span, SpanContext, Tracer
+
+log = structlog.get_logger(__name__)
+
+EXPORT_S: Final = 5.0
+"""For a batch of spans on their way to the collector; and for all that are left at the end."""
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """A job that was answered in this turn of the loop."""
+
+    job: Job
+    pool: Pool
+    worker: str
+    ended_ns: int
+    lanes: list[SpanContext] = field(default_factory=list)
+    """Of its frames that are traced."""
+    context: SpanContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One task of a frame."""
+
+    stage: Stage
+    task: AnyTask
+    batch: _Batch | None
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A frame that is traced, until its outcome."""
+
+    span: Span
+    work: list[_Work] = field(default_factory=list)
+    entry: Entry | None = None
+
+
+class _TracedTimings(Timings):
+    """Keeps the tasks too."""
+
+    def __init__(self, traces: Traces, frame: _Frame) -> None:
+        super().__init__()
+        self._traces = traces
+        self._frame = frame
+
+    def note(self, stage: Stage, task: AnyTask) -> None:
+        super().note(stage, task)
+        batch = self._traces.batch_of(task)
+        if batch is not None:
+            batch.lanes.append(self._frame.span.get_span_context())
+        if len(self._frame.work) < limits.MAX_TRACED_TASKS:
+            self._frame.work.append(_Work(stage, task, batch))
+
+
+class Traces:
+    """What is traced in this process. On the event loop, but for ``close``."""
+
+    def __init__(self, settings: sampling.Tracing, tracer: Tracer) -> None:
+        self._sampler = sampling.Sampler(settings.ratio, settings.frames_per_second)
+        self._tracer = tracer
+        self._frames: dict[tuple[int, int], _Frame] = {}
+        """By lane and frame id. Each frame has one outcome, which takes it out."""
+        self._batches: list[_Batch] = []
+        # Spans have the wall clock's time, tasks the monotonic one's.
+        self._epoch_ns = time.time_ns() - time.monotonic_ns()
+
+    # -- a frame's way -------------------------------------------------------------------
+
+    def receiving(self, lane: Lane, frame_id: int, traceparent: str) -> bool:
+        """A frame is about to be offered to its lane; whether it is traced."""
+        theirs = sampling.parent(traceparent) if traceparent else None
+        if traceparent and theirs is None:
+            return False
+        now_ns = time.monotonic_ns()
+        if not self._sampler.takes(asked=theirs is not None, chance=random.random(), now_ns=now_ns):
+            return False
+        if (lane.lane_id, frame_id) in self._frames:
+            return False  # the same id again: the lane ends the stream for it
+        span = self._tracer.start_span(
+            "facelane.lane",
+            context=None if theirs is None else _remote(theirs),
+            kind=_kinds().SERVER,
+            start_time=self._wall(now_ns),
+            attributes={
+                "facelane.source_id": lane.options.source_id,
+                "facelane.stream_id": lane.stream_id,
+                "facelane.frame_id": str(frame_id),  # 64 bits, and not of a sign
+                "facelane.overload": lane.options.overload.value,
+            },
+        )
+        self._frames[lane.lane_id, frame_id] = _Frame(span)
+        return True
+
+    def received(self, lane: Lane, frame_id: int) -> None:
+        """It was offered; it may have had its outcome at once."""
+        frame, entry = self._frames.get((lane.lane_id, frame_id)), lane.newest
+        if frame is None or entry is None or entry.frame.frame_id != frame_id:
+            return
+        entry.timings = _TracedTimings(self, frame)
+        frame.entry = entry
+
+    def answered(self, pool: Pool, job: Job, worker: str) -> None:
+        """A worker's answer was given to those who wait: they hear of it in this turn of the
+        loop, and what is kept here for them is let go of right behind them."""
+        if not self._frames:
+            return
+        batch = _Batch(job, pool, worker, time.monotonic_ns())
+        self._batches.append(batch)
+        asyncio.get_running_loop().call_soon(self._end_batch, batch)
+
+    def batch_of(self, task: AnyTask) -> _Batch | None:
+        """The job that a task was answered in, in this turn of the loop."""
+        for batch in self._batches:
+            if any(one is task for one in batch.job.tasks):
+                return batch
+        return None
+
+    def outcome(self, lane: Lane, outcome: Outcome) -> None:
+        """What became of a frame."""
+        frame = self._frames.pop((lane.lane_id, outcome.frame_id), None)
+        if frame is not None:
+            # Behind the end of the batches of this turn, which its spans link to.
+            asyncio.get_running_loop().call_soon(self._end, frame, outcome, time.monotonic_ns())
+
+    # -- spans ---------------------------------------------------------------------------
+
+    def _wall(self, monotonic_ns: int) -> int:
+        return self._epoch_ns + monotonic_ns
+
+    def _end_batch(self, batch: _Batch) -> None:
+        self._batches.remove(batch)
+        if not batch.lanes:
+            return
+        job = batch.job
+        begun_ns = job.started_ns or min(task.dispatched_ns for task in job.tasks)
+        span = self._tracer.start_span(
+            "facelane.batch",
+            context=_nobodys(),
+            links=_links(batch.lanes),
+            start_time=self._wall(begun_ns),
+            attributes={
+                "facelane.stage": batch.pool.stage.value,
+                "facelane.worker": batch.worker,
+                "facelane.model": batch.pool.model_id,
+                "facelane.batch.size": len(job.tasks),
+            },
+        )
+        batch.context = span.get_span_context()
+        span.end(self._wall(batch.ended_ns))
+
+    def _end(self, frame: _Frame, outcome: Outcome, now_ns: int) -> None:
+        span, body = frame.span, outcome.body
+        within = _inside(span)
+        work = list(frame.work)
+        detection = None if frame.entry is None else frame.entry.task
+        if detection is not None and all(one.task is not detection for one in work):
+            work.append(_Work(Stage.DETECTOR, detection, None))  # it had no answer
+        for one in work:
+            self._end_task(one, within, now_ns)
+        if isinstance(body, FrameResult):
+            span.set_attribute("facelane.outcome", "RESULT")
+            span.set_attribute("facelane.faces", len(body.faces))
+            span.set_attribute("facelane.missing_stages", [s.value for s in body.missing_stages])
+        elif isinstance(body, FrameDrop):
+            span.set_attribute("facelane.outcome", "DROP")
+            span.set_attribute("facelane.reason", body.reason.value)
+        else:
+            span.set_attribute("facelane.outcome", "ERROR")
+            span.set_attribute("facelane.reason", body.reason.value)
+            span.set_status(_error(), body.reason.value)
+        span.end(self._wall(now_ns))
+
+    def _end_task(self, work: _Work, within: Context, now_ns: int) -> None:
+        task = work.task
+        if not task.submitted_ns:
+            return
+        finished_ns = task.finished_ns or now_ns
+        stage: dict[str, str | int] = {
+            "facelane.stage": work.stage.value,
+            "facelane.attempts": task.attempts + 1,
+        }
+        queue = self._tracer.start_span(
+            "facelane.queue",
+            context=within,
+            start_time=self._wall(task.submitted_ns),
+            attributes=stage,
+        )
+        queue.end(self._wall(task.dispatched_ns or finished_ns))
+        if not task.dispatched_ns:
+            return
+        batch, links = work.batch, []
+        of_worker: dict[str, str | int] = {}
+        if batch is not None and batch.context is not None:
+            links = _links([batch.context])
+            of_worker = {
+                "facelane.worker": batch.worker,
+                "facelane.model": batch.pool.model_id,
+                "facelane.batch.size": len(batch.job.tasks),
+            }
+        worker = self._tracer.start_span(
+            "facelane.worker",
+            context=within,
+            links=links,
+            start_time=self._wall(task.dispatched_ns),
+            attributes=stage | of_worker,
+        )
+        worker.end(self._wall(finished_ns))
+
+
+class _Watch:
+    """A ``LaneObserver`` that tells the traces before another one."""
+
+    def __init__(self, traces: Traces, observer: LaneObserver) -> None:
+        self._traces = traces
+        self._observer = observer
+
+    def outcome(self, lane: Lane, outcome: Outcome) -> None:
+        self._traces.outcome(lane, outcome)
+        self._observer.outcome(lane, outcome)
+
+    def sighted(self, lane: Lane, sighting: Sighting) -> None:
+        self._observer.sighted(lane, sighting)
+
+    def track_ended(self, lane: Lane, track_id: int) -> None:
+        self._observer.track_ended(lane, track_id)
+
+    def tracks(self, lane_id: int) -> int:
+        return self._observer.tracks(lane_id)
+
+
+def watching(traces: Traces | None, observer: LaneObserver) -> LaneObserver:
+    """The observer of lanes whose frames may be traced; without traces, the one that is given."""
+    return observer if traces is None else _Watch(traces, observer)
+
+
+@contextlib.asynccontextmanager
+async def exported(
+    settings: config.Config, pools: Mapping[Stage, Pool]
+) -> AsyncIterator[Traces | None]:
+    """Traces that go where the settings say; ``None``: nowhere. Raises ``ConfigError`` where the
+    extra is not installed."""
+    tracing = settings.tracing
+    if not tracing.endpoint:
+        yield None
+        return
+    provider = _provider(tracing)
+    traces = Traces(tracing, provider.get_tracer("facelane_server", __version__))
+    for pool in pools.values():
+        pool.on_answered = traces.answered
+    log.info("frames are traced", endpoint=tracing.endpoint, ratio=tracing.ratio)
+    try:
+        yield traces
+    finally:
+        for pool in pools.values():
+            pool.on_answered = None
+        await asyncio.to_thread(provider.shutdown)
+
+
+def _provider(settings: sampling.Tracing) -> Any:
+    """A ``TracerProvider`` with an exporter of its own; what this process is comes first, what the
+    environment says of it (``OTEL_RESOURCE_ATTRIBUTES``) besides."""
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+    except ImportError:
+        raise config.ConfigError(
+            "tracing.endpoint needs OpenTelemetry: install facelane[otel], or leave it empty"
+        ) from None
+    resource = Resource.create({"service.name": "facelane-server", "service.version": __version__})
+    # What is traced was decided before any span is made.
+    provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
+    exporter = OTLPSpanExporter(endpoint=settings.endpoint, timeout=EXPORT_S)
+    provider.add_span_processor(
+        BatchSpanProcessor(
+            exporter,
+            max_queue_size=limits.MAX_SPANS_WAITING,
+            export_timeout_millis=int(EXPORT_S * 1000),
+        )
+    )
+    return provider
+
+
+# -- what OpenTelemetry calls it; imported where something is traced ---------------------------
+
+
+def _kinds() -> Any:
+    from opentelemetry.trace import SpanKind
+
+    return SpanKind
+
+
+def _error() -> Any:
+    from opentelemetry.trace import StatusCode
+
+    return StatusCode.ERROR
+
+
+def _links(contexts: Iterable[SpanContext]) -> list[Any]:
+    from opentelemetry.trace import Link
+
+    return [Link(context) for context in contexts]
+
+
+def _nobodys() -> Context:
+    """Of a span that begins a trace."""
+    from opentelemetry.context import Context
+
+    return Context()
+
+
+def _inside(span: Span) -> Context:
+    from opentelemetry.trace import set_span_in_context
+
+    return set_span_in_context(span, _nobodys())
+
+
+def _remote(parent: sampling.Parent) -> Context:
+    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+
+    flags = TraceFlags(TraceFlags.SAMPLED)
+    span = NonRecordingSpan(
+        SpanContext(parent.trace_id, parent.span_id, is_remote=True, trace_flags=flags)
+    )
+    return _inside(span)

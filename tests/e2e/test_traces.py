@@ -1,0 +1,179 @@
+"""Traces: a real server and the real SDK tell a collector where a frame's time went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from tests.e2e import wire
+from tests.e2e.conftest import Start
+from tests.running_server import NULL_POOLS, RunningServer, free_port, toml
+from tests.waiting import until
+
+import facelane
+
+pytest.importorskip("opentelemetry.sdk", reason="the extra [otel] is not installed")
+
+from tests.fakes.collector import Collector, Span
+
+FRAMES = 6
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with Collector() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def traced(
+    tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Iterator[RunningServer]:
+    """A server that exports traces, often: an environment says so."""
+    folder = tmp_path_factory.mktemp("traced")
+    extra = f'[tracing]\nendpoint = "{collector.endpoint}"\nframes_per_second = 1000\n'
+    with RunningServer(
+        folder, toml(folder, extra=extra), env={"OTEL_BSP_SCHEDULE_DELAY": "50"}
+    ) as made:
+        made.wait_serving()
+        yield made
+
+
+def faces_of(pixels: int) -> facelane.Picture:
+    return wire.picture(pixels)
+
+
+def test_a_traced_frame_is_one_trace_from_its_client_to_the_workers(
+    traced: RunningServer, collector: Collector
+) -> None:
+    tracing = facelane.tracing.Tracing.to(collector.endpoint, ratio=1.0, service="door-camera")
+    with traced.client() as client:
+        client.enroll("erika-m", wire.picture(1), display_name="Erika Mustermann")
+        client.tracing = tracing
+        with client.analyze_stream(source_id="door", overload="lossless") as stream:
+            for number in range(FRAMES):
+                stream.send(faces_of(number + 1))
+            stream.close_send()
+            outcomes = list(stream)
+        client.delete_subject("erika-m")
+    tracing.close()
+    assert any(face.identity.subject_id for o in outcomes if o.result for face in o.result.faces)
+    assert [outcome.result is not None for outcome in outcomes] == [True] * FRAMES
+    until(lambda: len(collector.spans("facelane.lane")) >= FRAMES, 20, "the lanes' spans")
+    until(lambda: len(collector.spans("facelane.batch")) >= 1, 20, "the batches' spans")
+
+    stages = {span.attributes["facelane.stage"] for span in collector.spans("facelane.worker")}
+    assert stages == {"detector", "recognizer", "liveness"}
+    frames = {span.trace_id: span for span in collector.spans("facelane.frame")}
+    assert len(frames) == FRAMES, "a trace each"
+    assert {span.service for span in frames.values()} == {"door-camera"}
+    lanes = {span.trace_id: span for span in collector.spans("facelane.lane")}
+    assert lanes.keys() == frames.keys()
+    batches = {(span.trace_id, span.span_id): span for span in collector.spans("facelane.batch")}
+    inside = [*collector.spans("facelane.queue"), *collector.spans("facelane.worker")]
+    for trace, lane in lanes.items():
+        assert lane.service == "facelane-server"
+        assert lane.parent_id == frames[trace].span_id, "the client's span is over the lane's"
+        assert lane.attributes["facelane.frame_id"] == frames[trace].attributes["facelane.frame_id"]
+        assert lane.attributes["facelane.outcome"] == "RESULT"
+        assert frames[trace].start_ns <= lane.start_ns <= lane.end_ns
+        mine = [span for span in inside if span.trace_id == trace]
+        assert all(span.parent_id == lane.span_id for span in mine)
+        assert all(lane.start_ns <= s.start_ns <= s.end_ns <= lane.end_ns for s in mine)
+        counted = Counter((span.name, span.attributes["facelane.stage"]) for span in mine)
+        faces = lane.attributes["facelane.faces"]
+        assert faces
+        assert counted["facelane.queue", "detector"] == 1
+        assert counted["facelane.worker", "detector"] == 1
+        for worker in (span for span in mine if span.name == "facelane.worker"):
+            [link] = worker.links
+            batch = batches[link]
+            assert batch.trace_id not in lanes, "a batch is of no frame alone"
+            assert (trace, lane.span_id) in batch.links
+            assert batch.attributes["facelane.worker"] == worker.attributes["facelane.worker"]
+            assert batch.attributes["facelane.batch.size"] >= len(
+                {trace for trace, _ in batch.links}
+            )
+
+
+def test_nothing_of_a_face_is_exported(traced: RunningServer, collector: Collector) -> None:
+    """Runs behind the test above: what was exported there names nobody."""
+    allowed = {
+        "source_id", "stream_id", "frame_id", "frame_bytes", "overload", "outcome", "reason",
+        "faces", "missing_stages", "stage", "attempts", "worker", "model", "batch.size",
+    }  # fmt: skip
+    seen = {key for span in collector.spans() for key in span.attributes}
+    assert {key.removeprefix("facelane.") for key in seen} <= allowed
+    for raw in collector.raw:
+        assert b"Erika" not in raw
+        assert b"erika-m" not in raw
+        assert len(raw) < 200_000, "no picture either"
+
+
+def test_who_asks_for_no_trace_has_none(traced: RunningServer, collector: Collector) -> None:
+    def lanes() -> int:
+        return len(collector.spans("facelane.lane"))
+
+    before = lanes()
+    with traced.client() as client:
+        assert answered(client) == FRAMES
+    tracing = facelane.tracing.Tracing.to(collector.endpoint, ratio=1.0)
+    with traced.client() as client:
+        client.tracing = tracing
+        with client.analyze_stream(source_id="last") as stream:
+            stream.send(faces_of(1))
+            stream.close_send()
+            list(stream)
+    tracing.close()
+    # The last frame's trace came, and with it all that was to come before.
+    until(lambda: lanes() > before, 20, "the last frame's span")
+    assert lanes() == before + 1
+
+
+def test_a_bad_picture_is_an_error_in_its_trace(
+    traced: RunningServer, collector: Collector
+) -> None:
+    tracing = facelane.tracing.Tracing.to(collector.endpoint, ratio=1.0)
+    with traced.client() as client:
+        client.tracing = tracing
+        with client.analyze_stream(source_id="broken") as stream:
+            stream.send(facelane.Picture.encoded(b"\xff\xd8\xff\xe0" + b"x" * 64))
+            stream.close_send()
+            [outcome] = stream
+    tracing.close()
+    assert outcome.error is not None
+
+    def of_it(name: str) -> list[Span]:
+        return [s for s in collector.spans(name) if s.attributes["facelane.source_id"] == "broken"]
+
+    until(lambda: of_it("facelane.lane"), 20, "the span of the error")
+    for span in (*of_it("facelane.lane"), *of_it("facelane.frame")):
+        assert span.failed
+        assert span.attributes["facelane.reason"] == outcome.error.reason
+
+
+def test_a_server_without_traces_takes_the_context(server: RunningServer) -> None:
+    """The session's server exports none."""
+    from opentelemetry.sdk.trace import TracerProvider
+
+    with server.client() as client:
+        client.tracing = facelane.tracing.Tracing(TracerProvider(shutdown_on_exit=False), ratio=1.0)
+        assert answered(client) == FRAMES
+
+
+def test_a_collector_that_is_away_costs_no_frame(start: Start) -> None:
+    away = f"http://127.0.0.1:{free_port()}"
+    made = start(NULL_POOLS, f'[tracing]\nendpoint = "{away}"\nratio = 1.0\n')
+    with made.client() as client:
+        assert answered(client) == FRAMES
+    assert made.stop() == 0
+    assert "Traceback" not in made.text()
+
+
+def answered(client: facelane.Client) -> int:
+    with client.analyze_stream(overload="lossless") as stream:
+        for number in range(FRAMES):
+            stream.send(faces_of(number + 1))
+        stream.close_send()
+        return len([outcome for outcome in stream if outcome.result])
