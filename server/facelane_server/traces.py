@@ -31,7 +31,15 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from facelane_server import __version__, config, limits, sampling
-from facelane_server.domain import FrameDrop, FrameResult, Outcome, Sighting, Stage
+from facelane_server.domain import (
+    FacelaneError,
+    Frame,
+    FrameDrop,
+    FrameResult,
+    Outcome,
+    Sighting,
+    Stage,
+)
 from facelane_server.lanes import Lane, LaneObserver
 from facelane_server.lanes.entry import Entry
 from facelane_server.pipeline import Timings
@@ -110,8 +118,27 @@ class Traces:
 
     # -- a frame's way -------------------------------------------------------------------
 
-    def receiving(self, lane: Lane, frame_id: int, traceparent: str) -> bool:
-        """A frame is about to be offered to its lane; whether it is traced."""
+    def offer(
+        self, lane: Lane, frame: Frame, fault: FacelaneError | None, traceparent: str
+    ) -> None:
+        """As ``lane.offer``, with the context that came with the frame; empty = with none."""
+        if not self._begin(lane, frame.frame_id, traceparent):
+            lane.offer(frame, fault)
+            return
+        try:
+            lane.offer(frame, fault)
+        except FacelaneError:
+            # It is none of the lane's, which ends for it.
+            self._frames.pop((lane.lane_id, frame.frame_id)).span.end()
+            raise
+        begun, entry = self._frames.get((lane.lane_id, frame.frame_id)), lane.newest
+        if begun is None or entry is None or entry.frame.frame_id != frame.frame_id:
+            return  # it had its outcome at once
+        entry.timings = _TracedTimings(self, begun)
+        begun.entry = entry
+
+    def _begin(self, lane: Lane, frame_id: int, traceparent: str) -> bool:
+        """Whether it is traced."""
         theirs = sampling.parent(traceparent) if traceparent else None
         if traceparent and theirs is None:
             return False
@@ -119,7 +146,7 @@ class Traces:
         if not self._sampler.takes(asked=theirs is not None, chance=random.random(), now_ns=now_ns):
             return False
         if (lane.lane_id, frame_id) in self._frames:
-            return False  # the same id again: the lane ends the stream for it
+            return False  # the same id again, for which the lane ends
         span = self._tracer.start_span(
             "facelane.lane",
             context=None if theirs is None else _remote(theirs),
@@ -134,14 +161,6 @@ class Traces:
         )
         self._frames[lane.lane_id, frame_id] = _Frame(span)
         return True
-
-    def received(self, lane: Lane, frame_id: int) -> None:
-        """It was offered; it may have had its outcome at once."""
-        frame, entry = self._frames.get((lane.lane_id, frame_id)), lane.newest
-        if frame is None or entry is None or entry.frame.frame_id != frame_id:
-            return
-        entry.timings = _TracedTimings(self, frame)
-        frame.entry = entry
 
     def answered(self, pool: Pool, job: Job, worker: str) -> None:
         """A worker's answer was given to those who wait: they hear of it in this turn of the

@@ -265,17 +265,15 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                 if plain:
                     lane.offer(frame, fault)
                     continue
-                traced = traces is not None and traces.receiving(
-                    lane, frame.frame_id, message.frame.traceparent
-                )
                 before = lane.footage.group
                 if sight is not None:
                     sight.receiving(frame)
-                lane.offer(frame, fault)
+                if traces is None:
+                    lane.offer(frame, fault)
+                else:
+                    traces.offer(lane, frame, fault, message.frame.traceparent)
                 if sight is not None:
                     sight.received(key=lane.footage.group is not before)
-                if traced and traces is not None:
-                    traces.received(lane, frame.frame_id)
             elif kind == "config":
                 raise FacelaneError(
                     Reason.CONFIG_REPEATED,
