@@ -87,14 +87,12 @@ PAGES: Final[dict[str, Callable[[], Page]]] = {
     "facelane-bridge": lambda: of_argparse("facelane-bridge", facelane_bridge.cli._parser()),
     "facelane-console": lambda: of_argparse("facelane-console", facelane_console.cli.parser()),
     "facelane-events": lambda: of_argparse("facelane-events", facelane_events.cli._parser()),
-    "facelane-console": lambda: of_argparse("facelane-console", facelane_console.cli.parser()),
     "facelane-fleet": lambda: of_argparse("facelane-fleet", facelane_fleet.cli._parser()),
 }
 PARSERS: Final[dict[str, Callable[[], argparse.ArgumentParser]]] = {
     "facelane-bridge": facelane_bridge.cli._parser,
     "facelane-console": facelane_console.cli.parser,
     "facelane-events": facelane_events.cli._parser,
-    "facelane-console": facelane_console.cli.parser,
     "facelane-fleet": facelane_fleet.cli._parser,
 }
 
