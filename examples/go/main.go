@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	pb "example.org/facelane/facelane/v1"
@@ -114,12 +115,27 @@ func dial(target string) (*grpc.ClientConn, error) {
 	}
 	options := []grpc.DialOption{
 		secure,
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
+		grpc.WithDefaultCallOptions(
+			grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage), grpc.ForceCodec(codec{}),
+		),
 	}
 	if strings.HasPrefix(target, "unix:") {
 		options = append(options, grpc.WithAuthority("localhost"))
 	}
 	return grpc.Dial(target, options...)
+}
+
+// codec is what newer gRPCs have by themselves; Debian 12's knows messages of before protobuf's second API.
+type codec struct{}
+
+func (codec) Name() string { return "proto" }
+
+func (codec) Marshal(message interface{}) ([]byte, error) {
+	return proto.Marshal(message.(proto.Message))
+}
+
+func (codec) Unmarshal(data []byte, message interface{}) error {
+	return proto.Unmarshal(data, message.(proto.Message))
 }
 
 func send(stream pb.AnalysisService_AnalyzeStreamClient, names []string) error {
@@ -130,7 +146,7 @@ func send(stream pb.AnalysisService_AnalyzeStreamClient, names []string) error {
 		}
 		frame := &pb.Frame{
 			FrameId:      uint64(number + 1),
-			Picture:      &pb.Picture{Encoding: pb.Encoding_ENCODING_JPEG, Data: data},
+			Picture:      &pb.Picture{Encoding: pb.PictureEncoding_PICTURE_ENCODING_JPEG, Data: data},
 			StreamOffset: durationpb.New(time.Duration(number) * time.Second / fps),
 		}
 		if err := stream.Send(&pb.AnalyzeStreamRequest{Message: &pb.AnalyzeStreamRequest_Frame{Frame: frame}}); err != nil {

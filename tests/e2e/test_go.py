@@ -41,7 +41,6 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = folder / "faces"
     for command in (
         ["sh", str(EXAMPLE / "generate.sh"), str(source)],
-        ["go", "vet", "."],
         ["go", "build", "-o", str(built), "."],
     ):
         done = subprocess.run(
