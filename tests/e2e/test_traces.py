@@ -60,8 +60,8 @@ def test_a_traced_frame_is_one_trace_from_its_client_to_the_workers(
     tracing.close()
     assert any(face.identity.subject_id for o in outcomes if o.result for face in o.result.faces)
     assert [outcome.result is not None for outcome in outcomes] == [True] * FRAMES
-    until(lambda: len(collector.spans("facelane.lane")) >= FRAMES, 20, "the lanes' spans")
-    until(lambda: len(collector.spans("facelane.batch")) >= 1, 20, "the batches' spans")
+    until(lambda: len(collector.spans("facelane.lane")) >= FRAMES, what="the lanes' spans")
+    until(lambda: len(collector.spans("facelane.batch")) >= 1, what="the batches' spans")
 
     stages = {span.attributes["facelane.stage"] for span in collector.spans("facelane.worker")}
     assert stages == {"detector", "recognizer", "liveness"}
@@ -127,7 +127,7 @@ def test_who_asks_for_no_trace_has_none(traced: RunningServer, collector: Collec
             list(stream)
     tracing.close()
     # The last frame's trace came, and with it all that was to come before.
-    until(lambda: lanes() > before, 20, "the last frame's span")
+    until(lambda: lanes() > before, what="the last frame's span")
     assert lanes() == before + 1
 
 
@@ -147,7 +147,7 @@ def test_a_bad_picture_is_an_error_in_its_trace(
     def of_it(name: str) -> list[Span]:
         return [s for s in collector.spans(name) if s.attributes["facelane.source_id"] == "broken"]
 
-    until(lambda: of_it("facelane.lane"), 20, "the span of the error")
+    until(lambda: of_it("facelane.lane"), what="the span of the error")
     for span in (*of_it("facelane.lane"), *of_it("facelane.frame")):
         assert span.failed
         assert span.attributes["facelane.reason"] == outcome.error.reason

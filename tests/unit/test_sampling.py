@@ -94,7 +94,7 @@ def test_without_an_endpoint_nothing_is_there() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('endpoint = "127.0.0.1:4317"', "http://host:port"),
+        ('endpoint = "collector:4317"', "http://host:port"),
         ('endpoint = "http://collector"', "http://host:port"),
         ("ratio = 0.1", "tracing.endpoint says nobody"),
         (f"frames_per_second = {limits.MAX_TRACED_PER_S + 1}", "<= 1000"),
