@@ -332,12 +332,15 @@ def test_a_renewed_certificate_is_presented_after_a_reload(
         open_before.server_info()
         refused(renewed)
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: reloads() == [(["auth", "log"], [])], what="a reload that changes nothing")
+        until(
+            lambda: reloads() == [(["auth", "log", "liveness"], [])],
+            what="a reload that changes nothing",
+        )
         for name in ("pem", "key"):
             shutil.copy(certificates / f"stranger.{name}", tmp_path / f"server.{name}")
         server.process.send_signal(signal.SIGHUP)
         until(lambda: len(reloads()) == 2, what="the second reload")
-        assert reloads()[-1] == (["auth", "log", "tls"], [])
+        assert reloads()[-1] == (["auth", "log", "liveness", "tls"], [])
         wait_process(target, "", renewed)
         refused(ours)
         # A connection that was open is left alone.
@@ -345,7 +348,7 @@ def test_a_renewed_certificate_is_presented_after_a_reload(
     (tmp_path / "server.pem").write_text("garbage")
     server.process.send_signal(signal.SIGHUP)
     until(lambda: len(reloads()) == 3, what="the third reload")
-    assert reloads()[-1] == (["auth", "log"], [])
+    assert reloads()[-1] == (["auth", "log", "liveness"], [])
     assert "holds no certificate" in server.text()
     wait_process(target, "", renewed)
 

@@ -21,7 +21,7 @@ from facelane_server.worker.decoding.crops import ARCFACE_TEMPLATE
 from facelane_server.worker.decoding.cuda_pixels import CROP, SOURCE, crop_table, picture_table
 from facelane_server.worker.decoding.pixels import (
     BT709,
-    BT709_FULL,
+    Colours,
     Layout,
     OnDevice,
     Pixels,
@@ -29,6 +29,8 @@ from facelane_server.worker.decoding.pixels import (
 )
 from facelane_server.worker.decoding.torch_pixels import TorchPixels
 
+BT709_FULL: Colours = (1.0, 0.0, 1.5748, -0.1873243, -0.4681243, 1.8556)
+"""Full range, of what few cameras send."""
 LOOPS = """
 extern "C" void letterbox(const Picture* pictures, unsigned char* canvas, int height, int width) {
   for (int at = 0; at < height * width; ++at)

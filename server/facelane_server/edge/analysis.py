@@ -133,16 +133,25 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         await self._serve(context)
 
     async def _serve(self, context: Context) -> None:
-        lane = await self._open(context)
-        if lane is None:
+        made = await self._open(context)
+        if made is None:
             return
+        lane, opened = made
         stream = self._streams.add(lane)
         self._load.opened(lane)
-        reader = asyncio.create_task(self._read(context, lane), name="lane-reader")
-        writer = asyncio.create_task(self._write(context, lane), name="lane-writer")
-        stopper = asyncio.create_task(stream.stop.wait(), name="lane-stopper")
-        tasks = {reader, writer, stopper}
+        tasks: set[asyncio.Task[Any]] = set()
         try:
+            # It is among the streams by then: a client that goes as soon as it is told cancels
+            # this very task, and whoever watches events is to hear of that stream too.
+            await gate.write(
+                context,
+                pb.AnalyzeStreamResponse(opened=opened),
+                self._config.limits.slow_reader_s,
+            )
+            reader = asyncio.create_task(self._read(context, lane), name="lane-reader")
+            writer = asyncio.create_task(self._write(context, lane), name="lane-writer")
+            stopper = asyncio.create_task(stream.stop.wait(), name="lane-stopper")
+            tasks |= {reader, writer, stopper}
             # The writer ends when the lane has settled; the reader only by an error or the
             # client's half-close, after which the writer goes on.
             while not writer.done():
@@ -175,8 +184,9 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
             self._streams.remove(lane)
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _open(self, context: Context) -> Lane | None:
-        """None when the stream was sent to another shard."""
+    async def _open(self, context: Context) -> tuple[Lane, pb.StreamOpened] | None:
+        """The stream, and what to tell its client of it; None when it was sent to another
+        shard."""
         try:
             first = await gate.while_awake(context.read(), self._config.limits.first_message_s)
         except TimeoutError:
@@ -237,12 +247,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
                 options.plan.recognize and Stage.RECOGNIZER in self._pipeline.pools,
             ),
         )
-        await gate.write(
-            context,
-            pb.AnalyzeStreamResponse(opened=opened),
-            self._config.limits.slow_reader_s,
-        )
-        return lane
+        return lane, opened
 
     async def _read(self, context: Context, lane: Lane) -> None:
         opened_ns = time.monotonic_ns()

@@ -58,7 +58,7 @@ def read(folder: Path) -> Records:
                 f"{path} is larger than {limits.MAX_CALIBRATIONS_BYTES} bytes; {_REMEDY}"
             )
         found = msgspec.json.decode(path.read_bytes(), type=Records)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a folder that cannot be is told of elsewhere
         return {}
     except (OSError, ValueError) as error:
         # What msgspec raises is a ValueError, and so is what a band refuses.
