@@ -29,6 +29,8 @@ GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
 CHINESE = sorted((ROOT / "docs/zh").glob("*.md"))
 ALL = [*GUIDES, ROOT / "docs/fleet.md", ROOT / "docs/privacy.md"]
 """What the site has under "Guides"."""
+LONG = frozenset({"own-model", "thresholds"})
+"""Their commands measure models."""
 OTHERS = re.compile(r"(\{ \.)?(toml|ini|json|python|ts|text|cron)\b")
 
 
@@ -112,7 +114,11 @@ def script(path: Path) -> str:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in ALL],
+    ids=lambda path: path.stem,
+)
 def test_the_commands_of_a_guide_run(path: Path, server: RunningServer, tmp_path: Path) -> None:
     commands = script(path)
     assert commands.count("\n") >= 2, "a guide has commands"
