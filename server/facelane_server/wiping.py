@@ -136,9 +136,15 @@ class Scrubbing:
         """Something was deleted. Many of them together cost hardly more than one."""
         with self._guard:
             self._due = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="scrubbing", daemon=True)
-                self._thread.start()
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="scrubbing", daemon=True)
+            with contextlib.suppress(RuntimeError):  # there may be no room for one
+                thread.start()
+                self._thread = thread
+                return
+            self._due = False
+        _scrub_what_is_there()
 
     def _run(self) -> None:
         while True:
@@ -147,7 +153,13 @@ class Scrubbing:
                     self._thread = None
                     return
                 self._due = False
-            scrub()
+            _scrub_what_is_there()
+
+
+def _scrub_what_is_there() -> None:
+    """Memory that runs out meanwhile has been filled until then."""
+    with contextlib.suppress(MemoryError):
+        scrub()
 
 
 class Scrubber:
@@ -170,7 +182,10 @@ class Scrubber:
             self._due -= 1
             await asyncio.sleep(PAUSE_S)
             self._others()
-            await asyncio.to_thread(scrub)
+            try:
+                await asyncio.to_thread(_scrub_what_is_there)
+            except RuntimeError:  # there is no room for a thread
+                _scrub_what_is_there()
         self._task = None
 
     async def close(self) -> None:

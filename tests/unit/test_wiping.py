@@ -119,3 +119,25 @@ def test_other_programs_do_not_inherit_what_the_server_asks_of_its_heap() -> Non
     assert wiping.as_others({"GLIBC_TUNABLES": f"{mine}:{off}"}) == {"GLIBC_TUNABLES": mine}
     assert wiping.as_others({"GLIBC_TUNABLES": mine}) == {"GLIBC_TUNABLES": mine}
     assert wiping.as_others({}) == {}
+
+
+def test_where_no_thread_can_be_started_it_is_done_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def short_of_memory() -> None:
+        done.append(threading.current_thread().name)
+        raise MemoryError
+
+    monkeypatch.setattr(wiping, "scrub", short_of_memory)
+    scrubbing = wiping.Scrubbing()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        scrubbing.note()
+    assert done == [threading.current_thread().name]
+    scrubbing.note()
+    until(lambda: done[1:] == ["scrubbing"], what="the next one, in its thread")
