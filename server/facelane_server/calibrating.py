@@ -154,7 +154,7 @@ def lines(settings: configuration.Config, models: ServedModels) -> Iterator[str]
     path = folders.state_path(settings) / NAME
     try:
         path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # `check` says elsewhere that no folder can be
         return
     except PermissionError:
         yield f"not looked at: {path}: only the service's own user may"

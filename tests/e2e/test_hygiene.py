@@ -189,6 +189,8 @@ def test_folders_that_cannot_be_made(tmp_path: Path, folder: str) -> None:
     assert done.returncode == 78, done
     assert "/dev/null/x cannot be made" in done.stderr
     assert "Traceback" not in done.stderr
+    asked = called("check", "--config", str(path))
+    assert "Traceback" not in asked.stdout + asked.stderr
 
 
 def test_a_config_that_is_not_there(tmp_path: Path) -> None:
