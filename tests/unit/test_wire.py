@@ -81,6 +81,17 @@ def test_what_others_look_into_is_copied() -> None:
         assert isinstance(parsed.data, bytes)
 
 
+def test_a_field_of_another_kind_is_no_picture() -> None:
+    """A number where bytes should be is a field that nobody knows, and stays so."""
+    fields = face_pb2.Picture.DESCRIPTOR.fields_by_name
+    number = bytes([fields["encoding"].number << 3, JPEG, fields["data"].number << 3, 7])
+    for body in (number, number + face_pb2.Picture(data=b"\1" * 99).SerializeToString()):
+        sent = pb.Frame(frame_id=7, picture=face_pb2.Picture.FromString(body))
+        parsed = agrees(pb.AnalyzeStreamRequest(frame=sent).SerializeToString())
+        assert parsed is not None
+        assert len(parsed.data) in (0, 99)
+
+
 @given(frames)
 def test_frames_mean_the_same(frame: pb.AnalyzeStreamRequest) -> None:
     assert agrees(frame.SerializeToString()) is not None

@@ -16,6 +16,7 @@ from facelane.v1 import gallery_service_pb2 as gallery_pb
 from facelane_server import limits
 from facelane_server.bulk import HEAD, refuse_swollen
 from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.edge import wire
 
 _SERVICES: Final = "/facelane.v1."
 STREAM: Final = f"{_SERVICES}AnalysisService/AnalyzeStream"
@@ -36,8 +37,6 @@ _SWELLS: Final[dict[int, Encoding]] = {
     face_pb.PICTURE_ENCODING_WEBP: Encoding.WEBP,
 }
 _CONFIG: Final = pb.AnalyzeStreamRequest.DESCRIPTOR.fields_by_name["config"].number
-_LENGTH_DELIMITED: Final = 2
-_LOOKED_AT: Final = 16
 _MOST_FIELDS: Final = 4
 """Of a stream's message: it has one."""
 
@@ -55,33 +54,17 @@ def _picture(field: int, data: bytes) -> None:
     libraries do is looked at when it was parsed."""
     if len(data) <= limits.MAX_PICTURE_EXTRAS:
         return
-    try:
-        at, end = _fields(data, 0, len(data)).get(field, (0, 0))
-        inside = _fields(data, at, end)
-    except FacelaneError:
-        return  # the parser says what is wrong
-    encoding = _SWELLS.get(inside.get(_ENCODING, (0, 0))[0])
-    at, end = inside.get(_DATA, (0, 0))
-    if encoding is not None:
-        refuse_swollen(data[at : min(at + HEAD, end)], encoding, end - at)
-
-
-def _fields(data: bytes, at: int, end: int) -> dict[int, tuple[int, int]]:
-    """Of a message's first fields by number: where the bytes begin and end, or (number, 0)."""
-    found: dict[int, tuple[int, int]] = {}
-    for _ in range(_LOOKED_AT):
-        if at >= end:
-            break
-        tag, at = _varint(data, at)
-        value, after = _varint(data, at)
-        if tag & 7 == _LENGTH_DELIMITED:
-            found[tag >> 3] = (after, min(after + value, end))
-            at = after + value
-        elif tag & 7 == 0:
-            found[tag >> 3], at = (value, 0), after
-        else:
-            break  # none of ours
-    return found
+    picture = wire.find(data, 0, len(data), field)
+    if picture is None:
+        return
+    encoding = wire.find(data, *picture[1:], _ENCODING, wire.VARINT)
+    body = wire.find(data, *picture[1:], _DATA)
+    if encoding is None or body is None:
+        return
+    named = _SWELLS.get(wire.varint(data, *encoding[1:])[0])
+    _, at, end = body
+    if named is not None:
+        refuse_swollen(data[at : min(at + HEAD, end)], named, end - at)
 
 
 def _plain(data: bytes) -> None:
@@ -95,25 +78,15 @@ def _stream(data: bytes) -> None:
         return
     at = 0
     for _ in range(_MOST_FIELDS):
-        tag, at = _varint(data, at)
-        if tag & 7 != _LENGTH_DELIMITED or tag >> 3 == _CONFIG:
+        tag, at = wire.varint(data, at, len(data))
+        if at > len(data) or tag & 7 != wire.DELIMITED or tag >> 3 == _CONFIG:
             break
-        length, at = _varint(data, at)
+        length, at = wire.varint(data, at, len(data))
+        if at > len(data):
+            break
         at += length
         if at >= len(data):
             return  # the parser says what is wrong with one that is cut off
-    raise _too_long(len(data))
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(data) and shift < 64:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
     raise _too_long(len(data))
 
 

@@ -1,4 +1,5 @@
-"""A stream's message, parsed around its picture, which protobuf would copy twice.
+"""Messages as they come, looked into before they are parsed; and a stream's, parsed around its
+picture, which protobuf would copy twice.
 
 What is left out is a matter of lengths alone (the wire format: protobuf.dev, "Encoding"). Wherever
 a message is not of the one shape that clients send, protobuf parses all of it as ever.
@@ -22,7 +23,8 @@ _PLAIN: Final = frozenset(
 )
 """Encodings of which nothing but a worker looks at the bytes."""
 _MOST_FIELDS: Final = 16
-_VARINT, _EIGHT_BYTES, _DELIMITED, _FOUR_BYTES = 0, 1, 2, 5
+VARINT, DELIMITED = 0, 2
+"""Kinds of fields; the others, of eight and four bytes, are none of ours."""
 
 
 def _number(of: Descriptor, name: str) -> int:
@@ -58,13 +60,13 @@ def parse(data: bytes) -> StreamMessage:
 
 def _around_picture(data: bytes) -> tuple[bytes, memoryview] | None:
     """(the message without the bytes of its picture, these); None where it is of another shape."""
-    frame = _find(data, 0, len(data), _FRAME)
+    frame = find(data, 0, len(data), _FRAME)
     if frame is None or frame[0] != 0 or frame[2] != len(data):
         return None
-    picture = _find(data, frame[1], frame[2], _PICTURE)
+    picture = find(data, frame[1], frame[2], _PICTURE)
     if picture is None:
         return None
-    body = _find(data, picture[1], picture[2], _DATA)
+    body = find(data, picture[1], picture[2], _DATA)
     if body is None:
         return None
     # Where it stood among the others makes no difference to a field that is there once.
@@ -73,35 +75,42 @@ def _around_picture(data: bytes) -> tuple[bytes, memoryview] | None:
     return whole, memoryview(data)[body[1] : body[2]]
 
 
-def _find(data: bytes, at: int, end: int, number: int) -> tuple[int, int, int] | None:
-    """Of the field with this number among those from ``at`` to ``end``: where its tag begins, and
-    its content from where to where. None unless it is there once, and everything well formed."""
+def find(
+    data: bytes, at: int, end: int, number: int, kind: int = DELIMITED
+) -> tuple[int, int, int] | None:
+    """Of the field with this number and kind among those from ``at`` to ``end``: where its tag
+    begins, and its content from where to where. None unless it is there once, and everything well
+    formed."""
     found = None
     for _ in range(_MOST_FIELDS):
         if at == end:
             return found
         begin = at
-        tag, at = _varint(data, at, end)
-        kind = tag & 7
-        if kind == _DELIMITED:
-            length, at = _varint(data, at, end)
-            if tag >> 3 == number:
-                if found is not None:
-                    return None
-                found = begin, at, at + length
-            at += length
-        elif kind == _VARINT:
-            _, at = _varint(data, at, end)
-        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-            at += 8 if kind == _EIGHT_BYTES else 4
-        else:
+        tag, at = varint(data, at, end)
+        after = at
+        match tag & 7:
+            case 2:  # DELIMITED
+                length, at = varint(data, at, end)
+                after = at + length
+            case 0:  # VARINT
+                _, after = varint(data, at, end)
+            case 1:
+                after += 8
+            case 5:
+                after += 4
+            case _:
+                return None
+        if after > end:
             return None
-        if at > end:
-            return None
+        if tag == number << 3 | kind:
+            if found is not None:
+                return None
+            found = begin, at, after
+        at = after
     return None
 
 
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+def varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     """(value, what comes behind); behind ``end`` where it is cut off or too long."""
     value = shift = 0
     while at < end and shift < 64:
@@ -115,7 +124,7 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    head, size = bytearray([number << 3 | _DELIMITED]), len(content)
+    head, size = bytearray([number << 3 | DELIMITED]), len(content)
     while size >= 0x80:
         head.append(size & 0x7F | 0x80)
         size >>= 7
