@@ -7,10 +7,12 @@ of busy time is the capacity, as long as that share says something.
 
 While answers keep well within the target, nothing is held back: LATEST_WINS replaces what waits,
 and that is the best thinning there is. Once they do not, the budget of pictures a second is set a
-little below what was answered, and then led by the answers' age: slowly up while they are young,
-quickly down when they are not. It is shared out by weight, as the queue of a pool does (keys by
-their weight, then the streams of each), and nobody is given more than it sends, so all streams of
-a kind are thinned alike. What has piled up meanwhile is let off first.
+little below what was answered, and then led by the answers' age, as a sender on a network leads
+its window (slow start and congestion avoidance, RFC 5681): quickly up while they are young, until
+they were late once; from near there on slowly, and quickly down when they are not. It is shared
+out by weight, as the queue of a pool does (keys by their weight, then the streams of each), and
+nobody is given more than it sends, so all streams of a kind are thinned alike. What has piled up
+meanwhile is let off first.
 
 A target that one picture alone does not meet cannot be kept by taking fewer: there, half as long
 again as that counts.
@@ -30,6 +32,8 @@ PERIOD_S: Final = 0.25
 """Between two readings."""
 _WINDOW: Final = 4
 """Readings that are looked at together."""
+_ENOUGH: Final = 12
+"""Answers whose ages say something."""
 _HOLD: Final = 6
 """Readings after a step down in which its effect is waited for."""
 _SETPOINT: Final = 0.7
@@ -50,6 +54,19 @@ _GROWTH: Final = 0.3
 """What the budget grows by at a reading while answers are far younger than they may be."""
 _MOST_YOUNG: Final = 1.6
 """As ``_MOST``, while answers are young."""
+_FAST: Final = 1.5
+"""What the budget grows by at a reading while answers are young and nothing was late at so much."""
+_MOST_FAST: Final = 2.5
+"""As ``_MOST``, then."""
+_NEAR: Final = 0.9
+"""Of the budget at which answers were late the last time: up to here it grows fast."""
+_FORGOTTEN: Final = 1.01
+"""What that budget grows by at a reading: what was too much once need not be so for ever."""
+_OPENING: Final = 0.25
+"""Share of streams without a first result from which on nothing is held back for being late: their
+decoders are opened, and all their faces are new."""
+_PATIENCE: Final = 12
+"""Readings that this may last."""
 _VIDEO_AT_ONCE: Final = 4
 """Of a stream of video every fourth picture is taken at least: those between are decoded with it,
 and the more of them there are the older it is; fewer would only make answers late."""
@@ -83,7 +100,8 @@ class Reading:
     ``answered``: results of streams. ``ages_s``: of those among them that can be thinned.
     ``busy``: for each that works, the share of its time, 0-1. ``alone_s``: what a picture would
     take in the workers if it were the only one. ``wait_s``: what waits for workers now would take
-    them so long; of what can be thinned, as the ages are.
+    them so long; of what can be thinned, as the ages are. ``opening``: streams that had no result
+    at the reading before; what they have now is not among the ages.
     """
 
     seconds: float
@@ -93,6 +111,7 @@ class Reading:
     busy: Mapping[str, float]
     alone_s: float = 0.0
     wait_s: float = 0.0
+    opening: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +184,10 @@ class Capacity:
     _led: int = 0
     """Readings since there is a budget: the first one is a guess from what was answered while
     much was only beginning, and nobody is refused for it."""
+    _ceiling: float = math.inf
+    """The budget at which answers were late the last time."""
+    _opening: int = 0
+    """Readings in a row in which many streams were."""
 
     # -- what is known ----------------------------------------------------------------------
 
@@ -227,8 +250,11 @@ class Capacity:
             self._alone_s = known + 0.2 * (reading.alone_s - known)
         target = max(self.target_s, _ALONE * self._alone_s)
         age = self._age()
+        many = reading.opening > _OPENING * len(reading.demands)
+        self._opening = self._opening + 1 if many else 0
         if self.budget is None:
-            self._begin(age, reading.wait_s, target)
+            if not 0 < self._opening <= _PATIENCE:
+                self._begin(age, reading.wait_s, target)
         else:
             self._lead(age, target)
         # What has piled up is worked off before more is taken on. What waits while answers are
@@ -244,6 +270,7 @@ class Capacity:
         if late and self._busiest() > _BUSY and answered > 0:
             self.budget = _FULL * answered
             self._hold, self._calm, self._led = _HOLD, 0, 0
+            self._ceiling = math.inf
 
     def _lead(self, age: float | None, target: float) -> None:
         assert self.budget is not None
@@ -259,16 +286,21 @@ class Capacity:
         able = answered / max(busiest, 1e-6)
         setpoint = _SETPOINT * target
         self._hold -= 1
-        if age is not None and age > setpoint:
+        young = 1.0 if age is None else 1.0 - age / setpoint
+        self._ceiling *= _FORGOTTEN
+        fast = young > _YOUNG and _FAST * self.budget <= _NEAR * self._ceiling
+        if young < 0.0:
             if self._hold <= 0:
-                self.budget *= max(0.8, 1.0 - 0.1 * (age / setpoint - 1.0))
+                self._ceiling = self.budget
+                self.budget *= max(0.8, 1.0 + 0.1 * young)
                 self._hold = _HOLD
+        elif fast:
+            self.budget *= _FAST
         elif self._hold <= 0:
-            young = 1.0 if age is None else 1.0 - age / setpoint
             self.budget *= 1.01 + _GROWTH * max(0.0, young - _YOUNG)
         # Workers that take a picture at a time look as busy as those that take eight in the same
         # time: while answers are young, more may fit than their business says.
-        most = _MOST if age is not None and age > (1.0 - _YOUNG) * setpoint else _MOST_YOUNG
+        most = _MOST if young < _YOUNG else _MOST_FAST if fast else _MOST_YOUNG
         self.budget = min(max(self.budget, _LEAST * able), most * able)
         if self.budget >= 1.05 * offered:
             self.budget = 1.05 * offered
@@ -335,6 +367,11 @@ class Capacity:
         return min(1.0, max(totals.values(), default=0.0) / seconds) if seconds else 0.0
 
     def _age(self) -> float | None:
-        """Of all but one in twenty answers of the last readings."""
-        ages = sorted(age for r in self._readings for age in r.ages_s)
+        """Of all but one in twenty answers: of as many of the newest readings as say something."""
+        ages: list[float] = []
+        for reading in reversed(self._readings):
+            ages += reading.ages_s
+            if len(ages) >= _ENOUGH:
+                break
+        ages.sort()
         return ages[min(len(ages) - 1, int(0.95 * len(ages)))] if ages else None

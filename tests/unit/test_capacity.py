@@ -6,7 +6,7 @@ import heapq
 import itertools
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -244,8 +244,34 @@ def test_a_moment_in_which_nothing_went_on_is_not_what_a_card_can_carry() -> Non
     """Decoders of many cameras are opened; from then on all fit as before."""
     world = simulated([25.0] * 20, **CARD, slow_s=1.5)
     assert world.thinned, "it could not know"
-    assert world.thinned[-1] < 9.0
+    assert world.thinned[-1] < 7.0
     assert min(world.rates(12.0)) > 24.0
+
+
+def test_streams_that_open_beside_each_other_are_not_too_much() -> None:
+    """Their decoders are opened meanwhile; but not for ever, whoever comes and goes."""
+    capacity = Capacity(TARGET_S, 2.0)
+    wanted = [Demand(lane, 25.0) for lane in range(32)]
+    late = Reading(PERIOD_S, wanted, 2, [1.0], {"detector": 1.0}, 0.01, 1.0, opening=16)
+    for _ in range(12):
+        assert capacity.step(late) == {}
+    assert capacity.step(late), "for three seconds"
+    few = replace(late, opening=8)
+    assert Capacity(TARGET_S, 2.0).step(few), "a few make no others late"
+
+
+def test_the_budget_at_which_answers_were_late_is_come_near_to_slowly() -> None:
+    capacity = overloaded()
+    late_at = capacity.budget
+    assert late_at is not None
+    budgets = []
+    for _ in range(40):
+        wanted = [Demand(lane, 25.0) for lane in range(8)]
+        answered = int((capacity.budget or 0.0) * PERIOD_S)
+        capacity.step(Reading(PERIOD_S, wanted, answered, [0.01] * 20, {"detector": 0.9}))
+        budgets.append(capacity.budget or 0.0)
+    steps = [after / before for before, after in itertools.pairwise(budgets) if before and after]
+    assert max(steps) <= 1.3, "it was late there a moment ago"
 
 
 def test_video_is_not_thinned_so_far_that_what_it_decodes_together_makes_it_late() -> None:

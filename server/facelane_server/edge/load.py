@@ -118,14 +118,15 @@ class LoadWatch:
             log.info("streams are taken whole again")
 
     def _read(self, seconds: float, front: float) -> Reading:
-        demands, ages_s, answered = [], [], 0
+        demands, ages_s, answered, opening = [], [], 0, 0
         for lane in self._streams.lanes:
             tally = lane.tally()
             fps = tally.received / seconds
             demand = _demand(lane.lane_id, lane.options, lane.sender, fps, video=tally.video)
             demands.append(demand)
             answered += tally.results
-            if not demand.lossless:
+            opening += tally.opening and tally.received > 0
+            if not (demand.lossless or tally.opening):
                 ages_s += [age_ns / 1e9 for age_ns in tally.ages_ns]
         busy = {"front": front}
         alone_s = wait_s = 0.0
@@ -140,7 +141,7 @@ class LoadWatch:
                 self._each_s[stage] = worked_s / items
                 alone_s += worked_s / items
             wait_s += work.queued * self._each_s.get(stage, 0.0) / max(work.workers, 1)
-        return Reading(seconds, demands, answered, ages_s, busy, alone_s, wait_s)
+        return Reading(seconds, demands, answered, ages_s, busy, alone_s, wait_s, opening)
 
 
 def _demand(

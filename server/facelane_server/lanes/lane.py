@@ -316,10 +316,11 @@ class Lane:
         """What happened since this was asked before."""
         asked = self._received - self._passed_over
         received, results = asked - self._tallied[0], self._results - self._tallied[1]
+        opening = not self._tallied[1]
         self._tallied = (asked, self._results)
         ages_ns = tuple(self._ages_ns)
         self._ages_ns.clear()
-        return Tally(received, results, ages_ns, self.footage.is_video)
+        return Tally(received, results, ages_ns, self.footage.is_video, opening)
 
     def close_input(self) -> None:
         """No more frames will come."""

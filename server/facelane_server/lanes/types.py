@@ -82,12 +82,14 @@ Update = TrackEnded | StageChanged | LaneDraining | RateChanged | KeyFrameWanted
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What happened in a lane since it was asked before. ``ages_ns``: of its results, the newest
-    of them where there are many. ``video``: it brings no stills."""
+    of them where there are many. ``video``: it brings no stills. ``opening``: it had no result
+    before."""
 
     received: int
     results: int
     ages_ns: tuple[int, ...]
     video: bool = False
+    opening: bool = False
 
 
 @dataclass(frozen=True, slots=True)
