@@ -494,7 +494,8 @@ async def play(
             await site.seed(seed)
             if say:
                 told = site.account.told()
-                line = {name: told[name] for name in ("openings", "wrong", "missed", "unexplained")}
+                names = ("openings", "wrong", "missed", "unexplained", "event_ms", "over_500_ms")
+                line = {name: told[name] for name in names}
                 print(f"seed {seed}: {json.dumps(line)}", file=sys.stderr, flush=True)
         return site.account
 
@@ -505,6 +506,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     chosen = parser.parse_args()
     seeds = range(chosen.first, chosen.first + chosen.seeds)
+    # A job that a shell runs in the background ignores this, and so would the door, which is
+    # ended with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="facelane-door-") as scratch:
         account = asyncio.run(play(Path(scratch), seeds, latest_s=2.0, patience_s=5.0, say=True))
     print(json.dumps(account.told(), indent=1))
