@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
@@ -26,6 +27,7 @@ UNIT_TOLERANCE: Final = 0.01
 """Stored vectors have unit norm up to the rounding of float16."""
 ROWS: Final = 2_000
 """Vectors that are read and opened together: 2 MB of 512 values."""
+_SEALED: Final = ("number", "wrapped", "wrapped_by", "sealed", "template_id", "vector")
 
 
 class ChangeKind(enum.StrEnum):
@@ -190,14 +192,16 @@ def _unsealed(
     """The subjects' ids and the vectors; a key is opened once for rows that follow each other."""
     subject_ids: list[str] = []
     found: list[bytes] = []
-    number, lock, subject_id = 0, None, ""
-    for row in rows:
-        if lock is None or row.number != number:
-            number = row.number
-            lock = vault.lock(connection, number, row)
-            subject_id = vault.subject_id(lock, number, row.sealed)
+    before, lock, subject_id = 0, None, ""
+    # By place: a hundred thousand of them are read before a server serves.
+    places = itemgetter(*map(rows[0]._fields.index, _SEALED))
+    for number, wrapped, wrapped_by, sealed, template_id, vector in map(places, rows):
+        if lock is None or number != before:
+            before = number
+            lock = vault.unlocked(connection, number, wrapped, wrapped_by)
+            subject_id = vault.subject_id(lock, number, sealed)
         subject_ids.append(subject_id)
-        found.append(vault.vector(lock, row.template_id, row.vector))
+        found.append(vault.vector(lock, template_id, vector))
     return subject_ids, found
 
 

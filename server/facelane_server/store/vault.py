@@ -90,15 +90,21 @@ class Vault:
 
     def lock(self, connection: sa.Connection, number: int, row: Any) -> Lock:
         """A subject's lock, from a row with ``KEY_COLUMNS``."""
-        if row.wrapped is None:
+        return self.unlocked(connection, number, row.wrapped, row.wrapped_by)
+
+    def unlocked(
+        self, connection: sa.Connection, number: int, wrapped: bytes | None, wrapped_by: str
+    ) -> Lock:
+        """The same from ``KEY_COLUMNS`` themselves."""
+        if wrapped is None:
             raise broken(self._name)
-        epoch = self._epochs.get(row.wrapped_by)
+        epoch = self._epochs.get(wrapped_by)
         if epoch is None:
             self._read_keys(connection)
-            epoch = self._epochs.get(row.wrapped_by)
+            epoch = self._epochs.get(wrapped_by)
         if epoch is None:
             raise broken(self._name)
-        return Lock.taking(self._opened(epoch, row.wrapped, f"key {number}"), "subject")
+        return Lock.taking(self._opened(epoch, wrapped, f"key {number}"), "subject")
 
     def new_lock(self, connection: sa.Connection, number: int) -> Lock:
         """A fresh key for a subject, kept in the store."""
