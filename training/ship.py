@@ -40,30 +40,36 @@ MARGIN = 0.05
 
 CLEAN_REFUSED = 0.03
 """Share of clean faces that are told rightly which may be refused."""
-WRONG_NAMES = 0.002
-"""Share of the probes of any kind and strength of damage that may be named wrongly."""
+WRONG_OF_NAMES = 0.009
+"""Of the names that are given under damage, at the threshold of the figures, this share may be
+wrong: as many as the edition before this rule let through. From which similarity on a look of any
+score is given a name in service follows from how alike strangers are at that score."""
+_STEP = 0.05
 
 
 def calibrate_ood(trust: Mapping[str, Any]) -> dict[str, float]:
-    """The mapping, so that the threshold lies at the lowest logit which lets through no more
-    than ``WRONG_NAMES`` of any kind and strength of damage under a wrong name, on identities
+    """The mapping, so that the threshold lies at the lowest logit from which on no more than
+    ``WRONG_OF_NAMES`` of the names over all kinds and strengths of damage are wrong, on identities
     kept out of training; with what it then refuses.
 
     ``refused_of_right``: share of the rightly named that is refused, over all damage;
     ``clean_refused``: of good pictures.
     """
-    allowed = int(WRONG_NAMES * trust["probes"])
     cells = trust["cells"].values()
-    # Where nobody is ever named wrongly, half the clean median's distance is kept.
-    worst = max((row["wrong"][-1 - allowed] for row in cells if len(row["wrong"]) > allowed),
-                default=0.0)  # fmt: skip
-    # More than a few clean faces are never given up for it: from which similarity on a look of
-    # any score is given a name follows from how alike strangers are at that score.
-    clean = np.array(trust["clean"]["right"], np.float64)
-    spared = float(np.quantile(clean, CLEAN_REFUSED)) if len(clean) else np.inf
-    refusal = min(worst + 0.01, trust["median_clean"] - 1.0, spared)
-    center, scale = fit_ood(trust["median_clean"], refusal)
     right = np.concatenate([np.array(row["right"], np.float64) for row in cells])
+    wrong = np.concatenate([np.array(row["wrong"], np.float64) for row in cells])
+    clean = np.array(trust["clean"]["right"], np.float64)
+    # Half the clean median's distance is kept, and more than a few clean faces are never given
+    # up for it.
+    spared = float(np.quantile(clean, CLEAN_REFUSED)) if len(clean) else np.inf
+    refusal = highest = min(trust["median_clean"] - 1.0, spared)
+    lowest = float(min(right.min(initial=highest), wrong.min(initial=highest)))
+    for logit in np.arange(highest, lowest - _STEP, -_STEP):
+        mistaken, told = int((wrong >= logit).sum()), int((right >= logit).sum())
+        if mistaken > WRONG_OF_NAMES * (mistaken + told):
+            break
+        refusal = float(logit)
+    center, scale = fit_ood(trust["median_clean"], refusal)
     return {
         "center": center,
         "scale": scale,

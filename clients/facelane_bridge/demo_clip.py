@@ -41,7 +41,7 @@ class StretchKind(enum.StrEnum):
     BLURRED = "blurred"
     """Out of focus beyond recognition: never to be named."""
     DARK = "dark"
-    """A tenth of the light, and noise: never to be named."""
+    """A twentieth of the light, and noise: never to be named."""
     OCCLUDED = "occluded"
     """The lower half of the face behind a board: named or not, but never wrongly."""
     RECAPTURED = "recaptured"
@@ -185,7 +185,7 @@ class Camera:
                 scene = cv2.GaussianBlur(scene, (0, 0), 4.0).astype(np.float32)
             case StretchKind.DARK:
                 self._paste(scene, COLLINS, 330 + 30 * moment, 220, face_width=110)
-                scene *= 0.1
+                scene *= 0.045
             case StretchKind.OCCLUDED:
                 self._paste(scene, HOPPER, 330, 240, face_width=120)
                 top = int(232 + 12 * math.sin(5 * moment))
@@ -340,7 +340,8 @@ def render(folder: Path, cancelled: threading.Event | None = None) -> Path:
     with av.open(str(clip), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        stream.options = {"crf": "18", "preset": "veryfast"}
+        # As cameras encode: a picture that another one is needed for comes late.
+        stream.options = {"crf": "18", "preset": "veryfast", "bf": "0"}
         for image in Camera().frames():
             if cancelled is not None and cancelled.is_set():
                 break

@@ -274,17 +274,27 @@ def test_wrong_names_choose_the_logit_that_refuses() -> None:
     trust = {
         "probes": 1000,
         "median_clean": 4.0,
-        "clean": {"right": [1.0, 4.0], "wrong": []},
+        "clean": {"right": [4.0] * 99 + [0.5], "wrong": []},
         "cells": {
-            "small 1": {"right": [0.0, 2.0, 3.0], "wrong": [0.5, 1.0, 1.5, 1.75]},
-            "dark 1": {"right": [2.0], "wrong": [2.5]},
+            "small 1": {"right": [0.0] * 30 + [2.0] * 70 + [3.0] * 130, "wrong": [1.0, 1.2]},
+            "dark 1": {"right": [2.0] * 20, "wrong": [2.5]},
         },
     }
     ood = ship.calibrate_ood(trust)
-    # Two of a thousand may pass, of every kind.
-    assert ood["refusal_logit"] == pytest.approx(1.01)
-    assert ood["refused_of_right"] == pytest.approx(0.25)
-    assert ood["clean_refused"] == pytest.approx(0.5)
+    # One of 131 names and of 221 is wrong, and two of 222 a little lower.
+    assert 1.2 < ood["refusal_logit"] <= 1.2 + 0.05 + 1e-9
+    assert ood["refused_of_right"] == pytest.approx(30 / 250)
+    assert ood["clean_refused"] == pytest.approx(0.01)
+
+
+def test_no_more_than_a_few_clean_faces_are_refused_for_wrong_names() -> None:
+    trust = {
+        "probes": 1000,
+        "median_clean": 4.0,
+        "clean": {"right": [1.0] * 10 + [4.0] * 90, "wrong": []},
+        "cells": {"small 1": {"right": [3.0] * 10, "wrong": [2.9] * 10}},
+    }
+    assert ship.calibrate_ood(trust)["refusal_logit"] <= 1.0
 
 
 def test_fifteen_percent_of_the_names_are_kept_out() -> None:
