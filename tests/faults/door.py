@@ -258,6 +258,8 @@ class Account:
     faults: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     delays_ms: list[float] = field(default_factory=list)
+    calm_ms: list[float] = field(default_factory=list)
+    """Those after the trouble: while a line is cut or silent nobody could be quicker than it."""
     results_ms: list[float] = field(default_factory=list)
     events_ms: list[float] = field(default_factory=list)
 
@@ -273,7 +275,8 @@ class Account:
             "delay_ms": _ranks(self.delays_ms),
             "result_ms": _ranks(self.results_ms),
             "event_ms": _ranks(self.events_ms),
-            "over_500_ms": sum(delay > 500 for delay in self.delays_ms),
+            "calm_delay_ms": _ranks(self.calm_ms),
+            "calm_over_500_ms": sum(delay > 500 for delay in self.calm_ms),
         }
 
 
@@ -369,7 +372,7 @@ class Site:
             account.unexplained.append(f"seed {seed}: {kept_out}, {self._witnesses(since, at)}")
         self.camera.show("nobody")
         account.seeds += 1
-        self._judge(seed)
+        self._judge(seed, calm_since=at)
 
     def _witnesses(self, since: float, until: float) -> str:
         """What was known of a time in which the door said nothing of anybody."""
@@ -388,7 +391,7 @@ class Site:
                 return at
         return None
 
-    def _judge(self, seed: int) -> None:
+    def _judge(self, seed: int, calm_since: float = float("inf")) -> None:
         """What the door has said since this was asked before."""
         account = self.account
         began, self._judged = self._judged, len(self.door.lines)
@@ -400,6 +403,8 @@ class Site:
             account.openings += 1
             seen = _moment(line["seen"])
             account.delays_ms.append((moment - seen) * 1e3)
+            if seen >= calm_since:
+                account.calm_ms.append(account.delays_ms[-1])
             if (answered := self._result_at(seen)) is not None:
                 account.results_ms.append((answered - seen) * 1e3)
                 account.events_ms.append((moment - answered) * 1e3)
@@ -494,7 +499,14 @@ async def play(
             await site.seed(seed)
             if say:
                 told = site.account.told()
-                names = ("openings", "wrong", "missed", "unexplained", "event_ms", "over_500_ms")
+                names = (
+                    "openings",
+                    "wrong",
+                    "missed",
+                    "unexplained",
+                    "calm_delay_ms",
+                    "calm_over_500_ms",
+                )
                 line = {name: told[name] for name in names}
                 print(f"seed {seed}: {json.dumps(line)}", file=sys.stderr, flush=True)
         return site.account
