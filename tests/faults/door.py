@@ -14,7 +14,7 @@ whose end the door stayed closed. ``unexplained``: of those who were kept out at
 for whom the door did not say why, with what was analysed of them and what the door said instead.
 ``delay_ms``: from the camera's picture that showed who she is, and that she lives, to the door's
 line; ``result_ms``: the part of it until the bridge had that picture's result, ``event_ms``: what
-came after that.
+came after that; ``calm_delay_ms``: ``delay_ms`` of the openings at the end, with all of it up.
 """
 
 from __future__ import annotations
