@@ -49,7 +49,7 @@ class _Beside:
 
 async def run(settings: Settings) -> Report:
     report = Report("watchers", smoke=settings.smoke)
-    rounds, lasting = settings.sized(12, 1), settings.lasting(2.5, 1.0)
+    rounds, lasting = settings.sized(24, 1), settings.lasting(2.5, 1.0)
     found = {case: _Beside() for case in CASES}
     stills = [facelane.Picture.encoded(data) for data in material.frames_of_size(25, 20_000)]
     video = [

@@ -567,6 +567,9 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--shards", type=int, default=0, help="default 4, enrolling 8")
     args = parser.parse_args()
+    if unknown := set(args.cells) - set(cells(args.engine)):
+        parser.error(f"{', '.join(sorted(unknown))}: with {args.engine} there are "
+                     f"{', '.join(cells(args.engine))}")  # fmt: skip
     # As an exception, so that servers, disks and networks are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bad = False
