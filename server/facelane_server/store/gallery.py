@@ -138,7 +138,10 @@ class Store:
             self._insert_subject(connection, gallery_id, Person(subject_id, display_name, kept))
             return self._subject(connection, gallery_id, subject_id)
 
-    def _insert_subject(self, connection: sa.Connection, gallery_id: str, person: Person) -> None:
+    def _insert_subject(
+        self, connection: sa.Connection, gallery_id: str, person: Person
+    ) -> tuple[int, Lock | None]:
+        """Its number, and its lock where there are any."""
         now = self._clock_ns()
         if not connection.scalar(
             sa.select(galleries.c.gallery_id).where(galleries.c.gallery_id == gallery_id)
@@ -158,6 +161,7 @@ class Store:
                 updated_ns=now,
             )
         )
+        return number, lock
 
     def get_subject(self, gallery_id: str, subject_id: str) -> Subject:
         """Raises SUBJECT_NOT_FOUND."""
@@ -181,11 +185,8 @@ class Store:
                 numbers = self.listed.after(connection, gallery_name(gallery_id), after, size + 1)
                 query = query.where(subjects.c.id.in_(numbers))
             else:
-                query = (
-                    query.where(subjects.c.subject_id > after)
-                    .order_by(subjects.c.subject_id)
-                    .limit(size + 1)
-                )
+                query = query.where(subjects.c.subject_id > after).limit(size + 1)
+                query = query.order_by(subjects.c.subject_id)
             rows = connection.execute(query).all()
             found = [self._as_subject(connection, row) for row in rows]
         found.sort(key=lambda subject: subject.subject_id)
@@ -389,13 +390,14 @@ class Store:
                 known = self._recall(connection, gallery_id, request)
                 if known is not None:
                     return known
-            if self._find(connection, gallery_id, subject_id) is None:
-                if not create_subject:
-                    raise subject_missing()
-                self._insert_subject(connection, gallery_id, Person(subject_id, display_name, {}))
             key = self._find(connection, gallery_id, subject_id)
-            assert key is not None
-            lock = self._vault.lock_of(connection, key) if self._vault.encrypts else None
+            if key is not None:
+                lock = self._vault.lock_of(connection, key) if self._vault.encrypts else None
+            elif create_subject:
+                person = Person(subject_id, display_name, {})
+                key, lock = self._insert_subject(connection, gallery_id, person)
+            else:
+                raise subject_missing()
             template = self._same_shot(connection, key, subject_id, lock, new, vector)
             created = template is None
             if template is None:
