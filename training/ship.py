@@ -42,8 +42,8 @@ CLEAN_REFUSED = 0.03
 """Share of clean faces that are told rightly which may be refused."""
 WRONG_OF_NAMES = 0.009
 """Of the names that are given under damage, at the threshold of the figures, this share may be
-wrong: as many as the edition before this rule let through. From which similarity on a look of any
-score is given a name in service follows from how alike strangers are at that score."""
+wrong: fewer than with the edition before this rule (.0127), and as many in number. From which
+similarity on a look of any score is given a name follows from how alike strangers are there."""
 _STEP = 0.05
 
 
