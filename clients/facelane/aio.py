@@ -564,8 +564,10 @@ class EventStream(EventStreamBase):
             delay = self._failed(error, deadline)
             if delay is None:
                 break
+            # Not wait_for, which forgets in Python 3.11 that its task was cancelled.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closed.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await self._closed.wait()
         return False
 
     async def _connect(self) -> None:

@@ -118,6 +118,7 @@ class Delivery:
 
     async def _follow(self, client: facelane.aio.Client, token: str) -> None:
         skipped = 0
+        _leave_if_told()  # the receiver was opened before
         # Kinds are asked for at the server; the other filters are ours.
         watching = client.watch_events(token, self.settings.kinds, reconnect=Reconnect())
         async with watching as events:
@@ -133,6 +134,7 @@ class Delivery:
                     if skipped % SKIPPED_SAVE:
                         continue
                 self._position.save(event.resume_token)
+                _leave_if_told()
 
     async def _deliver(self, event: Message) -> None:
         """Returns when the receiver has it, or never will."""
@@ -157,6 +159,7 @@ class Delivery:
             else:
                 self.tally.delivered += 1
                 break
+            _leave_if_told()
             await asyncio.sleep(wait * (0.5 + random.random() / 2))
             wait = min(2 * wait, self.settings.retry_max)
         if self.tally.waiting:
@@ -177,3 +180,11 @@ class Delivery:
         with contextlib.suppress(TimeoutError, OSError, UnavailableError):
             async with asyncio.timeout(self.settings.attempt_timeout):
                 await self._sink.close()
+
+
+def _leave_if_told() -> None:
+    """Raises CancelledError where a library has swallowed it: ``asyncio.wait_for`` of Python 3.11
+    does when what it waits for arrives at the moment at which it is cancelled."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

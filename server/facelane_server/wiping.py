@@ -125,34 +125,37 @@ def scrub() -> None:
 
 
 class Scrubbing:
-    """Scrubs in a thread of its own, which goes when nothing is left to do."""
+    """Scrubs in a thread of its own, which is begun while there is memory for it: a thread whose
+    first steps fail for want of memory never says that it began, and who starts it waits for ever.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._due = False
-        self._thread: threading.Thread | None = None
+        self._due = threading.Lock()
+        """Free while something is to be scrubbed."""
+        self._due.acquire()
+        self._begun = False
+
+    def begin(self) -> None:
+        """The thread, for as long as the process lives; once is enough."""
+        with self._guard, contextlib.suppress(RuntimeError):  # there may be no room for one
+            if not self._begun:
+                threading.Thread(target=self._run, name="scrubbing", daemon=True).start()
+                self._begun = True
 
     def note(self) -> None:
-        """Something was deleted. Many of them together cost hardly more than one."""
+        """Something was deleted. Many of them together cost hardly more than one. Without a thread
+        it is scrubbed before this returns."""
         with self._guard:
-            self._due = True
-            if self._thread is not None:
+            if self._begun:
+                if self._due.locked():
+                    self._due.release()
                 return
-            thread = threading.Thread(target=self._run, name="scrubbing", daemon=True)
-            with contextlib.suppress(RuntimeError):  # there may be no room for one
-                thread.start()
-                self._thread = thread
-                return
-            self._due = False
         _scrub_what_is_there()
 
     def _run(self) -> None:
         while True:
-            with self._guard:
-                if not self._due:
-                    self._thread = None
-                    return
-                self._due = False
+            self._due.acquire()
             _scrub_what_is_there()
 
 

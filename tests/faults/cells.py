@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.e2e import wire
 from tests.faults import traffic
 from tests.running_server import RunningServer, toml
-from tests.waiting import auntil
+from tests.waiting import auntil, until
 
 from facelane.v1 import admin_service_pb2 as admin_pb
 from facelane.v1 import admin_service_pb2_grpc as admin_grpc
@@ -107,8 +107,8 @@ def site(folder: Path, pools: str = "plain") -> Iterator[Site]:
         server.wait_serving()
         made = Site(server, Footprint.of(server), 0)
         # What is made at first use (threads, descriptors of the gallery) is no leak.
-        asyncio.run(run(made, Fault("warm up", _calm, loses=False), "mixed", 0))
-        made.footprint = Footprint.of(server)
+        asyncio.run(_under_traffic(made, Fault("warm up", _calm, loses=False), "mixed", 0))
+        made.footprint = Footprint.at_rest(server)
         made.memory = psutil.Process(server.process.pid).memory_info().rss
         yield made
 
@@ -327,6 +327,18 @@ class Footprint:
         process = psutil.Process(server.process.pid)
         return cls(process.num_fds(), len(process.children(recursive=True)), process.num_threads())
 
+    @classmethod
+    def at_rest(cls, server: RunningServer) -> Footprint:
+        """Once the connections of who has gone are closed: twenty times in a row the same."""
+        seen: list[Footprint] = []
+
+        def same() -> bool:
+            seen.append(cls.of(server))
+            return len(seen) >= 20 and len(set(seen[-20:])) == 1
+
+        until(same, what="the server is at rest")
+        return seen[-1]
+
     def within(self, before: Footprint) -> bool:
         # gRPC and the executor make their threads when they need them, up to their bounds,
         # and each of gRPC's polling threads has a descriptor.
@@ -371,6 +383,20 @@ async def connection(server: RunningServer) -> AsyncIterator[grpc.aio.Channel]:
 
 async def run(place: Site, fault: Fault, load: str, seed: int) -> list[str]:
     """Runs a cell; what broke."""
+    broken = await _under_traffic(place, fault, load, seed)
+    server, before = place.server, place.footprint
+    with contextlib.suppress(AssertionError):
+        await auntil(lambda: Footprint.of(server).within(before))
+    after = Footprint.of(server)
+    if not after.within(before):
+        broken.append(f"left behind: {before} became {after}")
+    if server.process.poll() is not None:
+        broken.append("the server ended")
+    return broken
+
+
+async def _under_traffic(place: Site, fault: Fault, load: str, seed: int) -> list[str]:
+    """What broke while the fault was done."""
     server = place.server
     rng = random.Random(f"{fault.name}/{load}/{seed}")
     stage = fault.stages[seed % len(fault.stages)] if fault.stages else ""
@@ -410,14 +436,6 @@ async def run(place: Site, fault: Fault, load: str, seed: int) -> list[str]:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
         _judge(cell, fault, books, ledgers, TRAFFIC[load])
-    before = place.footprint
-    with contextlib.suppress(AssertionError):
-        await auntil(lambda: Footprint.of(server).within(before))
-    after = Footprint.of(server)
-    if fault.name != "warm up" and not after.within(before):
-        cell.broken.append(f"left behind: {before} became {after}")
-    if server.process.poll() is not None:
-        cell.broken.append("the server ended")
     return cell.broken
 
 

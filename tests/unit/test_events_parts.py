@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import re
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jsonschema
 import pytest
@@ -28,7 +31,7 @@ from facelane.types import (
     TrackReport,
 )
 from facelane_events import config
-from facelane_events.delivery import UnavailableError
+from facelane_events.delivery import Delivery, UnavailableError
 from facelane_events.message import event_id, history_lost, message, wanted
 from facelane_events.position import DeadLetters, Position
 from facelane_events.sinks import onvif
@@ -439,3 +442,65 @@ def test_secrets_are_read_alone(tmp_path: Path) -> None:
     for name in ("empty", "absent"):
         with pytest.raises(config.ConfigError, match="hold the secret alone"):
             config.secret(str(tmp_path / name))
+
+
+class Deaf:
+    """A receiver whose library swallows that its task was cancelled, at one step."""
+
+    def __init__(self, step: str) -> None:
+        self.step, self.sent = step, 0
+        self.there = asyncio.Event()
+
+    async def _do(self, step: str) -> None:
+        if step == self.step and not self.there.is_set():
+            self.there.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    async def open(self) -> None:
+        await self._do("open")
+
+    async def send(self, event: object) -> None:
+        self.sent += 1
+        await self._do("send")
+        if self.step == "fail":
+            self.step = "close"
+            raise UnavailableError("no")
+
+    async def close(self) -> None:
+        await self._do("close")
+
+
+class Told:
+    """A server that tells of one event and then of nothing."""
+
+    resume_token = ""
+
+    def watch_events(self, *_args: object, **_options: object) -> Told:
+        return self
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        pass
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        yield SEEN
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("step", ["open", "send", "fail"])
+async def test_a_delivery_ends_though_a_library_swallows_it(tmp_path: Path, step: str) -> None:
+    """``asyncio.wait_for`` of Python 3.11 does where the answer comes at that very moment."""
+    deaf = Deaf(step)
+    position, dead = Position(tmp_path / "position"), DeadLetters(tmp_path / "dead", 1 << 20)
+    running = asyncio.create_task(Delivery(sink(), deaf, position, dead).run(Told()))  # type: ignore[arg-type]
+    await deaf.there.wait()
+    running.cancel()
+    await asyncio.wait([running], timeout=60)
+    assert running.cancelled()
+    assert deaf.sent == {"open": 0, "send": 1, "fail": 1}[step]
+    # What was sent is not sent again.
+    assert position.token == ("token" if step == "send" else "")
+    position.close()

@@ -98,6 +98,8 @@ def test_scrubbing_goes_on_while_there_is_something_to_scrub(
 
     monkeypatch.setattr(wiping, "scrub", scrub)
     scrubbing = wiping.Scrubbing()
+    scrubbing.begin()
+    scrubbing.begin()  # once is enough
     scrubbing.note()
     assert begun.acquire(timeout=60)
     for _ in range(5):  # while it scrubs, others are deleted: once more, for all of them
@@ -105,11 +107,23 @@ def test_scrubbing_goes_on_while_there_is_something_to_scrub(
     may_go_on.release()
     assert begun.acquire(timeout=60)
     may_go_on.release()
-    until(lambda: scrubbing._thread is None, what="its end")
+    until(scrubbing._due.locked, what="its rest")
     assert not begun.acquire(blocking=False)
     scrubbing.note()
     assert begun.acquire(timeout=60)
     may_go_on.release()
+
+
+def test_whoever_deletes_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is started where memory has run out never says that it began."""
+    done = threading.Semaphore(0)
+    monkeypatch.setattr(wiping, "scrub", done.release)
+    scrubbing = wiping.Scrubbing()
+    scrubbing.begin()
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: threading.Event().wait(100))
+    for _ in range(3):
+        scrubbing.note()
+        assert done.acquire(timeout=60)
 
 
 def test_other_programs_do_not_inherit_what_the_server_asks_of_its_heap() -> None:
@@ -137,7 +151,9 @@ def test_where_no_thread_can_be_started_it_is_done_at_once(
     scrubbing = wiping.Scrubbing()
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
+        scrubbing.begin()
         scrubbing.note()
     assert done == [threading.current_thread().name]
+    scrubbing.begin()
     scrubbing.note()
     until(lambda: done[1:] == ["scrubbing"], what="the next one, in its thread")

@@ -159,6 +159,7 @@ class Loop:
         """Map the arenas, load and warm the model, say Ready."""
         began = time.monotonic()
         name_thread(load.worker_id)
+        SCRUBBING.begin()
         try:
             request = Arena(descriptors[0], load.slots, load.request_slot_bytes, writable=False)
         except (OSError, ValueError) as error:

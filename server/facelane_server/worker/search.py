@@ -417,7 +417,10 @@ class GalleryLoader:
         """It was of another model: so is what comes after it."""
         self._fewer = False
         """Somebody was removed, and what is left of them in free memory was not overwritten yet."""
-        self._thread: threading.Thread | None = None
+        self._begun = False
+        self._due = threading.Lock()
+        """Free while there is something for the thread to do."""
+        self._due.acquire()
         self._closed = False
 
     def offer(self, snapshot: GallerySnapshot, descriptors: list[int]) -> None:
@@ -439,6 +442,7 @@ class GalleryLoader:
         with self._lock:
             self._closed = True
             self._drop()
+            self._wake()
 
     def _drop(self) -> None:
         if self._waiting is not None:
@@ -449,37 +453,52 @@ class GalleryLoader:
             self._further = None
 
     def _begin(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="gallery", daemon=True)
-            self._thread.start()
+        # It stays: a thread that is started where memory has run out may never say that it began,
+        # and whoever starts it waits for that.
+        if not self._begun:
+            threading.Thread(target=self._work, name="gallery", daemon=True).start()
+            self._begun = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._due.locked():
+            self._due.release()
 
     def _work(self) -> None:
         while True:
-            with self._lock:
-                waiting, self._waiting = self._waiting, None
-                further = None
-                if waiting is None:
-                    further, self._further = self._further, None
-                if waiting is None and further is None:
-                    self._thread = None
-                    return
-            try:
-                if waiting is not None:
-                    version = self._build(*waiting)
-                else:
-                    assert further is not None
-                    version = self._extend(*further)
-                with self._lock:
-                    if not self._closed:
-                        self._channel.send(GalleryLoaded(version))
-                if self._fewer:
-                    self._fewer = False
-                    # Of those who are gone: what other code than ours has left, free, behind.
-                    scrub()
-            except ChannelClosed:
+            self._due.acquire()
+            while self._next():
+                pass
+            if self._closed:
                 return
-            except Exception as error:
-                self._give_up(error)
+
+    def _next(self) -> bool:
+        """Does what waits; whether there was anything."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, None
+            further = None
+            if waiting is None:
+                further, self._further = self._further, None
+            if waiting is None and further is None:
+                return False
+        try:
+            if waiting is not None:
+                version = self._build(*waiting)
+            else:
+                assert further is not None
+                version = self._extend(*further)
+            with self._lock:
+                if not self._closed:
+                    self._channel.send(GalleryLoaded(version))
+            if self._fewer:
+                self._fewer = False
+                # Of those who are gone: what other code than ours has left, free, behind.
+                scrub()
+        except ChannelClosed:
+            self._closed = True
+        except Exception as error:
+            self._give_up(error)
+        return True
 
     def _build(self, snapshot: GallerySnapshot, descriptors: list[int]) -> int:
         fd, table_fd = descriptors
