@@ -105,11 +105,12 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         self._check_open()
         shown = await self._metadata()
         try:
-            answer = await call.method(self._stubs)(
-                call.request,
-                timeout=calls.deadline(self.timeout if call.timeout is None else call.timeout),
-                metadata=shown,
-            )
+            with self._traced(call.request) as context:
+                answer = await call.method(self._stubs)(
+                    call.request,
+                    timeout=calls.deadline(self.timeout if call.timeout is None else call.timeout),
+                    metadata=(*shown, *context),
+                )
         except grpc.RpcError as failed:
             error = self._endpoint.failure(failed)
             if again and self._renewed(error, shown):

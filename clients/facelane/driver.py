@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -82,7 +82,8 @@ class ClientBase(Generic[S]):
         self._endpoint = transport.endpoint(target, token, tls, proxy=proxy)
         self.timeout = timeout
         self.tracing: Tracing | None = None
-        """Of the streams that are made from here on: whether, and how, frames are traced."""
+        """Whether, and how, calls with a picture are traced, and the frames of the streams that are
+        made from here on."""
         self._closed = False
         self._open: weakref.WeakSet[S] = weakref.WeakSet()
 
@@ -97,6 +98,12 @@ class ClientBase(Generic[S]):
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the client was closed: make another")
+
+    def _traced(self, request: Any) -> AbstractContextManager[tuple[tuple[str, str], ...]]:
+        """Around a call: the metadata of its trace."""
+        if self.tracing is None:
+            return nullcontext(())
+        return self.tracing.call(request, self._endpoint.failure)
 
     def _renewed(self, error: FacelaneError | None, shown: transport.Metadata) -> bool:
         """Whether a call that ended like this may go through with another token."""

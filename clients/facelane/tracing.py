@@ -1,19 +1,30 @@
 """OpenTelemetry traces of sampled frames; needs the extra ``[otel]``.
 
 Give a client a ``Tracing``, and a share of its streams' frames has a span, ``facelane.frame``, from
-``send`` to the outcome. Its context goes with the frame, so that a server that exports traces too
-adds what happened there: lane, queues, workers, batches. Without one nothing of OpenTelemetry is
-imported, and no frame costs more.
+``send`` to the outcome; and a share of the calls with a picture (``analyze_image``, ``identify``,
+``verify``, ``enroll``) one, ``facelane.call``. Its context goes with the frame or the call, so that
+a server that exports traces too adds what happened there: lane, queues, workers, batches. Without
+one nothing of OpenTelemetry is imported, and no frame costs more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import grpc
+
+from facelane.errors import FacelaneError, Reason
 from facelane.types import FrameDrop, FrameError, FrameResult, Outcome
+from facelane.v1.analysis_service_pb2 import AnalyzeImageRequest
 from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
+from facelane.v1.gallery_service_pb2 import (
+    EnrollFaceRequest,
+    IdentifyFaceRequest,
+    VerifyFaceRequest,
+)
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, TracerProvider
@@ -24,13 +35,18 @@ EXPORT_TIMEOUT: Final = 5.0
 Build = Callable[[int, float], Request]
 """A frame's message, of its number and its media time."""
 
+HEADER: Final = "traceparent"
+"""What a call's context is called among its metadata (W3C Trace Context)."""
+_PICTURES: Final = (AnalyzeImageRequest, IdentifyFaceRequest, VerifyFaceRequest, EnrollFaceRequest)
+"""Calls of these have a picture."""
+
 
 class Tracing:
-    """Which frames are traced, and by which provider.
+    """Which frames and calls with a picture are traced, and by which provider.
 
     ``provider``: a ``TracerProvider``; the process's own by default, as
-    ``opentelemetry.trace.set_tracer_provider`` has set it. ``ratio``: the share of frames, 0 to 1.
-    A frame that is sent inside of a span which is recorded is traced in any case, as its child.
+    ``opentelemetry.trace.set_tracer_provider`` has set it. ``ratio``: the share of them, 0 to 1.
+    What is sent inside of a span which is recorded is traced in any case, as its child.
     """
 
     def __init__(
@@ -78,16 +94,53 @@ class Tracing:
         """For one stream."""
         return StreamTracing(self, source_id)
 
-    def _begin(self, source_id: str) -> Span | None:
+    @contextlib.contextmanager
+    def call(
+        self, request: Any, failure: Callable[[grpc.RpcError], FacelaneError]
+    ) -> Iterator[tuple[tuple[str, str], ...]]:
+        """Around a call: what to send of its trace, as metadata; nothing where it is not traced, as
+        none without a picture is. ``failure``: what an error of gRPC's means."""
+        span = self._begin_call(request) if isinstance(request, _PICTURES) else None
+        if span is None:
+            yield ()
+            return
+        try:
+            yield ((HEADER, _context(span)),)
+        except grpc.RpcError as failed:
+            self._failed(span, failure(failed).reason)
+            raise
+        except BaseException:
+            self._failed(span, Reason.CANCELLED)
+            raise
+        else:
+            span.set_attribute("facelane.outcome", "RESULT")
+        finally:
+            span.end()
+
+    def _begin_call(self, request: Any) -> Span | None:
+        method = type(request).__name__.removesuffix("Request")
+        size = len(request.picture.data)
+        return self._begin(
+            "facelane.call", {"facelane.method": method, "facelane.picture_bytes": size}
+        )
+
+    def _begin(self, name: str, attributes: dict[str, str | int]) -> Span | None:
         current = self._trace.get_current_span()
         if not current.is_recording() and not random.random() < self.ratio:
             return None
-        span = self._tracer.start_span(
-            "facelane.frame",
-            kind=self._trace.SpanKind.CLIENT,
-            attributes={"facelane.source_id": source_id},
-        )
+        kind = self._trace.SpanKind.CLIENT
+        span = self._tracer.start_span(name, kind=kind, attributes=attributes)
         return span if span.is_recording() else None
+
+    def _failed(self, span: Span, reason: str) -> None:
+        span.set_attribute("facelane.outcome", "ERROR")
+        span.set_attribute("facelane.reason", reason)
+        span.set_status(self._trace.StatusCode.ERROR, reason)
+
+
+def _context(span: Span) -> str:
+    context = span.get_span_context()
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
 
 
 class StreamTracing:
@@ -104,12 +157,11 @@ class StreamTracing:
 
         def built(frame_id: int, offset: float) -> Request:
             request = build(frame_id, offset)
-            span = self._tracing._begin(self._source_id)
+            span = self._tracing._begin("facelane.frame", {"facelane.source_id": self._source_id})
             if span is not None:
                 span.set_attribute("facelane.frame_id", str(frame_id))
                 span.set_attribute("facelane.frame_bytes", len(request.frame.picture.data))
-                context = span.get_span_context()
-                request.frame.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
+                request.frame.traceparent = _context(span)
                 self._spans[frame_id] = span
             return request
 
@@ -128,17 +180,12 @@ class StreamTracing:
             span.set_attribute("facelane.reason", body.reason.value)
         else:
             assert isinstance(body, FrameError)
-            self._failed(span, body.reason)
+            self._tracing._failed(span, body.reason)
         span.end()
 
     def lost(self) -> None:
         """The connection is over: what has no outcome by now gets none from the server."""
         spans, self._spans = self._spans, {}
         for span in spans.values():
-            self._failed(span, "CONNECTION_LOST")
+            self._tracing._failed(span, "CONNECTION_LOST")
             span.end()
-
-    def _failed(self, span: Span, reason: str) -> None:
-        span.set_attribute("facelane.outcome", "ERROR")
-        span.set_attribute("facelane.reason", reason)
-        span.set_status(self._tracing._trace.StatusCode.ERROR, reason)

@@ -415,12 +415,15 @@ class Pipeline:
 
     # -- a single picture --------------------------------------------------------------
 
-    async def analyse(self, picture: Picture, plan: Plan, origin: Origin) -> Reading:
-        """A picture without a stream. Raises ``FacelaneError``.
+    async def analyse(
+        self, picture: Picture, plan: Plan, origin: Origin, timings: Timings | None = None
+    ) -> Reading:
+        """A picture without a stream. Raises ``FacelaneError``. ``timings`` is told of each task.
 
         Unlike in a stream, every face is appraised and waits for the slowest stage.
         """
         loop = asyncio.get_running_loop()
+        timings = timings or Timings()
         task = self.detect(picture, plan, origin)
         try:
             answer = await task.future
@@ -428,8 +431,8 @@ class Pipeline:
         except asyncio.CancelledError:
             self.give_up(task)
             raise
-        timings = Timings()
-        timings.note(Stage.DETECTOR, task)
+        finally:
+            timings.note(Stage.DETECTOR, task)
         found = [f for f in answer.faces if f.box.width >= plan.min_face_size]
         missing = set(self.unavailable(plan))
         judged = [

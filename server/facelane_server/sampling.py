@@ -16,6 +16,8 @@ import msgspec
 from facelane_server import limits
 from facelane_server.addresses import is_host_port
 
+HEADER: Final = "traceparent"
+"""Of a call that is traced; a stream's frames have it each for itself, in their message."""
 _CONTEXT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _SAMPLED: Final = 1
 _LONGEST: Final = 512
@@ -23,16 +25,17 @@ _LONGEST: Final = 512
 
 
 class Tracing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """OpenTelemetry traces of sampled frames; tracing.md says what is in them."""
+    """OpenTelemetry traces of sampled frames and pictures; tracing.md says what is in them."""
 
     endpoint: str = ""
     """Where traces are sent, OTLP over gRPC: ``http://127.0.0.1:4317``, or ``https://``. Empty = no
     frame is traced. Needs the extra ``[otel]``. Headers and certificates come from the environment
     (``OTEL_EXPORTER_OTLP_HEADERS``, ``OTEL_EXPORTER_OTLP_CERTIFICATE``)."""
     ratio: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
-    """Share of the frames without a client's context that are traced from here on."""
+    """Share of the frames, and of single pictures, without a client's context that are traced from
+    here on."""
     frames_per_second: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_TRACED_PER_S)] = 20
-    """At most so many frames a second are traced, of all clients together."""
+    """At most so many frames and pictures a second are traced, of all clients together."""
 
     def problem(self) -> str:
         """What is wrong with it; empty = nothing."""

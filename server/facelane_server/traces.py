@@ -1,4 +1,5 @@
-"""OpenTelemetry: one trace a sampled frame, over its client, its lane, the queues and the workers.
+"""OpenTelemetry: one trace a sampled frame, over its client, its lane, the queues and the workers;
+and one a sampled picture of a call of its own.
 
 ::
 
@@ -9,6 +10,10 @@
                                        to the batch that it was part of
     facelane.batch                     a trace of its own: the job, linked to the lanes of its
                                        traced frames
+
+    client's span                      facelane.call, by the SDK, where it traces
+      facelane.picture                 from the request's receipt to its answer; over the same
+                                       queues and workers as a lane
 
 Spans are made when a frame's outcome is there, of moments that its tasks keep anyway. So a frame
 that is not traced costs nothing, and a server that exports no traces has nothing of this module:
@@ -24,7 +29,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +42,7 @@ from facelane_server.domain import (
     FrameDrop,
     FrameResult,
     Outcome,
+    Reason,
     Sighting,
     Stage,
 )
@@ -87,11 +93,13 @@ class _Frame:
     entry: Entry | None = None
 
 
-class _TracedTimings(Timings):
+class TracedTimings(Timings):
     """Keeps the tasks too."""
 
     def __init__(self, traces: Traces, frame: _Frame) -> None:
         super().__init__()
+        self.result: FrameResult | None = None
+        """Of a single picture, once there is one."""
         self._traces = traces
         self._frame = frame
 
@@ -112,6 +120,8 @@ class Traces:
         self._tracer = tracer
         self._frames: dict[tuple[int, int], _Frame] = {}
         """By lane and frame id. Each frame has one outcome, which takes it out."""
+        self._pictures = 0
+        """Traced pictures of single calls that are under way."""
         self._batches: list[_Batch] = []
         # Spans have the wall clock's time, tasks the monotonic one's.
         self._epoch_ns = time.time_ns() - time.monotonic_ns()
@@ -134,38 +144,50 @@ class Traces:
         begun, entry = self._frames.get((lane.lane_id, frame.frame_id)), lane.newest
         if begun is None or entry is None or entry.frame.frame_id != frame.frame_id:
             return  # it had its outcome at once
-        entry.timings = _TracedTimings(self, begun)
+        entry.timings = TracedTimings(self, begun)
         begun.entry = entry
 
     def _begin(self, lane: Lane, frame_id: int, traceparent: str) -> bool:
         """Whether it is traced."""
-        theirs = sampling.parent(traceparent) if traceparent else None
-        if traceparent and theirs is None:
-            return False
-        now_ns = time.monotonic_ns()
-        if not self._sampler.takes(asked=theirs is not None, chance=random.random(), now_ns=now_ns):
-            return False
         if (lane.lane_id, frame_id) in self._frames:
             return False  # the same id again, for which the lane ends
-        span = self._tracer.start_span(
+        span = self._sampled(
             "facelane.lane",
-            context=None if theirs is None else _remote(theirs),
-            kind=_kinds().SERVER,
-            start_time=self._wall(now_ns),
-            attributes={
+            traceparent,
+            {
                 "facelane.source_id": lane.options.source_id,
                 "facelane.stream_id": lane.stream_id,
                 "facelane.frame_id": str(frame_id),  # 64 bits, and not of a sign
                 "facelane.overload": lane.options.overload.value,
             },
         )
+        if span is None:
+            return False
         self._frames[lane.lane_id, frame_id] = _Frame(span)
         return True
+
+    def _sampled(
+        self, name: str, traceparent: str, attributes: Mapping[str, str | int]
+    ) -> Span | None:
+        """A span of the server's, below the client's; ``None``: it is not traced."""
+        theirs = sampling.parent(traceparent) if traceparent else None
+        if traceparent and theirs is None:
+            return None
+        now_ns = time.monotonic_ns()
+        if not self._sampler.takes(asked=theirs is not None, chance=random.random(), now_ns=now_ns):
+            return None
+        return self._tracer.start_span(
+            name,
+            context=_nobodys() if theirs is None else _remote(theirs),
+            kind=_kinds().SERVER,
+            start_time=self._wall(now_ns),
+            attributes=attributes,
+        )
 
     def answered(self, pool: Pool, job: Job, worker: str) -> None:
         """A worker's answer was given to those who wait: they hear of it in this turn of the
         loop, and what is kept here for them is let go of right behind them."""
-        if not self._frames:
+        if not self._frames and not self._pictures:
             return
         batch = _Batch(job, pool, worker, time.monotonic_ns())
         self._batches.append(batch)
@@ -184,6 +206,44 @@ class Traces:
         if frame is not None:
             # Behind the end of the batches of this turn, which its spans link to.
             asyncio.get_running_loop().call_soon(self._end, frame, outcome, time.monotonic_ns())
+
+    # -- a picture of a call of its own ----------------------------------------------------
+
+    @contextlib.contextmanager
+    def picture(self, method: str, traceparent: str) -> Iterator[TracedTimings | None]:
+        """Around the analysis of one picture: what its tasks are told to, and its result;
+        ``None``: it is not traced. ``method``: the call's name."""
+        span = self._sampled("facelane.picture", traceparent, {"facelane.method": method})
+        if span is None:
+            yield None
+            return
+        picture = _Frame(span)
+        timings = TracedTimings(self, picture)
+        reason = Reason.INTERNAL.value
+        self._pictures += 1
+        try:
+            yield timings
+        except FacelaneError as error:
+            reason = error.reason.value
+            raise
+        except asyncio.CancelledError:
+            reason = Reason.CANCELLED.value
+            raise
+        finally:
+            self._pictures -= 1
+            asyncio.get_running_loop().call_soon(
+                self._end_picture, picture, timings.result or reason, time.monotonic_ns()
+            )
+
+    def _end_picture(self, picture: _Frame, outcome: FrameResult | str, now_ns: int) -> None:
+        within = _inside(picture.span)
+        for one in picture.work:
+            self._end_task(one, within, now_ns)
+        if isinstance(outcome, FrameResult):
+            _tell_result(picture.span, outcome)
+        else:
+            _tell_error(picture.span, outcome)
+        picture.span.end(self._wall(now_ns))
 
     # -- spans ---------------------------------------------------------------------------
 
@@ -221,16 +281,12 @@ class Traces:
         for one in work:
             self._end_task(one, within, now_ns)
         if isinstance(body, FrameResult):
-            span.set_attribute("facelane.outcome", "RESULT")
-            span.set_attribute("facelane.faces", len(body.faces))
-            span.set_attribute("facelane.missing_stages", [s.value for s in body.missing_stages])
+            _tell_result(span, body)
         elif isinstance(body, FrameDrop):
             span.set_attribute("facelane.outcome", "DROP")
             span.set_attribute("facelane.reason", body.reason.value)
         else:
-            span.set_attribute("facelane.outcome", "ERROR")
-            span.set_attribute("facelane.reason", body.reason.value)
-            span.set_status(_error(), body.reason.value)
+            _tell_error(span, body.reason.value)
         span.end(self._wall(now_ns))
 
     def _end_task(self, work: _Work, within: Context, now_ns: int) -> None:
@@ -268,6 +324,18 @@ class Traces:
             attributes=stage | of_worker,
         )
         worker.end(self._wall(finished_ns))
+
+
+def _tell_result(span: Span, result: FrameResult) -> None:
+    span.set_attribute("facelane.outcome", "RESULT")
+    span.set_attribute("facelane.faces", len(result.faces))
+    span.set_attribute("facelane.missing_stages", [s.value for s in result.missing_stages])
+
+
+def _tell_error(span: Span, reason: str) -> None:
+    span.set_attribute("facelane.outcome", "ERROR")
+    span.set_attribute("facelane.reason", reason)
+    span.set_status(_error(), reason)
 
 
 class _Watch:

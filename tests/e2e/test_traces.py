@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 
@@ -97,11 +98,76 @@ def test_a_traced_frame_is_one_trace_from_its_client_to_the_workers(
             )
 
 
+def test_a_call_with_a_picture_is_one_trace_too(
+    traced: RunningServer, collector: Collector
+) -> None:
+    tracing = facelane.tracing.Tracing.to(collector.endpoint, ratio=1.0, service="reception")
+    broken = facelane.Picture.encoded(b"\xff\xd8\xff\xe0" + b"x" * 64)
+    with traced.client() as client:
+        client.tracing = tracing
+        client.enroll("erika-m", wire.picture(1), display_name="Erika Mustermann")
+        assert client.verify("erika-m", wire.picture(1)).verified
+        [found] = client.identify(wire.picture(1))
+        assert found.identity.subject_id == "erika-m"
+        result = client.analyze_image(wire.picture(1))
+        with pytest.raises(facelane.PictureError) as refused:
+            client.analyze_image(broken)
+        client.delete_subject("erika-m")
+    tracing.close()
+    methods = ["AnalyzeImage", "AnalyzeImage", "EnrollFace", "IdentifyFace", "VerifyFace"]
+    until(lambda: len(collector.spans("facelane.picture")) >= 5, what="the pictures' spans")
+    calls = {span.trace_id: span for span in collector.spans("facelane.call")}
+    assert sorted(s.attributes["facelane.method"] for s in calls.values()) == methods
+    inside = [*collector.spans("facelane.queue"), *collector.spans("facelane.worker")]
+    batches = {(span.trace_id, span.span_id): span for span in collector.spans("facelane.batch")}
+    pictures = collector.spans("facelane.picture")
+    assert len(pictures) == 5
+    for picture in pictures:
+        call = calls[picture.trace_id]
+        assert picture.service == "facelane-server"
+        assert picture.parent_id == call.span_id
+        for key in ("facelane.method", "facelane.outcome"):
+            assert picture.attributes[key] == call.attributes[key]
+        mine = [span for span in inside if span.trace_id == picture.trace_id]
+        assert all(span.parent_id == picture.span_id for span in mine)
+        assert all(picture.start_ns <= s.start_ns <= s.end_ns <= picture.end_ns for s in mine)
+        workers = [span for span in mine if span.name == "facelane.worker"]
+        if picture.failed:
+            assert call.failed
+            for span in (call, picture):
+                assert span.attributes["facelane.reason"] == refused.value.reason
+            continue
+        assert picture.attributes["facelane.faces"] == len(result.faces) == 1
+        stages = {span.attributes["facelane.stage"] for span in workers}
+        asked = {"detector", "recognizer", "liveness"}
+        if picture.attributes["facelane.method"] == "EnrollFace":
+            asked.remove("liveness")
+        assert stages == asked
+        assert len(workers) == len(asked)
+        for worker in workers:
+            [link] = worker.links
+            assert (picture.trace_id, picture.span_id) in batches[link].links
+    assert [picture.failed for picture in pictures].count(True) == 1
+
+
+async def test_the_asyncio_client_traces_its_calls(
+    traced: RunningServer, collector: Collector
+) -> None:
+    tracing = facelane.tracing.Tracing.to(collector.endpoint, ratio=1.0, service="aio")
+    async with facelane.aio.Client(traced.target) as client:
+        client.tracing = tracing
+        await client.analyze_image(wire.picture(1))
+    await asyncio.to_thread(tracing.close)
+    [call] = [span for span in collector.spans("facelane.call") if span.service == "aio"]
+    assert call.attributes["facelane.outcome"] == "RESULT"
+
+
 def test_nothing_of_a_face_is_exported(traced: RunningServer, collector: Collector) -> None:
-    """Runs behind the test above: what was exported there names nobody."""
+    """Runs behind the tests above: what was exported there names nobody."""
     allowed = {
         "source_id", "stream_id", "frame_id", "frame_bytes", "overload", "outcome", "reason",
         "faces", "missing_stages", "stage", "attempts", "worker", "model", "batch.size",
+        "method", "picture_bytes",
     }  # fmt: skip
     seen = {key for span in collector.spans() for key in span.attributes}
     assert {key.removeprefix("facelane.") for key in seen} <= allowed
@@ -160,6 +226,7 @@ def test_a_server_without_traces_takes_the_context(server: RunningServer) -> Non
     with server.client() as client:
         client.tracing = facelane.tracing.Tracing(TracerProvider(shutdown_on_exit=False), ratio=1.0)
         assert answered(client) == FRAMES
+        assert client.analyze_image(wire.picture(1)).faces
 
 
 def test_a_collector_that_is_away_costs_no_frame(start: Start) -> None:

@@ -18,6 +18,7 @@ from facelane_server.domain import (
     Reason,
 )
 from facelane_server.lanes import Lane, LaneOptions, SilentObserver
+from facelane_server.pipeline import Origin, Plan
 from facelane_server.sampling import Tracing
 from facelane_server.traces import Traces, watching
 
@@ -109,6 +110,70 @@ async def test_a_stream_that_goes_away() -> None:
         one.offer(number + 1)
     one.lane.abort()
     assert await one.ended() == [("facelane.lane", "DROP", "STREAM_CLOSED")] * 3
+
+
+class TracedPicture(Traced):
+    """A picture of a call of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call = asyncio.ensure_future(self._analysed())
+
+    async def _analysed(self) -> None:
+        origin = Origin(1, 1, 1 << 62)
+        with self.traces.picture("AnalyzeImage", CONTEXT) as timings:
+            assert timings is not None
+            reading = await self.pools.pipeline.analyse(
+                Picture(Encoding.JPEG, bytes(10)), Plan(), origin, timings
+            )
+            timings.result = reading.result
+
+    def spans(self) -> list[tuple[str, Any, Any]]:
+        assert not self.traces._pictures
+        told = [(span, dict(span.attributes or {})) for span in self._spans.get_finished_spans()]
+        return [
+            (span.name, said.get("facelane.stage"), said.get("facelane.reason"))
+            for span, said in told
+        ]
+
+
+async def test_a_picture_with_an_answer() -> None:
+    one = TracedPicture()
+    await turns()
+    one.pools.detector.answer(faces(1))
+    await turns()
+    one.pools.answer_second("ada")
+    await one.call
+    await turns()
+    assert one.spans()[-1] == ("facelane.picture", None, None)
+    assert {stage for _, stage, _ in one.spans()[:-1]} == {"detector", "recognizer", "liveness"}
+
+
+async def test_a_picture_that_fails() -> None:
+    one = TracedPicture()
+    await turns()
+    one.pools.detector.answer(FacelaneError(Reason.PICTURE_CORRUPT, "no picture"))
+    with pytest.raises(FacelaneError):
+        await one.call
+    await turns()
+    assert one.spans()[-1] == ("facelane.picture", None, "PICTURE_CORRUPT")
+    assert ("facelane.queue", "detector", None) in one.spans()
+
+
+async def test_a_picture_whose_caller_goes_away() -> None:
+    one = TracedPicture()
+    await turns()
+    one.call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await one.call
+    await turns()
+    assert one.spans()[-1] == ("facelane.picture", None, "CANCELLED")
+
+
+async def test_pictures_without_a_context_have_their_share() -> None:
+    one = Traced()
+    with one.traces.picture("AnalyzeImage", "") as timings:
+        assert timings is None
 
 
 async def test_a_frame_id_that_goes_back_leaves_nothing_behind() -> None:

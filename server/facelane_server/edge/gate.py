@@ -19,7 +19,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from facelane_server import limits
+from facelane_server import limits, sampling
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import errors, sizes, wire
 from facelane_server.edge.auth import NO_PEER, Authenticator, Peer
@@ -42,6 +42,7 @@ EXPIRY_S: Final = 0.5
 
 _caller: ContextVar[Caller] = ContextVar("caller")
 _allowance: ContextVar[Allowance | None] = ContextVar("allowance")
+_called: ContextVar[tuple[str, str]] = ContextVar("called")
 
 
 def caller() -> Caller:
@@ -52,6 +53,11 @@ def caller() -> Caller:
 def allowance() -> Allowance | None:
     """The bytes that the caller's pictures may hold together; None = no bound of its own."""
     return _allowance.get()
+
+
+def called() -> tuple[str, str]:
+    """The method's name, and the ``traceparent`` that came with the call; empty = with none."""
+    return _called.get()
 
 
 HEALTH_WATCH: Final = "/grpc.health.v1.Health/Watch"
@@ -199,6 +205,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             kind = Kind.VIEWERS
         elif method == HEALTH_WATCH:
             kind = Kind.HEALTH
+        name = method.rpartition("/")[2]
         # Streams have a patience of their own, which costs less an outcome.
         own_patience = kind is Kind.STREAMS
 
@@ -216,6 +223,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                 with self._quotas.place(kind, let_in) as allowed:
                     _caller.set(let_in)
                     _allowance.set(allowed)
+                    _called.set((name, metadata.get(sampling.HEADER, "")))
                     heard: Any = context if own_patience else _Heard(context, self._slow_reader_s)
                     await self._serve(_Call(method, let_in, peer), serve(requests, heard))
             except FacelaneError as error:

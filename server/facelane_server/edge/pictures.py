@@ -14,6 +14,7 @@ from facelane_server.edge import convert, gate
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.pipeline import Origin, Pipeline, Plan
 from facelane_server.pools.tasks import Sender
+from facelane_server.traces import TracedTimings, Traces
 
 Seen = Callable[[str, str], None]
 """Gallery and subject."""
@@ -23,14 +24,25 @@ class SinglePictures:
     """Admits pictures of unary calls, for every service alike."""
 
     def __init__(
-        self, config: Config, pipeline: Pipeline, streams: StreamRegistry, seen: Seen
+        self,
+        config: Config,
+        pipeline: Pipeline,
+        streams: StreamRegistry,
+        seen: Seen,
+        traces: Traces | None = None,
     ) -> None:
         """``seen``: told of whoever is named; ``VerifyFace`` tells it of whom it has verified."""
         self.seen = seen
         self._timeout_ns = config.limits.image_timeout_ms * 1_000_000
         self._pipeline = pipeline
         self._streams = streams
+        self._traces = traces
         self._room = asyncio.Semaphore(limits.MAX_UNARY_CALLS)
+
+    def _traced(self) -> contextlib.AbstractContextManager[TracedTimings | None]:
+        if self._traces is None:
+            return contextlib.nullcontext()
+        return self._traces.picture(*gate.called())
 
     async def analyse(
         self, picture: Picture, plan: Plan, *, remaining_s: float | None = None
@@ -40,7 +52,7 @@ class SinglePictures:
         Raises ``FacelaneError``; POOL_OVERLOADED when too many single calls are under way,
         QUOTA_EXCEEDED when the key holds its share of bytes, DRAINING when the server ends.
         """
-        with self._streams.call():
+        with self._traced() as timings, self._streams.call():
             if self._room.locked():
                 raise FacelaneError(
                     Reason.POOL_OVERLOADED,
@@ -61,7 +73,9 @@ class SinglePictures:
                     Sender(caller.name, caller.weight, live=False),
                 )
                 with held:
-                    reading = await self._pipeline.analyse(picture, plan, origin)
+                    reading = await self._pipeline.analyse(picture, plan, origin, timings)
+            if timings is not None:
+                timings.result = reading.result
             for face in reading.result.faces:
                 if face.identity.decision is Decision.MATCH:
                     self.seen(plan.gallery_id, face.identity.subject_id)

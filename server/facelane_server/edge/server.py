@@ -142,7 +142,7 @@ class Edge:
         or verified in single pictures. Raises ``AddressError``."""
         settings = self._settings
         self._gate.trail = trail
-        pictures = SinglePictures(settings, pipeline, self.streams, seen)
+        pictures = SinglePictures(settings, pipeline, self.streams, seen, self.traces)
         self.load.begin(controls.pools)
         server = self._server = grpc.aio.server(
             interceptors=[self._gate], options=_options(shared=self._siblings is not None)
