@@ -33,7 +33,7 @@ HEAVY = (
     "grpc.aio",
     "numpy",
     "onnxruntime",
-    "scipy.optimize",
+    "lap",
     "sqlalchemy",
     "starlette.applications",
     "torch",

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import structlog
 
-from facelane_server import changing, config, folders, heap, limits, plan, served, tracking, wiping
+from facelane_server import changing, config, folders, heap, limits, plan, served, wiping
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.controls import Degradation, Reloaded
@@ -287,7 +287,6 @@ class App:
             pipes = daemon.pipe_directory
         launchers = Launchers(runtime, mps_pipe_directory=pipes, models=self.settings.models.path)
         stack.push_async_callback(launchers.close)
-        tracking.prepare()
         for stage, settings in self.settings.stages.items():
             pool = Pool(
                 stage,

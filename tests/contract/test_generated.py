@@ -160,7 +160,7 @@ HEAVY = ("torch", "numpy", "cv2", "onnxruntime", "scipy", "sqlalchemy", "av", "r
     [
         ("facelane", HEAVY),
         ("facelane.aio", HEAVY),
-        ("facelane_server.app", ("torch", "onnxruntime", "av", "cv2")),
+        ("facelane_server.app", ("torch", "onnxruntime", "av", "cv2", "scipy")),
         ("facelane_server.cli", ("torch", "onnxruntime", "av", "cv2")),
         ("facelane_server.worker.__main__", ("torch", "grpc", "sqlalchemy", "google.protobuf")),
         ("facelane_server.worker.loop", ("torch", "grpc", "sqlalchemy", "google.protobuf")),

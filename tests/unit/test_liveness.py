@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from facelane_server.liveness import calibration, records
 from facelane_server.liveness.band import LivenessBand
@@ -162,6 +163,14 @@ def test_the_interval_holds_the_quantile_as_often_as_it_says(count: int) -> None
     slack = 3 * math.sqrt(0.05 * 0.95 / rounds)
     assert np.mean([low <= share for low, _ in found]) >= calibration.CONFIDENCE - slack
     assert np.mean([high >= share for _, high in found]) >= calibration.CONFIDENCE - slack
+
+
+@given(st.integers(0, 3000), st.floats(0.001, 0.5), st.sampled_from([0.01, 0.05, 0.5, 0.95, 0.99]))
+def test_the_quantile_is_that_of_the_binomial(count: int, share: float, level: float) -> None:
+    ours = calibration.binomial_quantile(level, count, share)
+    theirs = int(binom.ppf(level, count, share))
+    # Where the sum meets the level to the last digits either is right.
+    assert ours == theirs or abs(binom.cdf(min(ours, theirs), count, share) - level) < 1e-9
 
 
 # -- their file ------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from scipy.optimize import linear_sum_assignment
 from tests.fakes.tracks import (
     FRAME,
     MS,
@@ -32,7 +31,7 @@ from facelane_server.domain import (
     LivenessVerdict,
 )
 from facelane_server.liveness.sequential import SequentialTest
-from facelane_server.tracking import Params, Track, linking, update
+from facelane_server.tracking import Params, Track, update
 from facelane_server.tracking.track import suspected
 
 SECOND = 1_000 * MS
@@ -510,11 +509,6 @@ def test_parameters_come_from_the_config() -> None:
     assert (params.interval_ns, params.max_gap_ns) == (1500 * MS, 2 * SECOND)
     assert params.with_interval(5 * SECOND).interval_ns == 5 * SECOND
     assert Params.of(config.Tracking()) == Params()
-
-
-def test_preparing_imports_the_solver() -> None:
-    tracking.prepare()
-    assert linking._solver() is linear_sum_assignment
 
 
 def test_a_late_answer_from_before_the_suspicion_makes_nobody_live() -> None:

@@ -25,6 +25,7 @@ camera is no case for a calibration.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -129,16 +130,27 @@ def interval(ordered: list[float], share: float) -> tuple[float, float]:
     """Two of the ``ordered`` scores between which the score lies, with ``CONFIDENCE`` on either
     side, that ``share`` of all such scores stay under. The lower one is 0 where so few scores
     tell none, and the upper one the largest."""
-    # Imported where it is needed: a server never does.
-    from scipy.stats import binom
-
     count = len(ordered)
     # Of so many scores K lie under the quantile, and K is binomial. The k-th one lies at or under
     # it where K >= k, and at or above it where K < k.
-    below = int(binom.ppf(1.0 - CONFIDENCE, count, share))
-    above = int(binom.ppf(CONFIDENCE, count, share)) + 1
+    below = binomial_quantile(1.0 - CONFIDENCE, count, share)
+    above = binomial_quantile(CONFIDENCE, count, share) + 1
     low = ordered[below - 1] if below >= 1 else 0.0
     return low, ordered[min(above, count) - 1]
+
+
+def binomial_quantile(level: float, count: int, share: float) -> int:
+    """The fewest of ``count`` trials, each of which succeeds with probability ``share`` (between 0
+    and 1), that are reached or not exceeded with probability ``level`` at least."""
+    whole = math.lgamma(count + 1)
+    log_share, log_other = math.log(share), math.log1p(-share)
+    summed = 0.0
+    for k in range(count):
+        ways = whole - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        summed += math.exp(ways + k * log_share + (count - k) * log_other)
+        if summed >= level:
+            return k
+    return count
 
 
 def _shares(scores: list[float], band: LivenessBand) -> Shares:

@@ -52,7 +52,7 @@ shots that were taken before, are treated alike.
 
 from __future__ import annotations
 
-from facelane_server.tracking.linking import Update, prepare, update
+from facelane_server.tracking.linking import Update, update
 from facelane_server.tracking.liveness import (
     LivenessThresholds,
     fused_score,
@@ -98,7 +98,6 @@ __all__ = [
     "looking",
     "named",
     "ood_score_at",
-    "prepare",
     "promised_gain",
     "quality",
     "shown_at",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import msgspec
+import numpy as np
+from lap import lapjvx
 from msgspec.structs import replace
 
 from facelane_server import limits
@@ -165,23 +166,8 @@ def _least_cost(matrix: list[list[float]]) -> list[tuple[int, int]]:
         return [(0, min(range(len(matrix[0])), key=matrix[0].__getitem__))]
     if len(matrix[0]) == 1:
         return [(min(range(len(matrix)), key=lambda row: matrix[row][0]), 0)]
-    rows, columns = _solver()(matrix)
+    rows, columns = lapjvx(np.asarray(matrix), extend_cost=True, return_cost=False)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
-
-
-@functools.cache
-def _solver() -> Callable[[list[list[float]]], tuple[Any, Any]]:
-    # Imported where it is first needed: scipy.optimize takes 0.4 s, more than the rest of
-    # the server's imports together.
-    from scipy.optimize import linear_sum_assignment
-
-    return linear_sum_assignment
-
-
-def prepare() -> None:
-    """Imports what the first contested assignment needs; call it in a thread at the start,
-    else that frame waits for it."""
-    _solver()
 
 
 def _expected(track: Track, now_ns: int) -> Box:
