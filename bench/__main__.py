@@ -20,7 +20,7 @@ from bench.settings import Settings
 
 CPU: Final = (
     "overhead", "article", "front", "recovery", "revocation", "bridge", "overload", "gallery",
-    "vault", "names", "fleet", "shards", "watchers",
+    "vault", "names", "fleet", "shards", "watchers", "wall",
 )  # fmt: skip
 GPU: Final = ("isolation", "leak", "streams", "decode")
 ABOUT: Final = {
@@ -35,6 +35,7 @@ ABOUT: Final = {
     "shards": "several processes at one address: frames a second; an enrolment at every shard",
     "vault": "what encryption at rest costs a start, an enrolment, an identification",
     "watchers": "some look at streams, stop reading, look at video: what it costs the streams",
+    "wall": "pictures a second of the demo's clip on the console's live wall (needs chromium)",
     "names": "whom a real clip's faces are named after while answers are late; who may enrol",
     "fleet": "nodes killed, added and drained under 24 cameras: gaps, accounts (needs ray); "
     "fleet:bare on nodes begun by `ray start`",

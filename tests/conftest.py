@@ -80,9 +80,10 @@ def is_last(item: pytest.Item) -> bool:
     return any(mark.kwargs.get("last", False) for mark in item.iter_markers("slow"))
 
 
-FOLDERS = ("e2e", "browser", "process", "faults", "cases", "contract")
+FOLDERS = ("browser", "e2e", "process", "faults", "cases", "contract")
 """Whose files are begun first where several processes share the tests: they wait for most of
-their time, and one of them at the end would keep a single process busy."""
+their time, and one of them at the end would keep a single process busy. Those of the browser are
+the first of the slow ones; one process gets all of them, with one server and one browser."""
 
 
 def in_order(items: list[pytest.Item]) -> None:

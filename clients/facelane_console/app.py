@@ -43,6 +43,8 @@ LOG_IN_S: Final = 10.0
 UPLOAD_S: Final = 60.0
 """In which a body must have come."""
 _DIGITS: Final = 19
+MAX_PEOPLE: Final = 2000
+"""Who are told of at once; whoever wants others searches."""
 MAX_KNOWN: Final = 10_000
 """Acknowledged events that are remembered, until the console ends."""
 
@@ -71,6 +73,10 @@ def refusal(error: facelane.FacelaneError) -> JSONResponse:
     status = next((code for kind, code in _STATUS if isinstance(error, kind)), 502)
     told = {"reason": error.reason, "message": error.message, "metadata": dict(error.metadata)}
     return JSONResponse(told, status)
+
+
+class TooLargeError(ValueError):
+    """A body is larger than it may be."""
 
 
 class Site:
@@ -198,6 +204,9 @@ class Site:
                     self.sessions.end(request.cookies.get(self._cookie, ""))
                     await session.client.close()
                 return refusal(error)
+            except TooLargeError:
+                told = {"reason": "PICTURE_TOO_LARGE", "message": f"at most {MAX_PICTURE} bytes"}
+                return JSONResponse(told, 413)
             except (KeyError, ValueError):
                 told = {"reason": "ARGUMENT_INVALID", "message": "the request says too little"}
                 return JSONResponse(told, 400)
@@ -262,24 +271,36 @@ class Site:
         return {}
 
     async def _people(self, request: Request, session: Session[Client]) -> Any:
-        gallery = request.query_params.get("gallery", "")
-        wanted = request.query_params.get("q", "").lower()
-        found = []
-        async with contextlib.aclosing(
-            session.client.list_subjects(gallery=gallery)  # type: ignore[type-var]
-        ) as people:
+        """``most`` of those whose id or name has ``q`` in it, and whether there are ``more``."""
+        asked = request.query_params
+        wanted = asked.get("q", "").lower()
+        most = min(MAX_PEOPLE, max(1, int(asked.get("most", 100))))
+        found: list[dict[str, Any]] = []
+        # Whoever searches looks through all of them.
+        looking = session.client.list_subjects(
+            gallery=asked.get("gallery", ""), page_size=1000 if wanted else min(1000, most + 1)
+        )
+        async with contextlib.aclosing(looking) as people:  # type: ignore[type-var]
             async for one in people:
-                if wanted in f"{one.subject_id} {one.display_name}".lower():
-                    found.append(shown.subject(one))
-                if len(found) >= 500:
-                    break
-        return found
+                if wanted not in f"{one.subject_id} {one.display_name}".lower():
+                    continue
+                if len(found) == most:
+                    return {"people": found, "more": True}
+                found.append(shown.subject(one))
+        return {"people": found, "more": False}
 
     async def _person(self, request: Request, session: Session[Client]) -> Any:
         subject, gallery = request.path_params["subject"], request.query_params.get("gallery", "")
         kept = await session.client.get_subject(subject, gallery=gallery)
         faces = await session.client.list_templates(subject, gallery=gallery)
-        return {**shown.subject(kept), "faces": [shown.template(one) for one in faces]}
+        said: list[facelane.Correction] = []
+        if session.may["correct"]:
+            said = await session.client.list_corrections(subject, gallery=gallery)
+        return {
+            **shown.subject(kept),
+            "faces": [shown.template(one) for one in faces],
+            "corrections": [shown.correction(one) for one in said],
+        }
 
     async def _copy(self, request: Request, session: Session[Client]) -> Response:
         subject, gallery = request.path_params["subject"], request.query_params.get("gallery", "")
@@ -458,7 +479,10 @@ async def _body(
     request: Request, most: int = MAX_SAID, within_s: float = UPLOAD_S
 ) -> dict[str, Any]:
     """An object of JSON. Raises ``ValueError``."""
-    data = await _bytes(request, most, within_s)
+    try:
+        data = await _bytes(request, most, within_s)
+    except TooLargeError:
+        raise ValueError("too much is said") from None
     try:
         found = json.loads(data or b"{}")
     except RecursionError:
@@ -469,14 +493,14 @@ async def _body(
 
 
 async def _bytes(request: Request, most: int = MAX_PICTURE, within_s: float = UPLOAD_S) -> bytes:
-    """The body, bounded in size and time. Raises ``ValueError``."""
+    """The body, bounded in size and time. Raises ``TooLargeError`` and ``ValueError``."""
     parts, size = [], 0
     try:
         async with asyncio.timeout(within_s):
             async for part in request.stream():
                 size += len(part)
                 if size > most:
-                    raise ValueError("too large")
+                    raise TooLargeError("too large")
                 parts.append(part)
     except TimeoutError:
         raise ValueError("too slow") from None

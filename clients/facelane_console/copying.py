@@ -24,8 +24,12 @@ async def copy_of(client: facelane.aio.Client, subject: str, gallery: str) -> by
     """
     record = shown.subject(await client.get_subject(subject, gallery=gallery))
     faces = await client.list_templates(subject, gallery=gallery)
-    corrections = await client.list_corrections(subject, gallery=gallery)
     left_out: list[str] = []
+    corrections: list[facelane.Correction] = []
+    try:
+        corrections = await client.list_corrections(subject, gallery=gallery)
+    except facelane.PermissionDeniedError:
+        left_out.append("corrections: the key may not read them")
     try:
         events = await _events(client, subject, record["gallery"], left_out)
     except facelane.PermissionDeniedError:

@@ -13,6 +13,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+
+import facelane
 from tests.browser.conftest import (
     WAIT_MS,
     House,
@@ -23,8 +25,6 @@ from tests.browser.conftest import (
     portrait,
     view,
 )
-
-import facelane
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -91,8 +91,8 @@ def test_enrol_see_the_name_correct_it_and_delete_with_a_receipt(page: Any, hous
     figure(page, "events")
     seen.get_by_role("button", name="Acknowledge").click()
     seen.get_by_text("acknowledged").wait_for()
-    seen.get_by_role("button", name="This is not grace").click()
-    seen.get_by_text("Corrected: not grace.").wait_for()
+    seen.get_by_role("button", name="This is not Grace Hopper").click()
+    seen.get_by_text("Corrected: not Grace Hopper.").wait_for()
     view(page, "Live")
     names_say(page, "unknown")
     page.wait_for_function(

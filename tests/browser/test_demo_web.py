@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.browser.conftest import VIEWPORT, WAIT_MS
 from tests.e2e.test_demo import servers_in
 from tests.waiting import until
@@ -52,8 +53,7 @@ def test_the_demo_in_the_console(chromium: Any, tmp_path: Path) -> None:
         )
         context.close()
         demo.send_signal(signal.SIGINT)
-        # How well a busy machine did is for the demo's own test to judge.
-        assert demo.wait(60) in (0, 1), said.read_text()[-4000:]
+        assert demo.wait(60) == 0, said.read_text()[-4000:]
     finally:
         if demo.poll() is None:
             demo.kill()

@@ -6,16 +6,16 @@ import contextlib
 from typing import Any
 
 import pytest
+
+import facelane
 from tests.browser.conftest import House, camera, jpeg, serving_console, visit
 from tests.browser.test_wall import numbered
 from tests.fakes import access_units
 from tests.running_server import RunningServer, toml
 
-import facelane
-
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(580)]
 
-CAMERAS, RATE = 16, 5
+CAMERAS, RATE = 16, 3
 WARM_UP, MINUTE = 20, 60 * RATE
 """Pictures of each camera."""
 

@@ -12,10 +12,10 @@ import av
 import cv2
 import numpy as np
 import pytest
-from tests.browser.conftest import House, jpeg, portrait, visit
-from tests.fakes import access_units
 
 import facelane
+from tests.browser.conftest import House, jpeg, portrait, visit
+from tests.fakes import access_units
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(400)]
 

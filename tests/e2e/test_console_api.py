@@ -171,7 +171,13 @@ def test_people_are_enrolled_exported_and_erased(browser: Browser) -> None:
     assert json.loads(said)["display_name"] == "Ann"
     [face] = browser.told(path)["faces"]
     assert 0 <= face["quality"] <= 1
-    assert [one["id"] for one in browser.told("api/people?q=console-a")] == ["console-ann"]
+    found = browser.told("api/people?q=CONSOLE-a")
+    assert ([one["id"] for one in found["people"]], found["more"]) == (["console-ann"], False)
+    status, said, _ = browser.ask("POST", "api/people/console-bob/faces", wire.picture(2).data)
+    assert status == 200, said
+    found = browser.told("api/people?q=console-&most=1")
+    assert ([one["id"] for one in found["people"]], found["more"]) == (["console-ann"], True)
+    assert browser.ask("DELETE", "api/people/console-bob")[0] == 200
     status, made, headers = browser.ask("GET", f"{path}/copy")
     assert (status, headers["content-type"]) == (200, "application/zip")
     assert headers["cache-control"] == "no-store"

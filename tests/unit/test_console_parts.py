@@ -219,12 +219,15 @@ async def test_what_a_session_asks_for_is_a_refusal_and_no_traceback(console: Si
         ("POST", "/api/events/1/correct", b"[" * 20_000, 400),
         ("POST", "/api/events/1/correct", b"{}" + b" " * (64 << 10), 400),
         ("POST", "/api/events/1/acknowledge", b"", 403),
+        ("POST", "/api/people/a/faces", b"x" * (app.MAX_PICTURE + 1), 413),
         ("GET", "/assets/../app.py", b"", 404),
         ("GET", "/assets/%2e%2e/app.py", b"", 404),
     ):
         got, _ = await asked.call(method, path, body, cookie=word, csrf=session.csrf)
         assert got == status, (method, path[:40])
     got, _ = await asked.call("GET", "/api/events", cookie=word, query=f"before={many}")
+    assert got == 400
+    got, _ = await asked.call("GET", "/api/people", cookie=word, query="most=all")
     assert got == 400
     code, _ = await asked.call(
         "GET", "/api/live", kind="websocket", cookie=word, query="source=a&fps=fast"

@@ -5,6 +5,10 @@ import { t } from "./words";
 const COLOURS: Record<string, string> = { MATCH: "#2fbf71", UNKNOWN: "#f2a33a", AMBIGUOUS: "#f2a33a", REJECTED_OOD: "#9aa4b2", NOT_EVALUATED: "#6aa9ff" };
 const HELD = 256;
 const LOST_MS = 1000, REFUSED_MS = 10_000;
+/** Without a new picture for so long, or for so many times as long as there was between the last ones, what is shown is old. */
+const OLD_MS = 5000, OLD_TIMES = 3;
+/** Of what is written over a picture, as the eye sees it. */
+const TEXT_PX = 13;
 /** Of a video decoder, one after the other; then the console decodes. */
 const MOST_FAILURES = 3;
 
@@ -69,9 +73,22 @@ export class Camera {
   private failures = 0;
   private asJpeg = "";
   private timer = 0;
+  private watch = 0;
+  private shown = 0;
+  private between = 0;
   painted = 0;
 
-  constructor(private canvas: HTMLCanvasElement, private place: Place, private say: (text: string) => void) { this.connect(); }
+  constructor(private canvas: HTMLCanvasElement, private place: Place, private say: (text: string) => void) {
+    this.connect();
+    this.watch = window.setInterval(() => this.look(), 1000);
+  }
+
+  /** A picture that stands still is no live one: it is said, and seen. */
+  private look() {
+    if (!this.painted || performance.now() - this.shown < Math.max(OLD_MS, OLD_TIMES * this.between)) return;
+    this.canvas.dataset.old = "1";
+    this.say(t("old", new Date(Date.now() - (performance.now() - this.shown)).toLocaleTimeString()));
+  }
 
   private connect() {
     if (this.stopped) return;
@@ -191,33 +208,39 @@ export class Camera {
     pen.drawImage(picture, 0, 0, width, height);
     const scale = told.width ? width / told.width : 1;
     const names: string[] = [], boxes: number[][] = [];
-    const size = Math.max(12, Math.round(width / 45));
+    const seen = Math.min(canvas.clientWidth / width, canvas.clientHeight / height) || 1;
+    const size = Math.round(TEXT_PX / seen);
     pen.font = `600 ${size}px system-ui, sans-serif`;
-    pen.lineWidth = Math.max(2, width / 400);
+    pen.lineWidth = 2 / seen;
     for (const face of told.faces ?? []) {
       const [x, y, w, h] = face.box.map((n) => n * scale) as [number, number, number, number];
       const text = label(face), colour = face.live === "SPOOF" ? "#e5484d" : COLOURS[face.decision] ?? "#6aa9ff";
       pen.strokeStyle = colour;
       pen.strokeRect(x, y, w, h);
-      const top = Math.max(0, y - size - 6), wide = pen.measureText(text).width + 8;
+      const high = Math.round(size * 1.4), top = Math.max(0, y - high), wide = pen.measureText(text).width + size / 2;
       const left = Math.max(0, Math.min(x, width - wide));
       pen.fillStyle = colour;
-      pen.fillRect(left, top, wide, size + 6);
+      pen.fillRect(left, top, wide, high);
       pen.fillStyle = "#0b0e14";
-      pen.fillText(text, left + 4, top + size);
+      pen.fillText(text, left + size / 4, top + size * 1.05);
       names.push(text);
       boxes.push([x, y, w, h].map(Math.round));
     }
     this.painted++;
+    const now = performance.now();
+    if (this.shown) this.between = now - this.shown;
+    this.shown = now;
+    delete canvas.dataset.old;
     // For whoever tests the wall: which picture is shown, how, and what is drawn over it.
     Object.assign(canvas.dataset, { painted: String(this.painted), frame: String(told.id ?? ""), how, names: names.join("|"), boxes: JSON.stringify(boxes) });
-    canvas.setAttribute("aria-label", `${this.place.source || this.place.stream}: ${names.join(", ") || t("nobody")}`);
+    canvas.setAttribute("aria-label", `${this.place.source || this.place.stream}: ${names.join(", ") || t("noFace")}`);
     this.say(this.asJpeg ? t("asJpeg", this.asJpeg) : "");
   }
 
   stop() {
     this.stopped = true;
     clearTimeout(this.timer);
+    clearInterval(this.watch);
     this.ws?.close();
     this.reset();
   }

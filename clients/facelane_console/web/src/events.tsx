@@ -1,6 +1,6 @@
-import { useEffect, useRef, useState } from "preact/hooks";
-import { call, socket, type Event_, type May, type Stream } from "./api";
-import { Heading, number, Problem, useSettled, useTold, when } from "./parts";
+import { useEffect, useId, useRef, useState } from "preact/hooks";
+import { call, loggedOut, socket, type Event_, type May, type People, type Stream } from "./api";
+import { Heading, number, Problem, useSettled, useTold, Waiting, when } from "./parts";
 import { KINDS, kind as kindText, reason, t, type Kind, type Refusal } from "./words";
 
 const AGAIN_MS = 2000;
@@ -25,16 +25,17 @@ function EventRow({ event, may, hide }: { event: Event_; may: May; hide: boolean
   const [note, say] = useState("");
   const [undo, offer] = useState("");
   const [asking, ask] = useState(false);
-  const [who, name] = useState("");
   const whom = event.display_name || event.name || t("nobody");
-  const correct = async (body: object) => {
+  const correct = async (body: object): Promise<Refusal | null> => {
     try {
       const done = await call<{ id: string; subject: string; is_not: boolean }>("POST", `/events/${event.sequence}/correct`, body);
       offer(done.id);
-      say(done.is_not ? t("corrected", done.subject) : t("correctedIs", done.subject));
-    } catch (error) { say(reason(error as Refusal)); }
-    ask(false);
+      say(done.is_not ? t("corrected", whom) : t("correctedIs", done.subject));
+      ask(false);
+    } catch (error) { return error as Refusal; }
+    return null;
   };
+  const isNot = async () => { const refused = await correct({}); if (refused) say(reason(refused)); };
   const takeBack = async () => {
     try { await call("DELETE", `/corrections/${undo}?gallery=${encodeURIComponent(event.gallery)}`); offer(""); say(""); }
     catch (error) { say(reason(error as Refusal)); }
@@ -43,30 +44,48 @@ function EventRow({ event, may, hide }: { event: Event_; may: May; hide: boolean
     try { await call("POST", `/events/${event.sequence}/acknowledge`); know(true); } catch (error) { say(reason(error as Refusal)); }
   };
   if (known && hide) return null;
-  const about = event.looks === undefined ? event.message || event.pool : whom;
+  const about = event.looks === undefined ? [event.pool, event.message].filter(Boolean).join(": ") : whom;
   const live = event.live === "LIVE" ? t("liveFace") : event.live === "SPOOF" ? t("spoof") : "";
   return (
     <li class={`event ${known ? "known" : ""}`} data-sequence={event.sequence} data-kind={event.kind}>
       <Picture event={event} whom={whom} />
       <div class="grow">
         <h2><span class={`badge ${event.kind}`}>{kindText(event.kind)}</span> {about}{event.rule && ` · ${event.rule}`}</h2>
-        <p class="small">{when(event.time)} · {event.source || "–"}{event.camera_time ? ` · ${t("cameraTime")} ${when(event.camera_time)}` : ""}</p>
-        {!!event.looks && <p class="small">{t("looks", event.looks)} · {t("similarity")} {number(event.similarity)} · {t("trust")} {number(event.ood)} · {t("forSeconds", number(event.seconds, 1))}{live && ` · ${live}`}</p>}
+        <p class="small">{when(event.time)}{event.source && ` · ${event.source}`}{event.camera_time ? ` · ${t("cameraTime")} ${when(event.camera_time)}` : ""}</p>
+        {!!event.looks && <p class="small">{t("looks", event.looks)} · {event.similarity != null && `${t("similarity")} ${number(event.similarity)} · `}{t("trust")} {number(event.ood)} · {t("forSeconds", number(event.seconds, 1))}{live && ` · ${live}`}</p>}
         <p role="status" class="small">{note}</p>
-        <div class="row">
-          {!known ? <button onClick={acknowledge}>{t("acknowledge")}</button> : <span class="small">✓ {t("acknowledged")}</span>}
-          {may.correct && event.picture && !undo && event.name && <button onClick={() => correct({})}>{t("notHim", event.name)}</button>}
-          {may.correct && event.picture && !asking && <button onClick={() => ask(true)}>{t("isHim")}</button>}
-          {undo && <button onClick={takeBack}>{t("undo")}</button>}
-        </div>
-        {asking && (
-          <form class="row" onSubmit={(e) => { e.preventDefault(); void correct({ subject: who, create: true }); }}>
-            <label>{t("whoIsIt")} <input required value={who} onInput={(e) => name(e.currentTarget.value)} /></label>
-            <button>{t("save")}</button><button type="button" onClick={() => ask(false)}>{t("cancel")}</button>
-          </form>
-        )}
       </div>
+      <div class="row actions">
+        {!known ? <button onClick={acknowledge}>{t("acknowledge")}</button> : <span class="small">✓ {t("acknowledged")}</span>}
+        {may.correct && event.picture && !undo && event.name && <button onClick={isNot}>{t("notHim", whom)}</button>}
+        {may.correct && event.picture && !asking && !undo && <button onClick={() => ask(true)}>{t("isHim")}</button>}
+        {undo && <button onClick={takeBack}>{t("undo")}</button>}
+      </div>
+      {asking && <Whose list={may.people} gallery={event.gallery} tell={(subject, create) => correct({ subject, create })} close={() => ask(false)} />}
     </li>
+  );
+}
+
+/** Which subject it is: of those who are known, or somebody new, which is asked once more. */
+function Whose({ tell, close, list, gallery }: { tell: (who: string, create: boolean) => Promise<Refusal | null>; close: () => void; list: boolean; gallery: string }) {
+  const [who, name] = useState(""), [problem, complain] = useState("");
+  const [unknown, offer] = useState("");
+  const asked = useSettled(who), id = useId(), field = useRef<HTMLInputElement>(null);
+  useEffect(() => field.current?.focus(), []);
+  const [known] = useTold<People>(list ? `/people?q=${encodeURIComponent(asked)}&gallery=${encodeURIComponent(gallery)}` : "/session", 0);
+  const send = async (create: boolean) => {
+    const refused = await tell(who, create);
+    offer(refused?.reason === "SUBJECT_NOT_FOUND" ? who : "");
+    complain(refused ? (refused.reason === "SUBJECT_NOT_FOUND" ? t("nobodyCalled", who) : reason(refused)) : "");
+  };
+  return (
+    <form class="row" onSubmit={(e) => { e.preventDefault(); void send(false); }}>
+      <label>{t("whoIsIt")} <input required ref={field} list={id} value={who} onInput={(e) => { name(e.currentTarget.value); offer(""); complain(""); }} /></label>
+      <datalist id={id}>{known?.people?.map((one) => <option key={one.id} value={one.id}>{one.display_name}</option>)}</datalist>
+      <button>{t("save")}</button><button type="button" onClick={close}>{t("cancel")}</button>
+      {problem && <Problem text={problem} />}
+      {unknown && <button type="button" onClick={() => send(true)}>{t("enrolNew", unknown)}</button>}
+    </form>
   );
 }
 
@@ -79,6 +98,7 @@ export function Events({ may }: { may: May }) {
   const [before, older] = useState(0);
   const [asked, answered] = useState("?");
   const [problem, complain] = useState("");
+  const [lost, lose] = useState(false);
   const [streams] = useTold<Stream[]>(may.view ? "/streams" : "/session", 0);
   const end = useRef<HTMLButtonElement>(null);
   const current = useRef(""), asking = useRef(new Set<string>());
@@ -108,6 +128,7 @@ export function Events({ may }: { may: May }) {
       news.onmessage = (message) => {
         const event = JSON.parse(message.data as string) as Event_;
         if (!event.sequence) {
+          lose(false);
           // From here on all is heard; what was before, or while nobody listened, is in the history.
           void page(0, first);
           first = false;
@@ -115,7 +136,13 @@ export function Events({ may }: { may: May }) {
         }
         if ((!kind || event.kind === kind) && (!source || event.source === source)) set((now) => merged(now, [event]).slice(0, MOST));
       };
-      news.onclose = () => { if (!over) timer = window.setTimeout(listen, AGAIN_MS); };
+      news.onclose = ({ code }) => {
+        if (over) return;
+        if (code === 4401) { loggedOut(); return; }
+        lose(true);
+        // A session that has ended is no lost connection: whoever asks hears which it is.
+        timer = window.setTimeout(() => { void call("GET", "/session").catch(() => null).then(() => { if (!over) listen(); }); }, AGAIN_MS);
+      };
     };
     listen();
     return () => { over = true; clearTimeout(timer); news.close(); };
@@ -138,7 +165,8 @@ export function Events({ may }: { may: May }) {
         <datalist id="sources">{Array.isArray(streams) && [...new Set(streams.map((one) => one.source))].map((one) => <option key={one} value={one} />)}</datalist>
         <label><input type="checkbox" checked={open} onChange={(e) => only(e.currentTarget.checked)} /> {t("onlyOpen")}</label>
       </div>
-      {problem && <Problem text={problem} />}
+      {(problem || lost) && <Problem text={problem || t("lost")} />}
+      {busy && !events.length && !problem && !lost && <Waiting />}
       {!busy && !events.length && !problem && <p>{t("none")}</p>}
       <ol class="events" aria-busy={busy}>{events.map((event) => <EventRow key={event.sequence} event={event} may={may} hide={open} />)}</ol>
       {before > 0 && <button ref={end} onClick={() => page(before)}>{t("more")}</button>}

@@ -1,7 +1,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Stream } from "./api";
 import { Camera, type Place } from "./camera";
-import { Heading, Problem, useTold } from "./parts";
+import { Heading, Problem, useTold, Waiting } from "./parts";
 import { t } from "./words";
 
 const MOST_CAMERAS = 16;
@@ -36,6 +36,7 @@ export function Live() {
     <section aria-labelledby="head">
       <Heading>{t("live")}</Heading>
       {problem && <Problem text={problem} />}
+      {!streams && !problem && <Waiting />}
       {streams && !names.length && <p>{t("noCameras")}</p>}
       {names.length > 4 && <div class="row filters"><label>{t("source")} <input type="search" value={wanted} onInput={(e) => want(e.currentTarget.value)} /></label>
         {shown.length < names.length && <span role="status" class="small">{t("camerasOf", shown.length, names.length)}</span>}</div>}

@@ -25,7 +25,7 @@ function Words() {
   return <><button class="plain" lang={other === "zh" ? "zh-CN" : "en"} onClick={() => { speak(other); spoken(); }}>{t("language")}</button><button class="plain" onClick={theme}>{t("theme")}</button></>;
 }
 
-function Login({ enter }: { enter: (may: May) => void }) {
+function Login({ enter, ended }: { enter: (may: May) => void; ended: boolean }) {
   const [key, type] = useState(""), [problem, complain] = useState("");
   const send = async (e: Event) => {
     e.preventDefault();
@@ -35,6 +35,7 @@ function Login({ enter }: { enter: (may: May) => void }) {
   return (
     <main class="login"><form class="card" onSubmit={send}>
       <h1>facelane</h1>
+      {ended && !problem && <p role="status">{t("ended")}</p>}
       <label>{t("key")} <input name="key" type="password" autocomplete="off" aria-describedby="hint" value={key} onInput={(e) => type(e.currentTarget.value)} /></label>
       <p id="hint" class="small">{t("keyHint")}</p>
       <div class="row"><button class="main">{t("login")}</button><Words /></div>
@@ -49,9 +50,10 @@ function App() {
   const [may, enter] = useState<May | null | undefined>(undefined);
   const [hash, go] = useState(location.hash.slice(1));
   const [, again] = useState(0);
+  const [ended, end] = useState(false);
   spoken = () => again((n) => n + 1);
   useEffect(() => {
-    whenLoggedOut(() => enter(null));
+    whenLoggedOut(() => { enter((was) => { if (was) end(true); return null; }); });
     call<{ may: May }>("GET", "/session").then((found) => enter(found.may), () => enter(null));
     const moved = () => {
       go(location.hash.slice(1));
@@ -65,7 +67,7 @@ function App() {
   const view = views.find((one) => one === hash) ?? views[0];
   useEffect(() => { document.title = may && view ? `${t(view)} · facelane` : "facelane"; });
   if (may === undefined) return null;
-  if (may === null) return <Login enter={enter} />;
+  if (may === null) return <Login enter={(found) => { end(false); enter(found); }} ended={ended} />;
   const leave = () => call("POST", "/logout").catch(() => null).then(() => enter(null));
   return (
     <>

@@ -1,7 +1,10 @@
 import { useEffect, useRef, useState } from "preact/hooks";
-import { call, type May, type Person } from "./api";
-import { Dialog, Heading, number, Problem, useSettled, useTold, when } from "./parts";
+import { call, type May, type People as Found, type Person, type Template } from "./api";
+import { Ask, Dialog, Heading, number, Problem, useSettled, useTold, Waiting, when } from "./parts";
 import { reason, t, type Refusal } from "./words";
+
+/** People that are shown at first, and more each time; beyond the most of them one searches. */
+const PAGE = 100, MOST = 2000;
 
 function Webcam({ take }: { take: (picture: Blob) => void }) {
   const video = useRef<HTMLVideoElement>(null);
@@ -44,8 +47,21 @@ function Preview({ picture }: { picture: Blob }) {
   return url ? <img class="preview" src={url} alt={t("chosen")} /> : null;
 }
 
-function Enrol({ done, gallery }: { done: () => void; gallery: string }) {
+/** The server's own bound. */
+const MOST_BYTES = 16 << 20;
+
+/** ``into``: whom one more picture is wanted of. */
+function Enrol({ done, gallery, into }: { done: () => void; gallery: string; into: { id: string } }) {
   const [id, setId] = useState(""), [name, setName] = useState("");
+  const form = useRef<HTMLFormElement>(null);
+  useEffect(() => {
+    if (!into.id) return;
+    setId(into.id);
+    setName("");
+    say(["", true]);
+    form.current?.scrollIntoView({ block: "nearest" });
+    file.current?.focus();
+  }, [into]);
   const [live, mustLive] = useState(false);
   const [picture, choose] = useState<Blob | null>(null);
   const [busy, work] = useState(false);
@@ -54,24 +70,29 @@ function Enrol({ done, gallery }: { done: () => void; gallery: string }) {
   const send = async (e: Event) => {
     e.preventDefault();
     if (!picture || busy) return;
+    if (picture.size > MOST_BYTES) { say([t("PICTURE_TOO_LARGE"), false]); return; }
     work(true);
     say([t("working"), true]);
     const asked = new URLSearchParams({ name, gallery, ...(live ? { live: "1" } : {}) });
     try {
       const made = await call<{ face: { quality: number }; warnings: string[] }>("POST", `/people/${encodeURIComponent(id)}/faces?${asked}`, picture);
       say([[t("enrolled", number(made.face.quality)), ...made.warnings.map((why) => reason({ reason: why, message: why }))].join(" "), true]);
+      // One more of the same person is another picture.
+      choose(null);
+      if (file.current) file.current.value = "";
       done();
     } catch (error) { say([reason(error as Refusal), false]); }
     work(false);
   };
-  const shot = (blob: Blob) => { if (file.current) file.current.value = ""; choose(blob); };
+  const chosen = (blob: Blob | null) => { choose(blob); say(["", true]); };
+  const shot = (blob: Blob) => { if (file.current) file.current.value = ""; chosen(blob); };
   return (
-    <form class="card enrol" onSubmit={send} aria-labelledby="enrol">
+    <form ref={form} class="card enrol" onSubmit={send} aria-labelledby="enrol">
       <h2 id="enrol">{t("enrol")}</h2>
       <div class="fields">
         <label>{t("id")} <input name="id" required pattern="[A-Za-z0-9_.@:\-]{1,128}" autocomplete="off" value={id} onInput={(e) => setId(e.currentTarget.value)} /></label>
         <label>{t("name")} <input name="name" autocomplete="off" value={name} onInput={(e) => setName(e.currentTarget.value)} /></label>
-        <label>{t("picture")} <input ref={file} name="picture" type="file" accept="image/jpeg,image/png,image/webp" onChange={(e) => choose(e.currentTarget.files?.[0] ?? null)} /></label>
+        <label>{t("picture")} <input ref={file} name="picture" type="file" accept="image/jpeg,image/png,image/webp" onChange={(e) => chosen(e.currentTarget.files?.[0] ?? null)} /></label>
       </div>
       <div class="row"><Webcam take={shot} />{picture && <Preview picture={picture} />}</div>
       <label><input type="checkbox" checked={live} onChange={(e) => mustLive(e.currentTarget.checked)} /> {t("mustLive")}</label>
@@ -96,10 +117,11 @@ function Receipt({ templates, receipt, close }: { templates: number; receipt: st
   );
 }
 
-function Card({ person, changed, may }: { person: Person; changed: () => void; may: May }) {
+function Card({ person, changed, add, may }: { person: Person; changed: () => void; add: () => void; may: May }) {
   const [open, toggle] = useState(false);
   const [full, fill] = useState<Person | null>(null);
   const [asking, ask] = useState(false);
+  const [leaving, leave] = useState<Template | null>(null);
   const [receipt, show] = useState<{ templates: number; receipt: string } | null>(null);
   const [problem, complain] = useState("");
   const path = `/people/${encodeURIComponent(person.id)}`, where = `?gallery=${encodeURIComponent(person.gallery)}`;
@@ -109,8 +131,9 @@ function Card({ person, changed, may }: { person: Person; changed: () => void; m
     ask(false);
     try { show(await call("DELETE", path + where)); } catch (error) { complain(reason(error as Refusal)); }
   };
-  const forget = async (id: string) => {
-    try { await call("DELETE", `/templates/${id}${where}`); await load(); changed(); } catch (error) { complain(reason(error as Refusal)); }
+  const take = async (what: string) => {
+    leave(null);
+    try { await call("DELETE", what + where); complain(""); await load(); changed(); } catch (error) { complain(reason(error as Refusal)); }
   };
   const whom = person.display_name || person.id;
   return (
@@ -120,14 +143,19 @@ function Card({ person, changed, may }: { person: Person; changed: () => void; m
       {problem && <Problem text={problem} />}
       <div class="row">
         <button aria-expanded={open} onClick={() => { toggle(!open); if (!open) void load(); }}>{t("faces", person.templates)}</button>
+        {may.enroll && <button onClick={add}>{t("addFace")}</button>}
         <a class="button" href={`/api${path}/copy${where}`} download={`${person.id}.zip`} title={t("exportHint")}>{t("export")}</a>
         {may.delete && <button class="danger" onClick={() => ask(true)}>{t("delete")}</button>}
       </div>
       {open && full?.faces && <ul class="faces">{full.faces.map((face) => (
         <li key={face.id}><meter min="0" max="1" value={face.quality} aria-label={t("quality")} /> <span>{t("quality")} {number(face.quality)} · {t("trust")} {number(face.ood)} · {when(face.time)}</span>
-          {may.delete && <button class="danger" onClick={() => forget(face.id)} aria-label={`${t("delete")} ${when(face.time)}`}>{t("delete")}</button>}</li>))}</ul>}
-      {asking && <Dialog title={t("deleteAll", whom)} close={() => ask(false)}><div class="row"><button class="danger" onClick={erase}>{t("delete")}</button><button onClick={() => ask(false)}>{t("cancel")}</button></div></Dialog>}
-      {receipt && <Receipt {...receipt} close={() => { show(null); changed(); }} />}
+          {may.delete && <button class="danger" onClick={() => leave(face)} aria-label={`${t("delete")} ${when(face.time)}`}>{t("delete")}</button>}</li>))}
+        {full.corrections?.map((one) => (
+          <li key={one.id}><span>{t(one.is_not ? "saidNot" : "saidIs")} · {when(one.time)}</span>
+            {may.correct && <button onClick={() => take(`/corrections/${one.id}`)} aria-label={`${t("undo")} ${when(one.time)}`}>{t("undo")}</button>}</li>))}</ul>}
+      {asking && <Ask title={t("deleteAll", whom)} yes={erase} close={() => ask(false)} />}
+      {leaving && <Ask title={t("deleteFace", when(leaving.time), whom)} yes={() => take(`/templates/${leaving.id}`)} close={() => leave(null)} />}
+      {receipt && <Receipt {...receipt} close={() => { show(null); changed(); document.getElementById("head")?.focus(); }} />}
     </li>
   );
 }
@@ -135,18 +163,23 @@ function Card({ person, changed, may }: { person: Person; changed: () => void; m
 export function People({ may }: { may: May }) {
   const [typed, type] = useState(""), [place, go] = useState("");
   const q = useSettled(typed), gallery = useSettled(place);
-  const [people, problem, again] = useTold<Person[]>(`/people?q=${encodeURIComponent(q)}&gallery=${encodeURIComponent(gallery)}`, 0);
+  const [most, show] = useState(PAGE), [into, add] = useState({ id: "" });
+  useEffect(() => show(PAGE), [q, gallery]);
+  const [found, problem, again] = useTold<Found>(`/people?q=${encodeURIComponent(q)}&gallery=${encodeURIComponent(gallery)}&most=${most}`, 0);
+  const people = found?.people;
   return (
     <section aria-labelledby="head">
       <Heading>{t("people")}</Heading>
-      {may.enroll && <Enrol done={again} gallery={gallery} />}
+      {may.enroll && <Enrol done={again} gallery={gallery} into={into} />}
       <div class="row filters">
         <label>{t("search")} <input type="search" value={typed} onInput={(e) => type(e.currentTarget.value)} /></label>
         <label>{t("gallery")} <input value={place} placeholder="default" onInput={(e) => go(e.currentTarget.value)} /></label>
       </div>
       {problem && <Problem text={problem} />}
+      {!people && !problem && <Waiting />}
       {people && !people.length && !problem && <p>{t("nobodyFound")}</p>}
-      <ul class="people">{(people ?? []).map((person) => <Card key={person.id} person={person} changed={again} may={may} />)}</ul>
+      <ul class="people">{(people ?? []).map((person) => <Card key={person.id} person={person} changed={again} may={may} add={() => add({ id: person.id })} />)}</ul>
+      {found?.more && <div class="row"><span role="status" class="small">{t("peopleOf", found.people.length)}</span>{most < MOST && <button onClick={() => show(most + PAGE)}>{t("morePeople")}</button>}</div>}
     </section>
   );
 }
