@@ -45,7 +45,7 @@ SINKS = ("mqtt", "onvif", "nats", "webhook", "syslog", "jsonl")
 
 def event_id(body: bytes) -> str:
     found = json.loads(body)
-    return str(found["id"] if "id" in found else found["Data"]["EventId"])
+    return str(found["id"] if "id" in found else found["Data"]["facelane:EventId"])
 
 
 @dataclass

@@ -33,7 +33,7 @@ class MqttSink:
         self._retained: dict[str, bytes] = {}
         self._changed: tuple[str, dict[str, str]] = ("", {})
         """Of the event that is under way: one that is tried again changes nothing again."""
-        self._doubtful: Doubtful[tuple[str, bytes]] = Doubtful(DOUBTFUL_BYTES)
+        self._doubtful: Doubtful[onvif.Told] = Doubtful(DOUBTFUL_BYTES)
 
     async def open(self) -> None:
         settings = self._settings
@@ -55,7 +55,7 @@ class MqttSink:
             self._client = await self._stack.enter_async_context(client)
             await self._publish(self._status, b"online", retain=True)
             while (told := self._doubtful.next()) is not None:
-                await self._publish(*told)
+                await self._publish(told.topic, told.body, retain=told.retain)
                 self._doubtful.sent_again()
             # Another broker, perhaps, or one that has forgotten.
             self._announced.clear()
@@ -83,8 +83,8 @@ class MqttSink:
         settings = self._settings
         source = event.source_id
         if settings.payload == "onvif":
-            for where, body in onvif.messages(settings.prefix, event):
-                await self._event(where, body)
+            for told in onvif.messages(settings.prefix, event):
+                await self._event(told)
             return
         states, changed = self._states.setdefault(source, States()), {}
         if event.event is not None and source:
@@ -97,15 +97,16 @@ class MqttSink:
             )
             await self._publish(where, json.dumps(device).encode(), retain=True)
             self._announced[source] = states.rules
-        await self._event(topic(settings.prefix, source or "server", "event"), event.body)
+        where = topic(settings.prefix, source or "server", "event")
+        await self._event(onvif.Told(where, event.body))
         for name, value in changed.items():
             where = topic(settings.prefix, source, name)
             self._retained[where] = value.encode()
             await self._publish(where, value.encode(), retain=True)
 
-    async def _event(self, where: str, body: bytes) -> None:
-        await self._publish(where, body)
-        self._doubtful.sent((where, body), len(where) + len(body))
+    async def _event(self, told: onvif.Told) -> None:
+        await self._publish(told.topic, told.body, retain=told.retain)
+        self._doubtful.sent(told, len(told.topic) + len(told.body))
 
     async def _publish(self, where: str, body: bytes, *, retain: bool = False) -> None:
         """Returns when the broker has it."""

@@ -1,16 +1,20 @@
 """Events as ONVIF has them over MQTT: topics, and JSON in place of XML. Pure.
 
-ONVIF Core Specification, "Event Broker" (topic structure, JSON event payload), as Profile M
-asks for it; topics and names of items after its Analytics Service Specification: the rules
-FaceRecognition, FieldDetector (a zone: who is inside), LoiteringDetector (who is so for long),
-LineDetector and LineCounting (a line). What ONVIF has no topic for stands below one of its topics
+ONVIF Core Specification, "Event Broker" (topic structure, JSON event payload, property events), as
+Profile M asks for it; topics and names of items after its Analytics Service Specification: the
+rules FaceRecognition, FieldDetector (a zone: whether anybody is inside), LoiteringDetector (who is
+so for long), LineDetector and LineCounting (a line). What ONVIF has no topic or item for stands
 under the alias ``facelane``.
+
+What is so until it is told otherwise, a property, is retained by the broker: FieldDetector,
+LoiteringDetector, counters. A property that is no more is a message of no bytes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -36,6 +40,15 @@ _TOPICS: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One message."""
+
+    topic: str
+    body: bytes
+    retain: bool = False
+
+
 def local_topic(event: Message) -> str:
     """The ONVIF topic without its namespace."""
     for kind, found in _TOPICS.items():
@@ -54,10 +67,9 @@ def source(event: Message) -> dict[str, str]:
     found = {"VideoSource": event.source_id}
     if event.event is not None and _of_a_face(event):
         rule = event.event.rule
-        found |= {
-            "AnalyticsConfiguration": event.event.gallery or ALIAS,
-            "Rule": RULE if rule is None else rule.name,
-        }
+        if rule is None:  # FaceRecognition has no analytics configuration
+            return found | {"Rule": RULE}
+        found |= {"AnalyticsConfiguration": event.event.gallery or ALIAS, "Rule": rule.name}
     return found
 
 
@@ -66,17 +78,21 @@ def _of_a_face(event: Message) -> bool:
     return seen or (event.event is not None and event.event.track is not None)
 
 
-def messages(prefix: str, event: Message) -> list[tuple[str, bytes]]:
-    """Topics and payloads: one, and for a line that was crossed the counter of that way too."""
-    found = [(topic(prefix, event), payload(event))]
-    crossed = event.event
-    if event.kind == EventKind.LINE_CROSSED and crossed is not None and crossed.rule is not None:
-        rule = crossed.rule
+def messages(prefix: str, event: Message) -> list[Told]:
+    """What to publish: one message; for a line that was crossed the counter of that way too; and
+    when nobody is left in a zone, that nobody loiters there."""
+    local, rule = local_topic(event), event.event.rule if event.event is not None else None
+    found = [Told(topic(prefix, event), payload(event), retain=local in (INSIDE, LOITERING))]
+    if rule is None:
+        return found
+    if event.kind == EventKind.ZONE_LEFT and not rule.inside:
+        found.append(Told(_topic(prefix, LOITERING, source(event)), b"", retain=True))
+    elif event.kind == EventKind.LINE_CROSSED:
         inwards = rule.direction is CrossingDirection.IN
         counted = source(event) | {"Rule": f"{rule.name}-{'in' if inwards else 'out'}"}
         count = rule.in_count if inwards else rule.out_count
         body = _body(event, counted, {"Count": count})
-        found.append((_topic(prefix, COUNTER, counted), body))
+        found.append(Told(_topic(prefix, COUNTER, counted), body, retain=True))
     return found
 
 
@@ -109,26 +125,32 @@ def _body(event: Message, origin: dict[str, str], data: dict[str, Any]) -> bytes
     body = {
         "UtcTime": _utc(event.time),
         "Source": origin,
-        "Data": {**data, "EventId": event.id},
+        "Data": {**data, f"{ALIAS}:EventId": event.id},
     }
     return json.dumps(body, ensure_ascii=False).encode()
 
 
 def _rule_data(event: Event) -> dict[str, Any]:
     """Of zones and lines, as their rules have it; of the face no more than which it is."""
-    rule, found = event.rule, _data(event)
+    rule = event.rule
     assert rule is not None
-    for name in ("Likelihood", "Label", "EnrollmentID", "Liveness"):
-        if event.kind is not EventKind.ZONE_UNKNOWN:
-            found.pop(name, None)
+    if event.kind is EventKind.ZONE_UNKNOWN:
+        return _data(event)
+    found: dict[str, Any] = {}
+    who = event.track.global_track_id if event.track is not None else ""
     if event.kind in (EventKind.ZONE_ENTERED, EventKind.ZONE_LEFT):
-        found["IsInside"] = event.kind is EventKind.ZONE_ENTERED
-    elif event.kind is EventKind.ZONE_DWELL:
+        # ``ObjectId`` would be all who are inside: this one says who came or went.
+        found = {"IsInside": rule.inside > 0, f"{ALIAS}:Inside": rule.inside}
+        if who:
+            found[f"{ALIAS}:ObjectId"] = who
+        return found
+    if who:
+        found["ObjectId"] = who
+    if event.kind is EventKind.ZONE_DWELL:
         now = event.event_time or datetime.now(UTC)
         found["Since"] = _utc(now - timedelta(seconds=rule.dwell or 0.0))
-        found["TimeStamp"] = _utc(now)
     elif event.kind is EventKind.LINE_CROSSED:
-        found["Direction"] = rule.direction.value
+        found[f"{ALIAS}:Direction"] = rule.direction.value
     return found
 
 
@@ -139,15 +161,18 @@ def _data(event: Event) -> dict[str, Any]:
         # A cosine; ONVIF's likelihoods begin at 0.
         found["Likelihood"] = round(min(max(event.identity.similarity, 0.0), 1.0), 4)
     if event.identity.subject_id:
-        found["Label"] = (track.display_name if track else "") or event.identity.subject_id
+        # ONVIF's ``Label`` is a list that the person is on (Whitelisted, Blacklisted), no name.
         found["EnrollmentID"] = event.identity.subject_id
+        if track is not None and track.display_name:
+            found[f"{ALIAS}:DisplayName"] = track.display_name
     if track is not None:
         found["ObjectId"] = track.global_track_id
-        found["Liveness"] = event.liveness.verdict.value
+        found[f"{ALIAS}:Liveness"] = event.liveness.verdict.value
+        found[f"{ALIAS}:Gallery"] = event.gallery
     if event.pool:
-        found["Pool"] = event.pool
+        found[f"{ALIAS}:Pool"] = event.pool
     if event.message:
-        found["Message"] = event.message
+        found[f"{ALIAS}:Message"] = event.message
     return found
 
 
