@@ -22,7 +22,7 @@ except ImportError:  # pragma: no cover - the bare install
     sys.stderr.write("facelane-server needs the server extra: pip install 'facelane[server]'\n")
     sys.exit(2)
 
-from facelane_server import __version__, limits, wiping
+from facelane_server import __version__, limits
 from facelane_server import config as configuration
 from facelane_server.domain import FacelaneError
 from facelane_server.running import EX_CONFIG, EX_UNAVAILABLE, shards_of
@@ -530,8 +530,7 @@ def _open_standard_streams() -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] in (["run"], ["shard"]):
-        wiping.one_heap()
     _open_standard_streams()
-    _attach_models()
+    if sys.argv[1:2] not in (["run"], ["shard"]):
+        _attach_models()
     app()

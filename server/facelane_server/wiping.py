@@ -4,8 +4,8 @@ What is freed is not overwritten, by Python nor by the C library, until the plac
 and where whoever uses it next needs less, what it does not need stays for as long. So what holds
 an embedding is overwritten when it is let go of (``Fleeting``, ``wipe``). Copies that are not ours,
 of names above all (messages, strings, buffers of libraries), are overwritten when they are freed
-where ``one_heap`` has seen to it, and where not, or by Python itself, once ``scrub`` has filled
-the free memory of the process.
+where ``allocator.one_heap`` has seen to it, and where not, or by Python itself, once ``scrub`` has
+filled the free memory of the process.
 
 glibc and CPython on Linux; with other allocators ``scrub`` does what can be done.
 """
@@ -16,10 +16,8 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import os
-import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -37,14 +35,7 @@ _CLASSES: Final = range(512, 32, -16)
 """Sizes of the blocks that CPython hands out itself; smaller ones hold no text."""
 _MOST_BYTES: Final = 256 << 20
 """Free memory that is filled at a time, of each kind."""
-M_ARENA_MAX: Final = -8
-M_PERTURB: Final = -6
-"""See mallopt(3)."""
-_FREED: Final = 0xFF
-"""What is freed is filled with this; what is taken with zeros then."""
 PAUSE_S: Final = 0.3
-_VARIABLE: Final = "GLIBC_TUNABLES"
-_NO_CACHES: Final = "glibc.malloc.tcache_count=0"
 _lock = threading.Lock()
 
 
@@ -83,29 +74,6 @@ def fleeting(shape: tuple[int, ...], dtype: type[D]) -> npt.NDArray[D]:
         return np.zeros(shape, dtype)
     kept = Fleeting(count * np.dtype(dtype).itemsize)
     return np.frombuffer(kept, dtype).reshape(shape)
-
-
-def one_heap() -> None:
-    """All threads share one heap of the C library, none keeps free places of its own, and what is
-    freed is overwritten. At the start of a program, which may begin once again for it: the second
-    of these is read from the environment when the library is loaded."""
-    libc = _libc()
-    if libc is None:
-        return
-    tunables = os.environ.get(_VARIABLE, "")
-    if "tcache_count" not in tunables:
-        os.environ[_VARIABLE] = f"{tunables}:{_NO_CACHES}".lstrip(":")
-        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program
-    libc.mallopt(M_ARENA_MAX, 1)
-    libc.mallopt(M_PERTURB, _FREED)
-
-
-def as_others(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for programs that have no need of this: without what ``one_heap`` put into
-    it."""
-    tunables = environment.get(_VARIABLE, "").removesuffix(_NO_CACHES).rstrip(":")
-    others = {name: value for name, value in environment.items() if name != _VARIABLE}
-    return {**others, _VARIABLE: tunables} if tunables else others
 
 
 def scrub() -> None:

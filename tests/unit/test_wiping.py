@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tests.waiting import until
 
-from facelane_server import wiping
+from facelane_server import allocator, wiping
 
 SECRET = b"SECRET-7f3a91"
 
@@ -41,9 +41,9 @@ def test_fleeting_bytes_are_overwritten_with_their_last_reference() -> None:
 
 PROGRAM = """
 import sys
-from facelane_server import wiping
+from facelane_server import allocator, wiping
 if sys.argv[1] == "scrubbed":
-    wiping.one_heap()
+    allocator.one_heap()
 held = []
 word = "-".join(["SECRET", "7f3a91"])
 for size in (1, 3, 9, 30, 60, 300, 5000):
@@ -128,11 +128,11 @@ def test_whoever_deletes_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_other_programs_do_not_inherit_what_the_server_asks_of_its_heap() -> None:
     off = "glibc.malloc.tcache_count=0"
-    assert wiping.as_others({"A": "b", "GLIBC_TUNABLES": off}) == {"A": "b"}
+    assert allocator.as_others({"A": "b", "GLIBC_TUNABLES": off}) == {"A": "b"}
     mine = "glibc.malloc.check=1"
-    assert wiping.as_others({"GLIBC_TUNABLES": f"{mine}:{off}"}) == {"GLIBC_TUNABLES": mine}
-    assert wiping.as_others({"GLIBC_TUNABLES": mine}) == {"GLIBC_TUNABLES": mine}
-    assert wiping.as_others({}) == {}
+    assert allocator.as_others({"GLIBC_TUNABLES": f"{mine}:{off}"}) == {"GLIBC_TUNABLES": mine}
+    assert allocator.as_others({"GLIBC_TUNABLES": mine}) == {"GLIBC_TUNABLES": mine}
+    assert allocator.as_others({}) == {}
 
 
 def test_where_no_thread_can_be_started_it_is_done_at_once(

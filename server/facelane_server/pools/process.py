@@ -25,8 +25,8 @@ from typing import Any, Final
 import structlog
 
 from facelane_server import config, limits
+from facelane_server.allocator import as_others
 from facelane_server.ipc.channel import socket_pair
-from facelane_server.wiping import as_others
 
 log = structlog.get_logger(__name__)
 

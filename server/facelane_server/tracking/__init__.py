@@ -7,7 +7,7 @@ below say how long that claim, and a name that hangs on it, may be trusted.
 
 **Linking.** A detection continues a track when it overlaps the place where the track is
 expected (constant velocity), or lies within ``max_centre_distance`` of it and has about
-its size. Of all such pairs the assignment of least total cost is taken (Hungarian). A jump
+its size. Of all such pairs the assignment of least total cost is taken (Jonker-Volgenant). A jump
 further than that is a new track.
 
 **Doubt.** A name must not pass silently from one person to another. A link is doubtful where
