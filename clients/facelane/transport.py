@@ -206,8 +206,11 @@ class Endpoint:
 
 
 def default_target(environ: Mapping[str, str] = os.environ) -> str:
-    """Where a server listens of which nothing else is said: the socket of the installed service
-    where this user may use it, else that of a server which this user has started."""
+    """Where a server listens of which nothing else is said: ``FACELANE_TARGET``, else the socket
+    of the installed service where this user may use it, else that of a server which this user has
+    started."""
+    if told := environ.get("FACELANE_TARGET"):
+        return told
     installed = Path("/run/facelane/grpc.sock")
     if os.access(installed, os.W_OK):
         return f"unix:{installed}"
@@ -225,7 +228,7 @@ def endpoint(
     target: str | None, token: AsyncToken | None, tls: Tls | None, *, proxy: bool = True
 ) -> Endpoint:
     """The endpoint from what was given, completed from the environment."""
-    address = target or os.environ.get("FACELANE_TARGET") or default_target()
+    address = target or default_target()
     if tls is None:
         given = {name: os.environ.get(f"FACELANE_TLS_{name}") or None for name in _TLS_VARIABLES}
         if any(given.values()):

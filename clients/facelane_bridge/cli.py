@@ -99,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: text on a terminal, JSON elsewhere",
     )
     parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info"
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="what is logged at least [info]",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -130,8 +133,16 @@ def _parser() -> argparse.ArgumentParser:
     camera.add_argument("--transport", choices=("tcp", "udp"), help="RTSP", **absent)
     camera.add_argument("--credentials-env", metavar="VARIABLE", help="user:password", **absent)
     camera.add_argument("--credentials-file", metavar="PATH", help="user:password", **absent)
-    camera.add_argument("--max-fps", type=float, metavar="N", **absent)
-    camera.add_argument("--max-side", type=int, metavar="PIXELS", **absent)
+    camera.add_argument(
+        "--max-fps",
+        type=float,
+        metavar="N",
+        help="send so many pictures a second at most",
+        **absent,
+    )
+    camera.add_argument(
+        "--max-side", type=int, metavar="PIXELS", help="scale larger pictures down", **absent
+    )
     camera.add_argument(
         "--video",
         choices=("auto", "pass", "decode"),
@@ -141,16 +152,21 @@ def _parser() -> argparse.ArgumentParser:
     camera.add_argument(
         "--analysis-fps", type=float, metavar="N", help="pictures analysed a second", **absent
     )
-    camera.add_argument("--overload", choices=("latest_wins", "lossless"), **absent)
-    camera.add_argument("--gallery", **absent)
+    camera.add_argument(
+        "--overload",
+        choices=("latest_wins", "lossless"),
+        help="when the server is slow: drop, or wait [cameras drop, files wait]",
+        **absent,
+    )
+    camera.add_argument("--gallery", help="whose subjects are looked for", **absent)
 
     check = commands.add_parser("check", help="open each camera once and print what was found")
     check.add_argument("config", nargs="?", type=Path, help="TOML file with the cameras")
     check.add_argument("--source", metavar="X", help="one source instead of a file")
     check.add_argument("--cameras-only", action="store_true", help="do not ask the server")
-    check.add_argument("--credentials-env", metavar="VARIABLE", **absent)
-    check.add_argument("--credentials-file", metavar="PATH", **absent)
-    check.add_argument("--transport", choices=("tcp", "udp"), **absent)
+    check.add_argument("--credentials-env", metavar="VARIABLE", help="user:password", **absent)
+    check.add_argument("--credentials-file", metavar="PATH", help="user:password", **absent)
+    check.add_argument("--transport", choices=("tcp", "udp"), help="RTSP", **absent)
     _add_server_arguments(check)
 
     host = commands.add_parser(
@@ -171,13 +187,13 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
     group.add_argument(
         "--target",
-        help="host:port or unix:/path [this machine's server]",
+        help="host:port or unix:/path [$FACELANE_TARGET, else this machine's server]",
         **absent,
     )
-    group.add_argument("--token-file", metavar="PATH", **absent)
+    group.add_argument("--token-file", metavar="PATH", help="holds the key", **absent)
     group.add_argument("--tls-ca", metavar="PATH", help="PEM; turns TLS on", **absent)
     group.add_argument("--client-cert", metavar="PATH", help="PEM, with --client-key", **absent)
-    group.add_argument("--client-key", metavar="PATH", **absent)
+    group.add_argument("--client-key", metavar="PATH", help="PEM, of --client-cert", **absent)
     group.add_argument("--server-name", metavar="NAME", help="in its certificate", **absent)
     group.add_argument(
         "--no-proxy", dest="proxy", action="store_false", help="of the environment", **absent

@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="facelane-console",
         description="A web page for a facelane server: cameras live, events, people, the system.",
     )
+    made.add_argument("--version", action="version", version=facelane.__version__)
     made.add_argument(
         "--target", default=os.environ.get("FACELANE_TARGET"),
         help="the server, host:port or unix:/path (default: $FACELANE_TARGET, else this user's)",

@@ -194,25 +194,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="read a configuration and say what it holds")
-    check.add_argument("config", type=Path)
+    check.add_argument("config", type=Path, help="TOML file with cameras and nodes")
     up = commands.add_parser("up", help="begin a fleet, or give it another configuration")
     up.add_argument("config", type=Path, help="TOML file with cameras and nodes")
     up.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="for a cluster that is to come"
     )
     status = commands.add_parser("status", help="where cameras are, and how servers fare")
-    status.add_argument("--json", action="store_true")
+    status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument(
         "--check", action="store_true", help="exit code 3 when a camera is not well"
     )
     drain = commands.add_parser("drain", help="move all cameras off a node, and give it none")
-    drain.add_argument("node")
+    drain.add_argument("node", help="as `status` calls it")
     drain.add_argument("--undo", action="store_true", help="it takes cameras again")
     move = commands.add_parser("move", help="move a camera, to stay where it is moved to")
-    move.add_argument("camera")
+    move.add_argument("camera", help="as the configuration calls it")
     move.add_argument("node", nargs="?", help="the emptiest other one, if none is given")
     move.add_argument("--anywhere", action="store_true", help="let it be placed by load again")
     down = commands.add_parser("down", help="end every server and bridge of the fleet")
     for command in (status, drain, move, down):
-        command.add_argument("--fleet", default="default", metavar="NAME", help="[default]")
+        command.add_argument(
+            "--fleet", default="default", metavar="NAME", help="which fleet [default]"
+        )
     return parser

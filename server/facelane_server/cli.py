@@ -324,7 +324,10 @@ def keys_new(
         present = found.keys
         there = [known.name for known in found.roles]
         for wrong in set(key.roles) - set(there):
-            raise typer.BadParameter(f"{file} has no role {wrong}: {hint(wrong, there)}")
+            raise typer.BadParameter(
+                f"{file} has no role {wrong}: {hint(wrong, there)}; "
+                f'write it there first: [[roles]], name = "{wrong}", verbs = ["analyze"] (roles.md)'
+            )
         try:
             with open(file, "a", encoding="utf-8", opener=_private) as stream:
                 stream.write(("\n" if stream.tell() else "") + key.entry())

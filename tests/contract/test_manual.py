@@ -39,8 +39,11 @@ def test_a_page_has_every_command_and_option(manual: ModuleType, made: Path, nam
     for one in [page, *below]:
         assert one is page or f'.SS "{one.name}"' in plain
         assert one.about, one.name
-        for flags, _ in one.options:
+        for flags, about in one.options:
             assert manual._text(flags) in text, flags
+            assert re.search(r"\w", re.sub(r"\[.*?\]", "", about)), (
+                f"{one.name} {flags}: what it does"
+            )
     # No line begins a request of roff that we did not write.
     known = (".TH", ".SH", ".SS", ".B ", ".TP", ".PP")
     assert [

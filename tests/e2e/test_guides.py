@@ -1,4 +1,4 @@
-"""The guides: their commands do what they say, and the Chinese pages are in step."""
+"""The README and the guides: their commands do what they say, and the Chinese pages are in step."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from facelane_server import config as server_config
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
 CHINESE = sorted((ROOT / "docs/zh").glob("*.md"))
-ALL = [*GUIDES, ROOT / "docs/fleet.md", ROOT / "docs/privacy.md"]
-"""What the site has under "Guides"."""
+ALL = [ROOT / "README.md", *GUIDES, ROOT / "docs/fleet.md", ROOT / "docs/privacy.md"]
+"""What the site has under "Guides", and its front page."""
 LONG = frozenset({"own-model", "thresholds"})
 """Their commands measure models."""
 OTHERS = re.compile(r"(\{ \.)?(toml|ini|json|python|ts|text|cron)\b")
@@ -122,7 +122,8 @@ def script(path: Path) -> str:
 def test_the_commands_of_a_guide_run(path: Path, server: RunningServer, tmp_path: Path) -> None:
     commands = script(path)
     assert commands.count("\n") >= 2, "a guide has commands"
-    (tmp_path / "photo.jpg").write_bytes(jpeg(1))
+    for number, name in enumerate(["photo", "hopper1", "hopper2", "door"], 1):
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(number))
     clips.write(tmp_path, "MPEG-4", frames=10)
     if "people/" in commands:
         for name, photo in photos().items():
@@ -135,6 +136,10 @@ def test_the_commands_of_a_guide_run(path: Path, server: RunningServer, tmp_path
     if fleet := of(path, "[node]"):
         (tmp_path / "fleet.toml").write_text(fleet)
         (tmp_path / "server.toml").write_text('[store]\nurl = "postgresql://db.example/facelane"\n')
+    elif "server.toml" in commands:
+        (tmp_path / "server.toml").write_bytes(server.config.read_bytes())
+    if sinks := of(path, "[sink]"):
+        (tmp_path / "events.toml").write_text(sinks)
     own = tmp_path / "own"
     own.mkdir()
     (own / "server.toml").write_text(toml(own))
@@ -205,9 +210,9 @@ def test_a_chinese_page_is_in_step(path: Path) -> None:
 
 def test_the_chinese_readme_has_nothing_that_the_english_one_lacks() -> None:
     english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
-    known = [block.text for block in blocks(english)]
+    known = blocks(english)
     for block in blocks(chinese):
-        assert any(block.text in text for text in known), block.text
+        assert block in known, block.text
     for name in re.findall(r"`([A-Za-z_]+)`", chinese.read_text()):
         assert name in english.read_text(), name
     assert "README.zh-CN.md" in english.read_text()

@@ -119,7 +119,11 @@ def _serve(kind: str, port: int, path: Path) -> None:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
+            size = int(self.headers["Content-Length"])
+            body = self.rfile.read(size)
+            if len(body) < size:  # who sent it died in the middle
+                self.close_connection = True
+                return
             if kind == "hang":
                 threading.Event().wait()
             if kind == "webhook":

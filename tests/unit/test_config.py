@@ -221,6 +221,8 @@ def test_the_default_socket_is_where_clients_look() -> None:
     for environ in ({"XDG_RUNTIME_DIR": "/run/user/7"}, {}):
         found = f"unix:{addresses.default_socket(environ)}"
         assert transport.default_target(environ) == found
+    # So say the bridge and the delivery of events too, whose files need not name a server.
+    assert transport.default_target({"FACELANE_TARGET": "edge:50151"}) == "edge:50151"
     assert str(addresses.default_socket({"RUNTIME_DIRECTORY": "/run/facelane:/x"})) == (
         "/run/facelane/grpc.sock"
     )

@@ -86,12 +86,18 @@ def analyze(
     ] = False,
     gallery: GalleryOption = "default",
     max_faces: Annotated[int, typer.Option(min=0, help="0 = the server's limit.")] = 0,
-    max_candidates: Annotated[int, typer.Option(min=0, max=10)] = 0,
+    max_candidates: Annotated[
+        int, typer.Option(min=0, max=10, help="The nearest subjects to list for each face.")
+    ] = 0,
     min_face_size: Annotated[int, typer.Option(min=0, help="In pixels.")] = 0,
     false_naming: FalseNamingOption = None,
     match_threshold: MatchThresholdOption = None,
-    skip_recognition: Annotated[bool, typer.Option("--skip-recognition")] = False,
-    skip_liveness: Annotated[bool, typer.Option("--skip-liveness")] = False,
+    skip_recognition: Annotated[
+        bool, typer.Option("--skip-recognition", help="Do not say who.")
+    ] = False,
+    skip_liveness: Annotated[
+        bool, typer.Option("--skip-liveness", help="Do not say whether live.")
+    ] = False,
     max_frames: Annotated[int, typer.Option(min=0, help="Stop after so many; 0 = all.")] = 0,
     reconnect: Annotated[
         bool, typer.Option("--reconnect", help="Come back after a broken connection.")

@@ -88,18 +88,16 @@ def list_packages(
             }
         )
         return
-    # On a narrow terminal all other columns wrap before a name, which is for copying, does.
-    table = Table(Column("model", no_wrap=True), "task", "runs by", "license", "description")
+    # Names are for copying: they are whole, whatever the terminal's width.
+    console = _console()
     for package in packages:
         manifest = package.manifest
         runs_by = manifest.architecture or manifest.runtime
         if package.random_weights:
             runs_by += " (random weights)"
-        table.add_row(
-            package.model_id, manifest.task.value, runs_by, manifest.license, manifest.description
-        )
-    console = _console()
-    console.print(table)
+        console.print(f"{package.model_id}  {manifest.task.value}, {runs_by}", soft_wrap=True)
+        for line in (manifest.description, f"licence: {manifest.license}"):
+            console.print(f"    {line}", soft_wrap=True)
     for item in broken:
         console.print(Text.assemble(("broken:", "red"), f" {item.error.message}"))
 
