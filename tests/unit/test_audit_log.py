@@ -8,6 +8,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,6 +229,27 @@ async def test_look_ups_go_on_without_the_log_and_administration_does_not(tmp_pa
         kept = auditing._checkpoints(tmp_path / "checkpoints")
         with store.database.reading() as connection:
             assert audit.heads(connection)[0] in kept
+
+
+async def test_what_is_on_its_way_at_the_end_is_written(tmp_path: Path) -> None:
+    gallery = await Gallery.open(tmp_path / "gallery.db")
+    trail = Trail(gallery, config.Audit())
+    busy = threading.Event()
+    try:
+        waiting = asyncio.create_task(gallery.ask(lambda _: busy.wait(30)))
+        trail.note(Action.VIEWED)
+        running = asyncio.create_task(trail.run())
+        await auntil(lambda: not len(trail._pending), what="what waits to be taken")
+        running.cancel()
+        closing = asyncio.create_task(trail.close())
+        await asyncio.wait([running])
+        busy.set()
+        await asyncio.gather(waiting, closing)
+    finally:
+        busy.set()
+        await gallery.close()
+    with contextlib.closing(Store(tmp_path / "gallery.db")) as store:
+        assert [entry["action"] for entry in entries(store)] == ["VIEWED", "STARTED"]
 
 
 def test_the_command(tmp_path: Path) -> None:

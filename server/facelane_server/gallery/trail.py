@@ -41,6 +41,7 @@ class Trail:
         self._pending = Pending()
         self._newest: Head | None = None
         self._told = 0
+        self._writing: asyncio.Task[None] | None = None
         self.trouble = False
         """Whether entries wait that could not be written."""
 
@@ -84,10 +85,18 @@ class Trail:
 
     async def close(self) -> None:
         """Writes what waits, and a last checkpoint."""
+        if self._writing is not None:
+            # Entries that were on their way as ``run`` was cancelled.
+            await asyncio.wait([self._writing])
         await self._flush()
         await self._checkpoint()
 
     async def _flush(self) -> None:
+        # Not half: what was taken to be written is written, or waits again, whoever is cancelled.
+        self._writing = asyncio.create_task(self._write(), name="audit-write")
+        await asyncio.shield(self._writing)
+
+    async def _write(self) -> None:
         deeds = self._pending.take()
         if not (deeds or self.trouble):
             return
