@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests import forked
+
 SHOWN = 15
 _COST = "facelane_processor_seconds"
 
@@ -53,6 +55,7 @@ class Costs:
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """Of this process, of those that it has waited for, and of servers that were forked for it."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    own = times.user + times.system + times.children_user + times.children_system
+    return own + forked.processor_seconds()

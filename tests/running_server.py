@@ -16,6 +16,7 @@ from typing import Self
 import psutil
 
 import facelane
+from tests.forked import Fork, begin
 from tests.waiting import until
 
 NULL_POOLS = """
@@ -26,6 +27,9 @@ model = "null-recognizer"
 [pools.liveness]
 model = "null-liveness"
 """
+THREAD_POOLS = NULL_POOLS.replace('"\n', '"\nisolation = "thread"\n')
+"""The same in one process besides the server's: where a test is not about processes, fewer are
+enough, and cost a third less to start."""
 
 
 def toml(folder: Path, pools: str = NULL_POOLS, extra: str = "", listen: str = "") -> str:
@@ -66,8 +70,11 @@ class RunningServer:
         *,
         env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        forked: bool = True,
     ) -> None:
-        """``prefix``: a command that becomes the server, in a network of its own for instance."""
+        """``prefix``: a command that becomes the server, in a network of its own for instance.
+        ``forked``: from a process that has imported it, which costs a third (``tests.forked``);
+        not where how it begins is what is tested."""
         self.folder = folder
         self.config = folder / "server.toml"
         self.config.write_text(config)
@@ -75,13 +82,19 @@ class RunningServer:
         for name in ("state", "run"):
             (folder / name).mkdir(exist_ok=True, mode=0o700)
         self._log_file = self.log.open("ab")
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "facelane_server", "run", "--config", str(self.config)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log_file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
-        )
+        arguments = ["run", "--config", str(self.config)]
+        self.process: Fork | subprocess.Popen[bytes]
+        environment = {**os.environ, **(env or {})}
+        if forked and not prefix:
+            self.process = begin(arguments, self._log_file, environment)
+        else:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "facelane_server", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log_file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
 
     @property
     def target(self) -> str:

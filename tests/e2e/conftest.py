@@ -1,4 +1,4 @@
-"""Servers for the end-to-end tests. Null models start in about a second."""
+"""Servers for the end-to-end tests. With null models one costs about a second of a processor."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             *,
             edit: Callable[[str], str] = str,
             wait: bool = True,
+            forked: bool = True,
         ) -> RunningServer:
             folder = tmp_path_factory.mktemp("own")
             text = toml(folder, pools or wire.pools(), extra, listen)
-            made = RunningServer(folder, edit(text))
+            made = RunningServer(folder, edit(text), forked=forked)
             stack.push(made)
             if wait:
                 made.wait_serving()

@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.e2e import wire
 from tests.e2e.conftest import Start
-from tests.running_server import RunningServer, free_port
+from tests.running_server import THREAD_POOLS, RunningServer, free_port
 from tests.waiting import until
 from typer.testing import CliRunner
 
@@ -61,7 +61,7 @@ def test_scopes_over_tcp(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     keys = {name: new_key(file, name, name) for name in ("analyze", "gallery", "admin")}
     target = f"127.0.0.1:{free_port()}"
-    server = start(listen=target, edit=lambda text: with_keys(text, file), wait=False)
+    server = start(THREAD_POOLS, listen=target, edit=lambda text: with_keys(text, file), wait=False)
     wait_process(target, keys["analyze"])
 
     calls: dict[str, Callable[[facelane.Client], object]] = {
@@ -112,7 +112,7 @@ def test_keys_are_reloaded_by_sighup_and_a_broken_file_changes_nothing(
     file = tmp_path / "keys.toml"
     first = new_key(file, "first", "analyze")
     target = f"127.0.0.1:{free_port()}"
-    server = start(listen=target, edit=lambda text: with_keys(text, file), wait=False)
+    server = start(THREAD_POOLS, listen=target, edit=lambda text: with_keys(text, file), wait=False)
     wait_process(target, first)
 
     def hup(says: str) -> None:
@@ -163,7 +163,7 @@ def test_a_public_address_wants_keys_and_tls(start: Start, tmp_path: Path) -> No
     assert server.process.wait(30) == 78
     assert "unencrypted" in server.text()
     # Knowingly, and told all the same.
-    server = start(listen="0.0.0.0:0", extra='[auth]\nmode = "none"', wait=False)
+    server = start(THREAD_POOLS, listen="0.0.0.0:0", extra='[auth]\nmode = "none"', wait=False)
     until(lambda: "need no key" in server.text(), what="a warning")
 
 
@@ -206,9 +206,11 @@ def test_keys_over_tls(start: Start, certificates: Path, tmp_path: Path) -> None
     key = new_key(file, "camera", "analyze")
     port = free_port()
     server = start(
+        THREAD_POOLS,
         listen=f"0.0.0.0:{port}",
         edit=lambda text: with_keys(tls_text(text, certificates, mutual=False), file),
         wait=False,
+        forked=False,  # gRPC's own lines are what it begins without
     )
     target = f"localhost:{port}"
     tls = facelane.Tls(ca_file=certificates / "ca.pem")
@@ -241,6 +243,7 @@ def test_keys_over_tls(start: Start, certificates: Path, tmp_path: Path) -> None
 def test_mutual_tls(start: Start, certificates: Path) -> None:
     port = free_port()
     start(
+        THREAD_POOLS,
         listen=f"127.0.0.1:{port}",
         edit=lambda text: tls_text(text, certificates, mutual=True),
         wait=False,
@@ -267,6 +270,7 @@ def test_a_client_certificate_is_an_identity(
     )
     port = free_port()
     server = start(
+        THREAD_POOLS,
         listen=f"127.0.0.1:{port}",
         edit=lambda text: with_keys(tls_text(text, certificates, mutual=True), file),
         wait=False,
@@ -309,6 +313,7 @@ def test_a_renewed_certificate_is_presented_after_a_reload(
         shutil.copy(certificates / name, tmp_path)
     port = free_port()
     server = start(
+        THREAD_POOLS,
         listen=f"127.0.0.1:{port}",
         edit=lambda text: tls_text(text, tmp_path, mutual=False) + OPEN,
         wait=False,
@@ -433,7 +438,7 @@ def test_health_is_not_offered_to_strangers_who_choose_by_it(
     file = tmp_path / "keys.toml"
     key = new_key(file, "analyze", "analyze")
     address = f"127.0.0.1:{free_port()}"
-    start(listen=address, edit=lambda text: with_keys(text, file), wait=False)
+    start(THREAD_POOLS, listen=address, edit=lambda text: with_keys(text, file), wait=False)
     wait_process(address, key)
     with wire.channel(address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
-from tests.running_server import RunningServer, toml
+from tests.running_server import THREAD_POOLS, RunningServer, toml
 from tests.waiting import until
 
 import facelane
@@ -25,6 +25,7 @@ from facelane.v1 import analysis_service_pb2 as pb
 from facelane.v1 import analysis_service_pb2_grpc as pb_grpc
 from facelane_server import limits
 
+THREAD = 'isolation = "thread"'
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
@@ -42,7 +43,7 @@ def test_a_client_that_never_reads_loses_its_stream_and_nobody_else(
 ) -> None:
     # 32 faces a frame fill the connection's buffers soon.
     detector = wire.null_detector(tmp_path, 32)
-    server = start(wire.pools(detector), "[limits]\nslow_reader_s = 0.5\nwindow = 16")
+    server = start(wire.pools(detector, every=THREAD), "[limits]\nslow_reader_s = 0.5\nwindow = 16")
     with (
         wire.channel(server.target, buffer=65_536) as channel,
         server.client() as neighbour,
@@ -62,7 +63,7 @@ def test_a_client_that_never_reads_loses_its_stream_and_nobody_else(
 def test_a_slow_reader_that_does_read_keeps_its_stream(start: Start, tmp_path: Path) -> None:
     """Flow control, not the deadline, is what slows a stream down."""
     detector = wire.null_detector(tmp_path, 32)
-    server = start(wire.pools(detector), "[limits]\nslow_reader_s = 2\nwindow = 4")
+    server = start(wire.pools(detector, every=THREAD), "[limits]\nslow_reader_s = 2\nwindow = 4")
     with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
         stream.open(options=pb.AnalysisOptions(skip_recognition=True, skip_liveness=True))
         stream.write(*(wire.frame(number) for number in range(1, 201)))
@@ -148,7 +149,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
     folder = tmp_path_factory.mktemp("crowded")
     # However slow this machine is, places are what runs out.
     extra = "[limits]\nmax_streams = 64\nage_target_ms = 0"
-    with RunningServer(folder, toml(folder, extra=extra)) as made:
+    with RunningServer(folder, toml(folder, THREAD_POOLS, extra)) as made:
         made.wait_serving()
         yield made
 
@@ -222,7 +223,7 @@ def test_500_connections_at_once(crowded: RunningServer) -> None:
 
 
 def test_a_stream_that_says_nothing_gives_its_place_back(start: Start) -> None:
-    server = start(extra="[limits]\nmax_streams = 1\nfirst_message_s = 3")
+    server = start(THREAD_POOLS, "[limits]\nmax_streams = 1\nfirst_message_s = 3")
     with wire.channel(server.target) as channel, wire.RawStream(channel) as silent:
         assert silent.failure() == (grpc.StatusCode.INVALID_ARGUMENT, "CONFIG_MISSING")
         with wire.RawStream(channel) as taken, wire.RawStream(channel) as refused:

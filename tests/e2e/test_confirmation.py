@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e import wire
-from tests.running_server import RunningServer, toml
+from tests.running_server import THREAD_POOLS, RunningServer, toml
 from tests.waiting import until
 
 import facelane
@@ -41,7 +41,7 @@ def test_nobody_was_seen_before_two_keys_say_so(tmp_path: Path) -> None:
         entries.append(key.entry())
     file.write_text("\n".join(entries))
     extra = f'[auth]\nmode = "keys"\nkeys_file = "{file}"\n[galleries.vault]\nconfirm = 2\n'
-    with RunningServer(tmp_path, toml(tmp_path, extra=extra)) as server:
+    with RunningServer(tmp_path, toml(tmp_path, THREAD_POOLS, extra)) as server:
 
         def serving() -> bool:
             with server.client(token=secrets["door"], timeout=2.0) as client:

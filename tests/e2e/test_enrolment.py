@@ -10,14 +10,16 @@ import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
 from tests.portraits import HOPPER
-from tests.running_server import RunningServer
+from tests.running_server import THREAD_POOLS, RunningServer
 from tests.waiting import until
 
 import facelane
 
+THREAD = 'isolation = "thread"'
+
 
 def test_no_face(start: Start, tmp_path: Path) -> None:
-    server = start(wire.pools(wire.null_detector(tmp_path, 0)))
+    server = start(wire.pools(wire.null_detector(tmp_path, 0), every=THREAD))
     with server.client() as client:
         for call in (
             lambda: client.enroll("nobody", wire.picture()),
@@ -38,7 +40,7 @@ def test_no_face(start: Start, tmp_path: Path) -> None:
 
 
 def test_two_faces(start: Start, tmp_path: Path) -> None:
-    server = start(wire.pools(wire.null_detector(tmp_path, 2)))
+    server = start(wire.pools(wire.null_detector(tmp_path, 2), every=THREAD))
     with server.client() as client:
         with pytest.raises(facelane.EnrollmentRefusedError) as refused:
             client.enroll("who", wire.picture())
@@ -79,8 +81,9 @@ def test_a_smeared_face_is_refused_and_the_sharp_one_is_not(start: Start) -> Non
 
 def test_a_score_at_its_threshold_passes_and_the_gallery_is_full(start: Start) -> None:
     server = start(
+        THREAD_POOLS,
         extra="[identity]\nood_threshold = 1.0\nlive_threshold = 1.0\nspoof_threshold = 1.0\n"
-        "[gallery]\nmax_templates = 2"
+        "[gallery]\nmax_templates = 2",
     )
     with server.client() as client:
         # The null models trust every face fully.
@@ -118,7 +121,7 @@ def test_a_deleted_subject_is_named_no_more_in_streams_that_are_open(
 
 
 def test_without_a_recogniser_there_is_no_gallery(start: Start) -> None:
-    server = start(edit=lambda text: _without(text, "recognizer"))
+    server = start(THREAD_POOLS, edit=lambda text: _without(text, "recognizer"))
     with server.client() as client:
         assert client.health("facelane.v1.GalleryService") == "NOT_SERVING"
         assert client.health() == "SERVING"
@@ -138,7 +141,7 @@ def test_without_a_recogniser_there_is_no_gallery(start: Start) -> None:
 
 
 def test_without_liveness_nobody_is_called_live(start: Start) -> None:
-    server = start(edit=lambda text: _without(text, "liveness"))
+    server = start(THREAD_POOLS, edit=lambda text: _without(text, "liveness"))
     with server.client() as client:
         assert client.enroll("a", wire.picture()).face.liveness.verdict == "UNDECIDED"
         (face,) = client.identify(wire.picture())

@@ -22,7 +22,7 @@ from tests.event_deliveries import deliver as deliver_all
 from tests.fakes import receivers
 from tests.fakes.receivers import Broker, Deliverer
 from tests.fakes.scripted_server import ScriptedServer
-from tests.running_server import RunningServer, free_port
+from tests.running_server import THREAD_POOLS, RunningServer, free_port
 from tests.waiting import auntil, until
 
 import facelane
@@ -428,7 +428,7 @@ async def _least(least: int, count: Callable[[], Any]) -> bool:
 
 
 def test_a_real_server_tells_of_its_streams(start: Any, deliver: Any, tmp_path: Path) -> None:
-    running: RunningServer = start()
+    running: RunningServer = start(THREAD_POOLS)
     path = tmp_path / "events.jsonl"
     one = deliver(running.target, f'[[sink]]\ntype = "jsonl"\nname = "f"\npath = "{path}"\n')
     assert one.ask("check") == (0, "server               ok\nf                    ok\n")

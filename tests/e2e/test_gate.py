@@ -12,7 +12,7 @@ import grpc
 import psutil
 import pytest
 from tests.e2e import wire
-from tests.running_server import RunningServer, toml
+from tests.running_server import THREAD_POOLS, RunningServer, toml
 from tests.waiting import until
 
 import facelane
@@ -62,7 +62,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     made.add("other", "analyze")
     made.add("hr", "gallery", galleries=("staff",))
     made.write()
-    with RunningServer(folder, toml(folder, extra=auth)) as server:
+    with RunningServer(folder, toml(folder, THREAD_POOLS, auth)) as server:
         made.server = server
 
         def serving() -> bool:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.e2e import wire
 from tests.e2e.conftest import Start
-from tests.running_server import RunningServer, free_port, toml
+from tests.running_server import THREAD_POOLS, RunningServer, free_port, toml
 from tests.waiting import until
 
 import facelane
@@ -33,7 +33,7 @@ QUICK = "backoff_initial_s = 0.3\nbackoff_max_s = 0.4"
 
 
 def short_grace(text: str) -> str:
-    return text.replace("[server]", "[server]\ndrain_grace_s = 4.0")
+    return text.replace("[server]", "[server]\ndrain_grace_s = 2.0")
 
 
 class Load:
@@ -50,8 +50,8 @@ class Load:
 
     def _send(self) -> None:
         number = 0
-        # Some 200 frames a second: a load, and room on two cores for who is tested.
-        while not self._stop.wait(0.005):
+        # Some 100 frames a second: a load, and room on two cores for who is tested.
+        while not self._stop.wait(0.01):
             try:
                 self.stream.send(wire.picture(number % 4), timeout=0.5)
                 number += 1
@@ -305,7 +305,7 @@ def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str
             lossless.more()
             camera.more()
             if by == "Drain":
-                client.drain(grace=3.9)
+                client.drain(grace=1.9)
             else:
                 server.process.send_signal(signal.Signals[by])
             for load in (lossless, camera):
@@ -444,7 +444,9 @@ def test_a_second_server_does_not_take_the_socket_of_the_first(server: RunningSe
 
 def test_metrics_over_http(start: Start) -> None:
     port = free_port()
-    server = start(edit=lambda text: text.replace('listen = ""', f'listen = "127.0.0.1:{port}"'))
+    server = start(
+        THREAD_POOLS, edit=lambda text: text.replace('listen = ""', f'listen = "127.0.0.1:{port}"')
+    )
     with server.client() as client:
         for outcome in client.analyze([wire.picture()] * 10):
             assert outcome.result is not None

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.running_server import RunningServer, toml
+from tests.running_server import THREAD_POOLS, RunningServer, toml
 from tests.waiting import until
 from typer.testing import CliRunner
 
@@ -76,7 +76,7 @@ def holders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningS
         entries.append(key.entry())
     file.write_text("\n".join(entries))
     auth = f'[auth]\nmode = "keys"\nkeys_file = "{file}"\n'
-    with RunningServer(folder, toml(folder, extra=auth)) as server:
+    with RunningServer(folder, toml(folder, THREAD_POOLS, auth)) as server:
 
         def serving() -> bool:
             with server.client(token=secrets["nothing"], timeout=2.0) as client:

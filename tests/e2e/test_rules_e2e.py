@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
-from tests.running_server import RunningServer, toml
+from tests.running_server import THREAD_POOLS, RunningServer, toml
 from tests.waiting import until
 
 import facelane
@@ -137,8 +137,9 @@ def test_what_no_client_of_ours_would_send(server: RunningServer) -> None:
 
 def test_those_of_the_configuration_are_of_their_sources(start: Start) -> None:
     server = start(
-        extra='[[zones]]\nname = "vault"\nsources = ["back-door", "side-*"]\n'
-        "polygon = [[0.3, 0.3], [0.7, 0.3], [0.7, 0.7], [0.3, 0.7]]\ndwell_s = 0.5\n"
+        THREAD_POOLS,
+        '[[zones]]\nname = "vault"\nsources = ["back-door", "side-*"]\n'
+        "polygon = [[0.3, 0.3], [0.7, 0.3], [0.7, 0.7], [0.3, 0.7]]\ndwell_s = 0.5\n",
     )
     told = ["ZONE_ENTERED vault", "ZONE_DWELL vault", "ZONE_LEFT vault"]
     with server.client() as client:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
-from tests.running_server import NULL_POOLS, RunningServer, free_port, toml
+from tests.running_server import THREAD_POOLS, RunningServer, free_port, toml
 from tests.waiting import until
 
 import facelane
@@ -231,7 +231,7 @@ def test_a_server_without_traces_takes_the_context(server: RunningServer) -> Non
 
 def test_a_collector_that_is_away_costs_no_frame(start: Start) -> None:
     away = f"http://127.0.0.1:{free_port()}"
-    made = start(NULL_POOLS, f'[tracing]\nendpoint = "{away}"\nratio = 1.0\n')
+    made = start(THREAD_POOLS, f'[tracing]\nendpoint = "{away}"\nratio = 1.0\n')
     with made.client() as client:
         assert answered(client) == FRAMES
     assert made.stop() == 0

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from tests.e2e import wire
 from tests.fakes import access_units
-from tests.running_server import RunningServer, toml
+from tests.running_server import THREAD_POOLS, RunningServer, toml
 from tests.waiting import until
 
 import facelane
@@ -151,7 +151,7 @@ def test_keys_see_what_is_theirs_for_as_long_as_they_hold(tmp_path: Path) -> Non
         entries.append(key.entry())
     file.write_text("\n".join(entries))
     auth = f'[auth]\nmode = "keys"\nkeys_file = "{file}"\n{CONFIG}'
-    server = RunningServer(tmp_path, toml(tmp_path, extra=auth))
+    server = RunningServer(tmp_path, toml(tmp_path, THREAD_POOLS, auth))
     with server, contextlib.ExitStack() as stack:
         camera, guard = (
             stack.enter_context(server.client(token=secrets[name])) for name in ("camera", "guard")
