@@ -55,9 +55,9 @@ def test_two_faces(start: Start, tmp_path: Path) -> None:
         assert refused.value.reason == "MULTIPLE_FACES"
 
 
-SHIPPED = "".join(
-    f'[pools.{stage}]\nmodel = "facelane-{stage}"\n'
-    for stage in ("detector", "recognizer", "liveness")
+SHIPPED = "[pools]\nliveness = false\n" + "".join(
+    f'[pools.{stage}]\nmodel = "facelane-{stage}"\n{THREAD}\n'
+    for stage in ("detector", "recognizer")
 )
 
 

@@ -24,7 +24,13 @@ pytestmark = pytest.mark.skipif(
     not (SHIPPED[0] / "facelane-recognizer").is_dir(), reason="no starter models in this tree"
 )
 
-POOLS = '[pools.detector]\nmodel = "facelane-detector"\n[pools.recognizer]\n'
+POOLS = """
+[pools.detector]
+model = "facelane-detector"
+isolation = "thread"
+[pools.recognizer]
+isolation = "thread"
+"""
 EXTRA = """
 [events]
 pictures = "all"
