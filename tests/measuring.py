@@ -2,7 +2,9 @@
 
 A traced Python runs at a third of its speed, whatever it runs. So what cannot reach new lines is
 not traced: collecting (our own packages are imported before it, traced), the hundreds of examples
-of a property, and faults under traffic, whose every part has tests of its own.
+of a property, and faults under traffic, whose every part has tests of its own. To start a process
+traced costs half as much again, so outside of the end-to-end tests it is done where a process runs
+what no other test reaches.
 """
 
 from __future__ import annotations
@@ -17,7 +19,35 @@ from typing import Any
 import coverage
 import pytest
 
-UNTRACED = ("tests/faults/test_matrix.py", "tests/fuzz/", "tests/browser/")
+UNTRACED = (
+    "tests/browser/",
+    "tests/contract/test_markup.py",
+    "tests/contract/test_tidy.py",
+    "tests/faults/test_matrix.py",
+    "tests/fuzz/",
+    "tests/unit/test_models_parity.py",
+    "tests/unit/test_starter_models.py",
+    "tests/unit/test_training_parts.py",
+)
+PROCESSES_UNTRACED = (
+    "tests/cases/",
+    "tests/contract/",
+    "tests/e2e/test_guides.py",
+    "tests/process/",
+    "tests/unit/",
+)
+"""The programs that these start run what others reach too, or are killed before they could tell."""
+PROCESSES_TRACED = (
+    "tests/cases/test_04_damaged_galleries.py",
+    "tests/cases/test_19_gallery_removed.py",
+    "tests/process/test_bridge_command.py",
+    "tests/process/test_doctor_command.py",
+    "tests/process/test_fleet_node.py",
+    "tests/process/test_priority.py",
+    "tests/process/test_sandbox.py",
+    "tests/process/test_shards.py",
+)
+"""But these."""
 PACKAGES = (
     "facelane",
     "facelane_bridge",
@@ -65,15 +95,24 @@ class Measuring:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        if is_traced(item):
-            return (yield)
-        with untraced():
-            return (yield)
+        if not is_traced(item):
+            with untraced():
+                return (yield)
+        if not traces_processes(item):
+            with processes_untraced():
+                return (yield)
+        return (yield)
 
 
 def is_traced(item: pytest.Item) -> bool:
     test = getattr(item, "obj", None)
     return not (item.nodeid.startswith(UNTRACED) or getattr(test, "is_hypothesis_test", False))
+
+
+def traces_processes(item: pytest.Item) -> bool:
+    return item.nodeid.startswith(PROCESSES_TRACED) or not item.nodeid.startswith(
+        PROCESSES_UNTRACED
+    )
 
 
 @contextlib.contextmanager
@@ -84,13 +123,22 @@ def untraced() -> Iterator[None]:
         yield
         return
     measuring.stop()
+    try:
+        with processes_untraced():
+            yield
+    finally:
+        measuring.start()
+
+
+@contextlib.contextmanager
+def processes_untraced() -> Iterator[None]:
+    """Those that are started meanwhile."""
     processes = os.environ.pop(_PROCESSES, None)
     try:
         yield
     finally:
         if processes is not None:
             os.environ[_PROCESSES] = processes
-        measuring.start()
 
 
 def _modules(package: str) -> Iterator[str]:

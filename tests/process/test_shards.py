@@ -100,7 +100,7 @@ class Camera:
         while not self._stop.is_set():
             with contextlib.suppress(facelane.DeadlineExceededError):
                 self.stream.send(self._picture, timeout=0.1)
-            time.sleep(0.01)  # a camera's pace
+            time.sleep(0.04)  # a camera's pace
         self.stream.close_send()
 
     @property

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from facelane_server.cli import app
 from facelane_server.domain import Box, Decision, Identity, Liveness, LivenessVerdict, TrackReport
-from facelane_server.store import events, schema
+from facelane_server.store import copying, events, schema
 from facelane_server.store.database import Database
 from facelane_server.store.events import EventRecord
 from facelane_server.store.gallery import Store
@@ -20,6 +20,7 @@ from facelane_server.store.opening import open_store
 from facelane_server.store.records import NewTemplate, RequestKey
 
 MODEL, DIM = "m@1", 16
+FACES = 70
 
 
 def new(seed: int) -> NewTemplate:
@@ -28,7 +29,7 @@ def new(seed: int) -> NewTemplate:
 
 def filled(place: Path | str) -> None:
     with contextlib.closing(Store(open_store(place))) as store:
-        for n in range(700):
+        for n in range(FACES):
             store.enroll(f"g{n % 3}", f"s{n}", new(n), create_subject=True, display_name="Ünï")
         store.enroll("g0", "s0", new(9), request=RequestKey("r", b"f"), answer={"score": 0.5})
         store.delete_subject("g1", "s1")
@@ -100,13 +101,16 @@ def content(database: Database) -> dict[str, list[tuple[object, ...]]]:
 
 
 @pytest.mark.parametrize("way", ["there", "and back"])
-def test_everything_is_copied(way: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_everything_is_copied(
+    way: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "_ROWS", FACES // 2 + 1)  # not all rows at a time
     file, database = tmp_path / "gallery.db", request.getfixturevalue("postgres").url()
     source, target = (file, database) if way == "there" else (database, file)
     filled(source)
     done = CliRunner().invoke(app, ["store", "copy", str(source), str(target)])
     assert done.exit_code == 0, done.output
-    assert "templates: 700" in done.output
+    assert f"templates: {FACES}" in done.output
     with (
         contextlib.closing(open_store(source)) as old,
         contextlib.closing(Store(open_store(target))) as made,
@@ -123,7 +127,7 @@ def test_everything_is_copied(way: str, tmp_path: Path, request: pytest.FixtureR
     assert again.exit_code == 69
     assert "not empty" in again.output
     with contextlib.closing(Store(open_store(target))) as made:
-        assert made.counts() == (700, 701)
+        assert made.counts() == (FACES, FACES + 1)
 
 
 def test_a_store_is_looked_at(place: Path | str, tmp_path: Path) -> None:
