@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -97,7 +98,7 @@ def list_packages(
             runs_by += " (random weights)"
         console.print(f"{package.model_id}  {manifest.task.value}, {runs_by}", soft_wrap=True)
         for line in (manifest.description, f"licence: {manifest.license}"):
-            console.print(f"    {line}", soft_wrap=True)
+            console.print(Padding.indent(line, 4))
     for item in broken:
         console.print(Text.assemble(("broken:", "red"), f" {item.error.message}"))
 
