@@ -183,10 +183,10 @@ def test_eight_streams_side_by_side(client: facelane.Client) -> None:
     streams = [client.analyze_stream(overload="lossless") for _ in range(8)]
     for stream in streams:
         stream.__enter__()
-    for _ in range(20):
+    for _ in range(10):
         for stream in streams:
             stream.send(wire.picture())
     for stream in streams:
         stream.close_send()
-        assert sum(o.result is not None for o in stream) == 20
+        assert sum(o.result is not None for o in stream) == 10
         stream.close()
