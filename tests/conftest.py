@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ settings.register_profile(
     "explore", settings.get_profile("repeatable"), derandomize=False, max_examples=1000
 )
 settings.load_profile("repeatable")
+
+# jsonschema would spend a second of each process on a grammar of identifiers that nobody asks for.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 # A shell's background job ignores interrupts, and so would every process started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

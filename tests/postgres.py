@@ -79,6 +79,7 @@ class Postgres:
             "unix_socket_directories": str(self._folder),
             # The machine is not switched off in tests.
             "fsync": "off",
+            "full_page_writes": "off",
             "max_connections": "200",
             # On a small disk too.
             "min_wal_size": "32MB",
