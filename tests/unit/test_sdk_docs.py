@@ -135,7 +135,7 @@ async def test_pages(page: str, number: int, code: str, server: fake.ScriptedSer
         "Client(token=", f"Client({server.target!r}, token="
     )
     pictures = [facelane.Picture.encoded(JPEG)] * 3
-    given = {"facelane": facelane, "pictures": pictures, "jpeg_frames": pictures}
+    given = {"facelane": facelane, "pictures": pictures, "jpeg_frames": [JPEG] * 3}
     if "await" in code or "async " in code:
         await run_async(code, given)
         return
