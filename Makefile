@@ -8,8 +8,6 @@ PYTEST_ARGS ?=
 # The tests start hundreds of processes: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-FIGURES = axe or telephone or enrol_see
-
 .PHONY: help setup console screenshots demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel docs release deb install-systemd clean
 
 help: ## this text
@@ -127,7 +125,7 @@ console: setup ## build the console's page into clients/facelane_console/static 
 	@$(BIN)/python clients/facelane_console/web/hash.py
 
 screenshots: setup ## the documentation's pictures of the console, as its tests see it (needs Chromium)
-	@FACELANE_FIGURES=1 $(BIN)/python -m pytest -q tests/browser -k "$(FIGURES)" $(PYTEST_ARGS)
+	@FACELANE_FIGURES=1 $(BIN)/python -m pytest -q tests/browser/test_figures.py $(PYTEST_ARGS)
 
 wheel: setup ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -108,6 +108,7 @@ def pools(found: pb.ListPoolsResponse) -> list[types.PoolInfo]:
                 )
                 for w in p.workers
             ),
+            p.memory_budget_bytes,
         )
         for p in found.pools
     ]

@@ -140,6 +140,7 @@ def system(
                 "queued": pool.queued,
                 "failed": pool.failed,
                 "completed": pool.completed,
+                "budget": pool.memory_budget_bytes // (1 << 20),
                 "workers": [
                     {
                         "id": worker.worker_id,

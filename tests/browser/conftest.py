@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import subprocess
 import sys
 import threading
@@ -26,7 +25,6 @@ from tests.portraits import HOPPER
 from tests.running_server import RunningServer, free_port, toml
 from tests.waiting import until
 
-FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 VIEWPORT = {"width": 1280, "height": 800}
 CHROMIUM = Path("/usr/bin/chromium")
 POOLS = """
@@ -234,9 +232,3 @@ def log_in(page: Any, house: House, who: str, key: str = "Facelane key") -> None
 def view(page: Any, name: str) -> None:
     page.get_by_role("navigation").get_by_role("link", name=name).click()
     page.get_by_role("heading", name=name, exact=True).wait_for()
-
-
-def figure(page: Any, name: str) -> None:
-    """For the documentation, where it is asked for: FACELANE_FIGURES=1."""
-    if os.environ.get("FACELANE_FIGURES"):
-        page.screenshot(path=str(FIGURES / f"console-{name}.png"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.conftest import House, figure, view, visit
+from tests.browser.conftest import House, view, visit
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -51,11 +51,9 @@ def test_axe_finds_nothing_serious_on_any_view(
                 if one["impact"] in ("serious", "critical")
             ]
 
-        for number, name in enumerate(NAMES[language]):
+        for name in NAMES[language]:
             shown(page, name)
             look(name)
-            if number == 3 and (theme, language) == ("dark", "zh"):
-                figure(page, "system-dark-zh")
         page.get_by_role("button", name={"en": "Log out", "zh": "退出"}[language]).click()
         page.get_by_label(key).wait_for()
         look("log-in")
@@ -73,7 +71,6 @@ def test_nothing_sticks_out_on_a_telephone(chromium: Any, house: House) -> None:
                     .map(one => one.outerHTML)"""
             )
             assert small == [], "a finger finds it"
-        figure(page, "telephone")
 
 
 def test_by_keyboard_alone(page: Any) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
-from facelane_console import app, cli, sessions
+import facelane
+from facelane_console import app, cli, sessions, shown
 from facelane_console.app import Site
 from facelane_console.guard import same_origin
 from facelane_console.sessions import Sessions
@@ -164,6 +165,21 @@ class Nobody:
             raise AssertionError(f"asked for {name}")
 
         return asked
+
+
+def test_a_worker_is_shown_beside_its_budget() -> None:
+    ready = facelane.WorkerState.READY
+    worker = facelane.WorkerInfo("detector#0", 7, ready, "cuda:0", memory_bytes=400 << 20)
+    pool = facelane.PoolInfo(
+        "detector",
+        facelane.Stage.DETECTOR,
+        facelane.PoolState.SERVING,
+        workers=(worker,),
+        memory_budget_bytes=1 << 30,
+    )
+    info = facelane.ServerInfo("1.0", None, (), facelane.ServerLimits())
+    [told] = shown.system(info, [pool], facelane.HealthStatus.SERVING)["pools"]
+    assert (told["workers"][0]["mib"], told["budget"]) == (400, 1024)
 
 
 @pytest.fixture

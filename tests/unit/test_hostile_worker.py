@@ -270,6 +270,7 @@ def test_whatever_a_worker_says_every_task_has_an_outcome(said: list[Any], busy:
                     await b.turn()
             await outlive(b, tasks)
             assert all(is_sound(t.future.exception() or t.future.result()) for t in tasks)
+            assert b.pool.info().budget_mib == 1000
             for worker in b.pool.info().workers:
                 assert 0 <= worker.memory_mib <= 1 << 24
                 assert worker.last_loss.isupper() or not worker.last_loss

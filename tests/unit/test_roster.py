@@ -474,6 +474,7 @@ def test_pools_of_all_shards_are_one(states: tuple[str, ...], state: str) -> Non
                         queued=2,
                         completed=10,
                         workers=[pb.WorkerInfo(worker_id="detector#0")],
+                        memory_budget_bytes=600,
                     )
                 ]
             ).SerializeToString(),
@@ -484,6 +485,7 @@ def test_pools_of_all_shards_are_one(states: tuple[str, ...], state: str) -> Non
     assert pb.PoolState.Name(pool.state) == f"POOL_STATE_{state}"
     assert [w.worker_id for w in pool.workers] == ["0/detector#0", "1/detector#0"]
     assert (pool.queued, pool.completed) == (4, 20)
+    assert pool.memory_budget_bytes == 600, "of each worker"
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def server_pools(ctx: typer.Context, output_format: FormatOption = Format.table)
     for pool in pools:
         counts = (str(pool.queued), str(pool.completed), str(pool.failed))
         table.add_row(pool.pool, pool.state.value, *counts, pool.model_id)
+        budget = f" of {pool.memory_budget_bytes >> 20}" if pool.memory_budget_bytes else ""
         for worker in pool.workers:
             workers.add_row(
                 worker.worker_id,
@@ -80,7 +81,7 @@ def server_pools(ctx: typer.Context, output_format: FormatOption = Format.table)
                 worker.device,
                 str(worker.pid),
                 str(worker.restarts),
-                f"{worker.memory_bytes >> 20} MiB",
+                f"{worker.memory_bytes >> 20}{budget} MiB",
                 worker.last_loss,
                 worker.sandbox,
             )

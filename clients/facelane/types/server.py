@@ -161,6 +161,8 @@ class PoolInfo:
     completed: int = 0
     failed: int = 0
     workers: tuple[WorkerInfo, ...] = ()
+    memory_budget_bytes: int = 0
+    """What each worker may hold of its device; 0 = no budget is given."""
 
 
 class EventKind(enum.StrEnum):

@@ -419,6 +419,7 @@ class PoolInfo(_message.Message):
     COMPLETED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     task: _face_pb2.Stage.ValueType
     state: Global___PoolState.ValueType
@@ -428,6 +429,8 @@ class PoolInfo(_message.Message):
     in_flight: _builtins.int
     completed: _builtins.int
     failed: _builtins.int
+    memory_budget_bytes: _builtins.int
+    """What each of its workers may hold of its device (`memory_mib`); 0 = no budget is given."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerInfo]: ...
     def __init__(
@@ -443,10 +446,11 @@ class PoolInfo(_message.Message):
         completed: _builtins.int = ...,
         failed: _builtins.int = ...,
         workers: _abc.Iterable[Global___WorkerInfo] | None = ...,
+        memory_budget_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "failed", b"failed", "in_flight", b"in_flight", "isolation", b"isolation", "model_id", b"model_id", "pool", b"pool", "queued", b"queued", "state", b"state", "task", b"task", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "failed", b"failed", "in_flight", b"in_flight", "isolation", b"isolation", "memory_budget_bytes", b"memory_budget_bytes", "model_id", b"model_id", "pool", b"pool", "queued", b"queued", "state", b"state", "task", b"task", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -185,6 +185,7 @@ class ServerService(pb_grpc.ServerServiceServicer):
                 in_flight=info.in_flight,
                 completed=info.completed,
                 failed=info.failed,
+                memory_budget_bytes=info.budget_mib * limits.MIB,
             )
             for worker in info.workers:
                 message.workers.add(

@@ -154,6 +154,7 @@ class Pool:
             losses=self._crew.losses,
             replayed=self._replayed,
             workers=self._crew.info(),
+            budget_mib=self._settings.memory_mib,
         )
 
     # -- tasks ----------------------------------------------------------------------------

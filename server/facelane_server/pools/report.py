@@ -96,3 +96,5 @@ class PoolInfo:
     workers: tuple[WorkerInfo, ...]
     replayed: int = 0
     """Groups of pictures of video that were decoded again."""
+    budget_mib: int = 0
+    """Of each worker, on its device; 0 = none was given."""

@@ -9,7 +9,7 @@ export type Correction = { id: string; subject: string; is_not: boolean; time: n
 export type Template = { id: string; quality: number; ood: number; time: number | null };
 export type Person = { id: string; gallery: string; display_name: string; labels: Record<string, string>; templates: number; faces?: Template[]; corrections?: Correction[] };
 export type People = { people: Person[]; more: boolean };
-export type Pool = { name: string; state: string; model: string; queued: number; failed: number; completed: number; workers: { id: string; state: string; device: string; restarts: number; last_loss: string; mib: number }[] };
+export type Pool = { name: string; state: string; model: string; queued: number; failed: number; completed: number; budget: number; workers: { id: string; state: string; device: string; restarts: number; last_loss: string; mib: number }[] };
 export type System = { health: string; version: string; streams: number; load: number | null; draining: boolean; shards: [number, string, number, number, string][]; degradations: string[][]; models: string[][]; pools: Pool[]; cameras: Stream[] };
 
 let csrf = "";

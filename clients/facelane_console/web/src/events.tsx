@@ -52,7 +52,7 @@ function EventRow({ event, may, hide }: { event: Event_; may: May; hide: boolean
       <div class="grow">
         <h2><span class={`badge ${event.kind}`}>{kindText(event.kind)}</span> {about}{event.rule && ` · ${event.rule}`}</h2>
         <p class="small">{when(event.time)}{event.source && ` · ${event.source}`}{event.camera_time ? ` · ${t("cameraTime")} ${when(event.camera_time)}` : ""}</p>
-        {!!event.looks && <p class="small">{t("looks", event.looks)} · {event.similarity != null && `${t("similarity")} ${number(event.similarity)} · `}{t("trust")} {number(event.ood)} · {t("forSeconds", number(event.seconds, 1))}{live && ` · ${live}`}</p>}
+        {!!event.looks && <p class="small">{t("looks", event.looks)} · {event.similarity != null && `${t("similarity")} ${number(event.similarity)} · `}{event.ood != null && `${t("trust")} ${number(event.ood)} · `}{t("forSeconds", number(event.seconds, 1))}{live && ` · ${live}`}</p>}
         <p role="status" class="small">{note}</p>
       </div>
       <div class="row actions">

@@ -55,7 +55,7 @@ export function SystemView() {
       </Table>
       <Table name={t("pools")} heads={[t("worker"), t("models"), t("state"), t("device"), t("memory"), t("restarts"), t("loss"), t("queued"), t("failed")]}>
         {told.pools.flatMap((pool) => pool.workers.map((worker) => (
-          <tr key={worker.id}><th scope="row">{worker.id}</th><td>{pool.model}</td><td class={worker.state === "READY" ? "good" : "problem"}>{state(worker.state)}</td><td>{worker.device}</td><td>{worker.mib} MiB</td><td>{worker.restarts}</td><td>{worker.last_loss || "–"}</td><td>{pool.queued}</td><td>{pool.failed}</td></tr>)))}
+          <tr key={worker.id}><th scope="row">{worker.id}</th><td>{pool.model}</td><td class={worker.state === "READY" ? "good" : "problem"}>{state(worker.state)}</td><td>{worker.device}</td><td>{pool.budget ? t("budget", worker.mib, pool.budget) : `${worker.mib} MiB`}</td><td>{worker.restarts}</td><td>{worker.last_loss || "–"}</td><td>{pool.queued}</td><td>{pool.failed}</td></tr>)))}
       </Table>
       {!!told.shards.length && <Table name={t("shards")} heads={[t("shard"), t("state"), t("cameras"), t("restarts"), t("loss")]}>
         {told.shards.map(([shard, lives, streams, restarts, loss]) => (
