@@ -25,9 +25,6 @@ UNTRACED = (
     "tests/contract/test_tidy.py",
     "tests/faults/test_matrix.py",
     "tests/fuzz/",
-    "tests/unit/test_models_parity.py",
-    "tests/unit/test_starter_models.py",
-    "tests/unit/test_training_parts.py",
 )
 PROCESSES_UNTRACED = (
     "tests/cases/",
@@ -46,6 +43,7 @@ PROCESSES_TRACED = (
     "tests/process/test_priority.py",
     "tests/process/test_sandbox.py",
     "tests/process/test_shards.py",
+    "tests/unit/test_cli_commands.py",
 )
 """But these."""
 PACKAGES = (
