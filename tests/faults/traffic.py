@@ -62,11 +62,13 @@ class Books:
     def outcomes(self) -> int:
         return self.results + self.drops.total() + self.errors.total()
 
-    def absent(self, result: face_pb2.FrameResult) -> None:
+    def absent(self, result: face_pb2.FrameResult, late: bool) -> None:
         """Notes missing stages; a verdict without its stage is a violation (the pictures
-        hold one face each, so what is missing is missing for it)."""
+        hold one face each, so what is missing is missing for it). ``late``: the frame is older
+        than its stream allows, and what was not asked by then is not asked any more."""
         stages = {STAGES[s] for s in result.missing_stages}
-        self.missing.update(stages)
+        if not late:
+            self.missing.update(stages)
         for face in result.faces:
             if "liveness" in stages and face.liveness.verdict == face_pb2.LIVENESS_VERDICT_LIVE:
                 self.broken.append("LIVE while the liveness stage is missing")
@@ -155,8 +157,11 @@ async def stream(
 
     async def read() -> None:
         expected, last, summary = 0, time.monotonic(), None
+        most_ns = 0
         while (message := await call.read()) is not grpc.aio.EOF:
             kind = message.WhichOneof("message")
+            if kind == "opened":
+                most_ns = message.opened.limits.max_frame_age.ToNanoseconds()
             if kind == "summary":
                 summary = message.summary
             if kind != "outcome":
@@ -177,7 +182,7 @@ async def stream(
             match outcome.WhichOneof("outcome"):
                 case "result":
                     books.results += 1
-                    books.absent(outcome.result)
+                    books.absent(outcome.result, outcome.age.ToNanoseconds() > most_ns)
                 case "drop":
                     books.drops[pb.DropReason.Name(outcome.drop.reason)[12:]] += 1
                 case "error":

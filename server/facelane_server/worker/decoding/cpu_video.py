@@ -13,6 +13,7 @@ import numpy as np
 from facelane_server import annexb, limits
 from facelane_server.domain import Encoding, FacelaneError, Reason
 from facelane_server.models.api import U8
+from facelane_server.worker.decoding.pictures import enough_memory
 from facelane_server.worker.decoding.video import Shown
 
 _NAMES: Final = {Encoding.H264: "h264", Encoding.H265: "hevc"}
@@ -59,6 +60,7 @@ class CpuDecoder:
     def __init__(self, codec: Encoding, found: annexb.Format, threads: int) -> None:
         self._codec = codec
         self._threads = threads
+        self._pixels = found.width * found.height
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._context = self._open()
         self.reorders = found.reorder > 0
@@ -91,6 +93,7 @@ class CpuDecoder:
         except av.MemoryError:
             raise MemoryError from None
         except (av.FFmpegError, ValueError) as error:
+            enough_memory(self._pixels)
             raise self._corrupt(type(error).__name__) from None
         self.reorders = self.reorders or bool(self._context.has_b_frames)
         for frame in frames:

@@ -29,6 +29,9 @@ _SHRUNK: Final = {
 _GREY: Final = 128
 """What libjpeg puts where entropy-coded data ended too early."""
 _EOI: Final = b"\xff\xd9"
+_PIXEL_BYTES: Final = 6
+_DECODER_BYTES: Final = 1 << 20
+"""What decoding takes at least: so much for every pixel, and so much in any case."""
 _NOISE: Final = bytes(254 - 37 * i % 251 for i in range(96))
 """Codes of blocks, of no picture in particular."""
 
@@ -83,6 +86,7 @@ def read(
     else:
         picture = _read(data, header)
     if picture is None:
+        enough_memory(header.width * header.height)
         raise FacelaneError(
             Reason.PICTURE_CORRUPT,
             f"the {encoding.value} picture cannot be decoded; send it again whole",
@@ -117,6 +121,12 @@ def _read(data: bytearray | memoryview, header: Header, flags: int = _FLAGS) -> 
     return np.ascontiguousarray(picture, np.uint8)
 
 
+def enough_memory(pixels: int) -> None:
+    """Before a picture is blamed: decoders that find no memory say no more than that it cannot be
+    decoded. Raises MemoryError where what they take is not to be had now."""
+    bytearray(_PIXEL_BYTES * pixels + _DECODER_BYTES)
+
+
 def _on_white(picture: U8) -> U8:
     alpha, bgr = cv2.extractChannel(picture, 3), cv2.cvtColor(picture, cv2.COLOR_BGRA2BGR)
     if alpha.min() == 255 or alpha.max() == 0:  # a fourth byte that somebody left empty
@@ -149,6 +159,7 @@ def _jpeg(data: memoryview, header: Header) -> U8 | None:
     more = _read(_joined(kept, _further(kept), _EOI), header, flags)
     found = _read(data, header, flags) if small else picture
     if found is None or more is None or not np.array_equal(found, more):
+        enough_memory(header.width * header.height)
         raise FacelaneError(
             Reason.PICTURE_CORRUPT,
             "the jpeg picture's data end before the picture does; send it again whole",
