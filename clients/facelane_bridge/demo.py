@@ -38,6 +38,7 @@ EXIT_INTERRUPTED = 130
 SERVING_TIMEOUT = 180.0
 STOP_TIMEOUT = 20.0
 COMMAND_TIMEOUT = 120.0
+_SOCKET = "grpc.sock"
 STAGES = ("detector", "recognizer", "liveness")
 # What is imported where no starter model is shipped: recipe and files of each stage.
 PUBLIC_MODELS = {
@@ -79,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120
     )
     with contextlib.ExitStack() as stack:
-        folder = _folder(arguments.folder, keep=arguments.keep, stack=stack)
         try:
+            folder = _folder(arguments.folder, keep=arguments.keep, stack=stack)
             demo = _Demo(console, folder, web=arguments.web)
             return asyncio.run(interruption.cancelling(demo.run()))
         except asyncio.CancelledError:
@@ -136,12 +137,23 @@ class _Interruption:
                 self._cancel()
 
 
+def _fits(folder: Path) -> bool:
+    """Whether the server's socket in it has an address that a Unix socket can have."""
+    return len(os.fsencode(folder.absolute() / _SOCKET)) <= 107
+
+
 def _folder(given: Path | None, *, keep: bool, stack: contextlib.ExitStack) -> Path:
+    """Raises DemoError."""
     if given is not None:
+        if not _fits(given):
+            raise DemoError(f"{given.absolute()} is too long for the address of a socket (Unix "
+                            "takes 107 characters): choose a shorter --folder")  # fmt: skip
         given.mkdir(parents=True, exist_ok=True)
         return given.absolute()
-    # Short, for Unix sockets: their addresses end at 107 characters.
     path = Path(tempfile.mkdtemp(prefix="facelane-demo-"))
+    if not _fits(path):
+        path.rmdir()
+        path = Path(tempfile.mkdtemp(prefix="facelane-demo-", dir="/tmp"))
     if not keep:
         stack.callback(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -363,7 +375,7 @@ class _Server:
 
     def __init__(self, folder: Path, models: dict[str, str], *, pictures: bool = False) -> None:
         """``pictures``: of whom is seen, for the console."""
-        self.target = f"unix:{folder}/grpc.sock"
+        self.target = f"unix:{folder / _SOCKET}"
         self.log = folder / "server.log"
         for name in ("state", "run"):
             (folder / name).mkdir(mode=0o700, exist_ok=True)

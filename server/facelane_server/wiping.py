@@ -85,10 +85,13 @@ def scrub() -> None:
         if libc is not None:
             libc.malloc_trim(0)
         kept: list[list[bytes]] = []
-        with contextlib.suppress(OSError):  # a confined worker does not see its own maps
+        # A confined worker does not see its own maps, and memory that runs out has been filled
+        # until then.
+        with contextlib.suppress(OSError, MemoryError):
             kept = _fill_blocks()
         if libc is not None:
-            _fill_heap(libc)
+            with contextlib.suppress(MemoryError):
+                _fill_heap(libc)
         del kept
 
 
@@ -119,18 +122,12 @@ class Scrubbing:
                 if self._due.locked():
                     self._due.release()
                 return
-        _scrub_what_is_there()
+        scrub()
 
     def _run(self) -> None:
         while True:
             self._due.acquire()
-            _scrub_what_is_there()
-
-
-def _scrub_what_is_there() -> None:
-    """Memory that runs out meanwhile has been filled until then."""
-    with contextlib.suppress(MemoryError):
-        scrub()
+            scrub()
 
 
 class Scrubber:
@@ -154,9 +151,9 @@ class Scrubber:
             await asyncio.sleep(PAUSE_S)
             self._others()
             try:
-                await asyncio.to_thread(_scrub_what_is_there)
+                await asyncio.to_thread(scrub)
             except RuntimeError:  # there is no room for a thread
-                _scrub_what_is_there()
+                scrub()
         self._task = None
 
     async def close(self) -> None:
@@ -234,17 +231,19 @@ def _fill_heap(libc: Any) -> None:
     end = (libc.sbrk(0) or 0) - libc.mallinfo2().keepcost
     taken: list[int] = []
     total = 0
-    for size in (*_halves(128 << 10, 2048), *range(2032, 8, -16)):
-        while total < _MOST_BYTES:
-            place = libc.calloc(1, size)
-            if not place:
-                break
-            taken.append(place)
-            total += size
-            if place >= end:
-                break
-    for place in taken:
-        libc.free(place)
+    try:
+        for size in (*_halves(128 << 10, 2048), *range(2032, 8, -16)):
+            while total < _MOST_BYTES:
+                place = libc.calloc(1, size)
+                if not place:
+                    break
+                taken.append(place)
+                total += size
+                if place >= end:
+                    break
+    finally:
+        for place in taken:
+            libc.free(place)
 
 
 def _halves(first: int, last: int) -> list[int]:

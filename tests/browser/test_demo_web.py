@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,16 @@ _NAMED = """() => { const canvas = document.querySelector('canvas');
     return canvas?.dataset.how === 'webcodecs' && canvas.dataset.names.includes('_'); }"""
 
 
+def address(said: Path, demo: subprocess.Popen[bytes]) -> str:
+    text = said.read_text()
+    assert demo.poll() is None, text
+    return next((line for line in text.splitlines() if "console: http" in line), "")
+
+
 def test_the_demo_in_the_console(chromium: Any, tmp_path: Path) -> None:
     said = tmp_path / "said"
-    folder = tmp_path / "folder"
-    folder.mkdir()
+    # Short enough for the address of a socket, however long the tests' own folders are called.
+    folder = Path(tempfile.mkdtemp(prefix="demo-", dir="/tmp"))
     with said.open("w") as out:
         demo = subprocess.Popen(
             [sys.executable, "-m", "facelane_bridge.demo", "--web"],
@@ -33,11 +41,7 @@ def test_the_demo_in_the_console(chromium: Any, tmp_path: Path) -> None:
             env={**os.environ, "TMPDIR": str(folder), "BROWSER": "true"},
         )  # fmt: skip
     try:
-        line = until(
-            lambda: next((x for x in said.read_text().splitlines() if "console: http" in x), ""),
-            200,
-            "the console's address",
-        )
+        line = until(functools.partial(address, said, demo), 200, "the console's address")
         context = chromium.new_context(viewport=VIEWPORT, locale="en-GB")
         page = context.new_page()
         page.set_default_timeout(WAIT_MS)
@@ -60,3 +64,4 @@ def test_the_demo_in_the_console(chromium: Any, tmp_path: Path) -> None:
             demo.wait(30)
     assert servers_in(folder) == []
     assert list(folder.iterdir()) == []
+    folder.rmdir()

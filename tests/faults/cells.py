@@ -364,11 +364,11 @@ TRAFFIC: Patterns = {
     "enrolments": (),
     "mixed": (
         traffic.Pattern(video=True),
-        traffic.lossless(pace_s=0.04, video=True),
-        traffic.Pattern(),
-        traffic.Pattern(tracking=False),
-        traffic.lossless(pace_s=0.02, tracking=False),
-        traffic.lossless(pace_s=0.05, jumps=True),
+        traffic.lossless(pace_s=0.06, video=True),
+        traffic.Pattern(pace_s=0.06),
+        traffic.Pattern(pace_s=0.06, tracking=False),
+        traffic.lossless(pace_s=0.04, tracking=False),
+        traffic.lossless(pace_s=0.08, jumps=True),
     ),
 }
 ENROLLING = frozenset({"enrolments", "mixed"})

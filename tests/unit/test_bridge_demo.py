@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import socket
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +15,7 @@ import av
 import numpy as np
 import pytest
 
-from facelane_bridge import demo_clip
+from facelane_bridge import demo, demo_clip
 from facelane_bridge.demo_clip import COLLINS, HOPPER, SCRIPT, Camera, StretchKind, stretch_at
 from facelane_bridge.demo_verdict import Verdict
 from facelane_bridge.output import CameraTotals, FaceLine, merge
@@ -192,3 +195,27 @@ def test_what_is_wrong_is_found(
 ) -> None:
     problems, _ = judged(results, **options)  # type: ignore[arg-type]
     assert any(problem in found for found in problems), problems
+
+
+# -- its folder ------------------------------------------------------------------------------------
+
+
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = tmp_path / ("a" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with contextlib.ExitStack() as stack:
+        folder = demo._folder(None, keep=False, stack=stack)
+        assert folder.parent == Path("/tmp")
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(folder / "grpc.sock"))
+    assert not folder.exists()
+    assert list(long.iterdir()) == []
+
+
+def test_a_folder_that_is_too_long_for_sockets_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack, pytest.raises(demo.DemoError, match="shorter --folder"):
+        demo._folder(tmp_path / ("a" * 100), keep=True, stack=stack)
+    assert list(tmp_path.iterdir()) == []

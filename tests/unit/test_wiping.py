@@ -147,7 +147,7 @@ def test_where_no_thread_can_be_started_it_is_done_at_once(
         done.append(threading.current_thread().name)
         raise MemoryError
 
-    monkeypatch.setattr(wiping, "scrub", short_of_memory)
+    monkeypatch.setattr(wiping, "_fill_blocks", short_of_memory)
     scrubbing = wiping.Scrubbing()
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
