@@ -42,6 +42,8 @@ MAX_KEY: Final = 4 << 10
 LOG_IN_S: Final = 10.0
 UPLOAD_S: Final = 60.0
 """In which a body must have come."""
+FAILED: Final = 1011
+"""How a socket closes when the console has failed (RFC 6455, 7.4.1)."""
 _DIGITS: Final = 19
 MAX_PEOPLE: Final = 2000
 """Who are told of at once; whoever wants others searches."""
@@ -112,6 +114,7 @@ class Site:
             *(Route(f"/api{path}", self._api(do), methods=[how]) for path, how, do in api),
             WebSocketRoute("/api/live", self._live),
             WebSocketRoute("/api/events/live", self._news),
+            Route("/api/{path:path}", _no_such_thing),
             Mount("/assets", StaticFiles(directory=STATIC / "assets", check_dir=False)),
             Route("/{path:path}", self._page),
         ]
@@ -201,8 +204,7 @@ class Site:
                 answer = await do(request, session)
             except facelane.FacelaneError as error:
                 if isinstance(error, facelane.AuthenticationError):
-                    self.sessions.end(request.cookies.get(self._cookie, ""))
-                    await session.client.close()
+                    await self._forgotten(request)
                 return refusal(error)
             except TooLargeError:
                 told = {"reason": "PICTURE_TOO_LARGE", "message": f"at most {MAX_PICTURE} bytes"}
@@ -372,7 +374,7 @@ class Site:
         async def send() -> None:
             async with contextlib.aclosing(looking) as pictures:  # type: ignore[type-var]
                 async for picture in pictures:
-                    await socket.send_bytes(picture)
+                    await _sent(socket.send_bytes(picture))
 
         await self._until_left(socket, send())
 
@@ -387,9 +389,9 @@ class Site:
 
         async def send() -> None:
             async with session.client.watch_events() as events:
-                await socket.send_text("{}")
+                await _sent(socket.send_text("{}"))
                 async for event in events:
-                    await socket.send_text(json.dumps(shown.event(event)))
+                    await _sent(socket.send_text(json.dumps(shown.event(event))))
 
         await self._until_left(socket, send())
 
@@ -407,19 +409,22 @@ class Site:
                 await asyncio.sleep(1.0)
 
         others = [asyncio.create_task(left()), asyncio.create_task(ended())]
-        code = 1000
+        code = FAILED  # until it is known how it ended: nothing unforeseen looks like a good end
         try:
             await asyncio.wait([sender, *others], return_when=asyncio.FIRST_COMPLETED)
             if sender.done():
                 sender.result()
-            elif others[1].done():
-                code = 4401
+            code = 4401 if others[1].done() else 1000
         except CannotDecodeError:
             code = 4415
+        except facelane.AuthenticationError:
+            # The key is denied or has expired, and with it what was logged in by it.
+            await self._forgotten(socket)
+            code = 4401
         except facelane.FacelaneError as error:
             code = 4403 if isinstance(error, facelane.PermissionDeniedError) else 4404
-        except (WebSocketDisconnect, RuntimeError):
-            pass
+        except WebSocketDisconnect:
+            code = 1000
         finally:
             for task in (sender, *others):
                 task.cancel()
@@ -427,6 +432,25 @@ class Site:
             # It may have left meanwhile.
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):
                 await socket.close(code)
+
+    async def _forgotten(self, connection: HTTPConnection) -> None:
+        """Ends the session that a request came with."""
+        session = self.sessions.end(connection.cookies.get(self._cookie, ""))
+        if session is not None:
+            await session.client.close()
+
+
+async def _sent(sending: Awaitable[None]) -> None:
+    """Raises ``WebSocketDisconnect`` when nobody is there any more: a connection that was given up
+    because its browser was silent calls that a RuntimeError."""
+    try:
+        await sending
+    except RuntimeError:
+        raise WebSocketDisconnect(1006) from None
+
+
+async def _no_such_thing(_request: Request) -> Response:
+    return JSONResponse({"reason": "NOT_FOUND", "message": "there is no such address"}, 404)
 
 
 async def _may(client: Client) -> dict[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="facelane-console",
         description="A web page for a facelane server: cameras live, events, people, the system.",
+        epilog="exit codes: 0 told to stop; 2 wrong usage, or a certificate that cannot be used; 3 "
+        "nothing can listen there now",
     )
     made.add_argument("--version", action="version", version=facelane.__version__)
     made.add_argument(
@@ -52,19 +55,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class UsageError(Exception):
+    """What the command was given cannot be; the message says what to write instead."""
+
+
 def build(arguments: argparse.Namespace) -> tuple[Site, str, int]:
-    """The console, and where it listens. Raises ``SystemExit`` with what to write instead."""
+    """The console, and where it listens. Raises ``UsageError``."""
     host, _, port = arguments.listen.rpartition(":")
-    if not host or not port.isdigit():
-        raise SystemExit(f"--listen {arguments.listen}: write HOST:PORT")
+    if not host or not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise UsageError(f"--listen {arguments.listen}: write HOST:PORT")
     if bool(arguments.cert) != bool(arguments.key):
-        raise SystemExit("--cert and --key go together")
+        raise UsageError("--cert and --key go together")
     if not (is_loopback(host) or arguments.cert):
-        raise SystemExit(
+        raise UsageError(
             f"--listen {arguments.listen}: other machines reach it, and keys and pictures would "
             "cross the network unencrypted; give --cert and --key, or listen on 127.0.0.1 behind "
             "a proxy with TLS"
         )
+    _check_files(arguments)
     # Its words alone (manual page, completion) take no web server.
     from facelane_console.app import Site
 
@@ -82,10 +90,39 @@ def build(arguments: argparse.Namespace) -> tuple[Site, str, int]:
     return Site(connect, hosts=frozenset(names), tls=bool(arguments.cert)), host, int(port)
 
 
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Whether those that are named can be used: later nobody would hear of it. Raises
+    ``UsageError``."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        if arguments.cert:
+            # Nobody is there to be asked for a password.
+            context.load_cert_chain(arguments.cert, arguments.key, password=lambda: "-")
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            f"--cert {arguments.cert}, --key {arguments.key}: {error.strerror or error}; give a "
+            "PEM certificate and the key that belongs to it, which this user can read"
+        ) from None
+    try:
+        if arguments.tls_ca:
+            context.load_verify_locations(arguments.tls_ca)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            f"--tls-ca {arguments.tls_ca}: {error.strerror or error}; give the PEM certificate of "
+            "the authority that has signed the server's"
+        ) from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    console, host, port = build(arguments)
+    try:
+        console, host, port = build(arguments)
+    except UsageError as error:
+        print(f"facelane-console: {error}", file=sys.stderr)
+        return 2
     import uvicorn
+
+    from facelane_console.patience import Patient
 
     scheme = "https" if arguments.cert else "http"
     print(f"facelane-console: {scheme}://{host}:{port}/", file=sys.stderr, flush=True)
@@ -96,8 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ssl_certfile=arguments.cert,
         ssl_keyfile=arguments.key,
         log_level="warning",
+        http=Patient,
         server_header=False,
         ws_max_size=1 << 16,
+        # Pictures are compressed already: to try it again costs more than all else here.
+        ws_per_message_deflate=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=2,
         # A proxy's word for who calls is not taken.

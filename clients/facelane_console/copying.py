@@ -74,7 +74,11 @@ async def _events(
     before = 0
     for _ in range(MOST_PAGES):
         page, before = await client.list_events(before=before, gallery_ids=[gallery], page_size=256)
-        found += [shown.event(one) for one in page if one.identity.subject_id == subject]
+        found += [
+            shown.event(one)
+            for one in page
+            if subject in (one.identity.subject_id, one.candidate_subject_id)
+        ]
         if len(found) > MOST_EVENTS:
             left_out.append(f"events: only the newest {MOST_EVENTS} are here")
             return found[:MOST_EVENTS]

@@ -59,6 +59,9 @@ class Decoder:
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL, env=kept, limit=1 << 20,
             )  # fmt: skip
+        except OSError:  # no process, no memory, no descriptor is left
+            Decoder._running -= 1
+            raise CannotDecodeError from None
         except BaseException:
             Decoder._running -= 1
             raise
@@ -85,7 +88,8 @@ class Decoder:
                 await process.stdin.drain()
                 shown, size = _BACK.unpack(await process.stdout.readexactly(_BACK.size))
                 picture = await process.stdout.readexactly(size)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+        except (OSError, RuntimeError, TimeoutError, asyncio.IncompleteReadError):
+            # uvloop calls a pipe whose reader has died a RuntimeError.
             raise CannotDecodeError from None
         return (shown, picture) if picture else None
 

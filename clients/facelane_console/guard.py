@@ -22,13 +22,17 @@ def same_origin(headers: Headers, hosts: frozenset[str]) -> bool:
     """Whether a request comes from the console's own page: its Host is one of ours (else the name
     was rebound to this address), and its Origin, where it has one, is the same."""
     host = headers.get("host", "")
-    if _name(host) not in hosts:
+    try:
+        if _name(host) not in hosts:
+            return False
+        origin = headers.get("origin")
+        return origin is None or urlsplit(origin).netloc == host
+    except ValueError:  # half of an address in brackets: nobody's page is called so
         return False
-    origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == host
 
 
 def _name(host: str) -> str:
+    """Raises ``ValueError``."""
     return (urlsplit(f"//{host}").hostname or "").lower()
 
 
@@ -79,6 +83,7 @@ class Guard:
         headers["Permissions-Policy"] = "camera=(self), microphone=(), geolocation=()"
         if self._tls:
             headers["Strict-Transport-Security"] = "max-age=31536000"
-        # Names of the built files change with what is in them; all else is never kept.
-        kept = path.startswith("/assets/")
+        # Names of the built files change with what is in them; all else is never kept, nor that a
+        # file is not there: it may be with the next version.
+        kept = path.startswith("/assets/") and message["status"] in (200, 304)
         headers["Cache-Control"] = "public, max-age=31536000, immutable" if kept else "no-store"

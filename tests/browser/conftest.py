@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import socket
 import subprocess
 import sys
 import threading
@@ -108,6 +109,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         yield House(server, url, keys, folder / "console.log")
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextlib.contextmanager
 def serving_console(folder: Path, target: str) -> Iterator[str]:
     """A console of a server; its address. What it says is in ``console.log``."""
@@ -121,7 +127,7 @@ def serving_console(folder: Path, target: str) -> Iterator[str]:
         )  # fmt: skip
         stack.callback(console.wait, 30)
         stack.callback(console.terminate)
-        until(lambda: "http" in (folder / "console.log").read_text(), 60, "the console")
+        until(lambda: listens(port), what="the console")
         yield f"http://127.0.0.1:{port}/"
 
 

@@ -23,6 +23,7 @@ from tests.browser.conftest import (
     log_in,
     portrait,
     view,
+    visit,
 )
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -186,6 +187,43 @@ def test_events_page_by_page_filtered_and_acknowledged(page: Any, house: House) 
     page.wait_for_function(
         "least => +document.querySelector('li.event').dataset.sequence > least", arg=told[0]
     )
+
+
+_SOCKETS = """window.sockets = [];
+    window.WebSocket = class extends WebSocket {
+        constructor(...words) { super(...words); window.sockets.push(this); } };"""
+
+
+def test_what_happened_while_nobody_listened_leaves_no_gap(chromium: Any, house: House) -> None:
+    """More than a page of it."""
+
+    def happen(count: int) -> None:
+        for _ in range(count):
+            with client.analyze_stream(source_id="dock") as stream:
+                stream.close_send()
+                assert list(stream) == []
+
+    with visit(chromium, house, "boss", script=_SOCKETS) as page, house.client() as client:
+        view(page, "Events")
+        page.get_by_label("Camera", exact=True).fill("dock")
+        page.get_by_label("Filter").select_option("STREAM_CLOSED")
+        page.locator("ol.events[aria-busy=false]").wait_for()
+        happen(5)
+        rows = "document.querySelectorAll('li.event').length"
+        page.wait_for_function(f"() => {rows} === 5")
+        page.context.set_offline(True)
+        page.evaluate("window.sockets.forEach(one => one.close())")
+        page.get_by_text("The connection is lost").wait_for()
+        happen(65)
+        page.context.set_offline(False)
+        page.wait_for_function(f"() => {rows} >= 50")
+        while page.get_by_role("button", name="Older events").count():
+            page.mouse.wheel(0, 4000)
+            page.evaluate("() => new Promise(done => requestAnimationFrame(done))")
+        page.wait_for_function(f"() => {rows} >= 70")
+        told = [int(row.get_attribute("data-sequence")) for row in page.locator("li.event").all()]
+        assert len(told) == 70
+        assert told == sorted(set(told), reverse=True)
 
 
 def test_a_camera_that_stands_still_is_not_taken_for_a_live_one(page: Any, house: House) -> None:

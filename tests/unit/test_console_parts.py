@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.datastructures import Headers
+from uvicorn.server import ServerState
 
 import facelane
-from facelane_console import app, cli, sessions, shown
+from facelane_console import app, cli, patience, sessions, shown
 from facelane_console.app import Site
+from facelane_console.decoding import CannotDecodeError
 from facelane_console.guard import same_origin
 from facelane_console.sessions import Sessions
 
@@ -110,7 +113,12 @@ class Asked:
 
     def __init__(self, console: Site) -> None:
         self._console = console
-        self.clients: list[object] = []
+        self.sent: list[MutableMapping[str, Any]] = []
+        """Messages of the last answer."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.sent[0]["headers"]}
 
     async def call(
         self,
@@ -123,13 +131,16 @@ class Asked:
         csrf: str = "",
     ) -> tuple[int, bytes]:
         """``body``: None = the browser leaves."""
-        sent: list[MutableMapping[str, Any]] = []
+        sent = self.sent = []
         parts = iter(body or (b"",))
         last = object()
+        begun = iter([True])
 
         async def receive() -> MutableMapping[str, Any]:
-            if kind == "websocket":
+            if kind == "websocket" and next(begun, False):
                 return {"type": "websocket.connect"}
+            if kind == "websocket":
+                await asyncio.Event().wait()  # the browser stays, and says nothing
             part = next(parts, last)
             if part is last:
                 await asyncio.Event().wait()  # nothing more comes
@@ -251,6 +262,8 @@ async def test_what_a_session_asks_for_is_a_refusal_and_no_traceback(console: Si
     assert code == 4400
     code, _ = await asked.call("GET", "/api/live", kind="websocket", query="source=a")
     assert code == 4401
+    got, said = await asked.call("GET", "/api/nothing", cookie=word)
+    assert (got, json.loads(said)["reason"]) == (404, "NOT_FOUND"), "and not the page"
     got, _ = await asked.call("DELETE", "/api/people/a", cookie=word, csrf="another's")
     assert got == 403
 
@@ -265,6 +278,8 @@ async def test_what_a_session_asks_for_is_a_refusal_and_no_traceback(console: Si
         ("localhost:{port}", "null", False),
         ("evil.example:{port}", "http://evil.example:{port}", False),
         ("", None, False),
+        ("[", None, False),
+        ("localhost:{port}", "http://[", False),
     ],
 )
 def test_requests_come_from_the_page_itself(host: str, origin: str | None, ours: bool) -> None:
@@ -279,12 +294,28 @@ def test_requests_come_from_the_page_itself(host: str, origin: str | None, ours:
     [
         (["--listen", EVERYWHERE], "unencrypted"),
         (["--listen", "nowhere"], "HOST:PORT"),
+        (["--listen", "127.0.0.1:99999"], "HOST:PORT"),
         (["--listen", EVERYWHERE, "--cert", "c.pem"], "go together"),
     ],
 )
 def test_off_loopback_there_is_tls_or_nothing(arguments: list[str], said: str) -> None:
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(cli.UsageError, match=said):
         cli.build(cli.parser().parse_args(arguments))
+    assert cli.main(arguments) == 2, "another start would not mend it"
+
+
+def test_files_that_cannot_be_used_are_told_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.pem").write_text("garbage")
+    for arguments, said in (
+        (["--cert", "c.pem", "--key", "none.pem"], "--cert"),
+        (["--tls-ca", "none.pem"], "--tls-ca"),
+        (["--tls-ca", "c.pem"], "--tls-ca"),
+    ):
+        paths = [str(tmp_path / word) if word.endswith(".pem") else word for word in arguments]
+        assert cli.main(paths) == 2
+        assert f"facelane-console: {said} {tmp_path}" in capsys.readouterr().err
 
 
 def test_nobody_acts_with_a_key_of_the_consoles_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,3 +324,97 @@ def test_nobody_acts_with_a_key_of_the_consoles_own(monkeypatch: pytest.MonkeyPa
     assert cli.is_loopback(host)
     assert port
     assert console._connect("")._endpoint.bearer.held == ()
+
+
+class Ends(Nobody):
+    """A client whose looks and events end at once, as they are told."""
+
+    def __init__(self, how: Exception | None) -> None:
+        self._how = how
+        self.closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def watch_stream(self, *_arguments: Any, **_options: Any) -> Any:
+        if self._how is not None:
+            raise self._how
+        return
+        yield
+
+
+DENIED = facelane.AuthenticationError(facelane.Reason.UNAUTHENTICATED, "denied")
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        (None, 1000),
+        (facelane.NotFoundError(facelane.Reason.STREAM_NOT_FOUND, "gone"), 4404),
+        (facelane.PermissionDeniedError(facelane.Reason.PERMISSION_DENIED, "no"), 4403),
+        (CannotDecodeError(), 4415),
+        (DENIED, 4401),
+    ],
+    ids=repr,
+)
+async def test_a_look_says_how_it_ended(console: Site, how: Exception | None, code: int) -> None:
+    client = Ends(how)
+    word, _ = console.sessions.begin(client, {}) or ("", None)  # type: ignore[arg-type]
+    asked = Asked(console)
+    got, _ = await asked.call("GET", "/api/live", kind="websocket", cookie=word, query="source=a")
+    assert got == code
+    # With its key a session ends: the page would go on asking, and show what it has.
+    assert (console.sessions.find(word) is None) is client.closed is (how is DENIED)
+
+
+@pytest.mark.parametrize("how", [RuntimeError("the handler is closed"), KeyError("no word")])
+async def test_what_nobody_foresaw_does_not_end_as_if_the_camera_had(
+    console: Site, how: Exception
+) -> None:
+    word, _ = console.sessions.begin(Ends(how), {}) or ("", None)  # type: ignore[arg-type]
+    asked = Asked(console)
+    with pytest.raises(type(how)):
+        await asked.call("GET", "/api/live", kind="websocket", cookie=word, query="source=a")
+    assert asked.sent[-1]["code"] == app.FAILED
+
+
+async def test_only_files_that_are_there_are_kept_by_browsers(console: Site) -> None:
+    asked = Asked(console)
+    built = next((ROOT / "clients/facelane_console/static/assets").iterdir()).name
+    assert (await asked.call("GET", f"/assets/{built}"))[0] == 200
+    assert "immutable" in asked.headers["cache-control"]
+    assert (await asked.call("GET", "/assets/of-the-next-version.js"))[0] == 404
+    assert asked.headers["cache-control"] == "no-store"
+
+
+async def test_who_asks_for_nothing_makes_room_and_who_asked_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patience, "REQUEST_S", 0.05)
+    done = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await done.wait()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    settings = uvicorn.Config(slow, http=patience.Patient, lifespan="off", log_level="critical")
+    settings.load()
+    state = ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: patience.Patient(settings, state, {}), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with asyncio.timeout(60), server:
+        asking, answers = await asyncio.open_connection("127.0.0.1", port)
+        answers.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        for beginning in (b"", b"GET / HT"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(beginning)
+            assert await reader.read() == b"", "let go"
+            writer.close()
+        # All that time the first one was under way.
+        done.set()
+        assert (await asking.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+        answers.write(b"GET /ag")
+        assert await asking.read() == b"", "and its second half does not come"
+        answers.close()

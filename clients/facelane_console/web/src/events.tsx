@@ -1,17 +1,28 @@
+import { Component } from "preact";
 import { useEffect, useId, useRef, useState } from "preact/hooks";
 import { call, loggedOut, socket, type Event_, type May, type People, type Stream } from "./api";
 import { Heading, number, Problem, useSettled, useTold, Waiting, when } from "./parts";
 import { KINDS, kind as kindText, reason, t, type Kind, type Refusal } from "./words";
 
 const AGAIN_MS = 2000;
-/** So many are held; the button goes on from there. */
+/** So many are held while new ones come; the button goes on from there. */
 const MOST = 5000;
+/** What happens meanwhile is shown together: each time the whole list is looked through. */
+const TOGETHER_MS = 100;
 
 /** Newest first, each once. */
 function merged(now: Event_[], found: Event_[]): Event_[] {
   const held = new Set(now.map((one) => one.sequence));
   const fresh = found.filter((one) => !held.has(one.sequence));
   return fresh.length ? [...fresh, ...now].sort((a, b) => b.sequence - a.sequence) : now;
+}
+
+/** Rows that nothing has changed for are left as they are, however many stand beside a new one. */
+class Row extends Component<{ event: Event_; may: May; hide: boolean }> {
+  override shouldComponentUpdate(next: { event: Event_; may: May; hide: boolean }) {
+    return next.event !== this.props.event || next.may !== this.props.may || next.hide !== this.props.hide;
+  }
+  override render() { return <EventRow {...this.props} />; }
 }
 
 function Picture({ event, whom }: { event: Event_; whom: string }) {
@@ -101,28 +112,53 @@ export function Events({ may }: { may: May }) {
   const [lost, lose] = useState(false);
   const [streams] = useTold<Stream[]>(may.view ? "/streams" : "/session", 0);
   const end = useRef<HTMLButtonElement>(null);
-  const current = useRef(""), asking = useRef(new Set<string>());
+  const current = useRef("?"), asking = useRef(new Set<string>());
+  /** Whether the newest page has come, and the newest event that is held. */
+  const begun = useRef(false), newest = useRef(0);
+  newest.current = events[0]?.sequence ?? 0;
   const filter = `${kind ? `&kind=${kind}` : ""}${source ? `&source=${encodeURIComponent(source)}` : ""}`;
-  const page = async (at: number, moves = true) => {
+  /** The page before ``at`` (0: the newest). ``reach``: of the newest page, what is the newest that was held when nobody listened. */
+  const page = async (at: number, reach = 0) => {
     const question = `${at}${filter}`;
     if (current.current !== filter || asking.current.has(question)) return;
     asking.current.add(question);
     try {
       const found = await call<{ events: Event_[]; before: number }>("GET", `/events?before=${at}${filter}`);
       if (current.current === filter) {
-        set((now) => merged(now, found.events));
-        if (moves) older(found.before);
+        // More has happened than the page shows: what was held begins behind a gap, and is asked for again.
+        const gap = reach > 0 && found.before > 0 && (found.events.at(-1)?.sequence ?? 0) > reach;
+        set((now) => merged(gap ? now.filter((one) => one.sequence > reach) : now, found.events));
+        if (at || !reach || gap) older(found.before);
+        begun.current ||= at === 0;
         answered(filter);
         complain("");
       }
-    } catch (error) { if (current.current === filter) complain(reason(error as Refusal)); }
+    } catch (error) {
+      if (current.current === filter) {
+        complain(reason(error as Refusal));
+        // For what is older there is the button.
+        if (!at) window.setTimeout(() => void page(at, reach), AGAIN_MS);
+      }
+    }
     asking.current.delete(question);
   };
   useEffect(() => {
-    let over = false, first = true, timer = 0, news: WebSocket;
+    let over = false, timer = 0, soon = 0, news: WebSocket, heard: Event_[] = [];
     current.current = filter;
+    begun.current = false;
     set([]);
     older(0);
+    const show = () => {
+      const fresh = heard;
+      heard = [];
+      soon = 0;
+      set((now) => {
+        const all = merged(now, fresh), kept = all.slice(0, MOST);
+        // What makes room is what is asked for next: older ones never stand behind a gap.
+        if (kept.length < all.length) older(kept.at(-1)!.sequence);
+        return kept;
+      });
+    };
     const listen = () => {
       news = socket("/events/live");
       news.onmessage = (message) => {
@@ -130,11 +166,13 @@ export function Events({ may }: { may: May }) {
         if (!event.sequence) {
           lose(false);
           // From here on all is heard; what was before, or while nobody listened, is in the history.
-          void page(0, first);
-          first = false;
+          void page(0, begun.current ? newest.current : 0);
           return;
         }
-        if ((!kind || event.kind === kind) && (!source || event.source === source)) set((now) => merged(now, [event]).slice(0, MOST));
+        if ((!kind || event.kind === kind) && (!source || event.source === source)) {
+          heard.push(event);
+          soon ||= window.setTimeout(show, TOGETHER_MS);
+        }
       };
       news.onclose = ({ code }) => {
         if (over) return;
@@ -145,7 +183,7 @@ export function Events({ may }: { may: May }) {
       };
     };
     listen();
-    return () => { over = true; clearTimeout(timer); news.close(); };
+    return () => { over = true; current.current = "?"; clearTimeout(timer); clearTimeout(soon); news.close(); };
   }, [filter]);
   useEffect(() => {
     // Scrolling to the end asks for what is older; the button is there for everybody else.
@@ -168,7 +206,7 @@ export function Events({ may }: { may: May }) {
       {(problem || lost) && <Problem text={problem || t("lost")} />}
       {busy && !events.length && !problem && !lost && <Waiting />}
       {!busy && !events.length && !problem && <p>{t("none")}</p>}
-      <ol class="events" aria-busy={busy}>{events.map((event) => <EventRow key={event.sequence} event={event} may={may} hide={open} />)}</ol>
+      <ol class="events" aria-busy={busy}>{events.map((event) => <Row key={event.sequence} event={event} may={may} hide={open} />)}</ol>
       {before > 0 && <button ref={end} onClick={() => page(before)}>{t("more")}</button>}
     </section>
   );

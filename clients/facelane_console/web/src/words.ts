@@ -68,7 +68,8 @@ export function speak(next: Language) {
 }
 speak(chosen);
 export function t(word: Word, ...values: unknown[]): string {
-  return values.reduce<string>((text, value, n) => text.replace(`{${n}}`, String(value)), languages[chosen][word]);
+  // In one go: what people are called may look like a placeholder, or like a pattern of `replace`.
+  return languages[chosen][word].replace(/\{(\d)\}/g, (all, n: string) => (+n < values.length ? String(values[+n]) : all));
 }
 /** The words for a refusal, or the server's own. */
 export const reason = (why: Refusal) => (why.reason in en ? t(why.reason as Word) : why.message);
