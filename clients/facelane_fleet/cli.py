@@ -24,6 +24,7 @@ there is room, placed anew when a machine is lost or comes (docs/fleet.md)."""
 EPILOG = """\
 exit codes:
   0  done
+  1  an order that cannot be followed now; it says why
   2  wrong usage or configuration
   3  with status --check: a camera has no place, or gives no results
   4  no cluster answers, or no such fleet runs in it

@@ -191,10 +191,7 @@ class _Round:
         return node.bridges and node.name not in self.before.draining and reaches(wish, node.name)
 
     def counts(self) -> Counter[str]:
-        """Cameras by server, those on their way to it among them."""
-        return Counter(
-            (held.to or "") if held.leaving else held.server for held in self.held.values()
-        )
+        return _counted(self.held)
 
     def moving(self) -> int:
         return sum(held.leaving for held in self.held.values())
@@ -214,7 +211,7 @@ class _Round:
                     del self.held[camera]
                     self.changes.append(Change(camera, "released", held.node))
                     if held.to and camera in self.wishes:
-                        self.place(self.wishes[camera], held.to)
+                        self.place(self.wishes[camera], held.to, held)
 
     def dismiss(self) -> None:
         """Ends those that nobody wants any more."""
@@ -226,9 +223,12 @@ class _Round:
         self.held[camera] = msgspec.structs.replace(held, leaving=True, since=self.revision, to=to)
         self.changes.append(Change(camera, "leaves", held.node, why))
 
-    def place(self, wish: Wish, first: str = "") -> None:
-        """Gives a camera that nobody has a place, ``first`` if that will do."""
+    def place(self, wish: Wish, first: str = "", before: Held | None = None) -> None:
+        """Gives a camera that nobody has a place, ``first`` if that will do. ``before``: where it
+        was until now, which is better than none, also where others ought to leave."""
         found, why = self.find(wish, first)
+        if found is None and before is not None and self.may_stay(wish, before):
+            found = before.server, before.node
         if found is None:
             self.unplaced[wish.name] = why
             return
@@ -237,6 +237,19 @@ class _Round:
         self.given[server] += 1
         self.held[wish.name] = Held(node=node, server=server, term=self.term, since=self.revision)
         self.changes.append(Change(wish.name, "placed", node))
+
+    def may_stay(self, wish: Wish, before: Held) -> bool:
+        """Whether it can be where it was, drained or not: what it was to go to may have been
+        drained meanwhile, or lost."""
+        at, node = self.servers.get(before.server), self.nodes.get(before.node)
+        return (
+            at is not None
+            and at[1].usable
+            and node is not None
+            and node.bridges
+            and reaches(wish, node.name)
+            and self.counts()[before.server] < self.policy.per_server
+        )
 
     def find(
         self, wish: Wish, first: str = "", without: Sequence[str] = ()
@@ -410,6 +423,15 @@ def orders(state: State, node: str) -> dict[str, Held]:
         for camera, held in state.held.items()
         if held.node == node and not held.leaving
     }
+
+
+def counts(state: State) -> Counter[str]:
+    """Cameras by server, those on their way to it among them."""
+    return _counted(state.held)
+
+
+def _counted(held: Mapping[str, Held]) -> Counter[str]:
+    return Counter(one.to if one.leaving else one.server for one in held.values())
 
 
 def reaches(wish: Wish, node: str) -> bool:

@@ -112,6 +112,8 @@ def _camera(
             made.runs += 1
             if not held.leaving:
                 made.state, made.reason = report.totals.state, report.totals.reason
+        if not held.leaving and made.node in memo.state.draining:
+            made.reason = made.reason or "its node drains, and it has no other place yet"
     elif name in unplaced:
         made.reason = f"{unplaced[name].value}: {WHAT_TO_DO[unplaced[name]]}"
     made.balanced = accounted(made.total) and accounted(made.stream)

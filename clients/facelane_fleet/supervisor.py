@@ -88,6 +88,8 @@ class Supervisor:
         self._seen: dict[str, Seen] = {}
         self._recalled: set[str] = set()
         self._recovered = False
+        self._asked: tuple[dict[str, Any], dict[str, Any]] | None = None
+        """The configuration that people gave before it was known what nodes remember."""
         self._started = clock()
         self._since = datetime.now(UTC)
         self._unplaced: dict[str, placement.Why] = {}
@@ -102,6 +104,9 @@ class Supervisor:
         with self._lock:
             if settings.fleet.name != self._settings.fleet.name:
                 raise ConfigError("a fleet keeps its name: end this one first (down)")
+            if not self._recovered:
+                self._asked = document, server_config
+                return "changed"
             if document == self._memo.document and server_config == self._memo.server_config:
                 return "unchanged"
             self._settings = settings
@@ -115,6 +120,7 @@ class Supervisor:
     def drain(self, node: str, on: bool) -> str:
         """Has a node's cameras moved off, and gives it none. Raises ``CommandError``."""
         with self._lock:
+            self._check_recovered()
             draining = self._memo.state.draining
             if node not in self._names() and node not in draining:
                 raise CommandError(f"there is no node {node!r}; there are: {self._listed()}")
@@ -133,6 +139,7 @@ class Supervisor:
         """Has a camera moved to a node, "" for the emptiest other one, where it then stays, or
         anywhere. Raises ``CommandError``."""
         with self._lock:
+            self._check_recovered()
             if camera not in self._settings.cameras:
                 raise CommandError(f"there is no camera {camera!r}: look at `status`")
             pins = dict(self._memo.state.pins)
@@ -157,7 +164,14 @@ class Supervisor:
                 raise CommandError(f"{target} has no servers of its own, or reads no cameras")
             pins[camera] = target
             self._set_state(pins=pins)
-            return f"{camera} moves to {target}" if now != target else f"{camera} is on {target}"
+            if now == target:
+                return f"{camera} is on {target}"
+            if self._is_full(target):
+                return (
+                    f"{camera} moves to {target} as soon as there is room: its servers have "
+                    "max_cameras each, move or take away others"
+                )
+            return f"{camera} moves to {target}"
 
     def wants_servers(self, node: str) -> bool:
         """Whether a node of this name is to have servers, and so its cards."""
@@ -180,12 +194,13 @@ class Supervisor:
             )
 
     def _emptiest(self, camera: str, now: str) -> str:
+        wish = placement.Wish(name=camera, nodes=self._settings.reach.get(camera, ()))
         counts = {
             name: 0
             for name in self._names() - self._memo.state.draining - {now}
-            if placement.reaches(
-                placement.Wish(name=camera, nodes=self._settings.reach.get(camera, ())), name
-            )
+            if placement.reaches(wish, name)
+            and self._settings.node(name).servers
+            and self._settings.node(name).bridges
         }
         if not counts:
             raise CommandError(f"there is no other node for {camera}: add one")
@@ -193,7 +208,32 @@ class Supervisor:
             name = self._memo.names.get(held.node, "")
             if name in counts:
                 counts[name] += 1
-        return min(counts, key=lambda name: (counts[name], name))
+        return min(counts, key=lambda name: (self._is_full(name), counts[name], name))
+
+    def _is_full(self, node: str) -> bool:
+        """Whether no server of a node of this name may be given one camera more."""
+        given = placement.counts(self._memo.state)
+        servers = [
+            f"{known.info.id}/{one.slot}"
+            for known in self._known.values()
+            if known.alive and known.info.name == node and known.report is not None
+            for one in known.report.servers
+        ]
+        most = self._settings.policy.per_server
+        return bool(servers) and all(given[server] >= most for server in servers)
+
+    def _check_recovered(self) -> None:
+        """Raises ``CommandError``: what nodes remember would take the place of what is said now."""
+        if not self._recovered:
+            unheard = sorted(
+                known.info.name
+                for known in self._known.values()
+                if known.alive and known.info.id not in self._recalled
+            )
+            raise CommandError(
+                "the supervisor has just begun, and waits for what its nodes remember "
+                f"({', '.join(unheard) or 'none is there yet'}): try again in a moment"
+            )
 
     def _names(self) -> set[str]:
         return {known.info.name for known in self._known.values() if known.alive}
@@ -271,6 +311,9 @@ class Supervisor:
             ):
                 self._recovered = True
                 self._touch()
+                if self._asked is not None:
+                    self.apply(*self._asked)
+                    self._asked = None
                 held = len(self._memo.state.held)
                 self._tell(f"the supervisor has begun: {held} cameras have a place")
 

@@ -226,6 +226,26 @@ def test_a_drained_node_that_is_the_only_one_keeps_its_cameras() -> None:
     assert world.spread() == {"a": 0, "b": 4}
 
 
+@pytest.mark.parametrize("slow", [0, 3])
+def test_what_is_under_way_to_a_node_that_is_drained_too_stays_where_it_was(slow: int) -> None:
+    world = settled(9, "a", "b")
+    world.slow = slow
+    at = {camera: world.at(camera) for camera in cameras(9)}
+    world.drain("a")
+    world.round()
+    assert any(held.leaving for held in world.state.held.values())
+    world.drain("a", "b")
+    world.settle()
+    assert {camera: world.at(camera) for camera in cameras(9)} == at
+    assert not world.unplaced
+    # So is what it was to go to, if that is lost.
+    world.drain("a")
+    world.round()
+    world.kill("b")
+    world.settle()
+    assert all(world.at(c) == "a" for c in cameras(9) if at[c] == "a")
+
+
 @given(st.integers(1, 60), st.integers(2, 5))
 def test_those_of_a_lost_node_are_placed_in_the_next_round_and_others_stay(
     count: int, there: int

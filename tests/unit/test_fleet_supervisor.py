@@ -308,3 +308,68 @@ def test_orders_that_cannot_be_followed_say_what_can(fleet: Fleet) -> None:
     fleet.rounds(10)
     assert fleet.cluster.owners()["cam-2"] != here
     assert "most room" in fleet.supervisor.move("cam-2", "", anywhere=True)
+
+
+def test_what_is_said_before_it_knows_is_kept_or_refused_and_never_undone(fleet: Fleet) -> None:
+    fleet.supervisor.drain("a", on=True)
+    fleet.rounds(8)
+    fleet.begin()
+    fleet.cluster.there["c"].deaf = True
+    fleet.rounds(2)
+    for refused in (
+        lambda: fleet.supervisor.drain("b", on=True),
+        lambda: fleet.supervisor.move("cam-1", "c", anywhere=False),
+    ):
+        with pytest.raises(CommandError, match=r"\(c\): try again"):
+            refused()
+    assert fleet.supervisor.apply(document(4), {}) == "changed"
+    with pytest.raises(ConfigError):
+        fleet.supervisor.apply({"flet": {}}, {})
+    fleet.cluster.there["c"].deaf = False
+    fleet.rounds(8)
+    # The newer configuration, over what nodes remember of all else.
+    assert set(fleet.cluster.owners()) == {f"cam-{n}" for n in range(4)}
+    assert [n.state for n in fleet.supervisor.status().nodes] == ["DRAINING", "UP", "UP"]
+
+
+def test_a_move_to_where_no_room_is_says_so_and_happens_when_there_is() -> None:
+    fleet = Fleet("a", "b", cameras=4)
+    fleet.rounds(6)
+    fleet.supervisor.apply(document(4, max_cameras=2), {})
+    fleet.rounds(2)
+    camera = next(c for c, node in fleet.cluster.owners().items() if node == "a")
+    other = next(c for c, node in fleet.cluster.owners().items() if node == "b")
+    assert "as soon as there is room" in fleet.supervisor.move(camera, "b", anywhere=False)
+    fleet.rounds(6)
+    assert fleet.cluster.owners()[camera] == "a"
+    kept = [n for n in range(4) if f"cam-{n}" != other]
+    smaller = document(4, max_cameras=2)
+    smaller["camera"] = [smaller["camera"][n] for n in kept]
+    fleet.supervisor.apply(smaller, {})
+    fleet.rounds(8)
+    assert fleet.cluster.owners()[camera] == "b"
+
+
+def test_a_camera_is_not_moved_to_a_node_that_has_no_servers_unless_somebody_says_so() -> None:
+    fleet = Fleet("a", "b", "yard")
+    given = document(6)
+    given["servers"] = {"listen": "0.0.0.0:50151"}
+    given["node"] = [{"name": "yard", "servers": 0}]
+    fleet.supervisor.apply(given, {})
+    fleet.rounds(6)
+    here = fleet.cluster.owners()["cam-0"]
+    assert fleet.supervisor.move("cam-0", "", anywhere=False) == (
+        f"cam-0 moves to {'b' if here == 'a' else 'a'}"
+    )
+    with pytest.raises(CommandError, match="no servers of its own"):
+        fleet.supervisor.move("cam-0", "yard", anywhere=False)
+
+
+def test_what_has_no_other_place_stays_and_status_says_so() -> None:
+    fleet = Fleet("a")
+    fleet.rounds(4)
+    assert "stay on it" in fleet.supervisor.drain("a", on=True)
+    fleet.rounds(4)
+    status = fleet.supervisor.status()
+    assert {c.state for c in status.cameras} == {"STREAMING"}
+    assert {c.reason for c in status.cameras} == {"its node drains, and it has no other place yet"}
