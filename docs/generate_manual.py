@@ -82,7 +82,7 @@ def of_argparse(name: str, parser: argparse.ArgumentParser, about: str = "") -> 
 PAGES: Final[dict[str, Callable[[], Page]]] = {
     "facelane": lambda: of_click("facelane", typer.main.get_command(facelane.cli.app.app)),
     "facelane-server": lambda: of_click(
-        "facelane-server", typer.main.get_command(facelane_server.cli.app)
+        "facelane-server", typer.main.get_command(facelane_server.cli.whole())
     ),
     "facelane-bridge": lambda: of_argparse("facelane-bridge", facelane_bridge.cli._parser()),
     "facelane-console": lambda: of_argparse("facelane-console", facelane_console.cli.parser()),

@@ -102,11 +102,12 @@ def check(config: ConfigOption = None) -> None:
     """Read the config and the files that it names, and say what would run. Exit status 78 when
     the server would not start with it."""
     loaded = _load(config)
-    from facelane_server import calibrating
+    from facelane_server import calibrating, traces
     from facelane_server import plan as planning
     from facelane_server.edge.auth import Authenticator
     from facelane_server.edge.tls import Certificates
     from facelane_server.served import ServedModels
+    from facelane_server.store.opening import key_source
 
     lent = loaded.lent_by_systemd
     try:
@@ -115,6 +116,13 @@ def check(config: ConfigOption = None) -> None:
             Authenticator.of(loaded)
         if not {loaded.tls.cert_file, loaded.tls.key_file, loaded.tls.client_ca_file} & set(lent):
             Certificates.read(loaded.tls)
+        traces.check(loaded.tracing)
+        source = key_source(loaded, look=True)
+        if source is not None and source.path is not None and not source.made_here:
+            if source.elsewhere:
+                lent = (*lent, source.name)
+            else:
+                source.read()
     except FacelaneError as error:
         typer.echo(f"facelane-server: {error.message}", err=True)
         raise typer.Exit(EX_CONFIG) from None
@@ -424,7 +432,7 @@ def keys_rotate_master(config: ConfigOption = None) -> None:
     from facelane_server.store.vault import locked_by
 
     try:
-        source = key_source(loaded)
+        source = key_source(loaded, look=True)
         if source is None:
             raise configuration.ConfigError("the store is not encrypted")
         with contextlib.closing(open_store(place_of(loaded), look=True)) as database:
@@ -504,8 +512,11 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _attach_models() -> None:
-    """``facelane-server models``, ``audit`` and the like: no torch until a model is loaded."""
+def whole() -> typer.Typer:
+    """The command with ``models``, ``audit`` and the like, which a server that runs has no need of:
+    no torch until a model is loaded."""
+    if any(group.name == "models" for group in app.registered_groups):
+        return app
     from facelane_server.auditing import app as audit_app
     from facelane_server.calibrating import app as liveness_app
     from facelane_server.erasing import app as erasure_app
@@ -517,6 +528,7 @@ def _attach_models() -> None:
     app.add_typer(liveness_app, name="liveness")
     app.add_typer(erasure_app, name="erasure")
     app.add_typer(subjects_app, name="subjects")
+    return app
 
 
 def _open_standard_streams() -> None:
@@ -534,6 +546,5 @@ def _open_standard_streams() -> None:
 
 def main() -> None:
     _open_standard_streams()
-    if sys.argv[1:2] not in (["run"], ["shard"]):
-        _attach_models()
-    app()
+    command = app if sys.argv[1:2] in (["run"], ["shard"]) else whole()
+    command()

@@ -32,10 +32,13 @@ def state_dir(settings: config.Config) -> Path:
     )
 
 
-def gallery_path(settings: config.Config) -> Path:
-    """The store's SQLite file; its folder is made when nothing else is said."""
+def gallery_path(settings: config.Config, *, look: bool = False) -> Path:
+    """The store's SQLite file; its folder is made when nothing else is said, but not to ``look``
+    whether it is there."""
     chosen = settings.store.url.removeprefix("sqlite:///") or settings.gallery.path
-    return Path(chosen).expanduser() if chosen else state_dir(settings) / "gallery.db"
+    if chosen:
+        return Path(chosen).expanduser()
+    return (state_path(settings) if look else state_dir(settings)) / "gallery.db"
 
 
 def _made(name: str, folder: Path, otherwise: str) -> Path:

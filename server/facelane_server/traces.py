@@ -387,19 +387,30 @@ async def exported(
         await asyncio.to_thread(provider.shutdown)
 
 
-def _provider(settings: sampling.Tracing) -> Any:
-    """A ``TracerProvider`` with an exporter of its own; what this process is comes first, what the
-    environment says of it (``OTEL_RESOURCE_ATTRIBUTES``) besides."""
+def check(settings: sampling.Tracing) -> None:
+    """Whether what exports them is installed, where they are to be exported. Raises
+    ``ConfigError``."""
+    if not settings.endpoint:
+        return
     try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+        import opentelemetry.exporter.otlp.proto.grpc.trace_exporter
+        import opentelemetry.sdk.trace.export  # noqa: F401
     except ImportError:
         raise config.ConfigError(
             "tracing.endpoint needs OpenTelemetry: install facelane[otel], or leave it empty"
         ) from None
+
+
+def _provider(settings: sampling.Tracing) -> Any:
+    """A ``TracerProvider`` with an exporter of its own; what this process is comes first, what the
+    environment says of it (``OTEL_RESOURCE_ATTRIBUTES``) besides."""
+    check(settings)
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
     resource = Resource.create({"service.name": "facelane-server", "service.version": __version__})
     # What is traced was decided before any span is made.
     provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)

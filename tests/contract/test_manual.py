@@ -51,6 +51,15 @@ def test_a_page_has_every_command_and_option(manual: ModuleType, made: Path, nam
     ] == []
 
 
+def test_what_the_server_imports_only_when_asked_is_there_too(made: Path) -> None:
+    text = (made / "man1" / "facelane-server.1").read_text().replace("\\-", "-")
+    for command in (
+        "models evaluate", "audit verify", "liveness calibrate", "erasure verify",
+        "subjects export",
+    ):  # fmt: skip
+        assert f'.SS "facelane-server {command}"' in text
+
+
 @pytest.mark.skipif(shutil.which("man") is None, reason="needs man: apt-get install man-db groff")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_man_shows_it(made: Path, name: str) -> None:

@@ -153,9 +153,14 @@ UNUSABLE = [
     ("[limits", "not valid TOML"),
     ("[metrics]\nlisten = '9151'", "is not host:port"),
 ]
+LOCKED_OUT = [
+    ("[store]\nmaster_key = 'file:/no/such/key'", "/no/such/key: No such file"),
+    ("[store]\nmaster_key = 'vault:x'", "write file:PATH"),
+]
+"""A server of these would look at this user's own store first."""
 
 
-@pytest.mark.parametrize(("text", "says"), UNUSABLE)
+@pytest.mark.parametrize(("text", "says"), UNUSABLE + LOCKED_OUT)
 def test_configs_that_cannot_be_used_are_told_by_check(
     tmp_path: Path, text: str, says: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from facelane_server import config
+from facelane_server import config, plan
 from facelane_server.doctor import installation, machine
 from facelane_server.doctor.examine import examine
 from facelane_server.doctor.report import Finding, Report, Status
@@ -21,6 +22,7 @@ from facelane_server.domain import Stage
 from facelane_server.edge.auth import new_key
 from facelane_server.monitor import DeviceReading, Nvml, NvmlMissingError
 from facelane_server.store.gallery import Store
+from facelane_server.store.opening import open_store, place_of, unlock
 
 NULL = """
 [pools.detector]
@@ -296,6 +298,11 @@ def test_the_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = gallery_settings(path)
     assert installation.check_gallery(settings).status is Status.OK
     assert not path.exists(), "looking must not make it"
+    beside = config.parse(f'state_dir = "{tmp_path}/state"')
+    assert installation.check_gallery(beside).status is Status.OK
+    assert not (tmp_path / "state").exists(), "nor its folder, which would be this user's"
+    nowhere = config.parse('state_dir = "/dev/null/x"')
+    assert installation.check_gallery(nowhere).status is Status.FAIL
     store = Store(path)
     store.create_subject("g", "a", "", {})
     running = installation.check_gallery(settings)
@@ -336,6 +343,76 @@ def test_damage_inside_of_the_gallery_is_found(tmp_path: Path) -> None:
     assert installation.check_gallery(gallery_settings(path)).status is Status.FAIL
 
 
+def sealed(folder: Path, setting: str = "") -> config.Config:
+    """A store with somebody in it, locked by the key that the setting names."""
+    chosen = f'master_key = "{setting}"' if setting else ""
+    settings = config.parse(f'state_dir = "{folder}"\n[store]\n{chosen}\n')
+    database = open_store(place_of(settings))
+    with contextlib.closing(Store(database, vault=unlock(database, settings))) as store:
+        store.create_subject("g", "a", "", {})
+    return settings
+
+
+def test_the_master_key_is_there_and_opens_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = config.parse(f'state_dir = "{tmp_path}/none"')
+    assert "will be made" in installation.check_master_key(fresh).detail
+    assert not (tmp_path / "none").exists(), "looking must not make it"
+    settings = sealed(tmp_path)
+    check = installation.check_master_key(settings)
+    assert (check.status, "1 key(s)" in check.detail) == (Status.OK, True)
+    key = tmp_path / "master.key"
+    kept = key.read_text()
+    for content in (None, "f" * 64 + "\n", "no key\n"):
+        key.unlink(missing_ok=True)
+        if content is not None:
+            key.write_text(content)
+            key.chmod(0o600)
+        assert installation.check_master_key(settings).status is Status.FAIL, content
+    # Wherever it comes from; where it may be there for the service alone, nothing is said.
+    monkeypatch.setenv("OF_THE_STORE", kept.strip())
+    moved = config.parse(f'state_dir = "{tmp_path}"\n[store]\nmaster_key = "env:OF_THE_STORE"')
+    assert installation.check_master_key(moved).status is Status.OK
+    monkeypatch.delenv("OF_THE_STORE")
+    assert installation.check_master_key(moved).status is Status.SKIP
+    for setting in ("credential:master-key", "file:/run/credentials/no.service/key"):
+        lent = config.parse(f'state_dir = "{tmp_path}"\n[store]\nmaster_key = "{setting}"')
+        assert installation.check_master_key(lent).status is Status.SKIP
+
+
+def test_a_store_that_lies_open_is_told_and_keeps_no_pictures(tmp_path: Path) -> None:
+    text = f'state_dir = "{tmp_path}"\n[store]\nencryption = "off"\n'
+    assert installation.check_master_key(config.parse(text)).status is Status.WARN
+    keeping = config.parse(f'{text}[events]\npictures = "all"\n')
+    check = installation.check_master_key(keeping)
+    assert (check.status, "lies open" in check.detail) == (Status.FAIL, True)
+
+
+def test_what_exports_traces_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert installation.check_tracing(config.Config()).status is Status.SKIP
+    traced = config.parse('[tracing]\nendpoint = "http://collector.example:4317"')
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
+    check = installation.check_tracing(traced)
+    assert (check.status, "facelane[otel]" in check.detail) == (Status.FAIL, True)
+
+
+def test_what_does_not_fit_its_card_is_refused_before_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rest = "[pools]\nrecognizer = false\nliveness = false\n"
+    settings = config.parse(f'{rest}[pools.detector]\ndevices = ["cuda:0"]')
+    models, _ = installation.check_models(settings)
+    assert models is not None
+    for total, status in ((80_000, Status.OK), (100, Status.FAIL)):
+        card = plan.DeviceMemory("cuda:0", "Card", total, 0)
+        monkeypatch.setattr(plan, "read_devices", lambda card=card: [card])
+        assert installation.check_memory(settings, models).status is status
+    models, _ = installation.check_models(config.parse(NULL))
+    assert models is not None
+    assert installation.check_memory(config.parse(NULL), models).status is Status.SKIP
+
+
 def test_models(tmp_path: Path) -> None:
     models, checks = installation.check_models(config.parse(NULL))
     assert models is not None
@@ -369,6 +446,7 @@ async def test_an_examination_goes_through_all_checks(tmp_path: Path) -> None:
     names = [check.name for check in report.checks]
     assert names[:2] == ["system", "config"]
     assert {"torch", "cgroup", "listen", "gallery", "model detector"} <= set(names)
+    assert {"master key", "memory", "tracing"} <= set(names)
     assert "model liveness" not in names
     assert not any(name.startswith("inference") for name in names)
 

@@ -328,8 +328,9 @@ async def test_somebody_gets_all_that_is_held_of_them(tmp_path: Path) -> None:
             "--out",
             str(tmp_path / "out"),
         ]
-        cli._attach_models()
-        done = CliRunner().invoke(cli.app, [*command, "--config", str(tmp_path / "server.toml")])
+        done = CliRunner().invoke(
+            cli.whole(), [*command, "--config", str(tmp_path / "server.toml")]
+        )
         assert done.exit_code == 0, done.output
         entries = await gallery.ask(_entries)
         assert entries[-1]["action"] == "EXPORTED"

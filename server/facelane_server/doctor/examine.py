@@ -12,9 +12,12 @@ from facelane_server.doctor.installation import (
     check_inference,
     check_keys,
     check_listen,
+    check_master_key,
+    check_memory,
     check_metrics,
     check_models,
     check_tls,
+    check_tracing,
 )
 from facelane_server.doctor.machine import (
     check_cgroup,
@@ -44,10 +47,14 @@ async def examine(path: Path | None, *, infer: bool = True) -> Report:
         check_metrics(settings),
         check_keys(settings),
         check_tls(settings),
+        check_tracing(settings),
         await asyncio.to_thread(check_gallery, settings),
+        await asyncio.to_thread(check_master_key, settings),
     ]
     models, told = check_models(settings)
     found += told
+    if models is not None:
+        found.append(await asyncio.to_thread(check_memory, settings, models))
     if infer and models is not None:
         found += [await check_inference(settings, models, stage) for stage in models.packages]
     return Report(tuple(found))

@@ -1,4 +1,4 @@
-"""The installation: config, addresses, keys, certificate, gallery, models.
+"""The installation: config, addresses, keys, certificate, gallery, master key, models, memory.
 
 The last check is a real inference by real workers, started as the server starts them. A running
 server is not disturbed.
@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
-from facelane_server import addresses, config, limits
+from facelane_server import addresses, config, limits, plan, traces
 from facelane_server.doctor.report import Finding, Status
 from facelane_server.domain import Encoding, FacelaneError, Picture, Stage
 from facelane_server.edge.auth import Authenticator, read_file
@@ -30,8 +30,9 @@ from facelane_server.pools.host import Launchers
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.tasks import DetectRequest, EmbedRequest, LivenessRequest, Request, Task
 from facelane_server.served import ServedModels
+from facelane_server.shards.dealing import cards, count
 from facelane_server.store.gallery import Store
-from facelane_server.store.opening import open_store, place_of
+from facelane_server.store.opening import key_source, open_store, place_of, unlock
 from facelane_server.store.vault import Vault
 
 INFERENCE_TIMEOUT_S: Final = 120.0
@@ -166,13 +167,13 @@ def _few(names: Sequence[str]) -> str:
 
 def check_gallery(settings: config.Config) -> Finding:
     """The store is whole, and a file's disk has room. Blocks: run it in a thread."""
-    if isinstance(place := place_of(settings), str):
+    if isinstance(place := place_of(settings, look=True), str):
         return _check_database(place)
     try:
-        path = gallery_path(settings)
+        path = gallery_path(settings, look=True)
         if not path.exists():
             folder = next(p for p in path.parents if p.exists())
-            if not os.access(folder, os.W_OK):
+            if not (folder.is_dir() and os.access(folder, os.W_OK)):
                 advice = "set gallery.path or state_dir to a folder that this user may write to"
                 return Finding("gallery", Status.FAIL, f"{folder} cannot be written to", advice)
             return _with_disk(Finding("gallery", Status.OK, f"{path}: will be made"), folder)
@@ -227,6 +228,64 @@ def _with_disk(check: Finding, folder: Path) -> Finding:
         return check
     detail = f"{check.detail}; {free} MiB free on its disk"
     return Finding(check.name, Status.WARN, detail, "free some space: enrolments will fail")
+
+
+def check_master_key(settings: config.Config) -> Finding:
+    """Whether it can be had, opens what is there, and everything is encrypted that has to be.
+    Blocks: run it in a thread."""
+    name = "master key"
+    try:
+        source = key_source(settings, look=True)
+        if source is not None and (why := source.elsewhere):
+            return Finding(name, Status.SKIP, f"{source.name}: {why}")
+        keys = () if source is None else source.read()
+        place = place_of(settings, look=True)
+        if isinstance(place, Path) and not place.exists():
+            encrypts = source is not None and settings.store.encryption != "off"
+        else:
+            with contextlib.closing(open_store(place, look=True)) as database:
+                encrypts = unlock(database, settings, look=True).encrypts
+                if not encrypts and source is not None and settings.store.encryption == "on":
+                    encrypts = True  # by the next start
+    except config.ConfigError as error:
+        return Finding(name, Status.FAIL, str(error), "the server does not start without it")
+    except FacelaneError as error:  # the gallery's own check says more
+        return Finding(name, Status.SKIP, f"the store cannot be looked at: {error.message}")
+    except OSError as error:
+        advice = "look as the server's own user (sudo -u)"
+        return Finding(name, Status.FAIL, f"it cannot be looked at: {error.strerror}", advice)
+    if settings.keeps_pictures and not encrypts:
+        advice = "set store.encryption = 'on', or events.pictures to 'none'"
+        return Finding(name, Status.FAIL, "events keep pictures in a store that lies open", advice)
+    if not encrypts:
+        advice = "what is kept of people lies on the disk as it is: store.encryption = 'on'"
+        return Finding(name, Status.WARN, "the store is not encrypted", advice)
+    assert source is not None
+    detail = f"{source.name}: {len(keys)} key(s)" if keys else f"{source.name}: will be made"
+    return Finding(name, Status.OK, detail)
+
+
+def check_tracing(settings: config.Config) -> Finding:
+    if not settings.tracing.endpoint:
+        return Finding("tracing", Status.SKIP, "switched off")
+    try:
+        traces.check(settings.tracing)
+    except config.ConfigError as error:
+        return Finding("tracing", Status.FAIL, str(error))
+    return Finding("tracing", Status.OK, f"to {settings.tracing.endpoint}")
+
+
+def check_memory(settings: config.Config, models: ServedModels) -> Finding:
+    """Whether the models fit their cards, as the server asks before it loads them. Blocks: run it
+    in a thread."""
+    shards = count(settings, cores=len(os.sched_getaffinity(0)), cards=cards())
+    made = plan.make_plan(settings, models.packages, plan.read_devices(), shards=shards)
+    if made.problems:
+        advice = "`facelane-server plan` shows what each pool takes"
+        return Finding("memory", Status.FAIL, "; ".join(made.problems), advice)
+    if not made.devices:
+        return Finding("memory", Status.SKIP, "no pool is on a card")
+    return Finding("memory", Status.OK, f"what the pools take fits {len(made.devices)} device(s)")
 
 
 def check_models(settings: config.Config) -> tuple[ServedModels | None, tuple[Finding, ...]]:

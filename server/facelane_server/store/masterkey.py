@@ -19,6 +19,7 @@ from typing import Final
 
 import structlog
 
+from facelane_server.addresses import LENT
 from facelane_server.config import ConfigError
 from facelane_server.store import envelope
 from facelane_server.store.envelope import Lock
@@ -60,6 +61,19 @@ class Source:
             return Path(self._what)
         folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
         return Path(folder) / self._what if self._kind == "credential" and folder else None
+
+    @property
+    def elsewhere(self) -> str:
+        """Why a service may have it and this process has it not; "" where that cannot be."""
+        if self._kind == "env" and self._what not in os.environ:
+            return f"${self._what} is not set here: the running service needs it in its environment"
+        path = self.path
+        lent = self._kind == "credential" and path is None
+        if path is not None and str(path).startswith(LENT):
+            lent = not os.access(path, os.R_OK)
+        if lent:
+            return "systemd lends it to the running service alone: not looked at"
+        return ""
 
     def read(self) -> tuple[Lock, ...]:
         """The keys, the one that locks first; empty where the file is absent that facelane makes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from facelane_server import config
-from facelane_server.folders import gallery_path, state_dir
+from facelane_server.folders import gallery_path, state_dir, state_path
 from facelane_server.store.database import Database
 from facelane_server.store.masterkey import Source
 from facelane_server.store.postgres import PostgresDatabase
@@ -13,10 +13,11 @@ from facelane_server.store.sqlite import SqliteFile
 from facelane_server.store.vault import Vault, open_vault
 
 
-def place_of(settings: config.Config) -> Path | str:
-    """Where the store is: a SQLite file, or the URL of a PostgreSQL database."""
+def place_of(settings: config.Config, *, look: bool = False) -> Path | str:
+    """Where the store is: a SQLite file, or the URL of a PostgreSQL database. ``look``: no folder
+    is made for it."""
     url = settings.store.url
-    return url if url.startswith("postgresql://") else gallery_path(settings)
+    return url if url.startswith("postgresql://") else gallery_path(settings, look=look)
 
 
 def open_store(place: Path | str, *, look: bool = False) -> Database:
@@ -27,21 +28,24 @@ def open_store(place: Path | str, *, look: bool = False) -> Database:
     return PostgresDatabase(place, look=look)
 
 
-def key_source(settings: config.Config) -> Source | None:
+def key_source(settings: config.Config, *, look: bool = False) -> Source | None:
     """Where the master key comes from. None: nowhere, since a store of several machines has no
-    folder beside it that all of them see. Raises ``ConfigError``."""
+    folder beside it that all of them see. ``look``: as in ``place_of``. Raises ``ConfigError``."""
     chosen = settings.store.master_key
-    if not chosen and isinstance(place_of(settings), str):
+    if not chosen and isinstance(place_of(settings, look=look), str):
         if settings.store.encryption == "on":
             raise config.ConfigError(
                 "store.encryption = 'on' with PostgreSQL needs store.master_key, the same for "
                 "every server of the store"
             )
         return None
-    return Source(chosen, state_dir(settings) if not chosen else Path())
+    if chosen:
+        return Source(chosen, Path())
+    return Source(chosen, state_path(settings) if look else state_dir(settings))
 
 
 def unlock(database: Database, settings: config.Config, *, look: bool = False) -> Vault:
     """The keys of a store that was opened; see ``open_vault``. Raises ``ConfigError`` and
     GALLERY_UNAVAILABLE."""
-    return open_vault(database, key_source(settings), mode=settings.store.encryption, look=look)
+    source = key_source(settings, look=look)
+    return open_vault(database, source, mode=settings.store.encryption, look=look)
