@@ -168,6 +168,8 @@ class Endpoint:
     bearer: Bearer
     proxy: str
     """The environment's variable that names the proxy on the way there, empty for none."""
+    barred: bool = False
+    """Nothing was said of where, and the installed service's socket is not for this user."""
 
     def __repr__(self) -> str:
         return f"Endpoint({self.target!r}, tls={self.credentials is not None})"
@@ -202,7 +204,16 @@ class Endpoint:
                 f"; the way leads by the proxy that {self.proxy} names: list the server in "
                 "no_proxy, or give proxy=False (--no-proxy)"
             )
+        if self.barred and told.reason == Reason.UNREACHABLE:
+            told.message += (
+                f"; a service listens at {INSTALLED}, which is for root and the members of the "
+                "socket's group (facelane-clients): use sudo, or join it"
+            )
         return told
+
+
+INSTALLED = Path("/run/facelane/grpc.sock")
+"""Where the installed service listens."""
 
 
 def default_target(environ: Mapping[str, str] = os.environ) -> str:
@@ -211,9 +222,8 @@ def default_target(environ: Mapping[str, str] = os.environ) -> str:
     started."""
     if told := environ.get("FACELANE_TARGET"):
         return told
-    installed = Path("/run/facelane/grpc.sock")
-    if os.access(installed, os.W_OK):
-        return f"unix:{installed}"
+    if os.access(INSTALLED, os.W_OK):
+        return f"unix:{INSTALLED}"
     if own := environ.get("XDG_RUNTIME_DIR"):
         return f"unix:{own}/facelane/grpc.sock"
     folder = Path(f"/tmp/facelane-{os.getuid()}")  # noqa: S108 - its owner is looked at
@@ -229,6 +239,8 @@ def endpoint(
 ) -> Endpoint:
     """The endpoint from what was given, completed from the environment."""
     address = target or default_target()
+    anywhere = not target and "FACELANE_TARGET" not in os.environ
+    barred = anywhere and os.path.exists(INSTALLED) and not os.access(INSTALLED, os.W_OK)
     if tls is None:
         given = {name: os.environ.get(f"FACELANE_TLS_{name}") or None for name in _TLS_VARIABLES}
         if any(given.values()):
@@ -254,7 +266,7 @@ def endpoint(
         # A connection watches its server's health by itself, outside of all calls.
         watching = grpc.metadata_call_credentials(_Watching(bearer), name="facelane-health")
         credentials = grpc.composite_channel_credentials(credentials, watching)
-    return Endpoint(address, credentials, options, bearer, variable)
+    return Endpoint(address, credentials, options, bearer, variable, barred)
 
 
 def checked_token(secret: str) -> str:

@@ -459,6 +459,9 @@ def test_missing_credentials_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(SourceError, match="user:password") as caught:
             open_source(camera("rtsp://127.0.0.1:1/x", **options)).open()
         assert caught.value.outlook is Outlook.HOPELESS
+    lent = "/run/credentials/facelane-bridge@none.service/camera"
+    with pytest.raises(SourceError, match="lends it to the running service alone"):
+        open_source(camera("rtsp://127.0.0.1:1/x", credentials_file=lent)).open()
 
 
 # --- pieces ---

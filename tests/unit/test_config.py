@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+import facelane
 from facelane import transport
 from facelane_server import addresses, config
 from facelane_server.config import ConfigError
@@ -215,6 +217,28 @@ def test_loopback_is_no_password() -> None:
     assert not config.parse(listen + tls).wants_keys, "clients show certificates"
     with pytest.raises(ConfigError, match="socket_group is for Unix sockets"):
         config.parse(listen + "socket_group = 'g'\n[auth]\nmode = 'none'")
+
+
+def test_a_service_that_is_not_for_this_user_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it looks as if none ran, right after it was installed and started."""
+    installed = tmp_path / "grpc.sock"
+    monkeypatch.setattr(transport, "INSTALLED", installed)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as of another user, which root is not
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "own"))
+    monkeypatch.delenv("FACELANE_TARGET", raising=False)
+
+    def said(target: str | None = None) -> str:
+        client = facelane.Client(target, timeout=50)
+        with client, pytest.raises(facelane.UnavailableError) as told:
+            client.server_info()
+        return told.value.message
+
+    assert "sudo" not in said()
+    installed.touch()
+    assert "facelane-clients" in said()
+    assert "sudo" not in said(f"unix:{tmp_path}/nobody.sock")
 
 
 def test_the_default_socket_is_where_clients_look() -> None:

@@ -16,6 +16,7 @@ from facelane_bridge.sources.api import SourceError, SourceReason
 from facelane_bridge.sources.challenge import Credentials
 
 MAX_CREDENTIALS_CHARS = 4096
+LENT = "/run/credentials/"
 NO_SUCH_HOST = "the camera's name is not known; check its address, and this machine's DNS"
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
@@ -33,7 +34,10 @@ def load_credentials(camera: CameraSettings) -> Credentials | None:
             with open(camera.credentials_file, encoding="utf-8-sig") as file:
                 text = file.read(MAX_CREDENTIALS_CHARS)
         except (OSError, UnicodeDecodeError):
-            raise _missing(f"{where} cannot be read; it has to hold user:password") from None
+            told = "it has to hold user:password"
+            if camera.credentials_file.startswith(LENT):
+                told = "systemd lends it to the running service alone; its log says more"
+            raise _missing(f"{where} cannot be read; {told}") from None
     else:
         return None
     user, colon, password = text.strip("\r\n").partition(":")
