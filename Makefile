@@ -45,7 +45,7 @@ TIME ?= 86400
 SEEDS ?= 3
 
 test-rest: setup ## what `make test` leaves out, as far as TIME=600 seconds go
-	@FACELANE_FAULT_SEEDS=$(SEEDS) $(PYTEST) --dist worksteal -m slow --within $(TIME) $(PYTEST_ARGS)
+	@FACELANE_FAULT_SEEDS=$(SEEDS) $(PYTEST) --dist worksteal --deal -m slow --within $(TIME) $(PYTEST_ARGS)
 
 # A real systemd is booted where that can be: it takes root and Debian's tools (CONTRIBUTING.md).
 BOOT = $(shell test "$$(id -u)" = 0 && command -v debootstrap >/dev/null && command -v systemd-nspawn >/dev/null && echo 1)

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from tests import postgres as postgres_server
 from tests.costs import Costs
 from tests.measuring import Measuring
+from tests.ordering import dealt, in_order, is_last
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,6 +62,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="begin no test after that; what is left over is skipped, it does not fail",
     )
+    parser.addoption(
+        "--deal",
+        action="store_true",
+        help="with `--dist worksteal`: each process begins with what is worth most",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,33 +84,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("the time was over")
 
 
-def is_last(item: pytest.Item) -> bool:
-    """One of hundreds of a kind, to be run when all others were: ``slow(last=True)``."""
-    return any(mark.kwargs.get("last", False) for mark in item.iter_markers("slow"))
-
-
-FOLDERS = ("browser", "e2e", "process", "faults", "cases", "contract")
-"""Whose files are begun first where several processes share the tests: they wait for most of
-their time, and one of them at the end would keep a single process busy. Those of the browser are
-the first of the slow ones; one process gets all of them, with one server and one browser."""
-
-
-def in_order(items: list[pytest.Item]) -> None:
-    """Files stay whole; those with the most tests first in their folder."""
-    sizes = Counter(item.path for item in items)
-
-    def place(item: pytest.Item) -> tuple[bool, int, int, str]:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        rank = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
-        return is_last(item), rank, -sizes[item.path], str(item.path)
-
-    items.sort(key=place)
-
-
+# Behind those that choose (`-m`): what is dealt is what is run.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
+    workerinput = getattr(config, "workerinput", None)
+    if workerinput is not None:
         in_order(items)
     items.sort(key=is_last)
+    if workerinput is not None and config.getoption("--deal"):
+        items[:] = dealt(items, workerinput["workercount"])
     missing = {}
     if shared_folder() is None:
         missing["shared"] = "no public models here: set FACELANE_SHARED to a folder that has them"
