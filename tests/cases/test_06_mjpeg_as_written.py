@@ -84,7 +84,7 @@ def test_what_came_instead_of_pictures_is_told() -> None:
         camera.stopped.wait(30)
 
     with HttpCamera(other) as camera:
-        result = check_camera(settings(camera.url, open_timeout=0.3))
+        result = check_camera(settings(camera.url, open_timeout=1.5))
     assert result.error is not None
     assert "none of them a JPEG (of type 'image/png')" in result.error.message
     with HttpCamera(lambda _: iter([head(MULTIPART), part(b"{}", b"Content-Type: a/b")])) as camera:

@@ -63,7 +63,7 @@ def test_a_client_that_never_reads_loses_its_stream_and_nobody_else(
 def test_a_slow_reader_that_does_read_keeps_its_stream(start: Start, tmp_path: Path) -> None:
     """Flow control, not the deadline, is what slows a stream down."""
     detector = wire.null_detector(tmp_path, 32)
-    server = start(wire.pools(detector, every=THREAD), "[limits]\nslow_reader_s = 2\nwindow = 4")
+    server = start(wire.pools(detector, every=THREAD), "[limits]\nslow_reader_s = 20\nwindow = 4")
     with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
         stream.open(options=pb.AnalysisOptions(skip_recognition=True, skip_liveness=True))
         stream.write(*(wire.frame(number) for number in range(1, 101)))

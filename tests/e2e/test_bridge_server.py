@@ -83,7 +83,7 @@ async def test_a_server_that_goes_and_comes_back(tmp_path: Path, kill: bool) -> 
             def results() -> int:
                 return running.totals["cam"].results if running.totals else 0
 
-            await auntil(lambda: results() > 20, timeout=30)
+            await auntil(lambda: results() > 20)
             if kill:
                 server.process.kill()
                 await asyncio.to_thread(server.process.wait, 10)
@@ -91,7 +91,7 @@ async def test_a_server_that_goes_and_comes_back(tmp_path: Path, kill: bool) -> 
             before = results()
             server = RunningServer(folder, toml(folder))
             await asyncio.to_thread(server.wait_serving)
-            await auntil(lambda: results() > before + 20, timeout=30)
+            await auntil(lambda: results() > before + 20)
             running.stop()
             report = await asyncio.wait_for(task, 30)
         finally:

@@ -410,7 +410,7 @@ def test_a_killed_server_leaves_no_process_and_its_gallery(start: Start) -> None
         client.enroll("lasting", wire.picture())
         load.more()
         server.process.kill()
-        _, alive = psutil.wait_procs(workers, timeout=10)
+        _, alive = psutil.wait_procs(workers, timeout=60)
         assert not alive
         load.finish()
         assert load.failure is not None
@@ -454,7 +454,7 @@ def test_metrics_over_http(start: Start) -> None:
         for _ in range(2):
             with pytest.raises(facelane.NotFoundError):
                 client.get_subject("nobody-of-the-metrics")
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         assert response.headers["content-type"].startswith("text/plain")
         text = response.read().decode()
     samples = dict(
@@ -472,7 +472,7 @@ def test_reflection_lists_the_services(server: RunningServer) -> None:
     with wire.channel(server.target) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         (answer,) = stub.ServerReflectionInfo(
-            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=wire.CALL_S
         )
     names = {service.name for service in answer.list_services_response.service}
     assert names >= {
@@ -517,7 +517,7 @@ def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
                 while (
                     not seen or seen[-1].kind != "STREAM_CLOSED" or seen[-1].source_id != "door-1"
                 ):
-                    seen.append(told.get(timeout=10))
+                    seen.append(told.get(timeout=60))
             finally:
                 events.close()
                 reader.join(30)
@@ -608,9 +608,10 @@ def test_events_tell_of_a_lost_pool(quick: RunningServer) -> None:
 
         try:
             kill_worker(client, "recognizer")
-            event = told.get(timeout=30)
+            # What the tests before have done to other pools may be told only now.
+            while (event := told.get(timeout=30)).pool != "recognizer":
+                pass
         finally:
             events.close()
             reader.join(30)
-    assert event.pool == "recognizer"
     assert "SERVING" in event.message

@@ -51,7 +51,8 @@ def test_streams_are_listed_with_their_figures(client: facelane.Client) -> None:
 
         def known() -> facelane.OpenStream | None:
             found = client.list_streams(source_ids=["yard"])
-            return found[0] if found and found[0].results > 5 else None
+            # Rates are those of the last seconds, in which this machine may have done nothing.
+            return found[0] if found and found[0].results > 5 and found[0].result_fps else None
 
         stream = until(known)
         assert stream.encoding is facelane.Encoding.JPEG
@@ -134,8 +135,6 @@ def test_what_cannot_be_asked_is_refused(client: facelane.Client, channel: grpc.
 
 CONFIG = """[view]
 watchers_of_key = 2
-[limits]
-slow_reader_s = 1
 [sources."ward-*"]
 private = true
 """

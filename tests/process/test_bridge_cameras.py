@@ -185,7 +185,7 @@ async def test_a_frozen_camera_is_noticed_and_opened_again() -> None:
     with ScriptedServer() as server:
         given = settings(server.target, LIVE | {"stall_after": 0.2, "stall_limit": 0.3})
         async with Running(given, open_source=cameras) as running:
-            await auntil(lambda: len(cameras.opened) == 2 and cameras.opened[1].given > 5)
+            await auntil(lambda: any(source.given > 5 for source in cameras.opened[1:]))
     assert running.states()[:5] == ["STREAMING", "STALLED", "BACKOFF", "CONNECTING", "STREAMING"]
 
 
@@ -195,7 +195,8 @@ async def test_a_reader_that_hangs_is_left_behind() -> None:
         patience = {"open_timeout": 0.5, "stall_after": 0.2, "stall_limit": 0.2}
         given = settings(server.target, LIVE | patience)
         async with Running(given, open_source=cameras) as running:
-            await auntil(lambda: len(cameras.opened) == 2 and cameras.opened[1].given > 5)
+            # A busy machine may take the second one for a camera that hangs, too.
+            await auntil(lambda: any(source.given > 5 for source in cameras.opened[1:]))
             assert not cameras.opened[0].closed.is_set()
     assert running.report.summary.cameras["a"].state == "STOPPED"  # type: ignore[union-attr]
 

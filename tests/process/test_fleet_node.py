@@ -26,7 +26,8 @@ from facelane_fleet import node as node_module
 from facelane_fleet.messages import Order, Report, ServersOrder
 from facelane_fleet.node import Node
 
-LEASE = 4.0
+LEASE = 12.0
+"""Longer than this machine may stand still: within it a bridge has to hear of its node."""
 
 
 class Driven:

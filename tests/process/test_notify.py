@@ -150,7 +150,7 @@ class TestKeepAlive:
         task = asyncio.create_task(notifier.keep_alive(lambda: alive))
         try:
             await asyncio.sleep(0)
-            assert await asyncio.to_thread(listener.wait_for, "WATCHDOG", 5)
+            assert await asyncio.to_thread(listener.wait_for, "WATCHDOG")
             first = listener.count("WATCHDOG")
             await asyncio.to_thread(until, lambda: listener.count("WATCHDOG") >= first + 3)
             alive = False
@@ -160,7 +160,7 @@ class TestKeepAlive:
             await asyncio.sleep(0.3)  # the watchdog's interval, twice
             assert listener.count("WATCHDOG") == 0
             alive = True
-            assert await asyncio.to_thread(listener.wait_for, "WATCHDOG", 5)
+            assert await asyncio.to_thread(listener.wait_for, "WATCHDOG")
         finally:
             task.cancel()
 

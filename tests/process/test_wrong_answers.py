@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.real_pool import real_pool
+from tests.waiting import WAIT_S, auntil
 
 from facelane_server.domain import Stage
 from facelane_server.pools.canary import WRONG_ANSWER
@@ -23,12 +24,12 @@ async def test_a_worker_that_answers_wrongly_is_lost_and_its_successor_serves(
         stage, options=options, canary_interval_s=0.1, ping_interval_s=0.05, wait=False
     ) as running:
         pool = running.pool
-        async with asyncio.timeout(30):
-            while (
-                pool.info().workers[0].last_loss != WRONG_ANSWER
-                or pool.state is not PoolState.SERVING
-            ):
-                await asyncio.sleep(0.02)  # the pace
+        await auntil(
+            lambda: (
+                pool.info().workers[0].last_loss == WRONG_ANSWER and pool.state is PoolState.SERVING
+            ),
+            what="the loss, and the successor",
+        )
         await running.infer()
         assert (pool.info().losses, pool.info().failed) == (1, 0)
 
@@ -38,7 +39,7 @@ async def test_a_busy_worker_is_asked_too(tmp_path: Path) -> None:
     options = {"fail.wrong_from_job": "2", "fail.only_file": str(tmp_path / "fired")}
     async with real_pool(options=options, canary_interval_s=0.05, ping_interval_s=0.02) as running:
         pool = running.pool
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_S):
             while pool.info().losses == 0:
                 await asyncio.gather(*(running.infer() for _ in range(8)))
         assert pool.info().workers[0].last_loss == WRONG_ANSWER
