@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import structlog
 
@@ -19,6 +19,7 @@ from facelane_server.edge.controls import Degradation, Reloaded
 from facelane_server.edge.quotas import Kind
 from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventJournal, EventKind
+from facelane_server.gallery.erasure import keep_erased
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.retention import Retention
 from facelane_server.gallery.trail import Trail
@@ -35,6 +36,7 @@ from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolChange, PoolEvent
 from facelane_server.seat import Seat
 from facelane_server.served import ServedModels
+from facelane_server.standing import beside, cancelled
 from facelane_server.store.audit import Action
 from facelane_server.store.opening import place_of, unlock
 from facelane_server.traces import exported
@@ -180,18 +182,20 @@ class App:
                 max_pixels=self.settings.limits.max_pixels,
                 known=gallery.knows,
                 losses=gallery.losses,
+                revision=lambda: gallery.revision,
                 searched=gallery.searched,
                 context=self.models.context,
                 portrait=self.models.portrait,
             )
             self._pipeline = pipeline
-            _beside(stack, self._publish_health(), "health")
+            beside(stack, self._publish_health, "health")
             self._changed.set()
             stack.push_async_callback(self._end_reloads)
             retention = Retention(gallery, self.settings.galleries)
             pictures = keep_pictures(self.settings, gallery, pipeline)
             stack.callback(pictures.close)
-            _beside(stack, pictures.run(), "event-pictures")
+            gallery.on_forgotten.append(pictures.forgotten)
+            beside(stack, pictures.run, "event-pictures")
             watch = LaneWatch(
                 self.metrics,
                 self.events,
@@ -223,13 +227,13 @@ class App:
                 stack.push_async_callback(scraped.close)
             self.monitor.start()
             stack.callback(self.monitor.close)
-            _beside(stack, self._enroll_again_after_start(), "renewal")
-            _beside(stack, self.metrics.watch_loop(), "loop-lag")
-            _beside(stack, self._watch_gallery(gallery), "gallery-file")
-            _beside(stack, trail.run(), "audit")
-            _beside(stack, retention.run(), "retention")
-            _beside(stack, gallery.keep_erased(), "gallery-erasure")
-            _beside(stack, self.notifier.keep_alive(self._alive), "watchdog")
+            beside(stack, self._enroll_again_after_start, "renewal")
+            beside(stack, self.metrics.watch_loop, "loop-lag")
+            beside(stack, lambda: self._watch_gallery(gallery), "gallery-file")
+            beside(stack, trail.run, "audit")
+            beside(stack, retention.run, "retention")
+            beside(stack, lambda: keep_erased(gallery), "gallery-erasure")
+            beside(stack, lambda: self.notifier.keep_alive(self._alive), "watchdog")
             yield self
 
     async def _watch_gallery(self, gallery: Gallery) -> None:
@@ -479,7 +483,7 @@ class App:
 
     async def _end_reloads(self) -> None:
         for task in (*self._reloads, *self._renewals):
-            await _cancel(task)
+            await cancelled(task)
 
     def _read_package(self, model: str, present: Package) -> Package:
         if not model:
@@ -545,17 +549,6 @@ class App:
         task.add_done_callback(self._renewals.discard)
 
 
-def _beside(stack: contextlib.AsyncExitStack, work: Coroutine[Any, Any, Any], name: str) -> None:
-    """Runs until the stack is left."""
-    stack.push_async_callback(_cancel, asyncio.create_task(work, name=name))
-
-
-async def _cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-
-
 async def serve(
     settings: config.Config,
     path: Path | None = None,
@@ -586,10 +579,10 @@ async def serve(
                 await app.wait_stop()
                 await app.drain()
             finally:
-                await _cancel(tending)
+                await cancelled(tending)
     finally:
         if attending is not None:
-            await _cancel(attending)
+            await cancelled(attending)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
     log.info("ended")

@@ -295,7 +295,8 @@ class Sighting(msgspec.Struct, frozen=True, gc=False):
     ``at_ns``: media time. ``capture_time_ns``: the camera's clock, since the epoch.
     ``looked``: the recogniser ran on this very picture. ``ood_score`` in [0, 1]. ``size``: width
     and height of the picture. ``doubtful``: it is not certain that this is still the same face.
-    ``portrait``: where pictures are kept, and something looked at the face.
+    ``portrait``: where pictures are kept, and something looked at the face. ``as_of``: the revision
+    of the gallery by which it is named: whoever was enrolled later is another, whatever the name.
     """
 
     track_id: int
@@ -309,6 +310,7 @@ class Sighting(msgspec.Struct, frozen=True, gc=False):
     size: tuple[int, int] = (0, 0)
     doubtful: bool = False
     portrait: Portrait | None = None
+    as_of: int = 0
 
 
 class TrackReport(msgspec.Struct, frozen=True, gc=False):

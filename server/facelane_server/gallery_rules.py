@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -14,6 +15,9 @@ import msgspec
 from facelane_server.domain import Keeping
 
 DAY_NS: Final = 24 * 3600 * 1_000_000_000
+SETTLE_S: Final = 600.0
+"""A clock that leapt is believed after so long."""
+LEAP_S: Final = 60.0
 
 Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Share = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
@@ -116,3 +120,29 @@ class SteadyClock:
         drift = max(-self._tolerance_s / 10, min(self._tolerance_s / 10, offset - self._offset_s))
         self._offset_s += drift
         return monotonic_s - self._since >= self._settle_s
+
+
+class Expiry:
+    """From which age on something is kept no longer, for as long as the clock can be believed: by
+    one that was wrong for a minute, all that happened would be too old."""
+
+    def __init__(
+        self,
+        keep_ns: int,
+        *,
+        wall_ns: Callable[[], int] = time.time_ns,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keep_ns = keep_ns
+        self._wall_ns = wall_ns
+        self._monotonic = monotonic
+        self._clock = SteadyClock(settle_s=SETTLE_S, tolerance_s=LEAP_S)
+        self._doubted_until_s = 0.0
+
+    def before_ns(self) -> int:
+        """What is older goes; 0 = nothing is, since the clock has leapt lately."""
+        wall_ns, now_s = self._wall_ns(), self._monotonic()
+        self._clock.look(wall_ns / 1e9, now_s)
+        if self._clock.leapt:
+            self._doubted_until_s = now_s + SETTLE_S
+        return 0 if now_s < self._doubted_until_s else wall_ns - self._keep_ns

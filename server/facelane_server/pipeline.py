@@ -163,12 +163,13 @@ class Pipeline:
         known: Callable[[str, str], bool] = lambda _gallery_id, _subject_id: True,
         searched: Callable[[str], int] = lambda _gallery_id: 1,
         losses: Losses | None = None,
+        revision: Callable[[], int] = lambda: 0,
         context: float = 0.0,
         portrait: int | None = None,
     ) -> None:
         """``portrait``: the position of the crop that an event's picture is made of; None = none is
         cut. ``known``: whether (gallery id, subject id) can be recognised at this moment.
-        ``losses``: when subjects lost templates.
+        ``losses``: when subjects lost templates. ``revision``: the gallery's, as it is searched.
         ``searched``: the number of templates in a gallery. ``context``: how many times its box
         liveness wants to see around a face; 0 = it needs nothing."""
         if Stage.DETECTOR not in pools:
@@ -178,6 +179,7 @@ class Pipeline:
         self.known = known
         self.searched = searched
         self.losses = losses or Losses()
+        self.revision = revision
         self.liveness_models = 0
         """How often liveness came to be judged by another model."""
         self.context = context
@@ -396,6 +398,14 @@ class Pipeline:
             keep=plan.max_candidates,
         )
 
+    def identity_now(self, evidence: Evidence, plan: Plan, moment: int) -> Identity:
+        """The same of a face that is told once and forgotten: nothing where somebody whom it would
+        tell was deleted since the recogniser was asked, at this ``moment`` of ``losses``."""
+        found = self.identity(evidence, plan)
+        if self.remembers(found.subjects, plan, moment):
+            return found
+        return Identity(Decision.NOT_EVALUATED)
+
     def resembles(self, evidence: Evidence, plan: Plan) -> str:
         """See ``decide.resembles``."""
         thresholds = self.named_by(plan)
@@ -439,6 +449,7 @@ class Pipeline:
             plan.liveness and self.shows_context(face, answer.width, answer.height)
             for face in found
         ]
+        moment = self.losses.now
         waiting: list[asyncio.Future[Evidence]] = []
         under_way: list[Callable[[], None]] = []
         for face, live in zip(found, judged, strict=True):
@@ -469,7 +480,7 @@ class Pipeline:
                     box=face.box,
                     score=face.score,
                     landmarks=face.landmarks,
-                    identity=self.identity(evidence, plan),
+                    identity=self.identity_now(evidence, plan, moment),
                     liveness=decide.liveness(
                         evidence.live_score,
                         self.thresholds.liveness_at(plan.source_id),

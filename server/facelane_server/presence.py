@@ -47,6 +47,8 @@ class _Known:
     """One track, and what was told of it."""
 
     report: TrackReport
+    as_of: int
+    """See ``Sighting``; of the newest one."""
     told: State
     told_ns: int
     states: set[State]
@@ -77,10 +79,12 @@ class Presence:
         state = (seen.identity.decision, seen.identity.subject_id, seen.liveness.verdict)
         if known is None:
             report = _first(seen)
-            known = self._tracks[seen.track_id] = _Known(report, state, seen.at_ns, {state})
+            known = self._tracks[seen.track_id] = _Known(
+                report, seen.as_of, state, seen.at_ns, {state}
+            )
             kinds = [EventKind.TRACK_STARTED]
         else:
-            known.report = _next(known.report, seen)
+            known.report, known.as_of = _next(known.report, seen), seen.as_of
             kinds = []
             rested = seen.at_ns - known.told_ns >= UPDATE_INTERVAL_NS
             if state != known.told and (rested or state not in known.states):
@@ -103,6 +107,11 @@ class Presence:
     def report(self, track_id: int) -> TrackReport | None:
         known = self._tracks.get(track_id)
         return None if known is None else known.report
+
+    def as_of(self, track_id: int) -> int:
+        """The gallery's revision by which a track was named last; see ``Sighting``."""
+        known = self._tracks.get(track_id)
+        return 0 if known is None else known.as_of
 
     def _derived(self, known: _Known, seen: Sighting) -> Iterator[EventKind]:
         decision, subject = seen.identity.decision, seen.identity.subject_id

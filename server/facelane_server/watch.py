@@ -110,11 +110,11 @@ class LaneWatch:
             return
         if sighting.portrait is not None and self._pictures is not None:
             self._pictures.note(lane.lane_id, sighting.track_id, sighting.portrait)
-        self._publish(lane, present.sighted(sighting))
+        self._publish(lane, present.sighted(sighting), sighting.as_of)
         if (zoning := self._zoning.get(lane.lane_id)) is not None:
             track = present.report(sighting.track_id)
             for kind, report in zoning.sighted(sighting):
-                self._tell(lane, kind, track, report)
+                self._tell(lane, kind, track, report, as_of=sighting.as_of)
 
     def track_ended(self, lane: Lane, track_id: int) -> None:
         self._metrics.tracks_ended.inc()
@@ -122,11 +122,12 @@ class LaneWatch:
         if present is not None and (report := present.report(track_id)) is not None:
             gallery_id, named = lane.options.plan.gallery_id, report.identity.subjects
             gone = not all(self._gallery.knows(gallery_id, subject) for subject in named)
+            as_of = present.as_of(track_id)
             ends = present.ended(track_id, forget=gone)
             if (zoning := self._zoning.get(lane.lane_id)) is not None:
                 for kind, rule in zoning.ended(track_id):
-                    self._tell(lane, kind, ends[0][1], rule)
-            self._publish(lane, ends)
+                    self._tell(lane, kind, ends[0][1], rule, as_of=as_of)
+            self._publish(lane, ends, as_of)
         if self._pictures is not None:
             self._pictures.forget(lane.lane_id, track_id)
 
@@ -135,7 +136,7 @@ class LaneWatch:
         present = self._present.get(lane_id)
         return 0 if present is None else len(present)
 
-    def _publish(self, lane: Lane, tellings: Iterable[Telling]) -> None:
+    def _publish(self, lane: Lane, tellings: Iterable[Telling], as_of: int) -> None:
         for kind, report in tellings:
             if kind is EventKind.SUBJECT_SEEN:
                 self._seen(lane.options.plan.gallery_id, report.identity.subject_id)
@@ -146,12 +147,19 @@ class LaneWatch:
                     report,
                     gallery_id=lane.options.plan.gallery_id,
                     keeping=lane.options.pictures,
+                    as_of=as_of,
                 )
                 report = replace(report, picture=picture)
-            self._tell(lane, kind, report)
+            self._tell(lane, kind, report, as_of=as_of)
 
     def _tell(
-        self, lane: Lane, kind: EventKind, track: TrackReport | None, rule: RuleReport | None = None
+        self,
+        lane: Lane,
+        kind: EventKind,
+        track: TrackReport | None,
+        rule: RuleReport | None = None,
+        *,
+        as_of: int,
     ) -> None:
         gallery_id = lane.options.plan.gallery_id
         if track is not None and gallery_id in self._confirmed:
@@ -164,6 +172,7 @@ class LaneWatch:
             gallery_id=gallery_id,
             track=track,
             rule=rule,
+            as_of=as_of,
         )
 
 

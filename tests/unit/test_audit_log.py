@@ -24,6 +24,7 @@ from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
 from facelane_server.store import audit, chain
 from facelane_server.store.audit import Action, Actor, AuditLog, Deed, Pending
+from facelane_server.store.chain import Receipt
 from facelane_server.store.gallery import Store
 from facelane_server.store.masterkey import Source
 from facelane_server.store.opening import open_store, unlock
@@ -199,6 +200,17 @@ def test_what_waits_is_bounded_and_told(monkeypatch: pytest.MonkeyPatch) -> None
     pending.put_back(taken)
     assert len(pending) <= 6
     assert pending.take()[-1].action is Action.GAP
+    # While it cannot be written for long, and more comes than there is room for.
+    for _ in range(20):
+        for _ in range(9):
+            pending.add(Deed(Action.LOOKED_UP))
+        waited = pending.take()
+        for _ in range(9):
+            pending.add(Deed(Action.LOOKED_UP))
+        pending.put_back(waited)
+        assert len(pending) <= 6
+    counted = [dict(d.told)["times"] if d.action is Action.GAP else 1 for d in pending.take()]
+    assert sum(map(int, counted)) == 20 * 18, "nothing is lost without being counted"
 
 
 async def test_look_ups_go_on_without_the_log_and_administration_does_not(tmp_path: Path) -> None:
@@ -388,6 +400,20 @@ def test_after_a_backup_was_restored_whoever_was_deleted_is_deleted_again(tmp_pa
         kept.write_text(chain.Signer(bytes(32)).receipt(forged).text())
         assert "not signed by this store" in again()[1]
         assert len(store.list_subjects("staff")[0]) == 2
+
+
+def test_a_receipt_holds_though_the_clock_was_set_back_since(tmp_path: Path) -> None:
+    now = [2_000_000_000 * 10**9]  # of a clock that is ahead
+    database = open_store(tmp_path / "gallery.db")
+    vault = open_vault(database, Source("", tmp_path), mode="on")
+    with contextlib.closing(Store(database, vault=vault, clock_ns=lambda: now[0])) as store:
+        store.create_subject("staff", "lovelace", "", {})
+        receipt = Receipt.parse(store.delete_subject("staff", "lovelace").receipt)
+        now[0] -= 10**18
+        settings = config.parse(f'state_dir = "{tmp_path}"')
+        assert erasing.problems(receipt, settings, database)
+        list(store.erasing())
+        assert erasing.problems(receipt, settings, database) == []
 
 
 def test_what_is_in_a_process_is_found(tmp_path: Path) -> None:

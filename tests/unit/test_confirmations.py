@@ -108,6 +108,29 @@ def test_whoever_agreed_may_take_it_back(tmp_path: Path) -> None:
         assert answer(store, "guard-1", agrees=False).state is State.DENIED
 
 
+def test_fewer_have_to_agree_than_when_it_was_asked(tmp_path: Path) -> None:
+    """The gallery's setting was changed in between: enough have agreed, and nobody was told."""
+    with opened(tmp_path / "g.db", tmp_path) as store:
+        candidates(store, 2)
+        for sequence in (1, 2):
+            answer(store, "guard-1", sequence=sequence)
+        assert answer(store, "guard-1", needed=1) == Confirmation(State.CONFIRMED, 1, 1)
+        assert answer(store, "guard-2", needed=1, sequence=2) == Confirmation(State.CONFIRMED, 2, 1)
+        assert [(kind, of) for kind, of, _ in told(store)][2:] == [
+            ("SUBJECT_SEEN", 1), ("SUBJECT_SEEN", 2),
+        ]  # fmt: skip
+
+
+def test_more_have_to_agree_than_when_it_was_told(tmp_path: Path) -> None:
+    with opened(tmp_path / "g.db", tmp_path) as store:
+        candidates(store)
+        answer(store, "guard-1", needed=1)
+        for agrees in (True, False):
+            again = answer(store, "guard-2", agrees=agrees, needed=2)
+            assert again == Confirmation(State.CONFIRMED, 1, 2), "it was told, and is over"
+        assert [kind for kind, *_ in told(store)] == ["SUBJECT_CANDIDATE", "SUBJECT_SEEN"]
+
+
 def test_one_look_is_enough_where_that_is_asked(tmp_path: Path) -> None:
     with opened(tmp_path / "g.db", tmp_path) as store:
         candidates(store)

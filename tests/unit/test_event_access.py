@@ -25,6 +25,7 @@ from facelane_server.edge import gate
 from facelane_server.edge.operations import EventService
 from facelane_server.edge.roles import Caller, Grant
 from facelane_server.events import EventFeed, EventKind
+from facelane_server.events.feed import PROGRESS_EVENTS, PROGRESS_S, Progress
 
 SEEN, CANDIDATE = EventKind.SUBJECT_SEEN, EventKind.SUBJECT_CANDIDATE
 CAMERA = Caller("door", (Grant(frozenset({"analyze", "events"}), own_events=True),))
@@ -118,6 +119,68 @@ async def test_what_is_heard_is_found_however_much_lies_between() -> None:
     feed = feed_of(own, *itertools.repeat(other, far), own, own)
     found = await pages(feed, CAMERA, page_size=2)
     assert [e.sequence for p in found for e in p.events] == [far + 3, far + 2, 1]
+
+
+async def watched(
+    feed: EventFeed, caller: Caller, after: int, **asked: Any
+) -> list[tuple[int, str]]:
+    """What a watcher is sent up to the feed's end: numbers of events (0 = none) and tokens."""
+    sent: list[tuple[int, str]] = []
+
+    class Peer:
+        async def write(self, response: pb.WatchEventsResponse) -> None:
+            feed.close()  # it is told all the same what is there
+            sent.append((response.event.sequence, response.resume_token))
+
+    async def call() -> None:
+        gate._caller.set(caller)
+        request = pb.WatchEventsRequest(resume_token=feed.token_after(after), **asked)
+        await service(feed).WatchEvents(request, cast("Any", Peer()))
+
+    with pytest.raises(FacelaneError) as ended:
+        await asyncio.create_task(call(), context=copy_context())
+    assert ended.value.reason is Reason.DRAINING
+    return sent
+
+
+async def test_who_hears_little_is_told_how_far_it_has_come() -> None:
+    own, other = (SEEN, "door", "door"), (SEEN, "vault", "vault")
+    far = limits.MAX_EVENT_BATCH * 4
+    feed = feed_of(own, *itertools.repeat(other, far))
+    for asked in ({}, {"kinds": [pb.EVENT_KIND_SPOOF_SUSPECTED]}, {"source_ids": ["vault"]}):
+        told = await watched(feed, AT_THE_DOOR, 0, **asked)
+        heard = [number for number, _ in told if number]
+        assert heard == ([1] if not asked else [])
+        newest = told[-1][1]
+        feed._closed = False
+        assert feed.watch(newest).seen >= far - limits.MAX_EVENT_BATCH, "nothing before it is read"
+
+
+@pytest.mark.parametrize("asked", [{"source_ids": ["vault"]}, {}], ids=str)
+async def test_how_far_a_watcher_has_come_does_not_tell_what_happened_elsewhere(
+    asked: dict[str, Any],
+) -> None:
+    own, far = (SEEN, "door", "door"), limits.MAX_EVENT_BATCH * 2
+    told = []
+    for source in ("vault", "kiosk"):
+        feed = feed_of(own, *itertools.repeat((SEEN, source, source), far), own)
+        feed._epoch = b"the same"
+        told.append(await watched(feed, AT_THE_DOOR, 0, **asked))
+    assert told[0] == told[1]
+
+
+def test_progress_is_told_after_so_many_events_or_so_long() -> None:
+    now = [0.0]
+    progress = Progress(10, clock=lambda: now[0])
+    assert not progress.is_due(10 + PROGRESS_EVENTS - 1)
+    assert progress.is_due(10 + PROGRESS_EVENTS)
+    assert not progress.is_due(11 + PROGRESS_EVENTS)
+    now[0] += PROGRESS_S
+    assert progress.is_due(12 + PROGRESS_EVENTS)
+    now[0] += PROGRESS_S - 1
+    progress.told(13 + PROGRESS_EVENTS)
+    now[0] += 1
+    assert not progress.is_due(14 + PROGRESS_EVENTS)
 
 
 @pytest.mark.parametrize("number", [1 << 63, (1 << 64) - 1])

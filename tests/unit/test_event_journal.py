@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +31,7 @@ from facelane_server.domain import (
 )
 from facelane_server.events import Event, EventFeed, EventJournal, EventKind
 from facelane_server.events import journal as journal_module
+from facelane_server.gallery_rules import Expiry
 from facelane_server.store import events as stored
 from facelane_server.store import schema
 from facelane_server.store.database import unavailable
@@ -127,6 +129,24 @@ async def test_a_token_goes_on_at_another_server_and_in_another_life(place: Path
         for stream in ("s0", "s1"):
             numbers = [int(e.message) for e in told if e.stream_id == stream]
             assert numbers == sorted(numbers), "order of a stream"
+
+
+async def test_a_clock_that_is_set_takes_no_history_along_and_stamps_no_events(
+    place: Path | str,
+) -> None:
+    day, now = 86_400 * 10**9, [time.time_ns()]
+    server = Server(place)
+    server.feed._clock_ns = lambda: now[0]
+    server.journal._expiry = Expiry(30 * day, wall_ns=lambda: now[0])
+    async with server:
+        for step in (0, 400 * day, -800 * day, 400 * day + 10):
+            now[0] += step
+            server.feed.publish(SEEN, message=str(now[0]))
+            server.feed.publish(SEEN, message=str(now[0] + 1))
+            await server.journal.flush()
+            await server.journal._prune()
+        told = await read(server.feed, server.feed.token_after(0), 8)
+        assert [event.time_ns for event in told] == [int(event.message) for event in told]
 
 
 async def test_history_ends_by_number_and_by_age(place: Path | str) -> None:

@@ -27,11 +27,13 @@ from facelane_server.domain import (
     Reason,
     Stage,
 )
+from facelane_server.gallery.correction import is_not
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.enrolment import Caution, Enrolment, Request, enroll
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.verification import verify
 from facelane_server.ipc.messages import GallerySnapshot
+from facelane_server.store.records import Correction
 
 DIM = 32
 THRESHOLDS = Thresholds(match=0.35, ood=0.4, live=0.9, spoof=0.5)
@@ -188,6 +190,35 @@ async def test_the_largest_of_several_faces(gallery: Gallery) -> None:
     made = await run(gallery, crowd, request(allow_multiple_faces=True))
     assert made.face.box.width == 90
     assert gallery.similarity("", "ada", face(2).vector) == pytest.approx(1.0, abs=1e-3)
+
+
+def placed(seed: int, x: float, width: float) -> FaceReading:
+    one = face(seed, width=width)
+    moved = msgspec.structs.replace(one.face, box=Box(x, 200.0, width, width))
+    return msgspec.structs.replace(one, face=moved, chip=bytes([seed]))
+
+
+async def test_a_correction_is_of_the_face_that_the_picture_was_cut_around(
+    gallery: Gallery,
+) -> None:
+    """Whoever stands before that one is larger, and somebody else."""
+    crowd = Pipeline(placed(1, 0.0, 220.0), placed(2, 270.0, 90.0))
+    said = {"allow_multiple_faces": True, "correction": Correction.IS}
+    made = await run(gallery, crowd, request(**said))
+    assert made.face.box.width == 90
+    picture = Picture(Encoding.JPEG, b"\xff\xd8")
+    kept = await is_not(gallery, "", "ada", picture, analyse=crowd, thresholds=THRESHOLDS)
+    assert kept.template.correction is Correction.NOT
+    assert gallery.similarity("", "ada", face(1).vector) < 0.99
+
+
+async def test_what_somebody_is_not_outlives_the_recogniser_too(gallery: Gallery) -> None:
+    one = placed(1, 270.0, 90.0)
+    await run(gallery, Pipeline(one), request())
+    picture = Picture(Encoding.JPEG, b"\xff\xd8")
+    await is_not(gallery, "", "ada", picture, analyse=Pipeline(placed(2, 270.0, 90.0)),
+                 thresholds=THRESHOLDS)  # fmt: skip
+    assert await gallery.without_chip() == 0, "its chip was kept like all others"
 
 
 async def test_the_largest_face_is_the_one_that_is_judged(gallery: Gallery) -> None:

@@ -32,6 +32,7 @@ from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.retention import Retention
 from facelane_server.gallery_rules import (
     DAY_NS,
+    Expiry,
     GalleryRules,
     SteadyClock,
     Why,
@@ -185,6 +186,60 @@ async def test_when_somebody_was_seen_is_kept_to_the_hour(tmp_path: Path) -> Non
         await keeper.flush()
         [same] = await gallery.ask(lambda s: held(s, gallery_id="visitors", after=0, count=9))
         assert same == one
+
+
+async def test_a_clock_that_has_lost_the_time_lets_nobody_go_once_it_is_right(
+    tmp_path: Path,
+) -> None:
+    """A machine without a battery begins in the past, and is offline for longer than a clock is
+    doubted: times of before are no wrong ones."""
+    now = [NOW]
+    async with opened(tmp_path / "g.db", tmp_path, now) as gallery:
+        await gallery.create_subject("visitors", "ada", "", {})
+        keeper = retention(gallery, now, visitors=GalleryRules(delete_after_days=30))
+        now[0] = NOW + days(3)
+        await gallery.create_subject("visitors", "bo", "", {})
+        now[0] = NOW - days(2000)
+        await gallery.create_subject("visitors", "made-in-the-past", "", {})
+        now[0] += days(0.1)
+        assert await keeper.round() == 0
+        now[0] = NOW + days(4)
+        assert await keeper.round() == 1, "of those, whose time was wrong"
+        assert await names(gallery, "visitors") == ["ada", "bo"]
+        now[0] = NOW + days(31)
+        assert await keeper.round() == 1
+        # A clock that was ahead for two days, and is right for longer.
+        now[0] = NOW + days(9000)
+        await gallery.create_subject("visitors", "cy", "", {})
+        now[0] += days(2)
+        await gallery.create_subject("visitors", "di", "", {})
+        now[0] = NOW + days(31)
+        await gallery.create_subject("visitors", "eve", "", {})
+        assert await keeper.round() == 0
+        now[0] = NOW + days(34)
+        assert await keeper.round() == 1, "bo"
+        now[0] = NOW + days(65)
+        assert await keeper.round() == 3
+        assert await names(gallery, "visitors") == []
+
+
+def test_what_is_too_old_waits_while_the_clock_cannot_be_believed() -> None:
+    wall, steady = [1_000_000.0], [0.0]
+    expiry = Expiry(100 * 10**9, wall_ns=lambda: int(wall[0] * 1e9), monotonic=lambda: steady[0])
+
+    def after(seconds: float, leap: float = 0.0) -> float:
+        steady[0] += seconds
+        wall[0] += seconds + leap
+        before = expiry.before_ns()
+        return before / 1e9 - (wall[0] - 100.0) if before else math.inf
+
+    assert after(0) == pytest.approx(0.0, abs=1e-3)
+    assert after(30) == pytest.approx(0.0, abs=1e-3)
+    assert after(30, leap=400 * 86_400) == math.inf
+    assert after(300) == math.inf
+    assert after(30, leap=-400 * 86_400) == math.inf
+    assert after(599) == math.inf
+    assert after(2) == pytest.approx(0.0, abs=1e-3)
 
 
 async def test_times_of_a_clock_that_was_ahead_keep_nobody_for_ever(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from facelane_server.gallery import gallery as gallery_module
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.snapshot import AddTemplate, changes_of
 from facelane_server.store import schema, sqlite
+from facelane_server.store.chain import Receipt
+from facelane_server.store.database import unavailable
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
 from facelane_server.store.readers import Reader
@@ -111,6 +113,7 @@ async def test_a_process_that_does_not_answer_holds_the_confirmation_up_and_not_
         await gallery.delete_subject("g", "a")
     assert (told.value.reason, told.value.retryable) == (Reason.GALLERY_UNAVAILABLE, True)
     assert told.value.metadata["cause"] == "NOT_CONFIRMED"
+    assert Receipt.parse(told.value.metadata["receipt"]).templates == 1
     assert not gallery.knows("g", "a")
     with pytest.raises(FacelaneError) as again:
         await gallery.delete_subject("g", "a")
@@ -178,6 +181,135 @@ async def test_who_is_too_far_behind_takes_all_in_again(
         await auntil(lambda: gallery.templates == 11)
         assert not gallery.knows("g", "s3")
         assert gallery.knows("g", "s11")
+    await gallery.close()
+
+
+async def test_who_was_too_far_behind_confirms_what_was_deleted_meanwhile(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_CHANGES_KEPT", 4)
+    monkeypatch.setattr(limits, "CHANGES_PRUNED_EVERY", 1)
+    first, second = await served(place), await served(place)
+    forgotten: list[int] = []
+    second.on_forgotten.append(forgotten.append)
+    await first.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    await auntil(lambda: second.knows("g", "a"))
+    with monkeypatch.context() as slow:
+        slow.setattr(second._store, "changes", lambda *_: [])  # it hears nothing for a while
+        with contextlib.closing(Store(open_store(place))) as other:
+            gone = other.delete_subject("g", "a")
+            for n in range(12):
+                other.create_subject("g", f"s{n}", "", {})
+    await auntil(lambda: not second.knows("g", "a"))
+    await first._confirmed(gone.revision)
+    await auntil(lambda: forgotten)
+    await first.close()
+    await second.close()
+
+
+async def test_a_server_without_a_recogniser_follows_on_after_a_gap(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_CHANGES_KEPT", 4)
+    monkeypatch.setattr(limits, "CHANGES_PRUNED_EVERY", 1)
+    gallery = await Gallery.open(place)
+    with contextlib.closing(Store(open_store(place))) as other:
+        with monkeypatch.context() as slow:
+            slow.setattr(gallery._store, "changes", lambda *_: [])
+            for n in range(12):
+                other.create_subject("g", f"s{n}", "", {})
+        await auntil(lambda: gallery.revision == 12)
+    await gallery.close()
+
+
+async def test_a_change_of_models_whose_store_goes_away_is_made_up_for(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody would be named until the next start: of the old model's templates none is
+    compared with the new one's faces."""
+    gallery = await served(place)
+    await gallery.enroll("g", "old", vector=vector(1), ood_score=0.9, create_subject=True)
+    with contextlib.closing(Store(open_store(place))) as other:
+        other.enroll("g", "new", NewTemplate("n@1", vector(2), 0.9), create_subject=True)
+
+    @contextlib.contextmanager
+    def away(*_: object) -> Iterator[None]:
+        raise unavailable("the store is away", cause="UNREACHABLE", retryable=True)
+        yield
+
+    with monkeypatch.context() as cut:
+        cut.setattr(gallery._store, "loading", away)
+        with pytest.raises(FacelaneError):
+            await gallery.serve("n@1", DIM, Recogniser().publish)
+    await auntil(lambda: gallery.knows("g", "new"))
+    assert not gallery.knows("g", "old")
+    assert gallery.model_id == "n@1"
+    await gallery.close()
+
+
+async def test_a_template_that_was_deleted_without_an_answer_is_waited_for_again(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery_module, "CONFIRMED_TIMEOUT_S", 0.05)
+    gallery = await served(place)
+    made = await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    silent = Reader(gallery._store.database, lease_s=300.0)
+    silent.join(0)
+    for _ in range(2):
+        with pytest.raises(FacelaneError) as told:
+            await gallery.delete_template("g", made.template.template_id)
+        assert told.value.metadata["cause"] == "NOT_CONFIRMED"
+    silent.renew(1 << 40)
+    with pytest.raises(FacelaneError) as gone:
+        await gallery.delete_template("g", made.template.template_id)
+    assert gone.value.reason is Reason.TEMPLATE_NOT_FOUND
+    await gallery.close()
+
+
+def test_a_reader_that_says_in_time_that_it_lives_is_not_taken_away(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(open_store(place)) as database:
+        asking, late = Reader(database, lease_s=300.0), Reader(database, lease_s=-1.0)
+        late._host = "another"
+        late.join(3)
+
+        def meanwhile(*_: object) -> bool:
+            late._lease_s = 300.0
+            assert late.renew(3)
+            return True
+
+        monkeypatch.setattr(asking, "_is_gone", meanwhile)
+        assert asking.lacking(4) == 1, "it has not confirmed revision 4"
+        monkeypatch.undo()
+        assert asking.lacking(4) == 1
+        assert late.renew(4)
+        assert asking.lacking(4) == 0
+
+
+async def test_who_was_taken_for_gone_follows_before_it_is_trusted_again(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = await served(place)
+    await gallery.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    with contextlib.closing(Store(open_store(place))) as other:
+        with monkeypatch.context() as deaf:
+            deaf.setattr(gallery._store, "changes", lambda *_: [])
+            gallery._reader._trusted_until = 0.0
+            with other.database.writing() as connection:
+                connection.execute(sa.delete(schema.shards))
+            other.delete_subject("g", "a")
+        follow = gallery._follow
+        trusted: list[float] = []
+
+        def noted() -> int:
+            trusted.append(gallery._reader._trusted_until)
+            return follow()
+
+        monkeypatch.setattr(gallery, "_follow", noted)
+        await gallery._acknowledge()
+    assert not gallery.knows("g", "a")
+    assert trusted[0] == 0.0
     await gallery.close()
 
 

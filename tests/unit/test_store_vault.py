@@ -29,11 +29,12 @@ from facelane_server.domain import (
     Liveness,
     LivenessVerdict,
     Reason,
+    RuleReport,
     TrackReport,
 )
 from facelane_server.store import audit, chain, events
 from facelane_server.store import vault as vault_module
-from facelane_server.store.database import Database
+from facelane_server.store.database import Database, unavailable
 from facelane_server.store.envelope import Lock, new_key
 from facelane_server.store.events import EventRecord
 from facelane_server.store.export import export
@@ -101,7 +102,10 @@ def keep_more(store: Store) -> None:
     track = TrackReport(
         1, 0, 1, None, None, Box(0, 0, 1, 1), identity, Liveness(LivenessVerdict.LIVE)
     )
-    told = [EventRecord(0, "SUBJECT_SEEN", n, "door", "s", "staff", track) for n in (1, 2)]
+    rule = RuleReport("gate", dwell_ns=2_000_000_000)
+    told = [
+        EventRecord(0, "SUBJECT_SEEN", n, "door", "s", "staff", track, rule=rule) for n in (1, 2)
+    ]
     events.append(store.database, store.vault, told, again=False)
     with store.database.writing(GALLERY) as connection:
         number = connection.scalar(sa.select(sa.func.min(subjects.c.id)))
@@ -111,7 +115,14 @@ def keep_more(store: Store) -> None:
         )
     who = audit.Actor("front-desk", "IdentifyFace")
     store.audit.write([audit.Deed(audit.Action.LOOKED_UP, who, "staff", NAMES[1])])
-    assert NAMES[0].encode() in json.dumps(export(store, "staff", NAMES[0]).said).encode()
+    said = export(store, "staff", NAMES[0]).said
+    assert NAMES[0].encode() in json.dumps(said).encode()
+    assert said["enrolments_remembered"][0]["answer"] == {"said": MARKS[1]}
+    first, _ = said["events"]
+    assert first["box"] == [0, 0, 1, 1]
+    assert first["zone_or_line"] == {"name": "gate", "seconds_in_it": 2.0, "crossing": None}
+    of_another = export(store, "staff", NAMES[1]).said["events"][0]
+    assert (of_another["named"], of_another["similarity"]) == (False, 0.7)
 
 
 def test_nothing_goes_on_referring_to_whoever_was_deleted(tmp_path: Path) -> None:
@@ -176,8 +187,9 @@ def test_a_stolen_disk_without_the_master_key_tells_nothing(tmp_path: Path) -> N
             ids = connection.scalars(sa.select(pictures.c.picture_id)).all()
         assert len(ids) == 2
         for picture_id in ids:
-            with pytest.raises(ConfigError, match="without that key"):
+            with pytest.raises(FacelaneError, match="without that key") as told:
                 kept.get(picture_id)
+            assert told.value.metadata["cause"] == vault_module.NO_MASTER_KEY
     # With the key it is whole: what a backup needs.
     (tmp_path / "elsewhere").replace(path.parent / FILE_NAME)
     with opened(path, path.parent) as store:
@@ -338,11 +350,11 @@ def test_a_master_key_is_rotated_while_the_server_runs(tmp_path: Path) -> None:
         fill(store)
         vault = store._vault
         old, fresh = file.read_text().strip(), new_key().hex()
-        assert not vault.refresh()
+        assert store.renew_keys() == 0
         file.write_text(f"{fresh}\n{old}\n")
-        assert vault.refresh()
         with store.database.writing(GALLERY) as connection:
-            assert vault.rewrap(connection) == 3  # index, epoch, and the audit log's
+            # Index, epoch, and the audit log's.
+            assert vault.rewrap(connection, vault.offered()) == 3
             assert vault.rewrap(connection) == 0
         file.write_text(f"{fresh}\n")
         store._vault.turn_epoch(store.database)
@@ -360,6 +372,68 @@ def test_a_master_key_is_rotated_while_the_server_runs(tmp_path: Path) -> None:
     file.write_text(f"{newer}\n")
     with opened(path, tmp_path) as store:
         assert len(list(store.vectors(MODEL, DIM))) == len(NAMES)
+
+
+def test_a_key_that_does_not_open_the_store_locks_nothing_of_it(tmp_path: Path) -> None:
+    """One that was put there by mistake, and taken away again: what was locked with it would be
+    lost for good."""
+    path, file = tmp_path / "gallery.db", tmp_path / FILE_NAME
+    with opened(path, tmp_path) as store:
+        fill(store)
+        right = file.read_text()
+        file.write_text(new_key().hex() + "\n")
+        with pytest.raises(ConfigError, match="does not give"):
+            store.renew_keys()
+        store.delete_subject("staff", NAMES[0])
+        list(store.erasing())
+        assert list(store.erasing()) == [], "what was deleted is erased all the same"
+        store.create_subject("staff", "new", "", {})
+    file.write_text(right)
+    with opened(path, tmp_path) as store:
+        assert {row.subject_id for row in store.vectors(MODEL, DIM)} == set(NAMES[1:])
+        assert store.get_subject("staff", "new").subject_id == "new"
+
+
+def test_a_rotation_that_met_a_busy_store_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file = tmp_path / "gallery.db", tmp_path / FILE_NAME
+    with opened(path, tmp_path) as store:
+        fill(store)
+        file.write_text(f"{new_key().hex()}\n{file.read_text()}")
+
+        @contextlib.contextmanager
+        def busy(*_: str) -> Iterator[None]:
+            raise unavailable("busy", cause="BUSY", retryable=True)
+            yield
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store.database, "writing", busy)
+            with pytest.raises(FacelaneError):
+                store.renew_keys()
+        assert store.renew_keys() == 3
+
+
+def test_a_process_that_was_not_told_of_a_rotation_takes_the_key_that_is_given_by_now(
+    place: Path | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / FILE_NAME
+    with opened(place, tmp_path) as first, opened(place, tmp_path) as second:
+        fill(first)
+        assert len(list(second.vectors(MODEL, DIM))) == len(NAMES)
+        old, fresh = file.read_text(), new_key().hex()
+        file.write_text(f"{fresh}\n{old}")
+        assert first.renew_keys() == 3
+        first._vault.turn_epoch(first.database)
+        file.write_text(old)  # not on this machine yet
+        with pytest.raises(FacelaneError) as told:
+            list(second.vectors(MODEL, DIM))
+        assert told.value.metadata["cause"] == vault_module.NO_MASTER_KEY
+        file.write_text(f"{fresh}\n")
+        monkeypatch.setattr(vault_module, "_ASK_AGAIN_S", 0.0)
+        assert len(list(second.vectors(MODEL, DIM))) == len(NAMES)
+        second.create_subject("staff", "late", "", {})
+        assert first.get_subject("staff", "late").subject_id == "late"
 
 
 def test_where_the_key_comes_from_by_default(tmp_path: Path) -> None:

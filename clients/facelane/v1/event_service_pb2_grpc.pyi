@@ -35,7 +35,9 @@ class EventServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EventServiceAsyncStub: ...
     WatchEvents: _grpc.UnaryStreamMultiCallable[_event_service_pb2.WatchEventsRequest, _event_service_pb2.WatchEventsResponse]
     """Events as they happen, after the history since `resume_token` when one is given. The
-    first response has no event: it says that the watch has begun, and where.
+    first response has no event: it says that the watch has begun, and where. So have others that
+    come while nothing happens that is asked for: keep the newest token, of an event or not, since
+    one of long ago is of a time that is not kept any more.
     An event is told once it is kept: its token holds at every server of the store, and after
     restarts, for as long as `events.keep` and `events.keep_days` say.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
@@ -60,7 +62,9 @@ class EventServiceAsyncStub(EventServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchEvents: _aio.UnaryStreamMultiCallable[_event_service_pb2.WatchEventsRequest, _event_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Events as they happen, after the history since `resume_token` when one is given. The
-    first response has no event: it says that the watch has begun, and where.
+    first response has no event: it says that the watch has begun, and where. So have others that
+    come while nothing happens that is asked for: keep the newest token, of an event or not, since
+    one of long ago is of a time that is not kept any more.
     An event is told once it is kept: its token holds at every server of the store, and after
     restarts, for as long as `events.keep` and `events.keep_days` say.
     A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
@@ -88,7 +92,9 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_event_service_pb2.WatchEventsResponse], _abc.AsyncIterator[_event_service_pb2.WatchEventsResponse]]:
         """Events as they happen, after the history since `resume_token` when one is given. The
-        first response has no event: it says that the watch has begun, and where.
+        first response has no event: it says that the watch has begun, and where. So have others that
+        come while nothing happens that is asked for: keep the newest token, of an event or not, since
+        one of long ago is of a time that is not kept any more.
         An event is told once it is kept: its token holds at every server of the store, and after
         restarts, for as long as `events.keep` and `events.keep_days` say.
         A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).

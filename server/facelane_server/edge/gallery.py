@@ -25,7 +25,8 @@ from facelane_server.events import EventFeed, EventPictures
 from facelane_server.events.feed import event_not_found
 from facelane_server.gallery import correction, enrolment, verification
 from facelane_server.gallery.asked import Asked
-from facelane_server.gallery.gallery import Gallery, model_changing
+from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery.index import model_changing
 from facelane_server.gallery.trail import Trail
 from facelane_server.pipeline import Pipeline, Plan
 from facelane_server.store.audit import Action
@@ -168,7 +169,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 may_reassign=may_reassign,
             ),
             analyse=lambda picture: self._read(picture, plan, remaining),
-            thresholds=self._pipeline.thresholds,
+            thresholds=self._pipeline.thresholds.at(gallery_id),
         )
         return pb.EnrollFaceResponse(
             subject=_subject(enrolled.subject),
@@ -212,7 +213,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         async def analyse(shown: Picture) -> Reading:
             return await self._read(shown, plan, remaining)
 
-        thresholds = self._pipeline.thresholds
+        thresholds = self._pipeline.thresholds.at(gallery_id)
         if said == "is_not":
             named = track.identity.subject_id
             if not named:

@@ -35,7 +35,7 @@ from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.roles import Caller
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.events import Event, EventFeed, EventKind, EventPictures
-from facelane_server.events.feed import event_not_found
+from facelane_server.events.feed import Progress, event_not_found
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
 from facelane_server.gallery_rules import GalleryRules
@@ -347,8 +347,14 @@ class EventService(event_grpc.EventServiceServicer):
             # Whoever has heard this misses nothing, even if nothing happens before its
             # connection breaks.
             await context.write(event_pb.WatchEventsResponse(resume_token=watcher.resume_token))
-            async for event in watcher:
-                if self._hears(caller, event):
+            progress = Progress(watcher.seen)
+            async for event in watcher.steps():
+                if event is None:
+                    if progress.is_due(watcher.seen):
+                        token = watcher.resume_token
+                        await context.write(event_pb.WatchEventsResponse(resume_token=token))
+                elif self._hears(caller, event):
+                    progress.told(event.sequence)
                     await context.write(await self._told(event, caller))
                 del event  # until the next one comes, nobody is kept here
 

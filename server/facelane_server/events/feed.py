@@ -31,6 +31,10 @@ from facelane_server.domain import FacelaneError, Reason, RuleReport, TrackRepor
 from facelane_server.store.events import without
 
 _TOKEN: Final = struct.Struct(">8sQ")
+PROGRESS_EVENTS: Final = 256
+PROGRESS_S: Final = 30.0
+"""A watcher is told how far it has come after so many events that are not for it, and after so long
+where there are fewer."""
 
 
 class EventKind(enum.StrEnum):
@@ -75,6 +79,8 @@ class Event:
     rule: RuleReport | None = None
     candidate: int = 0
     """The sequence of the SUBJECT_CANDIDATE that was confirmed, 0 = none."""
+    as_of: int = 0
+    """While it is on its way into the store: see ``EventRecord``."""
 
 
 class Keeper(Protocol):
@@ -151,11 +157,22 @@ class EventFeed:
         message: str = "",
         sender: str = "",
         rule: RuleReport | None = None,
+        as_of: int = 0,
     ) -> Event:
         """Tells an event, now or when it is kept; never waits. In the order of the calls."""
-        at = self._clock_ns()
         event = Event(
-            0, kind, at, source_id, stream_id, gallery_id, track, pool, message, sender, rule
+            0,
+            kind,
+            self._clock_ns(),
+            source_id,
+            stream_id,
+            gallery_id,
+            track,
+            pool,
+            message,
+            sender,
+            rule,
+            as_of=as_of,
         )
         if self._keeper is not None:
             self._keeper.take(event)
@@ -358,6 +375,11 @@ class Watcher:
         self.wake = asyncio.Event()
 
     @property
+    def seen(self) -> int:
+        """The newest event that was read."""
+        return self._seen
+
+    @property
     def resume_token(self) -> str:
         """Resumes after what this watcher has read."""
         return self._feed.token_after(self._seen)
@@ -380,22 +402,34 @@ class Watcher:
         feed was closed and all was read.
         """
         while True:
-            self.wake.clear()
-            events = await self._feed.after(self._seen)
-            if not events:
-                if self._feed.closed:
-                    raise _draining()
-                await self.wake.wait()
-                continue
-            self._seen = events[-1].sequence
-            wanted = [event for event in events if event in self._wanted]
-            if wanted:
+            if wanted := await self._next():
                 return wanted
 
+    async def _next(self) -> list[Event]:
+        """What is wanted of the next events; perhaps none of them."""
+        while True:
+            self.wake.clear()
+            events = await self._feed.after(self._seen)
+            if events:
+                self._seen = events[-1].sequence
+                return [event for event in events if event in self._wanted]
+            if self._feed.closed:
+                raise _draining()
+            await self.wake.wait()
+
     async def __aiter__(self) -> AsyncIterator[Event]:
+        async for event in self.steps():
+            if event is not None:
+                yield event
+            del event
+
+    async def steps(self) -> AsyncIterator[Event | None]:
+        """The events, and ``None`` wherever all up to ``seen`` were given or are not wanted, which
+        does not depend on what is; raises as ``batch`` does."""
+        event: Event | None
         while True:
             begun = self._seen
-            events = await self.batch()
+            events = await self._next()
             cleared = self._feed.cleared
             for event in events:
                 if self._feed.cleared != cleared:
@@ -403,7 +437,30 @@ class Watcher:
                     break
                 begun = event.sequence
                 yield event
+            else:
+                event = None
+                yield None
             del events, event  # until the next ones come, nobody is kept here
+
+
+class Progress:
+    """When somebody who hears little is to be told how far he has come: the token of his last event
+    would be of a time that is not kept any more, though he has missed nothing."""
+
+    def __init__(self, at: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.told(at)
+
+    def told(self, at: int) -> None:
+        """The token of this event was given."""
+        self._at, self._told_s = at, self._clock()
+
+    def is_due(self, at: int) -> bool:
+        """Whether it is, with this event; it is counted as told then."""
+        due = at - self._at >= PROGRESS_EVENTS or self._clock() - self._told_s >= PROGRESS_S
+        if due:
+            self.told(at)
+        return due
 
 
 def _invalid_token() -> FacelaneError:

@@ -21,6 +21,7 @@ import structlog
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.events.feed import Event, EventFeed, EventKind, lost
+from facelane_server.gallery_rules import Expiry
 from facelane_server.store import events as stored
 from facelane_server.store.database import Database
 from facelane_server.store.events import EventRecord
@@ -30,6 +31,7 @@ from facelane_server.store.watching import StoreWatch
 
 RETRY_S: Final = 0.5
 PRUNE_S: Final = 30.0
+_SET_BACK_NS: Final = 1_000_000_000
 FLUSH_S: Final = 3.0
 """How long the end of the server waits for what is not written yet."""
 
@@ -46,7 +48,7 @@ class EventJournal:
         self._vault = vault
         self._feed = feed
         self._keep = keep
-        self._keep_ns = int(keep_days * 86_400e9)
+        self._expiry = Expiry(int(keep_days * 86_400e9))
         self._waiting: deque[EventRecord] = deque()
         self._overflow = 0
         self._last_ns = 0
@@ -109,8 +111,10 @@ class EventJournal:
 
     def take(self, event: Event) -> None:
         """From the feed, on the event loop; never waits."""
-        # Never the same twice: what was written can be told from what was not.
-        self._last_ns = max(event.time_ns, self._last_ns + 1)
+        # Never the same twice: what was written can be told from what was not. Nor the time of a
+        # clock that was set back since.
+        at_ns = event.time_ns
+        self._last_ns = self._last_ns + 1 if 0 <= self._last_ns - at_ns < _SET_BACK_NS else at_ns
         if len(self._waiting) >= limits.MAX_EVENTS_WAITING:
             if not self._overflow:
                 log.error("events are lost: the store is away, and no more of them are kept")
@@ -129,6 +133,7 @@ class EventJournal:
                 event.message,
                 event.sender,
                 event.rule,
+                as_of=event.as_of,
             )
         )
         self._changed.set()
@@ -262,11 +267,10 @@ class EventJournal:
 
     async def _prune(self) -> None:
         loop = asyncio.get_running_loop()
+        before_ns = self._expiry.before_ns()
 
         def prune() -> int:
-            return stored.prune(
-                self._database, keep=self._keep, before_ns=time.time_ns() - self._keep_ns
-            )
+            return stored.prune(self._database, keep=self._keep, before_ns=before_ns)
 
         while await loop.run_in_executor(self._executor, prune) >= limits.MAX_EVENTS_PRUNED:
             pass

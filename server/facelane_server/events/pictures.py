@@ -29,6 +29,7 @@ from facelane_server.domain import (
     TrackReport,
 )
 from facelane_server.events.feed import EventKind
+from facelane_server.gallery_rules import Expiry
 from facelane_server.store.pictures import Photo, Pictures, new_id, not_found
 
 log = structlog.get_logger(__name__)
@@ -94,6 +95,7 @@ class _Waiting:
     time_ns: int
     gallery_id: str
     subject_id: str
+    as_of: int
 
 
 class EventPictures:
@@ -103,7 +105,7 @@ class EventPictures:
         self._store = store
         self._encode = encode
         self._keep = keep
-        self._keep_ns = int(keep_days * 86_400e9)
+        self._expiry = Expiry(int(keep_days * 86_400e9))
         self._shots = BestShots()
         self._taken: dict[tuple[int, int], tuple[Portrait, str, str]] = {}
         """By track: what was taken last, of whom, and by which it is kept."""
@@ -127,6 +129,10 @@ class EventPictures:
         for key in [key for key in self._taken if key[0] == lane_id]:
             del self._taken[key]
 
+    def forgotten(self, _number: int = 0) -> None:
+        """Somebody was deleted: what was kept of a track may have gone too, and is taken anew."""
+        self._taken.clear()
+
     def take(
         self,
         lane_id: int,
@@ -135,8 +141,10 @@ class EventPictures:
         *,
         gallery_id: str,
         keeping: Keeping,
+        as_of: int = 0,
     ) -> str:
-        """What the event's picture is kept by, where it has one; never waits."""
+        """What the event's picture is kept by, where it has one; never waits. ``as_of``: see
+        ``EventRecord``."""
         if not wanted(kind, report.identity, keeping):
             return ""
         portrait = self._shots.best(lane_id, report.track_id)
@@ -151,7 +159,9 @@ class EventPictures:
             return ""
         picture_id = new_id()
         self._taken[lane_id, report.track_id] = (portrait, subject_id, picture_id)
-        self._waiting.append(_Waiting(picture_id, portrait, time.time_ns(), gallery_id, subject_id))
+        self._waiting.append(
+            _Waiting(picture_id, portrait, time.time_ns(), gallery_id, subject_id, as_of)
+        )
         self._under_way.add(picture_id)
         self._changed.set()
         return picture_id
@@ -213,12 +223,15 @@ class EventPictures:
                 one.time_ns,
                 gallery_id=one.gallery_id,
                 subject_id=one.subject_id,
+                as_of=one.as_of,
             )
         )
 
     async def _prune(self) -> None:
+        before_ns = self._expiry.before_ns()
+
         def prune() -> int:
-            return self._store.prune(keep=self._keep, before_ns=time.time_ns() - self._keep_ns)
+            return self._store.prune(keep=self._keep, before_ns=before_ns)
 
         while await self._call(prune) >= limits.MAX_PICTURES_PRUNED:
             pass

@@ -39,7 +39,9 @@ async def is_not(
     """The picture's face is not the subject's: from now on, whoever is nearer to it than to any of
     the subject's templates is not the subject. Raises what an enrolment raises."""
     reading = await analyse(picture)
-    chosen = enrolment.choose(reading, thresholds, allow_multiple_faces=True, require_live=False)
+    chosen = enrolment.choose(
+        reading, thresholds, allow_multiple_faces=True, require_live=False, centred=True
+    )
     assert chosen.face.ood_score is not None
     kept = await gallery.enroll(
         gallery_id,
@@ -47,6 +49,7 @@ async def is_not(
         vector=np.frombuffer(chosen.vector, np.float32),
         ood_score=chosen.face.ood_score,
         quality=enrolment.quality_of(chosen.face),
+        chip=chosen.chip,
         model_id=reading.model_id,
         correction=Correction.NOT,
     )

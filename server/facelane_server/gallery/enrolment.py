@@ -11,6 +11,7 @@ import asyncio
 import enum
 import hashlib
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -134,6 +135,7 @@ async def enroll(
         thresholds,
         allow_multiple_faces=request.allow_multiple_faces,
         require_live=request.require_live,
+        centred=request.correction is not Correction.NONE,
     )
     if not request.may_reassign:
         refuse_others(chosen, request.subject_id, thresholds)
@@ -168,15 +170,21 @@ def choose(
     *,
     allow_multiple_faces: bool,
     require_live: bool,
+    centred: bool = False,
 ) -> FaceReading:
-    """The face to enrol, or the refusal; see ``enroll``. Pure."""
+    """The face to enrol, or the refusal; see ``enroll``. ``centred``: the picture was cut around
+    the face that is meant, and a larger one beside it is somebody else's. Pure."""
     if not reading.readings:
         raise FacelaneError(
             Reason.NO_FACE,
             "no face was found; send a picture that shows one face from the front, upright as it "
             "is stored (an EXIF rotation is not applied), at least 80 pixels wide",
         )
-    chosen = max(reading.readings, key=lambda one: (_area(one.face.box), one.face.score))
+    if centred:
+        middle = (reading.result.width / 2, reading.result.height / 2)
+        chosen = min(reading.readings, key=lambda one: _off(one.face.box, middle))
+    else:
+        chosen = max(reading.readings, key=lambda one: (_area(one.face.box), one.face.score))
     # What looks like a face and could not be enrolled itself is nobody who could be meant, unless
     # it is the largest.
     meant = [
@@ -266,6 +274,10 @@ def _no_answer(stage: Stage, otherwise: str) -> FacelaneError:
         metadata={"stage": stage.value},
         retryable=True,
     )
+
+
+def _off(box: Box, middle: tuple[float, float]) -> float:
+    return math.dist((box.x + box.width / 2, box.y + box.height / 2), middle)
 
 
 def _area(box: Box) -> float:

@@ -22,9 +22,8 @@ import numpy as np
 import structlog
 
 from facelane_server import limits
-from facelane_server.config import ConfigError
-from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.gallery.index import GalleryIndex, Publish
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.gallery.index import GalleryIndex, Publish, model_changing
 from facelane_server.gallery.losses import Losses
 from facelane_server.gallery.snapshot import F32, Change, SubjectKey, added, changes_of, removal_of
 from facelane_server.naming import check_identifier, gallery_name
@@ -58,21 +57,10 @@ CONFIRMED_TIMEOUT_S: Final = 5.0
 LEASE_S: Final = 300.0
 FOLLOW_S: Final = 1.0
 RETRY_S: Final = 0.5
-_END: Final = object()
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-
-def model_changing() -> FacelaneError:
-    """Embeddings of two models cannot be compared, nor kept as each other's."""
-    return FacelaneError(
-        Reason.POOL_UNAVAILABLE,
-        "the recogniser's model is being changed; try again in a moment",
-        metadata={"stage": Stage.RECOGNIZER.value},
-        retryable=True,
-    )
 
 
 class Gallery:
@@ -93,6 +81,7 @@ class Gallery:
         self._dim = 0
         self._seen = 0
         """The revision of the store up to which the index has been told."""
+        self._is_behind = False  # the index is of another model
         self._removed = 0
         """The revision of the newest removal among them; others wait for it."""
         self._told = 0  # the revision up to which all recognisers were, as far as others know
@@ -106,7 +95,7 @@ class Gallery:
         self._lost = ""
         self.on_forgotten: list[Callable[[int], None]] = []
         """Called on the event loop with the number of a subject that was deleted, or one of whose
-        templates was, by whomever."""
+        templates was, by whomever; 0 = of nobody knows how many."""
         self.losses = Losses()
 
     @classmethod
@@ -167,6 +156,7 @@ class Gallery:
                 # Before the first row is read: from here on, deletions wait for this process.
                 self._reader.join(0)
             self._model_id, self._dim = model_id, dim
+            self._is_behind = True  # should the store be away now, the follower makes up for it
             revision = self._take_all(index)
             return revision, self._store.counts()[1] - index.templates
 
@@ -234,6 +224,11 @@ class Gallery:
             and not self._reader.is_fenced
             and self._index.knows((gallery_id, subject_id))
         )
+
+    @property
+    def revision(self) -> int:
+        """Of the store, as far as it was followed: whoever can be found has no higher number."""
+        return self._seen
 
     @property
     def version(self) -> int:
@@ -315,9 +310,9 @@ class Gallery:
         the answers of every process, and from the recognisers' memory as soon as they have the
         change, for which this waits.
 
-        Raises GALLERY_UNAVAILABLE (retryable, cause NOT_CONFIRMED) when another process has not
-        confirmed it within ``CONFIRMED_TIMEOUT_S``: the subject is deleted, and a repeated call
-        waits for that process again."""
+        Raises GALLERY_UNAVAILABLE (retryable, cause NOT_CONFIRMED, with the receipt) when another
+        process has not confirmed it within ``CONFIRMED_TIMEOUT_S``: the subject is deleted, and a
+        repeated call waits for that process again."""
 
         def delete() -> tuple[Deleted, int]:
             gone = self._store.delete_subject(gallery_id, subject_id, etag=etag, why=why)
@@ -325,16 +320,20 @@ class Gallery:
             self._apply(list(removal_of(gone.number)))
             return gone, self._follow()
 
+        gone, revision = await self._deleted(delete)
+        await self._published(revision)
+        await self._confirmed(gone.revision, gone.receipt)
+        return gone
+
+    async def _deleted(self, delete: Callable[[], T]) -> T:
+        """What was deleted before is gone everywhere when this raises that it is not there."""
         try:
-            gone, revision = await self._call(delete)
+            return await self._call(delete)
         except FacelaneError as error:
-            if error.reason is Reason.SUBJECT_NOT_FOUND:
-                # Perhaps by a call that could not wait for all: then this one does.
+            if error.reason in (Reason.SUBJECT_NOT_FOUND, Reason.TEMPLATE_NOT_FOUND):
+                # Perhaps by a call that could not wait for all: this one does.
                 await self._confirmed(await self._call(self._store.last_removal))
             raise
-        await self._published(revision)
-        await self._confirmed(gone.revision)
-        return gone
 
     # templates
 
@@ -351,7 +350,7 @@ class Gallery:
             gone = self._store.delete_template(gallery_id, template_id, undo=undo)
             return gone, self._follow()
 
-        gone, revision = await self._call(delete)
+        gone, revision = await self._deleted(delete)
         await self._published(revision)
         await self._confirmed(await self._call(self._store.last_removal))
         return gone
@@ -405,11 +404,11 @@ class Gallery:
 
     async def write_down(self, deeds: Sequence[Deed]) -> Head:
         """Adds entries to the audit log; its head then."""
-        return await self._call(lambda: self._store.audit.write(deeds), counted=False)
+        return await self.ask(lambda store: store.audit.write(deeds))
 
-    async def ask(self, call: Callable[[Store], T]) -> T:
+    async def ask(self, call: Callable[[Store], T], *, bounded: bool = True) -> T:
         """For what the server itself does in the store, in the store's thread."""
-        return await self._call(lambda: call(self._store), counted=False)
+        return await self._call(lambda: call(self._store), bounded=bounded, counted=False)
 
     # chips that were kept; see ``Chips``
 
@@ -427,26 +426,13 @@ class Gallery:
 
         return await self._call(renew)
 
-    # the keys
-
-    async def keep_erased(self) -> None:
-        """Sees to it that keys of the deleted are opened by none that is left, until it is
-        cancelled. In steps, so that other calls come between them."""
-        while True:
-            try:
-                steps = self._store.erasing()
-                while await self._call(lambda: next(steps, _END)) is not _END:  # noqa: B023
-                    await asyncio.sleep(0)
-            except (FacelaneError, ConfigError) as error:
-                log.warning("what was deleted keeps its old epoch for now", problem=str(error))
-            await asyncio.sleep(limits.ERASE_WITHIN_S)
-
     async def renew_keys(self) -> int:
         """See ``Store.renew_keys``."""
-        return await self._call(self._store.renew_keys)
+        offered = await asyncio.to_thread(self.vault.offered)
+        return await self._call(lambda: self._store.renew_keys(offered))
 
     async def counts(self) -> tuple[int, int]:
-        """(subjects, templates) in the store, of all galleries and models."""
+        """See ``Store.counts``."""
         return await self._call(self._store.counts)
 
     # the store's thread
@@ -457,13 +443,15 @@ class Gallery:
     def _follow(self) -> int:
         """Tells the index what the store has and it has not; the index's revision to wait for, 0 =
         none."""
+        if self._is_behind and self._index is not None:
+            return self._start_over()
         revision = 0
         while True:
             try:
                 found = self._store.changes(self._seen, self._model_id, self._dim)
             except HistoryLostError:
                 log.warning("the gallery is read anew: the store has forgotten what came between")
-                return 0 if self._index is None else self._take_all(self._index)
+                return self._start_over()
             if not found:
                 return revision
             revision = self._apply([c for one in found for c in changes_of(one)]) or revision
@@ -480,10 +468,23 @@ class Gallery:
             with contextlib.suppress(RuntimeError):  # the loop has just been closed
                 self._loop.call_soon_threadsafe(callback, number)
 
+    def _start_over(self) -> int:
+        """Anybody may have been taken away meanwhile: others wait to hear that this process has
+        seen it, and whoever keeps names here is told."""
+        revision = 0
+        if self._index is not None:
+            revision = self._take_all(self._index)
+        else:
+            self._seen = self._store.revision()
+        self._removed = self._seen
+        self._store.listed.clear()
+        self._tell_forgotten(0)
+        return revision
+
     def _take_all(self, index: GalleryIndex) -> int:
         with self._store.loading(self._model_id, self._dim) as (seen, rows):
             revision = index.rebase(self._model_id, self._dim, map(added, rows))
-            self._seen = seen
+            self._seen, self._is_behind = seen, False
         return revision
 
     # what others do
@@ -518,17 +519,16 @@ class Gallery:
 
     async def _acknowledge(self) -> None:
         """All that this process was told, its recognisers were told too."""
-        if not self._model_id:
-            return
 
         def renew() -> int:
-            told = self._seen
-            self._reader.renew(told)
+            while not self._reader.renew(told := self._seen):
+                self._follow()
             return told
 
-        self._told = await self._call(renew, counted=False)
+        if self._model_id:
+            self._told = await self._call(renew, counted=False)
 
-    async def _confirmed(self, revision: int) -> None:
+    async def _confirmed(self, revision: int, receipt: str = "") -> None:
         """Until every other process has come so far; see ``delete_subject``."""
         deadline = time.monotonic() + CONFIRMED_TIMEOUT_S
         pause = 0.002
@@ -538,7 +538,8 @@ class Gallery:
                     Reason.GALLERY_UNAVAILABLE,
                     f"deleted, but {lacking} other servers of this store have not confirmed that "
                     "they name the subject no more; call again to wait for them",
-                    metadata={"cause": "NOT_CONFIRMED", "servers": str(lacking)},
+                    metadata={"cause": "NOT_CONFIRMED", "servers": str(lacking)}
+                    | ({"receipt": receipt} if receipt else {}),
                     retryable=True,
                 )
             await asyncio.sleep(pause)

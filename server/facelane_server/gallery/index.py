@@ -20,6 +20,7 @@ import numpy as np
 import structlog
 
 from facelane_server import limits
+from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.gallery import decide
 from facelane_server.gallery.losses import Losses, SubjectKey
 from facelane_server.gallery.snapshot import (
@@ -46,6 +47,16 @@ PUBLISH_TIMEOUT_S: Final = 40.0
 RETRY_S: Final = 1.0
 
 log = structlog.get_logger(__name__)
+
+
+def model_changing() -> FacelaneError:
+    """Embeddings of two models cannot be compared, nor kept as each other's."""
+    return FacelaneError(
+        Reason.POOL_UNAVAILABLE,
+        "the recogniser's model is being changed; try again in a moment",
+        metadata={"stage": Stage.RECOGNIZER.value},
+        retryable=True,
+    )
 
 
 @dataclass(slots=True)

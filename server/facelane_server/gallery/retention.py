@@ -18,14 +18,17 @@ import structlog
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.gallery.gallery import Gallery
-from facelane_server.gallery_rules import GalleryRules, SteadyClock, why_not_kept
+from facelane_server.gallery_rules import (
+    LEAP_S,
+    SETTLE_S,
+    GalleryRules,
+    SteadyClock,
+    why_not_kept,
+)
 from facelane_server.store import audit
 from facelane_server.store.audit import Actor
 from facelane_server.store.held import held, note_seen, set_right
 
-SETTLE_S: Final = 600.0
-"""A clock that leapt, and that of a server that has just started, is believed after so long."""
-LEAP_S: Final = 60.0
 ROUND_S: Final = 600.0
 LOOK_S: Final = 5.0
 PAGE: Final = 500
@@ -95,7 +98,14 @@ class Retention:
         await self.flush()
         now_ns = self._wall_ns()
         set_right_now = partial(set_right, gallery_ids=tuple(self._rules), now_ns=now_ns)
-        if wrong := await self._gallery.ask(set_right_now):
+        wrong = await self._gallery.ask(set_right_now)
+        if wrong is None:
+            log.error(
+                "the clock is behind what has been done here for longer than it has said so: set "
+                "it; nobody is deleted by retention until then"
+            )
+            return 0
+        if wrong:
             log.warning("times that lay ahead of the clock were set to now", subjects=wrong)
         gone = 0
         for gallery_id, rules in self._rules.items():

@@ -13,7 +13,6 @@ import contextlib
 import syslog
 import time
 from collections.abc import Callable
-from typing import Final
 
 import structlog
 
@@ -21,14 +20,13 @@ from facelane_server import __version__, limits
 from facelane_server.config import Audit
 from facelane_server.domain import FacelaneError
 from facelane_server.gallery.gallery import Gallery
+from facelane_server.gallery_rules import DAY_NS, Expiry
 from facelane_server.store import audit
 from facelane_server.store.audit import Action, Deed, Pending
 from facelane_server.store.chain import Head
 from facelane_server.store.gallery import Store
 
 log = structlog.get_logger(__name__)
-
-_DAY_NS: Final = 24 * 3600 * 1_000_000_000
 
 
 class Trail:
@@ -39,9 +37,11 @@ class Trail:
         self._gallery = gallery
         self._settings = settings
         self._pending = Pending()
+        self._expiry = Expiry(settings.keep_days * DAY_NS)
         self._newest: Head | None = None
         self._told = 0
         self._writing: asyncio.Task[None] | None = None
+        self._has_begun = False
         self.trouble = False
         """Whether entries wait that could not be written."""
 
@@ -65,7 +65,9 @@ class Trail:
             raise
 
     async def run(self) -> None:
-        self.note(Action.STARTED, version=__version__)
+        if not self._has_begun:
+            self._has_begun = True
+            self.note(Action.STARTED, version=__version__)
         checkpoint_s = prune_s = time.monotonic()
         while True:
             await self._flush()
@@ -75,7 +77,7 @@ class Trail:
                 await self._checkpoint()
             if now >= prune_s:
                 prune_s = now + limits.AUDIT_PRUNE_S
-                before_ns = time.time_ns() - self._settings.keep_days * _DAY_NS
+                before_ns = self._expiry.before_ns()
                 with contextlib.suppress(FacelaneError):  # the next time, then
                     await self._gallery.ask(self._prune(before_ns))
             await asyncio.sleep(limits.AUDIT_FLUSH_S)
@@ -103,10 +105,12 @@ class Trail:
         resumed = [Deed(Action.RESUMED)] if self.trouble else []
         try:
             self._newest = await self._gallery.write_down([*deeds, *resumed])
-        except FacelaneError as error:
+        except Exception as error:
+            # Whatever it is: what was done waits to be written, and health says so.
             self._pending.put_back(deeds)
             if not self.trouble:
-                log.error("the audit log cannot be written", reason=error.reason.value)
+                reason = getattr(error, "reason", type(error).__name__)
+                log.error("the audit log cannot be written", reason=str(reason))
             self.trouble = True
         else:
             if self.trouble:

@@ -231,9 +231,10 @@ class Faces:
         track_id = self._now_called(look.track_id)
         track = self._tracks.get(track_id) or self._ended.get(track_id)
         evidence = look.evidence or Evidence()
+        as_of = self._pipeline.revision()  # before it is looked whether names still hold
         if track is None or self._params is None:
             age_ns = 0 if evidence.recognized else None
-            identity = self._pipeline.identity(evidence, self._plan)
+            identity = self._pipeline.identity_now(evidence, self._plan, look.moment)
             shown = tracking.Shown(identity, evidence.ood_score, age_ns)
             liveness = self._pipeline.liveness(evidence.live_score, self._plan)
         else:
@@ -253,6 +254,7 @@ class Faces:
                     look.size,
                     self._doubtful(track, look.link, missing),
                     look.portrait,
+                    as_of,
                 )
             )
             look.portrait = None

@@ -344,6 +344,10 @@ class Pending:
 
     def put_back(self, deeds: Sequence[Deed]) -> None:
         """They could not be written."""
-        room = limits.MAX_AUDIT_PENDING - len(self)
+        room = max(0, limits.MAX_AUDIT_PENDING - len(self))
         self._deeds = [*deeds[:room], *self._deeds]
-        self._lost += max(0, len(deeds) - room)
+        # Of those that were lost before, the entry says how many.
+        self._lost += sum(
+            int(dict(deed.told)["times"]) if deed.action is Action.GAP else 1
+            for deed in deeds[room:]
+        )

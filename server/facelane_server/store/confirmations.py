@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -90,7 +90,12 @@ def confirm(
             )
         }
         before = _state(answers, needed)
-        if before.state is not State.OPEN or answers.get(by) is agrees:
+        if answers and _is_told(connection, row):
+            return Confirmation(State.CONFIRMED, before.agreed, needed)
+        # Where fewer have to agree than when it was asked, enough may have, and nobody was told.
+        if before.state is State.DENIED or (
+            before.state is State.OPEN and answers.get(by) is agrees
+        ):
             return before
         ours = (confirmations.c.sequence == sequence) & (confirmations.c.by == by)
         connection.execute(sa.delete(confirmations).where(ours))
@@ -106,6 +111,18 @@ def confirm(
         if after.state is State.CONFIRMED:
             stored.write(connection, store.vault, stored.confirmed(record, SEEN, now_ns))
     return after
+
+
+def _is_told(connection: sa.Connection, candidate: sa.Row[Any]) -> bool:
+    """Whether SUBJECT_SEEN has come of it, whatever the gallery's setting was then."""
+    later = sa.select(events.c.body).where(
+        events.c.sequence > candidate.sequence,
+        events.c.kind == SEEN,
+        events.c.stream_id == candidate.stream_id,
+    )
+    return any(
+        stored.candidate_of(body) == candidate.sequence for body in connection.scalars(later)
+    )
 
 
 def _state(answers: dict[str, bool], needed: int) -> Confirmation:

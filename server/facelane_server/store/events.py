@@ -34,7 +34,8 @@ from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT, Vault
 class EventRecord:
     """``sequence`` 0: not written yet. ``time_ns`` since the epoch. ``sender``: the name of the key
     whose stream it is about; empty for what others than streams tell, and in records of before.
-    ``candidate``: the sequence of the event that was confirmed, 0 = none."""
+    ``candidate``: the sequence of the event that was confirmed, 0 = none. ``as_of``: the gallery's
+    revision by which its track is named, until it is written; 0 = by the names as they are then."""
 
     sequence: int
     kind: str
@@ -48,6 +49,7 @@ class EventRecord:
     sender: str = ""
     rule: RuleReport | None = None
     candidate: int = 0
+    as_of: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,16 @@ _decode = msgspec.msgpack.Decoder(_Body).decode
 def decoded(body: bytes) -> TrackReport | None:
     """What an event at rest says of a track, whose subjects are numbers there."""
     return _decode(body).track
+
+
+def rule_of(body: bytes) -> RuleReport | None:
+    """What an event at rest says of a zone or a line."""
+    return _decode(body).rule
+
+
+def candidate_of(body: bytes) -> int:
+    """The candidate that an event at rest has come of; 0 = none."""
+    return _decode(body).candidate
 
 
 def renamed(track: TrackReport, names: Mapping[str, str]) -> TrackReport:
@@ -135,11 +147,16 @@ def write(connection: sa.Connection, vault: Vault, record: EventRecord) -> None:
     track = record.track
     if track is not None and (named := track.identity.subjects):
         stored = {vault.blind("subject", record.gallery_id, name): name for name in named}
-        known = connection.execute(
+        query = (
             sa.select(subjects.c.id, subjects.c.subject_id)
             .where(subjects.c.gallery_id == record.gallery_id)
             .where(subjects.c.subject_id.in_(stored))
-        ).all()
+        )
+        if record.as_of:
+            # Numbers are revisions: a higher one is of somebody who was enrolled since, under the
+            # name of whoever was meant.
+            query = query.where(subjects.c.id <= record.as_of)
+        known = connection.execute(query).all()
         track = renamed(track, {stored[row.subject_id]: str(row.id) for row in known})
     connection.execute(
         sa.insert(events).values(

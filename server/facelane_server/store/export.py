@@ -12,12 +12,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from facelane_server.domain import RuleReport
 from facelane_server.naming import gallery_name
 from facelane_server.store import audit as log
 from facelane_server.store.audit import Action, Deed
 from facelane_server.store.chips import ENCODING
 from facelane_server.store.envelope import Lock
-from facelane_server.store.events import decoded
+from facelane_server.store.events import decoded, rule_of
 from facelane_server.store.gallery import Store
 from facelane_server.store.pictures import opened_photo
 from facelane_server.store.records import Correction, subject_missing
@@ -78,7 +79,7 @@ def export(store: Store, gallery_id: str, subject_id: str) -> Export:
             "last_seen": _time(seen_ns) if seen_ns else None,
             "templates": [face for face in faces if face["correction"] != "NOT"],
             "corrections": [face for face in faces if face["correction"] == "NOT"],
-            "enrolments_remembered": list(_requests(connection, number)),
+            "enrolments_remembered": list(_requests(connection, store, lock, number)),
             "events": list(_events(connection, gallery_id, number, of_events)),
             # Those of events that are not kept any more are here alone.
             "event_pictures": [
@@ -171,15 +172,24 @@ def _event_pictures(
         yield row.picture_id, (row.time_ns, files)
 
 
-def _requests(connection: sa.Connection, number: int) -> Iterator[dict[str, Any]]:
-    """Of the last day; their ids are kept as codes."""
+def _requests(
+    connection: sa.Connection, store: Store, lock: Lock | None, number: int
+) -> Iterator[dict[str, Any]]:
+    """Of the last day, with what they were answered; their ids are kept as codes."""
     rows = connection.execute(
-        sa.select(requests.c.template_id, requests.c.created_ns)
+        sa.select(requests.c.template_id, requests.c.created_ns, requests.c.answer)
         .join(templates, requests.c.template_id == templates.c.template_id)
         .where(templates.c.subject == number)
     )
     for row in rows.all():
-        yield {"template_id": row.template_id, "time": _time(row.created_ns)}
+        answer = row.answer
+        if answer is not None and lock is not None:
+            answer = store.vault.answer(lock, row.template_id, answer)
+        yield {
+            "template_id": row.template_id,
+            "time": _time(row.created_ns),
+            "answer": answer,
+        }
 
 
 def _events(
@@ -196,17 +206,30 @@ def _events(
             track = decoded(row.body)
             if track is None or own not in track.identity.subjects:
                 continue
-            named = track.identity.subject_id == own
+            identity = track.identity
+            named = identity.subject_id == own
+            similar = [one.similarity for one in identity.candidates if one.subject_id == own]
+            box = track.box
             yield {
                 "sequence": row.sequence,
                 "kind": row.kind,
                 "time": _time(row.time_ns),
                 "source_id": row.source_id,
                 "stream_id": row.stream_id,
-                "decision": track.identity.decision.value,
+                "decision": identity.decision.value,
                 "named": named,
-                "similarity": track.identity.similarity if named else None,
+                "similarity": identity.similarity if named else max(similar, default=None),
                 "liveness": track.liveness.verdict.value,
+                "ood_score": track.ood_score,
+                "track_id": track.track_id,
+                "seconds_of_the_stream": [track.first_ns / 1e9, track.last_ns / 1e9],
+                "capture_times": [
+                    _time(at_ns)
+                    for at_ns in (track.first_capture_ns, track.last_capture_ns)
+                    if at_ns is not None
+                ],
+                "box": [box.x, box.y, box.width, box.height],
+                "zone_or_line": _rule(rule_of(row.body)),
                 "pictures": sorted(of_events[track.picture][1])
                 if named and track.picture in of_events
                 else [],
@@ -217,6 +240,13 @@ def _events(
                     )
                 ],
             }
+
+
+def _rule(rule: RuleReport | None) -> dict[str, Any] | None:
+    if rule is None:
+        return None
+    crossing = None if rule.direction is None else rule.direction.value
+    return {"name": rule.name, "seconds_in_it": rule.dwell_ns / 1e9, "crossing": crossing}
 
 
 def _audit(

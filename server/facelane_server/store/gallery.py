@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from facelane_server.store.chips import keep as keep_chip
 from facelane_server.store.database import Database
 from facelane_server.store.envelope import Lock
 from facelane_server.store.following import ChangeKind, StoredChange
+from facelane_server.store.listed import SortedIds
 from facelane_server.store.records import (
     F16,
     Correction,
@@ -63,7 +64,7 @@ from facelane_server.store.schema import (
     templates,
 )
 from facelane_server.store.sqlite import SqliteFile
-from facelane_server.store.vault import Person, SortedIds, Vault, open_vault
+from facelane_server.store.vault import Person, Vault, open_vault
 
 DUPLICATE_SIMILARITY: Final = 0.999
 """Two shots of one person never come so near; the same picture enrolled again does
@@ -575,13 +576,12 @@ class Store:
         if due:
             yield from self._vault.turning(self.database)
 
-    def renew_keys(self) -> int:
+    def renew_keys(self, offered: Sequence[Lock] | None = None) -> int:
         """Locks the store with the master key that is given now, where it is another one; how many
-        keys that were. Raises ``ConfigError``."""
-        if not self._vault.refresh():
-            return 0
+        keys that were. ``offered``: see ``Vault.turning``. Raises ``ConfigError``."""
+        offered = self._vault.offered() if offered is None else offered
         with self.database.writing(GALLERY) as connection:
-            return self._vault.rewrap(connection)
+            return self._vault.rewrap(connection, offered)
 
     def check(self) -> str:
         """See ``Database.check``."""

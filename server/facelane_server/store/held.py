@@ -9,9 +9,10 @@ from typing import Final
 import sqlalchemy as sa
 
 from facelane_server.store.gallery import Store
-from facelane_server.store.schema import GALLERY, keys, last_seen, subjects
+from facelane_server.store.schema import GALLERY, audit, keys, last_seen, subjects
 from facelane_server.store.vault import KEY_COLUMNS, OF_SUBJECT
 
+DAY_NS: Final = 24 * 3600 * 1_000_000_000
 HOUR_NS: Final = 3600 * 1_000_000_000
 """When somebody was seen is kept to the hour: nobody's comings and goings."""
 
@@ -89,23 +90,48 @@ def note_seen(store: Store, *, seen: Mapping[tuple[str, str], int]) -> None:
                 )
 
 
-def set_right(store: Store, *, gallery_ids: Collection[str], now_ns: int) -> int:
+def set_right(store: Store, *, gallery_ids: Collection[str], now_ns: int) -> int | None:
     """Times that lie ahead of ``now_ns`` were given by a clock that was wrong: they are now from
-    here on, or nobody of that time would ever be let go. How many those were."""
+    here on, or nobody of that time would ever be let go. How many those were; None, and all stays
+    as it is, where it is this clock that seems to be wrong."""
     with store.database.writing(GALLERY) as connection:
-        ours = subjects.c.gallery_id.in_(gallery_ids)
-        made = connection.execute(
-            sa.update(subjects)
-            .where(ours, subjects.c.created_ns > now_ns)
-            .values(created_ns=now_ns)
+        made = subjects.c.gallery_id.in_(gallery_ids) & (subjects.c.created_ns > now_ns)
+        owners = sa.select(subjects.c.id).where(subjects.c.gallery_id.in_(gallery_ids))
+        seen = last_seen.c.subject.in_(owners) & (last_seen.c.seen_ns > now_ns)
+        if not any(
+            connection.scalar(sa.select(column).where(ahead).limit(1))
+            for column, ahead in ((subjects.c.id, made), (last_seen.c.subject, seen))
+        ):
+            return 0
+        if _is_behind(connection, now_ns):
+            return None
+        hour_ns = now_ns - now_ns % HOUR_NS
+        changed = (
+            connection.execute(sa.update(subjects).where(made).values(created_ns=now_ns)),
+            connection.execute(sa.update(last_seen).where(seen).values(seen_ns=hour_ns)),
         )
-        owners = sa.select(subjects.c.id).where(ours)
-        seen = connection.execute(
-            sa.update(last_seen)
-            .where(last_seen.c.subject.in_(owners), last_seen.c.seen_ns > now_ns)
-            .values(seen_ns=now_ns - now_ns % HOUR_NS)
-        )
-        return int(made.rowcount + seen.rowcount)
+        return sum(one.rowcount for one in changed)
+
+
+def _is_behind(connection: sa.Connection, now_ns: int) -> bool:
+    """Whether ``now_ns`` is of a clock that has lost the time (a machine without a battery, before
+    it has asked anybody): by the audit log, what was done at later times took longer than all that
+    was done since. To take such times for now would let everybody go once the clock is right."""
+    ahead = audit.c.time_ns > now_ns
+    first_ns, last_ns, last = connection.execute(
+        sa.select(
+            sa.func.min(audit.c.time_ns),
+            sa.func.max(audit.c.time_ns),
+            sa.func.max(audit.c.sequence),
+        ).where(ahead)
+    ).one()
+    if last is None:
+        return False
+    since_ns = connection.scalar(
+        sa.select(sa.func.min(audit.c.time_ns)).where(audit.c.sequence > last)
+    )
+    lived_ns = now_ns - (now_ns if since_ns is None else since_ns)
+    return bool(last_ns - first_ns > max(DAY_NS, lived_ns))
 
 
 def id_of(store: Store, gallery_id: str, number: int) -> str:

@@ -65,15 +65,22 @@ class Pictures:
         return self._vault.encrypts
 
     def add(
-        self, picture_id: str, photo: Photo, time_ns: int, *, gallery_id: str, subject_id: str
+        self,
+        picture_id: str,
+        photo: Photo,
+        time_ns: int,
+        *,
+        gallery_id: str,
+        subject_id: str,
+        as_of: int = 0,
     ) -> bool:
-        """``subject_id``: who is named, empty = nobody. False, and nothing is kept, where that
-        subject is not there any more."""
+        """``subject_id``: who is named, empty = nobody. ``as_of``: see ``EventRecord``. False, and
+        nothing is kept, where that subject is not there any more."""
         if not self.are_kept:
             return False
         with self._database.writing(GALLERY) as connection:
             number = self._number(connection, gallery_id, subject_id) if subject_id else None
-            if subject_id and number is None:
+            if subject_id and (number is None or (as_of and number > as_of)):
                 return False
             self._insert(connection, picture_id, photo, time_ns, number)
         return True

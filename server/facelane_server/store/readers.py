@@ -53,8 +53,12 @@ class Reader:
 
     def join(self, revision: int) -> None:
         """Before the gallery is read for the first time: with the revision 0."""
+        begun = time.monotonic()
+        self._come(revision)
+        self._trust(begun)
+
+    def _come(self, revision: int) -> None:
         with self._database.writing() as connection:
-            begun = time.monotonic()
             connection.execute(
                 sa.insert(shards).values(
                     shard_id=self.shard_id,
@@ -64,10 +68,11 @@ class Reader:
                     lease_until_ns=self._lease(connection),
                 )
             )
-        self._trust(begun)
 
-    def renew(self, revision: int) -> None:
-        """Has come so far, and is alive."""
+    def renew(self, revision: int) -> bool:
+        """Has come so far, and is alive. False: others took it for gone, and have told that a
+        deletion is confirmed which this process may not have read. It is there again, and is to
+        follow the store and call this once more; until then nothing is trusted anew."""
         with self._database.writing() as connection:
             begun = time.monotonic()
             renewed = connection.execute(
@@ -76,10 +81,10 @@ class Reader:
                 .values(revision=revision, lease_until_ns=self._lease(connection))
             )
         if not renewed.rowcount:
-            # Others took it for gone, and told that a deletion is confirmed: by now it has read it.
-            self.join(revision)
-        else:
-            self._trust(begun)
+            self._come(revision)
+            return False
+        self._trust(begun)
+        return True
 
     def lacking(self, revision: int) -> int:
         """How many other readers have not come so far; rows of those who are gone are removed."""
@@ -90,15 +95,16 @@ class Reader:
                     shards.c.revision < revision, shards.c.shard_id != self.shard_id
                 )
             ).all()
-        gone = [row.shard_id for row in behind if self._is_gone(row.host, row.process, row, now)]
+        gone = [row for row in behind if self._is_gone(row.host, row.process, row, now)]
+        removed = 0
         if gone:
             with self._database.writing() as connection:
-                connection.execute(
-                    sa.delete(shards).where(
-                        shards.c.shard_id.in_(gone), shards.c.revision < revision
-                    )
-                )
-        return len(behind) - len(gone)
+                for row in gone:
+                    # Unless it has said in between that it is alive.
+                    as_seen = shards.c.lease_until_ns == row.lease_until_ns
+                    mine = sa.delete(shards).where(shards.c.shard_id == row.shard_id, as_seen)
+                    removed += connection.execute(mine).rowcount
+        return len(behind) - removed
 
     def leave(self) -> None:
         """Names nobody from here on. Never raises."""

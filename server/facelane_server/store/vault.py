@@ -8,11 +8,9 @@ kept, and read again when a row names one that another process has made.
 
 from __future__ import annotations
 
-import bisect
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -27,7 +25,16 @@ from facelane_server.store import envelope
 from facelane_server.store.database import Database
 from facelane_server.store.envelope import Lock, SealBrokenError
 from facelane_server.store.masterkey import Source
-from facelane_server.store.schema import GALLERY, chips, keys, meta, revision, subjects, templates
+from facelane_server.store.schema import (
+    GALLERY,
+    audit,
+    chips,
+    keys,
+    meta,
+    revision,
+    subjects,
+    templates,
+)
 from facelane_server.store.schema import requests as requests_table
 from facelane_server.wiping import wipe
 
@@ -41,6 +48,9 @@ ERASURE: Final = "erasure"
 """In ``meta``: the revision of the newest deletion that waits for the epoch's turn."""
 SEALED: Final = "1"
 DUE: Final = "due"
+NO_MASTER_KEY: Final = "NO_MASTER_KEY"
+"""The cause where the store is locked by a key that this process is not given."""
+_ASK_AGAIN_S: Final = 5.0
 BATCH: Final = 2_000
 """Rows of a transaction that goes over all subjects: other writers wait for no more."""
 
@@ -80,6 +90,8 @@ class Vault:
         self._index = b""
         self._epochs: dict[str, Lock] = {}
         self._epoch = ""
+        self._asked_s = -_ASK_AGAIN_S
+        """When the source was asked last for a key that another process locks with by now."""
         self._guard = threading.Lock()
 
     # -- names and persons -------------------------------------------------------------------
@@ -208,26 +220,40 @@ class Vault:
     def take(self, connection: sa.Connection) -> None:
         """Reads the keys of a store that is sealed. Raises ``ConfigError`` for the wrong master
         key."""
-        self._read_keys(connection)
+        try:
+            self._read_keys(connection)
+        except FacelaneError as error:
+            if error.metadata.get("cause") == NO_MASTER_KEY:
+                raise ConfigError(error.message) from None
+            raise
         if not self._index:
             raise broken(self._name)
 
-    def refresh(self) -> bool:
-        """Asks the source for the master key again; whether another one locks now."""
-        if self._source is None or not self.encrypts:
-            return False
-        masters = self._source.read()
-        if not masters:
-            return False
-        before = self._master
-        self._masters = {lock.name: lock for lock in masters}
-        self._master = masters[0]
-        return before is None or before.name != self._master.name
+    def offered(self) -> tuple[Lock, ...]:
+        """The master keys that the source gives by now; it may take its time. Raises
+        ``ConfigError``."""
+        return () if self._source is None or not self.encrypts else self._source.read()
 
-    def rewrap(self, connection: sa.Connection) -> int:
-        """Locks everything with the newest master key; how many keys that were. Raises
-        ``ConfigError``, and changes nothing, where the one of before is not given any more."""
-        assert self._master is not None
+    def _take_over(self, connection: sa.Connection, offered: Sequence[Lock]) -> None:
+        """Locks with the first of these from now on. Raises ``ConfigError``, and keeps those that
+        it has, where they do not open all that the store holds: what was then locked with them
+        would be lost with a key that was given by mistake."""
+        if not offered:
+            return
+        names = {lock.name for lock in offered}
+        query = sa.select(keys.c.wrapped_by).where(keys.c.kind != "subject").distinct()
+        if missing := set(connection.scalars(query)) - names - {""}:
+            raise ConfigError(self._not_given(min(missing)))
+        self._masters = {lock.name: lock for lock in offered}
+        self._master = offered[0]
+
+    def rewrap(self, connection: sa.Connection, offered: Sequence[Lock] = ()) -> int:
+        """Locks everything with the newest of the master keys that are ``offered``; how many keys
+        that were. Raises ``ConfigError``, and changes nothing, where the one of before is not given
+        any more."""
+        self._take_over(connection, offered)
+        if self._master is None:
+            return 0
         old = connection.execute(
             sa.select(keys)
             .where(keys.c.kind != "subject")
@@ -250,13 +276,18 @@ class Vault:
             pass
         return self._epoch
 
-    def turning(self, database: Database) -> Iterator[None]:
+    def turning(self, database: Database, offered: Sequence[Lock] | None = None) -> Iterator[None]:
         """Wraps all subjects' keys under a fresh epoch key and destroys the old ones: a key that
         was deleted before can be opened by nobody any more. One transaction a step; may be
-        ended at any point, and begun again."""
+        ended at any point, and begun again. ``offered``: the master keys, where they were asked
+        for already."""
+        offered = self.offered() if offered is None else offered
         with database.writing(GALLERY) as connection:
             self._read_keys(connection)
-            self.refresh()
+            try:
+                self._take_over(connection, offered)
+            except ConfigError as error:
+                log.error("the store keeps its master key", problem=str(error))
             begun_at = revision(connection, GALLERY)
             self._new_epoch(connection)
             newest = self._epoch
@@ -411,6 +442,10 @@ class Vault:
         # In the order of their making, whatever the clocks of several machines say.
         before = self._newest(connection)
         after = int(before.split("-")[1]) + 1 if before else 0
+        # Later than the deletions that it is made for, also where the clock was set back since.
+        newest = sa.select(audit.c.time_ns).order_by(audit.c.sequence.desc()).limit(BATCH)
+        told_ns = connection.scalar(sa.select(sa.func.max(newest.subquery().c.time_ns))) or 0
+        after = max(after, told_ns + 1)
         name = f"epoch-{max(time.time_ns(), after):020d}-{secrets.token_hex(4)}"
         key = envelope.new_key()
         self._keep(connection, name, "epoch", key)
@@ -453,15 +488,38 @@ class Vault:
             self._epoch = max(epochs, default="")
 
     def _unwrapped(self, row: sa.Row[Any]) -> bytes:
-        master = self._masters.get(row.wrapped_by)
+        master = self._masters.get(row.wrapped_by) or self._given_by_now(row.wrapped_by)
         if master is None:
-            named = "none" if self._source is None else self._source.name
-            raise ConfigError(
-                f"{self._name} is locked by the master key {row.wrapped_by}, which "
-                f"store.master_key ({named}) does not give: "
-                "without that key nothing in it can be read"
+            raise FacelaneError(
+                Reason.GALLERY_UNAVAILABLE,
+                self._not_given(row.wrapped_by),
+                metadata={"cause": NO_MASTER_KEY},
             )
         return self._opened(master, row.wrapped, f"key {row.key_id}")
+
+    def _given_by_now(self, name: str) -> Lock | None:
+        """A key that another process locks with since it was rotated, and this one was not told."""
+        if time.monotonic() - self._asked_s < _ASK_AGAIN_S:
+            return None
+        self._asked_s = time.monotonic()
+        try:
+            offered = self.offered()
+        except ConfigError:
+            return None
+        found = {lock.name: lock for lock in offered}
+        if name not in found:
+            return None
+        self._masters = {**self._masters, **found}
+        if offered[0].name == name:
+            self._master = offered[0]
+        return found[name]
+
+    def _not_given(self, name: str) -> str:
+        named = "none" if self._source is None else self._source.name
+        return (
+            f"{self._name} is locked by the master key {name}, which store.master_key ({named}) "
+            "does not give: without that key nothing in it can be read"
+        )
 
 
 _PERSON: Final = msgspec.json.Decoder(tuple[str, str, dict[str, str]])
@@ -472,61 +530,6 @@ def locked_by(database: Database) -> set[str]:
     with database.reading() as connection:
         query = sa.select(keys.c.wrapped_by).where(keys.c.kind != "subject").distinct()
         return set(connection.scalars(query))
-
-
-class SortedIds:
-    """The ids of each gallery's subjects in their order, which the blinded ones do not have.
-
-    Read when first listed, and brought up to date by what has changed since. From any thread."""
-
-    def __init__(self, vault: Vault) -> None:
-        self._vault = vault
-        self._guard = threading.Lock()
-        self._gone: deque[int] = deque(maxlen=BATCH)
-        """Deleted lately: a transaction of before may still see them."""
-        self._seen: dict[str, int] = {}
-        self._sorted: dict[str, list[tuple[str, int]]] = {}
-
-    def after(self, connection: sa.Connection, gallery_id: str, last: str, count: int) -> list[int]:
-        """The numbers of at most ``count`` subjects behind the id ``last``."""
-        newest = revision(connection, GALLERY)
-        with self._guard:
-            if self._seen.get(gallery_id) != newest:
-                self._read(connection, gallery_id)
-                self._seen[gallery_id] = newest
-            ids = self._sorted[gallery_id]
-        begin = bisect.bisect_right(ids, last, key=lambda one: one[0])
-        return [number for _, number in ids[begin : begin + count]]
-
-    def forget(self, number: int) -> None:
-        """A subject was deleted: its id does not wait here for the next listing."""
-        with self._guard:
-            self._gone.append(number)
-            for gallery_id, ids in self._sorted.items():
-                self._sorted[gallery_id] = [one for one in ids if one[1] != number]
-
-    def _read(self, connection: sa.Connection, gallery_id: str) -> None:
-        """Opens those that were not known, and leaves out those that are gone."""
-        present = set(
-            connection.scalars(sa.select(subjects.c.id).where(subjects.c.gallery_id == gallery_id))
-        ).difference(self._gone)
-        known = [one for one in self._sorted.get(gallery_id, ()) if one[1] in present]
-        fresh = present.difference(number for _, number in known)
-        query = (
-            sa.select(subjects.c.id, subjects.c.sealed, *KEY_COLUMNS)
-            .join(keys, OF_SUBJECT, isouter=True)
-            .where(subjects.c.gallery_id == gallery_id)
-        )
-        if fresh and len(fresh) <= BATCH:
-            query = query.where(subjects.c.id.in_(fresh))
-        if fresh:
-            for row in connection.execute(query).all():
-                if row.id in fresh:
-                    lock = self._vault.lock(connection, row.id, row)
-                    person = self._vault.person(lock, row.id, row.sealed)
-                    known.append((person.subject_id, row.id))
-            known.sort()
-        self._sorted[gallery_id] = known
 
 
 def is_sealed(database: Database) -> bool:
