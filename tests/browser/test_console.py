@@ -207,7 +207,7 @@ def test_what_happened_while_nobody_listened_leaves_no_gap(chromium: Any, house:
         view(page, "Events")
         page.get_by_label("Camera", exact=True).fill("dock")
         page.get_by_label("Filter").select_option("STREAM_CLOSED")
-        page.locator("ol.events[aria-busy=false]").wait_for()
+        page.locator("ol.events[aria-busy=false]").wait_for(state="attached")
         happen(5)
         rows = "document.querySelectorAll('li.event').length"
         page.wait_for_function(f"() => {rows} === 5")
