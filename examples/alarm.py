@@ -52,6 +52,8 @@ def main() -> int:
         while True:
             try:
                 with client.watch_events(token, kinds=KINDS) as events:
+                    # What happens from here on is heard, whenever the connection breaks.
+                    token = events.resume_token
                     tell({"listening": chosen.source})
                     for event in events:
                         token = event.resume_token

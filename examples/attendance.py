@@ -72,9 +72,10 @@ class Register:
         row["times"] += 1
         return True
 
-    def lost(self, at: datetime) -> None:
-        """The server does not have what happened since the last event any more."""
-        self.resume_token = ""
+    def lost(self, at: datetime, resume_token: str = "") -> None:
+        """The server does not have all that happened since the last event any more;
+        ``resume_token``: behind which it still has everything."""
+        self.resume_token = resume_token
         self.gaps.append(at.isoformat(timespec="seconds"))
 
     def forget(self, today: date) -> None:
@@ -146,8 +147,9 @@ def main() -> int:
             try:
                 follow(client, register, chosen.out, chosen.gallery)
                 tell({"waits": "EVENTS_ENDED"})
-            except facelane.HistoryLostError:
-                register.lost(datetime.now().astimezone())
+            except facelane.HistoryLostError as error:
+                behind = error.metadata.get("resume_token", "")
+                register.lost(datetime.now().astimezone(), behind)
                 save(register, chosen.out)
                 tell({"gap": register.gaps[-1]})
             except facelane.FacelaneError as error:
@@ -165,6 +167,9 @@ def follow(client: facelane.Client, register: Register, folder: Path, gallery: s
         with client.watch_events(
             register.resume_token, kinds=KINDS, gallery_ids=(gallery,)
         ) as events:
+            # Whoever comes from here on counts, whatever becomes of the connection or of this.
+            register.resume_token = events.resume_token
+            save(register, folder)
             tell({"listening": True})
             for event in events:
                 if register.hears(event):

@@ -24,6 +24,8 @@ MAX_SINKS: Final = 16
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~A-Za-z0-9-]+\Z")
+HEADER_VALUE: Final = re.compile(r"[\t -~]*\Z")
 HOURS: Final = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)$")
 
 
@@ -45,7 +47,7 @@ class Server(_Table, frozen=True, kw_only=True):
     token_file: str = ""
     """The key alone."""
     tls_ca: str = ""
-    """PEM of the authority to trust; setting it switches TLS on."""
+    """PEM of the authority to trust. It, or any of the next three, switches TLS on."""
     tls_cert: str = ""
     tls_key: str = ""
     tls_server_name: str = ""
@@ -64,7 +66,7 @@ class _Sink(_Table, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     """A watch list: the subject has these labels. Events that name nobody do not pass."""
     hours: str = ""
-    """``"22:00-06:00"``, of this machine's clock; empty = always."""
+    """``"22:00-06:00"``, when it happened, in this machine's time zone; empty = always."""
     template: str = ""
     """What is sent instead of the event's JSON: ``${subject_id}``, ``${display_name}``,
     ``${source_id}``, ``${kind}``, ``${decision}``, ``${liveness}``, ``${time}``, ``${id}``, each as
@@ -79,6 +81,8 @@ class _Sink(_Table, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.hours and not HOURS.match(self.hours):
             raise ValueError('hours are written "22:00-06:00"')
+        if EventKind.UNSPECIFIED in self.kinds:
+            raise ValueError("kinds: no event is UNSPECIFIED; leave kinds out for all of them")
 
     def within_hours(self, moment: datetime) -> bool:
         """Whether ``moment``, in local time, lies in ``hours``."""
@@ -97,7 +101,7 @@ class Mqtt(_Sink, frozen=True, kw_only=True, tag_field="type", tag="mqtt"):
     port: Port = 1883
     tls: bool = False
     tls_ca: str = ""
-    """PEM of the authority; empty = the system's."""
+    """PEM of the authority, with ``tls``; empty = the system's."""
     username: str = ""
     password_file: str = ""
     prefix: Annotated[str, Meta(pattern=r"^[^#+\x00]{1,128}$")] = "facelane"
@@ -111,6 +115,10 @@ class Mqtt(_Sink, frozen=True, kw_only=True, tag_field="type", tag="mqtt"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tls_ca and not self.tls:
+            raise ValueError("tls_ca is for TLS: write tls = true, and most likely port = 8883")
+        if self.password_file and not self.username:
+            raise ValueError("password_file goes with a username")
         if self.payload == "onvif" and (self.homeassistant or self.template):
             raise ValueError(
                 'payload = "onvif" has topics and bodies of its own: write homeassistant and '
@@ -128,6 +136,17 @@ class Webhook(_Sink, frozen=True, kw_only=True, tag_field="type", tag="webhook")
     tls_ca: str = ""
     tls_fingerprint: Annotated[str, Meta(pattern=r"^$|^([0-9A-Fa-f]{2}:?){32}$")] = ""
     """SHA-256 of the receiver's certificate: it alone is trusted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.tls_ca or self.tls_fingerprint) and not self.url.startswith("https:"):
+            raise ValueError("tls_ca and tls_fingerprint are for a url that begins with https://")
+        for name, value in self.headers.items():
+            if not HEADER_NAME.match(name) or not HEADER_VALUE.match(value):
+                raise ValueError(
+                    f"headers: {name!r} cannot be sent; a name is letters, digits and dashes, a "
+                    "value one line of ASCII"
+                )
 
 
 class Nats(_Sink, frozen=True, kw_only=True, tag_field="type", tag="nats"):

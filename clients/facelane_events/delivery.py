@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import structlog
 
@@ -27,8 +28,13 @@ from facelane_events.position import DeadLetters, Position
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S: Final = 0.5
+STEADY_S: Final = 10.0
+"""A receiver that was there for so long is tried again at once when it is gone."""
 SKIPPED_SAVE: Final = 100
 """Events that the filters hold back move the position at every so many."""
+NOTED_S: Final = 30.0
+"""While nothing is delivered, how far the watch has come is kept every so many seconds: a server
+forgets what is old, and a position in it would be lost although nothing was missed."""
 
 
 class UnavailableError(Exception):
@@ -50,6 +56,22 @@ class Sink(Protocol):
     async def open(self) -> None: ...
     async def send(self, event: Message) -> None: ...
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Standing(Sink, Protocol):
+    """A way out that shows who is there: it is kept open, whether there are events or not."""
+
+    async def broken(self) -> None:
+        """Returns when what was opened is no more."""
+
+
+@runtime_checkable
+class Buffered(Sink, Protocol):
+    """A way out that holds what it was sent: a machine that loses its power would lose it."""
+
+    async def settle(self) -> None:
+        """Returns when all that was sent lies where it stays."""
 
 
 @dataclass
@@ -77,25 +99,32 @@ class Delivery:
         sink: Sink,
         position: Position,
         dead: DeadLetters,
-        clock: Callable[[], datetime] = lambda: datetime.now().astimezone(),
+        local: Callable[[datetime | None], datetime] = lambda moment: (
+            moment or datetime.now(UTC)
+        ).astimezone(),
     ) -> None:
         self.settings = settings
         self.tally = Tally()
         self._sink = sink
         self._position = position
         self._dead = dead
-        self._clock = clock
+        self._local = local
         self._open = False
+        self._openings = 0
+        self._idle = False
+        """Everything that was told is delivered."""
+        self._attempts = asyncio.Lock()
 
     async def run(self, client: facelane.aio.Client) -> None:
         """Raises FacelaneError where the server refuses for good, OSError where the position
         cannot be kept."""
+        standing: asyncio.Task[None] | None = None
         try:
             # A receiver that shows who is there is told at once, not with the first event.
-            with contextlib.suppress(UnavailableError, TimeoutError, OSError):
-                async with asyncio.timeout(self.settings.attempt_timeout):
-                    await self._sink.open()
-                    self._open = True
+            with contextlib.suppress(Exception):
+                await self._opened()
+            if isinstance(self._sink, Standing):
+                standing = asyncio.create_task(self._stand(self._sink), name=f"{self.name} stands")
             while True:
                 try:
                     await self._follow(client, self._position.token)
@@ -105,11 +134,14 @@ class Delivery:
                     self.tally.history_lost += 1
                     log.error("the server no longer has the events of a while", sink=self.name)
                     await self._deliver(history_lost(datetime.now(UTC)))
-                    self._position.save("")
+                    # What it still has is behind this position, where it says so.
+                    self._position.save(error.metadata.get("resume_token", ""))
         except GoneError as error:
             self.tally.ended = str(error)
             log.error("a receiver is gone for good: its sink ends", sink=self.name, why=str(error))
         finally:
+            if standing is not None:
+                standing.cancel()
             await self._close()
 
     @property
@@ -125,43 +157,111 @@ class Delivery:
             if events.resume_token != self._position.token:
                 # What happens from here on is not lost, whatever becomes of this process.
                 self._position.save(events.resume_token)
-            async for event in events:
-                if wanted(self.settings, event, self._clock()):
-                    await self._deliver(message(self.settings, event))
-                else:
-                    self.tally.held_back += 1
-                    skipped += 1
-                    if skipped % SKIPPED_SAVE:
-                        continue
-                self._position.save(event.resume_token)
-                _leave_if_told()
+            noting = asyncio.create_task(self._note(events), name=f"{self.name} notes")
+            try:
+                self._idle = True
+                async for event in events:
+                    self._idle = False
+                    # When it happened decides, not when a receiver that was away gets it.
+                    if wanted(self.settings, event, self._local(event.event_time)):
+                        await self._deliver(message(self.settings, event))
+                        await self._reached(event.resume_token)
+                    else:
+                        self.tally.held_back += 1
+                        skipped += 1
+                        if skipped % SKIPPED_SAVE == 0:
+                            await self._reached(event.resume_token)
+                    self._idle = True
+                    _leave_if_told()
+            finally:
+                self._idle = False
+                noting.cancel()
+
+    async def _reached(self, token: str) -> None:
+        """Everything up to here is delivered."""
+        if self._position.due and isinstance(self._sink, Buffered):
+            # First what was delivered, then that it was.
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(self.settings.attempt_timeout):
+                    await self._sink.settle()
+        self._position.save(token)
+
+    async def _note(self, events: facelane.aio.EventStream) -> None:
+        while True:
+            await asyncio.sleep(NOTED_S)
+            if self._idle and events.resume_token != self._position.token:
+                # One that cannot be kept is told of by the next delivery.
+                with contextlib.suppress(OSError):
+                    self._position.save(events.resume_token)
+
+    async def _stand(self, sink: Standing) -> None:
+        """Opens the receiver again whenever it is gone, also where there is nothing to deliver."""
+        wait = FIRST_RETRY_S
+        while True:
+            begun, openings = time.monotonic(), self._openings
+            if self._open:
+                with contextlib.suppress(Exception):
+                    await sink.broken()
+            async with self._attempts:
+                if self._openings == openings:  # no delivery was quicker
+                    await self._close()
+                    try:
+                        await self._opened()
+                    except Exception as error:
+                        self._failed(error)
+                    else:
+                        self._back()
+            if time.monotonic() - begun > STEADY_S:
+                wait = FIRST_RETRY_S
+            await asyncio.sleep(wait * (0.5 + random.random() / 2))
+            wait = min(2 * wait, self.settings.retry_max)
+
+    async def _opened(self) -> None:
+        async with asyncio.timeout(self.settings.attempt_timeout):
+            await self._sink.open()
+        self._open = True
+        self._openings += 1
 
     async def _deliver(self, event: Message) -> None:
         """Returns when the receiver has it, or never will."""
         wait = FIRST_RETRY_S
         while True:
-            try:
-                async with asyncio.timeout(self.settings.attempt_timeout):
-                    if not self._open:
-                        await self._sink.open()
-                        self._open = True
-                    await self._sink.send(event)
-            except RefusedError as error:
-                self._bury(event, str(error))
-                break
-            except (UnavailableError, TimeoutError, OSError) as error:
-                self.tally.attempts_failed += 1
-                if not self.tally.waiting:
-                    self.tally.waiting = True
-                    why = str(error) or "no answer in time"
-                    log.warning("a receiver is not there; trying again", sink=self.name, why=why)
-                await self._close()
-            else:
-                self.tally.delivered += 1
-                break
+            async with self._attempts:
+                try:
+                    async with asyncio.timeout(self.settings.attempt_timeout):
+                        if not self._open:
+                            await self._sink.open()
+                            self._open = True
+                            self._openings += 1
+                        await self._sink.send(event)
+                except GoneError:
+                    raise
+                except RefusedError as error:
+                    self._bury(event, str(error))
+                    break
+                except Exception as error:
+                    # Whatever a library throws: it is this sink's, and the others go on.
+                    self._failed(error)
+                    await self._close()
+                else:
+                    self.tally.delivered += 1
+                    break
             _leave_if_told()
             await asyncio.sleep(wait * (0.5 + random.random() / 2))
             wait = min(2 * wait, self.settings.retry_max)
+        self._back()
+
+    def _failed(self, error: Exception) -> None:
+        self.tally.attempts_failed += 1
+        if self.tally.waiting:
+            return
+        self.tally.waiting = True
+        known = isinstance(error, (UnavailableError, TimeoutError, OSError))
+        # The text of others may repeat what was sent.
+        why = (str(error) or "no answer in time") if known else type(error).__name__
+        log.warning("a receiver is not there; trying again", sink=self.name, why=why)
+
+    def _back(self) -> None:
         if self.tally.waiting:
             self.tally.waiting = False
             log.info("a receiver is back", sink=self.name)
@@ -177,7 +277,7 @@ class Delivery:
 
     async def _close(self) -> None:
         self._open = False
-        with contextlib.suppress(TimeoutError, OSError, UnavailableError):
+        with contextlib.suppress(Exception):
             async with asyncio.timeout(self.settings.attempt_timeout):
                 await self._sink.close()
 

@@ -37,8 +37,8 @@ def event_id(event: Event) -> str:
     return f"{event.sequence}-{moment}"
 
 
-def wanted(sink: Sink, event: Event, now: datetime) -> bool:
-    """Whether the sink's filters let it pass. ``now``: local time."""
+def wanted(sink: Sink, event: Event, moment: datetime) -> bool:
+    """Whether the sink's filters let it pass. ``moment``: when it happened, in local time."""
     if sink.kinds and event.kind not in sink.kinds:
         return False
     if sink.sources and not any(_matches(pattern, event.source_id) for pattern in sink.sources):
@@ -47,7 +47,7 @@ def wanted(sink: Sink, event: Event, now: datetime) -> bool:
         has = event.track.labels if event.track else {}
         if any(has.get(key) != value for key, value in sink.labels.items()):
             return False
-    return sink.within_hours(now)
+    return sink.within_hours(moment)
 
 
 def _matches(pattern: str, source: str) -> bool:

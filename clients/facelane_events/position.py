@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 import zlib
@@ -20,18 +21,35 @@ class Position:
 
     Survives the death of this process at any moment; of the machine, too, within a second: an
     older token delivers again what was delivered, and loses nothing. Its size never changes, so
-    that a full disk does not stop it. Owns the file.
+    that a full disk does not stop it. Owns the file, which nobody else may have: two programs that
+    go on from one position would both deliver everything.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if os.fstat(self._file).st_size < 2 * _SLOT:
-            os.posix_fallocate(self._file, 0, 2 * _SLOT)
+        try:
+            self._lock(path)
+            if os.fstat(self._file).st_size < 2 * _SLOT:
+                os.posix_fallocate(self._file, 0, 2 * _SLOT)
+        except OSError:
+            os.close(self._file)
+            raise
         found = [slot for slot in map(self._read, (0, 1)) if slot is not None]
         self._number, self.token = max(found, default=(0, ""))
         self._synced = 0.0
+
+    def _lock(self, path: Path) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                f"{path} is in use: another facelane-events delivers from this state folder; end "
+                "it, or give this one a state_dir of its own"
+            ) from None
+        except OSError:
+            pass  # some file systems know no locks
 
     def _read(self, slot: int) -> tuple[int, str] | None:
         raw = os.pread(self._file, _SLOT, slot * _SLOT)
@@ -42,6 +60,11 @@ class Position:
         number, token = msgspec.json.decode(body, type=tuple[int, str])
         return number, token
 
+    @property
+    def due(self) -> bool:
+        """Whether the next token that is saved reaches the disk at once."""
+        return time.monotonic() - self._synced >= _SYNC_S
+
     def save(self, token: str) -> None:
         """Raises OSError; ValueError of a token that is no token."""
         if len(token.encode()) > MAX_TOKEN_BYTES:
@@ -51,10 +74,9 @@ class Position:
         body = msgspec.json.encode((self._number, token))
         raw = len(body).to_bytes(4, "big") + zlib.crc32(body).to_bytes(4, "big") + body
         os.pwrite(self._file, raw, self._number % 2 * _SLOT)
-        now = time.monotonic()
-        if now - self._synced >= _SYNC_S:
+        if self.due:
             self.sync()
-            self._synced = now
+            self._synced = time.monotonic()
 
     def sync(self) -> None:
         os.fdatasync(self._file)
@@ -78,9 +100,13 @@ class DeadLetters:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         file = os.open(self._path, flags, 0o600)
         try:
-            if os.fstat(file).st_size + len(line) > self._max:
+            size = os.fstat(file).st_size
+            if size + len(line) > self._max:
                 return False
-            os.write(file, line)
+            if os.write(file, line) < len(line):
+                # The disk is full: no half of a line, behind which the next would be lost too.
+                os.ftruncate(file, size)
+                return False
             return True
         finally:
             os.close(file)

@@ -20,12 +20,14 @@ from facelane_events.position import DeadLetters, Position
 log = structlog.get_logger(__name__)
 
 TALLY_S: Final = 60.0
+THREADS: Final = 32
+"""A sink, at most: a try that is given up leaves its own behind until the broker's side ends."""
 
 
 def client_for(server: config.Server) -> facelane.aio.Client:
     """Raises ``ConfigError``."""
     tls = None
-    if server.tls_ca or server.tls_cert:
+    if server.tls_ca or server.tls_cert or server.tls_key or server.tls_server_name:
         tls = facelane.Tls(
             ca_file=server.tls_ca or None,
             cert_file=server.tls_cert or None,
@@ -36,7 +38,12 @@ def client_for(server: config.Server) -> facelane.aio.Client:
     # Read again when the server no longer takes it.
     token = (lambda: config.secret(path)) if path else None
     config.secret(path)
-    return facelane.aio.Client(server.target, token=token, tls=tls, proxy=server.proxy)
+    try:
+        return facelane.aio.Client(server.target, token=token, tls=tls, proxy=server.proxy)
+    except facelane.ArgumentError as error:
+        raise config.ConfigError(f"in [server]: {error.message}") from None
+    except OSError as error:
+        raise config.ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 async def run(settings: config.Config, folder: Path) -> None:
@@ -46,9 +53,9 @@ async def run(settings: config.Config, folder: Path) -> None:
     state folder takes nothing.
     """
     deliveries: list[Delivery] = []
-    # Threads of its own for each sink: those that hang hold up nobody. Two attempts may overlap,
-    # and a name be looked up beside.
-    threads = ThreadPoolExecutor(4 * len(settings.sink), "sink")
+    # For names that are looked up and brokers that are connected to; sinks that write or post have
+    # threads of their own. A few hang for a minute each: there are more than that.
+    threads = ThreadPoolExecutor(THREADS * len(settings.sink), "sink")
     asyncio.get_running_loop().set_default_executor(threads)
     with ExitStack() as stack:
         for sink in settings.sink:

@@ -153,6 +153,17 @@ async def test_batches_are_bounded() -> None:
     assert seen == list(range(1, limits.EVENT_HISTORY + 1))
 
 
+async def test_lost_history_says_what_is_left_of_it() -> None:
+    feed = feed_of(history=4)
+    token = feed.token_after(0)
+    fill(feed, 10)
+    with pytest.raises(FacelaneError) as gone:
+        feed.watch(token)
+    assert gone.value.reason == Reason.HISTORY_LOST
+    with feed.watch(gone.value.metadata["resume_token"]) as watcher:
+        assert await numbers(watcher) == [7, 8, 9, 10]
+
+
 async def test_close_lets_watchers_read_to_the_end() -> None:
     feed = feed_of()
     with feed.watch() as reader, feed.watch() as waiter:

@@ -59,18 +59,20 @@ class States:
             return self._after_rule(event, event.rule, track)
         elif event.kind in (EventKind.STREAM_OPENED, EventKind.STREAM_CLOSED):
             # Tracks end before their stream does; what is left is from before a restart.
-            self.present.clear()
-            self.unknown.clear()
-            self.spoof.clear()
-            for name, inside in self.zones.items():
-                inside.clear()
-                found[f"zone_{name}"] = _switch(inside)
+            return self.emptied()
         else:
             return found
         found["occupancy"] = _switch(self.present)
         found["unknown"] = _switch(self.unknown)
         found["spoof"] = _switch(self.spoof)
         return found
+
+    def emptied(self) -> dict[str, str]:
+        """Nobody is known to be there any more: the topics that say so."""
+        for tracks in (self.present, self.unknown, self.spoof, *self.zones.values()):
+            tracks.clear()
+        names = ("occupancy", "unknown", "spoof", *(f"zone_{name}" for name in self.zones))
+        return {name: _switch(set()) for name in names}
 
     def _after_rule(self, event: Event, rule: RuleReport, track: str) -> dict[str, str]:
         if event.kind is EventKind.LINE_CROSSED:

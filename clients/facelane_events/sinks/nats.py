@@ -12,17 +12,25 @@ from nats.aio.client import Client
 from nats.js.api import StreamConfig
 
 from facelane_events import config
-from facelane_events.delivery import UnavailableError
+from facelane_events.delivery import RefusedError, UnavailableError
 from facelane_events.message import Message
 
 DUPLICATE_WINDOW_S = 600
 """The stream forgets message ids after so long."""
+TOO_LARGE = 10054
+"""JetStream's code for a message that is larger than its stream takes."""
 
 
 def subject(prefix: str, event: Message) -> str:
     """``<prefix>.<source>.<kind>``, each part one token."""
     source = re.sub(r"[\s.*>]", "_", event.source_id) or "server"
     return f"{prefix}.{source}.{event.kind}"
+
+
+def message_id(settings: config.Nats, event: Message) -> str:
+    """The same for the same event of the same sink: two sinks of one stream say different things of
+    it, and neither is the other's duplicate."""
+    return f"{event.id}-{settings.name}"
 
 
 class NatsSink:
@@ -64,9 +72,13 @@ class NatsSink:
                 subject(self._settings.subject, event),
                 event.body,
                 timeout=self._settings.attempt_timeout,
-                headers={"Nats-Msg-Id": event.id},
+                headers={"Nats-Msg-Id": message_id(self._settings, event)},
             )
+        except nats.errors.MaxPayloadError:
+            raise RefusedError("it is larger than the server takes") from None
         except (TimeoutError, nats.errors.Error, OSError) as error:
+            if isinstance(error, nats.js.errors.APIError) and error.err_code == TOO_LARGE:
+                raise RefusedError("it is larger than the stream takes") from None
             raise UnavailableError(type(error).__name__) from None
 
     async def close(self) -> None:

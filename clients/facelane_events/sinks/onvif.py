@@ -7,19 +7,22 @@ so for long), LineDetector and LineCounting (a line). What ONVIF has no topic or
 under the alias ``facelane``.
 
 What is so until it is told otherwise, a property, is retained by the broker: FieldDetector,
-LoiteringDetector, counters. A property that is no more is a message of no bytes.
+LoiteringDetector, counters. A property that is no more is a message of no bytes. A zone has one
+LoiteringDetector, whose ``ObjectId`` is the list of those who loiter: it changes when one of them
+leaves, and ends with the last of them, whoever else is in the zone.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from facelane.types import CrossingDirection, Event, EventKind
-from facelane_events.message import Message
+from facelane_events.message import HISTORY_LOST, Message
 
 PAYLOAD_PREFIX: Final = "onvif-ej"
 ALIAS: Final = "facelane"
@@ -28,6 +31,7 @@ FACE: Final = "RuleEngine/Recognition/Face"
 INSIDE: Final = "RuleEngine/FieldDetector/ObjectsInside"
 LOITERING: Final = "RuleEngine/LoiteringDetector/ObjectIsLoitering"
 CROSSED: Final = "RuleEngine/LineDetector/Crossed"
+MAX_ZONES: Final = 10_000
 COUNTER: Final = "RuleEngine/CountAggregation/Counter"
 
 _TOPICS: Final = {
@@ -40,6 +44,10 @@ _TOPICS: Final = {
 }
 
 
+_ENDS: Final = (EventKind.STREAM_OPENED, EventKind.STREAM_CLOSED, HISTORY_LOST)
+"""Tracks end before their stream does; what is left is from before a restart, or unknown."""
+
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """One message."""
@@ -47,6 +55,42 @@ class Told:
     topic: str
     body: bytes
     retain: bool = False
+
+
+@dataclass
+class _Zone:
+    """``since``: who loiters there, by track, and when each came in."""
+
+    occupied: bool = False
+    since: dict[str, datetime] = field(default_factory=dict)
+
+
+Key: TypeAlias = tuple[str, str, str]
+"""A zone: the source's, the gallery's and its own name."""
+
+
+class Zones:
+    """What was told of zones: nobody else says what ends with a stream that died."""
+
+    def __init__(self) -> None:
+        self._zones: OrderedDict[Key, _Zone] = OrderedDict()
+
+    def of(self, event: Event, name: str) -> _Zone:
+        key = (event.source_id, event.gallery, name)
+        found = self._zones.setdefault(key, _Zone())
+        self._zones.move_to_end(key)
+        if len(self._zones) > MAX_ZONES:
+            self._zones.popitem(last=False)
+        return found
+
+    def emptied(self, source_id: str | None) -> list[tuple[Key, _Zone]]:
+        """Of a source, ``None`` = of all: those where somebody was; now nobody is."""
+        found = []
+        for key, zone in self._zones.items():
+            if source_id in (None, key[0]) and (zone.occupied or zone.since):
+                found.append((key, _Zone(zone.occupied, zone.since)))
+                zone.occupied, zone.since = False, {}
+        return found
 
 
 def local_topic(event: Message) -> str:
@@ -78,15 +122,41 @@ def _of_a_face(event: Message) -> bool:
     return seen or (event.event is not None and event.event.track is not None)
 
 
-def messages(prefix: str, event: Message) -> list[Told]:
-    """What to publish: one message; for a line that was crossed the counter of that way too; and
-    when nobody is left in a zone, that nobody loiters there."""
-    local, rule = local_topic(event), event.event.rule if event.event is not None else None
-    found = [Told(topic(prefix, event), payload(event), retain=local in (INSIDE, LOITERING))]
-    if rule is None:
+def messages(prefix: str, event: Message, zones: Zones | None = None) -> list[Told]:
+    """What to publish: one message; for a line that was crossed the counter of that way too; who
+    still loiters where one has left; and, where a stream or the server's history is over, what is
+    so no more. ``zones``: what was told before, which this adds to: call it once an event."""
+    zones = Zones() if zones is None else zones
+    found = [Told(topic(prefix, event), payload(event), retain=local_topic(event) == INSIDE)]
+    rule = event.event.rule if event.event is not None else None
+    if event.kind in _ENDS:
+        everywhere = event.event is None
+        for key, zone in zones.emptied(None if everywhere else event.source_id):
+            where = {"VideoSource": key[0], "AnalyticsConfiguration": key[1] or ALIAS}
+            where["Rule"] = key[2]
+            if zone.occupied:
+                body = _body(event, where, {"IsInside": False, f"{ALIAS}:Inside": 0})
+                found.append(Told(_topic(prefix, INSIDE, where), body, retain=True))
+            if zone.since:
+                found.append(Told(_topic(prefix, LOITERING, where), b"", retain=True))
+    if rule is None or event.event is None:
         return found
-    if event.kind == EventKind.ZONE_LEFT and not rule.inside:
-        found.append(Told(_topic(prefix, LOITERING, source(event)), b"", retain=True))
+    who = event.event.track.global_track_id if event.event.track is not None else ""
+    if event.kind == EventKind.ZONE_ENTERED:
+        zones.of(event.event, rule.name).occupied = rule.inside > 0
+    elif event.kind == EventKind.ZONE_LEFT:
+        zone = zones.of(event.event, rule.name)
+        zone.occupied = rule.inside > 0
+        loitered = zone.since.pop(who, None) is not None
+        if not zone.occupied:
+            zone.since.clear()
+        if loitered or not zone.occupied:
+            found.append(_loitering(prefix, event, zone))
+    elif event.kind == EventKind.ZONE_DWELL:
+        zone = zones.of(event.event, rule.name)
+        now = event.time or datetime.now(UTC)
+        zone.since[who] = now - timedelta(seconds=rule.dwell or 0.0)
+        found = [_loitering(prefix, event, zone)]
     elif event.kind == EventKind.LINE_CROSSED:
         inwards = rule.direction is CrossingDirection.IN
         counted = source(event) | {"Rule": f"{rule.name}-{'in' if inwards else 'out'}"}
@@ -94,6 +164,17 @@ def messages(prefix: str, event: Message) -> list[Told]:
         body = _body(event, counted, {"Count": count})
         found.append(Told(_topic(prefix, COUNTER, counted), body, retain=True))
     return found
+
+
+def _loitering(prefix: str, event: Message, zone: _Zone) -> Told:
+    """Who loiters in a zone, and since when one of them does."""
+    where = source(event)
+    body = b""
+    if zone.since:
+        # A list of ONVIF's (xs:list) is one text.
+        told = {"ObjectId": " ".join(zone.since), "Since": _utc(min(zone.since.values()))}
+        body = _body(event, where, told)
+    return Told(_topic(prefix, LOITERING, where), body, retain=True)
 
 
 def topic(prefix: str, event: Message) -> str:
@@ -149,7 +230,7 @@ def _rule_data(event: Event) -> dict[str, Any]:
     if event.kind is EventKind.ZONE_DWELL:
         now = event.event_time or datetime.now(UTC)
         found["Since"] = _utc(now - timedelta(seconds=rule.dwell or 0.0))
-    elif event.kind is EventKind.LINE_CROSSED:
+    if event.kind is EventKind.LINE_CROSSED:
         found[f"{ALIAS}:Direction"] = rule.direction.value
     return found
 

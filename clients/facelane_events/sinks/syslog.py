@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import socket
-from typing import Final
+from typing import Any, Final
 
 from facelane_events import config
 from facelane_events.delivery import UnavailableError
@@ -35,7 +35,11 @@ class SyslogSink:
         self._host = socket.gethostname()
         self._socket: socket.socket | None = None
         self._stream = False
-        self._doubtful: Doubtful[bytes] = Doubtful()
+        self._udp = settings.address.startswith("udp:")
+        # Of datagrams the last alone: that one was refused is told to the one behind it.
+        self._doubtful: Doubtful[bytes] = Doubtful(1) if self._udp else Doubtful()
+        self._first = 0
+        """Of the name's addresses, which is tried first."""
 
     async def open(self) -> None:
         address = self._settings.address
@@ -49,12 +53,25 @@ class SyslogSink:
             host, _, port = rest[2:].rpartition(":")
             kind = socket.SOCK_STREAM if scheme == "tcp" else socket.SOCK_DGRAM
             found = await loop.getaddrinfo(host.strip("[]"), int(port), type=kind)
-            family, _, _, _, peer = found[0]
-            await loop.sock_connect(self._made(family, kind), peer)
+            await self._reach(found, kind)
             await self._again()
         except OSError as error:
             await self.close()
             raise UnavailableError(f"{address}: {error.strerror or error}") from None
+
+    async def _reach(self, found: list[Any], kind: socket.SocketKind) -> None:
+        """One of the name's addresses, the one that answered before first: a receiver listens to
+        127.0.0.1 or to ::1, and ``localhost`` is both. Raises OSError."""
+        for attempt in range(len(found)):
+            self._first %= len(found)
+            family, _, _, _, peer = found[self._first]
+            try:
+                await asyncio.get_running_loop().sock_connect(self._made(family, kind), peer)
+                return
+            except OSError:
+                self._first += 1
+                if attempt + 1 == len(found):
+                    raise
 
     async def _local(self, path: str) -> None:
         """A socket of datagrams or a stream, whichever it is."""
@@ -86,11 +103,13 @@ class SyslogSink:
             await loop.sock_sendall(self._socket, line)
             well = True
         except OSError as error:
+            if self._udp:
+                self._first += 1  # nobody listens at this address
             raise UnavailableError(f"{self._settings.address}: {error}") from None
         finally:
             if not well:
                 self._doubtful.broke()
-            elif self._stream:
+            elif self._stream or self._udp:
                 self._doubtful.sent(line, len(line))
 
     async def _again(self) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import contextlib
+import socket
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import urllib3
 from standardwebhooks.webhooks import Webhook as Signer
+from urllib3.connection import HTTPConnection
 
 import facelane
 from facelane_events import config
@@ -20,22 +25,40 @@ AGAIN: Final = frozenset({408, 421, 423, 425, 429, *range(500, 600)})
 GONE: Final = 410
 MAX_ANSWER: Final = 64 * 1024
 MAX_PAUSE_S: Final = 300.0
+CONNECT_S: Final = 10.0
+"""Of an attempt, for each of the receiver's addresses."""
 
 
 class WebhookSink:
+    """Posts in a thread of its own, one at a time: no attempt that was given up overtakes the
+    next, and none holds up another sink. What ends an attempt shuts its socket, since a time-out
+    counts anew with every byte of a receiver that drips its answer."""
+
     def __init__(self, settings: config.Webhook) -> None:
         self._settings = settings
-        secret = config.secret(settings.secret_file)
+        self._signer = self._read_secret()
+        self._thread = ThreadPoolExecutor(1, f"webhook {settings.name}")
+        self._pool: urllib3.HTTPConnectionPool | None = None
+        self._connections: deque[HTTPConnection] = deque(maxlen=4)
+
+    def _read_secret(self) -> Signer | None:
+        """Raises ``ConfigError``."""
+        path = self._settings.secret_file
+        secret = config.secret(path)
         try:
-            self._signer = Signer(secret) if secret else None
+            return Signer(secret) if secret else None
         except (binascii.Error, RuntimeError, ValueError):
             raise config.ConfigError(
-                f"{settings.secret_file}: no secret of a webhook, which is whsec_ and base64"
+                f"{path}: no secret of a webhook, which is whsec_ and base64"
             ) from None
-        self._pool: urllib3.PoolManager | None = None
 
     async def open(self) -> None:
         settings = self._settings
+        try:
+            # It may have been exchanged meanwhile.
+            self._signer = self._read_secret()
+        except config.ConfigError as error:
+            raise UnavailableError(str(error)) from None
         options: dict[str, Any] = {"ca_certs": settings.tls_ca} if settings.tls_ca else {}
         if settings.tls_fingerprint:
             # Nobody else can have the certificate with this sum, whatever it says.
@@ -44,9 +67,33 @@ class WebhookSink:
                 "assert_hostname": False,
                 "cert_reqs": "CERT_NONE",
             }
-        # In all: a thread outlives its attempt no longer than that.
-        timeout = urllib3.Timeout(total=settings.attempt_timeout)
-        self._pool = urllib3.PoolManager(maxsize=1, retries=False, timeout=timeout, **options)
+        most = settings.attempt_timeout
+        timeout = urllib3.Timeout(total=most, connect=min(most, CONNECT_S))
+        try:
+            pool = urllib3.connection_from_url(
+                settings.url, maxsize=1, retries=False, timeout=timeout, **options
+            )
+        except urllib3.exceptions.HTTPError as error:
+            raise UnavailableError(_why(error)) from None
+        made: Any = pool.ConnectionCls
+
+        def remembered(**how: Any) -> Any:
+            connection = made(**how)
+            reach = connection.connect
+
+            def connect() -> None:
+                reach()
+                if self._pool is not pool:
+                    # Given up before there was a socket to be shut.
+                    connection.close()
+                    raise urllib3.exceptions.NewConnectionError(connection, "given up")
+
+            connection.connect = connect
+            self._connections.append(connection)
+            return connection
+
+        pool.ConnectionCls = remembered  # type: ignore[assignment]
+        self._pool = pool
 
     async def send(self, event: Message) -> None:
         assert self._pool is not None, "not open"
@@ -61,7 +108,9 @@ class WebhookSink:
         headers["webhook-timestamp"] = str(int(now.timestamp()))
         if self._signer is not None:
             headers["webhook-signature"] = self._signer.sign(event.id, now, event.body.decode())
-        status, pause = await asyncio.to_thread(self._post, event.body, headers)
+        status, pause = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._post, self._pool, event.body, headers
+        )
         if 200 <= status < 300:
             return
         if status == GONE:
@@ -71,12 +120,16 @@ class WebhookSink:
             raise UnavailableError(f"it answered {status}")
         raise RefusedError(f"it answered {status}")
 
-    def _post(self, body: bytes, headers: dict[str, str]) -> tuple[int, float]:
+    def _post(
+        self, pool: urllib3.HTTPConnectionPool, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, float]:
         """The status, and how long the receiver asks to be left alone."""
-        assert self._pool is not None
+        if pool is not self._pool:
+            raise UnavailableError("it was given up before it was sent")
+        target = urllib3.util.parse_url(self._settings.url).request_uri
         try:
-            answer = self._pool.request(
-                "POST", self._settings.url, body=body, headers=headers,
+            answer = pool.urlopen(
+                "POST", target, body=body, headers=headers,
                 redirect=False, preload_content=False,
             )  # fmt: skip
             try:
@@ -90,8 +143,12 @@ class WebhookSink:
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
+        for connection in list(self._connections):
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
         if pool is not None:
-            pool.clear()
+            pool.close()
 
 
 def _why(error: Exception) -> str:

@@ -287,8 +287,9 @@ class EventFeed:
         ahead = limits.MAX_SEQUENCE if self._keeper is not None else self._sequence
         if sequence > ahead:
             raise _invalid_token()
-        if sequence < (self._first if self._keeper is None else self._gone):
-            raise lost("more has happened since that token than is kept")
+        gone = self._first if self._keeper is None else self._gone
+        if sequence < gone:
+            raise lost("more has happened since that token than is kept", self.token_after(gone))
         return int(sequence)
 
     @property
@@ -339,7 +340,7 @@ class EventFeed:
             return list(itertools.islice(self._ring, start, start + limits.MAX_EVENT_BATCH))
         if self._keeper is not None:
             return await self._keeper.older(sequence)
-        raise lost("this call read more slowly than events came")
+        raise lost("this call read more slowly than events came", self.token_after(self._first))
 
     @property
     def closed(self) -> bool:
@@ -476,10 +477,13 @@ def event_not_found() -> FacelaneError:
     )
 
 
-def lost(why: str) -> FacelaneError:
+def lost(why: str, kept: str = "") -> FacelaneError:
+    """``kept``: the token before the oldest event that there still is."""
     return FacelaneError(
         Reason.HISTORY_LOST,
-        f"events were missed: {why}; watch again without a resume_token",
+        f"events were missed: {why}; watch again without a resume_token"
+        + (", or from the one in the metadata on" if kept else ""),
+        metadata={"resume_token": kept} if kept else {},
     )
 
 
