@@ -4,10 +4,11 @@ import { create, fromBinary, toBinary, type DescMessage, type DescMethodServerSt
 import * as grpc from "@grpc/grpc-js";
 import { randomUUID } from "node:crypto";
 import { accessSync, constants, readFileSync } from "node:fs";
-import { fromRpc, FacelaneError } from "./errors.js";
-import type { Reconnect } from "./core.js";
+import { setTimeout as sleep } from "node:timers/promises";
+import { STEADY, type Reconnect } from "./core.js";
+import { asLost, fromRpc, FacelaneError } from "./errors.js";
 import { AnalysisService, type AnalysisOptionsSchema, type AnalyzeStreamRequest, type AnalyzeStreamResponse, type StreamConfigSchema } from "./gen/facelane/v1/analysis_service_pb.js";
-import { EventService, type Event, type EventKind } from "./gen/facelane/v1/event_service_pb.js";
+import { EventService, type Event, type EventKind, type WatchEventsResponse } from "./gen/facelane/v1/event_service_pb.js";
 import type { Face, FrameResult, Subject, Template } from "./gen/facelane/v1/face_pb.js";
 import { GalleryService, type EnrollFaceRequestSchema, type EnrollFaceResponse, type VerifyFaceResponse } from "./gen/facelane/v1/gallery_service_pb.js";
 import { ServerService, type GetServerInfoResponse } from "./gen/facelane/v1/server_service_pb.js";
@@ -81,6 +82,9 @@ export class Client implements AsyncDisposable {
   private readonly rpc: grpc.Client;
   private readonly timeout: number;
   private held: string | undefined;
+  /** What ends with the client: streams and watches. */
+  private readonly open = new Set<() => void>();
+  private closed = false;
 
   constructor(readonly target: string = defaultTarget(), private readonly options: ClientOptions = {}) {
     this.timeout = options.timeout ?? 10;
@@ -109,9 +113,14 @@ export class Client implements AsyncDisposable {
 
   /** Opens a stream: one camera, one recording. */
   analyzeStream(config: MessageInitShape<typeof StreamConfigSchema> = {}, options: StreamOptions = {}): AnalysisStream {
-    return new AnalysisStream(
-      async () => this.bidi(AnalysisService.method.analyzeStream, await this.metadata()), config, options,
+    this.checkOpen();
+    const close = (): void => stream.close();
+    const hooks = { refused: (error: FacelaneError) => this.refused(error), ended: () => this.open.delete(close) };
+    const stream = new AnalysisStream(
+      async () => this.bidi(AnalysisService.method.analyzeStream, await this.metadata()), config, options, hooks,
     );
+    this.open.add(close);
+    return stream;
   }
 
   /** One picture. */
@@ -126,7 +135,7 @@ export class Client implements AsyncDisposable {
     subjectId: string, picture: PictureInput,
     more: Omit<MessageInitShape<typeof EnrollFaceRequestSchema>, "subjectId" | "picture" | "$typeName"> = {},
   ): Promise<EnrollFaceResponse> {
-    const request = { requestId: randomUUID(), ...more, subjectId, picture: pictureOf(picture) };
+    const request = { ...more, requestId: more.requestId || randomUUID(), subjectId, picture: pictureOf(picture) };
     return this.unary(GalleryService.method.enrollFace, request);
   }
 
@@ -177,38 +186,80 @@ export class Client implements AsyncDisposable {
 
   /** Events as they happen, over breaks of the connection; keep the token of what you have dealt with. */
   async *watchEvents(options: WatchOptions = {}): AsyncGenerator<Watched, void, undefined> {
+    this.checkOpen();
+    const end = new AbortController();
+    const stop = (): void => end.abort();
+    options.signal?.addEventListener("abort", stop);
+    this.open.add(stop);
+    if (options.signal?.aborted) stop();
+    try {
+      yield* this.watch(options, end.signal);
+    } finally {
+      options.signal?.removeEventListener("abort", stop);
+      this.open.delete(stop);
+    }
+  }
+
+  private async *watch(options: WatchOptions, end: AbortSignal): AsyncGenerator<Watched, void, undefined> {
     const policy = options.reconnect === false ? undefined
       : { maxAttempts: 0, initialDelay: 0.2, maxDelay: 10, multiplier: 2, jitter: 0.2, ...options.reconnect };
+    const { kinds = [], sourceIds = [], galleryIds = [] } = options;
     let resumeToken = options.resumeToken ?? "";
-    for (let attempts = 0; !options.signal?.aborted; ) {
-      const request = { resumeToken, kinds: options.kinds ?? [], sourceIds: options.sourceIds ?? [], galleryIds: options.galleryIds ?? [] };
-      const call = this.serverStream(EventService.method.watchEvents, request, await this.metadata());
-      const stop = (): void => call.cancel();
-      options.signal?.addEventListener("abort", stop);
-      let failed: FacelaneError = new FacelaneError("CONNECTION_LOST", "the server ended the watch");
+    let attempts = 0;
+    let renewed = false;
+    while (!end.aborted) {
+      const calledAt = performance.now();
+      let failed = new FacelaneError("CONNECTION_LOST", "the server ended the watch");
+      let begun = false;
+      let late: NodeJS.Timeout | undefined;
+      let call: grpc.ClientReadableStream<WatchEventsResponse> | undefined;
+      const cancel = (): void => call?.cancel();
+      end.addEventListener("abort", cancel);
       try {
-        for await (const message of call as AsyncIterable<MessageShape<typeof EventService.method.watchEvents.output>>) {
-          attempts = 0;
+        const metadata = await this.metadata();
+        if (end.aborted) return;
+        call = this.serverStream(EventService.method.watchEvents, { resumeToken, kinds, sourceIds, galleryIds }, metadata);
+        // Events may take as long as they like; the first response says that the watch has begun.
+        late = setTimeout(cancel, 1000 * this.timeout);
+        for await (const message of call as AsyncIterable<WatchEventsResponse>) {
+          clearTimeout(late);
+          begun = true;
+          renewed = false;
+          if (message.event) attempts = 0;
           resumeToken = message.resumeToken || resumeToken;
           yield { event: message.event, resumeToken };
         }
       } catch (error) {
-        failed = fromRpc(error as grpc.ServiceError);
+        if (error instanceof FacelaneError) failed = error;
+        else if (isOfRpc(error)) failed = begun ? asLost(fromRpc(error)) : fromRpc(error);
+        else throw error;
+        if (!begun && call && failed.reason === "CANCELLED") {
+          failed = new FacelaneError("DEADLINE_EXCEEDED", `the server did not begin the watch within ${this.timeout} s`);
+        }
       } finally {
-        options.signal?.removeEventListener("abort", stop);
-        call.on("error", () => undefined);
-        call.cancel();
+        clearTimeout(late);
+        end.removeEventListener("abort", cancel);
+        call?.on("error", () => undefined);
+        call?.cancel();
       }
-      if (options.signal?.aborted) return;
+      if (end.aborted) return;
+      if (!renewed && (policy || !begun) && this.refused(failed)) {
+        renewed = true;
+        continue;
+      }
+      if (begun && performance.now() - calledAt >= 1000 * STEADY) attempts = 0;
       attempts += 1;
       if (!policy || !failed.retryable || (policy.maxAttempts && attempts > policy.maxAttempts)) throw failed;
       const wait = Math.min(policy.maxDelay, policy.initialDelay * policy.multiplier ** Math.min(attempts - 1, 64));
-      await new Promise((resolve) => setTimeout(resolve, 1000 * wait * (1 + policy.jitter * (2 * Math.random() - 1))));
+      const spread = 1 + policy.jitter * (2 * Math.random() - 1);
+      await sleep(1000 * wait * spread, undefined, { signal: end }).catch(() => undefined);
     }
   }
 
-  /** Ends the connection; streams that are open end with it. */
+  /** Ends the connection; streams and watches that are open end with it. */
   close(): void {
+    this.closed = true;
+    for (const end of [...this.open]) end();
     this.rpc.close();
   }
 
@@ -220,10 +271,24 @@ export class Client implements AsyncDisposable {
     const metadata = new grpc.Metadata();
     const { token } = this.options;
     if (token !== undefined) {
-      this.held ??= (typeof token === "string" ? token : await token()).trim();
-      metadata.set("authorization", `Bearer ${this.held}`);
+      this.held ??= (typeof token === "string" ? token : await asked(token)).trim();
+      if (!/^[!-~]*$/.test(this.held)) {
+        throw new FacelaneError("ARGUMENT_INVALID", "the token holds spaces or characters outside of ASCII: give the key alone");
+      }
+      if (this.held) metadata.set("authorization", `Bearer ${this.held}`);
     }
     return metadata;
+  }
+
+  /** Whether a call was refused for its token, and there may be another by now. */
+  private refused(error: FacelaneError): boolean {
+    if (error.code !== grpc.status.UNAUTHENTICATED || typeof this.options.token !== "function") return false;
+    this.held = undefined;
+    return true;
+  }
+
+  private checkOpen(): void {
+    if (this.closed) throw new FacelaneError("STREAM_CLOSED", "the client was closed: make another");
   }
 
   private async unary<I extends DescMessage, O extends DescMessage>(method: DescMethodUnary<I, O>, request: MessageInitShape<I>): Promise<MessageShape<O>> {
@@ -231,13 +296,13 @@ export class Client implements AsyncDisposable {
       return await this.once(method, request);
     } catch (error) {
       // The token may have been exchanged for another.
-      if (!(error instanceof FacelaneError) || error.code !== grpc.status.UNAUTHENTICATED || typeof this.options.token !== "function") throw error;
-      this.held = undefined;
+      if (!(error instanceof FacelaneError) || !this.refused(error)) throw error;
       return this.once(method, request);
     }
   }
 
   private async once<I extends DescMessage, O extends DescMessage>(method: DescMethodUnary<I, O>, request: MessageInitShape<I>): Promise<MessageShape<O>> {
+    this.checkOpen();
     const metadata = await this.metadata();
     const deadline = new Date(Date.now() + 1000 * this.timeout);
     return new Promise((resolve, reject) => {
@@ -255,6 +320,21 @@ export class Client implements AsyncDisposable {
   private serverStream<I extends DescMessage, O extends DescMessage>(method: DescMethodServerStreaming<I, O>, request: MessageInitShape<I>, metadata: grpc.Metadata): grpc.ClientReadableStream<MessageShape<O>> {
     return this.rpc.makeServerStreamRequest(pathOf(method), encode(method.input), decode(method.output), create(method.input, request), metadata);
   }
+}
+
+/** The user's function may fail; its text may hold anything, its failure may pass. */
+async function asked(token: () => string | Promise<string>): Promise<string> {
+  try {
+    return await token();
+  } catch (error) {
+    if (error instanceof FacelaneError) throw error;
+    const kind = error instanceof Error ? error.name : typeof error;
+    throw new FacelaneError("UNAUTHENTICATED", `the function that gives the token failed (${kind})`, {}, true);
+  }
+}
+
+function isOfRpc(error: unknown): error is grpc.ServiceError {
+  return error instanceof Error && "code" in error && "details" in error;
 }
 
 function pathOf(method: { name: string; parent: { typeName: string } }): string {

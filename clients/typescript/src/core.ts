@@ -56,7 +56,7 @@ interface InFlight {
 }
 
 /** Seconds after which a connection that breaks was one. */
-const STEADY = 1;
+export const STEADY = 1;
 
 /** `now` is always the driver's monotonic clock in seconds. */
 export class StreamCore {
@@ -79,6 +79,7 @@ export class StreamCore {
   private epoch: number | undefined;
   private attempts = 0;
   private haste = 0;
+  private renewed = false;
   private lastId = 0n;
   private lastOffset = 0;
   private here = [0, 0, 0];
@@ -107,8 +108,14 @@ export class StreamCore {
     return "NOT_CONNECTED";
   }
 
-  /** Takes a frame; call only without an obstacle. Gives its id and its media time in seconds. */
-  submit(size: number, now: number, given: { frameId?: bigint; offset?: number } = {}): { frameId: bigint; offset: number } {
+  /**
+   * Takes a frame; call only without an obstacle. Gives its id and its media time in seconds. Where `build`, which is
+   * given them, or a check throws, the frame was not taken.
+   */
+  submit(
+    size: number, now: number, given: { frameId?: bigint; offset?: number } = {},
+    build: (frameId: bigint, offset: number) => void = () => undefined,
+  ): { frameId: bigint; offset: number } {
     const limit = Number(this.opened?.limits?.maxFrameBytes ?? 0n);
     if (limit && size > limit) {
       throw new FacelaneError("PICTURE_TOO_LARGE", `a frame of ${size} bytes: the server takes ${limit}`);
@@ -118,9 +125,10 @@ export class StreamCore {
       throw new FacelaneError("FRAME_ID_NOT_INCREASING", `frame id ${frameId} after ${this.lastId}: ids must increase`);
     }
     const offset = given.offset ?? Math.max(now - (this.epoch ?? now), this.lastOffset);
-    if (offset < this.lastOffset) {
+    if (!(offset >= this.lastOffset && offset < Infinity)) {
       throw new FacelaneError("ARGUMENT_INVALID", `media time ${offset} after ${this.lastOffset}: it must not go back`);
     }
+    build(frameId, offset);
     this.inFlight.push({ frameId, offset, sentAt: now });
     this.lastId = frameId;
     this.lastOffset = offset;
@@ -162,7 +170,7 @@ export class StreamCore {
     this.window = message.limits?.window ?? 0;
     this.options.buffer = Math.max(this.options.buffer, this.window);
     this.since = this.progressAt = this.openedAt = now;
-    this.leaving = this.summarised = false;
+    this.leaving = this.summarised = this.renewed = false;
     this.here = [0, 0, 0];
     this.counts.connections += 1;
     this.epoch ??= now;
@@ -226,8 +234,11 @@ export class StreamCore {
     return new FacelaneError("CONNECTION_LOST", `no outcome for ${this.options.stallTimeout} s with ${this.inFlight.length} frames in flight`);
   }
 
-  /** The call is over. Afterwards the phase is `ended`, or `backoff` and a new call is due at `retryAt`. */
-  disconnected(error: FacelaneError | undefined, now: number): void {
+  /**
+   * The call is over. Afterwards the phase is `ended`, or `backoff` and a new call is due at `retryAt`. `renewed`: the
+   * token was refused, and there may be another, which is tried once and at once.
+   */
+  disconnected(error: FacelaneError | undefined, now: number, renewed = false): void {
     if (this.phase === "ended") return;
     const wasOpen = this.phase === "open" || this.phase === "finishing";
     const settled = this.summarised && this.inFlight.length === 0;
@@ -240,6 +251,12 @@ export class StreamCore {
     const { reconnect } = this.options;
     if (this.closing && (settled || !error || (reconnect && error.retryable))) {
       this.end(undefined);
+      return;
+    }
+    if (renewed && !this.renewed && (reconnect || !wasOpen)) {
+      this.renewed = true;
+      this.phase = "backoff";
+      this.retryAt = now;
       return;
     }
     if (!reconnect || (error && !error.retryable)) {

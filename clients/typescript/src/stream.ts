@@ -1,7 +1,7 @@
 /** A stream of frames: send as fast as you like, read one outcome for each. */
 
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
-import { durationFromMs, timestampFromDate } from "@bufbuild/protobuf/wkt";
+import { durationFromMs, timestampFromDate, type Timestamp } from "@bufbuild/protobuf/wkt";
 import type { ClientDuplexStream, ServiceError } from "@grpc/grpc-js";
 import { StreamCore, type CoreOptions, type Counts } from "./core.js";
 import { FacelaneError, fromRpc } from "./errors.js";
@@ -29,6 +29,14 @@ export interface StreamOptions extends CoreOptions {
   onUpdate?: (update: StreamUpdate) => void;
 }
 
+/** What the stream asks of its client. */
+export interface Hooks {
+  /** Whether a refused token may be followed by another. */
+  refused?: (error: FacelaneError) => boolean;
+  /** The stream is over. */
+  ended?: () => void;
+}
+
 const now = (): number => performance.now() / 1000;
 const TICK_MS = 100;
 
@@ -38,11 +46,13 @@ export class AnalysisStream implements AsyncIterable<FrameOutcome>, AsyncDisposa
   private readonly waiters = new Set<() => void>();
   private readonly timer: NodeJS.Timeout;
   private call: AnalysisCall | undefined;
+  private dials = 0;
 
   constructor(
     private readonly connect: () => Promise<AnalysisCall>,
     private readonly config: MessageInitShape<typeof StreamConfigSchema>,
     private readonly options: StreamOptions = {},
+    private readonly hooks: Hooks = {},
   ) {
     const { onUpdate: _, ...core } = options;
     this.core = new StreamCore(now(), core);
@@ -73,13 +83,19 @@ export class AnalysisStream implements AsyncIterable<FrameOutcome>, AsyncDisposa
       ...(options.frameId === undefined ? {} : { frameId: options.frameId }),
       ...(options.streamOffset === undefined ? {} : { offset: options.streamOffset }),
     };
-    const { frameId, offset } = this.core.submit(picture.data.length, now(), wanted);
-    const frame = create(FrameSchema, {
-      frameId, picture, streamOffset: durationFromMs(Math.round(offset * 1000)),
-      ...(options.captureTime ? { captureTime: timestampFromDate(options.captureTime) } : {}),
-      ...(options.traceparent ? { traceparent: options.traceparent } : {}),
+    const build = (frameId: bigint, offset: number): AnalyzeStreamRequest => create(AnalyzeStreamRequestSchema, {
+      message: {
+        case: "frame",
+        value: create(FrameSchema, {
+          frameId, picture, streamOffset: durationFromMs(Math.round(offset * 1000)),
+          ...(options.captureTime ? { captureTime: moment(options.captureTime) } : {}),
+          ...(options.traceparent ? { traceparent: options.traceparent } : {}),
+        }),
+      },
     });
-    this.call?.write(create(AnalyzeStreamRequestSchema, { message: { case: "frame", value: frame } }));
+    let message = undefined as AnalyzeStreamRequest | undefined;
+    const { frameId } = this.core.submit(picture.data.length, now(), wanted, (id, offset) => (message = build(id, offset)));
+    if (message) this.call?.write(message);
     return frameId;
   }
 
@@ -131,9 +147,12 @@ export class AnalysisStream implements AsyncIterable<FrameOutcome>, AsyncDisposa
 
   private dial(): void {
     this.core.connecting(now());
+    const dialled = (this.dials += 1);
     this.connect().then(
       (call) => {
-        if (this.core.phase !== "connecting") {
+        if (this.core.phase !== "connecting" || dialled !== this.dials) {
+          // It was waited for too long, and another is under way or nobody wants one.
+          call.on("error", () => undefined);
           call.cancel();
           return;
         }
@@ -147,7 +166,10 @@ export class AnalysisStream implements AsyncIterable<FrameOutcome>, AsyncDisposa
           message: { case: "config", value: create(StreamConfigSchema, this.config) },
         }));
       },
-      (error: unknown) => this.over(error instanceof FacelaneError ? error : new FacelaneError("INTERNAL", String(error))),
+      (error: unknown) => {
+        if (dialled !== this.dials || this.core.phase !== "connecting") return;
+        this.over(error instanceof FacelaneError ? error : new FacelaneError("INTERNAL", String(error)));
+      },
     );
   }
 
@@ -172,7 +194,7 @@ export class AnalysisStream implements AsyncIterable<FrameOutcome>, AsyncDisposa
   }
 
   private over(error: FacelaneError | undefined): void {
-    this.core.disconnected(error, now());
+    this.core.disconnected(error, now(), error !== undefined && (this.hooks.refused?.(error) ?? false));
     if (this.core.phase === "ended") this.finish();
     this.wake();
   }
@@ -189,6 +211,7 @@ export class AnalysisStream implements AsyncIterable<FrameOutcome>, AsyncDisposa
 
   private finish(): void {
     clearInterval(this.timer);
+    this.hooks.ended?.();
     this.wake();
   }
 
@@ -201,6 +224,11 @@ export class AnalysisStream implements AsyncIterable<FrameOutcome>, AsyncDisposa
     this.waiters.clear();
     for (const one of woken) one();
   }
+}
+
+function moment(date: Date): Timestamp {
+  if (Number.isNaN(date.getTime())) throw new FacelaneError("ARGUMENT_INVALID", "captureTime is no date");
+  return timestampFromDate(date);
 }
 
 const ADVICE = {

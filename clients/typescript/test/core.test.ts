@@ -114,3 +114,23 @@ test("frames that cannot be are refused before they are sent", () => {
   assert.throws(() => core.submit(1, 0, { offset: 1 }), { reason: "ARGUMENT_INVALID" });
   assert.equal(core.counts.submitted, 1);
 });
+
+test("a frame that cannot be written was not taken", () => {
+  const core = new StreamCore(0);
+  core.receive(opened(), 0);
+  assert.throws(() => core.submit(1, 0, {}, () => { throw new RangeError("no date"); }), RangeError);
+  for (const offset of [NaN, Infinity]) assert.throws(() => core.submit(1, 0, { offset }), { reason: "ARGUMENT_INVALID" });
+  assert.equal(core.counts.submitted, 0);
+  assert.equal(core.submit(1, 0).frameId, 1n);
+});
+
+test("a refused token is asked for once more, and at once", () => {
+  const core = new StreamCore(0);
+  const refused = new FacelaneError("UNAUTHENTICATED", "no", {}, false, 16);
+  core.disconnected(refused, 1, true);
+  assert.deepEqual([core.phase, core.retryAt], ["backoff", 1]);
+  core.connecting(1);
+  core.disconnected(refused, 2, true);
+  assert.equal(core.phase, "ended");
+  assert.equal(core.error, refused);
+});
