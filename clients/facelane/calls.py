@@ -333,7 +333,7 @@ def enroll(
             gallery_id=gallery,
             subject_id=subject_id,
             picture=convert.picture(picture),
-            request_id=str(uuid.uuid4()) if request_id is None else request_id,
+            request_id=request_id or str(uuid.uuid4()),
             create_subject=create_subject,
             display_name=display_name,
             allow_multiple_faces=allow_multiple_faces,

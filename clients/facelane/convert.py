@@ -94,6 +94,7 @@ _WARNING = _by_name(
 )
 _EVENT_KIND = _by_name(types.EventKind, "EVENT_KIND_", dict(event_service_pb2.EventKind.items()))
 _EVENT_NUMBER = {k: event_service_pb2.EventKind.Value(f"EVENT_KIND_{k}") for k in types.EventKind}
+_ASKED_KINDS = {kind.value: n for kind, n in _EVENT_NUMBER.items() if n}
 
 
 def duration(seconds: float) -> duration_pb2.Duration:
@@ -265,16 +266,26 @@ def watch_events_request(
     gallery_ids: Iterable[str] = (),
 ) -> event_service_pb2.WatchEventsRequest:
     """A subscription."""
-    try:
-        numbers = [_EVENT_NUMBER[types.EventKind(kind)] for kind in kinds]
-    except ValueError as error:
-        known = ", ".join(kind for kind in types.EventKind if kind != "UNSPECIFIED")
-        raise errors.ArgumentError(
-            errors.Reason.ARGUMENT_INVALID, f"{error}: give some of {known}"
-        ) from None
     return event_service_pb2.WatchEventsRequest(
-        resume_token=resume_token, kinds=numbers, source_ids=source_ids, gallery_ids=gallery_ids
+        resume_token=resume_token,
+        kinds=event_kinds(kinds),
+        source_ids=source_ids,
+        gallery_ids=gallery_ids,
     )
+
+
+def event_kinds(
+    kinds: Iterable[types.EventKind | str],
+) -> list[event_service_pb2.EventKind.ValueType]:
+    """Kinds of events that are asked for. Raises ArgumentError."""
+    try:
+        return [_ASKED_KINDS[kind] for kind in kinds]
+    except KeyError as unknown:
+        raise errors.ArgumentError(
+            errors.Reason.ARGUMENT_INVALID,
+            f"kinds: {str(unknown.args[0])!r} is none; give some of {', '.join(_ASKED_KINDS)}, or "
+            "none for all",
+        ) from None
 
 
 # Answers.

@@ -74,12 +74,11 @@ class Subscription:
     def receive(self, response: WatchEventsResponse) -> None:
         """Takes a response of the server."""
         self._begun = True
-        self._attempts = 0
-        self._renewed = False
-        self._haste = 0
         self._renewed = False
         self.resume_token = response.resume_token or self.resume_token
         if response.HasField("event"):
+            # To have begun is not enough: what breaks at once, again and again, backs off.
+            self._attempts = self._haste = 0
             self.inbox.append(convert.event(response))
 
     def never_began(self) -> DeadlineExceededError:
@@ -113,7 +112,7 @@ class Subscription:
         if self._begun:
             error = as_lost(error)
             if now - self._called_at >= STEADY:
-                self._haste = 0
+                self._attempts = self._haste = 0
         self._attempts += 1
         self._haste += 1
         if policy is None or not error.retryable:

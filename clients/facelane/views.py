@@ -129,10 +129,7 @@ def list_events(
         lambda stubs: stubs.events.ListEvents,
         event_service_pb2.ListEventsRequest(
             before_sequence=before,
-            kinds=[
-                event_service_pb2.EventKind.Value(f"EVENT_KIND_{types.EventKind(kind).name}")
-                for kind in kinds
-            ],
+            kinds=convert.event_kinds(kinds),
             source_ids=source_ids,
             gallery_ids=gallery_ids,
             page_size=convert.count("page_size", page_size),

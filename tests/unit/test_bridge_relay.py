@@ -14,6 +14,8 @@ from tests.waiting import until
 
 from facelane_bridge import config
 from facelane_bridge.sources import SourceError, SourceReason
+from facelane_bridge.sources.access import host_of
+from facelane_bridge.sources.challenge import Credentials
 from facelane_bridge.sources.rtsp import MAX_HEAD_BYTES, RtspRelay, split
 
 MEDIA = b"$\x00\x00\x04abcd"
@@ -131,3 +133,46 @@ def test_a_name_that_nobody_knows() -> None:
     relay = RtspRelay(config.single("rtsp://camera.invalid/x", server={}).cameras[0])
     with pytest.raises(SourceError, match="name is not known"):
         relay.open("rtsp://camera.invalid/x")
+
+
+@pytest.mark.parametrize(
+    ("own", "moved", "known"),
+    [
+        ("rtsp://cam/a", "rtsp://cam:8554/b", True),
+        ("rtsp://cam/a", "rtsps://cam/b", True),
+        ("rtsps://cam/a", "rtsps://cam/b", True),
+        ("rtsps://cam/a", "rtsp://cam/b", False),
+        ("rtsp://cam/a", "rtsp://other/b", False),
+    ],
+)
+def test_a_password_goes_nowhere_that_a_redirect_chooses(
+    own: str, moved: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the camera's own host alone, and never in clear where it went by TLS."""
+    here, there = socket.socketpair(socket.AF_UNIX)
+    with here, there:
+        monkeypatch.setattr(RtspRelay, "_connect", lambda _self: here)
+        relay = RtspRelay(
+            config.single(own, server={}, options={}).cameras[0], Credentials("u", "p")
+        )
+        relay.open(moved)
+        assert (relay._authenticator is not None) is known
+        relay.interrupt()
+        relay.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "told"),
+    [
+        ("rtsp://cam/a", "cam", "cam"),
+        ("rtsp://[2001:db8::1]:554/a", "2001:db8::1", "2001:db8::1"),
+        ("rtsp://[fe80::1%25enP1s0]/a", "fe80::1%enP1s0", "fe80::1"),
+        ("http://[fe80::1%eth0]:80/a", "fe80::1%eth0", "fe80::1"),
+    ],
+)
+def test_a_link_local_address_names_its_zone_to_this_machine_alone(
+    address: str, host: str, told: str
+) -> None:
+    parts = urllib.parse.urlsplit(address)
+    assert host_of(parts) == host
+    assert host_of(parts, zone=False) == told

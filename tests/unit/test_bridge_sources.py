@@ -31,6 +31,7 @@ from facelane_bridge.sources import (
     SourceReason,
     open_source,
 )
+from facelane_bridge.sources import container as container_module
 from facelane_bridge.sources.access import load_credentials
 from facelane_bridge.sources.jpeg import JpegEncoder, JpegGate, fit, read_header
 from facelane_bridge.sources.pace import MediaClock
@@ -165,6 +166,23 @@ def test_a_truncated_file_gives_what_it_has(tmp_path: Path) -> None:
     clip.write_bytes(clip.read_bytes()[:-400])
     frames = read_all(open_source(camera(str(clip), pace="fast")))
     assert 5 < len(frames) <= 40
+
+
+def test_a_file_of_which_nothing_more_can_be_decoded_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be the same again, and what was found in it be told twice."""
+    monkeypatch.setattr(container_module, "MAX_BAD_PACKETS", 5)
+    clip = write_clip(tmp_path / "clip.mp4", frames=40)
+    with av.open(str(clip)) as container:
+        places = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray(clip.read_bytes())
+    for at, size in places[10:]:
+        data[at : at + size] = b"\xff" * size
+    clip.write_bytes(data)
+    with pytest.raises(SourceError) as caught:
+        read_all(open_source(camera(str(clip), pace="fast", video="decode")))
+    assert caught.value.outlook is Outlook.HOPELESS
 
 
 def test_a_file_without_video_is_told(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import facelane
 from facelane.cli.app import app
+from facelane.cli.sources import SourceError
 
 REFUSED_CODE = 3
 runner = CliRunner()
@@ -145,6 +146,59 @@ def test_a_video_with_an_annotated_copy(
     with av.open(str(out)) as made:
         assert made.streams.video[0].average_rate == 15
         assert sum(1 for _ in made.decode(video=0)) == 30
+
+
+def test_a_name_with_a_colon_is_a_file(
+    server: fake.ScriptedServer, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As recorders call them, after the time of day."""
+    monkeypatch.chdir(tmp_path)
+    clip.rename(tmp_path / "cam1-12:30:00.mp4")
+    done = run(server, "analyze", "cam1-12:30:00.mp4", "-o", "out-12:30.mp4", "-f", "jsonl")
+    assert lines(done.stdout)[-1]["results"] == 30
+    assert (tmp_path / "out-12:30.mp4").stat().st_size
+
+
+def test_a_video_that_is_damaged_in_the_middle_goes_on_and_tells(
+    server: fake.ScriptedServer, clip: Path, tmp_path: Path
+) -> None:
+    damaged = bytearray(clip.read_bytes())
+    with av.open(str(clip)) as container:
+        places = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    at, size = places[12]
+    damaged[at + 4 : at + size] = b"\xff" * (size - 4)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(damaged)
+    done = run(server, "analyze", path, "--video", "decode", "-f", "jsonl", code=1)
+    *told, summary = lines(done.stdout)
+    assert summary["type"] == "summary"
+    assert summary["results"] >= 20, "those behind the damage are analysed too"
+    assert {line["reason"] for line in told if line["type"] == "error"} == {"PICTURE_CORRUPT"}
+    assert "a picture is damaged" in done.stderr
+
+
+def test_what_was_found_before_a_video_broke_off_is_told(
+    server: fake.ScriptedServer, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from facelane.cli import videos
+
+    take = videos._Moving._item
+
+    def broken(self: Any, frame: Any, want_pixels: bool) -> Any:
+        if self._number == 21:
+            raise SourceError("clip.mp4 broke off: Input/output error")
+        return take(self, frame, want_pixels)
+
+    monkeypatch.setattr(videos._Moving, "_item", broken)
+    for form in ("jsonl", "table"):
+        done = run(server, "analyze", clip, "--video", "decode", "-f", form, code=2)
+        assert "broke off" in done.stderr
+        if form == "table":
+            assert "20 frames = 20 results" in done.stdout
+        else:
+            totals = lines(done.stdout)[-1]
+            assert totals["results"] == 20
+            assert next(iter(totals["cameras"].values()))["state"] == "FAILED"
 
 
 def test_a_video_at_its_own_pace_drops_at_the_source(
@@ -339,6 +393,22 @@ def test_subjects(server: fake.ScriptedServer, photo: Path) -> None:
     run(server, "subjects", "show", "ada", code=REFUSED_CODE)
 
 
+def test_a_receipt_has_a_place_before_anything_is_deleted(
+    server: fake.ScriptedServer, photo: Path, tmp_path: Path
+) -> None:
+    """It is given once: what cannot be kept is not deleted."""
+    run(server, "enroll", "ada", photo)
+    for path in (tmp_path / "none" / "receipt", Path("/dev/full/receipt")):
+        run(server, "subjects", "delete", "ada", "-y", "--receipt", path, code=2)
+    run(server, "subjects", "show", "ada")
+    path = tmp_path / "receipt"
+    run(server, "subjects", "delete", "nobody", "-y", "--receipt", path, code=REFUSED_CODE)
+    assert not path.exists()
+    run(server, "subjects", "delete", "ada", "-y", "--receipt", path)
+    assert path.exists()
+    assert len(path.read_text().splitlines()) <= 1
+
+
 def test_a_name_is_text_and_nothing_else(server: fake.ScriptedServer, photo: Path) -> None:
     name = "[admin] Bob :car: [/x]"
     run(server, "subjects", "create", "bob", "--display-name", name, "--label", "a=[/b]")
@@ -393,6 +463,19 @@ def test_events(server: fake.ScriptedServer) -> None:
     assert [s.resume_token for s in server.subscriptions] == ["7", "10"]
     found = lines(run(server, "events", "--count", 1, "-f", "jsonl").stdout)
     assert found[0]["resume_token"] == "1"
+
+
+def test_kinds_of_events_are_those_that_there_are(server: fake.ScriptedServer) -> None:
+    shown = runner.invoke(app, ["events", "--help"], prog_name="facelane", env={"COLUMNS": "400"})
+    assert "SUBJECT_SEEN" in shown.output
+    assert "UNSPECIFIED" not in shown.output
+    run(server, "events", "--kind", "UNSPECIFIED", code=2)
+    with facelane.Client(server.target) as client:
+        for kinds in (["UNSPECIFIED"], ["seen"], [facelane.EventKind.UNSPECIFIED]):
+            with pytest.raises(facelane.ArgumentError, match="SUBJECT_SEEN"):
+                client.watch_events(kinds=kinds)
+            with pytest.raises(facelane.ArgumentError, match="SUBJECT_SEEN"):
+                client.list_events(kinds=kinds)
 
 
 def test_events_that_were_lost_are_told_and_the_watch_goes_on(server: fake.ScriptedServer) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from facelane.cli import output, sources, videos
+from facelane.cli import output, sources, stills, videos
 from facelane.cli.sources import SourceError, open_source
 from facelane.cli.stills import exif_orientation, load_picture
 from facelane.errors import PictureError
@@ -88,6 +89,44 @@ def test_nonsense_is_no_picture(tmp_path: Path) -> None:
     with pytest.raises(PictureError) as caught:
         load_picture(path)
     assert caught.value.reason == "PICTURE_CORRUPT"
+
+
+@pytest.mark.parametrize(("width", "height"), [(70_000, 70_000), (1 << 21, 10)])
+@pytest.mark.parametrize("kind", ["png", "bmp"])
+def test_a_picture_that_promises_the_world_is_told(
+    tmp_path: Path, kind: str, width: int, height: int
+) -> None:
+    """A file of a hundred bytes in a folder is no end of the others."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    bmp = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    found = {
+        "png": b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b""),
+        "bmp": b"BM" + struct.pack("<IHHI", 100, 0, 0, 54) + bmp + bytes(50),
+    }
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(found[kind])
+    with pytest.raises(PictureError) as caught:
+        load_picture(path)
+    assert caught.value.reason in ("PICTURE_TOO_LARGE", "PICTURE_CORRUPT")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    body = kind + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def test_a_file_that_is_far_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stills, "_READ_BYTES", 1000)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg() + bytes(1000))
+    with pytest.raises(PictureError) as caught:
+        load_picture(path)
+    assert caught.value.reason == "PICTURE_TOO_LARGE"
 
 
 def test_a_number_is_a_camera(tmp_path: Path) -> None:

@@ -64,10 +64,30 @@ def test_tries_are_spread_counted_and_forgotten() -> None:
     assert core.failed(BROKEN, 0.0, math.inf) == 2.0
     with pytest.raises(facelane.UnavailableError):
         core.failed(BROKEN, 0.0, math.inf)
-    core.receive(Response(resume_token="r1"))
+    core.receive(Response(resume_token="r1", event=event_service_pb2.Event(sequence=7)))
     assert core.failed(BROKEN, 0.0, math.inf) == 1.0
     # Nothing is due before the deadline: the caller's, not the stream's, end.
     assert core.failed(BROKEN, 0.0, 1.5) is None
     refused = facelane.PermissionDeniedError("PERMISSION_DENIED", "no")
     with pytest.raises(facelane.PermissionDeniedError):
         core.failed(refused, 0.0, math.inf)
+
+
+def test_what_begins_and_breaks_at_once_backs_off_and_is_given_up() -> None:
+    """As a proxy does that will not have long calls: it begins each time, and tells of nothing."""
+    policy = facelane.Reconnect(max_attempts=3, initial_delay=1.0, jitter=0.0)
+    core = made(policy)
+    waits = []
+    for _ in range(3):
+        core.call(0.0)
+        core.receive(Response(resume_token="r1"))
+        waits.append(core.failed(BROKEN, 0.5, math.inf))
+    assert waits == [1.0, 2.0, 4.0]
+    core.call(0.0)
+    core.receive(Response(resume_token="r1"))
+    with pytest.raises(facelane.ConnectionLostError):
+        core.failed(BROKEN, 0.5, math.inf)
+    # One that held for a while was a connection, though nothing happened.
+    core.call(0.0)
+    core.receive(Response(resume_token="r1"))
+    assert core.failed(BROKEN, 3600.0, math.inf) == 1.0

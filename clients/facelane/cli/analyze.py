@@ -412,7 +412,7 @@ def _analyze(
         sink.end = feeder.end
         summary = stream.summary
     seconds = time.monotonic() - started
-    if feeder.failure is not None:
+    if feeder.failure is not None and not feeder.read:
         raise feeder.failure
     failures.extend(feeder.unreadable)
     for line in feeder.before(math.inf):
@@ -432,6 +432,9 @@ def _analyze(
         err.print(f"facelane: {name}: {words}")
     if source.passed_over:
         err.print(f"facelane: {passed_over_words(source.passed_over).removeprefix('; ')}")
+    if feeder.failure is not None:
+        # A file that ends in the middle, a camera that went: what was found until then is told.
+        raise feeder.failure
     # What was under way when a camera was interrupted is no failure.
     return bool(failures)
 
@@ -472,6 +475,6 @@ def _totals(
         drops_by_reason=drops,
         errors_by_reason=dict(reasons),
         decisions=dict(decisions),
-        state="STOPPED",
+        state="STOPPED" if feeder.failure is None else "FAILED",
     )
     return lines.SummaryLine(time=lines.now_utc(), cameras={camera: totals}, **counts)

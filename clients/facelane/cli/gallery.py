@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import msgspec
 import typer
@@ -266,8 +267,43 @@ def subjects_delete(
         raise typer.BadParameter(f"{receipt} is there already")
     if not yes:
         typer.confirm(f"Delete {subject} and all its templates?", abort=True)
-    with ctx.obj.client() as client:
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(ctx.obj.client())
+        # A receipt is given once: that there is room for it is known before.
+        file = None if receipt is None else stack.enter_context(_Receipt(receipt))
         erased = client.erase_subject(subject, gallery=gallery)
-    typer.echo(f"deleted {subject} and {erased.templates} templates")
-    if receipt is not None:
-        receipt.write_text(erased.receipt + "\n")
+        typer.echo(f"deleted {subject} and {erased.templates} templates")
+        if file is not None:
+            file.keep(erased.receipt)
+
+
+class _Receipt:
+    """A new file with room for a receipt; gone again where there is none. Raises OSError."""
+
+    ROOM = 64 * 1024
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept = False
+        self._file = path.open("xb")
+
+    def __enter__(self) -> Self:
+        try:
+            self._file.write(b"\n" * self.ROOM)
+            self._file.flush()
+        except OSError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._file.close()
+        if not self._kept:
+            self._path.unlink(missing_ok=True)
+
+    def keep(self, receipt: str) -> None:
+        self._kept = True
+        self._file.seek(0)
+        self._file.write(receipt.encode() + b"\n")
+        self._file.truncate()
+        self._file.flush()

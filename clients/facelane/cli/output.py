@@ -315,7 +315,8 @@ class VideoWriter:
         # yuv420 needs even sides.
         height, width = (side - side % 2 for side in pixels.shape[:2])
         if self._container is None:
-            self._container = av.open(str(self._path), "w")
+            # A name with a colon in it is no protocol.
+            self._container = av.open(f"file:{self._path.absolute()}", "w")
             self._stream = self._container.add_stream(
                 "libx264", rate=Fraction(self._fps).limit_denominator(1000)
             )

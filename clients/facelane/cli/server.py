@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import click
 import typer
 
 import facelane
@@ -149,10 +150,14 @@ def server_reload(
         typer.echo(f"a restart forgets this: set model in [pools.{pool}] of the configuration")
 
 
+_KINDS = [kind.value for kind in types.EventKind if kind is not types.EventKind.UNSPECIFIED]
+
+
 def events(
     ctx: typer.Context,
     kind: Annotated[
-        list[types.EventKind] | None, typer.Option(help="Only these; may be given again.")
+        list[str] | None,
+        typer.Option(click_type=click.Choice(_KINDS), help="Only these; may be given again."),
     ] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="Of these sources alone; may be given again.")

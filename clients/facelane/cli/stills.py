@@ -37,6 +37,8 @@ _SENT_PIXELS: Final = 16_000_000
 _SENT_BYTES: Final = 16 << 20
 """What a server takes by default: larger ones are scaled down, which costs no face that a
 recogniser could use."""
+_READ_BYTES: Final = 1 << 30
+"""A larger file is not even read."""
 _EXIF_ORIENTATION: Final = 0x0112
 
 
@@ -108,12 +110,15 @@ def load_picture(path: str | Path) -> Picture:
 
     Raises:
         OSError: the file cannot be read.
-        PictureError: it is no picture.
+        PictureError: it is no picture, or one that is far too large.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{shown(path)} is no file")
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(_READ_BYTES + 1)
+    if len(data) > _READ_BYTES:
+        raise _too_large()
     try:
         picture = Picture.encoded(data)
     except PictureError as error:
@@ -194,7 +199,8 @@ def decode(data: bytes, *, half: bool = False) -> Any:
     """Pixels as BGR uint8 (height, width, 3), upright. ``half``: scaled down while decoding.
 
     Raises:
-        PictureError: nobody here can read it (PICTURE_CORRUPT, ENCODING_UNSUPPORTED).
+        PictureError: nobody here can read it (PICTURE_CORRUPT, ENCODING_UNSUPPORTED), or it has
+            too many pixels (PICTURE_TOO_LARGE).
     """
     import cv2
     import numpy as np
@@ -203,8 +209,19 @@ def decode(data: bytes, *, half: bool = False) -> Any:
     if data[4:8] == b"ftyp":
         return _decode_by_ffmpeg(data)
     flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except (cv2.error, MemoryError):
+        # What its header promises: there is no need for as much data.
+        raise _too_large() from None
     return _decode_by_ffmpeg(data) if pixels is None else pixels
+
+
+def _too_large() -> PictureError:
+    return PictureError(
+        Reason.PICTURE_TOO_LARGE,
+        "the picture is larger than can be read here: scale it down",
+    )
 
 
 def _decode_by_ffmpeg(data: bytes) -> Any:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _OPEN_TIMEOUT: Final = 10.0
 _READ_TIMEOUT: Final = 10.0
 _QUALITY: Final = 92
+_MAX_DAMAGED: Final = 250
+"""Packets in a row of which no picture comes: ten seconds."""
 
 
 def open_video(
@@ -68,11 +70,14 @@ def _opened(text: str, address: str) -> tuple[InputContainer, VideoStream]:
     import av
 
     rtsp = text.startswith(("rtsp:", "rtsps:"))
+    device = text.startswith("/dev/")
+    # FFmpeg would take what stands before a colon in a file's name for a protocol.
+    opened = text if device or "://" in text else f"file:{Path(text).absolute()}"
     try:
         container = av.open(
-            text,
+            opened,
             "r",
-            format="v4l2" if text.startswith("/dev/") else None,
+            format="v4l2" if device else None,
             options={"rtsp_transport": "tcp"} if rtsp else {},
             timeout=(_OPEN_TIMEOUT, _READ_TIMEOUT),
         )
@@ -144,10 +149,23 @@ class _Moving:
     def decoded(self, want_pixels: bool) -> Iterator[Item]:
         import av
 
+        damaged = 0
         try:
-            for frame in self._container.decode(self._film):
-                self._tell(frame.time)
-                yield self._item(frame, want_pixels)
+            for packet in self._container.demux(self._film):
+                try:
+                    frames = self._film.decode(packet)
+                except av.error.InvalidDataError:
+                    # A damaged one, or what needs a picture before the first: others follow.
+                    damaged += 1
+                    if damaged > _MAX_DAMAGED:
+                        raise
+                    if self._number:
+                        yield Item(self._address, None, error="a picture is damaged")
+                    continue
+                damaged = 0 if frames else damaged
+                for frame in frames:
+                    self._tell(frame.time)
+                    yield self._item(frame, want_pixels)
         except av.FFmpegError as error:
             raise SourceError(f"{self._address} broke off: {error.strerror}") from None
 

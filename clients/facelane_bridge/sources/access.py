@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import SplitResult
 
 from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings
@@ -19,6 +20,14 @@ MAX_CREDENTIALS_CHARS = 4096
 LENT = "/run/credentials/"
 NO_SUCH_HOST = "the camera's name is not known; check its address, and this machine's DNS"
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+
+def host_of(parts: SplitResult, *, zone: bool = True) -> str:
+    """The host of an address, as sockets take it: the zone of a link-local one is written
+    ``%25eth0`` in addresses (RFC 6874), or plainly ``%eth0``. Without its ``zone``, which is this
+    machine's alone, as others are told it."""
+    host = (parts.hostname or "").replace("%25", "%")
+    return host if zone else host.partition("%")[0]
 
 
 def load_credentials(camera: CameraSettings) -> Credentials | None:

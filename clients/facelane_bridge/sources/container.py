@@ -413,9 +413,12 @@ class ContainerSource:
                 # packet loss: the next key frame mends it.
                 bad += 1
                 if bad >= MAX_BAD_PACKETS:
+                    # A file would be the same again, from its beginning.
                     raise SourceError(
                         SourceReason.UNDECODABLE,
-                        "nothing could be decoded for a long time; check the camera's codec",
+                        "nothing could be decoded for a long time; check the "
+                        + ("camera's codec" if self._is_live else "file"),
+                        Outlook.PASSING if self._is_live else Outlook.HOPELESS,
                     ) from None
                 continue
             except (av.FFmpegError, OSError) as error:

@@ -25,6 +25,7 @@ from facelane_bridge.config import CameraSettings, SourceKind
 from facelane_bridge.sources.access import (
     NO_SUCH_HOST,
     Trust,
+    host_of,
     load_credentials,
     refused,
     untrusted,
@@ -232,19 +233,19 @@ class MjpegSource:
         return response
 
     def _new_connection(self, parts: urllib.parse.SplitResult, trust: Trust) -> HTTPConnection:
-        assert parts.hostname is not None
+        host = host_of(parts)
         timeout = min(self._camera.open_timeout, self._camera.read_timeout)
         # A camera on the local network is not behind the proxy of the environment.
         if parts.scheme == "http":
-            return HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+            return HTTPConnection(host, parts.port, timeout=timeout)
         context = trust.context()
         return HTTPSConnection(
-            parts.hostname,
+            host,
             parts.port,
             timeout=timeout,
             ssl_context=context,
             cert_reqs=context.verify_mode,
-            server_hostname=self._camera.tls_server_name or None,
+            server_hostname=self._camera.tls_server_name or host_of(parts, zone=False),
         )
 
     def _unreachable(self, error: BaseException) -> SourceError:

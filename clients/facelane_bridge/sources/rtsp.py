@@ -29,7 +29,14 @@ from dataclasses import dataclass
 
 from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings, Transport
-from facelane_bridge.sources.access import NO_SUCH_HOST, Trust, load_credentials, refused, untrusted
+from facelane_bridge.sources.access import (
+    NO_SUCH_HOST,
+    Trust,
+    host_of,
+    load_credentials,
+    refused,
+    untrusted,
+)
 from facelane_bridge.sources.api import SourceError, SourceReason
 from facelane_bridge.sources.challenge import Authenticator, Credentials, challenges
 
@@ -165,7 +172,9 @@ class RtspRelay:
         Raises ``SourceError``."""
         self._address = urllib.parse.urlsplit(address)
         credentials = load_credentials(self._camera) or self._given
-        if credentials is not None and self._address.hostname == self._own.hostname:
+        # To the camera's own host alone, and never from rtsps to rtsp.
+        same = self._address.hostname == self._own.hostname
+        if credentials and same and self._address.scheme in (self._own.scheme, "rtsps"):
             self._authenticator = Authenticator(credentials)
         self._upstream = upstream = self._connect()
         family = socket.AF_INET6 if upstream.family == socket.AF_INET6 else socket.AF_INET
@@ -207,11 +216,10 @@ class RtspRelay:
 
     def _connect(self) -> socket.socket:
         camera, address = self._camera, self._address
-        assert address.hostname is not None
         tls = address.scheme == "rtsps"
         trust = Trust(camera, verify=bool(camera.tls_ca_file))
         timeout = min(camera.open_timeout, camera.read_timeout)
-        where = (address.hostname, address.port or (322 if tls else 554))
+        where = (host_of(address), address.port or (322 if tls else 554))
         first: ssl.SSLError | None = None
         while True:
             context = trust.context() if tls else None
@@ -220,7 +228,7 @@ class RtspRelay:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if context is None:
                     return sock
-                name = camera.tls_server_name or address.hostname
+                name = camera.tls_server_name or host_of(address, zone=False)
                 return context.wrap_socket(sock, server_hostname=name)
             except ssl.SSLCertVerificationError as error:
                 sock.close()
@@ -337,7 +345,7 @@ class RtspRelay:
                 continue
             method, uri, version = words
             if uri.startswith(self._local):
-                netloc = self._address.netloc
+                netloc = re.sub(r"%[^]]*(?=])", "", self._address.netloc)
                 uri = f"{self._address.scheme}://{netloc}{uri[len(self._local) :]}"
             part.first = f"{method} {uri} {version}"
             due = time.monotonic() + patience
