@@ -142,6 +142,7 @@ class Delivery:
         finally:
             if standing is not None:
                 standing.cancel()
+                await asyncio.wait([standing], timeout=self.settings.attempt_timeout)
             await self._close()
 
     @property

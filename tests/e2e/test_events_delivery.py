@@ -349,6 +349,42 @@ async def test_mqtt_events_states_and_devices(
         await asyncio.gather(listening, return_exceptions=True)
 
 
+async def test_a_broker_that_forgot_is_told_who_is_there_though_nothing_happens(
+    server: ScriptedServer, deliver: Any, mosquitto: Broker, tmp_path: Path
+) -> None:
+    one = deliver(
+        server.target,
+        f'[[sink]]\ntype = "mqtt"\nname = "home"\nhost = "127.0.0.1"\nport = {mosquitto.port}\n'
+        "homeassistant = true\nretry_max = 0.2\n",
+    )
+
+    async def retained(*wanted: str) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        async with aiomqtt.Client("127.0.0.1", mosquitto.port) as client:
+            await client.subscribe("#", qos=1)
+            async for got in client.messages:
+                found[got.topic.value] = got.payload
+                if found.keys() >= set(wanted):
+                    break
+        return found
+
+    topics = ("facelane/status/home", "facelane/door/person", "facelane/door/occupancy")
+    device = "homeassistant/device/facelane_door/config"
+    one.start()
+    server.say_event.set()
+    async with asyncio.timeout(100):
+        before = await retained(*topics, device)
+        mosquitto.kill()
+        (tmp_path / "mosquitto" / "mosquitto.db").unlink(missing_ok=True)
+        mosquitto.start()
+        after = await retained(*topics, device)
+    assert {where: after[where] for where in (*topics, device)} == {
+        where: before[where] for where in (*topics, device)
+    }
+    assert after["facelane/status/home"] == b"online"
+    assert one.end() == 0
+
+
 async def test_mqtt_as_onvif_has_it(
     server: ScriptedServer, deliver: Any, mosquitto: Broker
 ) -> None:

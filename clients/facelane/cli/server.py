@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import enum
+from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 import facelane
@@ -150,14 +150,20 @@ def server_reload(
         typer.echo(f"a restart forgets this: set model in [pools.{pool}] of the configuration")
 
 
-_KINDS = [kind.value for kind in types.EventKind if kind is not types.EventKind.UNSPECIFIED]
+if TYPE_CHECKING:
+    AskedKind = types.EventKind
+else:
+    AskedKind = enum.StrEnum(
+        "AskedKind",
+        {k.name: k.value for k in types.EventKind if k is not types.EventKind.UNSPECIFIED},
+    )
+    """What can be asked for: no event is UNSPECIFIED."""
 
 
 def events(
     ctx: typer.Context,
     kind: Annotated[
-        list[str] | None,
-        typer.Option(click_type=click.Choice(_KINDS), help="Only these; may be given again."),
+        list[AskedKind] | None, typer.Option(help="Only these; may be given again.")
     ] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="Of these sources alone; may be given again.")
