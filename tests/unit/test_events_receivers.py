@@ -332,7 +332,7 @@ async def test_syslog_reaches_whichever_address_listens(monkeypatch: pytest.Monk
                 return [(*inet, nobody), (*inet, somebody)]
 
             monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
-            sink = SyslogSink(config.Syslog(name="log", address="tcp://localhost:601"))
+            sink = SyslogSink(config.Syslog(name="log", address=f"tcp://localhost:{somebody[1]}"))
             await sink.open()
             await sink.send(message(PLAIN, SEEN))
             await auntil(lambda: got, what="the event")
