@@ -116,12 +116,15 @@ class Postgres:
         """kill -9: the postmaster and every backend."""
         if self._process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                children = psutil.Process(self._process.pid).children()
-                self._process.kill()
-                for child in children:
+                postmaster = psutil.Process(self._process.pid)
+                # Or it begins another backend, whose memory is in the way of the next start.
+                postmaster.suspend()
+                until(lambda: postmaster.status() == psutil.STATUS_STOPPED, what="it stands still")
+                everyone = [*postmaster.children(), postmaster]
+                for one in everyone:
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-                psutil.wait_procs(children, timeout=30)
+                        one.kill()
+                psutil.wait_procs(everyone[:-1], timeout=30)
             self._process.wait(30)
             self._process = None
 

@@ -62,11 +62,17 @@ class Bench:
             await worker.become_ready()
 
     def submit(
-        self, lane: int = 1, *, weight: int = 1, age_ms: float = 1000.0, sender: Sender = ANYBODY
+        self,
+        lane: int = 1,
+        *,
+        weight: int = 1,
+        age_ms: float = 1000.0,
+        sender: Sender = ANYBODY,
+        picture: bytes = bytes(100),
     ) -> Task[Any]:
         request: Request = LivenessRequest(CROPS)
         if self.pool.stage is Stage.DETECTOR:
-            request = DetectRequest(Picture(Encoding.JPEG, b"\0" * 100), 1, 10**6)
+            request = DetectRequest(Picture(Encoding.JPEG, picture), 1, 10**6)
         task: Task[Any] = Task(
             request,
             lane,

@@ -20,6 +20,7 @@ from tests.fakes.scripted_worker import settle
 from facelane_server import limits
 from facelane_server.domain import Encoding, Picture, Reason, Stage
 from facelane_server.gallery.decide import Thresholds
+from facelane_server.ipc.arena import ALIGN
 from facelane_server.ipc.messages import (
     InferFailed,
     Ready,
@@ -350,3 +351,44 @@ async def test_a_caller_that_gave_up_costs_no_inference() -> None:
             await b.answer(b.workers[0])
         assert waiting.future.done()
         assert b.workers[0].jobs == []
+
+
+# -- what jobs leave ----------------------------------------------------------------------
+
+LONG, SHORT = b"long" * 10 * ALIGN, b"shrt" * ALIGN
+
+
+async def test_nothing_of_a_picture_is_left_in_a_slot_once_it_is_answered() -> None:
+    async with bench(stage=Stage.DETECTOR, batch_max=1) as b:
+        await b.ready()
+        worker = b.workers[0]
+        places = limits.JOBS_PER_WORKER
+        for _ in range(places):
+            b.submit(picture=LONG)
+        b.submit(picture=SHORT)
+        await b.turn()
+        assert worker.slots()[:places] == [LONG] * places
+        await b.answer(worker)
+        assert sorted(worker.slots()[:places]) == [*[LONG] * (places - 1), SHORT], (
+            "the next job's slot has nothing of the one before"
+        )
+        for _ in range(places):
+            await b.answer(worker)
+        assert not any(worker.slots())
+
+
+async def test_nothing_of_an_answer_is_left_either() -> None:
+    async with bench(stage=Stage.DETECTOR, batch_max=1) as b:
+        await b.ready()
+        worker = b.workers[0]
+        places = limits.JOBS_PER_WORKER
+        found = b.submit()
+        for _ in range(places):
+            b.submit()
+        await b.turn()
+        worker.find_a_face()
+        await b.turn()
+        assert len(found.future.result().faces) == 1
+        for _ in range(places):
+            await b.answer(worker)
+        assert not any(worker.slots())

@@ -76,7 +76,8 @@ OPTIONS: Final = (
     ("grpc.server.max_pending_requests", limits.MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", 2 * limits.MAX_PENDING_CALLS),
     ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.max_connection_idle_ms", 60_000),
+    # A connection keeps the last it was told, in the clear: also the id of who has been deleted.
+    ("grpc.max_connection_idle_ms", 20_000),
 )
 
 
