@@ -56,7 +56,7 @@ def service(feed: EventFeed) -> EventService:
 
 def feed_of(*events: tuple[EventKind, str, str], history: int = 10_000) -> EventFeed:
     """Of kinds, sources and senders, oldest first."""
-    feed = EventFeed(history=history)
+    feed = EventFeed(history=history, clock_ns=itertools.count(1).__next__)
     for kind, source, sender in events:
         feed.publish(kind, source_id=source, gallery_id="default", sender=sender, track=report())
     return feed

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import random
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -147,6 +148,38 @@ async def test_a_clock_that_is_set_takes_no_history_along_and_stamps_no_events(
             await server.journal._prune()
         told = await read(server.feed, server.feed.token_after(0), 8)
         assert [event.time_ns for event in told] == [int(event.message) for event in told]
+
+
+async def test_a_token_of_a_history_that_a_backup_has_ended_is_no_place_to_go_on(
+    tmp_path: Path,
+) -> None:
+    """The restored store goes on, and its numbers are given again: what happened behind the token
+    would be missing without a word."""
+    path, backup = tmp_path / "gallery.db", tmp_path / "backup.db"
+    async with Server(path) as server:
+        server.feed.publish(SEEN, message="before")
+        [before] = await read(server.feed, server.feed.token_after(0), 1)
+        with sqlite3.connect(path) as raw:
+            raw.execute(f"VACUUM INTO '{backup}'")
+        for _ in range(3):
+            server.feed.publish(SEEN, message="lost")
+        lost = (await read(server.feed, server.feed.token(before), 3))[-1]
+        with server.feed.watch(server.feed.token_after(0)) as watcher:
+            await watcher.batch()
+            far = watcher.resume_token
+    for left in tmp_path.glob("gallery.db*"):
+        left.unlink()
+    backup.rename(path)
+    async with Server(path) as server:
+        for _ in range(9):
+            server.feed.publish(SEEN, message="after")
+        whole = await read(server.feed, server.feed.token(before), 9)
+        assert [event.message for event in whole] == ["after"] * 9
+        for token in (server.feed.token(lost), far):
+            with pytest.raises(FacelaneError) as told:
+                await read(server.feed, token, 1)
+            assert told.value.reason is Reason.HISTORY_LOST
+        assert len(await read(server.feed, server.feed.token_after(4), 6)) == 6, "as before"
 
 
 async def test_history_ends_by_number_and_by_age(place: Path | str) -> None:

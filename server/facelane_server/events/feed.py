@@ -5,10 +5,11 @@ a position, so a slow one costs nothing and delays nobody. What the ring has los
 store (``journal``), for as long as it is kept there; without a store, or behind that, the watcher
 is told HISTORY_LOST and ends. Nothing is ever skipped silently.
 
-A resume token names a position: ``epoch`` (of the store; without one, of this server's life) and
-the sequence number of the last event seen. A token of another epoch, or of a position that is not
-kept any more, is HISTORY_LOST as well: the watcher knows then that it missed something, and starts
-again without a token.
+A resume token names a position: ``epoch`` (of the store; without one, of this server's life), the
+sequence number of the last event seen, and a mark of that event. A token of another epoch, of a
+position that is not kept any more, or of an event that is another one by now (a backup of the store
+was restored, and has gone on) is HISTORY_LOST as well: the watcher knows then that it missed
+something, and starts again without a token.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import itertools
 import secrets
 import struct
 import time
+import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +32,8 @@ from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason, RuleReport, TrackReport
 from facelane_server.store.events import without
 
-_TOKEN: Final = struct.Struct(">8sQ")
+_TOKEN: Final = struct.Struct(">8sQI")
+_UNMARKED: Final = struct.Struct(">8sQ")
 PROGRESS_EVENTS: Final = 256
 PROGRESS_S: Final = 30.0
 """A watcher is told how far it has come after so many events that are not for it, and after so long
@@ -218,11 +221,13 @@ class EventFeed:
 
     def token(self, event: Event) -> str:
         """Resumes after this event."""
-        return self.token_after(event.sequence)
+        return self.token_after(event.sequence, _mark(event))
 
-    def token_after(self, sequence: int) -> str:
-        """Resumes after the event of this number; 0 = before the first one."""
-        packed = _TOKEN.pack(self._epoch, sequence)
+    def token_after(self, sequence: int, mark: int = 0) -> str:
+        """Resumes after the event of this number; 0 = before the first one. ``mark``: what that
+        event is told from others by, 0 = it is not known."""
+        named = (self._epoch, sequence)
+        packed = _TOKEN.pack(*named, mark) if mark else _UNMARKED.pack(*named)
         return base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
     def watch(
@@ -241,7 +246,10 @@ class EventFeed:
         """
         if self._closed:
             raise _draining()
-        seen = self._read(resume_token) if resume_token else self._sequence
+        newest = self._ring[-1] if self._ring else None
+        seen, mark = self._sequence, 0 if newest is None else _mark(newest)
+        if resume_token:
+            seen, mark = self._read(resume_token)
         if len(self._watchers) >= self._max_watchers:
             raise FacelaneError(
                 Reason.STREAM_LIMIT,
@@ -250,7 +258,7 @@ class EventFeed:
                 retryable=True,
             )
         wanted = Wanted(frozenset(kinds), frozenset(source_ids), frozenset(gallery_ids))
-        watcher = Watcher(self, seen, wanted)
+        watcher = Watcher(self, seen, wanted, mark, is_sure=not resume_token)
         self._watchers.add(watcher)
         return watcher
 
@@ -271,10 +279,13 @@ class EventFeed:
         for watcher in self._watchers:
             watcher.wake.set()
 
-    def _read(self, token: str) -> int:
+    def _read(self, token: str) -> tuple[int, int]:
         try:
             packed = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-            epoch, sequence = _TOKEN.unpack(packed)
+            is_marked = len(packed) == _TOKEN.size
+            epoch, sequence, mark = (
+                _TOKEN.unpack(packed) if is_marked else (*_UNMARKED.unpack(packed), 0)
+            )
         except (binascii.Error, ValueError, struct.error):
             raise _invalid_token() from None
         if epoch != self._epoch:
@@ -290,12 +301,18 @@ class EventFeed:
         gone = self._first if self._keeper is None else self._gone
         if sequence < gone:
             raise lost("more has happened since that token than is kept", self.token_after(gone))
-        return int(sequence)
+        return int(sequence), int(mark)
 
     @property
     def _first(self) -> int:
         """The newest event that the ring has not."""
         return self._sequence - len(self._ring)
+
+    def held(self, sequence: int) -> Event | None:
+        """The event of a number, while the ring has it."""
+        if self._first < sequence <= self._sequence:
+            return self._ring[sequence - self._first - 1]
+        return None
 
     async def find(self, sequence: int) -> Event | None:
         """The event of a number, while it is kept. Raises GALLERY_UNAVAILABLE."""
@@ -369,10 +386,16 @@ class Wanted:
 class Watcher:
     """One reader of the feed; made by ``EventFeed.watch``."""
 
-    def __init__(self, feed: EventFeed, seen: int, wanted: Wanted) -> None:
+    def __init__(
+        self, feed: EventFeed, seen: int, wanted: Wanted, mark: int = 0, *, is_sure: bool = True
+    ) -> None:
+        """``mark``: of the event ``seen``, see ``EventFeed.token_after``; ``is_sure``: it is that
+        one."""
         self._feed = feed
         self._seen = seen
         self._wanted = wanted
+        self._mark = mark
+        self._is_sure = is_sure or not mark
         self.wake = asyncio.Event()
 
     @property
@@ -383,7 +406,7 @@ class Watcher:
     @property
     def resume_token(self) -> str:
         """Resumes after what this watcher has read."""
-        return self._feed.token_after(self._seen)
+        return self._feed.token_after(self._seen, self._mark)
 
     def __enter__(self) -> Self:
         return self
@@ -408,11 +431,16 @@ class Watcher:
 
     async def _next(self) -> list[Event]:
         """What is wanted of the next events; perhaps none of them."""
+        if not self._is_sure:
+            there = self._feed.held(self._seen) or await self._feed.find(self._seen)
+            if there is not None and _mark(there) != self._mark:
+                raise lost("the store is an earlier one, which has gone on since")
+            self._is_sure = True
         while True:
             self.wake.clear()
             events = await self._feed.after(self._seen)
             if events:
-                self._seen = events[-1].sequence
+                self._seen, self._mark = events[-1].sequence, _mark(events[-1])
                 return [event for event in events if event in self._wanted]
             if self._feed.closed:
                 raise _draining()
@@ -429,14 +457,15 @@ class Watcher:
         does not depend on what is; raises as ``batch`` does."""
         event: Event | None
         while True:
-            begun = self._seen
+            begun, mark = self._seen, self._mark
             events = await self._next()
             cleared = self._feed.cleared
             for event in events:
                 if self._feed.cleared != cleared:
-                    self._seen = begun  # it is read again, without who was deleted meanwhile
+                    # It is read again, without who was deleted meanwhile.
+                    self._seen, self._mark = begun, mark
                     break
-                begun = event.sequence
+                begun, mark = event.sequence, _mark(event)
                 yield event
             else:
                 event = None
@@ -462,6 +491,12 @@ class Progress:
         if due:
             self.told(at)
         return due
+
+
+def _mark(event: Event) -> int:
+    """32 bits by which an event is told from another one of its number; never 0. Of its time alone:
+    a watcher is given it of events, too, that are not for it."""
+    return zlib.crc32(event.time_ns.to_bytes(8, "big", signed=True)) or 1
 
 
 def _invalid_token() -> FacelaneError:
