@@ -306,6 +306,8 @@ def parse(text: str) -> BridgeSettings:
         raise ConfigError(f"not valid TOML: {error}") from None
     except RecursionError:
         raise ConfigError("not valid TOML: nested too deeply") from None
+    except ValueError:
+        raise ConfigError("not valid TOML: a number of too many digits") from None
     return from_mapping(document)
 
 

@@ -202,6 +202,10 @@ def parse(text: str) -> Config:
         raw: Mapping[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"this is no TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError("this is no TOML: nested too deeply") from None
+    except ValueError:
+        raise ConfigError("this is no TOML: a number of too many digits") from None
     if not raw.get("sink"):
         raise ConfigError(
             'there is no sink: write [[sink]] with name and type = "mqtt", "webhook", "nats", '

@@ -287,8 +287,12 @@ def _converted(value: Any, kind: Any, where: str) -> Any:
 def _parsed(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError("not valid TOML: nested too deeply") from None
+    except ValueError:
+        raise ConfigError("not valid TOML: a number of too many digits") from None
 
 
 def _read(path: Path) -> str:

@@ -22,6 +22,9 @@ _START: Final = b"\0\0\1"
 _WITH_CHROMA: Final = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135})
 """Profiles of H.264 whose parameter sets tell chroma and depth."""
 _INTRA_SLICES: Final = frozenset({2, 4, 7, 9})
+_SET_READ: Final = 1_024
+"""Bytes of a parameter set that are looked at: more than all its fields can have before those that
+nobody asks for."""
 _RECOVERY_POINT: Final = 6
 _EXTENDED_SAR: Final = 255
 
@@ -111,23 +114,28 @@ def _h264(data: bytes, max_pixels: int, known: Format | None) -> AccessUnit:
     number, reference = -1, False
     idr = recovery = pps = False
     intra = True
-    pictures = 0
+    pictures = slices = sets = 0
     for begin, end in _units(data, Encoding.H264):
         head = data[begin]
         kind = head & 0x1F
         if kind in (1, 5):
-            bits = _Bits(_unescaped(data[begin + 1 : min(end, begin + 17)]))
-            first, slice_type = bits.ue(), bits.ue()
-            pictures += first == 0
+            pictures += data[begin + 1] >> 7  # its first macroblock is the picture's
             idr = idr or kind == 5
             reference = reference or head & 0x60 > 0
+            slices += 1
+            if slices > 1 and not (recovery and intra):
+                continue  # there are hundreds, and they say no more
+            bits = _Bits(_unescaped(data[begin + 1 : min(end, begin + 17)]))
+            bits.ue()
+            slice_type = bits.ue()
+            intra = intra and slice_type in _INTRA_SLICES
             if number < 0 and (sequence := found or known) is not None and sequence.number_bits:
                 bits.ue()
                 number = bits.u(sequence.number_bits)
-            intra = intra and slice_type in _INTRA_SLICES
         elif kind in (2, 3, 4):
             _unsupported(Encoding.H264, "partitioned")
         elif kind == 7:
+            sets = _one_more(sets, Encoding.H264)
             found = _h264_sps(_parameter_set(data, begin + 1, end, Encoding.H264))
             _check(Encoding.H264, found, max_pixels)
         elif kind == 8:
@@ -256,7 +264,7 @@ def _skip_hrd(bits: _Bits) -> bool:
 
 def _h265(data: bytes, max_pixels: int) -> AccessUnit:
     found: Format | None = None
-    sets = 0
+    sets = sequences = 0
     pictures, kind_of = 0, -1
     for begin, end in _units(data, Encoding.H265):
         if end - begin < 3:
@@ -269,6 +277,7 @@ def _h265(data: bytes, max_pixels: int) -> AccessUnit:
             pictures += data[begin + 2] >> 7
             kind_of = kind
         elif kind == 33:
+            sequences = _one_more(sequences, Encoding.H265)
             found = _h265_sps(_parameter_set(data, begin + 2, end, Encoding.H265))
             _check(Encoding.H265, found, max_pixels)
             sets |= 2
@@ -355,7 +364,18 @@ def _unescaped(data: bytes) -> bytes:
 def _parameter_set(data: bytes, begin: int, end: int, encoding: Encoding) -> bytes:
     if end - begin > limits.MAX_PARAMETER_SET_BYTES:
         _corrupt(encoding, "a parameter set is longer than any")
-    return _unescaped(data[begin:end])
+    return _unescaped(data[begin : min(end, begin + _SET_READ)])
+
+
+def _one_more(sets: int, encoding: Encoding) -> int:
+    """Parameter sets of sequences so far."""
+    if sets >= limits.MAX_PARAMETER_SETS:
+        raise FacelaneError(
+            Reason.PICTURE_TOO_COSTLY,
+            f"the {encoding.value} access unit has more than {limits.MAX_PARAMETER_SETS} "
+            "parameter sets of sequences",
+        )
+    return sets + 1
 
 
 def _check_decodable(

@@ -151,7 +151,7 @@ class App:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            if await self.edge.stages_changed(self.can_infer()):
+            if self.edge.stages_changed(self.can_infer()):
                 self.notifier.status(self._status_line())
 
     def _status_line(self) -> str:

@@ -129,8 +129,12 @@ def _of_zone(zone: Zone) -> str:
     for k, (a, b) in enumerate(edges):
         if a == b:
             return f"its points {k + 1} and {(k + 1) % len(points) + 1} are the same; leave one out"
+    spans = [(min(a[0], b[0]), max(a[0], b[0])) for a, b in edges]
     for k, first in enumerate(edges):
+        left, right = spans[k]
         for other in range(k + 1, len(edges)):
+            if spans[other][1] < left or spans[other][0] > right:
+                continue  # beside each other: they have no point in common
             beside = other == k + 1 or (k == 0 and other == len(edges) - 1)
             if _fold_back(first, edges[other]) if beside else _meet(first, edges[other]):
                 return (
@@ -199,16 +203,23 @@ def _area(points: Sequence[Point]) -> float:
 # -- where a point lies --------------------------------------------------------------------
 
 
-def depth(points: Sequence[Point], at: Point) -> float:
-    """How far inside of a polygon a point lies; negative = outside of it by so much."""
+def holds(points: Sequence[Point], at: Point) -> bool:
+    """Whether a point lies inside of a polygon; on its border it may or may not."""
+    x, y = at
     inside = False
-    nearest = math.inf
-    for a, b in _edges(points):
-        nearest = min(nearest, _distance(a, b, at))
-        if (a[1] > at[1]) != (b[1] > at[1]):
-            x = a[0] + (at[1] - a[1]) / (b[1] - a[1]) * (b[0] - a[0])
-            inside ^= at[0] < x
-    return nearest if inside else -nearest
+    ax, ay = points[-1]
+    for bx, by in points:
+        if (ay > y) is not (by > y):
+            inside ^= x < ax + (y - ay) / (by - ay) * (bx - ax)
+        ax, ay = bx, by
+    return inside
+
+
+def depth(points: Sequence[Point], at: Point) -> float:
+    """How far inside of a polygon a point lies; negative = outside of it by so much. Far dearer
+    than ``holds``."""
+    nearest = min(_distance(a, b, at) for a, b in _edges(points))
+    return nearest if holds(points, at) else -nearest
 
 
 def _distance(a: Point, b: Point, p: Point) -> float:
@@ -257,6 +268,6 @@ class Mask:
 
     def keeps(self, at: Point) -> bool:
         """``at``: the middle of a face, in fractions of the picture."""
-        if self.only and not any(depth(polygon, at) >= 0 for polygon in self.only):
+        if self.only and not any(holds(polygon, at) for polygon in self.only):
             return False
-        return not any(depth(polygon, at) > 0 for polygon in self.ignored)
+        return not any(holds(polygon, at) for polygon in self.ignored)

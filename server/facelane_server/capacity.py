@@ -70,6 +70,8 @@ _PATIENCE: Final = 12
 _VIDEO_AT_ONCE: Final = 4
 """Of a stream of video every fourth picture is taken at least: those between are decoded with it,
 and the more of them there are the older it is; fewer would only make answers late."""
+_ROOM: Final = 1_000_000
+"""Streams more, which are told of at most."""
 _KNOWN: Final = 0.3
 """Share of busy time from which on it says what more would fit."""
 _ALONE: Final = 1.5
@@ -200,8 +202,9 @@ class Capacity:
         offered = sum(d.fps for d in self._demands)
         senders = [d.fps for d in self._demands if d.fps > 0]
         mean = sum(senders) / len(senders) if senders else 0.0
-        room = 0 if self.budget is not None or not mean else int((capacity - offered) / mean)
-        return Load(offered, capacity, max(0, room), len(self._rates))
+        room = 0.0 if self.budget is not None or not mean else (capacity - offered) / mean
+        # Of streams that send next to nothing any number would fit.
+        return Load(offered, capacity, int(max(0.0, min(room, _ROOM))), len(self._rates))
 
     def room(self, newcomer: Demand, open_lanes: Iterable[Demand]) -> int | None:
         """``None`` when one stream more may be let in; else how many such fit at ``min_fps``.

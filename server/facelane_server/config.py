@@ -29,8 +29,8 @@ Precision = Literal["auto", "fp32", "fp16"]
 Decode = Literal["auto", "cpu", "cuda"]
 Sandbox = Literal["auto", "off", "required"]
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)]
 
 
@@ -488,6 +488,8 @@ def parse(text: str, *, source: str = "<config>") -> Config:
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{source}: not valid TOML: nested too deeply") from None
+    except ValueError:
+        raise ConfigError(f"{source}: not valid TOML: a number of too many digits") from None
     # TOML has no null: `[pools] liveness = false` switches a stage off.
     pools = raw.get("pools")
     if isinstance(pools, dict):

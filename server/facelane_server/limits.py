@@ -19,6 +19,9 @@ so that a picture slightly too large gets our own error, which can say so."""
 MAX_PLAIN_MESSAGE_BYTES: Final = 256 * KIB
 """Of a message that holds no picture: a subject with all its labels has 20 KiB, a stream's config
 with all its zones and lines 40."""
+MAX_NAME_BYTES: Final = 4 * KIB
+"""Of a message to gRPC's own services (health, reflection): a name. Those who watch health are many,
+and what they have asked for is kept as long."""
 MAX_PICTURE_BYTES: Final = 32 * MIB
 """A raw 3840x2160 BGR picture is 24.9 MB."""
 MAX_PIXELS: Final = 51_000_000
@@ -65,6 +68,9 @@ MAX_REORDER: Final = 16
 MAX_NAL_UNITS: Final = 1_024
 """Of one access unit; level 5.2 allows 600 slices."""
 MAX_PARAMETER_SET_BYTES: Final = 4 * KIB
+MAX_PARAMETER_SETS: Final = 8
+"""Of sequences, of one access unit: they are read bit by bit, beside everybody else's frames.
+Encoders send one, or one for each layer."""
 MAX_GROUP_UNITS: Final = 2_048
 """Access units kept since a key frame: 80 s at 25 a second."""
 MAX_VIDEO_CACHE: Final = 32 * MIB
@@ -109,6 +115,10 @@ MAX_STREAMS_PER_CONNECTION: Final = 100
 MAX_CONNECTIONS: Final = 4_096
 RESERVED_DESCRIPTORS: Final = 256
 """Kept back from connections: workers that come back, files, the gallery."""
+MAX_MEDIA_NS: Final = 1 << 62
+"""Of a stream's media time, 146 years: with all that is counted from it, it is kept in 64 bits."""
+MAX_KEPT_NS: Final = (1 << 63) - 1
+"""Of a camera's clock, before or after 1970, in what is kept: the years 1678 to 2261."""
 MAX_TRACKS: Final = 256
 """Tracks a lane; more than ``MAX_FACES`` because lost tracks linger for a while."""
 
@@ -141,10 +151,15 @@ BAD_PICTURES: Final = 3
 """Pictures of one stream, or single pictures of one key, that cost too much within
 ``BAD_PICTURES_S``; then all of them are refused for as long."""
 BAD_PICTURES_OF_KEY: Final = 12
-"""The same, of all streams and calls of a key."""
+"""The same, of all streams and calls of a key: then streams of sources that have sent nothing else
+are refused."""
+MOST_BAD_PICTURES_OF_KEY: Final = 4 * BAD_PICTURES_OF_KEY
+"""The same again: then all are refused that are not among those that have sent something else."""
 BAD_PICTURES_S: Final = 60
 MAX_OFFENDERS: Final = 1_024
-"""Streams and keys whose bad pictures are remembered."""
+"""Streams, sources and keys whose bad pictures are remembered."""
+MAX_PROVEN: Final = 2 * MAX_STREAMS
+"""Streams, and sources, of which it is known that their pictures can be analysed."""
 MAX_ACCUSERS: Final = 3
 """When pictures of so many different senders have ended workers within ``BAD_PICTURES_S``, it
 is the worker that is to blame."""
@@ -330,6 +345,6 @@ assert FACE_RECORD_BYTES % 4 == 0, "records are read as float32"
 assert MAX_FACES * MAX_CROP_RECORD_BYTES <= RESPONSE_SLOT_BYTES, "one picture's crops must fit"
 assert MAX_BATCH * MAX_EMBEDDING_DIM * 4 <= RESPONSE_SLOT_BYTES
 assert MAX_WINDOW * 8 <= MAX_KEY_QUEUE
-assert BAD_PICTURES <= BAD_PICTURES_OF_KEY
+assert BAD_PICTURES <= BAD_PICTURES_OF_KEY <= MOST_BAD_PICTURES_OF_KEY
 assert MAX_TRACKS >= 2 * MAX_FACES
 assert MAX_LINK_MESSAGE_BYTES <= MAX_LINK_BACKLOG_BYTES

@@ -24,6 +24,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from facelane_server import limits
 from facelane_server.domain import (
     Decision,
     Identity,
@@ -149,13 +150,20 @@ def _first(seen: Sighting) -> TrackReport:
         seen.track_id,
         first_ns=seen.at_ns,
         last_ns=seen.at_ns,
-        first_capture_ns=seen.capture_time_ns,
-        last_capture_ns=seen.capture_time_ns,
+        first_capture_ns=_captured(seen),
+        last_capture_ns=_captured(seen),
         box=seen.box,
         identity=seen.identity,
         liveness=Liveness(LivenessVerdict.UNDECIDED),
     )
     return _next(start, seen)
+
+
+def _captured(seen: Sighting) -> int | None:
+    """The camera's clock, of which nothing is told where it says what cannot be kept: a clock
+    that was never set may stand in the year 1."""
+    at_ns = seen.capture_time_ns
+    return at_ns if at_ns is not None and abs(at_ns) <= limits.MAX_KEPT_NS else None
 
 
 def _next(report: TrackReport, seen: Sighting) -> TrackReport:
@@ -171,7 +179,7 @@ def _next(report: TrackReport, seen: Sighting) -> TrackReport:
     return replace(
         report,
         last_ns=seen.at_ns,
-        last_capture_ns=seen.capture_time_ns,
+        last_capture_ns=_captured(seen),
         box=seen.box,
         identity=seen.identity,
         liveness=seen.liveness,

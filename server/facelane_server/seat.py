@@ -208,7 +208,7 @@ class Seat:
         pulsing = asyncio.create_task(self._pulse(served), name="shard-pulse")
         try:
             while (message := await self._link.receive()) is not None:
-                await self._heard(message, served)
+                self._heard(message, served)
             log.error("the keeper is gone: this shard ends")
             served.request_stop(ORPHAN_GRACE_S)
         finally:
@@ -216,13 +216,13 @@ class Seat:
             for task in self._tasks:
                 task.cancel()
 
-    async def _heard(self, message: ToShard, served: Served) -> None:
+    def _heard(self, message: ToShard, served: Served) -> None:
         match message:
             case Open():
                 self._opened.set()
             case Overall():
                 self.standings = message.shards
-                await served.edge.health.overall(message.health)
+                served.edge.health.overall(message.health)
             case Drain():
                 served.request_stop(message.grace_s)
             case Put():

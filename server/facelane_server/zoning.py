@@ -158,14 +158,13 @@ class Zoning:
     def _in_zones(self, known: _Followed, seen: Sighting) -> Iterator[Telling]:
         at, margin, now_ns = _middle(seen.box), MARGIN * seen.box.width, seen.at_ns
         for number, (zone, stay) in enumerate(zip(self._zones, known.stays, strict=True)):
-            deep = areas.depth(self._pixels.zones[number], at)
-            there = deep >= 0
-            if there is stay.inside:
+            polygon = self._pixels.zones[number]
+            if areas.holds(polygon, at) is stay.inside:
                 stay.turned_ns = None
             else:
                 if stay.turned_ns is None:
                     stay.turned_ns = now_ns
-                if abs(deep) >= margin or now_ns - stay.turned_ns >= SETTLED_NS:
+                if abs(areas.depth(polygon, at)) >= margin or now_ns - stay.turned_ns >= SETTLED_NS:
                     yield from self._passed(number, stay, now_ns)
             if stay.inside:
                 yield from self._stayed(number, zone, stay, seen)

@@ -61,14 +61,14 @@ def test_health_of_a_server_with_fewer_stages() -> None:
     assert not health.derive({}, draining=False)[""]
 
 
-async def test_only_changes_of_health_are_published() -> None:
+def test_only_changes_of_health_are_published() -> None:
     made = health.Health()
     able = dict.fromkeys(Stage, True)
-    assert set(await made.publish(able, draining=False)) >= {"", "facelane.pool.detector"}
+    assert set(made.publish(able, draining=False)) >= {"", "facelane.pool.detector"}
     assert made.serving
-    assert await made.publish(able, draining=False) == []
+    assert made.publish(able, draining=False) == []
     able[Stage.LIVENESS] = False
-    assert set(await made.publish(able, draining=False)) == {"", "facelane.pool.liveness"}
+    assert set(made.publish(able, draining=False)) == {"", "facelane.pool.liveness"}
     assert not made.serving
 
 

@@ -146,13 +146,25 @@ def test_every_polygon_is_a_zone_or_told_why_not(
     polygon: list[tuple[float, float]], at: tuple[float, float]
 ) -> None:
     made = zone(*polygon)
-    if areas.problem([made]):
+    found = areas.problem([made])
+    if "are the same" not in found:
+        edges = list(areas._edges(polygon))
+        crosses = any(
+            areas._fold_back(edges[k], edges[other])
+            if other == k + 1 or (k == 0 and other == len(edges) - 1)
+            else areas._meet(edges[k], edges[other])
+            for k in range(len(edges))
+            for other in range(k + 1, len(edges))
+        )
+        assert ("crosses itself" in found) is crosses
+    if found:
         return
     # Its order and where it begins do not matter.
     turned = (*polygon[1:], polygon[0])
     assert areas.problem([zone(*turned)]) == areas.problem([zone(*polygon[::-1])]) == ""
     deep = areas.depth(polygon, at)
     assume(abs(deep) > 1e-9)
+    assert areas.holds(polygon, at) is (deep > 0)
     assert areas.depth(turned, at) == pytest.approx(deep)
     assert areas.depth(polygon[::-1], at) == pytest.approx(deep)
 

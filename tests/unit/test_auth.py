@@ -123,6 +123,7 @@ def test_keys_on_loopback_count_when_a_file_is_named(tmp_path: Path) -> None:
         ('[[keys]]\nname = "a"\nsha256 = "' + "0" * 64 + '"\nscope = []', "scope"),
         ("[[key]]\n", "key"),
         ("a = " + "[" * 9_999, "nested too deeply"),
+        ("a = " + "1" * 5_000, "too many digits"),
         (
             '[[keys]]\nname = "a"\nsha256 = "' + "0" * 64 + '"\nscopes = []\nexpires = 2030-01-01',
             "expires",
@@ -393,6 +394,8 @@ def test_who_is_denied_is_denied_whatever_the_keys_file_says(tmp_path: Path) -> 
     assert let_in() == {"rest"}
     with pytest.raises(FacelaneError, match="is denied"):
         made.recheck(call, made_keys["front"][1].caller({"camera": Role("camera", ("analyze",))}))
+    list_of.write_bytes(b"front\rback\rside")  # of an editor that ends lines so
+    assert not made.reload_denied(), "it says the same"
     # What cannot be read takes nobody off the list.
     list_of.unlink()
     list_of.mkdir()

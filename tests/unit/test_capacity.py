@@ -309,6 +309,18 @@ def overloaded(**of_one: object) -> Capacity:
     return capacity
 
 
+def test_how_many_more_fit_is_a_number_that_can_be_told() -> None:
+    """A file that was sent long ago, and is still being worked off, sends next to nothing."""
+    capacity = Capacity(0.1, 2.0)
+    for number in range(600):
+        sent = 256.0 if number == 0 else 0.0
+        demand = Demand(1, sent, lossless=True)
+        capacity.step(Reading(0.25, [demand], 1, [], {"detector": 1.0}))
+    load = capacity.load
+    assert load is not None
+    assert 0 < load.headroom < 1 << 32
+
+
 def test_a_lossless_stream_has_its_part_and_is_not_thinned() -> None:
     capacity = overloaded(lossless=True)
     load = capacity.load

@@ -250,6 +250,18 @@ def test_timestamps(seconds: int, nanos: int, valid: bool) -> None:
             convert.timestamp_ns(message, "t")
 
 
+@pytest.mark.parametrize("seconds", [315_576_000_000, (1 << 62) // 10**9 + 1])
+def test_media_time_that_nothing_could_be_counted_from(seconds: int) -> None:
+    message = analysis_pb.Frame(frame_id=1, picture=pb.Picture(encoding=1, data=b"x"))  # type: ignore[arg-type]
+    message.stream_offset.seconds = seconds
+    frame, fault = convert.frame(message, CONFIG)
+    assert fault is not None
+    assert fault.metadata == {"field": "stream_offset"}
+    assert frame.stream_offset_ns == 0
+    message.stream_offset.seconds = 1_800_000_000  # of who counts from 1970
+    assert convert.frame(message, CONFIG)[1] is None
+
+
 def test_a_frame_at_fault_keeps_its_place() -> None:
     message = analysis_pb.Frame(frame_id=5, picture=pb.Picture(encoding=1, data=b"x"))  # type: ignore[arg-type]
     frame, fault = convert.frame(message, CONFIG)

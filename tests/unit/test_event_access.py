@@ -22,7 +22,7 @@ from facelane_server.domain import (
     TrackReport,
 )
 from facelane_server.edge import gate
-from facelane_server.edge.operations import EventService
+from facelane_server.edge.operations import EventService, kinds_of
 from facelane_server.edge.roles import Caller, Grant
 from facelane_server.events import EventFeed, EventKind
 from facelane_server.events.feed import PROGRESS_EVENTS, PROGRESS_S, Progress
@@ -181,6 +181,17 @@ def test_progress_is_told_after_so_many_events_or_so_long() -> None:
     progress.told(13 + PROGRESS_EVENTS)
     now[0] += 1
     assert not progress.is_due(14 + PROGRESS_EVENTS)
+
+
+@pytest.mark.parametrize("named", ["a\0b", "x" * 300, "front door", "ünï"])
+@pytest.mark.parametrize("field", ["source_ids", "gallery_ids"])
+async def test_names_that_nothing_can_have_are_not_looked_for(field: str, named: str) -> None:
+    for asked in (pb.ListEventsRequest, pb.WatchEventsRequest):
+        with pytest.raises(FacelaneError) as refused:
+            kinds_of(asked(**{field: ["", "door", named]}))  # type: ignore[arg-type]
+        assert refused.value.reason is Reason.ARGUMENT_INVALID
+        assert refused.value.metadata == {"field": field}
+        assert named not in refused.value.message
 
 
 @pytest.mark.parametrize("number", [1 << 63, (1 << 64) - 1])

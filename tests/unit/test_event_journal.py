@@ -328,6 +328,49 @@ async def test_events_wait_for_a_store_that_is_away(
     await auntil(lambda: server.journal.trouble == "")
 
 
+async def test_an_event_that_cannot_be_written_keeps_no_other_from_being(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.01)
+    real, wrong = stored.append, {"7", "21"}
+
+    def append(*call: Any, again: bool) -> None:
+        if wrong & {record.message for record in call[2]}:
+            raise OverflowError("an integer that nobody foresaw")
+        real(*call, again=again)
+
+    monkeypatch.setattr(stored, "append", append)
+    for n in range(30):
+        server.feed.publish(SEEN, message=str(n))
+    told = await read(server.feed, server.feed.token_after(0), 28)
+    assert [event.message for event in told] == [
+        str(n) for n in range(30) if str(n) not in wrong
+    ]
+    await auntil(lambda: (server.journal.waiting, server.journal.dropped) == (0, 2))
+    server.feed.publish(SEEN, message="and on")
+    assert (await read(server.feed, server.feed.token_after(28), 1))[0].message == "and on"
+
+
+async def test_an_error_that_passes_costs_no_event(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.01)
+    real, calls = stored.append, []
+
+    def append(*call: Any, again: bool) -> None:
+        calls.append(again)
+        if len(calls) <= 2:
+            raise MemoryError
+        real(*call, again=again)
+
+    monkeypatch.setattr(stored, "append", append)
+    for n in range(10):
+        server.feed.publish(SEEN, message=str(n))
+    told = await read(server.feed, server.feed.token_after(0), 10)
+    assert [int(event.message) for event in told] == list(range(10))
+    assert server.journal.dropped == 0
+
+
 async def test_a_commit_that_was_not_answered_is_not_written_twice(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

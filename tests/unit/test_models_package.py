@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,14 @@ def test_a_sound_package_is_read_and_loaded(write: Write) -> None:
         ({"runtime": "onnx"}, "ending in .onnx"),
         ({"runtime": "null"}, "a null model has neither weights"),
         ({"card": "../CARD.md"}, "card must be a file inside"),
+        (
+            {"input": {"max_side": 64, "mean": [0.0, math.nan, 0.0]}},
+            "input.mean must be a finite number",
+        ),
+        ({"memory": {"weights_mib": math.inf}}, "memory.weights_mib must be a finite number"),
+        ({"memory": {"weights_mib": -1.0}}, "memory.weights_mib must not be negative"),
+        ({"weights": None, "random_seed": -1}, "random_seed must be in"),
+        ({"options": {"widths": date(2030, 1, 1)}}, "options may be texts, numbers"),
         ({"options": {"width": [1]}}, "has no option width; did you mean widths?"),
         ({"options": {"widths": [1, 2]}}, "widths needs six positive numbers"),
         ({"options": {"widths": 7}}, "cannot be built"),
@@ -248,10 +258,24 @@ def test_a_manifest_that_is_no_toml(write: Write) -> None:
     folder = write()
     (folder / "model.toml").write_bytes(b"name = [")
     assert "not valid TOML" in refusal(lambda: read_package(folder))
+    (folder / "model.toml").write_bytes(b"schema = " + b"1" * 5_000)
+    assert "too many digits" in refusal(lambda: read_package(folder))
     (folder / "model.toml").write_bytes(b"# " + b"x" * 70_000)
     assert "larger than" in refusal(lambda: read_package(folder))
     (folder / "model.toml").unlink()
     assert "cannot be read" in refusal(lambda: read_package(folder))
+
+
+def test_options_that_are_nested_without_an_end(write: Write) -> None:
+    folder = write()
+    manifest = (folder / "model.toml").read_text().partition("[")[0]
+    deep = ".".join("a" * 20_000)
+    (folder / "model.toml").write_text(f"{manifest}\noptions.{deep} = 1\n")
+    assert "options may be nested" in refusal(lambda: read_package(folder))
+    (folder / "model.toml").write_text(f"task.{deep} = 1\n")
+    assert "task is no text, but may be" in refusal(lambda: read_package(folder))
+    (folder / "model.toml").write_text(f"{'x' * 60_000} = 1\n")
+    assert len(refusal(lambda: read_package(folder))) < 1_000
 
 
 def test_every_shipped_package_is_sound() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -45,6 +46,20 @@ def seen(
     looked: bool = False,
 ) -> Sighting:
     return Sighting(track, BOX, at_ms * MS, 5 + at_ms, identity, liveness, ood, looked)
+
+
+def test_a_camera_without_a_clock_tells_what_can_be_kept() -> None:
+    """Years 1 to 9999 are timestamps; what is kept counts nanoseconds in 64 bits."""
+    for year_s in (-62_135_596_800, 253_402_300_799):
+        here = presence()
+        first = replace(seen(ADA, 0), capture_time_ns=year_s * SECOND)
+        for _, report in (*here.sighted(first), *here.ended(1)):
+            assert (report.first_capture_ns, report.last_capture_ns) == (None, None)
+            msgspec.msgpack.encode(report)
+        told = here.sighted(seen(ADA, 40))
+        assert {(report.first_capture_ns, report.last_capture_ns) for _, report in told} == {
+            (45, 45)
+        }
 
 
 def kinds(told: list[Telling]) -> list[str]:

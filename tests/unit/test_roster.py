@@ -19,7 +19,7 @@ from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import whole
 from facelane_server.keeper import exposition
-from facelane_server.keeper.roster import HANG_TICKS, HOLD_S, Do, Roster, What
+from facelane_server.keeper.roster import HANG_TICKS, HOLD_S, START_TICKS, Do, Roster, What
 from facelane_server.pools.restart import Happening, Life, Notice, Policy
 from facelane_server.shards import dealing, link
 from facelane_server.shards.board import Board, Holdings, Seat, better
@@ -182,6 +182,15 @@ def test_a_shard_that_crashes_on_and_on_backs_off_and_is_quarantined() -> None:
     assert waits[1] > waits[0]
     assert waits[-1] == 60.0
     assert server.roster.health()[""]
+
+
+def test_a_shard_that_hangs_before_it_has_said_anything_is_started_again() -> None:
+    server = Server(2)
+    for _ in range(START_TICKS):
+        server.carry(server.roster.tick(server.now))
+    assert server.shards == {0}
+    server.carry(server.roster.tick(server.now))
+    assert server.roster.loss(0) == "HUNG"
 
 
 def test_a_silent_shard_hangs_but_not_while_this_process_stands_still() -> None:

@@ -291,6 +291,78 @@ def test_three_costly_pictures_of_a_stream_refuse_it_for_a_while_and_no_other() 
     assert made.submit(task(7), limits.BAD_PICTURES_S * S, always) is None
 
 
+def analysed(made: Schedule, sender: Sender, lane: int, now_ns: int = 0) -> None:
+    """A picture of this stream was looked at."""
+    job = Job(1, 0, [task(lane, sender=sender)])
+    made.answered(job, InferDone(1, [DetectDone(10, 20, 0, 0, 0)]), CODEC, SLOT, now_ns)
+
+
+def camera(source: str) -> Sender:
+    """One of a bridge's, whose key they share."""
+    return Sender("bridge", source=source)
+
+
+def refused(made: Schedule, source: str, lane: int, now_ns: int = 0) -> bool:
+    return made.submit(task(lane, sender=camera(source)), now_ns, always) is not None
+
+
+@pytest.mark.parametrize("hostile", [4, 40])
+def test_hostile_cameras_do_not_get_the_honest_ones_of_their_key_refused(hostile: int) -> None:
+    made = schedule()
+    analysed(made, camera("door"), 1000)
+    for lane in range(hostile):
+        for _ in range(limits.BAD_PICTURES):
+            if not refused(made, f"hostile-{lane}", lane):
+                costly(made, camera(f"hostile-{lane}"), lane, 0)
+    assert all(refused(made, f"hostile-{lane}", lane) for lane in range(hostile))
+    assert not refused(made, "door", 1000), "its stream has sent nothing bad"
+    assert not refused(made, "door", 1001), "it comes back as the camera that is known"
+    assert refused(made, "anybody", 1002), "who is new may be one of them"
+    assert not refused(made, "anybody", 1002, limits.BAD_PICTURES_S * S)
+
+
+def test_a_hostile_camera_that_comes_back_is_known() -> None:
+    made = schedule()
+    for lane in range(limits.BAD_PICTURES):
+        assert not refused(made, "hostile", lane)
+        costly(made, camera("hostile"), lane, 0)
+    assert refused(made, "hostile", 99)
+    assert not refused(made, "door", 100)
+
+
+def test_nobody_is_blinded_by_who_calls_himself_alike() -> None:
+    made = schedule()
+    analysed(made, camera("door"), 1)
+    for lane in range(2, 2 + limits.BAD_PICTURES):
+        costly(made, camera("door"), lane, 0)
+    assert refused(made, "door", 99)
+    assert not refused(made, "door", 1)
+
+
+def test_good_pictures_in_between_earn_no_further_bad_ones() -> None:
+    """Streams and sources that were prepared: each has one, once its key has had too many."""
+    made = schedule()
+    let_in = 0
+    for lane in range(200):
+        analysed(made, camera(f"made-up-{lane}"), lane)
+    for turn in range(3):
+        for lane in range(200):
+            if not refused(made, f"made-up-{lane}", lane, turn):
+                let_in += 1
+                costly(made, camera(f"made-up-{lane}"), lane, turn)
+                if not refused(made, f"made-up-{lane}", lane, turn):
+                    analysed(made, camera(f"made-up-{lane}"), lane, turn)
+    assert let_in < 200 + 3 * limits.BAD_PICTURES_OF_KEY
+
+
+def test_what_is_known_of_good_senders_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_PROVEN", 8)
+    offenders = Offenders()
+    for lane in range(100):
+        offenders.passed(task(lane, sender=camera(f"source-{lane}")), 0)
+        assert max(len(offenders._lanes), len(offenders._sources)) <= 8
+
+
 def test_three_costly_single_pictures_of_a_key_leave_its_streams_alone() -> None:
     made = schedule()
     calls = Sender("camera", live=False)

@@ -52,6 +52,21 @@ def test_key_frames_and_sizes_are_seen(encoding: Encoding, bframes: int) -> None
     assert not any(unit.format for i, unit in enumerate(found) if i not in keys)
 
 
+@pytest.mark.parametrize(("codec", "kind"), [("h264", 7), ("h265", 33)])
+def test_parameter_sets_are_read_for_a_picture_and_not_for_thousands(codec: str, kind: int) -> None:
+    """Read bit by bit, on the loop that all streams share: 77 kB of them took a seventh of a
+    second."""
+    unit, encoding = clip(codec)[0], Encoding(codec)
+    of = (lambda head: head & 0x1F) if codec == "h264" else (lambda head: head >> 1 & 0x3F)
+    [sps] = [part for part in unit.split(b"\0\0\1")[1:] if of(part[0]) == kind]
+    once = annexb.examine(unit, encoding, 0)
+    more = b"\0\0\1" + sps.rstrip(b"\0")
+    few = more * (limits.MAX_PARAMETER_SETS - 1) + unit
+    assert annexb.examine(few, encoding, 0) == once
+    assert refused(more + few, encoding) is Reason.PICTURE_TOO_COSTLY
+
+
+
 def test_slices_are_one_picture() -> None:
     found = seen(clip("h264", slices=4), Encoding.H264)
     assert [unit.key for unit in found[:2]] == [Key.HARD, Key.NONE]

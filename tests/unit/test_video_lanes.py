@@ -32,6 +32,7 @@ from facelane_server.domain import (
     Reason,
     Stage,
 )
+from facelane_server.ipc.channel import ProtocolError
 from facelane_server.ipc.messages import (
     DetectDone,
     InferDone,
@@ -559,6 +560,29 @@ def test_what_a_decoder_is_given() -> None:
     made.broken = True
     held.forget([7])
     assert asks(4) is None
+
+
+@pytest.mark.parametrize("tired", [0, 1])
+def test_a_worker_that_never_shows_a_picture_is_lost_and_its_tasks_are_not(tired: int) -> None:
+    """It may say so of any of a batch: what was put back by then is not put back twice."""
+    made = Schedule("detector", Codec(Stage.DETECTOR, []))
+    tasks = [task(1), task(2)]
+    tasks[tired].slices = limits.MAX_GROUP_UNITS
+    job = Job(1, 0, list(tasks))
+    held: list[Any] = [PictureHeld(0), PictureHeld(0)]
+    slot = memoryview(bytearray(64))
+    with pytest.raises(ProtocolError):
+        made.answered(job, InferDone(1, held), made.codec, slot, 0, Decoders())
+    assert made.taken_back([job], "PROTOCOL", 0, overlaps=False) == []
+    assert made.queued == 2
+
+
+def test_a_worker_cannot_have_decoded_what_there_is_not() -> None:
+    codec, one = Codec(Stage.DETECTOR, []), task(1)
+    slot = memoryview(bytearray(64))
+    assert codec.read(one.request, PictureHeld(0), slot)
+    with pytest.raises(ProtocolError):
+        codec.read(one.request, PictureHeld(1), slot)
 
 
 # -- lanes and their workers ----------------------------------------------------------------

@@ -211,7 +211,7 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         options = areas.placed(options, wanted, self._config)
         self._pipeline.check_naming(options.plan)
         patient = options.overload is Overload.LOSSLESS
-        sender = Sender(caller.name, caller.weight, patient=patient)
+        sender = Sender(caller.name, caller.weight, patient=patient, source=options.source_id)
         self._load.admit(options, sender)
         lane = Lane(
             self._streams.next_id(),

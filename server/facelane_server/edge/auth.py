@@ -45,7 +45,7 @@ MIN_HASH_CHARS: Final = 12
 
 Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 Weight = Annotated[int, msgspec.Meta(ge=1, le=100)]
-Streams = Annotated[int, msgspec.Meta(ge=1)]
+Streams = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -179,6 +179,8 @@ def read_file(path: Path, *, may_be_empty: bool = False) -> KeysFile:
         raise ConfigError(f"auth.keys_file {path}: {error}") from None
     except RecursionError:
         raise ConfigError(f"auth.keys_file {path}: nested too deeply") from None
+    except ValueError:
+        raise ConfigError(f"auth.keys_file {path}: a number of too many digits") from None
     if problem := found.problem():
         raise ConfigError(f"auth.keys_file {path}: {problem}")
     if not (found.keys or found.certificates or may_be_empty):
@@ -233,7 +235,9 @@ class Denied:
             self._seen = ()
             return False
         self._seen = seen
-        lines = (line.partition("#")[0].strip(" \t\r\f\v\ufeff\0\"',") for line in text.split("\n"))
+        lines = (
+            line.partition("#")[0].strip(" \t\f\v\ufeff\0\"',") for line in re.split(r"[\r\n]", text)
+        )
         self._words = frozenset(line.casefold() for line in lines if line)
         return self._words != before
 

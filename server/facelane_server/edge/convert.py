@@ -299,6 +299,12 @@ def frame(
             given_ns = duration_ns(message.stream_offset, "stream_offset")
             if given_ns < 0:
                 raise invalid("stream_offset must not be negative", field="stream_offset")
+            if given_ns > limits.MAX_MEDIA_NS:
+                raise invalid(
+                    "stream_offset is media time since the start of the stream, and is more than a "
+                    "hundred years",
+                    field="stream_offset",
+                )
             offset_ns = given_ns
         else:
             offset_ns = elapsed_ns

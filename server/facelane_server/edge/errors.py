@@ -87,6 +87,9 @@ CODES: Final[dict[Reason, int]] = {
     Reason.HISTORY_LOST: code_pb2.OUT_OF_RANGE,
 }
 
+_MOST_CHARS: Final = 1_000
+"""Of a text in a status: it travels twice among the metadata of a call, of which clients take 8 KiB.
+"""
 ABORT_S: Final = 3.0
 """How long a peer may take to read why its call ended."""
 
@@ -108,13 +111,19 @@ def observed(by: Callable[[Reason], None]) -> Iterator[None]:
 def status(
     reason: Reason, message: str, metadata: dict[str, str] | None = None, *, retryable: bool = False
 ) -> status_pb2.Status:
-    """The rich status of one error."""
-    info = error_details_pb2.ErrorInfo(reason=reason.value, domain=DOMAIN, metadata=metadata or {})
+    """The rich status of one error; what is long in it is cut."""
+    message = _cut(message)
+    told = {name: _cut(value) for name, value in (metadata or {}).items()}
+    info = error_details_pb2.ErrorInfo(reason=reason.value, domain=DOMAIN, metadata=told)
     if retryable:
         info.metadata["retryable"] = "true"
     detail = any_pb2.Any()
     detail.Pack(info)
     return status_pb2.Status(code=CODES[reason], message=message, details=[detail])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_CHARS else text[:_MOST_CHARS] + "…"
 
 
 async def abort(context: Context, error: FacelaneError) -> NoReturn:

@@ -236,6 +236,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                     self.trail.note_repeated(Action.REFUSED, reason=error.reason.value)
                 told("call refused or ended", method=method, reason=error.reason.value)
                 await errors.abort(context, error)
+            except grpc.aio.BaseError:
+                raise  # gRPC's own: the call was aborted, or nobody is there
+            except Exception:
+                log.exception("call failed", method=method)
+                await errors.abort(
+                    context,
+                    FacelaneError(Reason.INTERNAL, "the server failed on this call; see its log"),
+                )
 
         return grpc.stream_stream_rpc_method_handler(
             enter,

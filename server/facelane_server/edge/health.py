@@ -19,11 +19,12 @@ Draining makes all but ``facelane.process`` NOT_SERVING.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from facelane.v1 import (
     admin_service_pb2,
@@ -34,6 +35,7 @@ from facelane.v1 import (
     view_service_pb2,
 )
 from facelane_server.domain import Stage
+from facelane_server.edge.errors import Context
 
 SERVICES: Final = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -50,6 +52,7 @@ PROCESS: Final = "facelane.process"
 
 SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def pool_service(stage: Stage) -> str:
@@ -83,11 +86,59 @@ def derive(
     return serving
 
 
+class Statuses(health_pb2_grpc.HealthServicer):
+    """``grpc.health.v1``, as it is told. The library's own writes to each who watches while it holds
+    what all others wait for, and whoever tells of a change: one that reads nothing would keep the
+    truth from everybody."""
+
+    def __init__(self) -> None:
+        self._serving = {"": False}
+        self._changed = asyncio.Event()
+
+    def tell(self, serving: Mapping[str, bool]) -> None:
+        """From now on these names serve, or do not; never waits."""
+        self._serving = dict(serving)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _of(self, name: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        able = self._serving.get(name)
+        return _UNKNOWN if able is None else SERVING if able else NOT_SERVING
+
+    async def Check(  # type: ignore[override]
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        status = self._of(request.service)
+        if status == _UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "health knows no such name")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def List(self, request: Any, context: Context) -> Any:
+        return health_pb2.HealthListResponse(
+            statuses={
+                name: health_pb2.HealthCheckResponse(status=self._of(name))
+                for name in self._serving
+            }
+        )
+
+    async def Watch(  # type: ignore[override]
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> None:
+        told = None
+        while True:
+            changed = self._changed  # of what is read next: nothing is missed while it is written
+            status = self._of(request.service)
+            if status != told:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                told = status
+            await changed.wait()
+
+
 class Health:
     """Publishes ``derive``'s answer; only changes are sent to watchers."""
 
     def __init__(self) -> None:
-        self.servicer = health_aio.HealthServicer()
+        self.servicer = Statuses()
         self._published: dict[str, bool] = {}
         self.own: dict[str, bool] = {}
         """Of this process alone."""
@@ -107,7 +158,7 @@ class Health:
         """Whether the service serves; None for a name that there is not (yet)."""
         return self._published.get(service)
 
-    async def publish(self, can_infer: Mapping[Stage, bool], *, draining: bool) -> list[str]:
+    def publish(self, can_infer: Mapping[Stage, bool], *, draining: bool) -> list[str]:
         """Returns the names whose status changed."""
         wanted = derive(
             can_infer,
@@ -118,14 +169,13 @@ class Health:
         changed = [n for n, able in wanted.items() if self.own.get(n) is not able]
         self.own = wanted
         if self.shared is None:
-            await self.overall(wanted)
+            self.overall(wanted)
         else:
             self.shared()
         return changed
 
-    async def overall(self, wanted: dict[str, bool]) -> None:
+    def overall(self, wanted: dict[str, bool]) -> None:
         """Tells this of the server as a whole."""
-        changed = [n for n, able in wanted.items() if self._published.get(n) is not able]
-        self._published = wanted
-        for name in changed:
-            await self.servicer.set(name, SERVING if wanted[name] else NOT_SERVING)
+        if wanted != self._published:
+            self._published = wanted
+            self.servicer.tell(wanted)

@@ -39,6 +39,7 @@ from facelane_server.events.feed import Progress, event_not_found
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.trail import Trail
 from facelane_server.gallery_rules import GalleryRules
+from facelane_server.naming import is_identifier, is_name
 from facelane_server.pipeline import Pipeline
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolState
@@ -456,6 +457,12 @@ def kinds_of(request: event_pb.WatchEventsRequest | event_pb.ListEventsRequest) 
             "instead",
             field="source_ids",
         )
+    for field, named, can_be in (
+        ("source_ids", request.source_ids, is_name),
+        ("gallery_ids", request.gallery_ids, is_identifier),
+    ):
+        if not all(can_be(value) for value in named if value):
+            raise convert.invalid(f"{field}: none of the server's can be called so", field=field)
     try:
         return [_KINDS_BACK[kind] for kind in set(request.kinds) if kind]
     except KeyError:

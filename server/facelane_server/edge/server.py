@@ -257,9 +257,9 @@ class Edge:
         if self._leaving is not None:
             await self._leaving
 
-    async def stages_changed(self, can_infer: Mapping[Stage, bool]) -> bool:
+    def stages_changed(self, can_infer: Mapping[Stage, bool]) -> bool:
         """Tells health and the open streams what the pools can do now; whether health changed."""
-        changed = await self.health.publish(can_infer, draining=self.streams.draining)
+        changed = self.health.publish(can_infer, draining=self.streams.draining)
         self.streams.stages_changed()
         return bool(changed)
 

@@ -45,7 +45,10 @@ def checked(method: str) -> Callable[[bytes], None]:
     """What a method's messages must pass: raises ``FacelaneError(ARGUMENT_INVALID)``."""
     if method in PICTURES:
         return partial(_picture, PICTURES[method])
-    return _stream if method == STREAM else _plain
+    if method == STREAM:
+        return _stream
+    ours = method.startswith(_SERVICES)
+    return partial(_plain, limits.MAX_PLAIN_MESSAGE_BYTES if ours else limits.MAX_NAME_BYTES)
 
 
 def _picture(field: int, data: bytes) -> None:
@@ -67,9 +70,9 @@ def _picture(field: int, data: bytes) -> None:
         refuse_swollen(data[at : min(at + HEAD, end)], named, end - at)
 
 
-def _plain(data: bytes) -> None:
-    if len(data) > limits.MAX_PLAIN_MESSAGE_BYTES:
-        raise _too_long(len(data))
+def _plain(most: int, data: bytes) -> None:
+    if len(data) > most:
+        raise _too_long(len(data), most)
 
 
 def _stream(data: bytes) -> None:
@@ -87,13 +90,12 @@ def _stream(data: bytes) -> None:
         at += length
         if at >= len(data):
             return  # the parser says what is wrong with one that is cut off
-    raise _too_long(len(data))
+    raise _too_long(len(data), limits.MAX_PLAIN_MESSAGE_BYTES)
 
 
-def _too_long(size: int) -> FacelaneError:
+def _too_long(size: int, most: int) -> FacelaneError:
     return FacelaneError(
         Reason.ARGUMENT_INVALID,
-        f"the message has {size} bytes; one that is no picture has at most "
-        f"{limits.MAX_PLAIN_MESSAGE_BYTES}",
-        metadata={"max_bytes": str(limits.MAX_PLAIN_MESSAGE_BYTES)},
+        f"the message has {size} bytes; one of this method that is no picture has at most {most}",
+        metadata={"max_bytes": str(most)},
     )

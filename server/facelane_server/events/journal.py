@@ -32,6 +32,8 @@ from facelane_server.store.watching import StoreWatch
 RETRY_S: Final = 0.5
 PRUNE_S: Final = 30.0
 _SET_BACK_NS: Final = 1_000_000_000
+TRIES: Final = 3
+"""Of an event by itself that fails for a reason that nobody foresaw."""
 FLUSH_S: Final = 3.0
 """How long the end of the server waits for what is not written yet."""
 
@@ -71,7 +73,7 @@ class EventJournal:
 
     @property
     def dropped(self) -> int:
-        """Events that were never written, because more waited than are kept."""
+        """Events that were never written: more waited than are kept, or they could not be."""
         return self._overflow
 
     async def start(self, watch: StoreWatch) -> None:
@@ -202,6 +204,9 @@ class EventJournal:
         loop = asyncio.get_running_loop()
         batch: list[EventRecord] = []
         again, pruned = False, 0.0
+        # Of a batch that failed for a reason that nobody foresaw, each is tried by itself: one that
+        # cannot be written keeps nobody else's.
+        suspects = tries = 0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PRUNE_S):
@@ -210,11 +215,13 @@ class EventJournal:
             try:
                 while self._waiting:
                     if not again:  # what was tried is tried as it was: it may be there, whole
-                        count = min(len(self._waiting), limits.MAX_EVENT_BATCH)
+                        most = 1 if suspects else limits.MAX_EVENT_BATCH
+                        count = min(len(self._waiting), most)
                         batch = [self._waiting[n] for n in range(count)]
-                    attempt, again = again, True
+                    attempt, again = again or suspects > 0, True
                     await loop.run_in_executor(self._executor, self._append, batch, attempt)
-                    again = False
+                    again, tries = False, 0
+                    suspects = max(0, suspects - len(batch))
                     for _ in batch:
                         self._waiting.popleft()
                     batch = []  # they name people
@@ -235,6 +242,15 @@ class EventJournal:
             except Exception:
                 # Nothing may end this task: those who watch would hear of nothing any more.
                 log.exception("events were not written or read; trying again")
+                tries += again
+                if again and len(batch) > 1:
+                    suspects, again, tries = len(batch), False, 0
+                elif again and tries >= TRIES:
+                    log.error("an event cannot be written, and is left out", kind=batch[0].kind)
+                    self._waiting.popleft()
+                    self._overflow += 1
+                    suspects, again, tries = max(0, suspects - 1), False, 0
+                    batch = []
                 self._changed.set()
                 await asyncio.sleep(RETRY_S)
             self._written.set()

@@ -23,6 +23,9 @@ from facelane_server.shards.messages import Overall, Pulse, Standing
 
 HANG_TICKS: Final = 12
 """Looks, a second apart, at which nothing was heard of a shard that is up."""
+START_TICKS: Final = 120
+"""The same of one that was started and has not been heard of yet: on a machine that has no processor
+to spare, its imports take a while."""
 HOLD_S: Final = 20.0
 """While the server starts, shards that have begun wait so long for those that have not."""
 PROCESS: Final = "facelane.process"
@@ -143,10 +146,10 @@ class Roster:
         """Once a second of this process's own life: while the machine stands still nobody hangs."""
         done: list[Do] = []
         for index, shard in enumerate(self._shards):
-            if shard.pulse is None or shard.state.life not in restart.ALIVE:
+            if not shard.pid or shard.state.life not in restart.ALIVE:
                 continue
             shard.silent += 1
-            if shard.silent > HANG_TICKS:
+            if shard.silent > (START_TICKS if shard.pulse is None else HANG_TICKS):
                 done += self.happened(index, Notice(Happening.LOSS, "HUNG"), now)
         return done
 

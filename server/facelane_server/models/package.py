@@ -33,6 +33,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import math
 import re
 import tomllib
 import typing
@@ -57,6 +58,10 @@ DETECTOR_STRIDE: Final = 32
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,31}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_NESTED: Final = 16
+"""Tables and lists in one another, in what is free to say anything."""
+_SHOWN: Final = 64
+"""Characters of what is wrong, in an error."""
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -334,6 +339,8 @@ def read_package(folder: Path) -> Package:
         raise invalid(folder, f"{MANIFEST} is not valid TOML: {error}") from error
     except RecursionError:
         raise invalid(folder, f"{MANIFEST} is not valid TOML: nested too deeply") from None
+    except ValueError:
+        raise invalid(folder, f"{MANIFEST} is not valid TOML: a number of too many digits") from None
     _refuse_unknown_keys(folder, table, Manifest, "")
     try:
         manifest = msgspec.convert(table, Manifest)
@@ -350,7 +357,7 @@ def _refuse_unknown_keys(
     for key, value in table.items():
         if key not in fields:
             meant = hint(key, fields, label="known keys")
-            raise invalid(folder, f"{MANIFEST}: unknown key {where}{key}; {meant}")
+            raise invalid(folder, f"{MANIFEST}: unknown key {where}{key[:_SHOWN]}; {meant}")
         nested = _struct_in(fields[key])
         if nested is None:
             _refuse_unknown_choice(folder, f"{where}{key}", value, fields[key])
@@ -367,7 +374,8 @@ def _refuse_unknown_choice(folder: Path, key: str, value: object, hint: Any) -> 
         known = list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else []
     if known and value not in known:
         choices = ", ".join(choice for choice in known if choice)
-        raise invalid(folder, f"{MANIFEST}: {key} is {value!r}, but may be: {choices}")
+        shown = repr(value[:_SHOWN]) if isinstance(value, str) else "no text"
+        raise invalid(folder, f"{MANIFEST}: {key} is {shown}, but may be: {choices}")
 
 
 def _struct_in(hint: Any) -> type[_Table] | None:
@@ -388,6 +396,7 @@ def _check(folder: Path, m: Manifest) -> None:
         refuse("name must be lower-case letters, digits, '.', '_' and '-', 64 at most")
     if not _VERSION.fullmatch(m.version):
         refuse("version must be letters, digits, '.', '+' and '-', 32 at most")
+    _check_numbers(m, refuse)
     _check_weights(m, refuse)
     _check_architecture(m, refuse)
     for name in _REQUIRED_THRESHOLDS[m.task]:
@@ -411,6 +420,51 @@ def _check(folder: Path, m: Manifest) -> None:
         refuse("card must be a file inside the package")
     _check_task(m, refuse)
     _check_impostors(m, refuse)
+
+
+def _check_numbers(m: Manifest, refuse: typing.Callable[[str], typing.NoReturn]) -> None:
+    if found := _endless(m, ""):
+        refuse(f"{found} must be a finite number")
+    for name in Memory.__struct_fields__:
+        if getattr(m.memory, name) < 0:
+            refuse(f"memory.{name} must not be negative")
+    if m.random_seed is not None and not 0 <= m.random_seed < 1 << 63:
+        refuse("random_seed must be in [0, 2**63)")
+    for name, table in (("options", m.options), ("provenance", m.provenance)):
+        if _nested(table):
+            refuse(f"{name} may be nested {_MOST_NESTED} deep")
+    try:
+        json.dumps(m.options)
+    except TypeError:
+        refuse("options may be texts, numbers, true and false, and lists and tables of them")
+
+
+def _nested(table: Mapping[str, Any]) -> bool:
+    """Whether it is nested deeper than can be. Dotted keys nest as deep as the file is long."""
+    level: list[Any] = [table]
+    for _ in range(_MOST_NESTED):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+        level = inner
+    return bool(level)
+
+
+def _endless(value: object, where: str) -> str:
+    """Where a number of the manifest is infinite, or none; empty = nowhere. Options are the
+    architecture's to judge."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else where
+    if isinstance(value, tuple):
+        return next((found for one in value if (found := _endless(one, where))), "")
+    if isinstance(value, _Table):
+        names = value.__struct_fields__
+        parts = ((getattr(value, name), f"{where}.{name}".strip(".")) for name in names)
+        return next((found for one, name in parts if (found := _endless(one, name))), "")
+    return ""
 
 
 def _check_task(m: Manifest, refuse: typing.Callable[[str], typing.NoReturn]) -> None:

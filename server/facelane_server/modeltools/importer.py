@@ -68,7 +68,14 @@ def import_model(
     with tempfile.TemporaryDirectory(prefix=".import-", dir=directory) as scratch:
         folder = Path(scratch) / final.name
         folder.mkdir()
-        manifest = _merged(found.build(found, sources, folder), overrides or {})
+        try:
+            built = found.build(found, sources, folder)
+        except (FacelaneError, OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever a file leads its reader to
+            names = ", ".join(source.name for source in sources)
+            raise _refuse(f"{names}: not what recipe {recipe} takes ({error})") from error
+        manifest = _merged(built, overrides or {})
         manifest["name"] = final.name
         manifest["version"] = version
         (folder / MANIFEST).write_bytes(tomli_w.dumps({"schema": 1, **manifest}).encode())

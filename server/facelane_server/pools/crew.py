@@ -149,7 +149,7 @@ class Crew:
                 restarts=w.state.restarts,
                 last_loss=w.state.reason,
                 memory_mib=w.handle.memory_mib if w.handle else 0,
-                uptime_s=(now - w.ready_since_ns) / _S if w.handle else 0.0,
+                uptime_s=(now - w.ready_since_ns) / _S if w.handle and w.ready_since_ns else 0.0,
                 spare=w.life is Life.READY and w not in self.active,
                 sandbox=w.handle.facts.sandbox if w.handle else "",
                 decoders=len(w.handle.decoders) if w.handle else 0,
@@ -337,7 +337,7 @@ class Crew:
                 unready.close()
 
     def _take_over(self, worker: Worker, handle: ReadyHandle) -> None:
-        worker.handle = handle
+        worker.handle, worker.ready_since_ns = handle, 0
         hung = WorkerLostError(HUNG, "a job exceeded job_timeout_ms")
         worker.hang = HangWatch(
             handle, self._clock, self._job_timeout_ns, lambda: self.lost(worker, hung)
@@ -393,12 +393,14 @@ class Crew:
             if worker.bring_up is not None and worker.bring_up is not asyncio.current_task():
                 worker.bring_up.cancel()
             worker.bring_up = None
-            self._let_go(worker, reason)
+        # First of all: whatever becomes of its jobs, its process ends.
         ending = asyncio.get_running_loop().create_task(
             self._see_to_end(worker, worker.link, grace_s, reason), name=f"end {worker.worker_id}"
         )
         worker.endings.add(ending)
         ending.add_done_callback(worker.endings.discard)
+        if grace_s == 0:
+            self._let_go(worker, reason)
 
     async def _see_to_end(
         self, worker: Worker, link: Link | None, grace_s: float, reason: str

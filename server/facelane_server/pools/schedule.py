@@ -326,7 +326,9 @@ class Schedule:
             for task, item in zip(job.tasks, message.items, strict=True)
         ]
         for task, answer, _ in read:
-            if isinstance(answer, FacelaneError) and answer.reason is Reason.PICTURE_TOO_COSTLY:
+            if isinstance(answer, DetectAnswer):
+                self.offenders.passed(task, now_ns)
+            elif isinstance(answer, FacelaneError) and answer.reason is Reason.PICTURE_TOO_COSTLY:
                 self.offenders.strike(task, now_ns)
         if decoders is not None and any(isinstance(t.request, VideoRequest) for t in job.tasks):
             for task, answer, _ in read:
@@ -340,6 +342,9 @@ class Schedule:
                 ended.append((task, Undecoded(answer.held)))
             else:
                 again.append(task)
+        # Before any of them waits again: with the worker that is lost for it they all come back.
+        if any(task.slices >= limits.MAX_GROUP_UNITS for task in again):
+            raise ProtocolError("a picture that never comes")
         for task in reversed(again):
             self._go_on(task)
         return ended, max(end for _, _, end in read)
@@ -347,8 +352,6 @@ class Schedule:
     def _go_on(self, task: AnyTask) -> None:
         """Others have had their turn: the rest of what it takes is decoded."""
         task.slices += 1
-        if task.slices > limits.MAX_GROUP_UNITS:
-            raise ProtocolError("a picture that never comes")
         if not task.future.done():
             self._queue.put_back(task, alone=task.attempts > 0)
 

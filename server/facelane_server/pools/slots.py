@@ -198,7 +198,7 @@ class Codec:
         if isinstance(done, DetectDone) and isinstance(request, DetectRequest | VideoRequest):
             return self._faces(request, done, slot)
         if isinstance(done, PictureHeld) and isinstance(request, VideoRequest):
-            if done.position > len(request.wanted.group):
+            if done.position >= len(request.wanted.group):
                 raise ProtocolError("access units decoded that were not sent")
             return done, 0
         if isinstance(done, EncodeDone) and isinstance(request, EncodeRequest):

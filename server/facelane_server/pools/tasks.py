@@ -90,12 +90,14 @@ class LivenessAnswer:
 class Sender:
     """Who asks, for fairness and for blame. ``key``: name of the caller's key, empty = unknown;
     ``weight``: that key's share, the operator's to choose. ``live``: a stream, else a single
-    picture. ``patient``: a stream that waits for its turn however long that is, as a file does."""
+    picture. ``patient``: a stream that waits for its turn however long that is, as a file does.
+    ``source``: the stream's source id, empty = it has none."""
 
     key: str = ""
     weight: int = 1
     live: bool = True
     patient: bool = False
+    source: str = ""
 
 
 ANYBODY: Final = Sender()

@@ -11,8 +11,6 @@ import importlib
 import inspect
 import io
 import json
-import pickle
-import struct
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -233,12 +231,13 @@ def _state(package: Package, part: WeightsFile) -> dict[str, Tensor]:
 
 
 def _safetensors(package: Package, part: WeightsFile, data: bytes) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
     try:
         return parse(data)
-    except (SafetensorError, ValueError, KeyError, struct.error, json.JSONDecodeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of two libraries, whose kinds differ by what is wrong
         raise invalid(package.folder, f"{part.file} is not a safetensors file: {error}") from error
 
 
@@ -261,7 +260,9 @@ def read_checkpoint(data: bytes) -> dict[str, Tensor]:
             # About pickle protocols: the file is either read or refused.
             warnings.simplefilter("ignore", UserWarning)
             found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a reader of pickles raises whatever its bytes lead it to
         raise ValueError(
             "is not a checkpoint of plain tensors; files that hold code are refused"
         ) from error
