@@ -145,6 +145,9 @@ MAX_POOL_QUEUE: Final = 8_192
 thousands of streams; then the newest task is refused with POOL_OVERLOADED."""
 MAX_KEY_QUEUE: Final = MAX_POOL_QUEUE // 2
 """Of those, tasks of one key."""
+SPARED_KEY_QUEUE: Final = 256
+"""Tasks of one key that wait whatever the others' number, up to twice ``MAX_POOL_QUEUE`` of all: files
+fill their windows, and keep no other key's cameras out."""
 MAX_TASK_ATTEMPTS: Final = 2
 """A task whose worker died is tried once more; then it is POISONED."""
 BAD_PICTURES: Final = 3

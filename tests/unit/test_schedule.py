@@ -98,10 +98,24 @@ def test_what_cannot_be_served_is_refused_with_the_reason() -> None:
 def test_one_key_cannot_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_KEY_QUEUE", 3)
     monkeypatch.setattr(limits, "MAX_POOL_QUEUE", 4)
+    monkeypatch.setattr(limits, "SPARED_KEY_QUEUE", 2)
     made = schedule(*(task(lane) for lane in range(3)))
     assert reason(made.submit(task(9), 0, always)) is Reason.POOL_OVERLOADED
     assert made.submit(task(sender=Sender("another")), 0, always) is None
     assert reason(made.submit(task(sender=Sender()), 0, always)) is Reason.POOL_OVERLOADED
+
+
+def test_keys_whose_files_fill_the_queue_keep_no_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_KEY_QUEUE", 2)
+    monkeypatch.setattr(limits, "MAX_POOL_QUEUE", 4)
+    monkeypatch.setattr(limits, "SPARED_KEY_QUEUE", 1)
+    files = (Sender("files"), Sender("more files"))
+    made = schedule(*(task(sender=sender) for sender in files for _ in range(2)))
+    cameras = [Sender(f"camera{number}") for number in range(6)]
+    let_in = [made.submit(task(sender=sender), 0, always) is None for sender in cameras]
+    assert let_in == [True] * 4 + [False] * 2, "within a bound"
+    again = task(sender=cameras[0])
+    assert reason(made.submit(again, 0, always)) is Reason.POOL_OVERLOADED
 
 
 def test_what_waited_too_long_is_told_why() -> None:

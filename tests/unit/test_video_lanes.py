@@ -48,7 +48,7 @@ from facelane_server.pools.groups import Decoders, Group, Wanted
 from facelane_server.pools.lineup import Lineup
 from facelane_server.pools.schedule import HUNG, Ended, Schedule
 from facelane_server.pools.slots import Codec
-from facelane_server.pools.tasks import AnyTask, Job, Task, VideoRequest
+from facelane_server.pools.tasks import AnyTask, Job, Sender, Task, VideoRequest
 
 S = 1_000_000_000
 COUNT = 36
@@ -719,6 +719,28 @@ def test_more_lanes_than_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not lineup.has_home(task(9), ["a", "b"])
     lineup.release(0)
     assert lineup.has_home(task(9), ["a", "b"])
+
+
+def test_the_video_of_one_key_shuts_out_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_DECODERS", 4)
+    lineup: Lineup[str] = Lineup()
+
+    def comes(key: str, lane: int) -> bool:
+        one = task(lane)
+        one.sender = Sender(key)
+        if let_in := lineup.has_home(one, ["a", "b"]):
+            lineup.put(one, ["a", "b"])
+        return let_in
+
+    assert [comes("many", lane) for lane in range(9)] == [True] * 8 + [False]
+    assert [comes("few", lane) for lane in range(10, 20)] == [True] * 4 + [False] * 6
+    assert [comes("many", lane) for lane in range(8)] == [True] * 4 + [False] * 4
+    assert comes("third", 20)
+    assert [comes("few", lane) for lane in range(10, 13)] == [True] * 3
+    assert len(lineup._homes) == len(lineup._keys) == 8
+    for lane in range(30):
+        lineup.release(lane)
+    assert not lineup._keys
 
 
 # -- rhythm ---------------------------------------------------------------------------------

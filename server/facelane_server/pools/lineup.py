@@ -5,12 +5,17 @@ to the worker with the fewest, and stays there until that one is gone; with a ke
 needs nothing of what came before, it may move to one that has fewer. What has no worker to
 belong to waits with the others, and belongs to whoever takes it.
 
+A worker has so many decoders and no more. Where all are taken, a key that has more than its part of
+them gives up its newest lane for one of a key that has less: nobody's video is shut out by the
+number of another's.
+
 Each queue is fair in itself (``queue``); a worker that finds tasks in both takes from each by the
 shares of the keys that wait there.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -51,6 +56,8 @@ class Lineup(Generic[S]):
         self._shared = FairQueue()
         self._own: dict[S, _Own] = {}
         self._homes: dict[int, S] = {}
+        self._keys: dict[int, str] = {}
+        """Whose the lanes are that belong to a worker."""
 
     def __len__(self) -> int:
         count = len(self._shared)
@@ -69,10 +76,23 @@ class Lineup(Generic[S]):
     # -- in and out -----------------------------------------------------------------------
 
     def has_home(self, task: AnyTask, seats: Sequence[S]) -> bool:
-        """Whether some worker has room for the task's lane."""
+        """Whether some worker has room for the task's lane, or is given some."""
         if not isinstance(task.request, VideoRequest) or not seats:
             return True
-        return self._home(task, seats) is not None
+        return self._home(task, seats) is not None or (
+            self._make_room(task.sender.key) and self._home(task, seats) is not None
+        )
+
+    def _make_room(self, key: str) -> bool:
+        """Whether a lane of a key with more than its part has given up its place."""
+        lanes = Counter(self._keys.values())
+        lanes[key] += 0
+        greedy, most = max(lanes.items(), key=lambda item: item[1])
+        part = len(self._keys) // len(lanes)
+        if lanes[key] >= part or most <= part:
+            return False
+        self.release(next(lane for lane in reversed(self._keys) if self._keys[lane] == greedy))
+        return True
 
     def put(self, task: AnyTask, seats: Sequence[S] = ()) -> None:
         """Queue a task behind those of its lane; ``seats``: the workers that there are."""
@@ -133,7 +153,7 @@ class Lineup(Generic[S]):
         for seat in [seat for seat in self._own if seat not in seats]:
             own = self._own.pop(seat)
             for lane in own.lanes:
-                del self._homes[lane]
+                del self._homes[lane], self._keys[lane]
             for task in own.queue.in_order():
                 own.queue.withdraw(task)
                 self.put(task, seats)
@@ -142,6 +162,7 @@ class Lineup(Generic[S]):
         """The lane has ended."""
         home = self._homes.pop(lane, None)
         if home is not None:
+            del self._keys[lane]
             self._own[home].lanes.discard(lane)
 
     def _home(self, task: AnyTask, seats: Sequence[S]) -> S | None:
@@ -154,7 +175,7 @@ class Lineup(Generic[S]):
             return home
         if self._load(fewest) >= limits.MAX_DECODERS:
             return home
-        self._move(task.lane, fewest)
+        self._move(task, fewest)
         return fewest
 
     def _may_move(self, task: AnyTask, home: S) -> bool:
@@ -166,9 +187,10 @@ class Lineup(Generic[S]):
         own = self._own.get(seat)
         return len(own.lanes) if own else 0
 
-    def _move(self, lane: int, seat: S) -> None:
+    def _move(self, task: AnyTask, seat: S) -> None:
+        lane = task.lane
         self.release(lane)
-        self._homes[lane] = seat
+        self._homes[lane], self._keys[lane] = seat, task.sender.key
         self._own.setdefault(seat, _Own()).lanes.add(lane)
 
     # -- what goes next -------------------------------------------------------------------
@@ -189,5 +211,5 @@ class Lineup(Generic[S]):
         if queue is self._shared:
             for task in batch:
                 if isinstance(task.request, VideoRequest) and self._homes.get(task.lane) != seat:
-                    self._move(task.lane, seat)
+                    self._move(task, seat)
         return batch

@@ -159,7 +159,10 @@ class Schedule:
     def _refusal(
         self, task: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
     ) -> FacelaneError | None:
-        if len(self._queue) >= limits.MAX_POOL_QUEUE:
+        key = task.sender.key
+        mine = self._queue.waiting_of(key) if key else 0
+        spared = bool(key) and mine < limits.SPARED_KEY_QUEUE
+        if len(self._queue) >= limits.MAX_POOL_QUEUE * (1 + spared):
             return FacelaneError(
                 Reason.POOL_OVERLOADED,
                 f"the {self._pool} pool has {limits.MAX_POOL_QUEUE} tasks waiting; send less, or "
@@ -167,8 +170,7 @@ class Schedule:
                 retryable=True,
                 metadata={"pool": self._pool},
             )
-        key = task.sender.key
-        if key and self._queue.waiting_of(key) >= limits.MAX_KEY_QUEUE:
+        if key and mine >= limits.MAX_KEY_QUEUE:
             return FacelaneError(
                 Reason.POOL_OVERLOADED,
                 f"the {self._pool} pool has {limits.MAX_KEY_QUEUE} tasks of this key; send less",
