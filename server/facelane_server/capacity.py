@@ -70,6 +70,8 @@ _PATIENCE: Final = 12
 _VIDEO_AT_ONCE: Final = 4
 """Of a stream of video every fourth picture is taken at least: those between are decoded with it,
 and the more of them there are the older it is; fewer would only make answers late."""
+_ENOUGH_OF: Final = 1.0 - 1e-6
+"""Of what is asked for, where sums are rounded."""
 _ROOM: Final = 1_000_000
 """Streams more, which are told of at most."""
 _KNOWN: Final = 0.3
@@ -207,7 +209,8 @@ class Capacity:
         return Load(offered, capacity, int(max(0.0, min(room, _ROOM))), len(self._rates))
 
     def room(self, newcomer: Demand, open_lanes: Iterable[Demand]) -> int | None:
-        """``None`` when one stream more may be let in; else how many such fit at ``min_fps``.
+        """``None`` when one stream more may be let in: when its key's part is enough for all that
+        the key has open; else how many such fit at ``min_fps``.
 
         ``open_lanes``: those that are open, also the ones that no reading has seen yet.
         """
@@ -218,7 +221,10 @@ class Capacity:
             return None
         least = self.min_fps
         asked = [self._at_most(d, least) for d in (*others, newcomer)]
-        if sum(d.fps for d in asked) <= capacity:
+        rates = fair_rates(asked, capacity)
+        # Those of its own key: how many others have open takes nothing of that key's part.
+        own = (d for d in asked if d.key == newcomer.key)
+        if all(rates[d.lane] >= _ENOUGH_OF * d.fps for d in own):
             return None
         return int(capacity / least)
 

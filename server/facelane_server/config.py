@@ -101,7 +101,7 @@ class Limits(Section, frozen=True):
     weight; the others are dropped as THINNED. 0 = never."""
     min_fps: Annotated[float, msgspec.Meta(ge=0.0, le=1_000.0)] = 2.0
     """Analysed frames a second that a stream is let in for: while streams are thinned, one more
-    that would leave each with less is refused with CAPACITY."""
+    that would leave each of its key with less is refused with CAPACITY."""
     video_cache_bytes: Annotated[int, msgspec.Meta(ge=64 * 1024, le=limits.MAX_VIDEO_CACHE)] = (
         8 * limits.MIB
     )

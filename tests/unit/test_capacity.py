@@ -343,6 +343,19 @@ def test_one_more_is_refused_only_while_streams_give_way_and_where_each_would_ha
     assert Capacity(TARGET_S, 2.0).load is None
 
 
+def test_the_streams_of_one_key_keep_out_nobody_elses() -> None:
+    capacity = overloaded()
+    assert capacity.budget is not None
+    many = [Demand(lane, 0.0, "many") for lane in range(8, 100)]
+    there = [Demand(lane, 0.0) for lane in range(8)]
+    assert capacity.room(Demand(100, 0.0, "many"), [*there, *many]) is not None
+    assert capacity.room(Demand(100, 0.0, "one"), [*there, *many]) is None
+    fits = int((capacity.budget - 8 * 2.0) / 2 / 2.0)  # half of what the third key leaves
+    few = [Demand(lane, 0.0, "few") for lane in range(200, 200 + fits)]
+    assert capacity.room(Demand(100, 0.0, "few"), [*there, *many, *few[1:]]) is None
+    assert capacity.room(Demand(100, 0.0, "few"), [*there, *many, *few]) is not None
+
+
 def test_nobody_is_refused_for_a_first_guess() -> None:
     """While much is only beginning, next to nothing has been answered yet."""
     capacity = Capacity(TARGET_S, 2.0)
