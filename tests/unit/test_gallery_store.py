@@ -73,6 +73,15 @@ def store(
     opened.close()
 
 
+def test_what_no_store_can_hold_is_the_callers_fault_and_no_trouble_of_the_store(
+    store: Store,
+) -> None:
+    with pytest.raises(FacelaneError) as refused:
+        store.delete_template("staff", "a\0b")
+    assert refused.value.reason in (Reason.TEMPLATE_NOT_FOUND, Reason.ARGUMENT_INVALID)
+    assert store.database.trouble() == ""
+
+
 as_it_is = pytest.mark.parametrize("store", ["plain"], indirect=True)
 """What a store that is encrypted does not show, or does not open without its keys."""
 in_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from facelane_server.domain import FacelaneError
+from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store import schema
 from facelane_server.store.database import Database, Kind, opening, unavailable
 
@@ -162,6 +162,12 @@ class PostgresDatabase(Database):
         if isinstance(error, exc.TimeoutError):
             return unavailable(
                 "too many wait for the store; try again", cause="POOL", retryable=True
+            )
+        if isinstance(error, exc.DataError):
+            # What was asked for, and not the store: a text with a character of code 0, for one.
+            return FacelaneError(
+                Reason.ARGUMENT_INVALID,
+                "the store takes no such value; send text without control characters",
             )
         original = error.orig
         state: str = getattr(original, "sqlstate", None) or ""
