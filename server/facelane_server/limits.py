@@ -156,8 +156,8 @@ BAD_PICTURES: Final = 3
 BAD_PICTURES_OF_KEY: Final = 12
 """The same, of all streams and calls of a key: then streams of sources that have sent nothing else
 are refused."""
-MOST_BAD_PICTURES_OF_KEY: Final = 4 * BAD_PICTURES_OF_KEY
-"""The same again: then all are refused that are not among those that have sent something else."""
+MOST_BAD_PICTURES_OF_KEY: Final = 3 * BAD_PICTURES_OF_KEY
+"""The same again: then all of them are refused."""
 BAD_PICTURES_S: Final = 60
 MAX_OFFENDERS: Final = 1_024
 """Streams, sources and keys whose bad pictures are remembered."""

@@ -7,9 +7,9 @@ the key:
 * A *stream* with too many strikes is refused, and so are a key's single pictures with theirs.
 * A *source* with too many is refused in every stream that has not shown that it sends something
   else: who comes back is known again, and whoever calls himself like an honest camera blinds none.
-* A *key* with too many is refused what is new: streams of sources of which nothing good is known;
-  with many more, all streams of which nothing good is known. A stream that has had pictures
-  analysed, and no strike for a minute, goes on whatever the others of its key do.
+* A *key* with too many is refused what is new: streams of sources of which nothing good is known. A
+  stream that has had pictures analysed, and no strike for a minute, goes on, and its source comes
+  back; only with many times as many are all of a key's streams refused.
 
 So whoever opens a stream, or makes up a source, for every bad picture gets as few of them in as a
 key may send. Pictures without a key are blamed on their stream; single ones cannot be told apart,
@@ -40,7 +40,7 @@ class _Record:
         self.strikes: deque[int] = deque(maxlen=limits.MOST_BAD_PICTURES_OF_KEY)
         self.refused_until_ns = 0
         self.closed_until_ns = 0
-        """Of a key: to all that is not known."""
+        """Of a key: to all of them."""
 
 
 class Offenders:
@@ -98,11 +98,12 @@ class Offenders:
         until_ns = 0
         if own := self._records.get((key, task.lane if live else _CALLS)):
             until_ns = own.refused_until_ns
-        if key and live and task.lane not in self._lanes:
-            if source and (same := self._records.get((key, source))):
+        if key and live:
+            known = task.lane in self._lanes
+            if not known and source and (same := self._records.get((key, source))):
                 until_ns = max(until_ns, same.refused_until_ns)
             if whole := self._records.get((key, None)):
-                known = (key, source) in self._sources
+                known = known or (key, source) in self._sources
                 of_key = whole.closed_until_ns if known else whole.refused_until_ns
                 until_ns = max(until_ns, of_key)
         return max(until_ns - now_ns, 0) / _S

@@ -506,8 +506,8 @@ def _too_many(refused_s: float) -> FacelaneError:
     seconds = math.ceil(refused_s)
     return FacelaneError(
         Reason.TOO_MANY_BAD_PICTURES,
-        "too many pictures of this sender cost too much; they are refused for another "
-        f"{seconds} s. Send baseline JPEG, or let the bridge encode anew",
+        "too many pictures of this sender, or of others with its key, cost too much; they are "
+        f"refused for another {seconds} s. Send baseline JPEG, or let the bridge encode anew",
         metadata={"retry_after_s": str(seconds)},
     )
 
