@@ -105,6 +105,16 @@ def test_one_key_cannot_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(made.submit(task(sender=Sender()), 0, always)) is Reason.POOL_OVERLOADED
 
 
+def test_a_full_queue_keeps_nobody_from_renewing_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_POOL_QUEUE", 2)
+    nobody = Sender()
+    old, other, new = task(1, sender=nobody), task(2, sender=nobody), task(1, sender=nobody)
+    made = schedule(old, other)
+    assert reason(made.submit(task(3, sender=nobody), 0, always)) is Reason.POOL_OVERLOADED
+    assert made.replace(old, new, 0, always)
+    assert set(made.waiting()) == {new, other}
+
+
 def test_keys_whose_files_fill_the_queue_keep_no_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_KEY_QUEUE", 2)
     monkeypatch.setattr(limits, "MAX_POOL_QUEUE", 4)

@@ -139,7 +139,7 @@ class Schedule:
     ) -> FacelaneError | None:
         """Queue a task, or say why not. ``can_be_served``: by that deadline. ``seats``: the workers
         that there are, one of which the lanes of video belong to."""
-        refusal = self._refusal(task, now_ns, can_be_served)
+        refusal = self._no_room(task) or self._refusal(task, now_ns, can_be_served)
         if refusal is None and not self._queue.has_home(task, seats):
             refusal = FacelaneError(
                 Reason.POOL_OVERLOADED,
@@ -156,9 +156,8 @@ class Schedule:
         """The lane, of video, has ended."""
         self._queue.release(lane)
 
-    def _refusal(
-        self, task: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
-    ) -> FacelaneError | None:
+    def _no_room(self, task: AnyTask) -> FacelaneError | None:
+        """Why there is no place for one more task of this sender."""
         key = task.sender.key
         mine = self._queue.waiting_of(key) if key else 0
         spared = bool(key) and mine < limits.SPARED_KEY_QUEUE
@@ -177,6 +176,11 @@ class Schedule:
                 retryable=True,
                 metadata={"pool": self._pool},
             )
+        return None
+
+    def _refusal(
+        self, task: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
+    ) -> FacelaneError | None:
         if (refused_s := self.offenders.refused_s(task, now_ns)) > 0:
             return _too_many(refused_s)
         try:
@@ -200,7 +204,8 @@ class Schedule:
     def replace(
         self, task: AnyTask, by: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
     ) -> bool:
-        """Put a task in the place of another of its lane that still waits; see ``submit``."""
+        """Put a task in the place of another of its lane that still waits, which takes no further
+        one; see ``submit``."""
         if task not in self._queue or self._refusal(by, now_ns, can_be_served) is not None:
             return False
         return self._queue.replace(task, by)
