@@ -20,8 +20,8 @@ MAX_PLAIN_MESSAGE_BYTES: Final = 256 * KIB
 """Of a message that holds no picture: a subject with all its labels has 20 KiB, a stream's config
 with all its zones and lines 40."""
 MAX_NAME_BYTES: Final = 4 * KIB
-"""Of a message to gRPC's own services (health, reflection): a name. Those who watch health are many,
-and what they have asked for is kept as long."""
+"""Of a message to gRPC's own services (health, reflection): a name. Those who watch health are
+many, and what they have asked for is kept as long."""
 MAX_PICTURE_BYTES: Final = 32 * MIB
 """A raw 3840x2160 BGR picture is 24.9 MB."""
 MAX_PIXELS: Final = 51_000_000
@@ -146,8 +146,8 @@ thousands of streams; then the newest task is refused with POOL_OVERLOADED."""
 MAX_KEY_QUEUE: Final = MAX_POOL_QUEUE // 2
 """Of those, tasks of one key."""
 SPARED_KEY_QUEUE: Final = 256
-"""Tasks of one key that wait whatever the others' number, up to twice ``MAX_POOL_QUEUE`` of all: files
-fill their windows, and keep no other key's cameras out."""
+"""Tasks of one key that wait whatever the others' number, up to twice ``MAX_POOL_QUEUE`` of all:
+files fill their windows, and keep no other key's cameras out."""
 MAX_TASK_ATTEMPTS: Final = 2
 """A task whose worker died is tried once more; then it is POISONED."""
 BAD_PICTURES: Final = 3

@@ -105,7 +105,9 @@ def test_one_key_cannot_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(made.submit(task(sender=Sender()), 0, always)) is Reason.POOL_OVERLOADED
 
 
-def test_a_full_queue_keeps_nobody_from_renewing_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_keeps_nobody_from_renewing_what_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(limits, "MAX_POOL_QUEUE", 2)
     nobody = Sender()
     old, other, new = task(1, sender=nobody), task(2, sender=nobody), task(1, sender=nobody)

@@ -66,7 +66,6 @@ def test_parameter_sets_are_read_for_a_picture_and_not_for_thousands(codec: str,
     assert refused(more + few, encoding) is Reason.PICTURE_TOO_COSTLY
 
 
-
 def test_slices_are_one_picture() -> None:
     found = seen(clip("h264", slices=4), Encoding.H264)
     assert [unit.key for unit in found[:2]] == [Key.HARD, Key.NONE]

@@ -236,7 +236,8 @@ class Denied:
             return False
         self._seen = seen
         lines = (
-            line.partition("#")[0].strip(" \t\f\v\ufeff\0\"',") for line in re.split(r"[\r\n]", text)
+            line.partition("#")[0].strip(" \t\f\v\ufeff\0\"',")
+            for line in re.split(r"[\r\n]", text)
         )
         self._words = frozenset(line.casefold() for line in lines if line)
         return self._words != before

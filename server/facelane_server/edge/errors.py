@@ -88,8 +88,7 @@ CODES: Final[dict[Reason, int]] = {
 }
 
 _MOST_CHARS: Final = 1_000
-"""Of a text in a status: it travels twice among the metadata of a call, of which clients take 8 KiB.
-"""
+"""Of a text in a status: it travels twice among a call's metadata, of which clients take 8 KiB."""
 ABORT_S: Final = 3.0
 """How long a peer may take to read why its call ended."""
 

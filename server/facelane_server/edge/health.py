@@ -87,9 +87,9 @@ def derive(
 
 
 class Statuses(health_pb2_grpc.HealthServicer):
-    """``grpc.health.v1``, as it is told. The library's own writes to each who watches while it holds
-    what all others wait for, and whoever tells of a change: one that reads nothing would keep the
-    truth from everybody."""
+    """``grpc.health.v1``, as it is told. The library's own writes to each who watches while it
+    holds what all others wait for, and whoever tells of a change: one that reads nothing would keep
+    the truth from everybody."""
 
     def __init__(self) -> None:
         self._serving = {"": False}

@@ -24,8 +24,8 @@ from facelane_server.shards.messages import Overall, Pulse, Standing
 HANG_TICKS: Final = 12
 """Looks, a second apart, at which nothing was heard of a shard that is up."""
 START_TICKS: Final = 120
-"""The same of one that was started and has not been heard of yet: on a machine that has no processor
-to spare, its imports take a while."""
+"""The same of one that was started and has not been heard of yet: on a machine that has no
+processor to spare, its imports take a while."""
 HOLD_S: Final = 20.0
 """While the server starts, shards that have begun wait so long for those that have not."""
 PROCESS: Final = "facelane.process"

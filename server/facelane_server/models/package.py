@@ -340,7 +340,9 @@ def read_package(folder: Path) -> Package:
     except RecursionError:
         raise invalid(folder, f"{MANIFEST} is not valid TOML: nested too deeply") from None
     except ValueError:
-        raise invalid(folder, f"{MANIFEST} is not valid TOML: a number of too many digits") from None
+        raise invalid(
+            folder, f"{MANIFEST} is not valid TOML: a number of too many digits"
+        ) from None
     _refuse_unknown_keys(folder, table, Manifest, "")
     try:
         manifest = msgspec.convert(table, Manifest)

@@ -23,10 +23,11 @@ class MetricsServer:
     where it is SERVING, 503 where not, 404 where there is no such name. For probes that speak no
     gRPC, or have no key and no certificate.
 
-    At most ``limits.MAX_METRICS_CONNECTIONS`` at a time, each within ``REQUEST_TIMEOUT_S``: a scraper
-    that hangs costs nothing but its own scrape. Of more, those that have kept the server waiting
-    for longest give way, so that nobody keeps probes out by connecting and saying nothing. Metrics
-    are collected for many at once, and take a tenth of the time at most, which is the streams'.
+    At most ``limits.MAX_METRICS_CONNECTIONS`` at a time, each within ``REQUEST_TIMEOUT_S``: a
+    scraper that hangs costs nothing but its own scrape. Of more, those that have kept the server
+    waiting for longest give way, so that nobody keeps probes out by connecting and saying nothing.
+    Metrics are collected for many at once, and take a tenth of the time at most, which is the
+    streams'.
     """
 
     REQUEST_TIMEOUT_S: Final = 5.0
