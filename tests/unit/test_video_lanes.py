@@ -500,6 +500,89 @@ def test_a_window_smaller_than_the_delay_does_not_stand_still() -> None:
     run(scenario)
 
 
+def test_streams_that_wait_for_each_others_room_do_not_stand_still() -> None:
+    """Pictures that wait for those behind them hold their key's room, and nobody may send more."""
+
+    async def scenario() -> None:
+        bench = Bench("reordered", Overload.LOSSLESS)
+        allowance = Allowance(1 << 20)
+        for which, lane in enumerate(bench.lanes):
+            lane._allowance = allowance
+            for _ in range(bench.delay):
+                bench.arrive(which)
+            assert len(lane._ahead) == bench.delay, "they wait for more"
+        allowance.take(1 << 20)  # what other streams of the key keep
+        waiting = [asyncio.create_task(lane.wait_can_accept()) for lane in bench.lanes]
+        for _ in range(20):
+            await bench.settle()
+            while bench.dispatch():
+                pass
+            bench.complete(0)
+            bench.complete(1)
+        for lane in bench.lanes:
+            while lane._unwritten:
+                lane.written()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*waiting)
+        assert all(lane.can_accept for lane in bench.lanes)
+        await bench.finish()
+
+    run(scenario)
+
+
+def test_a_window_smaller_than_a_delay_that_nobody_told_does_not_stand_still() -> None:
+    async def scenario() -> None:
+        bench = Bench("plain", Overload.LOSSLESS)
+        bench.delay = 2
+        lane = bench.lanes[0]
+        lane._window = 1
+        for _ in range(4):
+            bench.arrive(0)
+            for _ in range(6):
+                await bench.settle()
+                while bench.dispatch():
+                    pass
+                bench.complete(0)
+                bench.complete(1)
+            while lane._unwritten:
+                lane.written()
+            assert lane.can_accept
+        await bench.finish()
+        assert len(bench.outcomes(0)) == 4
+
+    run(scenario)
+
+
+def test_frames_that_are_dropped_behind_one_that_waits_fill_no_window_for_ever() -> None:
+    """A key frame of an open group waits for more, and pictures that need what was before it have
+    their outcome, which it holds up."""
+
+    async def scenario() -> None:
+        units = clip("h265", 30, size=(64, 48), bframes=3, keyint=10, open_gop=True)
+        found = [annexb.examine(unit, Encoding.H265, 0) for unit in units]
+        first = next(i for i, unit in enumerate(found) if unit.key is annexb.Key.SOFT)
+        assert found[first + 1].leading
+        pools = ScriptedPools(Stage.DETECTOR)
+        lane = Lane(
+            1,
+            "1",
+            LaneOptions(overload=Overload.LOSSLESS),
+            pools.pipeline,
+            window=2,
+            window_bytes=1 << 30,
+            tracking_params=tracking.Params(),
+        )
+        for number in (first, first + 1):
+            assert lane.can_accept
+            lane.offer(Frame(number, Picture(Encoding.H265, units[number]), number * S // 25))
+        assert not lane.can_accept
+        assert len(pools.detector.waiting) == 1, "nothing more may come: it is shown"
+        lane.abort()
+        lane.finish()
+
+    run(scenario)
+
+
 # -- groups and decoders ------------------------------------------------------------------
 
 FORMAT = Format(64, 48, 8)

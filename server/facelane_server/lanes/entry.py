@@ -49,6 +49,11 @@ class Entry:
         self.turned = False
         self.timings = Timings()
 
+    @property
+    def under_way(self) -> bool:
+        """Something is still to come of it, and not only its turn."""
+        return self.body is None and (self.answer is None or self.outstanding > 0)
+
     def let_go(self) -> bool:
         """Of the picture's bytes; False when that was done before."""
         picture = self.frame.picture

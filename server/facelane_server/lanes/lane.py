@@ -162,6 +162,7 @@ class Lane:
         """Returns when a frame may be read. The writer's progress, bounded by its own
         deadline, is what it waits for."""
         while not self.can_accept and not self._aborted:
+            self._show()  # what waits for more may be all that others wait for
             self._wake_reader.clear()
             if self._allowance is not None:
                 self._allowance.wake(self._wake_reader)
@@ -206,9 +207,7 @@ class Lane:
                 self._ahead.append(entry)
         elif self._is_wanted(entry):
             self._submit(entry, frame.picture)
-        if self._ahead:
-            stuck = len(self._ahead) == len(self._entries) and not self.can_accept
-            self._show(drains=stuck)
+        self._show()
 
     def _admit(self, entry: Entry, fault: FacelaneError | None) -> FacelaneError | None:
         """Of video: its place in a group of pictures; what is wrong with the frame, if anything."""
@@ -242,9 +241,10 @@ class Lane:
         self._settle(entry, FrameDrop(DropReason.SUPERSEDED))
         return False
 
-    def _show(self, *, drains: bool = False) -> None:
-        """Of video: hands over those that a decoder shows with what has come; all, where it is
-        to be drained."""
+    def _show(self) -> None:
+        """Of video: hands over what a decoder shows by now; all, where no more may come."""
+        stuck = bool(self._ahead) and not self.can_accept
+        drains = stuck and len(self._ahead) == sum(e.under_way for e in self._entries)
         while self._ahead:
             entry = self._ahead[0]
             assert entry.place is not None
