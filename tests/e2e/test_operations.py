@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import signal
@@ -15,6 +16,7 @@ from typing import Any, Self
 import grpc
 import psutil
 import pytest
+from google.protobuf import duration_pb2, timestamp_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.e2e import wire
@@ -566,6 +568,27 @@ def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
                 assert [next(again).kind for _ in range(4)] == kinds[1:]
             assert client.get_subject("ada-of-the-events").template_count == 1
             assert client.server_info().degradations == ()
+
+
+@pytest.mark.parametrize("year_s", [-62_135_596_800, 253_402_300_799])
+def test_no_clock_of_a_camera_keeps_events_from_being_told(
+    server: RunningServer, year_s: int
+) -> None:
+    """Of a camera without one, as some languages' empty time says it, or with a broken one."""
+    with server.client() as client, client.watch_events() as events:
+        with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
+            opened = stream.open(source_id="no-clock")
+            clock = timestamp_pb2.Timestamp(seconds=year_s)
+            stream.write(wire.frame(1, capture_time=clock))
+            assert stream.outcome().capture_time == clock
+            far = duration_pb2.Duration(seconds=315_576_000_000)
+            stream.write(wire.frame(2, stream_offset=far))
+            assert wire.reason_of(stream.outcome().error) == "ARGUMENT_INVALID"
+            stream.rest()
+        told = itertools.takewhile(lambda event: event.kind != "STREAM_CLOSED", events)
+        kinds = [event.kind for event in told if event.stream_id == opened.stream_id]
+        assert kinds[:2] == ["STREAM_OPENED", "TRACK_STARTED"]
+        assert kinds[-1] == "TRACK_ENDED"
 
 
 def test_a_watcher_to_whom_nothing_happened_misses_nothing(server: RunningServer) -> None:
