@@ -86,7 +86,7 @@ def derive(
     return serving
 
 
-class Statuses(health_pb2_grpc.HealthServicer):
+class Statuses(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """``grpc.health.v1``, as it is told. The library's own writes to each who watches while it
     holds what all others wait for, and whoever tells of a change: one that reads nothing would keep
     the truth from everybody."""
@@ -105,7 +105,7 @@ class Statuses(health_pb2_grpc.HealthServicer):
         able = self._serving.get(name)
         return _UNKNOWN if able is None else SERVING if able else NOT_SERVING
 
-    async def Check(  # type: ignore[override]
+    async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
         status = self._of(request.service)
@@ -121,9 +121,7 @@ class Statuses(health_pb2_grpc.HealthServicer):
             }
         )
 
-    async def Watch(  # type: ignore[override]
-        self, request: health_pb2.HealthCheckRequest, context: Context
-    ) -> None:
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         told = None
         while True:
             changed = self._changed  # of what is read next: nothing is missed while it is written
