@@ -61,7 +61,7 @@ def test_its_own_tests_pass_against_a_real_server(
         "FACELANE_TEST_PICTURE": str(picture),
     }
     tests = sorted(str(path) for path in (built / "test").glob("*.test.js"))
-    assert len(tests) == 2
+    assert len(tests) == 3
     done = subprocess.run(
         ["node", "--test", "--test-reporter=tap", "--test-timeout=120000", *tests],
         env=environment, capture_output=True, text=True, timeout=300, check=False,

@@ -706,7 +706,9 @@ export const SightingStateSchema: GenEnum<SightingState> = /*@__PURE__*/
 export const EventService: GenService<{
   /**
    * Events as they happen, after the history since `resume_token` when one is given. The
-   * first response has no event: it says that the watch has begun, and where.
+   * first response has no event: it says that the watch has begun, and where. So have others that
+   * come while nothing happens that is asked for: keep the newest token, of an event or not, since
+   * one of long ago is of a time that is not kept any more.
    * An event is told once it is kept: its token holds at every server of the store, and after
    * restarts, for as long as `events.keep` and `events.keep_days` say.
    * A token whose history is gone ends the call with HISTORY_LOST (OUT_OF_RANGE).
