@@ -47,7 +47,7 @@ def test_every_frame_from_the_first_on_is_there() -> None:
 
 
 def test_a_time_out_says_that_packets_came_and_names_the_setting() -> None:
-    with RtspCamera(Play(frames=250, gop=250, first=3)) as camera:
+    with RtspCamera(Play(frames=250, gop=250, first=3, fps=10)) as camera:
         result = check_camera(settings(camera.url, open_timeout=2.0))
     assert result.error is not None
     assert "packets came, and no key frame" in result.error.message
