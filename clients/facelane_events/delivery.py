@@ -113,6 +113,8 @@ class Delivery:
         self._openings = 0
         self._idle = False
         """Everything that was told is delivered."""
+        self._unsettled = False
+        """What was delivered is not known to be on the disk."""
         self._attempts = asyncio.Lock()
 
     async def run(self, client: facelane.aio.Client) -> None:
@@ -181,10 +183,17 @@ class Delivery:
     async def _reached(self, token: str) -> None:
         """Everything up to here is delivered."""
         if self._position.due and isinstance(self._sink, Buffered):
-            # First what was delivered, then that it was.
-            with contextlib.suppress(Exception):
+            # First what was delivered, then that it was: what may still be lost is told again.
+            try:
                 async with asyncio.timeout(self.settings.attempt_timeout):
                     await self._sink.settle()
+            except Exception as error:
+                if not self._unsettled:
+                    why = type(error).__name__
+                    log.warning("what was delivered may be lost", sink=self.name, why=why)
+                self._unsettled = True
+                return
+            self._unsettled = False
         self._position.save(token)
 
     async def _note(self, events: facelane.aio.EventStream) -> None:

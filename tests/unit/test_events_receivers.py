@@ -116,6 +116,32 @@ async def test_what_a_library_throws_is_its_own_sinks_and_comes_again(tmp_path: 
         assert (one.tally.attempts_failed, one.tally.delivered) == (3, 1)
 
 
+class Unsettled(Taker):
+    """Takes what comes, and cannot keep it for a while."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+
+    async def settle(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError("the disk")
+
+
+async def test_a_position_says_nothing_of_what_may_still_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("facelane_events.position._SYNC_S", 0.0)
+    sink = Unsettled(failures=1)
+    async with delivering(tmp_path, sink, Telling([SEEN])) as (_, position):
+        await auntil(lambda: sink.taken and not sink.failures, what="the event")
+        assert position.token in ("", "begun")
+    sink = Unsettled(failures=1)
+    async with delivering(tmp_path, sink, Telling([SEEN, numbered(6)])) as (_, position):
+        await auntil(lambda: position.token == "token-6", what="both are kept")
+
+
 async def test_the_hour_is_that_of_what_happened(tmp_path: Path) -> None:
     """A receiver that was away over night gets what happened by night, and by day what did not."""
     sink = Taker()
