@@ -64,8 +64,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--deal",
-        action="store_true",
-        help="with `--dist worksteal`: each process begins with what is worth most",
+        type=int,
+        metavar="TURN",
+        help="with `--dist worksteal`: each process begins with what has its turn",
     )
 
 
@@ -76,6 +77,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if seconds is not None:
         # The processes of xdist inherit it: all have one end.
         os.environ.setdefault(END_VARIABLE, str(time.monotonic() + seconds))
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    turn = config.getoption("--deal")
+    return None if turn is None else f"turn: {turn} (make test-rest TURN={turn} repeats its order)"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -91,8 +97,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if workerinput is not None:
         in_order(items)
     items.sort(key=is_last)
-    if workerinput is not None and config.getoption("--deal"):
-        items[:] = dealt(items, workerinput["workercount"])
+    turn = config.getoption("--deal")
+    if workerinput is not None and turn is not None:
+        items[:] = dealt(items, workerinput["workercount"], turn)
     missing = {}
     if shared_folder() is None:
         missing["shared"] = "no public models here: set FACELANE_SHARED to a folder that has them"

@@ -1,14 +1,13 @@
-"""The order of the tests themselves: what is worth most is begun first, by every process."""
+"""The order of the tests themselves: each process begins with what has its turn."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ordering import cut
-
-UNITS = ("browser", "a", "b", "c", "d")
+from tests.ordering import cut, in_turn
 
 
 def parts(found: list[str], processes: int) -> list[list[str]]:
@@ -21,23 +20,37 @@ def parts(found: list[str], processes: int) -> list[list[str]]:
     return made
 
 
-def test_each_process_begins_with_what_is_worth_most() -> None:
-    units = ["browser"] * 3 + ["a"] * 4 + ["b"] * 3 + ["c"] * 2
-    first = [f"{unit}{number}" for number, unit in enumerate(units)]
-    last = [f"last{number}" for number in range(30)]
-    one, two, three = parts(cut(first, last, units, 3), 3)
-    assert one[:4] == [*first[:3], "last0"]
-    assert two[:5] == [*first[3:7], "last11"]
-    assert three[:6] == [*first[7:12], "last21"]
+def test_each_process_begins_with_what_has_its_turn() -> None:
+    units = [["a"] * 3, ["b"] * 4, ["c"] * 3, ["d"] * 2, ["e"] * 3]
+    assert [Counter(part) for part in parts(cut(units, 3), 3)] == [
+        {"a": 3, "d": 2},
+        {"b": 4, "e": 1},
+        {"c": 3, "e": 2},
+    ]
 
 
-@given(st.lists(st.sampled_from(UNITS), max_size=30), st.integers(0, 30), st.integers(1, 5))
-def test_however_many_there_are_each_is_there_once(
-    found: list[str], many: int, processes: int
+@given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 5))
+def test_however_many_there_are_each_is_there_once(sizes: list[int], processes: int) -> None:
+    units = [[f"{unit} {number}" for number in range(size)] for unit, size in enumerate(sizes)]
+    made = cut(units, processes)
+    assert Counter(made) == Counter(one for unit in units for one in unit)
+    for unit, part in zip(units, parts(made, processes), strict=False):
+        assert part[: len(unit)] == unit[: len(part)], "its own come first"
+
+
+@given(st.integers(1, 200), st.integers(0, 10**6), st.integers(2, 20))
+def test_whatever_part_the_time_is_enough_for_all_are_soon_reached(
+    many: int, turn: int, fraction: int
 ) -> None:
-    units = sorted(found, key=UNITS.index)
-    first = [f"{unit}{number}" for number, unit in enumerate(units)]
-    last = [f"last{number}" for number in range(many)]
-    dealt = cut(first, last, units, processes)
-    assert Counter(dealt) == Counter([*first, *last])
-    assert [one for one in dealt if one in last] == last
+    names = {str(number) for number in range(many)}
+    enough = math.ceil(many / fraction) + 1
+    reached = {
+        name for next_ in range(3 * fraction) for name in in_turn(names, turn + next_)[:enough]
+    }
+    assert reached == names
+
+
+def test_a_turn_can_be_repeated() -> None:
+    names = [str(number) for number in range(50)]
+    assert in_turn(names, 7) == in_turn(names[::-1], 7) != in_turn(names, 8)
+    assert sorted(in_turn(names, 7)) == sorted(names)
