@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -94,6 +95,14 @@ def save(path: Path, **parts: Any) -> None:
     partial = path.with_suffix(".partial")
     torch.save(parts, partial)
     os.replace(partial, path)
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The state of a checkpoint, or of the weights of a package (``.safetensors``)."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state"]
+    return state
 
 
 def half_state(network: nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
-"""The detector: a YuNet of smaller widths that learns YuNet's dense answers.
+"""The detector: YuNet, grown wider and taught turned, small and dark faces.
 
-Every training picture is a new scene: photos pasted at many scales and angles over
-textures or each other, some of it at night, blurred, noisy or compressed. Both networks look
-at the same pixels, and YuNet's answer at every anchor is the target: a student that is asked
-for the faces which YuNet saw before the lights went out learns to see faces in the dark.
-Where no photo lies (textures), the target is "no face", whatever YuNet says. Scenes that the
-student gets most wrong are kept and shown again. Beside the answers, the maps that YuNet's
-heads read are a hint (after "FitNets", Romero et al., 2015) that fades out: most of a scene
-holds no face, and there the answers alone teach little.
+It goes on from YuNet's public weights: the channels that are new are read by nothing at first,
+so that it begins with YuNet's very answers. Every training picture is a new scene: photos pasted
+at many scales and angles over textures or each other, some of it at night, blurred, noisy or
+compressed. YuNet's answer at every anchor, to the scene before the lights went out, is the
+target: so faces in the dark are learnt, and what YuNet knows stays. Of faces that were turned or
+shrunk it is known where they are, whatever YuNet says. Where no photo lies (textures, drawn
+pictures), the target is "no face". Scenes that the network gets most wrong are kept and shown
+again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from facelane_server.worker.networks.architectures.yunet import STRIDES, DenseHeads, YuNet, decode
 from training import imaging
@@ -35,6 +35,7 @@ from training.clock import (
     decay_groups,
     grown_state,
     half_state,
+    load_state,
     save,
     set_rate,
 )
@@ -42,8 +43,8 @@ from training.clutter import clutter
 from training.data import CELEBA, Photos, load_crops, load_photos
 from training.imaging import column, rand
 
-WIDTHS = (16, 32, 64, 128, 128, 128)
-"""A run may start from a narrower network, as the first editions were."""
+WIDTHS = (16, 64, 64, 128, 128, 128)
+"""None less than YuNet's. A run may also go on from a narrower network than this."""
 SCORE = 0.6
 NMS_IOU = 0.4
 CROPS, ODD, DARK = 0.15, 0.3, 0.15
@@ -53,6 +54,10 @@ PHOTO = 250
 LABEL_SCORE = 0.7
 """From here a face that YuNet found in a photo as it is is known to be one."""
 FACES_MAX = 100
+SETTLED = 0.5
+"""From this share of the time on the batch norms use their averages, as the finished network will:
+batches of crowds, close-ups and textures each have statistics of their own. And no bfloat16:
+its eight bits are a tenth of a pixel of a landmark."""
 LEVELS = (36.0, 100.0)
 """Sizes of faces (pixels) up to which the fine and the middle stride tell them."""
 LARGE_SIDE = 640
@@ -83,18 +88,14 @@ class Options:
 
     side: int = 320
     batch: int = 96
-    rate: float = 4e-3
-    resume_rate: float = 2e-3
-    """Peak of a run that goes on from a finished one."""
+    rate: float = 1.5e-3
     hard: int = 24
     """Scenes of a batch that come from the bank of hard ones."""
-    hint: float = 0.5
-    """Weight of the hint at the start; it falls to zero."""
     save_every_s: float = 30.0
     limit: int = 0
     resume: Path | None = None
     half: bool = True
-    """Compute in bfloat16."""
+    """Compute in bfloat16 up to ``SETTLED``."""
 
 
 def load_yunet(path: Path) -> YuNet:
@@ -109,7 +110,7 @@ def load_yunet(path: Path) -> YuNet:
 
 def load_student(path: Path) -> YuNet:
     """The network of a checkpoint, as it will be shipped (fp16 weights, computed in fp32)."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["state"]
+    state = load_state(path)
     network = YuNet(widths_of(state))
     network.load_state_dict(state, strict=False)
     return network.eval()
@@ -220,8 +221,8 @@ class Scenes:
         return canvas * column(torch.where(dark, rand(n, 0.0, 0.3, photos), 1.0))
 
     def mosaic(self, n: int, side: int) -> tuple[Tensor, Tensor, Faces]:
-        """As ``compose``, of many photos in rows: faces of 9 to 45 pixels."""
-        across = random.randint(3, 10 if side <= 320 else 20)
+        """As ``compose``, of many photos in rows: faces of 8 to 45 pixels."""
+        across = random.randint(3, 12 if side <= 320 else 24)
         tile = side // across
         level = 0 if tile > 100 else 1 if tile > 50 else 2
         source = self._levels[level]
@@ -432,7 +433,6 @@ class Lesson:
     seen: Tensor
     target: DenseHeads
     score: Tensor
-    maps: dict[int, Tensor]
 
 
 def worst_error(student: DenseHeads, target: Tensor) -> Tensor:
@@ -533,40 +533,6 @@ def distillation_loss(student: DenseHeads, teacher: DenseHeads, target: Tensor) 
     return score + 2.0 * shape.sum() / amount
 
 
-class Hint(nn.Module):
-    """How far the maps that the student's heads read are from YuNet's, seen through a learned
-    map of channels; 1 is the variance of YuNet's own."""
-
-    def __init__(self, student: YuNet, teacher: YuNet) -> None:
-        super().__init__()
-        self._maps: dict[int, dict[int, Tensor]] = {0: {}, 1: {}}
-        width, wanted = WIDTHS[-1], teacher.bbox_head.multi_level_cls[0].conv1.in_channels
-        self.see = nn.ModuleList(nn.Conv2d(width, wanted, 1) for _ in range(2 * len(STRIDES)))
-        for who, network in enumerate((student, teacher)):
-            layers = (*network.neck.lateral_convs, *network.bbox_head.multi_level_share_convs)
-            for place, layer in enumerate(layers):
-                layer.register_forward_hook(self._keep(who, place))
-
-    def _keep(self, who: int, place: int) -> Callable[[nn.Module, object, Tensor], None]:
-        def keep(_layer: nn.Module, _inputs: object, answer: Tensor) -> None:
-            self._maps[who][place] = answer
-
-        return keep
-
-    def taught(self) -> dict[int, Tensor]:
-        """The maps of the teacher's latest answer."""
-        return dict(self._maps[1])
-
-    def forward(self, taught: dict[int, Tensor]) -> Tensor:
-        total = torch.zeros((), device=taught[0].device)
-        for place, see in enumerate(self.see):
-            target = taught[place].float()
-            spread = target.var((0, 2, 3), keepdim=True).clamp(min=1e-4)
-            gap = (see(self._maps[0][place].float()) - target).square()
-            total = total + (gap / spread).mean()
-        return total / len(self.see)
-
-
 CLUTTER = 1200
 """Pictures drawn to be grounds."""
 
@@ -579,6 +545,13 @@ def faces_of(photos: Photos, most: int = 4) -> Tensor:
         others = rows[(rows[:, :2] - main[:2]).abs().sum(1) > 0][: most - 1]
         out[index, 0], out[index, 1 : 1 + len(others)] = main, others
     return out
+
+
+def settle(network: YuNet, average: YuNet) -> None:
+    """Batch norms of ``network`` take the statistics of ``average``, and keep them."""
+    kept = {k: v for k, v in average.state_dict().items() if ".running_" in k}
+    network.load_state_dict(kept, strict=False)
+    network.eval()
 
 
 def train(
@@ -603,22 +576,13 @@ def train(
     )
     teacher = load_yunet(data / "models" / "yunet_n.pth").to(device)
     network = YuNet(WIDTHS).to(device, memory_format=torch.channels_last)
-    rate = options.rate
-    if options.resume is not None:
-        parts = torch.load(options.resume, map_location=device, weights_only=True)
-        network.load_state_dict(grown_state(network, parts["state"]), strict=False)
-        rate = options.resume_rate
-    else:
-        for heads in (network.bbox_head.multi_level_cls, network.bbox_head.multi_level_obj):
-            for head in heads:
-                torch.nn.init.constant_(head.conv2.bias, -2.5)
+    before = load_state(options.resume) if options.resume else teacher.state_dict()
+    network.load_state_dict(grown_state(network, before), strict=False)
     average = Average(network, 0.998)
-    hint = Hint(network, teacher).to(device)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        [*decay_groups(network, 1e-3), *decay_groups(hint.see, 0)],
-        lr=rate, betas=(0.9, 0.98), fused=fused,
-    )  # fmt: skip
+        decay_groups(network, 1e-3), lr=options.rate, betas=(0.9, 0.98), fused=fused
+    )
     bank = HardScenes(16 * options.batch, options.side, scenes.photos)
 
     large = options.side * LARGE_SIDE // 320
@@ -641,44 +605,44 @@ def train(
             canvas, cover = torch.cat((canvas, again[0])), torch.cat((cover, again[1]))
             faces = Faces(*(torch.cat(pair) for pair in zip(faces, again[2], strict=True)))
         target = teacher((canvas * 255).contiguous(memory_format=torch.channels_last))
-        hint_maps = hint.taught()
         score = (target.cls * target.obj).float() * (anchor_cover(cover) > 0.5)
         size = (faces.rows[..., 2] * faces.rows[..., 3]).sqrt()
         # The smaller, the less sure: a score of .7 (probability .5) at 9 pixels, .9 from 16.
         worth = (0.5 + (size - 9) / 7 * 0.32).clamp(0.5, 0.82) * faces.seen
         target, score = with_known(target, score, faces, worth, side)
         seen = (light(canvas) * 255).contiguous(memory_format=torch.channels_last)
-        return Lesson(canvas, cover, faces, seen, target, score, hint_maps)
+        return Lesson(canvas, cover, faces, seen, target, score)
 
     log: list[dict[str, float]] = []
-    step, saved, begun = 0, time.time(), time.time()
+    step, saved, begun, settled = 0, time.time(), time.time(), False
+    network.train()
     threads = torch.get_num_threads()
     # The next batch is made while this one is learnt. Only its maker draws random numbers
     # meanwhile, so that a seed still fixes them all.
     with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads)) as maker:
         coming = maker.submit(lesson, None)
         while not clock.over:
-            set_rate(optimizer, cosine_rate(clock.progress, rate))
+            set_rate(optimizer, cosine_rate(clock.progress, options.rate))
             now = coming.result()
             hard = min(options.hard, options.batch // 4) if step >= 32 else 0
             coming = maker.submit(lesson, bank.draw(hard) if hard else None)
-            network.train()
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.half):
+            if not settled and clock.progress > SETTLED:
+                settled = True
+                settle(network, average.network)
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.half and not settled):
                 answer = network.logits(now.seen)
             loss = distillation_loss(answer, now.target, now.score)
-            far = hint(now.maps)
             if now.canvas.shape[-1] == options.side:
                 worst = worst_error(answer, now.score)
                 bank.offer(now.canvas, now.cover, now.faces, worst, options.batch // 6)
             optimizer.zero_grad(set_to_none=True)
-            (loss + options.hint * (1 - clock.progress) * far).backward()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             optimizer.step()
             average.update(network)
             step += 1
             if step % 100 == 0 or step == 1:
                 row = {"step": step, "s": time.time() - begun, "loss": loss.item()}
-                row["hint"] = far.item()
                 log.append(row)
                 (out / "detector-log.json").write_text(json.dumps(log))
                 print("detector", json.dumps(row), flush=True)

@@ -96,6 +96,30 @@ def jpeg(pictures: Tensor, quality: Tensor) -> Tensor:
     return (torch.stack((blue, green, red), 1) / 255).clamp(0, 1).to(pictures.dtype)
 
 
+def few_colours(pictures: Tensor, levels: Tensor) -> Tensor:
+    """As animated pictures of a small palette show them: ``levels`` [N] steps of luma and half as
+    many of each chroma, half of the pictures with the steps hidden by an ordered dither."""
+    size = pictures.shape[-1]
+    blue, green, red = pictures[:, 0], pictures[:, 1], pictures[:, 2]
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    bayer = torch.tensor([[0.0, 2.0], [3.0, 1.0]], device=pictures.device) / 4
+    bayer = bayer.repeat(2, 2) + bayer.repeat_interleave(2, 0).repeat_interleave(2, 1) / 4
+    dither = bayer.repeat(size // 4, size // 4) - 0.5
+    dithered = torch.arange(len(pictures), device=pictures.device) % 2
+    amount = dither * dithered[:, None, None]
+    steps = levels[:, None, None]
+
+    def stepped(plane: Tensor, count: Tensor) -> Tensor:
+        return (plane * count + amount).round() / count
+
+    luma, blue_less, red_less = (
+        stepped(luma, steps), stepped(blue - luma, steps / 2), stepped(red - luma, steps / 2)
+    )  # fmt: skip
+    blue, red = luma + blue_less, luma + red_less
+    green = (luma - 0.299 * red - 0.114 * blue) / 0.587
+    return torch.stack((blue, green, red), 1).clamp(0, 1)
+
+
 def _quantise(planes: Tensor, scale: Tensor) -> Tensor:
     n, c, h, w = planes.shape
     basis = _dct(planes.device)

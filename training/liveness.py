@@ -25,7 +25,16 @@ from torch import Tensor
 
 from facelane_server.worker.networks.architectures.minifasnet import LIVE_CLASS, MiniFASNetPair
 from training import cameras, imaging
-from training.clock import Average, Clock, cosine_rate, decay_groups, half_state, save, set_rate
+from training.clock import (
+    Average,
+    Clock,
+    cosine_rate,
+    decay_groups,
+    half_state,
+    load_state,
+    save,
+    set_rate,
+)
 from training.data import load_photos
 from training.imaging import column, rand
 
@@ -35,6 +44,8 @@ ATTACKS = 0.38
 """Share of attacks in a batch; one minus it is what an undecidable face should score."""
 KEEP_WEIGHT = 0.3
 """Of the frozen pair's answer on good pictures."""
+NEAR = 0.25
+"""Share of the scenes with a face of more than its photo's size: filmed, these are the hardest."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,7 @@ def load_pair(folder: Path) -> MiniFASNetPair:
 def load_student(path: Path) -> MiniFASNetPair:
     """The network of a checkpoint, as it will be shipped (fp16 weights, computed in fp32)."""
     network = MiniFASNetPair()
-    parts = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(parts["state"], strict=False)
+    network.load_state_dict(load_state(path), strict=False)
     return network.eval()
 
 
@@ -116,6 +126,8 @@ class Scenes:
         photo = self.photos[picks].float().div(255)
         box = self.boxes[picks]
         scale = torch.exp(rand(n, math.log(0.16), math.log(2.6), photo))
+        near = torch.rand(n, device=device) < NEAR
+        scale = torch.where(near, torch.exp(rand(n, 0.0, math.log(2.6), photo)), scale)
         flip = torch.rand(n, device=device) < 0.5
         plain = torch.arange(n, device=device) >= n - n // 4
         scale = torch.where(plain, torch.ones_like(scale), scale)
@@ -181,6 +193,8 @@ def film(scenes: Tensor, hardest: float = 1.0) -> Tensor:
     x[some] = imaging.gaussian_blur(imaging.jpeg(x[some], rand(len(some), 10, 60, x)), 0.5)
     some = rows(0.12)
     x[some] = imaging.sharpen(x[some], rand(len(some), 0.2, 1.0, x))
+    some = rows(0.08)
+    x[some] = imaging.few_colours(x[some], rand(len(some), 14, 48, x))
     return (x * 255).round() / 255
 
 
@@ -444,8 +458,7 @@ def train(
     pair = load_pair(data / "models").to(device)
     network = deepcopy(pair)
     if options.resume is not None:
-        parts = torch.load(options.resume, map_location=device, weights_only=True)
-        network.load_state_dict(parts["state"], strict=False)
+        network.load_state_dict(load_state(options.resume), strict=False)
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     average = Average(network, 0.998)

@@ -53,6 +53,9 @@ OWN_ENDS = {
     "rts": 0.94,
 }  # fmt: skip
 """The same where the recogniser has cards of its own; the recogniser's head is a run of its own."""
+PACKAGED = "facelane-*/weights.safetensors"
+OTHERS_ENDS = {"detector": 0.92, "liveness": 0.88}
+"""The same where the recogniser is left alone."""
 SMOKE_LIMIT = 32
 
 
@@ -70,6 +73,8 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 
 def _ends(arguments: argparse.Namespace) -> dict[str, float]:
+    if set(arguments.only) <= set(OTHERS_ENDS):
+        return OTHERS_ENDS
     if arguments.cards > 1:
         return OWN_ENDS | ({"recognizer": 0.955} if "trunk" in arguments.only else {})
     if "trunk" in arguments.only:
@@ -82,10 +87,11 @@ def _ends(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _resumed(arguments: argparse.Namespace, stage: str) -> Path | None:
-    """What the stage goes on from, if the finished run has it. Of a recogniser the form that is
-    shipped will do."""
-    names = [f"{stage}.pt", f"{stage}-shipped.pt"] if arguments.resume else []
-    paths = (arguments.resume / name for name in names)
+    """What the stage goes on from, if the finished run has it, or if packages lie there: then
+    their weights. Of a recogniser the form that is shipped will do."""
+    names = [f"{stage}.pt", f"{stage}-shipped.pt"]
+    names += [] if stage == "recognizer" else [f"facelane-{stage}/weights.safetensors"]
+    paths = [arguments.resume / name for name in names] if arguments.resume else []
     return next((path for path in paths if path.exists()), None)
 
 
@@ -99,7 +105,7 @@ def run_detector(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
     options = detector.Options(resume=_resumed(arguments, "detector"))
     if device.type == "cpu":
-        options = replace(options, batch=24, hard=6, resume_rate=2e-3 * arguments.rate)
+        options = replace(options, batch=24, hard=6, rate=options.rate * arguments.rate)
     if arguments.smoke:
         options = replace(options, side=96, batch=4, limit=SMOKE_LIMIT)
     clock = _clock(arguments, "detector", start)
@@ -383,7 +389,10 @@ def main() -> int:
     parser.add_argument("--measure", action="store_true", help="train nothing, measure --out")
     parser.add_argument("--media", type=Path, help="folder with the clip to judge detectors by")
     parser.add_argument(
-        "--resume", type=Path, help="a finished run to go on from; models that it lacks begin anew"
+        "--resume",
+        type=Path,
+        help="a finished run to go on from, or the folder of the packages that are shipped; "
+        "models that it lacks begin anew",
     )
     parser.add_argument(
         "--ranks", type=int, default=0,
@@ -394,8 +403,8 @@ def main() -> int:
     parser.add_argument("--cards", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.resume and not any(arguments.resume.glob("*.pt")):
-        parser.error(f"--resume {arguments.resume}: no run's checkpoints (*.pt) are there")
+    if (before := arguments.resume) and not any((*before.glob("*.pt"), *before.glob(PACKAGED))):
+        parser.error(f"--resume {before}: no run's checkpoints (*.pt) nor packages are there")
     if len({"recognizer", *PARTS}.intersection(arguments.only)) > 1:
         parser.error("--only: recognizer, trunk and trust write the same files; take one")
     if "trust" in arguments.only and not arguments.resume:

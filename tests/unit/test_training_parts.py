@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import interpolate, normalize
 from training import cameras, detector, evaluate, imaging, naming, recognizer, run, ship
-from training.clock import CpuClock, grown_state, halved
+from training.clock import CpuClock, grown_state, halved, load_state, save
 from training.clutter import clutter
 from training.data import is_held_out
 from training.imaging import textures
@@ -56,22 +58,47 @@ def test_a_wider_detector_starts_with_the_answers_of_the_narrower() -> None:
         grown_state(narrow, wide.state_dict())
 
 
-def test_the_hint_is_the_distance_of_the_maps_that_heads_read() -> None:
-    student, teacher = YuNet(detector.WIDTHS).eval(), YuNet(detector.WIDTHS).eval()
-    hint = detector.Hint(student, teacher)
-    for see in hint.see:
-        nn.init.dirac_(see.weight)
-        nn.init.zeros_(see.bias)
-    x = torch.rand(1, 3, 64, 64) * 255
-    with torch.no_grad():
-        teacher(x)
-        taught = hint.taught()
-        student(x)
-        assert float(hint(taught)) > 0.1
-        student.load_state_dict(teacher.state_dict())
-        student(x)
-        teacher(x * 0)  # the next lesson, made meanwhile
-        assert float(hint(taught)) == pytest.approx(0, abs=1e-9)
+def test_a_settled_detector_trains_on_the_statistics_of_its_average() -> None:
+    network, average = YuNet((4, 8, 8, 12, 12, 12)).train(), YuNet((4, 8, 8, 12, 12, 12))
+    for layer in average.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 5)
+    weight = network.backbone.model1.conv1.conv1.weight.clone()
+    detector.settle(network, average)
+    bright, dark = torch.full((2, 3, 64, 64), 200.0), torch.zeros(2, 3, 64, 64)
+    alone = network.logits(dark).cls
+    # Beside bright pictures a dark one is given what it is given alone, and gradients flow.
+    torch.testing.assert_close(network.logits(torch.cat((dark, bright))).cls[:2], alone)
+    alone.sum().backward()
+    stem = network.backbone.model0.bn1
+    torch.testing.assert_close(stem.running_mean, average.backbone.model0.bn1.running_mean)
+    assert network.backbone.model1.conv1.conv1.weight.grad is not None
+    torch.testing.assert_close(network.backbone.model1.conv1.conv1.weight, weight)
+
+
+def test_few_colours_are_few_and_near_the_picture() -> None:
+    ramp = torch.linspace(0, 1, 64).expand(2, 3, 64, 64)
+    out = imaging.few_colours(ramp, torch.tensor([16.0, 16.0]))
+    # The first is stepped; the second hides the steps by a dither and is right on the average.
+    assert out[0].mul(255).round().unique().numel() <= 18
+    assert float((out - ramp).abs().max()) < 1.6 / 16
+    blocks = [interpolate(x[None], scale_factor=1 / 8, mode="area") for x in (out[1], ramp[1])]
+    assert float((blocks[0] - blocks[1]).abs().max()) < 0.35 / 16
+
+
+def test_a_run_goes_on_from_checkpoints_or_from_the_shipped_packages(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(resume=tmp_path, only=["detector", "liveness"], cards=2)
+    assert run._resumed(arguments, "liveness") is None
+    packaged = tmp_path / "facelane-liveness" / "weights.safetensors"
+    packaged.parent.mkdir()
+    save_file({"a": torch.ones(2)}, packaged)
+    assert run._resumed(arguments, "liveness") == packaged
+    assert load_state(packaged)["a"].tolist() == [1, 1]
+    save(tmp_path / "liveness.pt", state={"a": torch.zeros(1)})
+    assert run._resumed(arguments, "liveness") == tmp_path / "liveness.pt"
+    assert load_state(tmp_path / "liveness.pt")["a"].tolist() == [0]
+    # Without the recogniser the others have the card for nearly all of the time.
+    assert run._ends(arguments)["liveness"] > 0.8
 
 
 def test_a_recognisers_hints_are_the_distance_of_the_bottlenecks_maps(
