@@ -54,10 +54,9 @@ PHOTO = 250
 LABEL_SCORE = 0.7
 """From here a face that YuNet found in a photo as it is is known to be one."""
 FACES_MAX = 100
-SETTLED = 0.5
-"""From this share of the time on the batch norms use their averages, as the finished network will:
-batches of crowds, close-ups and textures each have statistics of their own. And no bfloat16:
-its eight bits are a tenth of a pixel of a landmark."""
+EXACT = 0.5
+"""From this share of the time on nothing is computed in bfloat16, whose eight bits are a tenth of a
+pixel of a landmark."""
 LEVELS = (36.0, 100.0)
 """Sizes of faces (pixels) up to which the fine and the middle stride tell them."""
 LARGE_SIDE = 640
@@ -88,14 +87,14 @@ class Options:
 
     side: int = 320
     batch: int = 96
-    rate: float = 1.5e-3
+    rate: float = 5e-4
     hard: int = 24
     """Scenes of a batch that come from the bank of hard ones."""
     save_every_s: float = 30.0
     limit: int = 0
     resume: Path | None = None
     half: bool = True
-    """Compute in bfloat16 up to ``SETTLED``."""
+    """Compute in bfloat16 up to ``EXACT``."""
 
 
 def load_yunet(path: Path) -> YuNet:
@@ -547,13 +546,6 @@ def faces_of(photos: Photos, most: int = 4) -> Tensor:
     return out
 
 
-def settle(network: YuNet, average: YuNet) -> None:
-    """Batch norms of ``network`` take the statistics of ``average``, and keep them."""
-    kept = {k: v for k, v in average.state_dict().items() if ".running_" in k}
-    network.load_state_dict(kept, strict=False)
-    network.eval()
-
-
 def train(
     data: Path, out: Path, clock: Clock, device: torch.device, options: Options, seed: int = 2
 ) -> YuNet:
@@ -614,8 +606,10 @@ def train(
         return Lesson(canvas, cover, faces, seen, target, score)
 
     log: list[dict[str, float]] = []
-    step, saved, begun, settled = 0, time.time(), time.time(), False
-    network.train()
+    step, saved, begun = 0, time.time(), time.time()
+    # The batch norms keep YuNet's statistics: batches of crowds, of close-ups and of textures have
+    # each their own, which no other picture has.
+    network.eval()
     threads = torch.get_num_threads()
     # The next batch is made while this one is learnt. Only its maker draws random numbers
     # meanwhile, so that a seed still fixes them all.
@@ -626,10 +620,8 @@ def train(
             now = coming.result()
             hard = min(options.hard, options.batch // 4) if step >= 32 else 0
             coming = maker.submit(lesson, bank.draw(hard) if hard else None)
-            if not settled and clock.progress > SETTLED:
-                settled = True
-                settle(network, average.network)
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.half and not settled):
+            half = options.half and clock.progress < EXACT
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 answer = network.logits(now.seen)
             loss = distillation_loss(answer, now.target, now.score)
             if now.canvas.shape[-1] == options.side:

@@ -313,6 +313,16 @@ def _cards_of(first: int, own: int, cards: int, alone: bool) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, [first, *drawing]))}
 
 
+def _seen_by(place: dict[str, str], visible: str) -> dict[str, str]:
+    """``place``, whose cards are numbered as this process sees them, for a process that it starts:
+    of all cards, or of those that ``visible`` lists."""
+    if "CUDA_VISIBLE_DEVICES" not in place or not visible:
+        return place
+    cards = [name.strip() for name in visible.split(",")]
+    own = [cards[int(k)] for k in place["CUDA_VISIBLE_DEVICES"].split(",")]
+    return {**place, "CUDA_VISIBLE_DEVICES": ",".join(own)}
+
+
 def summary(report: dict[str, Any]) -> str:
     """The report's main figures as markdown."""
     lines = ["# Starter models: what was measured", ""]
@@ -423,6 +433,7 @@ def main() -> int:
         **os.environ,
         "PYTHONUNBUFFERED": "1",
     }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     failed: list[str] = []
     with contextlib.ExitStack() as stack:
         for stage in arguments.only:
@@ -439,7 +450,7 @@ def main() -> int:
             for rank, place in enumerate(places[stage]):
                 name = stage if rank == 0 else f"{stage}-{rank}"
                 children[name] = stack.enter_context(
-                    subprocess.Popen(command, env={**environment, **place})
+                    subprocess.Popen(command, env={**environment, **_seen_by(place, visible)})
                 )
         last = start + arguments.budget_s + (180 if arguments.smoke else 10)
         last += 1000 * arguments.cpu_s

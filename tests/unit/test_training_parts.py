@@ -58,22 +58,12 @@ def test_a_wider_detector_starts_with_the_answers_of_the_narrower() -> None:
         grown_state(narrow, wide.state_dict())
 
 
-def test_a_settled_detector_trains_on_the_statistics_of_its_average() -> None:
-    network, average = YuNet((4, 8, 8, 12, 12, 12)).train(), YuNet((4, 8, 8, 12, 12, 12))
-    for layer in average.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_(0, 5)
-    weight = network.backbone.model1.conv1.conv1.weight.clone()
-    detector.settle(network, average)
-    bright, dark = torch.full((2, 3, 64, 64), 200.0), torch.zeros(2, 3, 64, 64)
-    alone = network.logits(dark).cls
-    # Beside bright pictures a dark one is given what it is given alone, and gradients flow.
-    torch.testing.assert_close(network.logits(torch.cat((dark, bright))).cls[:2], alone)
-    alone.sum().backward()
-    stem = network.backbone.model0.bn1
-    torch.testing.assert_close(stem.running_mean, average.backbone.model0.bn1.running_mean)
-    assert network.backbone.model1.conv1.conv1.weight.grad is not None
-    torch.testing.assert_close(network.backbone.model1.conv1.conv1.weight, weight)
+def test_a_run_keeps_to_the_cards_that_it_was_given() -> None:
+    (place,) = run._places(["liveness"], 2, 0)["liveness"]
+    assert place == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert run._seen_by(place, "") == place
+    assert run._seen_by(place, "4, 6") == {"CUDA_VISIBLE_DEVICES": "6"}
+    assert run._seen_by({"RANK": "0"}, "4,6") == {"RANK": "0"}
 
 
 def test_few_colours_are_few_and_near_the_picture() -> None:
