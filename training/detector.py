@@ -348,7 +348,9 @@ def with_known(
     heads: DenseHeads, score: Tensor, faces: Faces, worth: Tensor, side: int
 ) -> tuple[DenseHeads, Tensor]:
     """Add to YuNet's answer (``score`` [N, A] its probabilities) the known faces that it gave
-    less than it could: turned ones, and small ones. ``worth`` [N, M]: a face's probability."""
+    less than it could: turned ones, and small ones. ``worth`` [N, M]: a face's probability.
+    Where its own answer is about a known face, the face's place and landmarks are put right:
+    those that it gave the face upright and at full size are better."""
     steps, places, levels = [], [], []
     for level, stride in enumerate(STRIDES):
         at = torch.arange(side // stride, device=score.device, dtype=torch.float32)
@@ -366,17 +368,22 @@ def with_known(
     reach = torch.maximum(0.18 * size[..., None], 0.6 * step[None, None])
     mine = (apart < reach) & (level_of[None, None] == level_own[..., None]) & wanting[..., None]
     hit, which = (mine * worth[..., None]).max(1)
+    use = hit > score
+    about = (apart < 0.3 * size[..., None]) & faces.seen[..., None]
+    nearest = torch.where(about, apart / size.clamp(min=1)[..., None], torch.inf).min(1)
+    own = (score > 0.1) & torch.isfinite(nearest.values) & ~use
+    which = torch.where(own, nearest.indices, which)
     row = faces.rows.gather(1, which[..., None].expand(-1, -1, 14))
     middle = row[..., :2] + row[..., 2:4] / 2
     box = torch.cat(
         (middle / step[:, None] - grid, (row[..., 2:4] / step[:, None]).clamp(min=1e-3).log()), 2
     )
     points = row[..., 4:].unflatten(2, (5, 2)) / step[:, None, None] - grid[:, None]
-    use = hit > score
+    place = (use | own)[..., None]
     merged = DenseHeads(
         heads.cls, heads.obj,
-        torch.where(use[..., None], box, heads.box.float()),
-        torch.where(use[..., None], points.flatten(2), heads.points.float()),
+        torch.where(place, box, heads.box.float()),
+        torch.where(place, points.flatten(2), heads.points.float()),
     )  # fmt: skip
     return merged, torch.where(use, hit, score)
 

@@ -253,8 +253,13 @@ def test_known_faces_are_added_where_yunet_says_nothing() -> None:
     assert int((score > 0).sum()) < 12
     # A face that YuNet tells is left to it.
     told = torch.where(score > 0, 0.7, 0.0)
-    _, again = detector.with_known(heads, told, faces, worth, 320)
+    right, again = detector.with_known(heads, told, faces, worth, 320)
     torch.testing.assert_close(again, told)
+    # But not where it lies: those anchors' boxes and landmarks are put right, no others.
+    found = decode(DenseHeads(again, torch.ones_like(again), right.box, right.points), 320, 320)
+    for row_found in found[0, told[0] > 0]:
+        assert row_found[1:].tolist() == pytest.approx(row.tolist(), abs=1e-3)
+    assert bool((right.points[told == 0] == 0).all())
 
 
 def test_a_training_goes_on_from_the_form_that_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
