@@ -47,11 +47,13 @@ class Postgres:
         assert found is not None
         self._programs = found
         self._folder = folder
-        # It refuses to run as root.
-        self._user = "postgres" if os.geteuid() == 0 else None
-        if self._user is not None:
-            owner = pwd.getpwnam(self._user)
+        self._as: tuple[str, ...] = ()
+        if os.geteuid() == 0:
+            # It refuses to run as root. By a program: with ``user`` Python forks in full, and a
+            # child of a process whose threads are in gRPC may not live to become another program.
+            owner = pwd.getpwnam("postgres")
             os.chown(folder, owner.pw_uid, owner.pw_gid)
+            self._as = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
         self._databases = 0
         self.address = address
         self.port = 5432
@@ -63,11 +65,9 @@ class Postgres:
 
     def _run(self, program: str, *arguments: str) -> None:
         subprocess.run(
-            [str(self._programs / program), *arguments],
+            [*self._as, str(self._programs / program), *arguments],
             check=True,
             cwd=self._folder,
-            user=self._user,
-            group=self._user,
             stdout=subprocess.DEVNULL,
             timeout=60,
         )
@@ -88,12 +88,11 @@ class Postgres:
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
+                    *self._as,
                     str(self._programs / "postgres"), "-D", str(self._folder / "data"),
                     *(f"-c{name}={value}" for name, value in settings.items()),
                 ],
                 cwd=self._folder,
-                user=self._user,
-                group=self._user,
                 stdout=log,
                 stderr=log,
             )  # fmt: skip
@@ -101,7 +100,10 @@ class Postgres:
 
     def _answers(self) -> bool:
         assert self._process is not None
-        assert self._process.poll() is None, (self._folder / "log").read_text()[-2000:]
+        ended = self._process.poll()
+        assert ended is None, (
+            f"it ended with {ended}:\n{(self._folder / 'log').read_text()[-1900:]}"
+        )
         engine = sa.create_engine(self._address("postgres"), poolclass=sa.NullPool)
         with contextlib.suppress(sa.exc.OperationalError), engine.connect() as connection:
             return bool(connection.scalar(sa.text("SELECT true")))
