@@ -209,7 +209,12 @@ def _fill_blocks() -> list[list[bytes]]:
             taken += 256 * size
             at = np.asarray([id(one) for one in made], np.uint64)
             span = np.searchsorted(starts, at, side="right") - 1
-            if bool(np.any((span < 0) | (at >= ends[np.maximum(span, 0)]))):
+            fresh = (span < 0) | (at >= ends[np.maximum(span, 0)])
+            if bool(fresh.any()):
+                # Given back at once: what others need meanwhile would keep it there.
+                made[:] = [
+                    one for one, is_new in zip(made, fresh.tolist(), strict=True) if not is_new
+                ]
                 break
     return kept
 
@@ -237,10 +242,13 @@ def _fill_heap(libc: Any) -> None:
                 place = libc.calloc(1, size)
                 if not place:
                     break
+                if place >= end:
+                    # Kept, it would be a hole once it is freed: what others need meanwhile comes
+                    # behind it, and the next time all of it is filled again.
+                    libc.free(place)
+                    break
                 taken.append(place)
                 total += size
-                if place >= end:
-                    break
     finally:
         for place in taken:
             libc.free(place)

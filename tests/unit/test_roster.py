@@ -3,14 +3,21 @@ merged answers and metrics."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import socket
+import subprocess
+import sys
+import time
 from collections import Counter
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from tests.waiting import until
 
 from facelane.v1 import admin_service_pb2 as admin_pb
 from facelane.v1 import server_service_pb2 as pb
@@ -19,6 +26,7 @@ from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import whole
 from facelane_server.keeper import exposition
+from facelane_server.keeper.child import Child
 from facelane_server.keeper.roster import HANG_TICKS, HOLD_S, START_TICKS, Do, Roster, What
 from facelane_server.pools.restart import Happening, Life, Notice, Policy
 from facelane_server.shards import dealing, link
@@ -206,6 +214,56 @@ def test_a_silent_shard_hangs_but_not_while_this_process_stands_still() -> None:
     server.carry(server.roster.tick(server.now))
     assert server.shards == {0}
     assert server.roster.loss(1) == "HUNG"
+
+
+def test_a_shard_that_is_given_no_processor_does_not_hang_yet() -> None:
+    server = Server.serving(2)
+    for _ in range(5 * HANG_TICKS):
+        server.carry(server.roster.tick(server.now, {0, 1}))
+    assert server.shards == {0, 1}
+    for _ in range(6 * HANG_TICKS):
+        server.roster.heard(0)
+        server.carry(server.roster.tick(server.now, {0, 1}))
+    assert server.shards == {0}, "it may turn in a circle"
+    assert server.roster.loss(1) == "HUNG"
+
+
+SPINS = "while True: pass"
+
+
+def test_who_waits_for_a_processor_is_told_from_who_waits_for_something_else() -> None:
+    one = min(os.sched_getaffinity(0))
+    with contextlib.ExitStack() as stack:
+
+        def begin(*command: str) -> subprocess.Popen[bytes]:
+            process = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
+            stack.callback(process.kill)
+            os.sched_setaffinity(process.pid, {one})
+            return process
+
+        def child(process: subprocess.Popen[bytes]) -> Child:
+            return Child(0, process, None)  # type: ignore[arg-type]
+
+        calm = begin("cat")
+        assert calm.stdin
+        assert calm.stdout
+        calm.stdin.write(b"here\n")
+        calm.stdin.flush()
+        assert calm.stdout.readline() == b"here\n"
+        until(lambda: psutil.Process(calm.pid).status() == psutil.STATUS_SLEEPING)
+        idle, busy = child(calm), [child(begin(sys.executable, "-c", SPINS)) for _ in range(4)]
+        idle.was_starved(1.0)  # until here
+        at = time.monotonic()
+
+        def starved() -> bool:
+            nonlocal at
+            elapsed, at = time.monotonic() - at, time.monotonic()
+            assert not idle.was_starved(elapsed)
+            return sum(one.was_starved(elapsed) for one in busy) > 0
+
+        until(starved, what="one of four on one processor waits")
 
 
 def test_the_end_drains_those_that_are_ready_and_kills_those_on_their_way() -> None:

@@ -157,3 +157,57 @@ def test_where_no_thread_can_be_started_it_is_done_at_once(
     scrubbing.begin()
     scrubbing.note()
     until(lambda: done[1:] == ["scrubbing"], what="the next one, in its thread")
+
+
+BESIDE_OTHERS = """
+import gc
+from facelane_server import allocator, wiping
+allocator.one_heap()
+libc = wiping._libc()
+libc.malloc.argtypes = [__import__("ctypes").c_size_t]
+held = []
+
+
+class Libc:
+    sbrk, mallinfo2 = libc.sbrk, libc.mallinfo2
+
+    came = False
+
+    def calloc(self, count, size):
+        if size == 1024 and not self.came:
+            self.came = True
+            held.append(libc.malloc(3000))
+        return libc.calloc(count, size)
+
+    def free(self, place):
+        libc.free(place)
+
+
+came = 0
+for turn in range(40):
+    libc.malloc_trim(0)
+    beside = Libc()
+    wiping._fill_heap(beside)
+    came += beside.came
+    if turn == 9:
+        before = libc.mallinfo2().fordblks
+    if len(held) > 1:
+        libc.free(held.pop(0))
+print(came, libc.mallinfo2().fordblks - before, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="needs glibc")
+def test_the_heap_does_not_grow_by_what_others_allocate_while_it_is_scrubbed() -> None:
+    """While all free memory is taken, others get theirs behind it, and hold it for a while."""
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_OTHERS],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert not done.returncode, done.stderr
+    came, grown = map(int, done.stdout.split())
+    assert came == 40
+    assert grown < 1 << 20

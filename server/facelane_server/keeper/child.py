@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Final, Self
 
 import msgspec
@@ -23,6 +24,8 @@ from facelane_server.shards.messages import (
     ToKeeper,
 )
 
+STARVED_SHARE: Final = 0.5
+"""Of the time, spent waiting for a processor."""
 WORDS_S: Final = 1.0
 """After SIGABRT, for a shard that hangs to say where."""
 
@@ -38,6 +41,7 @@ class Child:
         self._process = process
         self._asked: dict[int, asyncio.Future[Reply]] = {}
         self._next = 0
+        self._waited_ns = 0
 
     @classmethod
     async def start(cls, index: int, count: int, *, board: int, mps_pipes: str) -> Self:
@@ -77,6 +81,17 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
+
+    def was_starved(self, elapsed_s: float) -> bool:
+        """Whether its first thread, which runs its loop, has wanted a processor for most of the
+        time since the last call and had none. As Linux counts it; elsewhere never."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")
+        try:
+            waited_ns = int(path.read_bytes().split()[1])
+        except (OSError, ValueError, IndexError):
+            return False
+        before, self._waited_ns = self._waited_ns, waited_ns
+        return waited_ns - before > elapsed_s * STARVED_SHARE * 1e9
 
     async def kill(self, *, words: bool) -> None:
         """At once; ``words``: after its stacks are in the log."""

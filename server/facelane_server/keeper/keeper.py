@@ -131,8 +131,9 @@ class Keeper:
                 now = time.monotonic()
                 self._do(self._roster.due(now))
                 if now >= ticked + TICK_S:
-                    ticked = now
-                    self._do(self._roster.tick(now))
+                    elapsed, ticked = now - ticked, now
+                    starved = [n for n, c in self._children.items() if c.was_starved(elapsed)]
+                    self._do(self._roster.tick(now, starved))
                     self._tell_starting()
                 self._tell()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

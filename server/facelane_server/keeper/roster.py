@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,6 +26,10 @@ HANG_TICKS: Final = 12
 START_TICKS: Final = 120
 """The same of one that was started and has not been heard of yet: on a machine that has no
 processor to spare, its imports take a while."""
+STARVED: Final = 0.1
+"""What a look counts at a shard that wanted to run meanwhile and was hardly let: it is the machine
+that keeps it, and another in its place would be kept just so. One that turns in a circle on such a
+machine is found out later."""
 HOLD_S: Final = 20.0
 """While the server starts, shards that have begun wait so long for those that have not."""
 PROCESS: Final = "facelane.process"
@@ -61,11 +65,11 @@ class _Shard:
     began: bool = False
     takes: bool = False
     pulse: Pulse | None = None
-    silent: int = 0
+    silent: float = 0.0
 
     def forget(self) -> None:
         """Another process comes, or none."""
-        self.pid, self.began, self.takes, self.pulse, self.silent = 0, False, False, None, 0
+        self.pid, self.began, self.takes, self.pulse, self.silent = 0, False, False, None, 0.0
 
 
 class Roster:
@@ -111,7 +115,7 @@ class Roster:
     def began(self, index: int, now: float) -> list[Do]:
         """It has the store open."""
         shard = self._shards[index]
-        shard.silent, shard.began = 0, True
+        shard.silent, shard.began = 0.0, True
         self._hold_until = min(self._hold_until, now + HOLD_S)
         done = self.happened(index, Notice(Happening.WARMING), now)
         for other in range(len(self._shards)):
@@ -121,7 +125,7 @@ class Roster:
 
     def pulsed(self, index: int, pulse: Pulse, now: float) -> list[Do]:
         shard = self._shards[index]
-        shard.silent, shard.pulse = 0, pulse
+        shard.silent, shard.pulse = 0.0, pulse
         self._names.update(dict.fromkeys(pulse.health))
         done: list[Do] = []
         if pulse.ready and shard.state.life is Life.WARMING:
@@ -132,7 +136,7 @@ class Roster:
 
     def heard(self, index: int) -> None:
         """Anything at all: its loop lives."""
-        self._shards[index].silent = 0
+        self._shards[index].silent = 0.0
 
     def due(self, now: float) -> list[Do]:
         """What time alone brings: see ``next_due``."""
@@ -142,13 +146,14 @@ class Roster:
                 done += self.happened(index, Notice(Happening.TIMER), now)
         return [*done, *self._openings(now)]
 
-    def tick(self, now: float) -> list[Do]:
-        """Once a second of this process's own life: while the machine stands still nobody hangs."""
+    def tick(self, now: float, starved: Container[int] = ()) -> list[Do]:
+        """Once a second of this process's own life: while the machine stands still nobody hangs.
+        ``starved``: shards that were given no processor."""
         done: list[Do] = []
         for index, shard in enumerate(self._shards):
             if not shard.pid or shard.state.life not in restart.ALIVE:
                 continue
-            shard.silent += 1
+            shard.silent += STARVED if index in starved else 1.0
             if shard.silent > (START_TICKS if shard.pulse is None else HANG_TICKS):
                 done += self.happened(index, Notice(Happening.LOSS, "HUNG"), now)
         return done
