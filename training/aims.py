@@ -213,11 +213,11 @@ def clips(networks: Networks, media: Path, every: int) -> Report:
     return report
 
 
-def faceless() -> Iterator[tuple[str, U8]]:
-    """Drawn pictures, of a seed of their own, and those of scikit-image and matplotlib that show
-    nobody; BGR."""
+def faceless(drawn: int) -> Iterator[tuple[str, U8]]:
+    """``drawn`` pictures, of a seed of their own, and those of scikit-image and matplotlib that
+    show nobody; BGR."""
     for side in (320, SIDE):
-        for number, picture in enumerate(clutter(CLUTTER // 2, side, 977 + side)):
+        for number, picture in enumerate(clutter(drawn // 2, side, 977 + side)):
             yield f"{list(KINDS)[number % len(KINDS)]} {side}", picture
     for package, folder, names in SAMPLES:
         spec = importlib.util.find_spec(package)
@@ -229,11 +229,11 @@ def faceless() -> Iterator[tuple[str, U8]]:
                 yield name, np.asarray(picture, np.uint8)
 
 
-def false_finds(networks: Networks) -> Report:
+def false_finds(networks: Networks, drawn: int) -> Report:
     """How many finds on pictures without faces, and where; and how many of YuNet."""
     scores: list[float] = []
     out: Report = {"pictures": 0, "finds": {}, "finds_of_yunet": 0, "where": {}}
-    for name, picture in faceless():
+    for name, picture in faceless(drawn):
         shrink = SIDE / max(picture.shape)
         if shrink < 1:
             smaller = cv2.resize(picture, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
@@ -308,16 +308,21 @@ def measure_detector(arguments: argparse.Namespace, weights: Path, device: torch
     mine, theirs = turned(networks, pictures[::every], faces[good][::every])
     report |= {"turned": mine, "turned, YuNet": theirs}
     report["clips"] = clips(networks, arguments.media, every)
-    report["faceless"] = false_finds(networks)
+    report["faceless"] = false_finds(networks, round(CLUTTER * min(1.0, arguments.share)))
     return report
 
 
 def measure_liveness(arguments: argparse.Namespace, weights: Path, device: torch.device) -> Report:
+    """Of a run's ``liveness.pt``, the figures that lie beside it are taken."""
     network = liveness.load_student(weights)
     live, spoof = arguments.live, arguments.spoof
-    limit = 0 if arguments.share >= 1 else round(1000 * arguments.share)
-    told = evaluate.liveness_report(network.to(device), arguments.data, device, limit)
-    report = verdicts(told, live, spoof)
+    measured = weights.with_name("liveness.json")
+    if weights.name == "liveness.pt" and measured.exists():
+        told = json.loads(measured.read_text())
+    else:
+        limit = 0 if arguments.share >= 1 else round(1000 * arguments.share)
+        told = evaluate.liveness_report(network.to(device), arguments.data, device, limit)
+    report: Report = {"thresholds": {"live": live, "spoof": spoof}, **verdicts(told, live, spoof)}
     report["proof"] = evaluate.proof_scores(network.cpu(), arguments.data, arguments.media)
     report["clips"] = filmed_people(network, arguments.data, arguments.media, live, spoof)
     return report

@@ -2,8 +2,10 @@
 
 ``python -m training.ship --run DIR --data DIR --out DIR`` writes a folder for each model:
 weights as fp16 safetensors, ``model.toml`` with thresholds from the run's measurements,
-``CARD.md`` with its figures. The OOD score's mapping is fitted on the identities that were kept
-out; the card tells how one half of them fares with a mapping fitted on the other.
+``CARD.md`` with its figures. Those of detector and liveness, and liveness' thresholds, are in
+``aims.json`` of the run's folder, which ``training.aims`` writes. The OOD score's
+mapping is fitted on the identities that were kept out; the card tells how one half of them fares
+with a mapping fitted on the other.
 """
 
 from __future__ import annotations
@@ -132,12 +134,14 @@ def within_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def ship_detector(run: Path, out: Path, report: Mapping[str, Any], score: float) -> Package:
+def ship_detector(
+    run: Path, out: Path, report: Mapping[str, Any], score: float, aims: Mapping[str, Any]
+) -> Package:
     state = within_half(_state(run / "detector.pt"))
     manifest = {
         "task": "detector",
         "architecture": "yunet",
-        "description": "starter detector: five landmarks, distilled from YuNet",
+        "description": "starter detector: YuNet grown wider, for small, turned and dark faces",
         "options": {"widths": widths_of(state)},
         "input": {"color": "bgr", "max_side": 640},
         "thresholds": {"score": score, "nms": NMS_IOU},
@@ -145,7 +149,7 @@ def ship_detector(run: Path, out: Path, report: Mapping[str, Any], score: float)
         "provenance": _provenance(report),
     }
     parameters = sum(v.numel() for k, v in state.items() if ".running_" not in k)
-    card = cards.detector(report, score, parameters)
+    card = cards.detector(report, score, parameters, aims)
     return write_package(out / "facelane-detector", state, manifest, card)
 
 
@@ -181,8 +185,9 @@ def ship_recognizer(
 
 
 def ship_liveness(
-    run: Path, out: Path, report: Mapping[str, Any], live: float, spoof: float
+    run: Path, out: Path, report: Mapping[str, Any], aims: Mapping[str, Any]
 ) -> Package:
+    live, spoof = aims["thresholds"]["live"], aims["thresholds"]["spoof"]
     manifest = {
         "task": "liveness",
         "architecture": "minifasnet-pair",
@@ -197,7 +202,7 @@ def ship_liveness(
         "memory": {"weights_mib": 2.0, "activations_mib_per_item": 6.0},
         "provenance": _provenance(report),
     }
-    card = cards.liveness(report, live, spoof)
+    card = cards.liveness(report, live, spoof, aims)
     return write_package(out / "facelane-liveness", _state(run / "liveness.pt"), manifest, card)
 
 
@@ -217,23 +222,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of training.pack")
     parser.add_argument("--out", type=Path, required=True, help="where the packages go")
     parser.add_argument("--score", type=float, default=0.6, help="the detector's threshold")
-    parser.add_argument("--live", type=float, default=0.85)
-    parser.add_argument("--spoof", type=float, default=0.4)
     parser.add_argument("--only", nargs="*", choices=NAMES, default=list(NAMES))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     run, out = arguments.run, arguments.out
     report = json.loads((run / "report.json").read_text())
+    if {"detector", "liveness"} & {*arguments.only} and not (run / "aims.json").exists():
+        parser.error(f"{run}/aims.json is missing: training.aims makes it, --out says where")
+    aims = json.loads((run / "aims.json").read_text()) if (run / "aims.json").exists() else {}
     packages: list[Package] = []
     if "detector" in arguments.only:
-        packages.append(ship_detector(run, out, report, arguments.score))
+        packages.append(ship_detector(run, out, report, arguments.score, aims["detector"]))
     if "recognizer" in arguments.only:
         recognizer, ood = ship_recognizer(run, out, report)
         packages.append(recognizer)
         print("ood", json.dumps(ood))
     if "liveness" in arguments.only:
-        packages.append(ship_liveness(run, out, report, arguments.live, arguments.spoof))
+        packages.append(ship_liveness(run, out, report, aims["liveness"]))
     for package in packages:
         print(package.model_id, package.thresholds)
 

@@ -47,6 +47,11 @@ def test_pack_train_and_ship(shared: Path, tmp_path: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert report["about"]["failed"] == []
     assert set(report) == {"about", "detector", "liveness", "recognizer"}
+    python(
+        "training.aims", "--data", data, "--media", shared / "media", "--share", "0.02",
+        "--detector", run / "detector.pt", "--liveness", run / "liveness.pt",
+        "--out", run / "aims.json",
+    )  # fmt: skip
     python("training.ship", "--run", run, "--data", data, "--out", out)
     # The way of the shipped weights: the trunk goes on, then gets a new head.
     for part, before in (("trunk", run), ("trust", tmp_path / "trunk")):
