@@ -130,6 +130,8 @@ MAX_CALIBRATIONS_BYTES: Final = 8 * 1024 * 1024
 """Of the file that holds them."""
 MAX_LIVENESS_SHOTS: Final = 8
 """Liveness scores that a track remembers."""
+MAX_DOUBTS: Final = 64
+"""Doubtful links that a track knows singly; of older ones it knows the first."""
 
 # -- pools and workers --------------------------------------------------------------
 MAX_WORKERS: Final = 64

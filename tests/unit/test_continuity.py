@@ -165,8 +165,12 @@ def test_a_doubtful_look_that_names_nobody_is_compared_with_the_one_who_was_name
     [worse] = watch(stage, ADA, 2, 1, 40, ood=0.7, similarity=0.45)
     assert (worse.identity.subject_id, worse.track_id) == (ADA, before[0].track_id)
     assert worse.evidence_age_ns == 200 * MS, "it is no look that names"
-    # Once more, and what was a name has become a doubt.
+    # Once more in another moment, and what was a name has become a doubt.
+    for _ in range(7):
+        [same] = watch(stage, ADA, 2, 1, 40, ood=0.7, similarity=0.45)
+        assert (same.identity.subject_id, same.recognized_now) == (ADA, False)
     [again] = watch(stage, ADA, 2, 1, 40, ood=0.7, similarity=0.45)
+    assert again.recognized_now
     assert again.identity.decision is Decision.UNKNOWN
     other = Stage()
     other.pipeline.thresholds = stage.pipeline.thresholds
@@ -175,6 +179,18 @@ def test_a_doubtful_look_that_names_nobody_is_compared_with_the_one_who_was_name
     for similarity in (0.25, 0.45):
         swapped = watch(other, BOB, 3, 3, 40, ood=0.7, similarity=similarity)
         assert all(face.identity.subject_id != ADA for face in swapped)
+
+
+def test_who_still_passes_is_looked_at_in_another_moment_and_goes_on() -> None:
+    """Somebody whom the recogniser hardly knows, a picture above the threshold and one below."""
+    stage = Stage()
+    stage.pipeline.thresholds = replace(THRESHOLDS, promise=PROMISE, looks=1)
+    stage.pipeline.searched = lambda _gallery: 10_000
+    watch(stage, ADA, 1, 5, 40)
+    shown = watch(stage, ADA, 2, 2, 40, ood=0.7, similarity=0.45)
+    shown += watch(stage, ADA, 2, 75, 40, ood=0.7)
+    assert {face.identity.subject_id for face in shown} == {ADA}
+    assert [k for k, face in enumerate(shown) if face.recognized_now] == [0, 8]
 
 
 def test_a_face_that_is_suddenly_blurred_must_be_seen_clearly_again() -> None:
@@ -312,6 +328,48 @@ def test_a_portrait_swapped_in_place_is_looked_at_and_one_that_shakes_is_not(
     assert sum(looks[: 3 * fps]) == 1, "an honest face that shakes is not looked at again"
     assert looks[3 * fps], "at once"
     assert ADA not in {f.identity.subject_id for f in shown[3 * fps :]}
+
+
+# -- doubts that come before the answers -------------------------------------------------------
+
+
+def test_what_is_between_a_look_and_the_next_doubt_has_its_name() -> None:
+    """Answers are late: two doubts are known before the look at the first is answered."""
+    stage = Stage()
+    watch(stage, ADA, 1, 2, 40)
+    asked = []
+    for k, seed in enumerate((2, 2, 2, 3, 3)):
+        asked += stage.turn([detected(100, signature(seed))], (120 + 40 * k) * MS)
+    assert [look.link for look in asked if look.recognize] == [3, 6]
+    for look in asked:
+        stage.answer(look, evidence(ADA) if look.link < 6 else Evidence())
+    shown = [stage.emit()[0] for _ in range(5)]
+    assert [f.identity.subject_id for f in shown] == [ADA, ADA, ADA, "", ""]
+    assert [f.evidence_age_ns for f in shown] == [0, 40 * MS, 80 * MS, None, None]
+
+
+@given(
+    st.lists(st.integers(1, 3 * limits.MAX_DOUBTS), max_size=3 * limits.MAX_DOUBTS),
+    st.lists(st.integers(1, 3 * limits.MAX_DOUBTS), max_size=4),
+)
+def test_no_doubt_is_forgotten_before_it_is_settled(doubts: list[int], looks: list[int]) -> None:
+    """Against a set of all of them: what is certain here is certain there, and as long as not too
+    many wait, the reverse."""
+    [track] = tracking.update(tracking.Tracks(), [detected(100, b"")], 0, PARAMS).tracks.active
+    all_of_them = set(doubts)
+    for link in sorted(all_of_them):
+        track = tracking.track.suspected(track, link)
+    assert len(track.doubted) <= limits.MAX_DOUBTS
+    for link in sorted(looks):
+        if all_of_them and link >= min(all_of_them):
+            all_of_them = {doubt for doubt in all_of_them if doubt > link}
+        track = tracking.track.settled(track, link)
+        first = min(all_of_them, default=None)
+        if len(set(doubts)) <= limits.MAX_DOUBTS:
+            assert track.suspect == first
+        if first is not None:
+            assert track.suspect is not None
+            assert track.suspect <= first
 
 
 # -- any sequence ----------------------------------------------------------------------------

@@ -20,7 +20,8 @@ does for a new face's. What that look says is shown. If it says the same as befo
 goes on, and so it does where the look names nobody but the face, compared with the one who was
 named and nobody else, still passes for that one (``resembles``: a face that is blurred or turned
 for some pictures). If it says another name, or twice that this is nobody known, the track has
-ended there and another begins (``contradicts``, ``successor``).
+ended there and another begins (``contradicts``, ``successor``). Doubts are known singly: what a
+look says holds for the pictures up to the next one, also where that was known before the answer.
 
 **Names.** The best shot by OOD score speaks for the track.
 
@@ -34,7 +35,8 @@ ended there and another begins (``contradicts``, ``successor``).
 * A match with *another* subject ends the track at once.
 * Any other contradiction (a name becomes unknown, or the reverse) counts at once when its
   OOD score is at least as good as the best shot's; otherwise it takes two in a row, and the
-  first makes the track ask again on the next frame.
+  first makes the track ask again: on the next frame, or, while the face still passes for the
+  one who was named, as soon as after a rejected shot (two pictures of one moment say the same).
 
 Time that stands still (a client that gives every picture one time) keeps nothing young: after
 ``STILL_LINKS`` such pictures a track is looked at again, and after twice as many what was said

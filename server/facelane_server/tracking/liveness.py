@@ -17,6 +17,7 @@ from facelane_server.tracking.track import (
     Params,
     Track,
     clock_stands_still,
+    last_doubt,
     without_bona_fide,
 )
 
@@ -115,7 +116,7 @@ def liveness_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> 
     that is too old."""
     link = link or track.links
     suspect = track.suspect is not None and link >= track.suspect
-    if suspect and track.judged_link < min(link, track.suspect_last):
+    if suspect and track.judged_link < last_doubt(track, link):
         return UNDECIDED
     if track.liveness.verdict is LivenessVerdict.LIVE:
         since = math.inf if track.liveness_ns is None else now_ns - track.liveness_ns

@@ -15,6 +15,8 @@ from facelane_server.tracking.track import (
     Shot,
     Track,
     clock_stands_still,
+    last_doubt,
+    next_doubt,
     settled,
     without_bona_fide,
 )
@@ -81,13 +83,15 @@ def promised_gain(track: Track, found: DetectedFace) -> float:
 def wants_recognition(track: Track, found: DetectedFace, now_ns: int, params: Params) -> bool:
     """Whether this shot is worth embedding. The caller does not ask while one is under way
     that was taken since the last doubt."""
-    if track.asked_ns is None or track.doubts or track.pending:
+    if track.asked_ns is None or track.pending or (track.doubts and not track.passing):
         return True
     suspect = track.suspect is not None
     if suspect and track.asked_link < track.suspect_last:
         return True
     since = now_ns - track.asked_ns
     if since >= params.interval_ns or clock_stands_still(since, track.links - track.asked_link):
+        return True
+    if track.doubts and since >= params.interval_ns * RETRY_SHARE:
         return True
     if track.rejected:
         share = SUSPECT_RETRY_SHARE if suspect else RETRY_SHARE
@@ -152,8 +156,9 @@ def successor(track: Track, track_id: int, now_ns: int, *, link: int = 0) -> Tra
         crossing=track.crossing,
         links=track.links,
         signature=track.signature,
-        suspect=max(link + 1, track.suspect or 0) if later else None,
+        suspect=next_doubt(track, link),
         suspect_last=track.suspect_last if later else link,
+        doubted=tuple(doubt for doubt in track.doubted if doubt > link),
         looking=track.looking,
     )
 
@@ -223,7 +228,7 @@ def with_recognition(
     matched = identity.decision is Decision.MATCH
     named = matched and (doubtful or old.decision is Decision.MATCH)
     if not (named or agreed or ood_score >= best.ood_score or track.doubts):
-        asked = replace(asked, doubts=1, rejected=())
+        asked = replace(asked, doubts=1, passing=same, rejected=())
         return settled(replace(asked, reference=found.signature), link) if still else asked
     if old.decision is Decision.MATCH or doubtful:
         # One who is not who it seemed: what was seen before is no evidence for this one.
@@ -287,7 +292,7 @@ def shown_at(track: Track, now_ns: int, params: Params, *, link: int = 0) -> Sho
     if latest is None or latest.identity.decision is Decision.MATCH or track.asked_ns is None:
         return NOTHING
     age_ns, links = max(0, now_ns - track.asked_ns), max(0, link - track.asked_link)
-    doubted_since = suspect and track.asked_link < min(link, track.suspect_last)
+    doubted_since = suspect and track.asked_link < last_doubt(track, link)
     if doubted_since or age_ns > params.stale_ns or clock_stands_still(age_ns, links // 2):
         return NOTHING
     return Shown(latest.identity, latest.ood_score, age_ns, links)

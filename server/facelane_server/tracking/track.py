@@ -8,7 +8,7 @@ from typing import Final, Self
 import msgspec
 from msgspec.structs import replace
 
-from facelane_server import config
+from facelane_server import config, limits
 from facelane_server.domain import Box, Decision, Identity, Liveness, LivenessVerdict
 
 SECOND: Final = 1_000_000_000
@@ -96,6 +96,9 @@ class Track(msgspec.Struct, frozen=True, gc=False):
     and no look has made it certain since."""
     suspect_last: int = 0
     """The last doubtful link, whether settled or not."""
+    doubted: tuple[int, ...] = ()
+    """The doubtful links that are not settled, the newest ``limits.MAX_DOUBTS``. Between
+    ``suspect`` and the first of them every link counts as doubtful."""
     strict: bool = False
     """A doubt came with a loss of detail: a look that is not trusted settles nothing."""
 
@@ -119,6 +122,8 @@ class Track(msgspec.Struct, frozen=True, gc=False):
     """The best ``quality`` among the shots."""
     doubts: int = 0
     """Trustworthy shots in a row that contradict ``shot``."""
+    passing: bool = False
+    """Whoever the last of them shows still passes for the one who is named by ``shot``."""
     rejected: tuple[float, ...] = ()
     """OOD scores of the shots in a row, at most 8, that were rejected since ``shot``."""
 
@@ -177,6 +182,7 @@ def suspected(track: Track, link: int, *, strict: bool = False) -> Track:
         track,
         suspect=since,
         suspect_last=max(link, track.suspect_last),
+        doubted=tuple(sorted({*track.doubted, link}))[-limits.MAX_DOUBTS :],
         strict=strict or (track.strict and track.suspect is not None),
         rejected=(),
     )
@@ -184,10 +190,29 @@ def suspected(track: Track, link: int, *, strict: bool = False) -> Track:
 
 
 def settled(track: Track, link: int) -> Track:
-    """The track when it is certain who the face of ``link`` is; doubts behind it stay."""
+    """The track when it is certain who the face of ``link`` is; doubts behind it stay, and what
+    is between it and the next of them is the same face."""
     if track.suspect is None or link < track.suspect:
         return track
-    return replace(track, suspect=link + 1 if link < track.suspect_last else None)
+    later = tuple(doubt for doubt in track.doubted if doubt > link)
+    return replace(track, suspect=next_doubt(track, link), doubted=later)
+
+
+def next_doubt(track: Track, link: int) -> int | None:
+    """The first doubtful link behind ``link``."""
+    if track.suspect_last <= link:
+        return None
+    later = [doubt for doubt in track.doubted if doubt > link]
+    known = len(later) < len(track.doubted) or track.suspect in later
+    return later[0] if later and known else link + 1
+
+
+def last_doubt(track: Track, link: int) -> int:
+    """The newest doubtful link, not settled, up to ``link``; 0 = none."""
+    if track.suspect is None or link < track.suspect:
+        return 0
+    known = [doubt for doubt in track.doubted if doubt <= link]
+    return known[-1] if known else min(link, track.suspect_last)
 
 
 def without_bona_fide(track: Track) -> Track:
