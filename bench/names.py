@@ -1,10 +1,11 @@
 """Names on a real clip, while the recogniser is late; and who is let enrol.
 
-``clip``: the starter models look at every face of every picture of a film of two enrolled men
-with a cut between them, once. Their answers are then replayed to the server's own lane (tracker,
-decisions, order of outcomes) by pools that answer late and out of order, by a seed. Counted are
-faces that were shown with the name of somebody else, and, without delays, at which share of the
-pictures in which a person can be told the lane says so.
+``clip``: the starter models look at every face of every picture of four films (``films``) once.
+Their answers are then replayed to the server's own lane (tracker, decisions, order of outcomes) by
+pools that answer late and out of order, by a seed. Counted are faces that were shown with the name
+of somebody else, and of the pictures in which a look tells who somebody is the share that says so:
+``kept`` where the lane has named that person before in the same shot, ``told`` where two other
+looks of the shot would have, whether the lane took them or not.
 
 ``enrolment``: a server with the starter models enrols all portraits there are, and tight crops of
 ordinary photos, by default settings.
@@ -26,16 +27,13 @@ import numpy.typing as npt
 
 import facelane
 import facelane.aio
-from bench import inprocess, material
+from bench import films, material
 from bench.report import Report, Row
 from bench.service import Service
 from bench.settings import Settings
 from facelane_server import config, served, tracking
 from facelane_server.domain import (
-    Box,
-    Candidate,
     Decision,
-    DetectedFace,
     Encoding,
     Face,
     Frame,
@@ -62,10 +60,6 @@ from facelane_server.pools.tasks import (
 F32 = npt.NDArray[np.float32]
 
 CLIP: Final = "short_hamilton_clip.mp4"
-CUT: Final = 211
-"""The first picture of the second scene."""
-SCENES: Final = ({"lin_manuel_miranda"}, {"obama"})
-"""Who of the enrolled may be in each."""
 RUNS: Final = 20
 LATE: Final = 8
 """Pictures by which a pool's answer may be late."""
@@ -89,88 +83,6 @@ async def run(settings: Settings) -> Report:
         await _enrolment(settings, report, models, media)
     report.note(models.listed)
     return report
-
-
-# -- what the models say, once ---------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One face of one picture: all that the models say of it."""
-
-    face: DetectedFace
-    ood: float
-    candidates: tuple[Candidate, ...]
-    live: float
-
-
-Film = list[list[Seen]]
-
-
-def _look(models: material.Models, media: Path, last: int) -> tuple[Film, int, float]:
-    """All faces of the clip's pictures, as far as ``last``; how many templates were searched;
-    pictures a second."""
-    import cv2
-
-    from facelane_server.worker.appearance import signatures
-
-    loaded = inprocess.load_models(
-        {str(stage): str(p.folder) for stage, p in models.packages.items()}, threads=1
-    )
-    names: list[str] = []
-    rows: list[F32] = []
-    for photo in sorted((media / "gallery").glob("*/*")):
-        found = inprocess.detect(loaded, _as_jpeg(photo))
-        areas = [float(box[2] * box[3]) for box in found.boxes]
-        if areas:
-            best = int(np.argmax(areas))
-            chips = [crops[best : best + 1] for crops in found.crops]
-            names.append(photo.parent.name)
-            rows.append(inprocess.recognise(loaded, chips).vectors[0])
-    gallery = np.stack(rows)
-    film: Film = []
-    capture = cv2.VideoCapture(str(media / CLIP))
-    rate = float(capture.get(cv2.CAP_PROP_FPS))
-    while len(film) < last and (read := capture.read())[0]:
-        ok, data = cv2.imencode(".jpg", read[1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-        assert ok
-        found = inprocess.detect(loaded, bytes(data))
-        marks = signatures(found.crops[0])
-        faces = []
-        for k in range(len(found.boxes)):
-            part = [crops[k : k + 1] for crops in found.crops]
-            looked, live = inprocess.recognise(loaded, part), inprocess.judge(loaded, part)
-            key = f"{len(film)}/{k}".encode()
-            face = DetectedFace(
-                Box(*(float(v) for v in found.boxes[k])),
-                float(found.scores[k]),
-                tuple((float(x), float(y)) for x, y in found.landmarks[k]),
-                (key,) * len(found.crops),
-                marks[k].tobytes(),
-            )
-            ranked = _ranked(gallery @ looked.vectors[0], names)
-            faces.append(Seen(face, float(looked.ood[0]), ranked, float(live[0])))
-        film.append(faces)
-    capture.release()
-    return film, len(names), rate
-
-
-def _as_jpeg(photo: Path) -> bytes:
-    import cv2
-
-    picture = cv2.imread(str(photo))
-    assert picture is not None
-    ok, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
-    assert ok
-    return bytes(data)
-
-
-def _ranked(similarities: F32, names: Sequence[str]) -> tuple[Candidate, ...]:
-    best: dict[str, float] = {}
-    for name, similarity in zip(names, similarities.tolist(), strict=True):
-        best[name] = max(similarity, best.get(name, -1.0))
-    ranked = sorted(best.items(), key=lambda item: -item[1])
-    return tuple(Candidate(name, similarity) for name, similarity in ranked[:2])
 
 
 # -- told again, late --------------------------------------------------------------------------
@@ -229,18 +141,17 @@ def _key(task: Task[Any]) -> bytes:
 class Replay:
     """The whole film behind a pipeline."""
 
-    film: Film
+    looked: films.Looked
     thresholds: decide.Thresholds
-    searched: int
     crops: Mapping[Stage, tuple[int, ...]]
 
     def pipeline(self, late: int, seed: int) -> tuple[Pipeline, list[LatePool]]:
         chance = random.Random(seed)
-        seen = [(face.face.crops[0], face) for faces in self.film for face in faces]
+        seen = [(face.face.crops[0], face) for faces in self.looked.pictures for face in faces]
         answers: dict[Stage, Mapping[bytes, Answer]] = {
             Stage.DETECTOR: {
                 str(k).encode(): DetectAnswer(640, 360, tuple(face.face for face in faces))
-                for k, faces in enumerate(self.film)
+                for k, faces in enumerate(self.looked.pictures)
             },
             Stage.RECOGNIZER: {key: EmbedAnswer(s.ood, s.candidates) for key, s in seen},
             Stage.LIVENESS: {key: LivenessAnswer(s.live) for key, s in seen},
@@ -251,17 +162,19 @@ class Replay:
             crops=self.crops,
             thresholds=self.thresholds,
             max_pixels=1_000_000,
-            searched=lambda _gallery: self.searched,
+            searched=lambda _gallery: self.looked.searched,
         )
         return pipeline, list(pools.values())
 
-    def own(self, seen: Seen) -> str:
+    def own(self, seen: films.Seen) -> str:
         """Whom a look at this very picture names; "" = nobody."""
-        said = decide.identify(seen.ood, seen.candidates, self.thresholds, searched=self.searched)
+        said = decide.identify(
+            seen.ood, seen.candidates, self.thresholds, searched=self.looked.searched
+        )
         return said.subject_id
 
     async def shown(
-        self, frames: Sequence[int], rate: float, late: int = 0, seed: int = 0
+        self, frames: Sequence[int], late: int = 0, seed: int = 0
     ) -> list[tuple[int, tuple[Face, ...]]]:
         """What a lane says of these pictures of the film."""
         pipeline, pools = self.pipeline(late, seed)
@@ -276,7 +189,7 @@ class Replay:
         )
         for number, index in enumerate(frames):
             picture = Picture(Encoding.JPEG, str(index).encode())
-            lane.offer(Frame(number + 1, picture, int(index / rate * SECOND)))
+            lane.offer(Frame(number + 1, picture, int(index / self.looked.film.rate * SECOND)))
             await _settle(pools, number)
         lane.close_input()
         for number in range(len(frames), len(frames) + 4 * LATE):
@@ -306,69 +219,74 @@ async def _settle(pools: Sequence[LatePool], now: int) -> None:
 
 
 async def _clip(settings: Settings, report: Report, models: material.Models, media: Path) -> None:
-    settings.say("every face of the clip is looked at once")
-    film, searched, rate = _look(models, media, settings.sized(10_000, 40))
     at = 0
     crops: dict[Stage, tuple[int, ...]] = {}
     for stage in (Stage.RECOGNIZER, Stage.LIVENESS):
         count = len(models.packages[stage].crops)
         crops[stage] = tuple(range(at, at + count))
         at += count
-    replay = Replay(film, served.thresholds(models.packages, config.Identity()), searched, crops)
-    wrong_in_all = 0
-    for fps in (rate, rate / 2, rate / 6):
-        step = round(rate / fps)
-        counts: Counter[str] = Counter()
-        for seed in range(settings.sized(RUNS, 2)):
-            frames = range(seed % step, len(film), step)
-            counts += _counted(replay, await replay.shown(frames, rate, LATE, seed))
-        wrong_in_all += counts["wrong"]
-        report.add(_row("answers up to 8 pictures late", fps, models, counts))
-    report.aim("faces with another's name, in all runs", wrong_in_all, 0, at_most=True)
-    kept: list[float] = []
-    for fps in (rate, rate / 2, rate / 3, rate / 6):
-        step = round(rate / fps)
-        counts = Counter()
-        for phase in range(step):
-            frames = range(phase, len(film), step)
-            counts += _counted(replay, await replay.shown(frames, rate))
-        row = report.add(_row("answers at once, every phase", fps, models, counts))
-        if row.extra["kept"] is not None:
-            kept.append(row.extra["kept"])
+    thresholds = served.thresholds(models.packages, config.Identity())
+    looker = films.Looker(models, media)
+    wrong, kept = 0, []
+    for film in films.of_all(media):
+        settings.say(f"every face of {film.name} is looked at once")
+        looked = looker.look(film, settings.sized(10_000, 40))
+        replay = Replay(looked, thresholds, crops)
+        for late in (LATE, 0):
+            for slower in (1, 2, 6) if late else (1, 2, 3, 6):
+                runs = settings.sized(RUNS, 2) if late else slower
+                counts: Counter[str] = Counter()
+                for seed in range(runs):
+                    frames = range(seed % slower, len(looked.pictures), slower)
+                    counts += _counted(replay, await replay.shown(frames, late, seed))
+                row = report.add(_row(film, late, film.rate / slower, models, counts))
+                wrong += counts["wrong"]
+                if row.extra["kept"] is not None:
+                    kept.append(row.extra["kept"])
+    report.aim("faces with another's name, in all runs", wrong, 0, at_most=True)
     worst = min(kept, default=float("nan"))
-    report.aim("share of honest names kept, at the worst rate", worst, KEPT, at_most=False)
+    report.aim("share of honest names kept, at the worst of them", worst, KEPT, at_most=False)
 
 
-def _row(scenario: str, fps: float, models: material.Models, counts: Counter[str]) -> Row:
-    could = counts["could be kept"]
+def _row(
+    film: films.Film, late: int, fps: float, models: material.Models, counts: Counter[str]
+) -> Row:
+    def share(part: str, whole: str) -> float | None:
+        return counts[part] / counts[whole] if counts[whole] else None
+
     return Row(
         "lane",
-        scenario,
+        f"answers up to {late} pictures late" if late else "answers at once, every phase",
         models.name,
         rate_hz=fps,
         extra={
+            "film": film.name,
             "runs": counts["runs"],
             "pictures": counts["pictures"],
             "faces": counts["faces"],
             "named": counts["named"],
             "wrong": counts["wrong"],
-            "kept": counts["kept"] / could if could else None,
-            "of": could,
-            "named_later_than": counts["not yet"],
+            "kept": share("kept", "could be kept"),
+            "of": counts["could be kept"],
+            "told": share("told", "could be told"),
+            "of_all": counts["could be told"],
         },
     )
 
 
 def _counted(replay: Replay, told: Sequence[tuple[int, tuple[Face, ...]]]) -> Counter[str]:
-    """``wrong``: shown with the name of one who is not in the scene, with another than a look at
-    this very picture gives, or twice in one picture. ``could be kept``: a look at this very
-    picture names the person, and two such looks were there before in the scene."""
+    """``wrong``: shown with the name of one who is not there, with another than a look at this very
+    picture gives, or twice in one picture. ``could be kept``: a look at this very picture names the
+    person, whom the lane has named before in the shot. ``could be told``: two such looks were there
+    before in the shot."""
+    looked = replay.looked
     counts: Counter[str] = Counter(runs=1, pictures=len(told))
     before: Counter[tuple[int, str]] = Counter()
+    named: set[tuple[int, str]] = set()
     for index, faces in told:
-        scene = int(index >= CUT)
+        shot = looked.film.shot(index)
         in_this: Counter[str] = Counter()
-        for face, seen in zip(faces, replay.film[index], strict=True):
+        for face, seen in zip(faces, looked.pictures[index], strict=True):
             assert face.box == seen.face.box
             counts["faces"] += 1
             shown, own = face.identity.subject_id, replay.own(seen)
@@ -377,15 +295,17 @@ def _counted(replay: Replay, told: Sequence[tuple[int, tuple[Face, ...]]]) -> Co
                 counts["named"] += 1
                 in_this[shown] += 1
                 counts["wrong"] += (
-                    shown not in SCENES[scene] or own not in ("", shown) or in_this[shown] > 1
+                    shown not in seen.allowed or own not in ("", shown) or in_this[shown] > 1
                 )
-            if own and own in SCENES[scene]:
-                if before[scene, own] >= 2:
+            if own and own in seen.allowed:
+                if (shot, own) in named:
                     counts["could be kept"] += 1
                     counts["kept"] += shown == own
-                else:
-                    counts["not yet"] += 1
-                before[scene, own] += 1
+                if before[shot, own] >= 2:
+                    counts["could be told"] += 1
+                    counts["told"] += shown == own
+                before[shot, own] += 1
+        named |= {(shot, name) for name in in_this}
     return counts
 
 

@@ -348,6 +348,64 @@ def test_what_is_between_a_look_and_the_next_doubt_has_its_name() -> None:
     assert [f.evidence_age_ns for f in shown] == [0, 40 * MS, 80 * MS, None, None]
 
 
+def test_who_lives_lives_up_to_the_next_doubt_and_from_the_look_after_it() -> None:
+    stage = Stage()
+    watch(stage, ADA, 1, 5, 40)
+    asked = []
+    for k, seed in enumerate((1, 1, 2, 2, 3, 3)):
+        asked += stage.turn([detected(100, signature(seed))], (240 + 40 * k) * MS)
+    for look in asked:
+        stage.answer(look, evidence(ADA) if look.link < 10 else Evidence())
+    live = [stage.emit()[0].liveness.verdict is LivenessVerdict.LIVE for _ in range(6)]
+    assert live == [True, True, True, True, False, False]
+
+
+people = st.lists(
+    st.tuples(st.sampled_from([ADA, ADA, BOB, STRANGER]), st.booleans()), min_size=1, max_size=30
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(people, st.integers(0, 2**32 - 1), st.integers(1, 8))
+def test_nobody_lives_by_the_looks_of_another(
+    walk: list[tuple[str | None, bool]], seed: int, depth: int
+) -> None:
+    """Bob is a photo. However late answers are, and where they are missing, no picture of him is
+    LIVE."""
+    chance = random.Random(seed)
+    stage, look_of, last, emitted = Stage(), 0, "", 0
+    said: dict[int, Evidence] = {}
+
+    def finish() -> None:
+        nonlocal emitted
+        for look in stage.under_way[0][1]:
+            if look.asked and look.evidence is None:
+                stage.answer(look, chance.choice([Evidence(), said[id(look)], said[id(look)]]))
+        [face] = stage.emit()
+        if walk[emitted][0] == BOB:
+            assert face.liveness.verdict is not LivenessVerdict.LIVE, f"picture {emitted}"
+        emitted += 1
+
+    for number, (who, turned) in enumerate(walk):
+        look_of += who != last or turned
+        last = who
+        for look in stage.turn([detected(100, signature(look_of))], 40 * number * MS):
+            score = chance.choice([0.05, 0.5]) if who == BOB else 0.99
+            said[id(look)] = evidence(who, ood=chance.choice([0.1, 0.8, 0.95]), live=score)
+        waiting = [
+            look
+            for _, looks in stage.under_way
+            for look in looks
+            if look.asked and look.evidence is None
+        ]
+        for look in chance.sample(waiting, chance.randint(0, len(waiting))):
+            stage.answer(look, said[id(look)])
+        while len(stage.under_way) >= depth:
+            finish()
+    while stage.under_way:
+        finish()
+
+
 @given(
     st.lists(st.integers(1, 3 * limits.MAX_DOUBTS), max_size=3 * limits.MAX_DOUBTS),
     st.lists(st.integers(1, 3 * limits.MAX_DOUBTS), max_size=4),

@@ -246,7 +246,8 @@ def test_somebody_else_after_an_occlusion_does_not_inherit_the_name() -> None:
     track = one(back)
     assert track.track_id == 1
     assert shown(track, now).decision is Decision.NOT_EVALUATED
-    assert track.liveness.verdict is LivenessVerdict.UNDECIDED
+    assert tracking.liveness_at(track, now, PARAMS).verdict is LivenessVerdict.UNDECIDED
+    assert tracking.reached(track, track.links).liveness.verdict is LivenessVerdict.UNDECIDED
     assert tracking.wants_recognition(track, at(10), now, PARAMS)
     assert tracking.wants_liveness(track, at(10), now, PARAMS)
     # What was shot before the gap does not settle it.
@@ -477,11 +478,12 @@ def test_a_track_is_live_once_the_sequential_test_says_so(fresh: Track) -> None:
 def test_a_doubt_begins_the_test_anew_for_who_is_live_alone(fresh: Track) -> None:
     strict = SequentialTest(0.01, 0.01)
     live = judged_by(fresh, [0.999] * 4, strict)
-    doubted = suspected(live, live.links)
+    doubted = tracking.reached(suspected(live, live.links), live.links)
     assert (doubted.said, doubted.said_looks) == (0.0, 0)
     assert judged_by(doubted, [0.95], strict).liveness.verdict is LivenessVerdict.UNDECIDED
     attack = judged_by(fresh, [0.55] * 4, strict)
-    assert suspected(attack, attack.links).said == attack.said < 0
+    doubted = tracking.reached(suspected(attack, attack.links), attack.links)
+    assert doubted.said == attack.said < 0
 
 
 @settings(max_examples=200)
@@ -514,7 +516,7 @@ def test_parameters_come_from_the_config() -> None:
 def test_a_late_answer_from_before_the_suspicion_makes_nobody_live() -> None:
     """It was under way when the face was swapped; what it says of an attack still counts."""
     seen = one(play([[at(10)]] * 3))
-    suspect = replace(seen, suspect=3, suspect_last=3)
+    suspect = tracking.reached(suspected(seen, 3), 3)
     assert tracking.with_liveness(suspect, 0.99, FRAME, Thresholds(), link=2) == suspect
     after = tracking.with_liveness(suspect, 0.99, 2 * FRAME, Thresholds(), link=3)
     assert after.liveness.verdict is LivenessVerdict.LIVE

@@ -283,7 +283,7 @@ class Faces:
     ) -> tracking.Track:
         """The track, or its successor, with what this look has taught; kept."""
         link = look.link
-        track = self._remembering(track, look.moment)
+        track = tracking.reached(self._remembering(track, look.moment), link)
         if (
             evidence.recognized
             and evidence.ood_score is not None

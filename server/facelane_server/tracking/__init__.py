@@ -47,9 +47,9 @@ mean of their lower half: a high outlier cannot lift it. Attack evidence is not 
 away: one score below ``spoof`` in memory bars LIVE, two make the verdict SPOOF until the
 whole memory is at or above ``live``. A LIVE track stays LIVE while the fused score is in
 the upper half of the band between ``spoof`` and ``live``, so that the verdict does not
-flicker. When a name is lost or the track becomes suspect, the scores that speak for a
-living person are forgotten and those of an attack are kept; scores that come later, but of
-shots that were taken before, are treated alike.
+flicker. When a name is lost, or outcomes come to a doubtful link (``reached``), the scores that
+speak for a living person are forgotten and those of an attack are kept; scores that come later, but
+of shots that were taken before, are treated alike.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ from facelane_server.tracking.shots import (
     wants_recognition,
     with_recognition,
 )
-from facelane_server.tracking.track import LivenessShot, Params, Shot, Track, Tracks
+from facelane_server.tracking.track import LivenessShot, Params, Shot, Track, Tracks, reached
 
 __all__ = [
     "LivenessShot",
@@ -102,6 +102,7 @@ __all__ = [
     "ood_score_at",
     "promised_gain",
     "quality",
+    "reached",
     "shown_at",
     "successor",
     "update",

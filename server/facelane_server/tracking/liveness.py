@@ -44,6 +44,8 @@ def wants_liveness(track: Track, found: DetectedFace, now_ns: int, params: Param
     del found  # attacks come in every quality: a bad shot is no reason not to look
     if track.liveness_ns is None or len(track.liveness_shots) < SETTLED_SHOTS:
         return True
+    if track.suspect_last > track.reached:
+        return True  # what there is will count no more
     undecided = track.liveness.verdict is LivenessVerdict.UNDECIDED
     share = RETRY_SHARE if undecided else LIVENESS_SHARE
     since = now_ns - track.liveness_ns
@@ -62,13 +64,13 @@ def with_liveness(
     test: SequentialTest | None = None,
 ) -> Track:
     """The track after the liveness score, [0, 1], of a shot taken at ``now_ns``. NaN is no
-    answer and changes nothing; nor does a shot from before the track became suspect, unless it
-    shows an attack: it may be of another person. With a ``test`` it is LIVE only once that says
-    so, too, and SPOOF as soon as that says so."""
+    answer and changes nothing; nor does a shot from before the newest doubt that was ``reached``,
+    unless it shows an attack: it may be of another person. With a ``test`` it is LIVE only once
+    that says so, too, and SPOOF as soon as that says so."""
     if math.isnan(score):
         return track
     link = link or track.links
-    if link < track.suspect_last and score >= thresholds.spoof:
+    if link < track.reached and score >= thresholds.spoof:
         return track
     shots = (*track.liveness_shots, LivenessShot(score, score < thresholds.spoof))
     shots = shots[-limits.MAX_LIVENESS_SHOTS :]

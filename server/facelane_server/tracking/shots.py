@@ -159,6 +159,7 @@ def successor(track: Track, track_id: int, now_ns: int, *, link: int = 0) -> Tra
         suspect=next_doubt(track, link),
         suspect_last=track.suspect_last if later else link,
         doubted=tuple(doubt for doubt in track.doubted if doubt > link),
+        reached=link,
         looking=track.looking,
     )
 

@@ -99,6 +99,9 @@ class Track(msgspec.Struct, frozen=True, gc=False):
     doubted: tuple[int, ...] = ()
     """The doubtful links that are not settled, the newest ``limits.MAX_DOUBTS``. Between
     ``suspect`` and the first of them every link counts as doubtful."""
+    reached: int = 0
+    """The newest doubtful link that outcomes have come to; what spoke for a living face before it
+    counts no more."""
     strict: bool = False
     """A doubt came with a loss of detail: a look that is not trusted settles nothing."""
 
@@ -178,7 +181,7 @@ class Tracks(msgspec.Struct, frozen=True, gc=False):
 def suspected(track: Track, link: int, *, strict: bool = False) -> Track:
     """The track when it is not certain that from ``link`` on it is the same face."""
     since = link if track.suspect is None else min(track.suspect, link)
-    doubted = replace(
+    return replace(
         track,
         suspect=since,
         suspect_last=max(link, track.suspect_last),
@@ -186,7 +189,15 @@ def suspected(track: Track, link: int, *, strict: bool = False) -> Track:
         strict=strict or (track.strict and track.suspect is not None),
         rejected=(),
     )
-    return without_bona_fide(doubted)
+
+
+def reached(track: Track, link: int) -> Track:
+    """The track when outcomes come to its picture ``link``: to be told before what a look says of
+    it, in the order of pictures."""
+    if track.suspect is None or link < track.suspect:
+        return track
+    doubt = last_doubt(track, link)
+    return replace(without_bona_fide(track), reached=doubt) if doubt > track.reached else track
 
 
 def settled(track: Track, link: int) -> Track:
