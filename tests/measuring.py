@@ -2,9 +2,9 @@
 
 A traced Python runs at a third of its speed, whatever it runs. So what cannot reach new lines is
 not traced: collecting (our own packages are imported before it, traced), the hundreds of examples
-of a property, and faults under traffic, whose every part has tests of its own. To start a process
-traced costs half as much again, so outside of the end-to-end tests it is done where a process runs
-what no other test reaches.
+of a property, and faults and load under traffic, whose every part has tests of its own. To start a
+process traced costs half as much again, so it is done where a process runs what no other test
+reaches.
 """
 
 from __future__ import annotations
@@ -23,13 +23,22 @@ UNTRACED = (
     "tests/browser/",
     "tests/contract/test_markup.py",
     "tests/contract/test_tidy.py",
+    "tests/e2e/test_bad_clients.py",
+    "tests/e2e/test_core.py",
+    "tests/e2e/test_hygiene.py::test_the_front_does_not_grow",
+    "tests/e2e/test_operations.py",
+    "tests/e2e/test_overload.py",
     "tests/faults/test_matrix.py",
     "tests/fuzz/",
+    "tests/unit/test_models_docs.py",
+    "tests/unit/test_models_parity.py",
+    "tests/unit/test_starter_models.py",
+    "tests/unit/test_training_parts.py",
 )
 PROCESSES_UNTRACED = (
     "tests/cases/",
     "tests/contract/",
-    "tests/e2e/test_guides.py",
+    "tests/e2e/",
     "tests/process/",
     "tests/unit/",
 )
@@ -37,6 +46,18 @@ PROCESSES_UNTRACED = (
 PROCESSES_TRACED = (
     "tests/cases/test_04_damaged_galleries.py",
     "tests/cases/test_19_gallery_removed.py",
+    "tests/e2e/test_access.py",
+    "tests/e2e/test_bad_input.py",
+    "tests/e2e/test_confirmation.py",
+    "tests/e2e/test_console_api.py",
+    "tests/e2e/test_events_delivery.py",
+    "tests/e2e/test_gate.py",
+    "tests/e2e/test_hygiene.py",
+    "tests/e2e/test_naming.py",
+    "tests/e2e/test_pictures_kept.py",
+    "tests/e2e/test_roles.py",
+    "tests/e2e/test_rules_e2e.py",
+    "tests/e2e/test_view.py",
     "tests/process/test_bridge_command.py",
     "tests/process/test_doctor_command.py",
     "tests/process/test_fleet_node.py",
@@ -72,6 +93,8 @@ LEFT_OUT = ("__main__", "facelane_fleet.cluster")
 """Programs, and what takes seconds to import and no test needs (Ray)."""
 _PROCESSES = "COVERAGE_PROCESS_CONFIG"
 """By which coverage reaches the processes of a test."""
+_set_aside: list[str] = []
+"""Its values, while processes are untraced."""
 
 
 class Measuring:
@@ -132,11 +155,27 @@ def untraced() -> Iterator[None]:
 def processes_untraced() -> Iterator[None]:
     """Those that are started meanwhile."""
     processes = os.environ.pop(_PROCESSES, None)
+    if processes is not None:
+        _set_aside.append(processes)
     try:
         yield
     finally:
         if processes is not None:
-            os.environ[_PROCESSES] = processes
+            os.environ[_PROCESSES] = _set_aside.pop()
+
+
+@contextlib.contextmanager
+def processes_traced() -> Iterator[None]:
+    """Those that are started meanwhile, whichever test is the first that wants them: what tests of
+    many files use is one process."""
+    if _PROCESSES in os.environ or not _set_aside:
+        yield
+        return
+    os.environ[_PROCESSES] = _set_aside[-1]
+    try:
+        yield
+    finally:
+        del os.environ[_PROCESSES]
 
 
 def _modules(package: str) -> Iterator[str]:

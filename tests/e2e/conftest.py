@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.e2e import wire
+from tests.measuring import processes_traced
 from tests.running_server import RunningServer, toml
 
 import facelane
@@ -22,8 +23,10 @@ Start = Callable[..., RunningServer]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server with null models for tests that leave it as it was."""
     folder = tmp_path_factory.mktemp("server")
-    with RunningServer(folder, toml(folder)) as made:
-        made.wait_serving()
+    with ExitStack() as stack:
+        with processes_traced():
+            made = stack.enter_context(RunningServer(folder, toml(folder)))
+            made.wait_serving()
         yield made
 
 

@@ -73,10 +73,11 @@ def test_the_front_has_no_torch_and_shares_nothing_by_name(server: RunningServer
         assert "libcuda" not in maps, process
 
 
-def test_the_front_does_not_grow(server: RunningServer) -> None:
+def test_the_front_does_not_grow(start: Start) -> None:
     """600 frames again and again; after the first ones it has what it needs. How many are under
     way at one time, and so how much memory, is up to the machine: it may take some rounds more.
     What leaks, a kibibyte a frame, grows in every round."""
+    server = start()
     process = psutil.Process(server.process.pid)
     leak = FRAMES << 10
     with server.client() as client:
@@ -137,7 +138,8 @@ def called(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_typo_in_the_config_is_named_with_the_nearest_key(command: str, tmp_path: Path) -> None:
     path = tmp_path / "server.toml"
     path.write_text("[limits]\nmax_stream = 3\n")
-    done = server_command(command, "--config", str(path))
+    ask = server_command if command == "run" else called
+    done = ask(command, "--config", str(path))
     assert done.returncode == 78
     assert "unknown key `max_stream` in [limits]; did you mean `max_streams`?" in done.stderr
     assert str(path) in done.stderr

@@ -1,7 +1,9 @@
 """Every fault under every traffic: the invariants hold.
 
-``make test`` lets each fault meet all kinds of traffic at once; ``make test-all`` each kind
-alone as well, with FACELANE_FAULT_SEEDS=N seeds (three).
+``make test`` lets one fault of each kind meet all traffics at once: what an end, a hang, an error,
+a crowd, a lid and a disk do to streams. What each of the faults does to a pool is shown by
+``tests/process/test_pool_life.py``; all of them under all traffics, each alone as well, with
+FACELANE_FAULT_SEEDS=N seeds (three), by the slow tests.
 """
 
 from __future__ import annotations
@@ -15,12 +17,34 @@ from tests.faults import cells
 from tests.faults.faults import FAULTS
 
 SEEDS = int(os.environ.get("FACELANE_FAULT_SEEDS", "3"))
+FIRST = frozenset(
+    {
+        "calm",
+        "crash_in_job",
+        "frozen",
+        "full_disk",
+        "hang_in_job",
+        "out_of_memory",
+        "poison",
+        "slow_reader",
+        "storm",
+        "vanishing_clients",
+    }
+)
+
+
+def marks(fault: str, load: str, seed: int) -> tuple[pytest.MarkDecorator, ...]:
+    if (load, seed) != ("mixed", 0):
+        return (pytest.mark.slow(last=True),)
+    return () if fault in FIRST else (pytest.mark.slow,)
+
+
 MATRIX = [
     pytest.param(
         fault,
         load,
         seed,
-        marks=() if (load, seed) == ("mixed", 0) else pytest.mark.slow(last=True),
+        marks=marks(fault, load, seed),
         id=f"{fault}-{load}-{seed}",
     )
     for seed in range(SEEDS)
