@@ -449,7 +449,7 @@ class Pipeline:
             plan.liveness and self.shows_context(face, answer.width, answer.height)
             for face in found
         ]
-        moment = self.losses.now
+        moment, judges = self.losses.now, self.liveness_models
         waiting: list[asyncio.Future[Evidence]] = []
         under_way: list[Callable[[], None]] = []
         for face, live in zip(found, judged, strict=True):
@@ -473,6 +473,9 @@ class Pipeline:
                 take_back()
             raise
         missing |= {s for e in evidences for s in e.missing}
+        if judges != self.liveness_models:
+            for evidence in evidences:
+                evidence.live_score = None  # it says nothing by another model's thresholds
         readings = tuple(
             FaceReading(
                 Face(

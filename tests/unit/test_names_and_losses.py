@@ -220,6 +220,20 @@ def test_another_liveness_model_judges_anew() -> None:
     assert camera.emit()[0].liveness.verdict is LivenessVerdict.UNDECIDED
 
 
+def test_what_one_model_said_is_not_judged_by_another_s_thresholds() -> None:
+    camera = Camera()
+    camera.picture()
+    _, looks = camera.picture(keeps=True)
+    assert [look.live for look in looks] == [True]
+    camera.answer(looks[0], evidence("ada"))  # and its picture waits for those before it
+    camera.pipeline.liveness_models += 1
+    camera.now_ns += 40 * MS
+    for look in camera.turn([detected(100.0, signature(1))], camera.now_ns):
+        camera.answer(look, evidence("ada", live=None))
+    verdicts = [camera.emit()[0].liveness.verdict for _ in range(2)]
+    assert LivenessVerdict.LIVE not in verdicts
+
+
 def test_time_that_stands_still_keeps_no_name() -> None:
     camera = Camera()
     camera.picture()

@@ -40,6 +40,7 @@ class Look:
     __slots__ = (
         "evidence",
         "face",
+        "judges",
         "link",
         "live",
         "moment",
@@ -60,6 +61,8 @@ class Look:
         self.link = 0
         self.moment = 0
         """Of the gallery's losses, when it was taken."""
+        self.judges = 0
+        """``Pipeline.liveness_models`` when it was taken."""
         self.recognize = False
         self.live = False
         """Which stages are asked."""
@@ -175,6 +178,7 @@ class Faces:
         for face, track_id in zip(faces, assignments, strict=True):
             look = Look(face, track_id, size)
             look.moment = self._pipeline.losses.now
+            look.judges = self._liveness_models
             look.no_context = plan.liveness and not self._pipeline.shows_context(face, *size)
             look.recognize, look.live = recognizer, judge and not look.no_context
             # A track beyond the tracker's bound has id 0: it is treated as a picture.
@@ -231,6 +235,8 @@ class Faces:
         track_id = self._now_called(look.track_id)
         track = self._tracks.get(track_id) or self._ended.get(track_id)
         evidence = look.evidence or Evidence()
+        if look.judges != self._pipeline.liveness_models:
+            evidence.live_score = None  # it says nothing by another model's thresholds
         as_of = self._pipeline.revision()  # before it is looked whether names still hold
         if track is None or self._params is None:
             age_ns = 0 if evidence.recognized else None
