@@ -19,6 +19,7 @@ from facelane_server.models.api import Detections
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import read_package
 from facelane_server.modeltools import damage, measures
+from facelane_server.modeltools import report as reports
 from facelane_server.modeltools.cli import app
 from facelane_server.modeltools.evaluate import _at_apcer as at_apcer
 from facelane_server.modeltools.evaluate import _Finds as Finds
@@ -130,6 +131,80 @@ def test_listed_pairs_alone_count(tmp_path: Path) -> None:
         settings=Settings(plots=False),
     )
     assert (report["genuine_pairs"], report["impostor_pairs"]) == (1, 1)
+    # Nobody said that the other pictures are of different people: they count as such nowhere.
+    assert "impostors" not in report
+    for part in ("naming", "open_set", "groups"):
+        assert "one for each person" in report[part]["not_measured"]
+    assert "tellable" not in report["ood"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("pairs.csv", b"first,second,same\na/1.png,a/nobody.png,1\n", "there is no picture"),
+        ("pairs.csv", b"first,second,same\na/1.png,a/2.png,yes\n", "line 2"),
+        ("pairs.csv", "first,second,same\nMüller.png,a/2.png,1\n".encode("cp1252"), "UTF-8"),
+        ("groups.csv", "subject,group\nMüller,1\n".encode("cp1252"), "UTF-8"),
+        ("groups.csv", b"subject;group\na;1\n", "columns subject"),
+    ],
+)
+def test_lists_that_cannot_be_are_told_before_the_measuring(
+    tmp_path: Path, file: str, content: bytes, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a" / "1.png", np.zeros((32, 32, 3), np.uint8))
+    write(tmp_path / "a" / "2.png", np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / file).write_bytes(content)
+    catalog = Catalog()
+    # No model is loaded before.
+    monkeypatch.setattr("facelane_server.modeltools.evaluate_recognizer.load", None)
+    with pytest.raises(FacelaneError, match=told) as raised:
+        evaluate(
+            catalog.resolve("facelane-recognizer"), tmp_path, tmp_path / "out",
+            detector=catalog.resolve("facelane-detector"), settings=Settings(plots=False),
+        )  # fmt: skip
+    assert raised.value.reason is Reason.ARGUMENT_INVALID
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    ['[[1, 2, NaN, 4]]', '[[1, 2, 1e999, 4]]', '[[1, 2, -30, 4]]', '[[1, 2, 0, 4]]',
+     f"[[1, 2, {'9' * 400}, 4]]", "[" * 100_000],
+)  # fmt: skip
+def test_boxes_that_cannot_be_are_refused(tmp_path: Path, boxes: str) -> None:
+    write(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "boxes.json").write_text(f'{{"a.png": {boxes}}}')
+    with pytest.raises(FacelaneError, match=r"boxes\.json") as raised:
+        evaluate(
+            Catalog().resolve("facelane-detector"), tmp_path, tmp_path / "out",
+            settings=Settings(plots=False),
+        )  # fmt: skip
+    assert raised.value.reason is Reason.ARGUMENT_INVALID
+
+
+def test_a_report_that_nobody_may_write_is_told_before_the_measuring(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write(data / "a.png", np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(
+        app, ["evaluate", "facelane-detector", "--data", str(data), "--no-plots", "--reference",
+              "facelane-detector", "--out", str(tmp_path / "file" / "report")],
+    )  # fmt: skip
+    assert done.exit_code == 1
+    assert "name another with --out" in done.output.replace("\n", " ")
+
+
+def test_a_picture_whose_name_is_no_text_is_listed(tmp_path: Path) -> None:
+    reports.write({"model_id": "m"}, [("a\udcff.jpg", "NO_FACE")], tmp_path, [])
+    assert b"a\\udcff.jpg,NO_FACE" in (tmp_path / "left_out.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "shown"), [(0.8504, 0.851), (0.85, 0.85), (0.1 + 0.2, 0.3), (0.9999, 1.0)]
+)
+def test_a_suggested_threshold_stops_what_it_was_chosen_to_stop(
+    threshold: float, shown: float
+) -> None:
+    assert measures.rounded_up(threshold) == pytest.approx(shown, abs=1e-12)
 
 
 def test_detector_and_liveness_from_the_command_line(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def evaluate(
             if not rows:
                 raise _failed(
                     "nothing was written: --write is for recognisers, and takes pictures of more "
-                    "people than these"
+                    "people than these, in a folder for each"
                 )
             impostors.write(package, rows)
     except FacelaneError as error:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ def evaluate(
         report.require_matplotlib()
     if not data.is_dir():
         raise refuse(f"{data} is no folder")
+    report.require_folder(out)
     if package.task is Stage.DETECTOR:
         if settings.aligned:
             raise refuse("a detector takes whole pictures: leave out --aligned")
@@ -207,7 +209,10 @@ def _at_apcer(
             "interval": list(measures.wilson(refused, len(live))),
         }
         if threshold <= 1:
-            suggested = {"thresholds.live": round(threshold, 3), "for_attack_accept_rate": rate}
+            suggested = {
+                "thresholds.live": min(1.0, measures.rounded_up(threshold)),
+                "for_attack_accept_rate": rate,
+            }
     return found, suggested
 
 
@@ -365,7 +370,7 @@ def _boxes(data: Path) -> Mapping[str, list[list[float]]]:
         out = {
             str(name): [[float(v) for v in box] for box in boxes] for name, boxes in found.items()
         }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, AttributeError, TypeError) as error:
         raise refuse(
             'it needs boxes.json: {"path": [[x, y, width, height], ...], ...}, in pixels; '
             "or name another detector to compare with: --reference"
@@ -376,4 +381,11 @@ def _boxes(data: Path) -> Mapping[str, list[list[float]]]:
             raise refuse(f"boxes.json names {name}, which is no picture in the folder")
         if any(len(box) != 4 for box in boxes):
             raise refuse(f"boxes.json: a box of {name} has not four numbers")
+        if not all(math.isfinite(v) for box in boxes for v in box):
+            raise refuse(f"boxes.json: a box of {name} has a number that is none")
+        if any(box[2] <= 0 or box[3] <= 0 for box in boxes):
+            raise refuse(
+                f"boxes.json: a box of {name} has no width or no height; boxes are x, y, width, "
+                "height, not two corners"
+            )
     return out

@@ -35,6 +35,9 @@ from facelane_server.worker.networks.load import load
 FARS: Final = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 PROMISE: Final = 0.001
 """The share of strangers named that the table of thresholds is for: the config's default."""
+_PAIRS_ALONE: Final = (
+    "the folders are not one for each person, and pairs.csv tells no more than pairs"
+)
 SEARCHED: Final = (1, 10, 100, 1_000, 10_000)
 """Sizes of galleries in that table."""
 
@@ -58,6 +61,10 @@ def evaluate_recognizer(
 ) -> tuple[Report, list[Plot | Bars]]:
     files = picture_files(run.data)
     names = _subjects(run.data, files)
+    # What is wrong with the lists is said before the measuring, which may take an hour.
+    groups = _listed_groups(run.data)
+    if (run.data / "pairs.csv").is_file() or any(path.parent == run.data for path in files):
+        _pairs(run.data, files)
     model = load(package, run.options, batch_max=BATCH)
     assert isinstance(model, Recognizer)
     model.warm_up()
@@ -69,18 +76,38 @@ def evaluate_recognizer(
         subject = np.array([names[i] for i in faces.used], np.int64)
         found, plots = _verification(package, faces, subject, genuine, impostor, run)
         spoilt = _damaged(model, faces, run) if faces.sample else {}
-        found |= _naming(package, faces, spoilt, subject, genuine, impostor)
-        found |= _open_set(faces, subject)
-        found |= _groups(run.data, [files[i] for i in faces.used], faces, subject)
+        used = [files[i] for i in faces.used]
+        people = _folders_are_people(run.data, used, subject, genuine, impostor)
+        if people:
+            found |= _naming(package, faces, spoilt, subject, genuine, impostor)
+            found |= _open_set(faces, subject)
+            found |= _groups(
+                groups, [path.relative_to(run.data).parts[0] for path in used], faces, subject
+            )
+        else:
+            found |= {
+                name: {"not_measured": _PAIRS_ALONE} for name in ("naming", "open_set", "groups")
+            }
         if package.manifest.ood is None or package.manifest.ood.source == "none":
             found["ood"] = {"source": "none: every face is trusted; see the manual to calibrate it"}
         else:
             found["ood"], more = _trust(package, faces, spoilt, genuine, impostor)
             plots += more
-            found["ood"] |= _tellable_but_refused(package, faces, spoilt, subject)
+            if people:
+                found["ood"] |= _tellable_but_refused(package, faces, spoilt, subject)
     finally:
         model.close()
     return found, plots
+
+
+def _folders_are_people(
+    data: Path, files: Sequence[Path], subject: I64, genuine: I64, impostor: I64
+) -> bool:
+    """Whether every picture lies in the folder of the person whom it shows: beside pairs.csv they
+    may lie anywhere, and pictures of one person would count as those of different ones."""
+    torn = bool((subject[genuine[:, 0]] != subject[genuine[:, 1]]).any())
+    mixed = bool((subject[impostor[:, 0]] == subject[impostor[:, 1]]).any())
+    return not (torn or mixed or any(path.parent == data for path in files))
 
 
 def _subjects(data: Path, files: Sequence[Path]) -> list[int]:
@@ -139,7 +166,10 @@ def _verification(
             ),
         }
         if far * len(other) >= 10 and far < 0.05:
-            suggested = {"thresholds.match": round(threshold, 3), "for_false_accept_rate": far}
+            suggested = {
+                "thresholds.match": measures.rounded_up(threshold),
+                "for_false_accept_rate": far,
+            }
     eer_threshold, eer = measures.equal_error(same, other)
     accepted, passed = float((other >= match).mean()), float((same >= match).mean())
     found: Report = {
@@ -239,22 +269,30 @@ def _open_set(faces: _Faces, subject: I64) -> Report:
     return {"open_set": table or {"not_measured": few}}
 
 
-def _groups(data: Path, files: Sequence[Path], faces: _Faces, subject: I64) -> Report:
-    """False accept rates within the groups of ``groups.csv`` (columns subject, group)."""
+def _listed_groups(data: Path) -> dict[str, str] | None:
+    """The group of each folder's person, of ``groups.csv`` (columns subject, group)."""
     listed = data / "groups.csv"
     if not listed.is_file():
-        return {"groups": {"not_measured": "there is no groups.csv (columns subject, group)"}}
+        return None
     groups: dict[str, str] = {}
-    with listed.open(newline="", encoding="utf-8-sig") as stream:
-        for number, row in enumerate(csv.DictReader(stream), 2):
-            try:
-                groups[row["subject"].strip()] = row["group"].strip()
-            except (KeyError, AttributeError) as error:
-                raise refuse(
-                    f"groups.csv, line {number}: needs the columns subject (the name of a folder) "
-                    "and group"
-                ) from error
-    label = [groups.get(path.relative_to(data).parts[0], "") for path in files]
+    for number, row in _table_of(listed):
+        try:
+            groups[row["subject"].strip()] = row["group"].strip()
+        except (KeyError, AttributeError) as error:
+            raise refuse(
+                f"groups.csv, line {number}: needs the columns subject (the name of a folder) "
+                "and group"
+            ) from error
+    return groups
+
+
+def _groups(
+    groups: Mapping[str, str] | None, folders: Sequence[str], faces: _Faces, subject: I64
+) -> Report:
+    """False accept rates within groups. ``folders`` [N]: the name of each picture's."""
+    if groups is None:
+        return {"groups": {"not_measured": "there is no groups.csv (columns subject, group)"}}
+    label = [groups.get(name, "") for name in folders]
     table: Report = {}
     for group in openset.within_groups(faces.vectors, subject, label, FARS, SEED):
         table[group.name] = {"people": group.people, "pairs": group.pairs} | {
@@ -417,6 +455,19 @@ def _mixed_quality(
     )  # fmt: skip
 
 
+def _table_of(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row by the names of the first line) of a CSV file."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            for row in reader:
+                yield reader.line_num, row
+    except UnicodeDecodeError as error:
+        raise refuse(f"{path.name} is not UTF-8; save it as CSV in UTF-8") from error
+    except (csv.Error, OSError) as error:
+        raise refuse(f"{path.name} cannot be read: {error}") from error
+
+
 def _pairs(data: Path, files: Sequence[Path]) -> tuple[I64, I64]:
     """Genuine and impostor pairs, as rows of ``files``."""
     listed = data / "pairs.csv"
@@ -426,16 +477,19 @@ def _pairs(data: Path, files: Sequence[Path]) -> tuple[I64, I64]:
         return measures.pairs(np.array(_subjects(data, files), np.int64), seed=SEED)
     row_of = {path.resolve(): row for row, path in enumerate(files)}
     sides: dict[str, list[tuple[int, int]]] = {"0": [], "1": []}
-    with listed.open(newline="", encoding="utf-8-sig") as stream:
-        for number, row in enumerate(csv.DictReader(stream), 2):
-            try:
-                ends = [(data / row[key]).resolve() for key in ("first", "second")]
-                side = sides[row["same"].strip()]
-            except (KeyError, TypeError, AttributeError) as error:
-                raise refuse(
-                    f"pairs.csv, line {number}: needs the columns first, second and same (0 or 1)"
-                ) from error
-            if all(end in row_of for end in ends):
-                side.append((row_of[ends[0]], row_of[ends[1]]))
+    for number, row in _table_of(listed):
+        try:
+            ends = [(data / row[key].strip()).resolve() for key in ("first", "second")]
+            side = sides[row["same"].strip()]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise refuse(
+                f"pairs.csv, line {number}: needs the columns first, second and same (0 or 1)"
+            ) from error
+        absent = next((end for end in ends if not end.is_file()), None)
+        if absent is not None:
+            raise refuse(f"pairs.csv, line {number}: there is no picture {absent}")
+        # A picture without a face, or that is none, is listed in left_out.csv.
+        if all(end in row_of for end in ends):
+            side.append((row_of[ends[0]], row_of[ends[1]]))
     genuine, impostor = (np.array(sides[key], np.int64).reshape(-1, 2) for key in ("1", "0"))
     return genuine, impostor

@@ -150,6 +150,12 @@ def threshold_at_far(impostor: F64, far: float) -> float:
     return float(np.nextafter(ordered[min(allowed, len(ordered) - 1)], np.inf))
 
 
+def rounded_up(threshold: float, digits: int = 3) -> float:
+    """For a manifest: not under ``threshold``, or what it was chosen to stop would pass."""
+    step = 10.0**digits
+    return float(np.ceil(round(threshold * step, 6)) / step)
+
+
 def error_curve(genuine: F64, impostor: F64, points: int = 400) -> tuple[F64, F64, F64]:
     """(threshold, false accept rate, false reject rate), FAR falling.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,19 +65,35 @@ def require_matplotlib() -> None:
         )
 
 
+def require_folder(out: Path) -> None:
+    """Raises FacelaneError(ARGUMENT_INVALID) when nothing could be written into ``out``, which need
+    not be there yet: to be told before an hour of measuring, not after."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise FacelaneError(
+            Reason.ARGUMENT_INVALID,
+            f"the report cannot be written into {out}: {there} is no folder that one may write "
+            "into; name another with --out",
+        )
+
+
 def write(
     report: Report, left_out: Sequence[tuple[str, str]], out: Path, plots: Sequence[Plot | Bars]
 ) -> None:
     """All files of one evaluation into ``out``. ``left_out``: (path, reason) of pictures."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    with (out / "left_out.csv").open("w", newline="") as stream:
+    # Names of files need not be text.
+    with (out / "left_out.csv").open(
+        "w", newline="", encoding="utf-8", errors="backslashreplace"
+    ) as stream:
         writer = csv.writer(stream)
         writer.writerow(("picture", "reason"))
         writer.writerows(left_out)
     for plot in plots:
         _draw(plot, out)
-    (out / "report.md").write_text(markdown(report, [plot.name for plot in plots]))
+    text = markdown(report, [plot.name for plot in plots])
+    (out / "report.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _draw(plot: Plot | Bars, out: Path) -> None:
