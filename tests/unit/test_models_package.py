@@ -399,6 +399,41 @@ def test_imports_that_are_refused(tmp_path: Path) -> None:
         guess_recipe([file])
 
 
+def test_an_import_replaces_packages_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "yunet.pth"
+    file.write_bytes(b"")
+    letters = tmp_path / "into" / "letters"
+    letters.mkdir(parents=True)
+    (letters / "dear.txt").write_text("...")
+    with pytest.raises(FacelaneError, match="is no model package, and is not replaced"):
+        import_model("yunet", [file], tmp_path / "into", name="letters", replace=True)
+    assert (letters / "dear.txt").exists()
+    for name in ("../letters", "a/b", "..", "/tmp/x"):
+        with pytest.raises(FacelaneError, match="names a folder elsewhere"):
+            import_model("yunet", [file], tmp_path / "into" / "x", name=name, replace=True)
+    assert [path.name for path in (tmp_path / "into").iterdir()] == ["letters"]
+
+
+def test_an_import_into_what_is_no_folder_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "yunet.pth"
+    file.write_bytes(b"")
+    with pytest.raises(FacelaneError, match=r"yunet\.pth: (Not a directory|File exists)") as raised:
+        import_model("yunet", [file], file)
+    assert raised.value.reason is Reason.ARGUMENT_INVALID
+
+
+def test_a_pair_comes_in_either_order(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("4_MiniFASNetV1SE.pth", "2.7_MiniFASNetV2.pth")]
+    for file in files:
+        file.write_bytes(b"")
+    recipe = RECIPES["minifasnet"]
+    (tmp_path / "package").mkdir()
+    rows = recipe.build(recipe, files, tmp_path / "package")["weights"]
+    assert [(row["file"], row["part"]) for row in rows] == [
+        ("2.7_MiniFASNetV2.pth", "v2"), ("4_MiniFASNetV1SE.pth", "v1se"),
+    ]  # fmt: skip
+
+
 def test_every_recipe_makes_a_manifest_that_reads(tmp_path: Path) -> None:
     """All but the weights of each recipe is checked here; the weights where they exist."""
     for key, recipe in RECIPES.items():

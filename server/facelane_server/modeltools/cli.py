@@ -315,7 +315,7 @@ def import_package(
     replace: Annotated[bool, typer.Option(help="Replace a package of this name.")] = False,
 ) -> None:
     """Make a package of public weights files. Recipes: yunet, yunet-onnx, mobilefacenet-onnx,
-    minifasnet (V2 file first), rts, onnx-detector, onnx-recognizer, onnx-liveness."""
+    minifasnet (both files), rts, onnx-detector, onnx-recognizer, onnx-liveness."""
     from facelane_server.modeltools.importer import guess_recipe, import_model
 
     try:

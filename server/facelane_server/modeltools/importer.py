@@ -60,9 +60,31 @@ def import_model(
     for source in sources:
         if not source.is_file():
             raise _refuse(f"{source} is not a file")
+    if len({source.name for source in sources}) != len(sources):
+        raise _refuse("two of the files have one name; rename one")
+    if name in (".", "..") or Path(name).name != name:
+        raise _refuse(f"{name} names a folder elsewhere; --name is the package's, --into its place")
     final = directory / (name or found.name)
     if final.exists() and not replace:
         raise _refuse(f"{final} exists already; choose another --name, or --replace it")
+    if final.exists() and not (final / MANIFEST).is_file():
+        raise _refuse(f"{final} is no model package, and is not replaced; choose another --name")
+    try:
+        return _build(recipe, sources, final, version, overrides or {})
+    except OSError as error:
+        raise _refuse(f"{error.filename or directory}: {error.strerror or error}") from error
+
+
+def _build(
+    recipe: str,
+    sources: Sequence[Path],
+    final: Path,
+    version: str,
+    overrides: Mapping[str, Any],
+) -> Package:
+    """The package, in the place of one that is there."""
+    found = RECIPES[recipe]
+    directory = final.parent
     directory.mkdir(parents=True, exist_ok=True)
     # Built beside its final place and renamed: nobody ever reads half a package.
     with tempfile.TemporaryDirectory(prefix=".import-", dir=directory) as scratch:
@@ -75,15 +97,21 @@ def import_model(
         except Exception as error:  # whatever a file leads its reader to
             names = ", ".join(source.name for source in sources)
             raise _refuse(f"{names}: not what recipe {recipe} takes ({error})") from error
-        manifest = _merged(built, overrides or {})
+        manifest = _merged(built, overrides)
         manifest["name"] = final.name
         manifest["version"] = version
         (folder / MANIFEST).write_bytes(tomli_w.dumps({"schema": 1, **manifest}).encode())
         package = read_package(folder)
         _try_weights(package)
+        before = Path(scratch) / "before"
         if final.exists():
-            shutil.rmtree(final)
-        folder.rename(final)
+            final.rename(before)
+        try:
+            folder.rename(final)
+        except OSError:
+            if before.exists():
+                before.rename(final)
+            raise
     return read_package(final)
 
 
@@ -115,6 +143,11 @@ def _copied(recipe: Recipe, sources: Sequence[Path], folder: Path) -> dict[str, 
         row = {"file": source.name, "sha256": _sha256(folder / source.name)}
         weights.append(row if len(sources) == 1 else {**row, "part": part})
     return {**recipe.manifest, "weights": weights, "provenance": _provenance(sources)}
+
+
+def _minifasnet(recipe: Recipe, sources: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """The pair in whichever order the files were named, where their names tell."""
+    return _copied(recipe, sorted(sources, key=lambda file: "v1se" in file.name.lower()), folder)
 
 
 def _mobilefacenet_onnx(recipe: Recipe, sources: Sequence[Path], folder: Path) -> dict[str, Any]:
@@ -286,9 +319,9 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     ),
     "minifasnet": Recipe(
         name="minifasnet-pair",
-        title="MiniFASNet V2 and V1SE liveness (both .pth files, V2 first)",
+        title="MiniFASNet V2 and V1SE liveness (both .pth files)",
         parts=("v2", "v1se"),
-        build=_copied,
+        build=_minifasnet,
         manifest={
             "task": "liveness",
             "architecture": "minifasnet-pair",
