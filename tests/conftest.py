@@ -14,6 +14,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 
 from tests import postgres as postgres_server
+from tests.collecting import Collecting
 from tests.costs import Costs
 from tests.measuring import Measuring
 from tests.ordering import dealt, in_order, is_last
@@ -71,6 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Collecting())
     config.pluginmanager.register(Costs())
     config.pluginmanager.register(Measuring())
     seconds = config.getoption("--within")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.collecting import TESTS, importable, rotated
 from tests.ordering import cut, in_turn
 
 
@@ -54,3 +56,16 @@ def test_a_turn_can_be_repeated() -> None:
     names = [str(number) for number in range(50)]
     assert in_turn(names, 7) == in_turn(names[::-1], 7) != in_turn(names, 8)
     assert sorted(in_turn(names, 7)) == sorted(names)
+
+
+def test_each_process_compiles_a_part_of_the_tests_and_imports_all() -> None:
+    paths = [Path(f"test_{number}.py") for number in range(10)]
+    orders = [rotated(paths, number, 3) for number in range(3)]
+    assert all(sorted(order) == sorted(paths) for order in orders)
+    assert [order[0].stem for order in orders] == ["test_0", "test_3", "test_6"]
+
+
+def test_tests_are_imported_as_pytest_does() -> None:
+    assert importable(Path(__file__)) == (TESTS / "unit", __name__)
+    browser = TESTS / "browser" / "test_console.py"
+    assert importable(browser) == (TESTS.parent, "tests.browser.test_console")
