@@ -181,9 +181,10 @@ def test_a_doubtful_look_that_names_nobody_is_compared_with_the_one_who_was_name
         assert all(face.identity.subject_id != ADA for face in swapped)
 
 
-def test_who_still_passes_is_looked_at_in_another_moment_and_goes_on() -> None:
+@pytest.mark.parametrize("interval_s", [3, 60])
+def test_who_still_passes_is_looked_at_in_another_moment_and_goes_on(interval_s: int) -> None:
     """Somebody whom the recogniser hardly knows, a picture above the threshold and one below."""
-    stage = Stage()
+    stage = Stage(PARAMS.with_interval(interval_s * tracking.track.SECOND))
     stage.pipeline.thresholds = replace(THRESHOLDS, promise=PROMISE, looks=1)
     stage.pipeline.searched = lambda _gallery: 10_000
     watch(stage, ADA, 1, 5, 40)

@@ -36,7 +36,7 @@ look says holds for the pictures up to the next one, also where that was known b
 * Any other contradiction (a name becomes unknown, or the reverse) counts at once when its
   OOD score is at least as good as the best shot's; otherwise it takes two in a row, and the
   first makes the track ask again: on the next frame, or, while the face still passes for the
-  one who was named, as soon as after a rejected shot (two pictures of one moment say the same).
+  one who was named, in another moment (two pictures of one moment say the same).
 
 Time that stands still (a client that gives every picture one time) keeps nothing young: after
 ``STILL_LINKS`` such pictures a track is looked at again, and after twice as many what was said

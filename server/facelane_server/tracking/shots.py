@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from facelane_server.domain import Decision, DetectedFace, Identity, Landmarks
 from facelane_server.tracking.track import (
     NOT_EVALUATED,
+    SECOND,
     Params,
     Shot,
     Track,
@@ -26,6 +27,10 @@ RETRY_SHARE: Final = 0.1
 with every further rejection, up to the whole interval."""
 SUSPECT_RETRY_SHARE: Final = RETRY_SHARE / 3
 """The same while it is not certain whose face it is: nothing is shown of it until then."""
+
+MOMENT_NS: Final = 3 * SECOND // 10
+"""Pictures of one face within so long say the same, at most (``RETRY_SHARE`` of the interval where
+that is less)."""
 
 CHIP_SIDE: Final = 112.0
 """A face of this width fills the recogniser's input without enlargement."""
@@ -91,7 +96,7 @@ def wants_recognition(track: Track, found: DetectedFace, now_ns: int, params: Pa
     since = now_ns - track.asked_ns
     if since >= params.interval_ns or clock_stands_still(since, track.links - track.asked_link):
         return True
-    if track.doubts and since >= params.interval_ns * RETRY_SHARE:
+    if track.doubts and since >= min(params.interval_ns * RETRY_SHARE, MOMENT_NS):
         return True
     if track.rejected:
         share = SUSPECT_RETRY_SHARE if suspect else RETRY_SHARE
