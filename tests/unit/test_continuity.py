@@ -24,10 +24,12 @@ from facelane_server.domain import (
     LivenessVerdict,
     Picture,
 )
+from facelane_server.domain import Stage as Role
 from facelane_server.models.promise import Promise
 from facelane_server.pipeline import Evidence
 from facelane_server.tracking.appearance import (
     SAME_LINK,
+    SAME_LOOK,
     changed,
     correlation,
 )
@@ -258,6 +260,33 @@ def test_a_slow_dissolve_is_looked_at() -> None:
     assert faces[-1].identity.subject_id == BOB
     named = [f.identity.subject_id for f in faces]
     assert ADA not in named[22:]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [Evidence(missing=(Role.RECOGNIZER,)), evidence(ADA, ood=0.1), evidence(STRANGER, ood=0.5)],
+    ids=["lost", "untrusted", "first contradiction"],
+)
+def test_a_dissolve_past_a_look_that_does_not_name_is_doubted(said: Evidence) -> None:
+    """Each picture is like the one before and like the one that was asked for last, which has not
+    become the one to compare with. The last is unlike the one that has the name."""
+    first, last = chip(1).astype(float), chip(2).astype(float)
+    blends = [of(np.rint(first + k / 100 * (last - first)).astype(np.uint8)) for k in range(101)]
+    near = max(k for k in range(101) if not changed(blends[0], blends[k], SAME_LINK))
+    half = max(k for k in range(101) if not changed(blends[0], blends[k], SAME_LOOK))
+    full = max(k for k in range(101) if not changed(blends[half], blends[k], SAME_LINK))
+    assert changed(blends[0], blends[full], SAME_LOOK)
+    stage = Stage()
+    for k in range(8):
+        for look in stage.turn([detected(100, blends[k // 7 * near])], 400 * k * MS):
+            stage.answer(look, evidence(ADA))
+        assert stage.emit()[0].identity.subject_id == ADA
+    [lost] = stage.turn([detected(100, blends[half])], 3_000 * MS)
+    assert lost.recognize, "it is time"
+    stage.turn([detected(100, blends[full])], 3_040 * MS)
+    stage.answer(lost, said)
+    shown = [stage.emit()[0].identity.subject_id for _ in range(2)]
+    assert shown[1] == ""
 
 
 def test_what_was_seen_expires() -> None:

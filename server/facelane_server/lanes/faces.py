@@ -312,6 +312,8 @@ class Faces:
                     else self._pipeline.resembles(evidence, self._plan)
                 ),
             )
+        if look.recognize:
+            track = tracking.looked(track, look.face, link=link)
         if evidence.live_score is not None:
             thresholds = self._pipeline.thresholds
             track = tracking.with_liveness(

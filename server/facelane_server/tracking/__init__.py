@@ -22,6 +22,8 @@ named and nobody else, still passes for that one (``resembles``: a face that is 
 for some pictures). If it says another name, or twice that this is nobody known, the track has
 ended there and another begins (``contradicts``, ``successor``). Doubts are known singly: what a
 look says holds for the pictures up to the next one, also where that was known before the answer.
+While a look is under way pictures are compared with its own; where it then names nobody, they are
+compared with the one that did (``looked``).
 
 **Names.** The best shot by OOD score speaks for the track.
 
@@ -69,6 +71,7 @@ from facelane_server.tracking.shots import (
     forgotten,
     frontalness,
     identity_at,
+    looked,
     looking,
     named,
     ood_score_at,
@@ -97,6 +100,7 @@ __all__ = [
     "identity_at",
     "judged_anew",
     "liveness_at",
+    "looked",
     "looking",
     "named",
     "ood_score_at",

@@ -9,6 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from facelane_server.domain import Decision, DetectedFace, Identity, Landmarks
+from facelane_server.tracking.appearance import SAME_LOOK, changed
 from facelane_server.tracking.track import (
     NOT_EVALUATED,
     SECOND,
@@ -19,6 +20,7 @@ from facelane_server.tracking.track import (
     last_doubt,
     next_doubt,
     settled,
+    suspected,
     without_bona_fide,
 )
 
@@ -108,6 +110,18 @@ def wants_recognition(track: Track, found: DetectedFace, now_ns: int, params: Pa
 def looking(track: Track, found: DetectedFace) -> Track:
     """The track when the recogniser was asked for this shot."""
     return replace(track, looking=found.signature)
+
+
+def looked(track: Track, found: DetectedFace, *, link: int) -> Track:
+    """The track when the look at its picture ``link`` is over, whatever it said, if anything. What
+    came after was compared with that picture; where it has not become the reference, the newest is
+    compared with that one now, and is doubtful with all since the look where it is unlike it."""
+    if track.looking == found.signature:
+        track = replace(track, looking=b"")
+    if track.links == link or track.reference == found.signature:
+        return track
+    unlike = changed(track.reference, track.signature, SAME_LOOK)
+    return suspected(track, link + 1) if unlike else track
 
 
 def contradicts(track: Track, ood_score: float, identity: Identity, *, link: int = 0) -> bool:
