@@ -193,6 +193,18 @@ def test_a_report_that_nobody_may_write_is_told_before_the_measuring(tmp_path: P
     assert "name another with --out" in done.output.replace("\n", " ")
 
 
+def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:
+    for name in ("a/1.HEIC", "a/2.bmp", "b/1.tiff", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"...")
+    catalog = Catalog()
+    with pytest.raises(FacelaneError, match=r"left out: 3 ENCODING_UNSUPPORTED$"):
+        evaluate(
+            catalog.resolve("facelane-recognizer"), tmp_path, tmp_path / "out",
+            detector=catalog.resolve("facelane-detector"), settings=Settings(plots=False),
+        )  # fmt: skip
+
+
 def test_a_picture_whose_name_is_no_text_is_listed(tmp_path: Path) -> None:
     reports.write({"model_id": "m"}, [("a\udcff.jpg", "NO_FACE")], tmp_path, [])
     assert b"a\\udcff.jpg,NO_FACE" in (tmp_path / "left_out.csv").read_bytes()

@@ -30,7 +30,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from facelane_server.domain import Stage
+from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.models.api import F32, Detections, Detector, DeviceOptions, LivenessModel
 from facelane_server.models.package import Package
 from facelane_server.modeltools import measures, report
@@ -85,18 +85,14 @@ def evaluate(
     if not data.is_dir():
         raise refuse(f"{data} is no folder")
     report.require_folder(out)
-    if package.task is Stage.DETECTOR:
-        if settings.aligned:
-            raise refuse("a detector takes whole pictures: leave out --aligned")
-        found, drawn = _detector(package, reference, run)
-    else:
-        if not settings.aligned and (detector is None or detector.task is not Stage.DETECTOR):
-            raise refuse(f"a {package.task.value} needs a detector package to find the faces")
-        if settings.aligned:
-            detector = None
-        measure = evaluate_recognizer if package.task is Stage.RECOGNIZER else _liveness
-        found, drawn = measure(package, detector, run)
-        found["detector"] = detector.model_id if detector else "none: aligned pictures"
+    try:
+        found, drawn = _measured(package, detector, reference, run)
+    except FacelaneError as error:
+        if run.left_out and error.reason is Reason.ARGUMENT_INVALID:
+            # No report will say so.
+            counts = ", ".join(f"{count} {reason}" for reason, count in run.counts().items())
+            raise FacelaneError(error.reason, f"{error.message}; left out: {counts}") from error
+        raise
     whole = {
         "model_id": package.model_id,
         "task": package.task.value,
@@ -105,6 +101,24 @@ def evaluate(
     }
     report.write(whole, run.left_out, out, drawn if settings.plots else [])
     return whole
+
+
+def _measured(
+    package: Package, detector: Package | None, reference: Package | None, run: Run
+) -> tuple[Report, list[Plot | Bars]]:
+    aligned = run.settings.aligned
+    if package.task is Stage.DETECTOR:
+        if aligned:
+            raise refuse("a detector takes whole pictures: leave out --aligned")
+        return _detector(package, reference, run)
+    if not aligned and (detector is None or detector.task is not Stage.DETECTOR):
+        raise refuse(f"a {package.task.value} needs a detector package to find the faces")
+    if aligned:
+        detector = None
+    measure = evaluate_recognizer if package.task is Stage.RECOGNIZER else _liveness
+    found, drawn = measure(package, detector, run)
+    found["detector"] = detector.model_id if detector else "none: aligned pictures"
+    return found, drawn
 
 
 # -- liveness ---------------------------------------------------------------------------
@@ -116,7 +130,7 @@ def _liveness(
     for name in ("live", "spoof"):
         if not (run.data / name).is_dir():
             raise refuse(f"it needs the folders live and spoof; {name} is missing")
-    files = picture_files(run.data / "live") + picture_files(run.data / "spoof")
+    files = [f for part in ("live", "spoof") for f in picture_files(run.data / part, run)]
     kind_of = [_kind(path.relative_to(run.data)) for path in files]
     shown = Counter(kind_of)
     model = load(package, run.options, batch_max=BATCH)
@@ -270,7 +284,7 @@ def _detector(
     if not (run.data / "boxes.json").is_file() and reference is not None:
         if reference.task is not Stage.DETECTOR:
             raise refuse(f"the reference {reference.name} is no detector")
-        truth: dict[Path, list[list[float]] | None] = dict.fromkeys(picture_files(run.data))
+        truth: dict[Path, list[list[float]] | None] = dict.fromkeys(picture_files(run.data, run))
     else:
         reference = None
         truth = {run.data / name: rows for name, rows in sorted(_boxes(run.data).items())}

@@ -59,7 +59,7 @@ class _Faces:
 def evaluate_recognizer(
     package: Package, detector: Package | None, run: Run
 ) -> tuple[Report, list[Plot | Bars]]:
-    files = picture_files(run.data)
+    files = picture_files(run.data, run)
     names = _subjects(run.data, files)
     # What is wrong with the lists is said before the measuring, which may take an hour.
     groups = _listed_groups(run.data)

@@ -36,6 +36,11 @@ SUFFIXES: Final = {
     ".webp": Encoding.WEBP,
 }
 
+UNREAD: Final = frozenset(
+    (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tif", ".tiff")
+)
+"""Endings of pictures too, of kinds that the service does not take."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -77,8 +82,13 @@ class Run:
         return dict(Counter(reason for _, reason in self.left_out))
 
 
-def picture_files(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+def picture_files(folder: Path, run: Run) -> list[Path]:
+    """The pictures in ``folder`` that can be read; those of other kinds are left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = [path for path in files if path.suffix.lower() in SUFFIXES]
+    for path in files:
+        if path.suffix.lower() in UNREAD:
+            run.skip(path, Reason.ENCODING_UNSUPPORTED.value)
     if len(found) > MAX_PICTURES:
         raise refuse(f"{folder} holds more than {MAX_PICTURES} pictures; take a part of them")
     return found
