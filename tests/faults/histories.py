@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -290,7 +291,12 @@ class History:
                 answers: list[object] = [None, None]
 
                 def make(at: int, client: facelane.Client, move: str, into: list[object]) -> None:
-                    into[at] = _move(client, move, at)
+                    try:
+                        into[at] = _move(client, move, at)
+                    except facelane.FacelaneError as error:
+                        into[at] = _FAILED  # and may have happened
+                        with self._counted:
+                            self.failed[str(error.reason)] += 1
 
                 threads = [
                     threading.Thread(target=make, args=(at, client, moves[at], answers))
@@ -301,19 +307,24 @@ class History:
                 for thread in threads:
                     thread.join(60)
                 pairs = list(zip(moves, answers, strict=True))
+                reader = second if chance.random() < 0.5 else first
+                found = until(lambda by=reader: _answered(by), what="what there is now")[0]  # type: ignore[misc]
                 after = [
                     end
-                    for order in (pairs, pairs[::-1])
+                    for first_too, second_too in itertools.product(
+                        *(_perhaps(pair, found) for pair in pairs)
+                    )
+                    for order in ((*first_too, *second_too), (*second_too, *first_too))
                     if (end := _played(held, order)) is not _IMPOSSIBLE
                 ]
-                found = _move(second if chance.random() < 0.5 else first, "read", 0)
                 if found not in after:
                     self.fail(f"{pairs} from {held} gave {found}: no order of both does")
                 held = found  # type: ignore[assignment]
                 for move in (*moves, "read"):
                     self.count(move)
                 if held is not None and len(held) > 8:
-                    first.delete_subject("shared")
+                    with contextlib.suppress(facelane.NotFoundError):
+                        until(lambda: _deleted(first), what="a deletion that is confirmed")
                     held = None
                     self.count("delete")
 
@@ -471,6 +482,36 @@ class History:
 # -- moves of two -----------------------------------------------------------------------------
 
 _IMPOSSIBLE: Final = frozenset({"impossible"})
+_FAILED: Final = "failed"
+
+
+def _answered(client: facelane.Client) -> tuple[frozenset[str] | None] | None:
+    with contextlib.suppress(facelane.UnavailableError):
+        return (_move(client, "read", 0),)  # type: ignore[return-value]
+    return None
+
+
+def _deleted(client: facelane.Client) -> bool:
+    with contextlib.suppress(facelane.UnavailableError):
+        client.delete_subject("shared")
+        return True
+    return False
+
+
+def _perhaps(
+    pair: tuple[str, object], found: frozenset[str] | None
+) -> list[tuple[tuple[str, object], ...]]:
+    """What a move may have been: that itself, or for one that failed nothing, or any answer to it
+    that nobody heard."""
+    move, answer = pair
+    if answer is not _FAILED:
+        return [(pair,)]
+    heard: list[object] = []
+    if move == "enrol":
+        heard = [*(found or ()), "of which nothing is left"]
+    elif move == "delete":
+        heard = [True, False]
+    return [(), *(((move, one),) for one in heard)]
 
 
 def _move(client: facelane.Client, move: str, at: int) -> object:

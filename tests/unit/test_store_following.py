@@ -125,6 +125,43 @@ async def test_a_process_that_does_not_answer_holds_the_confirmation_up_and_not_
     await gallery.close()
 
 
+async def test_a_recogniser_that_is_slow_holds_no_confirmation_up(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it takes in a new base, for one, of a million: its process names the subject no more
+    as soon as it has read of the deletion."""
+    monkeypatch.setattr(gallery_module, "FOLLOWED_TIMEOUT_S", 0.05)
+    slow = Recogniser()
+    first, second = await served(place), await Gallery.open(place)
+    assert await second.serve(MODEL, DIM, slow.publish)
+    await first.enroll("g", "a", vector=vector(1), ood_score=0.9, create_subject=True)
+    await auntil(lambda: second.knows("g", "a"))
+    slow.gate.clear()
+    await first.delete_subject("g", "a")
+    assert not second.knows("g", "a")
+    slow.gate.set()
+    await first.close()
+    await second.close()
+
+
+async def test_nobody_is_served_before_the_recognisers_have_the_gallery(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody would be a stranger, for as long as it takes to take a large one in."""
+    monkeypatch.setattr(gallery_module, "PUBLISHED_TIMEOUT_S", 0.0)
+    slow = Recogniser()
+    slow.gate.clear()
+    gallery = await Gallery.open(place)
+    serving = asyncio.create_task(gallery.serve(MODEL, DIM, slow.publish))
+    await slow.entered.wait()
+    await gallery.counts()  # behind all that ``serve`` asked of the store
+    assert not serving.done()
+    slow.gate.set()
+    assert await serving
+    assert slow.versions
+    await gallery.close()
+
+
 async def test_a_process_that_died_holds_nobody_up(place: Path | str) -> None:
     gallery = await served(place)
     database = gallery._store.database

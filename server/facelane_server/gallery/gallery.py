@@ -49,11 +49,13 @@ from facelane_server.store.watching import StoreWatch
 
 CALL_TIMEOUT_S: Final = 10.0
 PUBLISHED_TIMEOUT_S: Final = 5.0
-"""How long a change waits for the recognisers to have it before its call answers; it is
-committed by then, and reaches them later."""
-
+"""How long a change, which is committed by then, waits for the recognisers to have it."""
+LOADED_TIMEOUT_S: Final = 60.0
+"""The same of all there is, at the start: until then everybody would be a stranger."""
 CONFIRMED_TIMEOUT_S: Final = 5.0
 """How long a deletion waits for other processes of the store."""
+FOLLOWED_TIMEOUT_S: Final = 1.0
+"""What recognisers have of that: meanwhile this process itself names the subject no more."""
 LEASE_S: Final = 300.0
 FOLLOW_S: Final = 1.0
 RETRY_S: Final = 0.5
@@ -146,9 +148,8 @@ class Gallery:
     async def serve(self, model_id: str, dim: int, publish: Publish) -> bool:
         """Searches with this model from now on: its templates, and no others, are published.
 
-        Called again when the recogniser's model changes (``publish`` stays the first). Whether
-        all recognisers had the first snapshot within ``PUBLISHED_TIMEOUT_S``.
-        """
+        Called again when the recogniser's model changes (``publish`` stays the first). Whether all
+        recognisers had it within ``LOADED_TIMEOUT_S``."""
         index = self._index or GalleryIndex(dim, publish, self.losses)
 
         def load() -> tuple[int, int]:
@@ -170,7 +171,7 @@ class Gallery:
                 "templates of other models are not searched: enrol these subjects again",
                 not_searched=others,
             )
-        published = await index.published(revision, PUBLISHED_TIMEOUT_S)
+        published = await index.published(revision, LOADED_TIMEOUT_S)
         await self._acknowledge()
         return published
 
@@ -500,8 +501,7 @@ class Gallery:
             try:
                 revision = await self._call(self._follow, counted=False)
                 self._lost = ""
-                if revision:
-                    await self._published(revision)
+                await self._published(revision, FOLLOWED_TIMEOUT_S)
                 due = self._reader.needs_renewal and (
                     time.monotonic() - renewed >= self._reader.renew_s
                 )
@@ -545,10 +545,10 @@ class Gallery:
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.05)
 
-    async def _published(self, revision: int) -> None:
+    async def _published(self, revision: int, timeout_s: float = PUBLISHED_TIMEOUT_S) -> None:
         if self._index is None or not revision:
             return
-        if not await self._index.published(revision, PUBLISHED_TIMEOUT_S):
+        if not await self._index.published(revision, timeout_s):
             log.warning("gallery change committed, but not yet with every recogniser")
 
     async def _call(
