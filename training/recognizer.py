@@ -73,6 +73,8 @@ class Options:
     drawers: int = 6
     """Processes that draw the pictures: a hundred small operations cost them longer than the
     networks need to learn from what comes of it."""
+    at_once: int = 8
+    """Lessons that are drawn together: an operation costs a card as long for few pictures."""
 
 
 def new_student() -> MobileFaceNet:
@@ -282,17 +284,26 @@ class Lessons(IterableDataset[tuple[Tensor, Tensor]]):
         pictures = torch.from_numpy(crops.pictures).permute(0, 3, 1, 2).contiguous().to(device)
         identity = torch.from_numpy(crops.identity).to(device)
         pairs, half = Pairs(identity), self._options.batch // 2
+        count = self._options.at_once
         while True:
             progress = min(1.0, (time.time() - self._begin) / (self._end - self._begin))
             if self._options.resume is not None:
                 # It has seen the wild ones: more and more faces as they are served.
                 progress = 0.4 + 0.6 * progress
             with torch.no_grad():
-                own, other = pairs.draw(half), pairs.draw(half)
+                own, other = pairs.draw(half * count), pairs.draw(half * count)
                 pure = pure_faces(pictures[own])
-                mixed = mixed_faces(pictures[other], progress)
-                seen = torch.cat((pure, mixed, camera(pure)))
-                yield (seen * 255).round().to(torch.uint8).cpu(), identity[own].cpu()
+                # Its first pictures are the good ones: each lesson is to have some.
+                order = torch.randperm(len(other), device=device)
+                mixed = mixed_faces(pictures[other], progress)[order]
+                drawn = [(x * 255).round().to(torch.uint8) for x in (pure, mixed, camera(pure))]
+            # Partners lie half of all apart, and are to lie half of a lesson apart.
+            places = torch.arange(len(own), device=device).reshape(2, count, half // 2)
+            for rows, more in zip(
+                places.transpose(0, 1).flatten(1), drawn[1].split(half), strict=True
+            ):
+                seen = torch.cat((drawn[0][rows], more, drawn[2][rows]))
+                yield seen.cpu(), identity[own[rows]].cpu()
 
 
 Taught = tuple[Tensor, list[Tensor]]

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate, normalize
 from training import cameras, detector, evaluate, imaging, naming, recognizer, run, ship
 from training.clock import CpuClock, grown_state, halved, load_state, save
 from training.clutter import clutter
-from training.data import is_held_out
+from training.data import Crops, is_held_out
 from training.imaging import textures
 from training.liveness import bystander, held_up_attack
 from training.ood import OOD_THRESHOLD, fit_ood, sigmoid
@@ -108,6 +108,28 @@ def test_a_recognisers_hints_are_the_distance_of_the_bottlenecks_maps(
         # The student's further pictures have nothing to be compared with.
         more = [torch.cat((m, m)) for m in moved]
         assert float(hints(more, maps)) == pytest.approx(1, abs=1e-3)
+
+
+def test_lessons_drawn_together_are_lessons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with partners half a lesson apart, and cameras' pictures of its own good ones."""
+    identity = np.arange(64, dtype=np.int64) // 2
+    shades = np.broadcast_to((identity * 7 + 20)[:, None, None, None], (64, 112, 112, 3))
+    crops = Crops(shades.astype(np.uint8), identity, np.zeros(64, np.int64))
+    monkeypatch.setattr(recognizer, "load_crops", lambda *_args, **_kwargs: crops)
+    monkeypatch.setattr(recognizer, "pure_faces", lambda x: x.float() / 255)
+    monkeypatch.setattr(recognizer, "mixed_faces", lambda x, _progress: x.float() / 255)
+    monkeypatch.setattr(recognizer, "camera", lambda x: x)
+    options = recognizer.Options(batch=24, at_once=3)
+    lessons = iter(recognizer.Lessons(Path(), options, "cpu", time.time() + 1e6, 1))
+    people = []
+    for _ in range(6):
+        seen, who = next(lessons)
+        assert seen.shape == (36, 3, 112, 112)
+        assert torch.equal(who[:6], who[6:])
+        assert torch.equal(seen[:12], seen[24:])
+        assert torch.equal(seen[:12, 0, 0, 0].long(), who * 7 + 20)
+        people.append(tuple(who.tolist()))
+    assert len(set(people)) == 6
 
 
 def test_strangers_who_come_near_cost_and_others_do_not() -> None:
