@@ -32,7 +32,7 @@ from training.liveness import CROP, NARROW, WIDE
 from training.ood import OOD_THRESHOLD, fit_ood
 from training.recognizer import options_of
 
-VERSIONS = {"detector": "2.0.0", "recognizer": "2.0.0", "liveness": "2.0.0"}
+VERSIONS = {"detector": "2.1.0", "recognizer": "2.0.0", "liveness": "2.0.0"}
 NAMES = tuple(VERSIONS)
 LICENSE = "evaluation and research only, see CARD.md"
 MATCH_FAR = 1e-4
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="output of training.run")
     parser.add_argument("--data", type=Path, required=True, help="folder of training.pack")
     parser.add_argument("--out", type=Path, required=True, help="where the packages go")
-    parser.add_argument("--score", type=float, default=0.6, help="the detector's threshold")
+    parser.add_argument("--score", type=float, default=0.62, help="the detector's threshold")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=list(NAMES))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
