@@ -289,7 +289,7 @@ def play(folder: Path, *, people: int, kills: int, seed: int = 1) -> tuple[Run, 
     rounds = -(-people // ROUND)
     killed_in = set(dice.sample(range(rounds - 1), min(kills, rounds - 1))) if rounds > 1 else set()
     stayer = facelane.Picture.encoded(wire.encoded(160, 120, 9_999, ".png"))
-    server = RunningServer(folder, toml(folder, extra=EXTRA))
+    server = RunningServer(folder, toml(folder, extra=EXTRA), forked=False)
     try:
         server.wait_serving(120)
         with server.client(timeout=60) as client:
@@ -417,6 +417,7 @@ def _killing(server: RunningServer, run: Run, after: float) -> Iterator[None]:
 
     def kill() -> None:
         server.process.kill()
+        server.process.wait(60)  # whoever looks whether it is alive comes behind it
         run.kills += 1
 
     timer = threading.Timer(after, kill)
@@ -432,7 +433,7 @@ def _alive(server: RunningServer, run: Run) -> RunningServer:
     if server.process.poll() is None:
         return server
     server.stop()
-    again = RunningServer(server.folder, server.config.read_text())
+    again = RunningServer(server.folder, server.config.read_text(), forked=False)
     again.wait_serving(120)
     return again
 
