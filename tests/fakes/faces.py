@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from tests.fakes.scripted_pool import ScriptedPools
@@ -82,6 +83,17 @@ class Stage:
         looks = self.faces.turn(found, now_ns, ())
         self.under_way.append((frame, looks))
         return [look for look in looks if look.asked]
+
+    def answer_some(self, said: Mapping[int, Evidence], chance: random.Random) -> None:
+        """Some of those that wait, in any order. ``said``: by the looks' ids."""
+        waiting = [
+            look
+            for _, looks in self.under_way
+            for look in looks
+            if look.asked and look.evidence is None
+        ]
+        for look in chance.sample(waiting, chance.randint(0, len(waiting))):
+            self.answer(look, said[id(look)])
 
     def answer(self, look: Look, said: Evidence) -> None:
         """The stages that were asked say their part of it."""

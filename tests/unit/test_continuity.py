@@ -426,14 +426,7 @@ def test_nobody_lives_by_the_looks_of_another(
             score = chance.choice([0.05, 0.5]) if who == BOB else 0.99
             shown = ADA if who == BOB else who
             said[id(look)] = evidence(shown, ood=chance.choice([0.1, 0.8, 0.95]), live=score)
-        waiting = [
-            look
-            for _, looks in stage.under_way
-            for look in looks
-            if look.asked and look.evidence is None
-        ]
-        for look in chance.sample(waiting, chance.randint(0, len(waiting))):
-            stage.answer(look, said[id(look)])
+        stage.answer_some(said, chance)
         while len(stage.under_way) >= depth:
             finish()
     while stage.under_way:
@@ -515,14 +508,7 @@ def test_no_name_without_a_look_at_that_face_since_the_last_doubt(
             said[id(look)] = evidence(
                 who, ood=ood, live=live, similarity=chance.choice([0.55, 0.9])
             )
-        waiting = [
-            look
-            for _, looks in stage.under_way
-            for look in looks
-            if look.asked and look.evidence is None
-        ]
-        for look in chance.sample(waiting, chance.randint(0, len(waiting))):
-            stage.answer(look, said[id(look)])
+        stage.answer_some(said, chance)
         while len(stage.under_way) >= depth:
             finish()
     while stage.under_way:
