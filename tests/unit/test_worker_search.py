@@ -73,9 +73,15 @@ def test_it_finds_what_the_plainest_search_finds(
 
 
 @settings(max_examples=30)
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 10), st.integers(1, 9))
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=40),
+    st.integers(1, 10),
+    st.integers(1, 27),
+    st.integers(1, 9),
+    st.sets(st.integers(0, 60)),
+)
 def test_the_search_on_a_device_finds_the_same(
-    subjects_of: list[int], top_k: int, chunk: int
+    subjects_of: list[int], top_k: int, scores: int, group: int, gone: set[int]
 ) -> None:
     """The code for CUDA, run by torch on the CPU: half precision finds, single decides."""
     pytest.importorskip("torch")
@@ -85,14 +91,18 @@ def test_the_search_on_a_device_finds_the_same(
     rng = np.random.default_rng(1)
     batch = rng.standard_normal((3, 16)).astype(np.float32)
     batch /= np.linalg.norm(batch, axis=1, keepdims=True)
-    previous, search._CHUNK_ROWS = search._CHUNK_ROWS, chunk  # type: ignore[misc]
-    try:
-        found = search._TorchRows(matrix, "cpu").best_of_subjects(batch, segment, top_k)
-    finally:
-        search._CHUNK_ROWS = previous  # type: ignore[misc]
-        os.close(fd)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_CARD_SCORES", scores)
+        patch.setattr(search, "_GROUP", group)
+        rows = search._TorchRows(matrix, "cpu")
+        removed = [first + row for row in gone if first + row < last]
+        if removed:
+            rows.remove(removed)
+        found = rows.best_of_subjects(batch, segment, top_k)
+    os.close(fd)
+    left = np.setdiff1d(np.arange(first, last), removed)
     for probe, hits in zip(batch, found, strict=True):
-        expected = plain(probe, matrix[first:last], subjects[first:last], top_k)
+        expected = plain(probe, matrix[left], subjects[left], top_k)
         assert [s for s, _ in hits] == [s for s, _ in expected]
         assert [c for _, c in hits] == pytest.approx([c for _, c in expected], abs=1e-5)
 

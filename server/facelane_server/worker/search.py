@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 _CHUNK_ROWS: Final = 65_536
 """Rows scored at a time: bounds the score matrix to 32 x 65,536 floats (8 MiB)."""
+_CARD_SCORES: Final = 2**24
+"""The same on CUDA, in scores (64 MiB): few and large launches, of which there is one for a probe in
+a gallery of millions."""
+_GROUP: Final = 512
+"""On CUDA the best subjects are looked for in so many of these that have the best one of theirs."""
 _RESCORED: Final = 4
 """On CUDA this many subjects more than asked for are scored again in float32."""
 
@@ -290,17 +295,22 @@ class _TorchRows:
             exact = torch.from_numpy(probes).to(self._device)
             ids, starts, lengths, longest = self._layout(segment)
             count = len(segment.starts)
-            best = torch.full((len(probes), count), _NEVER, device=self._device)
+            groups = -(-count // _GROUP)
+            # What only fills the last group up is below whoever is gone.
+            best = torch.full(
+                (len(probes), groups * _GROUP), _NEVER - 1, dtype=torch.float32, device=self._device
+            )
             gone = self._gone
             coarse = exact.half()
-            for first in range(segment.first, segment.last, _CHUNK_ROWS):
-                last = min(first + _CHUNK_ROWS, segment.last)
+            rows_at_once = max(1, _CARD_SCORES // len(probes))
+            for first in range(segment.first, segment.last, rows_at_once):
+                last = min(first + rows_at_once, segment.last)
                 scores = (coarse @ self._matrix[first:last].T).float()
                 if gone is not None:
                     scores.masked_fill_(gone[first:last], _NEVER)
                 own = ids[first - segment.first : last - segment.first]
                 best.scatter_reduce_(1, own.expand(len(probes), -1), scores, "amax")
-            _, chosen = torch.topk(best, min(keep + _RESCORED, count), dim=1)
+            chosen = self._chosen(best, min(keep + _RESCORED, count))
             # Every template of the chosen subjects, scored again: [N, chosen, longest].
             offset = torch.arange(longest, device=self._device)
             rows = starts[chosen][..., None] + torch.minimum(offset, lengths[chosen][..., None] - 1)
@@ -320,6 +330,19 @@ class _TorchRows:
             )
             for row in packed
         ]
+
+    def _chosen(self, best: Any, count: int) -> Any:
+        """The places [N, count] of the best of each row of ``best`` [N, groups x _GROUP]: they lie
+        in the ``count`` groups whose own best ones are the best."""
+        torch = self._torch
+        groups = best.shape[1] // _GROUP
+        if groups <= count:
+            return torch.topk(best, count, dim=1)[1]
+        grouped = best.view(len(best), groups, _GROUP)
+        where = torch.topk(grouped.amax(2), count, dim=1, sorted=False)[1]
+        among = torch.gather(grouped, 1, where[..., None].expand(-1, -1, _GROUP)).flatten(1)
+        at = torch.topk(among, count, dim=1)[1]
+        return torch.gather(where, 1, at // _GROUP) * _GROUP + at % _GROUP
 
     def _layout(self, segment: _Segment) -> tuple[Any, Any, Any, int]:
         """(subject number of each row, first row and number of rows of each subject, the
