@@ -324,6 +324,7 @@ def measure_liveness(arguments: argparse.Namespace, weights: Path, device: torch
         told = evaluate.liveness_report(network.to(device), arguments.data, device, limit)
     report: Report = {"thresholds": {"live": live, "spoof": spoof}, **verdicts(told, live, spoof)}
     report["proof"] = evaluate.proof_scores(network.cpu(), arguments.data, arguments.media)
+    report["proof's views"] = evaluate.proof_views(network, arguments.data, arguments.media)
     report["clips"] = filmed_people(network, arguments.data, arguments.media, live, spoof)
     return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +436,12 @@ def liveness_report(
     scenes = liveness.Scenes(tensor, boxes)
     count = min(2048, len(tensor) * 4)
     scene, box = scenes.compose(count)
+    fits = (box[:, 2] >= 60) & (box[:, 2] < 240)
+    turned, turned_box = scene[fits], box[fits]
+    report["live"]["turned 60-240"] = scores(turned, turned_box)
+    turned = torch.cat([liveness.film(part) for part in turned.split(256)])
+    report["live"]["turned, filmed 60-240"] = scores(turned, turned_box)
+    scene, box = scenes.compose(count, upright=True)
     order = torch.randperm(count, device=device)
     scene, box = scene[order], box[order]
     shown = {
@@ -465,6 +472,60 @@ def liveness_report(
             **scores(liveness.film(attack, 0.5), box),
         }
     return report
+
+
+VIEW_WIDTHS = (60, 80, 100, 130, 160, 200)
+VIEW_TURNS = (-20, -10, 0, 10, 20)
+
+
+@torch.inference_mode()
+def proof_views(
+    network: MiniFASNetPair, data: Path, media: Path, thresholds: Sequence[float] = LIVE_THRESHOLDS
+) -> Report:
+    """The same pictures as a camera sees them from elsewhere: smaller and larger, turned. How
+    many of the views score how much, and the highest and the lowest; the pair beside."""
+    yunet = detector.load_yunet(data / "models" / "yunet_n.pth")
+    pair = liveness.load_pair(data / "models")
+    out: Report = {}
+    for name in FACES_OF_PROOF:
+        picture = cv2.imread(str(media / name))
+        if picture is None:
+            raise FileNotFoundError(media / name)
+        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+        box = detector.merge_faces(yunet, x, 0.7)[0][0, :4].tolist()
+        middle = (box[0] + box[2] / 2, box[1] + box[3] / 2)
+        told: dict[str, list[float]] = {"this": [], "pair": []}
+        for width in VIEW_WIDTHS:
+            for turn in VIEW_TURNS:
+                matrix = cv2.getRotationMatrix2D(middle, turn, width / box[2])
+                matrix[:, 2] += np.array([320, 230]) - middle
+                seen = cv2.warpAffine(
+                    picture, matrix, (640, 480),
+                    flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REPLICATE,
+                )  # fmt: skip
+                view = torch.from_numpy(seen).permute(2, 0, 1)[None].float()
+                faces = detector.merge_faces(yunet, view, 0.7)[0]
+                if not len(faces):
+                    continue
+                away = faces[:, :2] + faces[:, 2:4] / 2 - torch.tensor([320.0, 230.0])
+                face = faces[away.abs().sum(1).argmin(), :4]
+                for who, model in (("this", network), ("pair", pair)):
+                    live = liveness.classes(model, view / 255, face[None])
+                    told[who].append(float(live[..., liveness.LIVE_CLASS].mean()))
+        out[name] = {
+            who: {
+                "views": len(scores),
+                "highest": round(max(scores), 3),
+                "lowest": round(min(scores), 3),
+                "at_least": {f"{t:g}": _share_from(scores, t) for t in thresholds},
+            }
+            for who, scores in told.items()
+        }
+    return out
+
+
+def _share_from(scores: Sequence[float], least: float) -> float:
+    return round(float((np.array(scores) >= least).mean()), 4)
 
 
 @torch.inference_mode()

@@ -42,8 +42,13 @@ NARROW, WIDE, CROP = 2.7, 4.0, 80
 SIDE = 256
 ATTACKS = 0.38
 """Share of attacks in a batch; one minus it is what an undecidable face should score."""
-KEEP_WEIGHT = 0.3
-"""Of the frozen pair's answer on good pictures."""
+KEPT_SIZES = (40, 200)
+"""Widths of faces (pixels) on which the frozen pair is asked."""
+TURNED, TURN = 0.5, 25.0
+"""Share of the scenes that are turned, and by how many degrees at most: a telephone is hardly ever
+held upright, and a head neither."""
+AT_THE_EDGE = 0.15
+"""Share of the scenes whose face may be cut by the picture's edge."""
 NEAR = 0.25
 """Share of the scenes with a face of more than its photo's size: filmed, these are the hardest."""
 
@@ -55,6 +60,11 @@ class Options:
     save_every_s: float = 30.0
     limit: int = 0
     resume: Path | None = None
+    keep: float = 0.3
+    """Weight of the frozen pair's answer on good pictures."""
+    stay: float = 0.0
+    """How strongly the weights are drawn to the pair's: times the learning rate, the share of the
+    way back in a step. What the pair knows of real attacks no drawn attack asks for."""
 
 
 def load_pair(folder: Path) -> MiniFASNetPair:
@@ -116,8 +126,9 @@ class Scenes:
     def __init__(self, photos: Tensor, boxes: Tensor) -> None:
         self.photos, self.boxes = photos, boxes
 
-    def compose(self, n: int) -> tuple[Tensor, Tensor]:
-        """[n, 3, 256, 256] in 0..1 and the face's box [n, 4] in it.
+    def compose(self, n: int, *, upright: bool = False) -> tuple[Tensor, Tensor]:
+        """[n, 3, 256, 256] in 0..1 and the face's box [n, 4] in it. ``upright``: none is turned
+        or cut by the picture's edge.
 
         The last quarter shows the photo as it is, upright in the middle at its own scale.
         """
@@ -131,27 +142,38 @@ class Scenes:
         flip = torch.rand(n, device=device) < 0.5
         plain = torch.arange(n, device=device) >= n - n // 4
         scale = torch.where(plain, torch.ones_like(scale), scale)
+        turn = (torch.rand(n, device=device) * 2 - 1) * math.radians(TURN)
+        turn = turn * (torch.rand(n, device=device) < TURNED)
+        turn = torch.where(plain | upright, torch.zeros_like(turn), turn)
+        cos, sin = torch.cos(turn)[:, None], torch.sin(turn)[:, None]
         # The scene's centre, in photo pixels, wanders around the face's centre.
         centre = box[:, :2] + box[:, 2:] / 2
-        centre = centre + (torch.rand(n, 2, device=device) - 0.5) * (SIDE / scale * 0.35)[:, None]
+        edge = torch.rand(n, device=device) < (0 if upright else AT_THE_EDGE)
+        # A third of a face, at most, lies outside the picture.
+        far = (SIDE - 0.3 * box[:, 2:].amax(1) * scale).clamp(min=0.35 * SIDE)
+        reach = torch.where(edge, far, torch.full_like(far, 0.35 * SIDE)) / scale
+        centre = centre + (torch.rand(n, 2, device=device) - 0.5) * reach[:, None]
         middle = torch.full_like(centre, photo.shape[-1] / 2)
         centre = torch.where(plain[:, None], middle, centre)
         at = torch.arange(SIDE, device=device) + 0.5 - SIDE / 2
-        mirror = torch.where(flip, -1.0, 1.0)
-        gx = centre[:, :1] + at[None] * (mirror / scale)[:, None]
-        gy = centre[:, 1:] + at[None] / scale[:, None]
-        size = photo.shape[-1]
-        grid = torch.stack(
-            (
-                (gx * 2 / size - 1)[:, None, :].expand(n, SIDE, SIDE),
-                (gy * 2 / size - 1)[:, :, None].expand(n, SIDE, SIDE),
-            ),
-            3,
-        )
+        mirror = torch.where(flip, -1.0, 1.0)[:, None]
+        # Of a pixel of the scene: mirrored, turned, shrunk.
+        u = (at[None] * mirror)[:, None, :].expand(n, SIDE, SIDE)
+        v = at[None, :, None].expand(n, SIDE, SIDE)
+        c, s, k = (value[:, :, None] for value in (cos, sin, scale[:, None]))
+        gx = column(centre[:, 0])[:, 0] + (c * u - s * v) / k
+        gy = column(centre[:, 1])[:, 0] + (s * u + c * v) / k
+        grid = torch.stack((gx, gy), 3) * (2 / photo.shape[-1]) - 1
         scene = F.grid_sample(photo, grid, "bilinear", "reflection", align_corners=False)
-        middle = (box[:, :2] + box[:, 2:] / 2 - centre) * scale[:, None]
-        middle = torch.stack((middle[:, 0] * mirror, middle[:, 1]), 1) + SIDE / 2
-        extent = box[:, 2:] * scale[:, None]
+        away = (box[:, :2] + box[:, 2:] / 2 - centre) * scale[:, None]
+        across = (cos * away[:, :1] + sin * away[:, 1:]) * mirror
+        middle = torch.cat((across, cos * away[:, 1:] - sin * away[:, :1]), 1) + SIDE / 2
+        # The upright box around a turned ellipse.
+        wide, high = (box[:, 2:] * scale[:, None]).split(1, 1)
+        extent = torch.cat(
+            (torch.hypot(wide * cos, high * sin), torch.hypot(high * cos, wide * sin)), 1
+        )
+        # Twice what the boxes of two detectors differ by on the same faces.
         jitter = 1 + 0.06 * torch.randn(n, 4, device=device)
         extent = extent * jitter[:, 2:]
         corner = middle - extent / 2 + extent * (jitter[:, :2] - 1)
@@ -238,6 +260,39 @@ def _surround(n: int, like: Tensor) -> Tensor:
     return ((plain * use + texture * (1 - use)) * shade).clamp(0, 1)
 
 
+def spots(x: Tensor, boxes: Tensor) -> Tensor:
+    """[n, 1, S, S]: how much of each pixel is burnt out by two lamps near the face, as a screen, a
+    glossy print or a wall shows them: small and hard ones, wide and soft ones."""
+    n = len(x)
+    y, across = _mesh(x)
+    centre, width = boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2]
+    out = torch.zeros(n, 1, SIDE, SIDE, device=x.device)
+    for _ in range(2):
+        place = centre + (torch.rand(n, 2, device=x.device) - 0.5) * 2.4 * boxes[:, 2:]
+        size = width * torch.exp(rand(n, math.log(0.03), math.log(0.7), x))
+        flat, angle = column(rand(n, 0.4, 1.0, x)), column(rand(n, 0, math.pi, x))
+        dx, dy = across - column(place[:, 0]), y - column(place[:, 1])
+        along = torch.cos(angle) * dx + torch.sin(angle) * dy
+        beside = (torch.cos(angle) * dy - torch.sin(angle) * dx) / flat
+        far = (along.square() + beside.square()).sqrt() / column(size)
+        hard = column((size < 0.15 * width).float())
+        lamp = hard * torch.sigmoid((1 - far) * column(size).clamp(min=2)) + (1 - hard) * torch.exp(
+            -far.square()
+        ) * column(rand(n, 0.2, 0.9, x))
+        out = torch.maximum(out, lamp * column((torch.rand(n, device=x.device) < 0.6).float()))
+    return out
+
+
+def glossy(x: Tensor, boxes: Tensor) -> Tensor:
+    """What lies before it, mirrored in a smooth surface: lamps, and faintly another scene."""
+    n = len(x)
+    seen = imaging.gaussian_blur(x.roll(2, 0).flip(3), random.uniform(1.0, 5.0))
+    amount = column(rand(n, 0.0, 0.22, x) * (torch.rand(n, device=x.device) < 0.6))
+    x = x * (1 - 0.5 * amount) + amount * seen
+    lamps = spots(x, boxes)
+    return (x * (1 - lamps) + lamps).clamp(0, 1)
+
+
 def print_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     """A photo on paper: halftone dots or dithering, flat contrast, paper tint, curl, edge."""
     n = len(scenes)
@@ -245,7 +300,8 @@ def print_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     u, v = _carrier(n, 2.2, 6.0, x)
     dots = torch.sin(u) * torch.sin(v)
     lines = torch.sin(u)
-    kind = column(torch.randint(3, (n,), device=x.device).float())
+    # Dots, lines, grain, or a glossy print whose grid is too fine to be seen.
+    kind = column(torch.randint(4, (n,), device=x.device).float())
     screen = torch.where(kind == 0, dots, torch.where(kind == 1, lines, torch.zeros_like(dots)))
     grain = 0.08 * torch.randn(n, 1, SIDE, SIDE, device=x.device) * (kind == 2)
     hard = torch.sigmoid((x - 0.5 + 0.35 * screen) * 6)
@@ -259,6 +315,7 @@ def print_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     )
     x = x * tint * (1 + 0.12 * imaging.smooth_field(n, 1, 3, SIDE, x))
     inside, band = _edge(x, boxes)
+    x = torch.where(kind == 3, glossy(x, boxes), x)
     edged = column((torch.rand(n, device=x.device) < 0.6).float())
     framed = x * inside + band * 0.9 + _surround(n, x) * (1 - inside - band).clamp(min=0)
     return (framed * edged + x * (1 - edged)).clamp(0, 1)
@@ -290,6 +347,8 @@ def replay_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     x = x + glare * column(rand(n, 0.0, 0.7, x)) * column(
         (torch.rand(n, device=x.device) < 0.5).float()
     )
+    mirror = column((torch.rand(n, device=x.device) < 0.4).float())
+    x = glossy(x, boxes) * mirror + x * (1 - mirror)
     inside, band = _edge(x, boxes)
     bezel = column(rand(n, 0.0, 0.15, x))
     edged = column((torch.rand(n, device=x.device) < 0.6).float())
@@ -331,8 +390,9 @@ def held_up_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
 
     The sheet is a polygon of three to eight sides or a telephone (never round and closely
     trimmed: cut-outs are kept for the test), its edge straight or torn, with or without a
-    margin, and casts a soft shadow. What it shows may be as clear and as rich in contrast as
-    what is behind, so that the seam is all there is to see.
+    margin, and casts a soft shadow; a telephone or tablet has a dark rim up to a third of the
+    face's width, and mirrors what is before it. What it shows may be as clear and as rich in
+    contrast as what is behind, so that the seam is all there is to see.
     """
     n = len(scenes)
     paper = torch.arange(n, device=scenes.device) % 2 == 0
@@ -347,18 +407,21 @@ def held_up_attack(scenes: Tensor, boxes: Tensor) -> Tensor:
     centre = boxes[:, :2] + boxes[:, 2:] / 2
     dx = (x - column(centre[:, 0])) / column(boxes[:, 2])
     dy = (y - column(centre[:, 1])) / column(boxes[:, 3])
-    screen = column(torch.arange(n, device=scenes.device) % 3 == 0)
+    screen = column(torch.arange(n, device=scenes.device) % 5 < 2)
+    surface = torch.where(screen, glossy(surface, boxes), surface)
     outside = torch.where(screen, _screen(n, dx, dy), _polygon(n, dx, dy))
     torn = column(rand(n, 0.01, 0.06, scenes) * (torch.rand(n, device=scenes.device) < 0.35))
     outside = outside + torn * ~screen * imaging.smooth_field(n, 1, 32, SIDE, scenes)
     outside = outside * column(boxes[:, 2])
     sheet = torch.sigmoid(-1.5 * outside)
     margin = column(rand(n, 0, 12, scenes) * (torch.rand(n, device=scenes.device) < 0.6))
+    bezel = column(boxes[:, 2] * rand(n, 0.02, 0.35, scenes))
+    margin = torch.where(screen, bezel, margin)
     rim = (torch.sigmoid(1.5 * (margin - outside)) - sheet).clamp(min=0)
     rim_tone = torch.where(
-        column(paper), column(rand(n, 0.7, 1, scenes)), column(rand(n, 0, 0.2, scenes))
+        column(paper) & ~screen, column(rand(n, 0.7, 1, scenes)), column(rand(n, 0, 0.2, scenes))
     )
-    shadow = 1 - column(rand(n, 0, 0.4, scenes)) * torch.sigmoid((6 - outside) / 3)
+    shadow = 1 - column(rand(n, 0, 0.4, scenes)) * torch.sigmoid((6 + margin - outside) / 3)
     behind = scenes.roll(1, 0) * shadow
     return (surface * sheet + rim * rim_tone + behind * (1 - sheet - rim).clamp(min=0)).clamp(0, 1)
 
@@ -391,7 +454,11 @@ def bystander(scenes: Tensor, boxes: Tensor) -> Tensor:
     sheet = torch.sigmoid(-1.5 * outside)
     rim = (torch.sigmoid(1.5 * (column(rand(n, 0, 6, scenes)) - outside)) - sheet).clamp(min=0)
     tone = torch.rand(n, 3, 1, 1, device=scenes.device)
-    return scenes * (1 - sheet - rim).clamp(min=0) + scenes.roll(1, 0) * sheet + rim * tone
+    shown = scenes * (1 - sheet - rim).clamp(min=0) + scenes.roll(1, 0) * sheet + rim * tone
+    # Lamps burn behind living people too.
+    lit = torch.arange(n, device=scenes.device) % 3 == 0
+    lamps = spots(scenes, boxes) * torch.sigmoid(-face) * column(lit)
+    return shown * (1 - lamps) + lamps
 
 
 def held_out_attacks(scenes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
@@ -489,7 +556,7 @@ def train(
             scene = torch.cat((*spoofs, poster, scene[beside:]))
             # A quarter of each stays as it is; on faces of some size the pair knows best there.
             filmed = torch.rand(options.batch, device=device) < 0.75
-            kept = ~filmed & (boxes[:, 2] >= 40) & (boxes[:, 2] <= 110)
+            kept = ~filmed & (boxes[:, 2] >= KEPT_SIZES[0]) & (boxes[:, 2] <= KEPT_SIZES[1])
             scene = torch.where(column(filmed), film(scene), scene)
             wanted = classes(pair, scene, boxes)
         # The batch norms keep the pair's statistics: those of drawn scenes would be others.
@@ -502,11 +569,16 @@ def train(
         # Where the pair errs on what is known, it is not asked.
         right = ((wanted.mean(0)[:, LIVE_CLASS] > 0.5) == (truth > 0.5)) & kept
         apart = -(wanted * answer.clamp(min=1e-6).log()).sum(2).mean(0)
-        loss = loss + KEEP_WEIGHT * (apart * right).sum() / right.sum().clamp(min=1)
+        loss = loss + options.keep * (apart * right).sum() / right.sum().clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
+        if options.stay:
+            back = min(1.0, options.stay * cosine_rate(clock.progress, options.rate))
+            with torch.no_grad():
+                for mine, theirs in zip(network.parameters(), pair.parameters(), strict=True):
+                    mine.lerp_(theirs, back)
         average.update(network)
         step += 1
         if step % 100 == 0 or step == 1:

@@ -131,7 +131,9 @@ def measure_detector(arguments: argparse.Namespace) -> None:
 
 def run_liveness(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
-    options = liveness.Options(resume=_resumed(arguments, "liveness"))
+    options = liveness.Options(
+        resume=_resumed(arguments, "liveness"), keep=arguments.keep, stay=arguments.stay
+    )
     if device.type == "cpu":
         options = replace(options, batch=60, rate=options.rate * arguments.rate)
     if arguments.smoke:
@@ -400,6 +402,14 @@ def main() -> int:
         "--rate", type=float, default=1.0,
         help="times the usual peak of the learning rate, for a CPU that goes on",
     )  # fmt: skip
+    parser.add_argument(
+        "--keep", type=float, default=liveness.Options.keep,
+        help="liveness: the weight of the public pair's answers on good pictures",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stay", type=float, default=liveness.Options.stay,
+        help="liveness: how strongly its weights are drawn to the public pair's",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="*", choices=[*STAGES, *PARTS], default=list(STAGES))
     parser.add_argument("--measure", action="store_true", help="train nothing, measure --out")
     parser.add_argument("--media", type=Path, help="folder with the clip to judge detectors by")
@@ -449,6 +459,7 @@ def main() -> int:
             command += ["--smoke"] if arguments.smoke else []
             command += ["--cpu-s", str(arguments.cpu_s), "--only", *arguments.only]
             command += ["--rate", str(arguments.rate)]
+            command += ["--keep", str(arguments.keep), "--stay", str(arguments.stay)]
             command += ["--measure"] if arguments.measure else []
             command += ["--media", str(arguments.media)] if arguments.media else []
             command += ["--resume", str(arguments.resume)] if arguments.resume else []

@@ -18,7 +18,7 @@ from training.clock import CpuClock, grown_state, halved, load_state, save
 from training.clutter import clutter
 from training.data import Crops, is_held_out
 from training.imaging import textures
-from training.liveness import bystander, held_up_attack
+from training.liveness import Scenes, bystander, held_up_attack
 from training.ood import OOD_THRESHOLD, fit_ood, sigmoid
 from training.teacher import load_teacher, pack_teacher
 
@@ -220,6 +220,33 @@ def test_scenes_hold_crops_and_cut_faces() -> None:
     halved = detector.halves(400, 16, photos).flatten(1)
     cut = (halved.amax(1) > 0) & (halved.amin(1) == 0)
     assert 0.6 < float(cut.float().mean()) < 0.9
+
+
+def test_the_face_of_a_scene_of_liveness_is_where_its_box_says() -> None:
+    photos = torch.zeros(1, 3, 250, 250, dtype=torch.uint8)
+    # A face off the middle, which is bright where it is looked for.
+    box = torch.tensor([[120.0, 40.0, 60.0, 80.0]])
+    y, x = torch.meshgrid(torch.arange(250), torch.arange(250), indexing="ij")
+    photos[:, :, ((x - 150) / 30) ** 2 + ((y - 80) / 40) ** 2 < 0.5] = 255
+    scenes = Scenes(photos, box)
+    scene, found = scenes.compose(256)
+    middle = found[:, :2] + found[:, 2:] / 2
+    shown = ((middle > 2) & (middle < 253)).all(1) & (found[:, 2] > 20)
+    at = middle.long().clamp(0, 255)
+    bright = scene[torch.arange(256), 0, at[:, 1], at[:, 0]]
+    assert int(shown.sum()) > 150
+    assert float(bright[shown].min()) > 0.9
+    visible = torch.minimum(found[:, :2] + found[:, 2:], torch.tensor(256.0)) - found[:, :2].clamp(
+        min=0
+    )
+    cut = (visible / found[:, 2:]).amin(1)[:192]
+    assert 0.02 < float((cut < 0.9).float().mean()) < 0.3
+    assert float(cut[found[:192, 2] < 150].min()) > 0.4
+    _, upright = scenes.compose(256, upright=True)
+    small = upright[(upright[:, 2] < 100) & (upright[:, 3] < 130)]
+    assert len(small) > 50
+    assert float(small[:, :2].min()) > -10
+    assert float((small[:, :2] + small[:, 2:]).max()) < 266
 
 
 def test_yunets_weaker_detections_are_told_apart() -> None:
