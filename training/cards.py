@@ -122,7 +122,7 @@ def _aims(aims: Report, score: float) -> list[str]:
     return [
         *lines,
         "",
-        f"In {none['pictures']} pictures without faces (twelve kinds that a program draws, and",
+        f"In {none['pictures']} pictures without faces (fifteen kinds that a program draws, and",
         "the sample pictures of scikit-image and matplotlib) it makes",
         f"{none['finds'][at]} finds, YuNet {none['finds_of_yunet']}.",
         "",

@@ -1,4 +1,4 @@
-"""Pictures without faces, drawn by a program: twelve kinds of what detectors take for faces."""
+"""Pictures without faces, drawn by a program: fifteen kinds of what detectors take for faces."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from training.data import U8
 
@@ -208,10 +209,101 @@ def _waves(rng: Rng, side: int) -> U8:
     return (dark + wave[..., None] * (light - dark)).clip(0, 255).astype(np.uint8)
 
 
+def _lamps(rng: Rng, side: int) -> U8:
+    """Headlamps, pots, helmets: domes of glass or metal that mirror what is around, in a rim."""
+    picture = _shapes(rng, side) if rng.random() < 0.6 else _ground(rng, side)
+    picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.5, 4))), np.uint8)
+    for _ in range(int(rng.integers(1, 8))):
+        x, y = (int(v) for v in rng.integers(0, side, 2))
+        size = int(np.exp(rng.uniform(np.log(8), np.log(side / 3))))
+        axes, turn = (size, int(size * rng.uniform(0.65, 1.0))), float(rng.uniform(0, 180))
+        rim = [int(rng.uniform(20, 230))] * 3
+        cv2.ellipse(picture, (x, y), axes, turn, 0, 360, rim, -1, cv2.LINE_AA)
+        inner = (max(2, int(0.86 * axes[0])), max(2, int(0.86 * axes[1])))
+        # What is mirrored: soft blots of one tint, the brightest of them burnt out.
+        cells = int(rng.integers(3, 7))
+        blots = np.asarray(
+            cv2.resize(
+                rng.uniform(0, 1, (cells, cells)), (2 * size + 1, 2 * size + 1),
+                interpolation=cv2.INTER_CUBIC,
+            )
+        ).clip(0, 1.2)  # fmt: skip
+        tint = rng.uniform(0.55, 1.0, 3) if rng.random() < 0.7 else np.array([0.55, 0.75, 1.0])
+        glass = (blots[..., None] ** rng.uniform(0.8, 2.5) * tint * rng.uniform(120, 330)).clip(
+            0, 255
+        )
+        glass += rng.normal(0, rng.uniform(0, 12), glass.shape)
+        mask = np.zeros((side, side), np.uint8)
+        cv2.ellipse(mask, (x, y), inner, turn, 0, 360, 255, -1, cv2.LINE_AA)
+        _lay(picture, glass, mask, x - size, y - size)
+    return np.asarray(cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.4, 1.5))), np.uint8)
+
+
+def _lay(picture: U8, patch: npt.NDArray[np.float64], mask: U8, left: int, top: int) -> None:
+    """``patch`` into ``picture`` from ``left``, ``top`` on, where ``mask`` of the picture is."""
+    side = len(picture)
+    low_x, low_y = max(0, left), max(0, top)
+    high_x, high_y = min(side, left + patch.shape[1]), min(side, top + patch.shape[0])
+    if low_x >= high_x or low_y >= high_y:
+        return
+    part = patch[low_y - top : high_y - top, low_x - left : high_x - left].clip(0, 255)
+    share = mask[low_y:high_y, low_x:high_x, None] / 255
+    under = picture[low_y:high_y, low_x:high_x]
+    under[:] = (under * (1 - share) + part * share).astype(np.uint8)
+
+
+def _wheels(rng: Rng, side: int) -> U8:
+    """Tyres, fans, gears: a dark ring, spokes, a hub, and a bar across."""
+    picture = _shapes(rng, side) if rng.random() < 0.5 else _ground(rng, side)
+    for _ in range(int(rng.integers(1, 5))):
+        x, y = (int(v) for v in rng.integers(0, side, 2))
+        size = int(np.exp(rng.uniform(np.log(14), np.log(side / 2.5))))
+        squash, turn = float(rng.uniform(0.7, 1.0)), float(rng.uniform(0, 180))
+        dark, metal = int(rng.uniform(10, 70)), int(rng.uniform(90, 230))
+        for part, tone in ((1.0, dark), (0.74, metal), (0.68, int(rng.uniform(10, 110)))):
+            axes = (max(1, int(size * part)), max(1, int(size * part * squash)))
+            cv2.ellipse(picture, (x, y), axes, turn, 0, 360, [tone] * 3, -1, cv2.LINE_AA)
+        spokes, thick = int(rng.integers(3, 13)), max(1, int(size * rng.uniform(0.03, 0.14)))
+        for spoke in range(spokes):
+            angle = 2 * math.pi * spoke / spokes + turn
+            end = (x + int(0.7 * size * math.cos(angle)), y + int(0.7 * size * math.sin(angle)))
+            cv2.line(picture, (x, y), end, [metal] * 3, thick, cv2.LINE_AA)
+        cv2.circle(picture, (x, y), max(2, int(0.2 * size)), [min(255, metal + 20)] * 3, -1)
+        if rng.random() < 0.5:
+            angle = rng.uniform(0, 2 * math.pi)
+            end = (x + int(1.4 * size * math.cos(angle)), y + int(1.4 * size * math.sin(angle)))
+            bar = [int(rng.uniform(60, 220))] * 3
+            cv2.line(picture, (x, y), end, bar, max(2, size // 4), cv2.LINE_AA)
+    return np.asarray(cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.4, 1.5))), np.uint8)
+
+
+def _craters(rng: Rng, side: int) -> U8:
+    """Dents and bumps in a grey or brown ground, lit from one side: craters, coins, plaster."""
+    height = np.zeros((side, side))
+    for cells, much in ((6, 8.0), (24, 2.0), (90, 0.5)):
+        field = rng.normal(0, much * rng.uniform(0.2, 1.0), (cells, cells))
+        height += cv2.resize(field, (side, side), interpolation=cv2.INTER_CUBIC)
+    at = np.arange(side, dtype=np.float64)
+    y, x = at[:, None], at[None]
+    for _ in range(int(rng.integers(8, 60))):
+        size = np.exp(rng.uniform(np.log(3), np.log(side / 7)))
+        far = np.hypot(x - rng.uniform(0, side), (y - rng.uniform(0, side)) * rng.uniform(0.8, 1.3))
+        dent = np.exp(-((far / size) ** 4)) - 0.35 * np.exp(-(((far - 1.1 * size) / size * 4) ** 2))
+        height += dent * size * rng.uniform(-0.8, 0.3)
+    light = rng.uniform(0, 2 * math.pi)
+    slope = np.asarray(np.gradient(height))
+    shade = slope[1] * math.cos(light) + slope[0] * math.sin(light)
+    tone = np.ones(3) if rng.random() < 0.6 else np.array([0.6, 0.8, 1.0])
+    lit = rng.uniform(70, 170) + shade * rng.uniform(40, 160)
+    grain = rng.normal(0, rng.uniform(0, 6), (side, side))
+    return np.asarray(((lit + grain)[..., None] * tone).clip(0, 255), np.uint8)
+
+
 KINDS: dict[str, Draw] = {
     "text": _text, "fabric": _fabric, "balls": _balls, "hands": _hands, "skin": _skins,
     "fur": _fur, "animals": _animals, "windows": _windows, "leaves": _leaves,
-    "shapes": _shapes, "signs": _signs, "waves": _waves,
+    "shapes": _shapes, "signs": _signs, "waves": _waves, "lamps": _lamps, "wheels": _wheels,
+    "craters": _craters,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import interpolate, normalize
 from training import cameras, detector, evaluate, imaging, naming, recognizer, run, ship
 from training.clock import CpuClock, grown_state, halved, load_state, save
-from training.clutter import clutter
+from training.clutter import KINDS, clutter
 from training.data import Crops, is_held_out
 from training.imaging import textures
 from training.liveness import Scenes, bystander, held_up_attack
@@ -419,11 +419,11 @@ def test_cameras_leave_the_kept_out_kinds_for_the_test(monkeypatch: pytest.Monke
 
 
 def test_clutter_has_all_its_kinds_and_is_the_same_for_the_same_seed() -> None:
-    drawn = clutter(12, 128, 3)
-    assert drawn.shape == (12, 128, 128, 3)
+    drawn = clutter(len(KINDS), 128, 3)
+    assert drawn.shape == (15, 128, 128, 3)
     assert all(float(picture.std()) > 5 for picture in drawn)
-    assert np.array_equal(drawn, clutter(12, 128, 3))
-    assert not np.array_equal(drawn, clutter(12, 128, 4))
+    assert np.array_equal(drawn, clutter(15, 128, 3))
+    assert not np.array_equal(drawn, clutter(15, 128, 4))
 
 
 def test_a_sheet_hides_what_is_behind_it_only() -> None:
