@@ -343,13 +343,38 @@ class Rig:
         )
 
     def wait(self, condition: Callable[[], object], seconds: float, what: str) -> float:
-        """Until it holds; gives the seconds. Raises ``TimeoutError`` with the fleet's status."""
-        begun = time.monotonic()
+        """Until it holds; gives the seconds. Raises ``TimeoutError`` with the fleet's status when
+        nothing has changed in it for ``seconds``: a busy machine takes longer for each step."""
+        begun = changed = time.monotonic()
+        standing = self._standing()
         while not condition():
-            if time.monotonic() - begun > seconds:
-                raise TimeoutError(f"not within {seconds:g} s: {what}\n{self.text()}")
+            if time.monotonic() - changed > seconds:
+                before, standing = standing, self._standing()
+                if standing == before:
+                    raise TimeoutError(f"still for {seconds:g} s: {what}\n{self.text()}")
+                changed = time.monotonic()
             time.sleep(0.2)
         return time.monotonic() - begun
+
+    def _standing(self) -> object:
+        """What changes on the way to where the fleet is going, and not when it is there."""
+        status = self.status()
+        if status is None:
+            return None
+        nodes = [
+            (
+                one.name,
+                one.state,
+                one.bridge,
+                [(server.card, server.state) for server in one.servers],
+            )
+            for one in status.nodes
+        ]
+        cameras = [
+            (one.name, one.state, one.node, one.term, one.first_result_at is not None)
+            for one in status.cameras
+        ]
+        return status.supervisor_pid, status.recovered, nodes, cameras
 
     def text(self) -> str:
         from facelane_fleet import statuses

@@ -17,12 +17,21 @@ from tests.fakes.cameras import jpeg
 if find_spec("ray") is None:  # which takes seconds to import
     pytest.skip("needs facelane[fleet]", allow_module_level=True)
 
-CAMERAS = 24
+CAMERAS = 12
 WAIT_S = 150.0
+"""Without a step of the fleet towards what is waited for."""
+# A process beside each server instead of three: three nodes share what this machine has.
+SERVER = {
+    "pools": {
+        stage: {"model": f"null-{stage}", "isolation": "thread"}
+        for stage in ("detector", "recognizer", "liveness")
+    },
+    "log": {"level": "warning"},
+}
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     # Ray's own.
     pytest.mark.filterwarnings("ignore"),
 ]
@@ -31,7 +40,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     folder: Path = tmp_path_factory.mktemp("fleet")
-    made = Rig(folder, cameras=CAMERAS, nodes=3, fps=2.0, picture=jpeg())
+    made = Rig(folder, cameras=CAMERAS, nodes=3, fps=1.0, picture=jpeg(), server=SERVER)
     with made:
         made.up()
         made.wait(lambda: even(made), WAIT_S, "an even spread")
@@ -101,11 +110,12 @@ def test_a_camera_is_moved_and_stays(rig: Rig) -> None:
     before = rig.look()["cam-03"]
     target = next(name for name in ("n0", "n1", "n2") if name != before.node)
     assert rig.command("move", "cam-03", target).returncode == 0
-    rig.wait(
-        lambda: rig.look()["cam-03"].node == target and rig.streaming(["cam-03"], time.time() - 2),
-        WAIT_S,
-        "the move",
-    )
+
+    def there() -> bool:
+        camera = rig.look()["cam-03"]
+        return camera.node == target and camera.stream.results > 0
+
+    rig.wait(there, WAIT_S, "the move")
     camera = rig.look()["cam-03"]
     assert (camera.pinned, camera.runs) == (target, before.runs + 1)
     refused = rig.command("move", "cam-03", "nowhere")
@@ -148,7 +158,7 @@ def test_another_configuration_and_what_people_see(rig: Rig) -> None:
     rig.wait(lambda: even(rig), WAIT_S, "all of them again")
     done = rig.command("status", "--check")
     assert done.returncode == 0, done.stdout
-    assert "24 cameras, 3 nodes" in done.stdout
+    assert f"{CAMERAS} cameras, 3 nodes" in done.stdout
     shown = json.loads(rig.command("status", "--json").stdout)
     assert {one["name"] for one in shown["cameras"]} == set(names)
     nobody = rig.command("status", "--fleet", "other")
