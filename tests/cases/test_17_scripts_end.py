@@ -185,6 +185,17 @@ assert begun.wait(20)
 }
 
 
+AT_ONCE = frozenset(
+    {
+        "a stream entered, threads that send and read",
+        "events read by a thread",
+        "an exception",
+        "an asynchronous stream and its events kept, in a loop that is never closed",
+    }
+)
+"""One of each way; the others in the slow tier."""
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[fake.ScriptedServer]:
     with fake.ScriptedServer() as made:
@@ -192,7 +203,10 @@ def server() -> Iterator[fake.ScriptedServer]:
         yield made
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in AT_ONCE)) for name in SCRIPTS],
+)
 def test_the_process_ends(server: fake.ScriptedServer, name: str) -> None:
     script, code = SCRIPTS[name]
     for _ in range(2):

@@ -78,7 +78,10 @@ def attach(path: Path, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-@pytest.fixture(scope="module", params=["process", "thread", "external"])
+# What threads do is what most tests' servers do (``THREAD_POOLS``).
+@pytest.fixture(
+    scope="module", params=["process", pytest.param("thread", marks=pytest.mark.slow), "external"]
+)
 def hosted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:

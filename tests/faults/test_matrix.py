@@ -19,15 +19,11 @@ from tests.faults.faults import FAULTS
 SEEDS = int(os.environ.get("FACELANE_FAULT_SEEDS", "3"))
 FIRST = frozenset(
     {
-        "calm",
         "crash_in_job",
         "frozen",
         "full_disk",
         "hang_in_job",
         "out_of_memory",
-        "poison",
-        "slow_reader",
-        "storm",
         "vanishing_clients",
     }
 )

@@ -112,11 +112,29 @@ def test_check(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run"], ["run", "none.toml"], ["run", "x.toml", "--max-fps", "3"]]
+    ("arguments", "text"),
+    [
+        (["run"], "give either"),
+        (["run", "--source", "x.mp4", "a.toml"], "give either"),
+        (["run", "none.toml"], "no such file"),
+        (["run", "none.toml", "--max-fps", "3"], "--max-fps: with a configuration file"),
+        (["run", "--source", "rtsp://u:hunter2@h/x"], "credentials_env"),
+        (["run", "--source", "x.mp4", "--max-fps", "-3"], "max_fps: expected float >= 0"),
+    ],
 )
-def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == cli.EXIT_USAGE
-    assert capsys.readouterr().err.startswith("facelane-bridge: ")
+    out, err = capsys.readouterr()
+    assert err.startswith("facelane-bridge: ")
+    assert text in err
+    assert "hunter2" not in out + err
+
+
+def test_a_command_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["frobnicate"])
+    assert ended.value.code == cli.EXIT_USAGE
+    assert "invalid choice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o604, True)])

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,17 +61,43 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "gallery.db"
 
 
-@pytest.fixture(params=["plain", "sealed"])
+STORES = {
+    "sqlite": ("sqlite", "plain"),
+    "sqlite-sealed": ("sqlite", "sealed"),
+    "postgresql": ("postgresql", "plain"),
+    "postgresql-sealed": ("postgresql", "sealed"),
+}
+"""Each engine, as it is and encrypted."""
+
+
+def on(*names: str) -> list[Any]:
+    """The last beside the slow tests: engine and encryption do not know of each other."""
+    return [
+        pytest.param(
+            STORES[name], id=name, marks=[pytest.mark.slow] * (name == "postgresql-sealed")
+        )
+        for name in names
+    ]
+
+
+@pytest.fixture(params=on(*STORES))
 def store(
-    request: pytest.FixtureRequest, place: Path | str, tmp_path: Path, clock: Clock
+    request: pytest.FixtureRequest, path: Path, tmp_path: Path, clock: Clock
 ) -> Iterator[Store]:
-    """On each engine, as it is and encrypted."""
+    engine, kept = request.param
+    place = path if engine == "sqlite" else request.getfixturevalue("postgres").url()
     database = open_store(place)
-    mode: Mode = "on" if request.param == "sealed" else "off"
+    mode: Mode = "on" if kept == "sealed" else "off"
     vault = open_vault(database, Source("", tmp_path), mode=mode)
     opened = Store(database, vault=vault, max_templates=100, clock_ns=clock)
     yield opened
     opened.close()
+
+
+in_a_file = pytest.mark.parametrize("store", on("sqlite", "sqlite-sealed"), indirect=True)
+"""What a file alone has, at ``path``."""
+in_an_open_file = pytest.mark.parametrize("store", on("sqlite"), indirect=True)
+"""What a store that is encrypted does not show, or does not open without its keys."""
 
 
 def test_what_no_store_can_hold_is_the_callers_fault_and_no_trouble_of_the_store(
@@ -80,12 +107,6 @@ def test_what_no_store_can_hold_is_the_callers_fault_and_no_trouble_of_the_store
         store.delete_template("staff", "a\0b")
     assert refused.value.reason in (Reason.TEMPLATE_NOT_FOUND, Reason.ARGUMENT_INVALID)
     assert store.database.trouble() == ""
-
-
-as_it_is = pytest.mark.parametrize("store", ["plain"], indirect=True)
-"""What a store that is encrypted does not show, or does not open without its keys."""
-in_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)
-"""What a file alone has, at ``path``."""
 
 
 def reason_of(call: object, *args: object, **kwargs: object) -> FacelaneError:
@@ -248,8 +269,7 @@ def test_an_embedding_without_a_direction_is_refused(store: Store) -> None:
     assert store.counts() == (0, 0)
 
 
-@as_it_is
-@in_a_file
+@in_an_open_file
 def test_a_deleted_vector_is_in_none_of_the_files(store: Store, path: Path) -> None:
     kept = store.enroll("g", "a", new(1), create_subject=True)
     store.enroll("g", "b", new(2), create_subject=True)
@@ -266,8 +286,7 @@ def test_a_deleted_vector_is_in_none_of_the_files(store: Store, path: Path) -> N
     assert not on_disk(unit_float16(vector(1)).tobytes())
 
 
-@as_it_is
-@in_a_file
+@in_an_open_file
 def test_a_log_that_somebody_reads_is_emptied_as_soon_as_it_can_be(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -646,7 +665,7 @@ def test_a_chip_lies_open_only_where_all_does(
 ) -> None:
     store.enroll("g", "a", with_chip(7), create_subject=True)
     found = any(bytes([7]) * 300 in file.read_bytes() for file in path.parent.iterdir())
-    assert found is ("plain" in request.node.callspec.id)
+    assert found is ("sealed" not in request.node.callspec.id)
 
 
 def test_a_store_that_is_sealed_later_seals_its_chips(path: Path, tmp_path: Path) -> None:
