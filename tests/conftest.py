@@ -18,6 +18,7 @@ from tests.collecting import Collecting
 from tests.costs import Costs
 from tests.measuring import Measuring
 from tests.ordering import dealt, in_order, is_last
+from tests.properties import Properties
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Collecting())
     config.pluginmanager.register(Costs())
     config.pluginmanager.register(Measuring())
+    config.pluginmanager.register(Properties())
     seconds = config.getoption("--within")
     if seconds is not None:
         # The processes of xdist inherit it: all have one end.

@@ -183,7 +183,7 @@ def refused(folder: Path, text: str) -> str:
     return said
 
 
-# Of them all ``check`` says the same in this process; here one that cannot be read, and one that can.
+# Of all of them ``check`` says the same in this process: one that can be read, one that cannot.
 @pytest.mark.parametrize(
     ("text", "says"),
     [

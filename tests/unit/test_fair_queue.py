@@ -6,6 +6,7 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -347,8 +348,13 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.next_deadline() == expected
 
 
-QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
-TestQueueMachine = QueueMachine.TestCase
+class TestQueueMachine(QueueMachine.TestCase):
+    settings = settings(max_examples=20, stateful_step_count=40)
+
+
+@pytest.mark.slow
+class TestQueueMachineAtLength(QueueMachine.TestCase):
+    settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_memory_does_not_grow_with_what_has_passed() -> None:

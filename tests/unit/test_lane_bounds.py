@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -491,9 +492,17 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.lane._held == 0
 
 
-AnyOrder.TestCase.settings = settings(
+AT_LENGTH = settings(
     max_examples=60,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-TestAnyOrder = AnyOrder.TestCase
+
+
+class TestAnyOrder(AnyOrder.TestCase):
+    settings = settings(AT_LENGTH, max_examples=20)
+
+
+@pytest.mark.slow
+class TestManyOrders(AnyOrder.TestCase):
+    settings = AT_LENGTH

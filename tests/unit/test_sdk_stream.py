@@ -195,8 +195,13 @@ class Life(RuleBasedStateMachine):
         assert self.core.exhausted
 
 
-Life.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
-TestLife = Life.TestCase
+class TestLife(Life.TestCase):
+    settings = settings(max_examples=50, stateful_step_count=40)
+
+
+@pytest.mark.slow
+class TestManyLives(Life.TestCase):
+    settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_frames_are_numbered_and_dated_by_themselves() -> None:

@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.collecting import TESTS, importable, rotated
 from tests.ordering import cut, in_turn
+from tests.properties import some
 
 
 def parts(found: list[str], processes: int) -> list[list[str]]:
@@ -69,3 +70,9 @@ def test_tests_are_imported_as_pytest_does() -> None:
     assert importable(Path(__file__)) == (TESTS / "unit", __name__)
     browser = TESTS / "browser" / "test_console.py"
     assert importable(browser) == (TESTS.parent, "tests.browser.test_console")
+
+
+def test_a_third_of_the_examples_is_asked_at_once() -> None:
+    kept = settings(max_examples=300, stateful_step_count=7)
+    assert (some(kept).max_examples, some(kept).stateful_step_count) == (100, 7)
+    assert [some(settings(max_examples=most)).max_examples for most in (15, 30, 90)] == [15, 20, 30]
