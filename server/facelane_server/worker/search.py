@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _CHUNK_ROWS: Final = 65_536
 """Rows scored at a time: bounds the score matrix to 32 x 65,536 floats (8 MiB)."""
 _CARD_SCORES: Final = 2**24
-"""The same on CUDA, in scores (64 MiB): few and large launches, of which there is one for a probe in
-a gallery of millions."""
+"""The same on CUDA, in scores (64 MiB): few and large launches, of which there is one for a probe
+in a gallery of millions."""
 _GROUP: Final = 512
 """On CUDA the best subjects are looked for in so many of these that have the best one of theirs."""
 _RESCORED: Final = 4
