@@ -57,6 +57,9 @@ SETTLE_S: Final = 1.0
 """At the beginning of a trial, not counted: all tracks are new."""
 OPENING_S: Final = 0.06
 """The same for each camera of video: a card opens their decoders one after the other."""
+OPENED_S: Final = 10.0
+"""The same once they are open: what came meanwhile is worked off, and a server that was late then
+takes all pictures again only when it has seen that it can."""
 _SAMPLE_S: Final = 0.25
 
 
@@ -245,7 +248,7 @@ async def _part(
     frames: Path,
 ) -> None:
     seconds = settings.lasting(6.0, 2.0)
-    each_s = OPENING_S if way.codec and way.decode == "cuda" else 0.0
+    opens = bool(way.codec) and way.decode == "cuda"
     rate = FPS if settings.device != "cpu" else 2.0
     tables = "[limits]\nmax_streams = 1024\n"
     pools = _pools(settings, models, way)
@@ -257,7 +260,7 @@ async def _part(
         await trial(services, frames, len(services), rate, 3.0)  # warm-up
 
         async def attempt(streams: int) -> Trial:
-            settle_s = SETTLE_S + each_s * streams
+            settle_s = SETTLE_S + (OPENED_S + OPENING_S * streams if opens else 0.0)
             found = await trial(
                 services, frames, streams, rate, settle_s + seconds, analysis_fps, settle_s
             )
