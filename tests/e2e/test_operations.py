@@ -330,7 +330,10 @@ def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str
 
 
 def test_a_client_that_goes_when_told_is_not_kept_waiting(start: Start) -> None:
-    server = start(edit=lambda text: text.replace("[server]", "[server]\ndrain_grace_s = 300"))
+    server = start(
+        THREAD_POOLS,
+        edit=lambda text: text.replace("[server]", "[server]\ndrain_grace_s = 300"),
+    )
     with wire.channel(server.target) as channel, wire.RawStream(channel) as stream:
         stream.open()
         stream.write(wire.frame(1))
@@ -505,7 +508,7 @@ def test_the_server_says_what_it_is(server: RunningServer) -> None:
 
 
 def test_events_tell_who_was_seen_and_resume(start: Start) -> None:
-    server = start()
+    server = start(THREAD_POOLS)
     with server.client() as client:
         client.enroll("ada-of-the-events", wire.picture(1), display_name="Ada")
         told: queue.SimpleQueue[facelane.Event] = queue.SimpleQueue()
