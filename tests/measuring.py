@@ -60,7 +60,7 @@ UNTRACED = (
     "tests/unit/test_training_parts.py",
     "tests/unit/test_wiping.py",
 )
-"""Found by asking which file reaches what no other does: none of these does, but for a few lines."""
+"""Found by asking which file reaches what no other does: these do not, but for a few lines."""
 PROCESSES_UNTRACED = (
     "tests/cases/",
     "tests/contract/",

@@ -108,9 +108,10 @@ async def stream(
     seed: int,
     name: str,
     timeout_s: float = CALL_S,
+    books: Books | None = None,
 ) -> Books:
-    """One stream from its config to its summary."""
-    books = Books(name)
+    """One stream from its config to its summary, in ``books`` while it goes on."""
+    books = books or Books(name)
     rng = random.Random(seed)
     call = pb_grpc.AnalysisServiceStub(channel).AnalyzeStream(timeout=timeout_s)  # type: ignore[arg-type]
     stamps: dict[int, tuple[int, int]] = {}

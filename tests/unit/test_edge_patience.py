@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+import grpc
 import pytest
 
+from facelane_server.domain import FacelaneError, Reason
+from facelane_server.edge import errors, gate
 from facelane_server.edge.analysis import _Patience
+from facelane_server.edge.awake import Awake
 
 
 async def test_what_does_not_end_is_cancelled_in_time() -> None:
@@ -68,3 +72,66 @@ async def test_each_thing_begun_has_all_of_the_time() -> None:
     with pytest.raises(asyncio.CancelledError):
         await asyncio.Event().wait()
     task.uncancel()
+
+
+# -- single calls -------------------------------------------------------------------------------
+
+
+class Slow:
+    """Of a call's context what writes: gRPC tells that it was written some turns after the loop
+    stood still for a while."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    async def write(self, message: object) -> None:
+        loop = asyncio.get_running_loop()
+        taken = loop.create_future()
+        await asyncio.sleep(0)
+        time.sleep(0.6)  # noqa: ASYNC251 - the loop is meant to stand still
+        loop.call_later(0.05, taken.set_result, None)
+        await taken
+        self.told.append(message)
+
+    async def abort(self, code: object, *_rest: object) -> None:
+        await self.write(code)
+        raise grpc.aio.AbortError
+
+
+async def test_the_answer_of_a_single_call_outlives_a_leap_of_the_clock() -> None:
+    slow = Slow()
+    await gate.write(slow, "answer", 0.4)  # type: ignore[arg-type]
+    assert slow.told == ["answer"]
+
+
+async def test_so_does_the_status_of_a_call_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(errors, "ABORT_S", 0.4)
+    slow = Slow()
+    with pytest.raises(grpc.aio.AbortError):
+        await errors.abort(slow, FacelaneError(Reason.DRAINING, "it ends"))  # type: ignore[arg-type]
+    assert slow.told == [grpc.StatusCode.UNAVAILABLE]
+
+
+async def test_a_timeout_in_quarters_ends_too() -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        async with Awake(0.1):
+            await asyncio.Event().wait()
+    assert time.monotonic() - began >= 0.09
+    async with Awake(0.02):
+        pass
+    await asyncio.sleep(0.1)  # past it: nothing is left to fire
+
+
+async def test_whoever_is_cancelled_is_not_taken_for_late() -> None:
+    async def call() -> None:
+        async with Awake(100):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -17,6 +17,7 @@ from facelane_server import __version__, tracking
 from facelane_server.config import Config
 from facelane_server.domain import FacelaneError, Outcome, Overload, Reason, Stage
 from facelane_server.edge import areas, convert, gate
+from facelane_server.edge.awake import Awake
 from facelane_server.edge.controls import Controls
 from facelane_server.edge.errors import Context
 from facelane_server.edge.load import LoadWatch
@@ -188,7 +189,8 @@ class AnalysisService(pb_grpc.AnalysisServiceServicer):
         """The stream, and what to tell its client of it; None when it was sent to another
         shard."""
         try:
-            first = await gate.while_awake(context.read(), self._config.limits.first_message_s)
+            async with Awake(self._config.limits.first_message_s):
+                first = await context.read()
         except TimeoutError:
             first = grpc.aio.EOF
         if first is grpc.aio.EOF or first.message.WhichOneof("message") != "config":

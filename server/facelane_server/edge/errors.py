@@ -14,6 +14,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from facelane_server.domain import FacelaneError, Reason
+from facelane_server.edge.awake import Awake
 
 log = structlog.get_logger(__name__)
 
@@ -149,7 +150,7 @@ async def not_offered(context: Context, error: FacelaneError) -> NoReturn:
 async def _abort(context: Context, told: status_pb2.Status) -> NoReturn:
     rich = rpc_status.to_status(told)
     try:
-        async with asyncio.timeout(ABORT_S):
+        async with Awake(ABORT_S):
             await context.abort(rich.code, rich.details, rich.trailing_metadata)
     except (TimeoutError, grpc.aio.InternalError) as end:
         # Not read, or the peer is gone: nobody is there to be told.

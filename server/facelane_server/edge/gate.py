@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -23,6 +23,7 @@ from facelane_server import limits, sampling
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import errors, sizes, wire
 from facelane_server.edge.auth import NO_PEER, Authenticator, Peer
+from facelane_server.edge.awake import Awake
 from facelane_server.edge.errors import Context
 from facelane_server.edge.quotas import Kind, Quotas
 from facelane_server.edge.receiving import Receiving
@@ -32,8 +33,6 @@ from facelane_server.gallery.trail import Trail
 from facelane_server.lanes import Allowance
 from facelane_server.store import audit
 from facelane_server.store.audit import Action, Actor
-
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -94,7 +93,7 @@ def unread(patience_s: float) -> FacelaneError:
 async def write(context: Context, message: object, patience_s: float) -> None:
     """Raises ``FacelaneError(SLOW_READER)`` when the peer does not take the message in time."""
     try:
-        async with asyncio.timeout(patience_s):
+        async with Awake(patience_s):
             await context.write(message)
     except TimeoutError:
         raise unread(patience_s) from None
@@ -272,12 +271,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         """Reads the one request of a call, and no more of them at a time than memory is for."""
 
         async def single(_requests: Any, context: Context) -> None:
-            async def receive() -> Any:
-                async with self._receiving.turn(caller()):
-                    return await context.read()
-
             try:
-                request = await while_awake(receive(), self._first_message_s)
+                async with Awake(self._first_message_s), self._receiving.turn(caller()):
+                    request = await context.read()
             except TimeoutError:
                 request = grpc.aio.EOF
             if request is grpc.aio.EOF:
@@ -289,20 +285,6 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             await serve(request, context)
 
         return single
-
-
-async def while_awake(waited: Coroutine[Any, Any, T], seconds: float) -> T:
-    """What ``waited`` gives within ``seconds``, in four parts: a server that stood still meanwhile
-    (a paused machine) loses one of them, and not its callers for what it did not read itself.
-    Raises ``TimeoutError``."""
-    task = asyncio.ensure_future(waited)
-    try:
-        for _ in range(4):
-            if (await asyncio.wait({task}, timeout=seconds / 4))[0]:
-                return task.result()
-        raise TimeoutError
-    finally:
-        task.cancel()
 
 
 def _returned(behaviour: Any) -> Callable[[Any, Context], Awaitable[None]]:
