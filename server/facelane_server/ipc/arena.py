@@ -34,6 +34,8 @@ import mmap
 import os
 from typing import Final
 
+import numpy as np
+
 from facelane_server import limits
 from facelane_server.wiping import wipe
 
@@ -73,6 +75,8 @@ class Arena:
         self._views = [
             self._view[slot * slot_bytes : (slot + 1) * slot_bytes] for slot in range(slots)
         ]
+        self._places = [np.frombuffer(v[: limits.SLOT_KEEP_BYTES], np.uint8) for v in self._views]
+        """Of each slot what is kept."""
 
     @classmethod
     def create(cls, name: str, slots: int, slot_bytes: int) -> Arena:
@@ -102,9 +106,11 @@ class Arena:
         (gVisor) keeps them for the next job."""
         if self._view.readonly:
             raise ValueError("who maps an arena to read it has nothing to overwrite")
-        used = min(used, self.slot_bytes)
-        wipe(self._views[slot][: min(used, limits.SLOT_KEEP_BYTES)])
-        if used > limits.SLOT_KEEP_BYTES:
+        if used <= limits.SLOT_KEEP_BYTES:
+            self._places[slot][:used] = 0
+        else:
+            used = min(used, self.slot_bytes)
+            self._places[slot][:] = 0
             start = slot * self.slot_bytes + limits.SLOT_KEEP_BYTES
             end = min((used + _PAGE - 1) // _PAGE * _PAGE, self.slot_bytes)
             try:
@@ -116,6 +122,7 @@ class Arena:
         """Unmap and close. Safe to call twice. Raises BufferError while slices live."""
         if self._map.closed:
             return
+        self._places.clear()
         for view in self._views:
             view.release()
         self._view.release()

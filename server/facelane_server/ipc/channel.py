@@ -33,8 +33,12 @@ from facelane_server.ipc import messages
 from facelane_server.ipc.messages import FromWorker, ToWorker
 
 _ANCILLARY: Final = socket.CMSG_SPACE(limits.MAX_DESCRIPTORS * array.array("i").itemsize)
+_RECEIVE: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_CUT_OFF: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+"""Numbers: to combine the names of flags takes longer than to send a packet."""
 _BURST: Final = 16
-"""Packets read in one go before the loop gets its turn back."""
+"""Packets that a peer may have left behind, at most."""
 
 
 class ChannelError(Exception):
@@ -61,6 +65,7 @@ class _Receiver:
         self._sock = sock
         self._buffer = bytearray(limits.MAX_PACKET_BYTES)
         self._view = memoryview(self._buffer)
+        self._into = [self._buffer]
 
     def receive(self) -> tuple[memoryview, list[int]]:
         """One packet (valid until the next call) and its descriptors, now the caller's.
@@ -79,7 +84,7 @@ class _Receiver:
                 fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
                 descriptors.extend(fds)
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & _CUT_OFF:
             close_all(descriptors)
             raise ProtocolError("a packet is too large or carries too many descriptors")
         if size == 0:
@@ -88,13 +93,12 @@ class _Receiver:
         return self._view[:size], descriptors
 
     def _packet(self) -> tuple[int, list[tuple[int, int, bytes]], int, object]:
-        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
-            return self._sock.recvmsg_into([self._buffer], _ANCILLARY, flags)
+            return self._sock.recvmsg_into(self._into, _ANCILLARY, _RECEIVE)
         except ConnectionResetError:
             # The peer ended with messages unread. The kernel says so once, and first; what
             # the peer had sent before, its last words among it, is still there.
-            return self._sock.recvmsg_into([self._buffer], _ANCILLARY, flags)
+            return self._sock.recvmsg_into(self._into, _ANCILLARY, _RECEIVE)
 
 
 def _transmit(sock: socket.socket, packet: bytes, descriptors: Sequence[int]) -> None:
@@ -105,10 +109,10 @@ def _transmit(sock: socket.socket, packet: bytes, descriptors: Sequence[int]) ->
             sock.sendmsg(
                 [packet],
                 [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
-                socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
+                _SEND,
             )
         else:
-            sock.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sock.send(packet, _SEND)
     except BlockingIOError:
         raise
     except OSError as error:
@@ -180,7 +184,9 @@ class ServerChannel:
 
     def receive_last(self) -> None:
         """After a failed ``send``: take in what the peer had sent before it went."""
-        self._readable()
+        for _ in range(_BURST):
+            if not self._read_one():
+                return
 
     def close(self) -> None:
         """Close the socket; the worker reads end of file. Safe to call twice."""
@@ -195,26 +201,32 @@ class ServerChannel:
         self._sock.close()
 
     def _readable(self) -> None:
-        for _ in range(_BURST):
-            if not self._open:
-                return
-            try:
-                packet, descriptors = self._receiver.receive()
-            except BlockingIOError:
-                return
-            except ChannelError as error:
-                self._lose(error)
-                return
-            if descriptors:
-                close_all(descriptors)
-                self._lose(ProtocolError("a worker sent descriptors"))
-                return
-            try:
-                message = messages.decode_from_worker(packet)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                self._lose(ProtocolError(f"not a message: {type(error).__name__}"))
-                return
-            self.on_message(message)
+        """One packet: hardly ever is there another, and to be told so takes as long as to read it.
+        The loop calls again while there is more."""
+        self._read_one()
+
+    def _read_one(self) -> bool:
+        """Whether a message was read, and there may be another."""
+        if not self._open:
+            return False
+        try:
+            packet, descriptors = self._receiver.receive()
+        except BlockingIOError:
+            return False
+        except ChannelError as error:
+            self._lose(error)
+            return False
+        if descriptors:
+            close_all(descriptors)
+            self._lose(ProtocolError("a worker sent descriptors"))
+            return False
+        try:
+            message = messages.decode_from_worker(packet)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._lose(ProtocolError(f"not a message: {type(error).__name__}"))
+            return False
+        self.on_message(message)
+        return True
 
     def _writable(self) -> None:
         while self._backlog:

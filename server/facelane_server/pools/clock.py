@@ -56,8 +56,7 @@ class _LoopTimer:
 class LoopClock:
     """The running event loop's time."""
 
-    def now_ns(self) -> int:
-        return time.monotonic_ns()
+    now_ns = staticmethod(time.monotonic_ns)
 
     def call_at(self, when_ns: int, callback: Callable[[], None]) -> Timer:
         return _LoopTimer(when_ns, callback)

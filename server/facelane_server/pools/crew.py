@@ -112,6 +112,7 @@ class Crew:
         self._retiring: list[Worker] = []
         self.active: list[Worker] = []
         """Those that are given tasks."""
+        self._seats: list[ReadyHandle] | None = None
         self.losses = 0
         self._numbers = 0
         self._jobs = 0
@@ -135,8 +136,10 @@ class Crew:
         return sum(len(job.tasks) for handle in handles for job in handle.jobs)
 
     def seats(self) -> list[ReadyHandle]:
-        """Of those that are given tasks."""
-        return [w.handle for w in self.active if w.handle]
+        """Of those that are given tasks. Made once for all frames until that changes."""
+        if self._seats is None:
+            self._seats = [w.handle for w in self.active if w.handle]
+        return self._seats
 
     def info(self) -> tuple[WorkerInfo, ...]:
         now = self._clock.now_ns()
@@ -217,6 +220,7 @@ class Crew:
         kept = [w for w in self.active if w in ready]
         spare = [w for w in ready if w not in kept]
         self.active = kept + spare[: max(self._settings.workers - len(kept), 0)]
+        self._seats = None
         self._retiring = [w for w in self._retiring if w.life is not Life.EXITED]
         self._owner.crew_changed()
 
@@ -337,7 +341,7 @@ class Crew:
                 unready.close()
 
     def _take_over(self, worker: Worker, handle: ReadyHandle) -> None:
-        worker.handle, worker.ready_since_ns = handle, 0
+        worker.handle, worker.ready_since_ns, self._seats = handle, 0, None
         hung = WorkerLostError(HUNG, "a job exceeded job_timeout_ms")
         worker.hang = HangWatch(
             handle, self._clock, self._job_timeout_ns, lambda: self.lost(worker, hung)
@@ -419,7 +423,7 @@ class Crew:
 
     def _let_go(self, worker: Worker, reason: str) -> None:
         """Of the present process: its jobs go back to the pool."""
-        handle, worker.handle = worker.handle, None
+        handle, worker.handle, self._seats = worker.handle, None, None
         if handle is None:
             return
         if worker.hang is not None:
@@ -445,7 +449,8 @@ class Crew:
         try:
             requests = [task.request for task in tasks]
             items, job.request_used = worker.codec.write(requests, view, handle.decoders)
-            handle.take_over([t.lane for t in tasks], [w.handle for w in self.everyone()])
+            if len(handle.decoders):
+                handle.take_over([t.lane for t in tasks], [w.handle for w in self.everyone()])
             handle.send(job, items)
         except ChannelError as error:
             self._owner.jobs_came_back([job], "NOT_SENT", overlaps=False)
@@ -551,6 +556,9 @@ class Crew:
             self._recycle(self._whose(handle), "OVER_BUDGET")
 
     def _whose(self, handle: ReadyHandle) -> Worker:
+        for worker in self.active:
+            if worker.handle is handle:
+                return worker
         return next(w for w in self.everyone() if w.handle is handle)
 
     def _is_over_budget(self, handle: ReadyHandle) -> bool:

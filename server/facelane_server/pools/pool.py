@@ -206,9 +206,11 @@ class Pool:
         return False
 
     def _resolve(self, ended: Ended) -> None:
-        now = self._clock.now_ns()
         if self._state is PoolState.STOPPED:
             ended = [*ended, *self._schedule.close()]  # tasks that came back too late
+        if not ended:
+            return
+        now = self._clock.now_ns()
         for task, outcome in ended:
             task.finished_ns = now
             failed = isinstance(outcome, FacelaneError)
@@ -259,6 +261,8 @@ class Pool:
 
     def _dispatch(self) -> None:
         self._dispatch_due = False
+        if not self._schedule.queued:
+            return
         self._expire()
         now = self._clock.now_ns()
         while (given := self._schedule.next(self._answering(now))) is not None:

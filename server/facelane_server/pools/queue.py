@@ -129,6 +129,10 @@ class _Kind(_Level):
         return _STREAMS_SHARE if head.sender.live else 1
 
 
+_Path = list[tuple[_Level, Hashable, _Lane]]
+"""Level, child's name, child."""
+
+
 class FairQueue:
     """The tasks of one pool that wait for a worker."""
 
@@ -140,6 +144,9 @@ class FairQueue:
         self._by_key: dict[str, int] = {}
         self._deadlines: list[tuple[int, int, AnyTask]] = []
         self._sequence = 0
+        self._only: AnyTask | None = None
+        """Of a queue that was empty: as long as nobody competes with it, it has no place in the
+        levels, nor among the deadlines."""
 
     def __len__(self) -> int:
         return len(self._queued)
@@ -154,6 +161,7 @@ class FairQueue:
     @property
     def share(self) -> float:
         """Weights of those that wait: streams by their keys, single pictures as a quarter."""
+        self._place_only()
         kinds = self._root.children.values()
         waiting = [kind for kind in kinds if isinstance(kind, _Kind) and kind.weight]
         return sum(k.total if k.weight > 1 else 1 / _STREAMS_SHARE for k in waiting) or 1.0
@@ -164,6 +172,7 @@ class FairQueue:
 
     def in_order(self) -> list[AnyTask]:
         """All that is queued, each once, in the order of deadlines."""
+        self._place_only()
         # One that was taken and came back stands there more than once.
         ordered = dict.fromkeys(task for _, _, task in sorted(self._deadlines))
         return [task for task in ordered if task in self._queued]
@@ -175,24 +184,44 @@ class FairQueue:
 
     def put(self, task: AnyTask) -> None:
         """Queue a task behind those of its lane."""
+        if not self._queued:
+            self._count(task)
+            self._only = task
+            return
+        self._place_only()
+        self._count(task)
+        self._place(task)
+
+    def _place_only(self) -> None:
+        """Others compete with it now."""
+        task, self._only = self._only, None
+        if task is not None:
+            self._place(task)
+
+    def _place(self, task: AnyTask) -> None:
         path = self._path(task)
         lane = path[2][2]
         lane.waiting.append(task)
-        self._register(task)
+        self._note_deadline(task)
         if len(lane.waiting) == 1:
             self._renew(path)
 
     def put_back(self, task: AnyTask, *, alone: bool) -> None:
         """Queue a task that was taken before in front of all others; ``alone`` = it must not
         share a batch, because its last one killed a worker."""
+        self._place_only()
         self._front.appendleft((task, alone))
-        self._register(task)
+        self._count(task)
+        self._note_deadline(task)
 
     def withdraw(self, task: AnyTask) -> bool:
         """Take a task out. False when it is not queued."""
         if task not in self._queued:
             return False
         self._forget(task)
+        if task is self._only:
+            self._only = None
+            return True
         for entry in self._front:
             if entry[0] is task:
                 self._front.remove(entry)
@@ -208,17 +237,29 @@ class FairQueue:
     def replace(self, task: AnyTask, by: AnyTask) -> bool:
         """Put a task in another's place, with the other's turn; both are of one lane. False when
         that one is not queued, or came back from a lost worker."""
+        if task is self._only:
+            self._forget(task)
+            self._count(by)
+            self._only = by
+            return True
         lane = self._path(task)[2][2] if task in self._queued else None
         if lane is None or task not in lane.waiting:
             return False
         lane.waiting[lane.waiting.index(task)] = by
         self._forget(task)
-        self._register(by)
+        self._count(by)
+        self._note_deadline(by)
         return True
 
     def take(self, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
         """The next batch of at most ``most`` tasks. ``accept`` is asked for each in turn and
         ends the batch with False (it does not fit); the first one is always taken."""
+        if (only := self._only) is not None:
+            accept(only)
+            self._forget(only)
+            self._only = None
+            self._start_anew()
+            return [only]
         batch: list[AnyTask] = []
         while self._front and len(batch) < most:
             task, alone = self._front[0]
@@ -231,19 +272,26 @@ class FairQueue:
             batch.append(task)
             if alone:
                 return batch
-        while len(batch) < most and (head := self._root.head()) is not None:
+        while len(batch) < most and (path := self._first()) is not None:
+            head = path[2][2].waiting[0]
             if not accept(head) and batch:
                 break
-            self._take(head)
+            self._take(head, path)
             batch.append(head)
         if not self._queued:
-            # Nobody competes, so nobody has anything to be fair about.
-            self._root = _Level()
-            self._deadlines.clear()
+            self._start_anew()
         return batch
+
+    def _start_anew(self) -> None:
+        """Nobody competes, so nobody has anything to be fair about."""
+        if self._root.children or self._root.heads:
+            self._root = _Level()
+        self._deadlines.clear()
 
     def next_deadline(self) -> int | None:
         """The earliest deadline of a queued task."""
+        if self._only is not None:
+            return self._only.deadline_ns
         deadlines = self._deadlines
         while deadlines and deadlines[0][2] not in self._queued:
             heapq.heappop(deadlines)
@@ -252,6 +300,9 @@ class FairQueue:
     def expire(self, now_ns: int) -> list[AnyTask]:
         """Take out the tasks whose deadline has come."""
         expired: list[AnyTask] = []
+        if self._only is not None and self._only.deadline_ns <= now_ns:
+            expired.append(self._only)
+            self.withdraw(self._only)
         while (deadline := self.next_deadline()) is not None and deadline <= now_ns:
             task = heapq.heappop(self._deadlines)[2]
             self.withdraw(task)
@@ -268,19 +319,36 @@ class FairQueue:
         """All that is queued, in no order."""
         return list(self._queued)
 
-    def _path(self, task: AnyTask) -> list[tuple[_Level, Hashable, _Lane]]:
-        """From the root down to the task's lane: level, child's name, child."""
+    def _first(self) -> _Path | None:
+        """The way to the lane whose turn it is; None when nothing waits there."""
+        first = self._root.first()
+        if first is None:
+            return None
+        kind = first[1]
+        assert isinstance(kind, _Level)
+        second = kind.first()
+        key = second and second[1]
+        assert second is not None
+        assert isinstance(key, _Level)
+        third = key.first()
+        assert third is not None
+        return [(self._root, *first), (kind, *second), (key, *third)]
+
+    def _path(self, task: AnyTask) -> _Path:
+        """From the root down to the task's lane."""
         sender = task.sender
         kind = self._root.child(sender.live, _Kind)
         key = kind.child(sender.key, _Key)
         lane = key.child(task.lane, _Lane)
         return [(self._root, sender.live, kind), (kind, sender.key, key), (key, task.lane, lane)]
 
-    def _register(self, task: AnyTask) -> None:
+    def _count(self, task: AnyTask) -> None:
         assert task not in self._queued, "it waits already"
         self._queued.add(task)
         key = task.sender.key
         self._by_key[key] = self._by_key.get(key, 0) + 1
+
+    def _note_deadline(self, task: AnyTask) -> None:
         self._sequence += 1
         if len(self._deadlines) > 2 * len(self._queued) + _SLACK:
             self._deadlines = [e for e in self._deadlines if e[2] in self._queued]
@@ -294,7 +362,7 @@ class FairQueue:
         if not self._by_key[key]:
             del self._by_key[key]
 
-    def _renew(self, path: list[tuple[_Level, Hashable, _Lane]]) -> None:
+    def _renew(self, path: _Path) -> None:
         """The lane at the end of the path has another head, at no cost."""
         for level, name, child in reversed(path):
             waited = child.weight > 0
@@ -305,9 +373,8 @@ class FairQueue:
             if level.weight and not was_first and level.first() != (name, child):
                 return  # the level's own head is the same as before
 
-    def _take(self, task: AnyTask) -> None:
+    def _take(self, task: AnyTask, path: _Path) -> None:
         self._forget(task)
-        path = self._path(task)
         path[-1][2].waiting.popleft()
         for level, name, child in reversed(path):
             level.virtual = max(level.virtual + 1.0 / level.total, child.start)

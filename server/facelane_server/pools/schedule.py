@@ -158,10 +158,13 @@ class Schedule:
 
     def _no_room(self, task: AnyTask) -> FacelaneError | None:
         """Why there is no place for one more task of this sender."""
+        queued = len(self._queue)
+        if queued < min(limits.MAX_KEY_QUEUE, limits.MAX_POOL_QUEUE):
+            return None
         key = task.sender.key
         mine = self._queue.waiting_of(key) if key else 0
         spared = bool(key) and mine < limits.SPARED_KEY_QUEUE
-        if len(self._queue) >= limits.MAX_POOL_QUEUE * (1 + spared):
+        if queued >= limits.MAX_POOL_QUEUE * (1 + spared):
             return FacelaneError(
                 Reason.POOL_OVERLOADED,
                 f"the {self._pool} pool has {limits.MAX_POOL_QUEUE} tasks waiting; send less, or "
@@ -244,8 +247,9 @@ class Schedule:
 
     def next(self, seats: Sequence[S]) -> tuple[S, list[AnyTask]] | None:
         """Whom to give which batch now; None when nothing waits or nobody has room."""
-        self._queue.settle(seats)
-        while len(self._queue):
+        queue = self._queue
+        queue.settle(seats)
+        while len(queue):
             seat = self._next_seat(seats)
             if seat is None:
                 return None

@@ -7,6 +7,7 @@ in the slot and is no number, is a ``ProtocolError`` here. Either way the worker
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -230,10 +231,10 @@ class Codec:
             for size in self._crop_bytes:
                 crops.append(bytes(slot[crops_at : crops_at + size]))
                 crops_at += size
-            if not all(
-                -_FARTHEST <= v <= _FARTHEST for v in values[: limits.FACE_FLOATS]
-            ):  # nor NaN
-                raise ProtocolError("a face where none can be")
+            numbers = values[: limits.FACE_FLOATS]
+            total = sum(numbers)
+            if math.isnan(total) or not -_FARTHEST <= min(numbers) <= max(numbers) <= _FARTHEST:
+                raise ProtocolError("a face where none can be")  # nor NaN
             x, y, width, height, score = values[:5]
             points = values[5 : limits.FACE_FLOATS]
             if width < 0 or height < 0 or not 0 <= score <= _ONE:
