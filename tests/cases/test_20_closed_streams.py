@@ -25,7 +25,11 @@ def closed(folder: Path, command: str, streams: str) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.parametrize("streams", ["2>&-", "0<&- 1>&- 2>&-"])
+SLOW = pytest.mark.slow
+"""One that is closed; `make test` closes all."""
+
+
+@pytest.mark.parametrize("streams", [pytest.param("2>&-", marks=SLOW), "0<&- 1>&- 2>&-"])
 def test_the_server_runs_without_them(tmp_path: Path, streams: str) -> None:
     (tmp_path / "server.toml").write_text(toml(tmp_path, wire.pools()))
     for name in ("state", "run"):
@@ -45,7 +49,10 @@ def test_the_server_runs_without_them(tmp_path: Path, streams: str) -> None:
         assert store.counts() == (1, 1)
 
 
-@pytest.mark.parametrize("streams", ["2>&-", "1>&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize(
+    "streams",
+    [pytest.param("2>&-", marks=SLOW), pytest.param("1>&-", marks=SLOW), "0<&- 1>&- 2>&-"],
+)
 def test_commands_end_as_they_would(tmp_path: Path, streams: str) -> None:
     (tmp_path / "good.toml").write_text(toml(tmp_path))
     (tmp_path / "bad.toml").write_text("[serve]\n")

@@ -52,7 +52,9 @@ TOUCHED = {
 }
 
 
-@pytest.mark.parametrize("stage", cells.STAGES)
+@pytest.mark.parametrize(
+    "stage", ["detector", "recognizer", pytest.param("liveness", marks=pytest.mark.slow)]
+)
 async def test_a_killed_worker_is_told(site: cells.Site, stage: str) -> None:
     """Every service that needs the pool, and no other, says NOT_SERVING; how soon is for
     ``bench recovery`` to say."""
@@ -114,8 +116,8 @@ async def test_a_worker_that_loads_and_cannot_infer_never_serves(tmp_path: Path)
     ("options", "reason"),
     [
         ('{ "fail.hang_on_job" = "2" }', "HUNG"),
-        ('{ "fail.error_on_job" = "2" }', "CANARY_FAILED"),
-        ('{ "fail.sticky_on_job" = "2" }', "DEVICE_POISONED"),
+        pytest.param('{ "fail.error_on_job" = "2" }', "CANARY_FAILED", marks=pytest.mark.slow),
+        pytest.param('{ "fail.sticky_on_job" = "2" }', "DEVICE_POISONED", marks=pytest.mark.slow),
     ],
 )
 async def test_an_idle_pool_is_found_out_by_its_canary(

@@ -73,7 +73,9 @@ async def test_a_config_that_cannot_be_used(tmp_path: Path) -> None:
     assert "fail" in out
 
 
-@pytest.mark.parametrize("fault", ["fail.load", "fail.crash_load"])
+@pytest.mark.parametrize(
+    "fault", ["fail.load", pytest.param("fail.crash_load", marks=pytest.mark.slow)]
+)
 async def test_a_model_that_does_not_load(tmp_path: Path, fault: str) -> None:
     extra = f'backoff_initial_s = 0.01\noptions = {{ "{fault}" = "1" }}'
     text = written(tmp_path, extra).read_text()

@@ -178,10 +178,10 @@ async def test_a_process_that_cannot_be_watched_is_not_left_behind(
 @pytest.mark.parametrize(
     "words",
     [
-        b'{"level": []}',
+        pytest.param(b'{"level": []}', marks=pytest.mark.slow),
         b'{"self": 1, "method_name": 2, "exc_info": true, "stack_info": true}',
         b'{"event": ' + b"[" * 7000,
-        b"{" + b"\xff" * 9000,
+        pytest.param(b"{" + b"\xff" * 9000, marks=pytest.mark.slow),
     ],
     ids=["level", "names", "depth", "bytes"],
 )
@@ -358,7 +358,7 @@ async def test_a_leak_is_recycled_at_the_budget_and_nothing_is_lost() -> None:
     ("fault", "loss"),
     [
         ("load", "LOAD_FAILED"),
-        ("crash_load", "EXITED"),
+        pytest.param("crash_load", "EXITED", marks=pytest.mark.slow),
         pytest.param("crash_warm_up", "EXITED", marks=pytest.mark.slow),
         ("hang_load", "START_TIMEOUT"),
     ],

@@ -14,7 +14,15 @@ from facelane_server.pools.canary import WRONG_ANSWER
 from facelane_server.pools.report import PoolState
 
 
-@pytest.mark.parametrize(("stage", "job"), [(s, 1) for s in Stage] + [(Stage.RECOGNIZER, 2)])
+@pytest.mark.parametrize(
+    ("stage", "job"),
+    [
+        (Stage.DETECTOR, 1),
+        pytest.param(Stage.RECOGNIZER, 1, marks=pytest.mark.slow),
+        pytest.param(Stage.LIVENESS, 1, marks=pytest.mark.slow),
+        (Stage.RECOGNIZER, 2),
+    ],
+)
 async def test_a_worker_that_answers_wrongly_is_lost_and_its_successor_serves(
     stage: Stage, job: int, tmp_path: Path
 ) -> None:

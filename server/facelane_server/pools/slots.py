@@ -260,7 +260,8 @@ class Codec:
             if start < 0 or end > len(slot):
                 raise ProtocolError("an embedding outside of the response slot")
             vector = Fleeting(slot[start:end])
-            norm = float(np.linalg.norm(np.frombuffer(vector, np.float32)))
+            with np.errstate(over="ignore", invalid="ignore"):  # of nonsense, which is no warning
+                norm = float(np.linalg.norm(np.frombuffer(vector, np.float32)))
             if not abs(norm - 1.0) <= _NORM_SLACK:  # nor NaN
                 raise ProtocolError("an embedding that is no unit vector")
         ood = min(done.ood, 1.0)
