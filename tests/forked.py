@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import coverage
+
 MODULES = (
     "facelane_server.app",
     "facelane_server.auditing",
@@ -109,7 +111,7 @@ class _Nursery:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.forked", str(theirs.fileno())],
                 cwd=Path(__file__).parent.parent,
-                env={**os.environ, **_FIRST},
+                env={name: value for name, value in os.environ.items() if name != _TRACED} | _FIRST,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
@@ -133,14 +135,13 @@ class _Nursery:
 
 
 @functools.cache
-def _nursery(traced: bool) -> _Nursery:
-    """``traced`` as this process's environment says: its own is the same."""
+def _nursery() -> _Nursery:
     return _Nursery()
 
 
 def begin(arguments: Sequence[str], output: IO[bytes], environment: Mapping[str, str]) -> Fork:
     """``facelane-server ARGUMENTS``. Traced by coverage where processes of this moment are."""
-    return _nursery(_TRACED in os.environ).begin(arguments, output, environment)
+    return _nursery().begin(arguments, output, environment)
 
 
 # -- in the process that forks --------------------------------------------------------------------
@@ -187,6 +188,9 @@ def _become(asked: dict[str, Any], output: int) -> list[str]:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"] | _TUNABLES)
+    if _TRACED in os.environ:
+        # What was executed by the imports, the process of the tests has executed traced.
+        coverage.process_startup()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return list(asked["arguments"])
 
