@@ -224,7 +224,7 @@ def test_a_model_with_a_wrong_hash_is_refused(start: Start, tmp_path: Path) -> N
         "[output]\nembedding_dim = 512\n[thresholds]\nmatch = 0.3\nmargin = 0.05\nood = 0.4\n"
         '[ood]\nsource = "none"\n'
     )
-    done = called("models", "verify", str(package))
+    done = server_command("models", "verify", str(package))
     assert done.returncode == 1, done
     told = " ".join((done.stdout + done.stderr).split())
     assert "weights.safetensors" in told

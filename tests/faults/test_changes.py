@@ -100,7 +100,7 @@ async def test_reload_alone_costs_no_result(tmp_path: Path) -> None:
         assert (book.results, sum(book.missing.values())) == (book.sent, 0), book
 
 
-@pytest.mark.parametrize("by", ["SIGTERM", "Drain"])
+@pytest.mark.parametrize("by", [pytest.param("SIGTERM", marks=pytest.mark.slow), "Drain"])
 async def test_a_drain_under_faults_gives_every_frame_an_outcome(tmp_path: Path, by: str) -> None:
     """The server is told to go while its workers are being killed."""
     folder = tmp_path
