@@ -24,8 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The same examples in every run, on a machine of any speed; new ones with
 # ``--hypothesis-profile=explore``.
+# A method that is asked twice (``Properties``) has another instance of its class each time.
 settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
 )
 settings.register_profile(
     "explore", settings.get_profile("repeatable"), derandomize=False, max_examples=1000
