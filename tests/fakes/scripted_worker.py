@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 
 from facelane_server import limits
 from facelane_server.ipc.arena import Arena
@@ -290,6 +291,9 @@ class ScriptedLauncher:
         worker = ScriptedWorker(worker_id, 1000 + len(self.workers))
         self.workers.append(worker)
         return worker
+
+    def may_read(self, folder: Path) -> bool:
+        return True
 
     async def close(self) -> None:
         for worker in self.workers:

@@ -30,7 +30,7 @@ from tests.waiting import auntil, until
 
 from facelane_server import config
 from facelane_server.domain import FacelaneError, Reason, Stage
-from facelane_server.models.package import Package
+from facelane_server.models.package import Package, read_package
 from facelane_server.pools.host import ExternalLauncher, Launchers, mps_environment
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import PoolState
@@ -42,11 +42,11 @@ from facelane_server.worker import exit_codes
 
 @asynccontextmanager
 async def group(
-    packages: Mapping[Stage, Package] = PACKAGES, **settings: object
+    packages: Mapping[Stage, Package] = PACKAGES, models: Sequence[str] = (), **settings: object
 ) -> AsyncIterator[dict[Stage, RealPool]]:
     """The three pools as threads of one process."""
     with tempfile.TemporaryDirectory(prefix="facelane-") as folder:
-        launchers = Launchers(Path(folder))
+        launchers = Launchers(Path(folder), models=models)
         pools = {}
         for stage, package in packages.items():
             merged = config.Pool(**{**FAST, "isolation": "thread", **settings})  # type: ignore[arg-type]
@@ -108,6 +108,29 @@ async def test_a_member_of_a_group_is_restarted_alone() -> None:
         await pools[Stage.RECOGNIZER].pool.reload(PACKAGES[Stage.RECOGNIZER])
         await all_answer(pools)
         assert {pid for made in pools.values() for pid in made.pids()} == pids
+        assert [made.pool.info().losses for made in pools.values()] == [0, 0, 0]
+
+
+async def test_a_group_takes_no_package_that_its_process_may_not_read(tmp_path: Path) -> None:
+    """Which files it may read was settled when it began, and is every member's."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(PACKAGES[Stage.RECOGNIZER].folder, elsewhere)
+    async with group() as pools:
+        pids = {pid for made in pools.values() for pid in made.pids()}
+        with pytest.raises(FacelaneError, match=r"models\.path") as caught:
+            await pools[Stage.RECOGNIZER].pool.reload(read_package(elsewhere))
+        assert caught.value.reason is Reason.MODEL_INVALID
+        assert {pid for made in pools.values() for pid in made.pids()} == pids
+        assert [made.pool.info().losses for made in pools.values()] == [0, 0, 0]
+        await all_answer(pools)
+
+
+async def test_a_group_takes_a_package_out_of_the_folders_of_models(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(PACKAGES[Stage.RECOGNIZER].folder, elsewhere)
+    async with group(models=(str(tmp_path),)) as pools:
+        await pools[Stage.RECOGNIZER].pool.reload(read_package(elsewhere))
+        await all_answer(pools)
         assert [made.pool.info().losses for made in pools.values()] == [0, 0, 0]
 
 

@@ -33,6 +33,8 @@ log = structlog.get_logger(__name__)
 _DUMP_S: Final = 0.2
 """From asking for a stack dump to SIGKILL: faulthandler writes it within milliseconds."""
 _REAP_S: Final = 10.0
+_OWN: Final = Path(__file__).resolve().parents[1]
+"""This package with its models, which every worker may read."""
 
 
 class Link(Protocol):
@@ -64,6 +66,9 @@ class Launcher(Protocol):
     async def launch(self, worker_id: str, nice: int = 0, folder: Path | None = None) -> Link:
         """A new worker, not yet spoken to, at that priority until it is ready, which may read
         the ``folder`` of its package. Raises OSError when none can be started."""
+
+    def may_read(self, folder: Path) -> bool:
+        """Whether a worker that is launched now could read a package there."""
 
     async def close(self) -> None:
         """After all links are gone."""
@@ -132,6 +137,9 @@ class ProcessLauncher:
     async def launch(self, worker_id: str, nice: int = 0, folder: Path | None = None) -> Link:
         confined = self._confined.with_folder(folder)
         return _ProcessLink(Process(worker_id, 1, self._threads, self._environment, nice, confined))
+
+    def may_read(self, folder: Path) -> bool:  # noqa: ARG002 - its process is made for it
+        return True
 
     async def close(self) -> None:
         pass
@@ -209,6 +217,8 @@ class GroupLauncher:
         self.confined = confined
         self._channels: dict[str, int] = {}
         self._process: Process | None = None
+        self._readable: list[Path] = []
+        """Folders with models that the process may read."""
 
     def register(self, worker_id: str) -> None:
         """Give a worker its channel. Raises RuntimeError once the process runs."""
@@ -225,15 +235,21 @@ class GroupLauncher:
         process = self._process
         if process is None or process.exited.done():
             self._drop()
+            confined = self.confined.with_folder(folder)
             process = Process(
-                f"group {self._name}",
-                len(self._channels),
-                self._threads,
-                {},
-                confined=self.confined.with_folder(folder),
+                f"group {self._name}", len(self._channels), self._threads, {}, confined=confined
             )
+            self._readable = [path.resolve() for path in confined.read]
             self._process = process
         return _GroupLink(process, process.sockets[self._channels[worker_id]])
+
+    def may_read(self, folder: Path) -> bool:
+        """A process that runs keeps to what it was begun with."""
+        process = self._process
+        if process is None or process.exited.done() or self.confined.sandbox == "off":
+            return True
+        found = folder.resolve()
+        return any(found.is_relative_to(path) for path in (_OWN, *self._readable))
 
     async def close(self) -> None:
         process = self._process
@@ -331,6 +347,9 @@ class ExternalLauncher:
                     return _ExternalLink(sock, pid)
                 sock.close()
                 log.warning("worker refused, it runs as another user", worker=worker_id, uid=uid)
+
+    def may_read(self, folder: Path) -> bool:  # noqa: ARG002 - how they are confined is theirs
+        return True
 
     async def close(self) -> None:
         if self._listener is not None:

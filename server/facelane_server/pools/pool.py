@@ -86,6 +86,7 @@ class Pool:
         self._schedule = Schedule(self.name, self._briefing.codec(package))
         self._changes = Changes(self._clock)
         self._feed = GalleryFeed(self._changes)
+        self._launcher = launcher
         self._crew = Crew(
             self.name,
             settings,
@@ -437,6 +438,13 @@ class Pool:
             if self._settings.hosting.can_double:
                 await self._reload_beside(package, bound)
             else:
+                if not self._launcher.may_read(package.folder):
+                    raise _invalid(
+                        package,
+                        f"the process of its thread group may not read {package.folder}; name the "
+                        "folder above it in models.path, or its own as the pool's model, and "
+                        "restart the server",
+                    )
                 await self._reload_in_turn(package, bound)
         self.tell(PoolChange.MODEL_RELOADED, None, "")
 
