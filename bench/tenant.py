@@ -114,6 +114,9 @@ class _ThreadLauncher:
         self._channel = -1
         return _Thread(sock, self._pid)
 
+    def may_read(self, folder: Path) -> bool:  # noqa: ARG002 - a thread of this process
+        return True
+
     async def close(self) -> None:
         pass
 
