@@ -32,7 +32,7 @@ from training.liveness import CROP, NARROW, WIDE
 from training.ood import OOD_THRESHOLD, fit_ood
 from training.recognizer import options_of
 
-VERSIONS = {"detector": "2.1.0", "recognizer": "2.1.0", "liveness": "2.0.0"}
+VERSIONS = {"detector": "2.1.0", "recognizer": "2.1.0", "liveness": "2.1.0"}
 NAMES = tuple(VERSIONS)
 LICENSE = "evaluation and research only, see CARD.md"
 MATCH_FAR = 1e-4
@@ -191,7 +191,7 @@ def ship_liveness(
     manifest = {
         "task": "liveness",
         "architecture": "minifasnet-pair",
-        "description": "starter liveness: the MiniFASNet pair, taught small, dark and coded faces",
+        "description": "starter liveness: the MiniFASNet pair, taught small, dark and turned faces",
         "input": {
             "width": 80,
             "height": 80,

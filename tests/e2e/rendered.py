@@ -18,6 +18,8 @@ Array = npt.NDArray[np.uint8]
 WIDTH, HEIGHT = 640, 480
 EYES = ((290.0, 210.0), (350.0, 210.0))
 """Where the eyes are: of a face some 130 pixels wide."""
+WALL = 25.0
+"""Sigma in pixels: of a face so blurred nothing is left."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,21 @@ class Portrait:
     eyes: tuple[tuple[float, float], tuple[float, float]]
 
     def placed(self, dx: float = 0.0, dy: float = 0.0) -> Array:
-        """The picture with the eyes at ``EYES`` + (dx, dy)."""
+        """The picture with the eyes at ``EYES`` + (dx, dy), before a wall of its own soft colours:
+        mirrored, it would show more faces, cut by the film's edges."""
         (ax, ay), (bx, by) = self.eyes
         (px, py), (qx, qy) = EYES
         turn = complex(qx - px, qy - py) / complex(bx - ax, by - ay)
         move = complex(px + dx, py + dy) - turn * complex(ax, ay)
         matrix = np.array([[turn.real, -turn.imag, move.real], [turn.imag, turn.real, move.imag]])
-        return cv2.warpAffine(  # type: ignore[no-any-return]
-            self.picture, matrix, (WIDTH, HEIGHT),
-            flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT,
-        )  # fmt: skip
+        size = (WIDTH, HEIGHT)
+        shown = cv2.warpAffine(
+            self.picture, matrix, size, flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT
+        )
+        whole = np.full(self.picture.shape[:2], 255, np.uint8)
+        inside = cv2.warpAffine(whole, matrix, size, flags=cv2.INTER_AREA)[..., None] / 255.0
+        wall = cv2.GaussianBlur(shown, (0, 0), WALL)
+        return (shown * inside + wall * (1 - inside)).round().astype(np.uint8)
 
 
 def portrait(client: facelane.Client, path: Path, face: int = 0) -> Portrait:
