@@ -212,7 +212,7 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize("fps", [5.0, 12.5, 25.0])
+@pytest.mark.parametrize("fps", [5.0, pytest.param(12.5, marks=pytest.mark.slow), 25.0])
 @pytest.mark.parametrize("times", [2, 4])
 @pytest.mark.parametrize(("stages", "fits"), STAGES)
 def test_over_what_fits_answers_keep_their_age_and_streams_their_equal_part(

@@ -92,7 +92,15 @@ def host(data: bytes) -> api.U8:
     return np.asarray(picture, np.uint8)
 
 
-@pytest.mark.parametrize("size", [(240, 320), (480, 640), (720, 1280), (600, 480)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (240, 320),
+        pytest.param((480, 640), marks=pytest.mark.slow),
+        pytest.param((720, 1280), marks=pytest.mark.slow),
+        (600, 480),
+    ],
+)
 def test_pictures_on_the_device_give_the_same_faces(size: tuple[int, int]) -> None:
     data = faces_in(*size)
     plain, there = detectors()

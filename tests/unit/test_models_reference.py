@@ -63,8 +63,8 @@ def test_starter_packages_answer_as_recorded(name: str) -> None:
     [
         ("facelane-detector", "max_side = 640", "max_side = 320"),
         ("facelane-recognizer", 'color = "rgb"', 'color = "bgr"'),
-        ("facelane-recognizer", "center = ", "center = -"),
-        ("facelane-liveness", 'color = "bgr"', 'color = "rgb"'),
+        pytest.param("facelane-recognizer", "center = ", "center = -", marks=pytest.mark.slow),
+        pytest.param("facelane-liveness", 'color = "bgr"', 'color = "rgb"', marks=pytest.mark.slow),
         ("facelane-liveness", "scale = 4.0", "scale = 1.2"),
     ],
 )
