@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
@@ -29,14 +30,14 @@ class Encoding(enum.StrEnum):
     """One access unit of video, Annex B; in streams only."""
     H265 = "h265"
 
-    @property
-    def is_video(self) -> bool:
-        """Whether it takes pictures before it to decode one."""
-        return self in (Encoding.H264, Encoding.H265)
+    is_video: bool
+    """Whether it takes pictures before it to decode one."""
+    is_raw: bool
 
-    @property
-    def is_raw(self) -> bool:
-        return self in (Encoding.BGR24, Encoding.RGB24, Encoding.NV12)
+    def __init__(self, value: str) -> None:
+        # Looked up for every frame, several times.
+        self.is_video = value in ("h264", "h265")
+        self.is_raw = value in ("bgr24", "rgb24", "nv12")
 
 
 class Picture(msgspec.Struct, frozen=True, gc=False):
@@ -235,6 +236,10 @@ class Stage(enum.StrEnum):
     LIVENESS = "liveness"
 
 
+STAGES: Final = tuple(Stage)
+"""To go over an enumeration takes ten times as long."""
+
+
 class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A subject whose best template is near the probe. ``similarity`` is a cosine, [-1, 1]."""
 
@@ -258,8 +263,16 @@ class Identity(msgspec.Struct, frozen=True, gc=False):
     @property
     def subjects(self) -> set[str]:
         """Whoever is named, candidates included."""
-        named = {candidate.subject_id for candidate in self.candidates}
-        return named | {self.subject_id} if self.subject_id else named
+        named: set[str] = set()
+        self.tell(named)
+        return named
+
+    def tell(self, named: set[str]) -> None:
+        """Whoever is named, candidates included, put to others."""
+        if self.subject_id:
+            named.add(self.subject_id)
+        for candidate in self.candidates:
+            named.add(candidate.subject_id)
 
 
 class Liveness(msgspec.Struct, frozen=True, gc=False):

@@ -18,8 +18,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from facelane_server import limits
 from facelane_server.domain import (
+    STAGES,
     Box,
     Candidate,
     Decision,
@@ -58,6 +61,12 @@ from facelane_server.pools.tasks import (
     VideoRequest,
 )
 
+_ASKED: Final[dict[tuple[bool, bool], tuple[Stage, ...]]] = {
+    (True, True): (Stage.RECOGNIZER, Stage.LIVENESS),
+    (True, False): (Stage.RECOGNIZER,),
+    (False, True): (Stage.LIVENESS,),
+    (False, False): (),
+}
 LEAST_CONTEXT: Final = 0.6
 """Share of the area around a face, enlarged as liveness wants it, that a picture must show. Less
 is filled up by shifting and shrinking the crop, and a tightly cropped portrait then looks like a
@@ -101,8 +110,7 @@ class Plan:
     """Of single pictures: what the recogniser saw of each face."""
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(msgspec.Struct, frozen=True, gc=False):
     """Whose work it is: for fairness and deadlines (``time.monotonic_ns``)."""
 
     lane: int
@@ -141,7 +149,7 @@ class Timings:
     def freeze(self) -> tuple[StageTiming, ...]:
         return tuple(
             StageTiming(stage, max(span[0], 0), max(span[1], 0))
-            for stage in Stage
+            for stage in STAGES
             if (span := self.spans.get(stage)) is not None
         )
 
@@ -233,18 +241,15 @@ class Pipeline:
 
     def asked(self, plan: Plan) -> tuple[Stage, ...]:
         """The second stages that the plan wants."""
-        stages = []
-        if plan.recognize:
-            stages.append(Stage.RECOGNIZER)
-        if plan.liveness:
-            stages.append(Stage.LIVENESS)
-        return tuple(stages)
+        return _ASKED[plan.recognize, plan.liveness]
 
     def unavailable(self, plan: Plan) -> tuple[Stage, ...]:
         """The asked-for second stages that cannot answer now."""
-        return tuple(
-            s for s in self.asked(plan) if s not in self.pools or not self.pools[s].available
-        )
+        return tuple([s for s in self.asked(plan) if not self._answers(s)])
+
+    def _answers(self, stage: Stage) -> bool:
+        pool = self.pools.get(stage)
+        return pool is not None and pool.available
 
     # -- second stages ---------------------------------------------------------------
 
@@ -506,7 +511,7 @@ class Pipeline:
             height=answer.height,
             faces=tuple(r.face for r in readings),
             timings=timings.freeze(),
-            missing_stages=tuple(s for s in Stage if s in missing),
+            missing_stages=tuple([s for s in STAGES if s in missing]),
         )
         return Reading(result, readings)
 

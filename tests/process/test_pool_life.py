@@ -83,7 +83,7 @@ async def test_a_broken_picture_fails_alone_in_its_batch() -> None:
         for task in tasks[1::2]:
             p.pool.withdraw(task)
             broken = msgspec.structs.replace(task.request.picture, stride=7)
-            object.__setattr__(task.request, "picture", broken)
+            task.request = msgspec.structs.replace(task.request, picture=broken)
             p.pool.submit(task)
         results = await outcomes(tasks)
         assert [isinstance(r, DetectAnswer) for r in results] == [True, False, True, False]
@@ -97,8 +97,8 @@ async def test_a_request_that_no_message_can_carry_fails_alone() -> None:
         for task in tasks[:2]:
             p.pool.withdraw(task)
         too_long, no_text = tasks[:2]
-        object.__setattr__(too_long.request, "gallery_id", "x" * 300_000)
-        object.__setattr__(no_text.request, "gallery_id", "\ud800")
+        for task, name in ((too_long, "x" * 300_000), (no_text, "\ud800")):
+            task.request = msgspec.structs.replace(task.request, gallery_id=name)
         for task in tasks[:2]:
             p.pool.submit(task)
         results = await outcomes(tasks)

@@ -383,7 +383,8 @@ class View:
 
 
 # Outcomes are written where they belong: a message that is made first and then put into another
-# is copied, at every level, for every frame.
+# is copied, at every level, for every frame. A field that is set, if to 0, makes all above it
+# present.
 
 
 def identity(value: Identity, view: View, track_id: int = 0) -> pb.Identity:
@@ -434,7 +435,6 @@ def _fill_face(message: pb.Face, value: Face, view: View) -> None:
     message.track_id = value.track_id
     message.score = value.score
     place, where = message.box, value.box
-    place.SetInParent()
     place.x, place.y, place.width, place.height = where.x, where.y, where.width, where.height
     add = message.landmarks.add
     for x, y in value.landmarks:
@@ -454,7 +454,6 @@ def faces(values: Iterable[Face], view: View) -> list[pb.Face]:
 
 
 def _fill_duration(message: duration_pb2.Duration, ns: int) -> None:
-    message.SetInParent()
     message.seconds, message.nanos = divmod(ns, 1_000_000_000)
 
 
@@ -465,7 +464,6 @@ def result(value: FrameResult, view: View) -> pb.FrameResult:
 
 
 def _fill_result(message: pb.FrameResult, value: FrameResult, view: View) -> None:
-    message.SetInParent()
     message.width = value.width
     message.height = value.height
     for shown in value.faces:

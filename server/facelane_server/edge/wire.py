@@ -7,9 +7,9 @@ a message is not of the one shape that clients send, protobuf parses all of it a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from google.protobuf.descriptor import Descriptor
 
 from facelane.v1 import analysis_service_pb2 as pb
@@ -36,8 +36,7 @@ _PICTURE: Final = _number(pb.Frame.DESCRIPTOR, "picture")
 _DATA: Final = _number(face_pb2.Picture.DESCRIPTOR, "data")
 
 
-@dataclass(frozen=True, slots=True)
-class StreamMessage:
+class StreamMessage(msgspec.Struct, frozen=True, gc=False):
     """``data``: the frame's picture, if the message is a frame; a view of what came in where the
     picture is large, and then left out of ``message``."""
 
@@ -86,11 +85,18 @@ def find(
         if at == end:
             return found
         begin = at
-        tag, at = varint(data, at, end)
+        tag = data[at]
+        if tag < 0x80:  # nearly every one, and many lengths
+            at += 1
+        else:
+            tag, at = varint(data, at, end)
         after = at
         match tag & 7:
             case 2:  # DELIMITED
-                length, at = varint(data, at, end)
+                if at < end and (length := data[at]) < 0x80:
+                    at += 1
+                else:
+                    length, at = varint(data, at, end)
                 after = at + length
             case 0:  # VARINT
                 _, after = varint(data, at, end)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Iterator
 
 from facelane_server.domain import FacelaneError, Reason
+from facelane_server.lanes.wake import Wake
 
 
 class Allowance:
@@ -16,7 +16,7 @@ class Allowance:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._held = 0
-        self._waiting: set[asyncio.Event] = set()
+        self._waiting: set[Wake] = set()
 
     @property
     def full(self) -> bool:
@@ -28,13 +28,13 @@ class Allowance:
     def give(self, size: int) -> None:
         self._held -= size
         if not self.full:
-            for event in self._waiting:
-                event.set()
+            for lane in self._waiting:
+                lane.set()
             self._waiting.clear()
 
-    def wake(self, event: asyncio.Event) -> None:
-        """Sets the event once there is room."""
-        self._waiting.add(event)
+    def wake(self, lane: Wake) -> None:
+        """Wakes it once there is room."""
+        self._waiting.add(lane)
 
     @contextlib.contextmanager
     def hold(self, size: int) -> Iterator[None]:

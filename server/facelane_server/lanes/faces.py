@@ -175,9 +175,10 @@ class Faces:
             for active in self._tracks.active:
                 self._tracks = self._tracks.replace(tracking.judged_anew(active))
         looks = []
+        moment = self._pipeline.losses.now
         for face, track_id in zip(faces, assignments, strict=True):
             look = Look(face, track_id, size)
-            look.moment = self._pipeline.losses.now
+            look.moment = moment
             look.judges = self._liveness_models
             look.no_context = plan.liveness and not self._pipeline.shows_context(face, *size)
             look.recognize, look.live = recognizer, judge and not look.no_context
@@ -324,8 +325,9 @@ class Faces:
                 link=link,
                 test=thresholds.test,
             )
-        # Deleted while it was being looked for: named no more, nor as a candidate.
-        track = self._remembering(track, look.moment)
+        if evidence.recognized:
+            # Deleted while it was being looked for: named no more, nor as a candidate.
+            track = self._remembering(track, look.moment)
         if track.track_id in self._ended:
             self._ended[track.track_id] = track
         else:

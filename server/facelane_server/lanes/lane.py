@@ -30,6 +30,7 @@ from typing import Final
 
 from facelane_server import limits, tracking
 from facelane_server.domain import (
+    STAGES,
     DropReason,
     FacelaneError,
     Frame,
@@ -60,6 +61,7 @@ from facelane_server.lanes.types import (
     Update,
 )
 from facelane_server.lanes.video import Footage
+from facelane_server.lanes.wake import Wake
 from facelane_server.pipeline import Evidence, Origin, Pipeline, error_of
 from facelane_server.pools.groups import Wanted
 from facelane_server.pools.tasks import ANYBODY, DetectAnswer, Sender, Undecoded
@@ -124,8 +126,8 @@ class Lane:
         self._input_closed = False
         self._aborted = False
         self._draining = False
-        self._wake_reader = asyncio.Event()
-        self._wake_writer = asyncio.Event()
+        self._wake_reader = Wake()
+        self._wake_writer = Wake()
 
         self._unavailable = set(pipeline.unavailable(options.plan))
 
@@ -163,7 +165,6 @@ class Lane:
         deadline, is what it waits for."""
         while not self.can_accept and not self._aborted:
             self._show()  # what waits for more may be all that others wait for
-            self._wake_reader.clear()
             if self._allowance is not None:
                 self._allowance.wake(self._wake_reader)
             await self._wake_reader.wait()
@@ -393,7 +394,6 @@ class Lane:
         """What is to be written, in order; empty only when the lane has settled or was
         aborted. Call ``written`` for each."""
         while not self._outbox and not self.settled and not self._aborted:
-            self._wake_writer.clear()
             await self._wake_writer.wait()
         taken = list(self._outbox)
         self._outbox.clear()
@@ -500,7 +500,9 @@ class Lane:
             (answer.width, answer.height),
         )
         entry.answer = DetectAnswer(answer.width, answer.height, ())  # lets go of the crops
-        asked = [look for look in entry.looks if look.asked]
+        asked = [look for look in entry.looks if look.recognize or look.live]
+        if not asked:
+            return
         entry.outstanding = len(asked)
         origin = self._origin(entry)
         for look in asked:
@@ -553,31 +555,26 @@ class Lane:
 
     def _outcome(self, entry: Entry, body: FrameResult | FrameDrop | FrameError) -> Outcome:
         frame = entry.frame
-        return Outcome(
-            frame.frame_id,
-            frame.stream_offset_ns,
-            frame.capture_time_ns,
-            body,
-            self._clock() - entry.received_ns,
-        )
+        age_ns = self._clock() - entry.received_ns
+        return Outcome(frame.frame_id, frame.stream_offset_ns, frame.capture_time_ns, body, age_ns)
 
     def _compose(self, entry: Entry) -> FrameResult:
         """The result of a frame: new evidence fused into its tracks, then their state read."""
         assert entry.answer is not None
-        missing = set(entry.missing)
+        missing = entry.missing
         faces = []
         for look in entry.looks:
-            unanswered = set(entry.missing)
-            if look.evidence is not None:
-                unanswered.update(look.evidence.missing)
-            missing |= unanswered
+            unanswered = entry.missing
+            if look.evidence is not None and look.evidence.missing:
+                unanswered = (*entry.missing, *look.evidence.missing)
+                missing = (*missing, *unanswered)
             faces.append(self._faces.face(look, entry.frame, unanswered))
         return FrameResult(
             width=entry.answer.width,
             height=entry.answer.height,
             faces=tuple(faces),
             timings=entry.timings.freeze(),
-            missing_stages=tuple(s for s in Stage if s in missing),
+            missing_stages=tuple([s for s in STAGES if s in missing]) if missing else (),
         )
 
     def _count(self, outcome: Outcome) -> None:

@@ -71,6 +71,43 @@ class Sources:
     """By key."""
 
 
+class _Count:
+    """A counter of one thread, the event loop's, until somebody asks for it: the library's takes
+    a lock for every frame."""
+
+    __slots__ = ("counter", "new")
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter = counter
+        self.new = 0
+
+    def tell(self) -> None:
+        new, self.new = self.new, 0
+        if new:
+            self.counter.inc(new)
+
+
+class _Counts(Collector):
+    """Tells what was counted to the library's counters, before these are read: it has to be
+    registered first."""
+
+    def __init__(self) -> None:
+        self._all: list[_Count] = []
+
+    def of(self, counter: Counter) -> _Count:
+        count = _Count(counter)
+        self._all.append(count)
+        return count
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        for count in self._all:
+            count.tell()
+        return ()
+
+
 class _Latencies:
     """A histogram of one thread, the event loop's: a tenth of the cost of the library's, which
     takes a lock and walks its buckets at every observation of every frame."""
@@ -94,6 +131,8 @@ class Metrics:
 
     def __init__(self, sources: Sources | None = None) -> None:
         self.registry = CollectorRegistry()
+        counts = _Counts()
+        self.registry.register(counts)
         ProcessCollector(registry=self.registry)
         self._frames = Counter(
             "facelane_frames",
@@ -136,19 +175,19 @@ class Metrics:
         build = Gauge("facelane_build_info", "Always 1.", ["version"], registry=self.registry)
         build.labels(__version__).set(1)
         # Children are looked up once: `labels` takes a lock and builds a key at every call.
-        self._results = self._frames.labels("result", "")
-        self._drops = {r: self._frames.labels("drop", r.value) for r in DropReason}
+        self._results = counts.of(self._frames.labels("result", ""))
+        self._drops = {r: counts.of(self._frames.labels("drop", r.value)) for r in DropReason}
         self._errors = {r: self._frames.labels("error", r.value) for r in Reason}
         self._missing = {s: missing.labels(s.value) for s in Stage}
-        self._faces = {d: faces.labels(d.value) for d in Decision}
-        self._verdicts = {v: verdicts.labels(v.value) for v in LivenessVerdict}
+        self._faces = {d: counts.of(faces.labels(d.value)) for d in Decision}
+        self._verdicts = {v: counts.of(verdicts.labels(v.value)) for v in LivenessVerdict}
         self.registry.register(_SourceCollector(sources or Sources(), self._histograms))
 
     def outcome(self, outcome: Outcome, overload: Overload = Overload.LATEST_WINS) -> None:
         """Counts a frame's outcome; ``overload``: its stream's."""
         body = outcome.body
         if isinstance(body, FrameResult):
-            self._results.inc()
+            self._results.new += 1
             self._age[overload].observe(outcome.age_ns / 1e9)
             for timing in body.timings:
                 self._queue[timing.stage].observe(timing.queue_ns / 1e9)
@@ -156,10 +195,10 @@ class Metrics:
             for stage in body.missing_stages:
                 self._missing[stage].inc()
             for face in body.faces:
-                self._faces[face.identity.decision].inc()
-                self._verdicts[face.liveness.verdict].inc()
+                self._faces[face.identity.decision].new += 1
+                self._verdicts[face.liveness.verdict].new += 1
         elif isinstance(body, FrameDrop):
-            self._drops[body.reason].inc()
+            self._drops[body.reason].new += 1
         else:
             assert isinstance(body, FrameError)
             self._errors[body.reason].inc()

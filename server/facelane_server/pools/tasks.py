@@ -6,19 +6,19 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
+import msgspec
+
 from facelane_server.domain import Candidate, DetectedFace, Picture
 from facelane_server.pools.groups import Wanted
 
 
-@dataclass(frozen=True, slots=True)
-class DetectRequest:
+class DetectRequest(msgspec.Struct, frozen=True, gc=False):
     picture: Picture
     max_faces: int
     max_pixels: int
 
 
-@dataclass(frozen=True, slots=True)
-class VideoRequest:
+class VideoRequest(msgspec.Struct, frozen=True):
     """One picture of a lane's video."""
 
     wanted: Wanted
@@ -26,8 +26,7 @@ class VideoRequest:
     max_pixels: int
 
 
-@dataclass(frozen=True, slots=True)
-class EncodeRequest:
+class EncodeRequest(msgspec.Struct, frozen=True, gc=False):
     """Square pictures, BGR, side x side x 3 uint8, to be JPEGs; the detector pool's. ``sides``: of
     each."""
 
@@ -35,8 +34,7 @@ class EncodeRequest:
     sides: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class EmbedRequest:
+class EmbedRequest(msgspec.Struct, frozen=True, gc=False):
     """``chip``: size x size x 3 uint8 BGR. ``gallery_id`` empty = do not search."""
 
     chip: bytes
@@ -45,35 +43,30 @@ class EmbedRequest:
     want_vector: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LivenessRequest:
+class LivenessRequest(msgspec.Struct, frozen=True, gc=False):
     crops: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DetectAnswer:
+class DetectAnswer(msgspec.Struct, frozen=True, gc=False):
     width: int
     height: int
     faces: tuple[DetectedFace, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Undecoded:
+class Undecoded(msgspec.Struct, frozen=True, gc=False):
     """Of video there is no picture. ``held``: the decoder holds so many back, more access units
     bring them out; 0 = none comes before the next key frame."""
 
     held: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class EncodeAnswer:
+class EncodeAnswer(msgspec.Struct, frozen=True, gc=False):
     """JPEGs, in the order of the request."""
 
     jpegs: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class EmbedAnswer:
+class EmbedAnswer(msgspec.Struct, frozen=True, gc=False):
     """``candidates``: best first, one a subject. ``vector``: float32 bytes, if asked for."""
 
     ood_score: float
@@ -81,8 +74,7 @@ class EmbedAnswer:
     vector: bytes | bytearray = b""
 
 
-@dataclass(frozen=True, slots=True)
-class LivenessAnswer:
+class LivenessAnswer(msgspec.Struct, frozen=True, gc=False):
     score: float
 
 

@@ -9,6 +9,7 @@ than 0.7.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -51,7 +52,7 @@ def correlation(before: bytes, now: bytes) -> float:
     """Of the fields, [-1, 1]; two flat chips are alike, a flat one and another are not."""
     a = np.frombuffer(before, np.int8, _FIELDS).astype(np.float32)
     b = np.frombuffer(now, np.int8, _FIELDS).astype(np.float32)
-    scale = float(a @ a) * float(b @ b)
-    if scale == 0.0:
-        return 1.0 if not a.any() and not b.any() else 0.0
-    return float(a @ b) / float(np.sqrt(scale))
+    own, other = float(a.dot(a)), float(b.dot(b))
+    if own == 0.0 or other == 0.0:
+        return 1.0 if own == other else 0.0
+    return float(a.dot(b)) / math.sqrt(own * other)

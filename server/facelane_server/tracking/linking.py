@@ -126,6 +126,9 @@ def _assign(
     sorted by x."""
     if not known or not boxes:
         return {}
+    if len(known) == 1 == len(boxes):
+        only = _cost(_expected(known[0], now_ns), boxes[0], params)
+        return {} if only is None else {0: (0, only[1])}
     pairs: dict[tuple[int, int], tuple[float, bool]] = {}
     rows: dict[int, list[int]] = {}
     columns: dict[int, list[int]] = {}

@@ -258,10 +258,12 @@ def with_recognition(
 
 def named(track: Track) -> set[str]:
     """All subjects that the track has heard of and might tell, candidates included."""
-    found = {track.pending} - {""}
-    for shot in (track.shot, track.latest):
-        if shot is not None:
-            found |= shot.identity.subjects
+    found = {track.pending} if track.pending else set()
+    best, latest = track.shot, track.latest
+    if best is not None:
+        best.identity.tell(found)
+    if latest is not None and latest is not best:
+        latest.identity.tell(found)
     return found
 
 
