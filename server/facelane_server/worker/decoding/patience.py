@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Final, Generic, TypeVar
 
 from facelane_server import limits
@@ -97,7 +97,7 @@ class Decoders:
             pending = [future for i, future in enumerate(futures) if i not in found]
             if not pending:
                 return [found[i] for i in range(len(tasks))]
-            wait(pending, max(0.0, look - time.monotonic()), FIRST_COMPLETED)
+            wait(pending, max(0.0, look - time.monotonic()))
 
     def _afresh(
         self,
