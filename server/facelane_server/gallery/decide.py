@@ -164,9 +164,21 @@ def identify(
     where ``second`` is the best similarity of *another* subject; AMBIGUOUS when only the first
     holds.
     """
+    return _identify(ood_score, candidates, thresholds, thresholds.ood, searched, keep)
+
+
+def _identify(
+    ood_score: float | None,
+    candidates: Iterable[Candidate],
+    thresholds: Thresholds,
+    trusted: float,
+    searched: int,
+    keep: int,
+) -> Identity:
+    """``trusted``: the least OOD score of a face that is looked for."""
     if ood_score is None:
         return Identity(Decision.NOT_EVALUATED)
-    if not ood_score >= thresholds.ood:
+    if not ood_score >= trusted:
         return Identity(Decision.REJECTED_OOD)
     ranked = standing(candidates)
     if not ranked:
@@ -194,8 +206,8 @@ def resembles(
     starter recogniser: 0.06 to 0.1 % at ``false_naming = 0.001``), and four of five that of the
     same person.
     """
-    lenient = replace(thresholds, ood=thresholds.ood * RESEMBLING, enroll_ood=None)
-    return identify(ood_score, candidates, lenient).subject_id
+    lenient = thresholds.ood * RESEMBLING
+    return _identify(ood_score, candidates, thresholds, lenient, 1, 0).subject_id
 
 
 def verify(ood_score: float | None, similarity: float, thresholds: Thresholds) -> Decision:

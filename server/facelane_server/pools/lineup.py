@@ -60,8 +60,10 @@ class Lineup(Generic[S]):
         """Whose the lanes are that belong to a worker."""
 
     def __len__(self) -> int:
-        count = len(self._shared)
-        return count + sum(len(own.queue) for own in self._own.values()) if self._own else count
+        count = self._shared.count
+        for own in self._own.values():
+            count += own.queue.count
+        return count
 
     def __contains__(self, task: AnyTask) -> bool:
         if not self._own:
@@ -120,13 +122,22 @@ class Lineup(Generic[S]):
     def expire(self, now_ns: int) -> list[AnyTask]:
         if not self._own:
             return self._shared.expire(now_ns)
-        return [task for queue in self._queues() for task in queue.expire(now_ns)]
+        expired = self._shared.expire(now_ns) if self._shared.count else []
+        for own in self._own.values():
+            if own.queue.count:
+                expired += own.queue.expire(now_ns)
+        return expired
 
     def next_deadline(self) -> int | None:
         if not self._own:
             return self._shared.next_deadline()
-        found = [queue.next_deadline() for queue in self._queues()]
-        return min((at for at in found if at is not None), default=None)
+        first = self._shared.next_deadline() if self._shared.count else None
+        for own in self._own.values():
+            if own.queue.count:
+                at = own.queue.next_deadline()
+                if first is None or (at is not None and at < first):
+                    first = at
+        return first
 
     def waiting_of(self, key: str) -> int:
         if not self._own:
@@ -198,15 +209,17 @@ class Lineup(Generic[S]):
     def is_alone(self, seat: S) -> bool | None:
         """Whether the next task for this worker must be alone; None when there is none."""
         own = self._own.get(seat) if self._own else None
-        if own is not None and len(own.queue):
-            return own.queue.next_is_alone or (len(self._shared) > 0 and self._shared.next_is_alone)
-        return self._shared.next_is_alone if len(self._shared) else None
+        if own is not None and own.queue.count:
+            return own.queue.next_is_alone or (
+                self._shared.count > 0 and self._shared.next_is_alone
+            )
+        return self._shared.next_is_alone if self._shared.count else None
 
     def take(self, seat: S, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
         """The next batch for this worker; see ``FairQueue``."""
         own, queue = self._own.get(seat) if self._own else None, self._shared
-        if own is not None and len(own.queue):
-            queue = own.pick(queue) if len(queue) else own.queue
+        if own is not None and own.queue.count:
+            queue = own.pick(queue) if queue.count else own.queue
         batch = queue.take(most, accept)
         if queue is self._shared:
             for task in batch:

@@ -39,6 +39,8 @@ class _Lane:
 
     def __init__(self, finish: float) -> None:
         self.start = self.finish = finish
+        self.next: AnyTask | None = None
+        """Its first task, as of when the level above was told of it."""
         self.turn = 0
         """Changes with the head; heap entries of another turn are dead."""
         self.weight = 0
@@ -66,7 +68,7 @@ class _Level(_Lane):
 
     def head(self) -> AnyTask | None:
         first = self.first()
-        return None if first is None else first[1].head()
+        return None if first is None else first[1].next
 
     def first(self) -> tuple[Hashable, _Lane] | None:
         """The child whose turn it is."""
@@ -93,7 +95,7 @@ class _Level(_Lane):
     def renew(self, name: Hashable, child: _Lane, start: float, turn: int) -> None:
         """The child has another head, or none any more."""
         before, child.turn = child.turn, turn
-        head = child.head()
+        head = child.next = child.head()
         weight = 0 if head is None else child.weight_of(head) or 1
         self.total += weight - child.weight
         child.weight = weight
@@ -141,6 +143,8 @@ class FairQueue:
         self._front: deque[tuple[AnyTask, bool]] = deque()
         """Tasks that come back from a lost worker; True = to be taken alone."""
         self._queued: set[AnyTask] = set()
+        self.count = 0
+        """Tasks that wait."""
         self._by_key: dict[str, int] = {}
         self._deadlines: list[tuple[int, int, AnyTask]] = []
         self._sequence = 0
@@ -149,7 +153,7 @@ class FairQueue:
         levels, nor among the deadlines."""
 
     def __len__(self) -> int:
-        return len(self._queued)
+        return self.count
 
     def __contains__(self, task: AnyTask) -> bool:
         return task in self._queued
@@ -242,10 +246,16 @@ class FairQueue:
             self._count(by)
             self._only = by
             return True
-        lane = self._path(task)[2][2] if task in self._queued else None
-        if lane is None or task not in lane.waiting:
+        if task not in self._queued:
+            return False
+        path = self._path(task)
+        lane = path[2][2]
+        if task not in lane.waiting:
             return False
         lane.waiting[lane.waiting.index(task)] = by
+        for _, _, child in path:
+            if child.next is task:
+                child.next = by
         self._forget(task)
         self._count(by)
         self._note_deadline(by)
@@ -345,6 +355,7 @@ class FairQueue:
     def _count(self, task: AnyTask) -> None:
         assert task not in self._queued, "it waits already"
         self._queued.add(task)
+        self.count += 1
         key = task.sender.key
         self._by_key[key] = self._by_key.get(key, 0) + 1
 
@@ -357,6 +368,7 @@ class FairQueue:
 
     def _forget(self, task: AnyTask) -> None:
         self._queued.remove(task)
+        self.count -= 1
         key = task.sender.key
         self._by_key[key] -= 1
         if not self._by_key[key]:

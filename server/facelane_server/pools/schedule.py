@@ -341,9 +341,10 @@ class Schedule:
                 self.offenders.passed(task, now_ns)
             elif isinstance(answer, FacelaneError) and answer.reason is Reason.PICTURE_TOO_COSTLY:
                 self.offenders.strike(task, now_ns)
-        if decoders is not None and any(isinstance(t.request, VideoRequest) for t in job.tasks):
+        if decoders is not None:
             for task, answer, _ in read:
-                _note(task, answer, decoders)
+                if isinstance(task.request, VideoRequest):
+                    _note(task, answer, decoders)
         ended: Ended = []
         again: list[AnyTask] = []
         for task, answer, _ in read:
@@ -354,10 +355,11 @@ class Schedule:
             else:
                 again.append(task)
         # Before any of them waits again: with the worker that is lost for it they all come back.
-        if any(task.slices >= limits.MAX_GROUP_UNITS for task in again):
-            raise ProtocolError("a picture that never comes")
-        for task in reversed(again):
-            self._go_on(task)
+        if again:
+            if any(task.slices >= limits.MAX_GROUP_UNITS for task in again):
+                raise ProtocolError("a picture that never comes")
+            for task in reversed(again):
+                self._go_on(task)
         return ended, max(end for _, _, end in read)
 
     def _go_on(self, task: AnyTask) -> None:

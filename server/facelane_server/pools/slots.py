@@ -102,6 +102,10 @@ class Codec:
         self._crop_bytes = [size * size * 3 for size in crop_sizes]
         self._record = sum(self._crop_bytes)
         self._dim = embedding_dim
+        self._embed_cost = aligned(self._record), aligned(embedding_dim * 4)
+        self._liveness_cost = sum(map(aligned, self._crop_bytes)), 0
+        self._responses: dict[int, int] = {}
+        """By the most faces."""
         self._resolve = resolve
 
     def cost(self, request: Request, decoders: Decoders | None = None) -> tuple[int, int]:
@@ -123,17 +127,21 @@ class Codec:
             return size, size  # noise makes larger JPEGs; they have no room, and fail
         if isinstance(request, EmbedRequest) and self._stage is Stage.RECOGNIZER:
             if len(request.chip) == self._record:
-                return aligned(self._record), aligned(self._dim * 4)
+                return self._embed_cost
             raise self._wrong_size()
         if isinstance(request, LivenessRequest) and self._stage is Stage.LIVENESS:
             if [len(crop) for crop in request.crops] == self._crop_bytes:
-                return sum(map(aligned, self._crop_bytes)), 0
+                return self._liveness_cost
             raise self._wrong_size()
         raise FacelaneError(Reason.INTERNAL, f"the {self._stage} pool does not take this request")
 
     def _response(self, max_faces: int) -> int:
         faces = min(max_faces, limits.MAX_FACES)
-        return aligned(faces * _FACE.size) + aligned(faces * self._record)
+        found = self._responses.get(faces)
+        if found is None:
+            found = aligned(faces * _FACE.size) + aligned(faces * self._record)
+            self._responses[faces] = found
+        return found
 
     def write(
         self, requests: Sequence[Request], slot: memoryview, decoders: Decoders | None = None

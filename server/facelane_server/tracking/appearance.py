@@ -36,7 +36,11 @@ def changed(before: bytes, now: bytes, least: float) -> bool:
         return False
     if detail_differs(before, now):
         return True
-    if any(abs(before[-k] - now[-k]) > COLOUR_LEVELS for k in (1, 2, 3)):
+    if (
+        abs(before[-1] - now[-1]) > COLOUR_LEVELS
+        or abs(before[-2] - now[-2]) > COLOUR_LEVELS
+        or abs(before[-3] - now[-3]) > COLOUR_LEVELS
+    ):
         return True
     return correlation(before, now) < least
 
