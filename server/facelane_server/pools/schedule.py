@@ -338,7 +338,8 @@ class Schedule:
         ]
         for task, answer, _ in read:
             if isinstance(answer, DetectAnswer):
-                self.offenders.passed(task, now_ns)
+                if task.sender.key:
+                    self.offenders.passed(task, now_ns)
             elif isinstance(answer, FacelaneError) and answer.reason is Reason.PICTURE_TOO_COSTLY:
                 self.offenders.strike(task, now_ns)
         if decoders is not None:

@@ -57,6 +57,7 @@ _FACE: Final = struct.Struct(f"={limits.FACE_FLOATS}f{limits.SIGNATURE_BYTES}s")
 _FARTHEST: Final = 4.0 * limits.MAX_SIDE
 """Pixels; faces at the border have landmarks outside of the picture."""
 _ONE: Final = 1.001
+_DETECTIONS: Final = (DetectRequest, VideoRequest)
 _NORM_SLACK: Final = 0.05
 _REASONS: Final = {
     reason.value: reason
@@ -114,17 +115,22 @@ class Codec:
 
         Raises FacelaneError for a request that this stage cannot serve.
         """
-        if isinstance(request, DetectRequest) and self._stage is Stage.DETECTOR:
+        if self._stage is not Stage.DETECTOR:
+            return self._cost_of_crops(request)
+        if isinstance(request, DetectRequest):
             return aligned(max(len(request.picture.data), 1)), self._response(request.max_faces)
-        if isinstance(request, VideoRequest) and self._stage is Stage.DETECTOR:
+        if isinstance(request, VideoRequest):
             wanted = request.wanted
             span = None if decoders is None else decoders.span(wanted)
             first, last = (0, wanted.last) if span is None else (span.first, span.last)
             size = wanted.group.bytes_between(first, last)
             return aligned(max(size, 1)), self._response(request.max_faces)
-        if isinstance(request, EncodeRequest) and self._stage is Stage.DETECTOR:
+        if isinstance(request, EncodeRequest):
             size = aligned(sum(map(len, request.pictures)))
             return size, size  # noise makes larger JPEGs; they have no room, and fail
+        raise self._wrong_kind()
+
+    def _cost_of_crops(self, request: Request) -> tuple[int, int]:
         if isinstance(request, EmbedRequest) and self._stage is Stage.RECOGNIZER:
             if len(request.chip) == self._record:
                 return self._embed_cost
@@ -133,7 +139,7 @@ class Codec:
             if [len(crop) for crop in request.crops] == self._crop_bytes:
                 return self._liveness_cost
             raise self._wrong_size()
-        raise FacelaneError(Reason.INTERNAL, f"the {self._stage} pool does not take this request")
+        raise self._wrong_kind()
 
     def _response(self, max_faces: int) -> int:
         faces = min(max_faces, limits.MAX_FACES)
@@ -199,23 +205,23 @@ class Codec:
 
         Raises ProtocolError when the answer cannot be one to this request.
         """
+        if isinstance(done, DetectDone) and isinstance(request, _DETECTIONS):
+            return self._faces(request, done, slot)
+        if isinstance(done, EmbedDone) and isinstance(request, EmbedRequest):
+            return self._embedding(request, done, slot)
+        if isinstance(done, LivenessDone) and isinstance(request, LivenessRequest):
+            return LivenessAnswer(min(done.score, 1.0)), 0
         if isinstance(done, ItemFailed):
             reason = _reason(done.reason)
             # There was no time for it; that was not its own doing.
             late = reason is Reason.DEADLINE_EXCEEDED
             return FacelaneError(reason, done.message, retryable=late), 0
-        if isinstance(done, DetectDone) and isinstance(request, DetectRequest | VideoRequest):
-            return self._faces(request, done, slot)
         if isinstance(done, PictureHeld) and isinstance(request, VideoRequest):
             if done.position >= len(request.wanted.group):
                 raise ProtocolError("access units decoded that were not sent")
             return done, 0
         if isinstance(done, EncodeDone) and isinstance(request, EncodeRequest):
             return _jpegs(request, done, slot)
-        if isinstance(done, EmbedDone) and isinstance(request, EmbedRequest):
-            return self._embedding(request, done, slot)
-        if isinstance(done, LivenessDone) and isinstance(request, LivenessRequest):
-            return LivenessAnswer(min(done.score, 1.0)), 0
         raise ProtocolError("an answer of another kind than its request")
 
     def _faces(
@@ -291,6 +297,9 @@ class Codec:
             candidates.append(Candidate(key[1], max(-1.0, min(similarity, 1.0))))
         candidates.sort(key=lambda candidate: -candidate.similarity)
         return EmbedAnswer(ood, tuple(candidates), vector), end
+
+    def _wrong_kind(self) -> FacelaneError:
+        return FacelaneError(Reason.INTERNAL, f"the {self._stage} pool does not take this request")
 
     def _wrong_size(self) -> FacelaneError:
         return FacelaneError(
