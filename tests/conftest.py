@@ -14,7 +14,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 
 from tests import postgres as postgres_server
-from tests.collecting import Collecting
+from tests.collecting import Collecting, Unswept
 from tests.costs import Costs
 from tests.measuring import Measuring
 from tests.ordering import dealt, in_order, is_last
@@ -81,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Costs())
     config.pluginmanager.register(Measuring())
     config.pluginmanager.register(Properties())
+    config.pluginmanager.register(Unswept())
     seconds = config.getoption("--within")
     if seconds is not None:
         # The processes of xdist inherit it: all have one end.

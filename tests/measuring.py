@@ -126,6 +126,9 @@ class Measuring:
         collects = not session.config.pluginmanager.hasplugin("dsession")
         if not collects or coverage.Coverage.current() is None:
             return (yield)
+        if getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"] != "gw0":
+            with untraced():  # one process is enough for what imports execute
+                return (yield)
         with untraced():
             for name in HEAVY:
                 _import(name)

@@ -28,7 +28,9 @@ def clip(tmp_path: Path) -> Path:
     return write_clip(tmp_path / "clip.mp4", frames=5)
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "<&-", "2>&- <&-"])
+@pytest.mark.parametrize(
+    "closed", ["2>&- <&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("2>&-", "<&-"))]
+)
 def test_a_run_with_closed_streams(clip: Path, closed: str) -> None:
     with ScriptedServer() as server:
         ran = shell(f"{BRIDGE} run --source {clip} --pace fast --target {server.target} {closed}")
@@ -56,7 +58,7 @@ def test_a_terminal_of_ascii_and_no_place_for_files(clip: Path) -> None:
     assert "5 frames = 5 results" in ran.stdout
 
 
-@pytest.mark.parametrize("choice", ["off", "events", "all"])
+@pytest.mark.parametrize("choice", [pytest.param("off", marks=pytest.mark.slow), "events", "all"])
 def test_which_lines_are_told(clip: Path, choice: str) -> None:
     with ScriptedServer() as server:
         ran = shell(

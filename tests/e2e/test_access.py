@@ -370,6 +370,7 @@ def test_a_taken_port_is_told(start: Start) -> None:
     assert "Traceback" not in server.text()
 
 
+@pytest.mark.slow
 def test_clients_of_several_servers_go_to_those_that_can_analyse(
     start: Start, certificates: Path, tmp_path: Path
 ) -> None:

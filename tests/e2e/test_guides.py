@@ -29,9 +29,12 @@ GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
 CHINESE = sorted((ROOT / "docs/zh").glob("*.md"))
 ALL = [ROOT / "README.md", *GUIDES, ROOT / "docs/fleet.md", ROOT / "docs/privacy.md"]
 """What the site has under "Guides", and its front page."""
-LONG = frozenset({"edge-box", "fleet", "gpu-server", "own-model", "privacy", "thresholds"})
-"""Their commands measure models, or are those of other pages with other settings: that each exists
-is asked by ``tests/contract/test_generated.py``, and the settings are read here in every run."""
+LONG = frozenset(
+    {"edge-box", "first-camera", "fleet", "gpu-server", "own-model", "privacy", "thresholds"}
+)
+"""Their commands measure models, or are those of the README and of other pages with other settings:
+that each exists is asked by ``tests/contract/test_generated.py``, and the settings are read here in
+every run."""
 OTHERS = re.compile(r"(\{ \.)?(toml|ini|json|python|ts|text|cron)\b")
 
 

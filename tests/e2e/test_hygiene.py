@@ -329,6 +329,7 @@ def test_a_stream_that_searches_an_empty_gallery_is_told_of(server: RunningServe
     assert not any('"staff"' in line or "ada" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path) -> None:
     """Not even by a server that is killed, once the next has started."""
     temporary = tmp_path / "tmp"

@@ -299,7 +299,9 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(
 # -- the end ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), "Drain"])
+@pytest.mark.parametrize(
+    "by", ["SIGTERM", *(pytest.param(by, marks=pytest.mark.slow) for by in ("SIGINT", "Drain"))]
+)
 def test_draining_under_load_gives_every_frame_its_outcome(start: Start, by: str) -> None:
     server = start(edit=short_grace)
     with server.client() as client:
@@ -348,6 +350,7 @@ def test_a_client_that_goes_when_told_is_not_kept_waiting(start: Start) -> None:
     assert server.process.wait(60) == 0, "long before the grace is over"
 
 
+@pytest.mark.slow
 def test_a_picture_under_way_is_answered_before_the_end(start: Start) -> None:
     server = start(wire.pools(detector="options = { 'fail.slow_ms' = '2500' }"))
     with wire.channel(server.target) as channel, server.client() as client:

@@ -64,6 +64,7 @@ async def test_a_machine_that_serves(tmp_path: Path) -> None:
     assert not (tmp_path / "gallery.db").exists()
 
 
+@pytest.mark.slow
 async def test_a_config_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("[pools.detecttor]\n")
