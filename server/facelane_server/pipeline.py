@@ -147,11 +147,12 @@ class Timings:
             self.spans[stage] = (queue, service)
 
     def freeze(self) -> tuple[StageTiming, ...]:
-        return tuple(
-            StageTiming(stage, max(span[0], 0), max(span[1], 0))
-            for stage in STAGES
-            if (span := self.spans.get(stage)) is not None
-        )
+        told = []
+        for stage in STAGES:
+            if (span := self.spans.get(stage)) is not None:
+                queue, service = span
+                told.append(StageTiming(stage, max(0, queue), max(0, service)))
+        return tuple(told)
 
 
 class Pipeline:

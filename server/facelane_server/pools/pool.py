@@ -34,7 +34,7 @@ from facelane_server.pools.report import PoolChange, PoolEvent, PoolInfo, PoolSt
 from facelane_server.pools.restart import Happening, Life
 from facelane_server.pools.schedule import Ended, Schedule, unavailable
 from facelane_server.pools.slots import SubjectResolver
-from facelane_server.pools.tasks import AnyTask, Job
+from facelane_server.pools.tasks import AnyTask, Job, VideoRequest
 from facelane_server.pools.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -166,12 +166,15 @@ class Pool:
         if self._ending:
             refusal: FacelaneError | None = self._shutting_down()
         else:
-            seats = self._answering(now)
+            # Only lanes of video belong to a worker.
+            video = isinstance(task.request, VideoRequest)
+            seats = self._answering(now) if video else ()
             refusal = self._schedule.submit(task, now, self._crew.can_serve_by, seats)
         if refusal is not None:
             self._resolve([(task, refusal)])
             return
-        self._arm_deadline()
+        if self._deadline_timer is None or task.deadline_ns < self._deadline_at:
+            self._arm_deadline()
         self._schedule_dispatch()
 
     def replace(self, task: AnyTask, by: AnyTask) -> bool:
@@ -264,8 +267,9 @@ class Pool:
         self._dispatch_due = False
         if not self._schedule.queued:
             return
-        self._expire()
         now = self._clock.now_ns()
+        if self._deadline_timer is None or self._deadline_at <= now:
+            self._expire()
         while (given := self._schedule.next(self._answering(now))) is not None:
             handle, tasks = given
             if lost := self._schedule.without_pictures(tasks, handle):
@@ -278,7 +282,7 @@ class Pool:
             except (ValueError, OverflowError):
                 handle.decoders.forget(task.lane for task in tasks)
                 self._resolve(self._schedule.cannot_be_sent(tasks))
-            self._arm_deadline()
+                self._arm_deadline()
 
     def _answering(self, now_ns: int) -> Sequence[ReadyHandle]:
         return self._schedule.answering(self._crew.seats(), now_ns)
