@@ -24,7 +24,7 @@ from facelane_server.domain import (
     Box,
     DetectedFace,
 )
-from facelane_server.tracking import Track, Tracks, linking, update
+from facelane_server.tracking import Shot, Track, Tracks, linking, shots, update
 
 # -- linking -------------------------------------------------------------------------------
 
@@ -232,3 +232,31 @@ def test_the_linking_costs_as_little_as_any(rows: int, columns: int, random: obj
     assert len(links) == len(best)
     total = sum(matrix[r, c] for r, (c, _near) in links.items())
     assert total == pytest.approx(sum(matrix[r, c] for r, c in best))
+
+
+@given(
+    st.floats(5.0, 200.0),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1.0),
+    st.floats(-0.4, 0.4),
+)
+def test_a_shot_that_may_not_promise_more_does_not(
+    size: float, score: float, tried: float, best: float, margin: float, turned: float
+) -> None:
+    found = at(100.0, size=size, score=score)
+    left, right, nose, *mouth = found.landmarks
+    found = DetectedFace(
+        found.box, score, (left, right, (nose[0] + turned * size, nose[1]), *mouth)
+    )
+    shot = Shot(match("alice"), best)
+    track = Track(1, found.box, 0, 0, shot=shot, tried_quality=tried)
+    promises = tracking.promised_gain(track, found) > margin
+    assert shots.may_gain(track, found, margin) or not promises
+
+
+def test_a_larger_shot_may_promise_more_and_one_like_the_best_not() -> None:
+    track = Track(1, at(100.0).box, 0, 0, shot=Shot(match("alice"), 0.5), tried_quality=0.4)
+    assert shots.may_gain(track, at(100.0, size=112.0), PARAMS.better_shot_margin)
+    assert not shots.may_gain(track, at(100.0, size=50.0), PARAMS.better_shot_margin)

@@ -87,6 +87,16 @@ def promised_gain(track: Track, found: DetectedFace) -> float:
     return (quality(found) - track.tried_quality) / left * (1.0 - best)
 
 
+def may_gain(track: Track, found: DetectedFace, margin: float) -> bool:
+    """Whether ``promised_gain`` could be more than that, were the face seen from the front: of most
+    pictures it could not, and how it is turned need not be worked out."""
+    left = 1.0 - track.tried_quality
+    if left <= 0.0:
+        return margin < 0.0
+    most = found.score * min(1.0, min(found.box.width, found.box.height) / CHIP_SIDE)
+    return not (most - track.tried_quality) / left * (1.0 - (track.ood_score or 0.0)) <= margin
+
+
 def wants_recognition(track: Track, found: DetectedFace, now_ns: int, params: Params) -> bool:
     """Whether this shot is worth embedding. The caller does not ask while one is under way
     that was taken since the last doubt."""
@@ -104,7 +114,8 @@ def wants_recognition(track: Track, found: DetectedFace, now_ns: int, params: Pa
         share = SUSPECT_RETRY_SHARE if suspect else RETRY_SHARE
         if since >= params.interval_ns * share * 2 ** (len(track.rejected) - 1):
             return True
-    return promised_gain(track, found) > params.better_shot_margin
+    margin = params.better_shot_margin
+    return may_gain(track, found, margin) and promised_gain(track, found) > margin
 
 
 def looking(track: Track, found: DetectedFace) -> Track:
