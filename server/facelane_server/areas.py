@@ -26,6 +26,8 @@ _AT_THE_END: Final = 1e-9
 """Of a line's length: what rounding may move a crossing that is at its end."""
 _NO_AREA: Final = 1e-6
 """Of the picture: a zone as small as that holds no face's middle."""
+_SAME: Final = 1e-6
+"""Of the picture: an edge as short as that has no direction that could be computed with."""
 
 
 class Area(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,7 +129,7 @@ def _of_zone(zone: Zone) -> str:
             return f"{name} is {seconds:g}; give seconds, 0 to 86400"
     edges = list(_edges(points))
     for k, (a, b) in enumerate(edges):
-        if a == b:
+        if math.dist(a, b) < _SAME:
             return f"its points {k + 1} and {(k + 1) % len(points) + 1} are the same; leave one out"
     spans = [(min(a[0], b[0]), max(a[0], b[0])) for a, b in edges]
     for k, first in enumerate(edges):
@@ -174,7 +176,8 @@ def _meet(first: Edge, second: Edge) -> bool:
     """Whether two edges have a point in common."""
     (a, b), (c, d) = first, second
     abc, abd, cda, cdb = _turn(a, b, c), _turn(a, b, d), _turn(c, d, a), _turn(c, d, b)
-    if abc * abd < 0 and cda * cdb < 0:
+    # No products: those of small numbers are 0.
+    if min(abc, abd) < 0 < max(abc, abd) and min(cda, cdb) < 0 < max(cda, cdb):
         return True
     return (
         (abc == 0 and _within(a, b, c))
