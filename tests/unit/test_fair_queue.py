@@ -44,6 +44,26 @@ def test_among_equals_the_earliest_deadline_goes_first() -> None:
     assert take(queue, 3) == [early, middle, late]
 
 
+def test_a_lane_that_was_alone_shares_with_the_first_that_comes() -> None:
+    queue = FairQueue()
+    alone = [task(1, deadline=10 + n) for n in range(5)]
+    for item in alone:
+        queue.put(item)
+    assert queue.next_deadline() == 10
+    assert take(queue, 2) == alone[:2]
+    assert queue.withdraw(alone[2])
+    newer = task(1, deadline=14)
+    assert queue.replace(alone[3], newer)
+    assert queue.next_deadline() == 14
+    others = [task(2, deadline=20) for _ in range(2)]
+    for item in others:
+        queue.put(item)
+    assert take(queue, 2) == [newer, others[0]]
+    assert queue.expire(19) == [alone[4]]
+    assert take(queue, 2) == [others[1]]
+    assert len(queue) == 0
+
+
 def test_a_flood_does_not_delay_a_quiet_lane() -> None:
     queue = FairQueue()
     for _ in range(100):

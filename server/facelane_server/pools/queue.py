@@ -28,6 +28,8 @@ from facelane_server.pools.tasks import AnyTask
 
 _SLACK: Final = 256
 """Dead heap entries and idle children tolerated before they are swept out."""
+_MOST_LONE: Final = 16
+"""Tasks of a lane that nobody competes with, which are gone through one by one."""
 _STREAMS_SHARE: Final = 4
 """Of the streams, against single pictures' 1, while both wait."""
 
@@ -148,9 +150,9 @@ class FairQueue:
         self._by_key: dict[str, int] = {}
         self._deadlines: list[tuple[int, int, AnyTask]] = []
         self._sequence = 0
-        self._only: AnyTask | None = None
-        """Of a queue that was empty: as long as nobody competes with it, it has no place in the
-        levels, nor among the deadlines."""
+        self._lone: deque[AnyTask] = deque()
+        """Of a queue that was empty: tasks of one lane. As long as no other competes with it, they
+        have no place in the levels, nor among the deadlines."""
 
     def __len__(self) -> int:
         return self.count
@@ -165,7 +167,7 @@ class FairQueue:
     @property
     def share(self) -> float:
         """Weights of those that wait: streams by their keys, single pictures as a quarter."""
-        self._place_only()
+        self._place_lone()
         kinds = self._root.children.values()
         waiting = [kind for kind in kinds if isinstance(kind, _Kind) and kind.weight]
         return sum(k.total if k.weight > 1 else 1 / _STREAMS_SHARE for k in waiting) or 1.0
@@ -176,7 +178,7 @@ class FairQueue:
 
     def in_order(self) -> list[AnyTask]:
         """All that is queued, each once, in the order of deadlines."""
-        self._place_only()
+        self._place_lone()
         # One that was taken and came back stands there more than once.
         ordered = dict.fromkeys(task for _, _, task in sorted(self._deadlines))
         return [task for task in ordered if task in self._queued]
@@ -188,19 +190,24 @@ class FairQueue:
 
     def put(self, task: AnyTask) -> None:
         """Queue a task behind those of its lane."""
-        if not self._queued:
+        if not self._queued or self._follows_lone(task):
             self._count(task)
-            self._only = task
+            self._lone.append(task)
             return
-        self._place_only()
+        self._place_lone()
         self._count(task)
         self._place(task)
 
-    def _place_only(self) -> None:
-        """Others compete with it now."""
-        task, self._only = self._only, None
-        if task is not None:
-            self._place(task)
+    def _follows_lone(self, task: AnyTask) -> bool:
+        if not 0 < len(self._lone) < _MOST_LONE or self._root.children:
+            return False
+        first = self._lone[0]
+        return task.lane == first.lane and task.sender is first.sender
+
+    def _place_lone(self) -> None:
+        """Others compete with them now."""
+        while self._lone:
+            self._place(self._lone.popleft())
 
     def _place(self, task: AnyTask) -> None:
         path = self._path(task)
@@ -213,7 +220,7 @@ class FairQueue:
     def put_back(self, task: AnyTask, *, alone: bool) -> None:
         """Queue a task that was taken before in front of all others; ``alone`` = it must not
         share a batch, because its last one killed a worker."""
-        self._place_only()
+        self._place_lone()
         self._front.appendleft((task, alone))
         self._count(task)
         self._note_deadline(task)
@@ -223,8 +230,8 @@ class FairQueue:
         if task not in self._queued:
             return False
         self._forget(task)
-        if task is self._only:
-            self._only = None
+        if self._lone:
+            self._lone.remove(task)
             return True
         for entry in self._front:
             if entry[0] is task:
@@ -241,13 +248,13 @@ class FairQueue:
     def replace(self, task: AnyTask, by: AnyTask) -> bool:
         """Put a task in another's place, with the other's turn; both are of one lane. False when
         that one is not queued, or came back from a lost worker."""
-        if task is self._only:
-            self._forget(task)
-            self._count(by)
-            self._only = by
-            return True
         if task not in self._queued:
             return False
+        if self._lone:
+            self._forget(task)
+            self._count(by)
+            self._lone[self._lone.index(task)] = by
+            return True
         path = self._path(task)
         lane = path[2][2]
         if task not in lane.waiting:
@@ -264,13 +271,13 @@ class FairQueue:
     def take(self, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
         """The next batch of at most ``most`` tasks. ``accept`` is asked for each in turn and
         ends the batch with False (it does not fit); the first one is always taken."""
-        if (only := self._only) is not None:
-            accept(only)
-            self._forget(only)
-            self._only = None
-            self._start_anew()
-            return [only]
         batch: list[AnyTask] = []
+        while self._lone and len(batch) < most:
+            if not accept(self._lone[0]) and batch:
+                return batch
+            task = self._lone.popleft()
+            self._forget(task)
+            batch.append(task)
         while self._front and len(batch) < most:
             task, alone = self._front[0]
             if batch and (alone or not accept(task)):
@@ -300,8 +307,8 @@ class FairQueue:
 
     def next_deadline(self) -> int | None:
         """The earliest deadline of a queued task."""
-        if self._only is not None:
-            return self._only.deadline_ns
+        if self._lone:
+            return min([task.deadline_ns for task in self._lone])
         deadlines = self._deadlines
         while deadlines and deadlines[0][2] not in self._queued:
             heapq.heappop(deadlines)
@@ -310,9 +317,9 @@ class FairQueue:
     def expire(self, now_ns: int) -> list[AnyTask]:
         """Take out the tasks whose deadline has come."""
         expired: list[AnyTask] = []
-        if self._only is not None and self._only.deadline_ns <= now_ns:
-            expired.append(self._only)
-            self.withdraw(self._only)
+        for task in [task for task in self._lone if task.deadline_ns <= now_ns]:
+            expired.append(task)
+            self.withdraw(task)
         while (deadline := self.next_deadline()) is not None and deadline <= now_ns:
             task = heapq.heappop(self._deadlines)[2]
             self.withdraw(task)
