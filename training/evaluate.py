@@ -18,7 +18,7 @@ from facelane_server.worker.networks.architectures.minifasnet import MiniFASNetP
 from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
 from facelane_server.worker.networks.architectures.yunet import YuNet
 from training import cameras, corruptions, detector, imaging, liveness
-from training.data import load_photos, rightly_labelled
+from training.data import U8, load_photos, rightly_labelled
 from training.ood import Material, Rts, score_all
 from training.recognizer import student_input
 from training.teacher import load_teacher
@@ -478,6 +478,15 @@ VIEW_WIDTHS = (60, 80, 100, 130, 160, 200)
 VIEW_TURNS = (-20, -10, 0, 10, 20)
 
 
+def _proof(yunet: YuNet, path: Path) -> tuple[U8, Tensor]:
+    """An example picture, BGR, and the box of its first face [1, 4]."""
+    picture = cv2.imread(str(path))
+    if picture is None:
+        raise FileNotFoundError(path)
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    return np.asarray(picture, np.uint8), detector.merge_faces(yunet, x, 0.7)[0][:1, :4]
+
+
 @torch.inference_mode()
 def proof_views(
     network: MiniFASNetPair, data: Path, media: Path, thresholds: Sequence[float] = LIVE_THRESHOLDS
@@ -488,11 +497,8 @@ def proof_views(
     pair = liveness.load_pair(data / "models")
     out: Report = {}
     for name in FACES_OF_PROOF:
-        picture = cv2.imread(str(media / name))
-        if picture is None:
-            raise FileNotFoundError(media / name)
-        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-        box = detector.merge_faces(yunet, x, 0.7)[0][0, :4].tolist()
+        picture, found = _proof(yunet, media / name)
+        box = found[0].tolist()
         middle = (box[0] + box[2] / 2, box[1] + box[3] / 2)
         told: dict[str, list[float]] = {"this": [], "pair": []}
         for width in VIEW_WIDTHS:
@@ -535,11 +541,8 @@ def proof_scores(network: MiniFASNetPair, data: Path, media: Path) -> Report:
     pair = liveness.load_pair(data / "models")
     out: Report = {}
     for name in FACES_OF_PROOF:
-        picture = cv2.imread(str(media / name))
-        if picture is None:
-            raise FileNotFoundError(media / name)
+        picture, box = _proof(yunet, media / name)
         x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-        box = detector.merge_faces(yunet, x, 0.7)[0][:1, :4]
         out[name] = {
             who: float(liveness.classes(model, x / 255, box)[..., liveness.LIVE_CLASS].mean())
             for who, model in (("this", network.cpu()), ("pair", pair))
