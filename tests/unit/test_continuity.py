@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from bench import material
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.fakes.faces import THRESHOLDS, Stage, detected, evidence, signature
 
@@ -262,6 +262,18 @@ def test_a_slow_dissolve_is_looked_at() -> None:
     assert ADA not in named[22:]
 
 
+def dissolve() -> list[bytes]:
+    """A face that becomes another's, in a hundred steps."""
+    first, last = chip(1).astype(float), chip(2).astype(float)
+    return [of(np.rint(first + k / 100 * (last - first)).astype(np.uint8)) for k in range(101)]
+
+
+DISSOLVE = dissolve()
+NEAR = max(k for k in range(101) if not changed(DISSOLVE[0], DISSOLVE[k], SAME_LINK))
+HALF = max(k for k in range(101) if not changed(DISSOLVE[0], DISSOLVE[k], SAME_LOOK))
+FULL = max(k for k in range(101) if not changed(DISSOLVE[HALF], DISSOLVE[k], SAME_LINK))
+
+
 @pytest.mark.parametrize(
     "said",
     [Evidence(missing=(Role.RECOGNIZER,)), evidence(ADA, ood=0.1), evidence(STRANGER, ood=0.5)],
@@ -269,24 +281,65 @@ def test_a_slow_dissolve_is_looked_at() -> None:
 )
 def test_a_dissolve_past_a_look_that_does_not_name_is_doubted(said: Evidence) -> None:
     """Each picture is like the one before and like the one that was asked for last, which has not
-    become the one to compare with. The last is unlike the one that has the name."""
-    first, last = chip(1).astype(float), chip(2).astype(float)
-    blends = [of(np.rint(first + k / 100 * (last - first)).astype(np.uint8)) for k in range(101)]
-    near = max(k for k in range(101) if not changed(blends[0], blends[k], SAME_LINK))
-    half = max(k for k in range(101) if not changed(blends[0], blends[k], SAME_LOOK))
-    full = max(k for k in range(101) if not changed(blends[half], blends[k], SAME_LINK))
-    assert changed(blends[0], blends[full], SAME_LOOK)
+    become the one to compare with. The last is unlike the one that has the name; those between are
+    not, and keep it."""
     stage = Stage()
     for k in range(8):
-        for look in stage.turn([detected(100, blends[k // 7 * near])], 400 * k * MS):
+        for look in stage.turn([detected(100, DISSOLVE[k // 7 * NEAR])], 400 * k * MS):
             stage.answer(look, evidence(ADA))
         assert stage.emit()[0].identity.subject_id == ADA
-    [lost] = stage.turn([detected(100, blends[half])], 3_000 * MS)
+    [lost] = stage.turn([detected(100, DISSOLVE[HALF])], 3_000 * MS)
     assert lost.recognize, "it is time"
-    stage.turn([detected(100, blends[full])], 3_040 * MS)
+    for k, blend in enumerate((HALF - 1, NEAR, HALF, FULL)):
+        stage.turn([detected(100, DISSOLVE[blend])], (3_040 + 40 * k) * MS)
     stage.answer(lost, said)
-    shown = [stage.emit()[0].identity.subject_id for _ in range(2)]
-    assert shown[1] == ""
+    shown = [stage.emit()[0].identity.subject_id for _ in range(5)]
+    assert shown[1:] == [ADA, ADA, ADA, ""]
+    [at_once] = stage.turn([detected(100, DISSOLVE[FULL])], 3_200 * MS)
+    assert at_once.recognize
+
+
+@example([-34, 15, 34, -15, -34, -34, -34, 15, -34, -34], 72957, 5)
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.sampled_from([-NEAR, -15, 0, 0, 15, NEAR]), min_size=10, max_size=40),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 10),
+)
+def test_who_has_a_name_looks_like_the_picture_that_gave_it(
+    steps: list[int], seed: int, depth: int
+) -> None:
+    """A face that becomes another's and back, little by little, while looks are late, are lost or
+    name nobody; ``depth`` frames are on their way."""
+    chance = random.Random(seed)
+    stage = Stage(PARAMS.with_interval(120 * MS))
+    pictures: list[bytes] = []
+    said: dict[int, Evidence] = {}
+    blend = emitted = 0
+
+    def finish() -> None:
+        nonlocal emitted
+        for look in stage.under_way[0][1]:
+            if look.asked and look.evidence is None:
+                stage.answer(look, said[id(look)])
+        [face] = stage.emit()
+        if face.identity.subject_id:
+            named = pictures[emitted - face.links_since_evidence]
+            assert not changed(named, pictures[emitted], SAME_LOOK), f"picture {emitted}"
+        emitted += 1
+
+    for number, step in enumerate(steps):
+        blend = min(max(blend + step, 0), 100)
+        pictures.append(DISSOLVE[blend])
+        for look in stage.turn([detected(100, pictures[-1])], 40 * number * MS):
+            said[id(look)] = chance.choice(
+                [evidence(ADA), evidence(ADA, ood=0.05), evidence(STRANGER, ood=0.5), Evidence()]
+            )
+        stage.answer_some(said, chance)
+        while len(stage.under_way) >= depth:
+            finish()
+    while stage.under_way:
+        finish()
 
 
 def test_what_was_seen_expires() -> None:

@@ -290,7 +290,8 @@ class Faces:
     ) -> tracking.Track:
         """The track, or its successor, with what this look has taught; kept."""
         link = look.link
-        track = tracking.reached(self._remembering(track, look.moment), link)
+        track = tracking.compared(self._remembering(track, look.moment), look.face, link=link)
+        track = tracking.reached(track, link)
         if (
             evidence.recognized
             and evidence.ood_score is not None

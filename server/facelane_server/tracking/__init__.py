@@ -22,8 +22,8 @@ named and nobody else, still passes for that one (``resembles``: a face that is 
 for some pictures). If it says another name, or twice that this is nobody known, the track has
 ended there and another begins (``contradicts``, ``successor``). Doubts are known singly: what a
 look says holds for the pictures up to the next one, also where that was known before the answer.
-While a look is under way pictures are compared with its own; where it then names nobody, they are
-compared with the one that did (``looked``).
+While a look is under way pictures are compared with its own; where it then names nobody, each is
+compared with the one that did before it is told (``looked``, ``compared``).
 
 **Names.** The best shot by OOD score speaks for the track.
 
@@ -67,6 +67,7 @@ from facelane_server.tracking.liveness import (
 )
 from facelane_server.tracking.shots import (
     Shown,
+    compared,
     contradicts,
     forgotten,
     frontalness,
@@ -93,6 +94,7 @@ __all__ = [
     "Track",
     "Tracks",
     "Update",
+    "compared",
     "contradicts",
     "forgotten",
     "frontalness",

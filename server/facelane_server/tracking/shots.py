@@ -125,14 +125,28 @@ def looking(track: Track, found: DetectedFace) -> Track:
 
 def looked(track: Track, found: DetectedFace, *, link: int) -> Track:
     """The track when the look at its picture ``link`` is over, whatever it said, if anything. What
-    came after was compared with that picture; where it has not become the reference, the newest is
-    compared with that one now, and is doubtful with all since the look where it is unlike it."""
+    came after was compared with that picture; where it has not become the reference, each is
+    compared with that one when outcomes come to it (``compared``). The newest is at once, so that
+    it is looked at soon, unless it was compared with a look that is still under way."""
     if track.looking == found.signature:
         track = replace(track, looking=b"")
     if track.links == link or track.reference == found.signature:
         return track
-    unlike = changed(track.reference, track.signature, SAME_LOOK)
-    return suspected(track, link + 1) if unlike else track
+    track = replace(track, unproven=track.links)
+    newest = track.links if not track.looking else 0
+    if newest and changed(track.reference, track.signature, SAME_LOOK):
+        return suspected(track, newest)
+    return track
+
+
+def compared(track: Track, found: DetectedFace, *, link: int) -> Track:
+    """The track when outcomes come to its picture ``link``, before what a look says of it: doubtful
+    from there on where ``looked`` has left the comparison with the reference to be made, and it is
+    unlike it."""
+    if link > track.unproven or (track.suspect is not None and link >= track.suspect):
+        return track
+    unlike = changed(track.reference, found.signature, SAME_LOOK)
+    return suspected(track, link) if unlike else track
 
 
 def contradicts(track: Track, ood_score: float, identity: Identity, *, link: int = 0) -> bool:

@@ -114,6 +114,9 @@ class Track(msgspec.Struct, frozen=True, gc=False):
     """The signature of that shot."""
     looking: bytes = b""
     """The signature of the newest shot that was asked for and has no answer yet."""
+    unproven: int = 0
+    """Pictures up to this link may not have been compared with ``reference``, but with a shot that
+    has not become it."""
     latest: Shot | None = None
     """The last shot that was answered."""
     pending: str = ""
