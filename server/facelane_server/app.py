@@ -12,7 +12,7 @@ from typing import Self
 
 import structlog
 
-from facelane_server import changing, config, folders, heap, limits, plan, served, wiping
+from facelane_server import changing, config, folders, heap, limits, plan, scrubber, served
 from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.controls import Degradation, Reloaded
@@ -77,7 +77,7 @@ class App:
             settings.monitor, workers=self._workers, on_memory=self._device_memory
         )
         self._gallery: Gallery | None = None
-        self._scrubber = wiping.Scrubber(self._scrub_workers)
+        self._scrubber = scrubber.Scrubber(self._scrub_workers)
         self._trail: Trail | None = None
         self._journal: EventJournal | None = None
         self._pipeline: Pipeline | None = None

@@ -12,12 +12,10 @@ glibc and CPython on Linux; with other allocators ``scrub`` does what can be don
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import gc
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -35,7 +33,6 @@ _CLASSES: Final = range(512, 32, -16)
 """Sizes of the blocks that CPython hands out itself; smaller ones hold no text."""
 _MOST_BYTES: Final = 256 << 20
 """Free memory that is filled at a time, of each kind."""
-PAUSE_S: Final = 0.3
 _lock = threading.Lock()
 
 
@@ -128,40 +125,6 @@ class Scrubbing:
         while True:
             self._due.acquire()
             scrub()
-
-
-class Scrubber:
-    """Scrubs soon after something was deleted, and tells others to. Used on the event loop."""
-
-    def __init__(self, others: Callable[[], None] = lambda: None) -> None:
-        self._others = others
-        self._due = 0
-        self._task: asyncio.Task[None] | None = None
-
-    def note(self) -> None:
-        """Something was deleted: within a second nothing of it is left in free memory. Many of them
-        together cost hardly more than one."""
-        self._due = 2  # a call that has just ended is still referred to for a moment
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="scrubber")
-
-    async def _run(self) -> None:
-        while self._due:
-            self._due -= 1
-            await asyncio.sleep(PAUSE_S)
-            self._others()
-            try:
-                await asyncio.to_thread(scrub)
-            except RuntimeError:  # there is no room for a thread
-                scrub()
-        self._task = None
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
 
 
 def _libc() -> Any:

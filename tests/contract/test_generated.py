@@ -153,6 +153,7 @@ def run(program: str) -> str:
 
 
 HEAVY = ("torch", "numpy", "cv2", "onnxruntime", "scipy", "sqlalchemy", "av", "rich", "typer")
+WORKERS_DO_WITHOUT = ("torch", "grpc", "sqlalchemy", "google.protobuf", "asyncio", "ssl")
 
 
 @pytest.mark.parametrize(
@@ -162,8 +163,9 @@ HEAVY = ("torch", "numpy", "cv2", "onnxruntime", "scipy", "sqlalchemy", "av", "r
         ("facelane.aio", HEAVY),
         ("facelane_server.app", ("torch", "onnxruntime", "av", "cv2", "scipy")),
         ("facelane_server.cli", ("torch", "onnxruntime", "av", "cv2")),
-        ("facelane_server.worker.__main__", ("torch", "grpc", "sqlalchemy", "google.protobuf")),
-        ("facelane_server.worker.loop", ("torch", "grpc", "sqlalchemy", "google.protobuf")),
+        ("facelane_server.worker.__main__", WORKERS_DO_WITHOUT),
+        ("facelane_server.worker.loop", WORKERS_DO_WITHOUT),
+        ("facelane_server.worker.networks.null", WORKERS_DO_WITHOUT),
         ("facelane_server.config", ("numpy", "grpc", "torch")),
     ],
 )

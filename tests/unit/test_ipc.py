@@ -51,7 +51,9 @@ class Ends:
         self.received: list[FromWorker] = []
         self.lost: list[ChannelError] = []
         self.worker = WorkerChannel(self.theirs, send_timeout_s=0.2)
-        self.server = ServerChannel(self.ours, self.received.append, self.lost.append)
+        self.server = ServerChannel(
+            self.ours, self.received.append, self.lost.append, asyncio.get_running_loop()
+        )
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ A packet that is too large, not a message, or carries descriptors it should not 
 from __future__ import annotations
 
 import array
-import asyncio
 import contextlib
 import os
 import select
@@ -24,13 +23,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from facelane_server import limits
 from facelane_server.ipc import messages
 from facelane_server.ipc.messages import FromWorker, ToWorker
+
+if TYPE_CHECKING:
+    import asyncio  # a worker has no loop, and goes without what all this takes
 
 _ANCILLARY: Final = socket.CMSG_SPACE(limits.MAX_DESCRIPTORS * array.array("i").itemsize)
 _RECEIVE: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -137,7 +139,7 @@ def close_all(descriptors: Sequence[int]) -> None:
 
 
 class ServerChannel:
-    """The server's end, on the running loop. Owns the socket.
+    """The server's end, on its loop. Owns the socket.
 
     ``on_message`` is called for every message; ``on_lost`` once, with the reason, when
     the channel breaks by itself, and never after ``close``. Both are called by the
@@ -149,13 +151,12 @@ class ServerChannel:
         sock: socket.socket,
         on_message: Callable[[FromWorker], None],
         on_lost: Callable[[ChannelError], None],
-        *,
-        loop: asyncio.AbstractEventLoop | None = None,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._sock = sock
         self.on_message = on_message
         self.on_lost = on_lost
-        self._loop = loop or asyncio.get_running_loop()
+        self._loop = loop
         self._receiver = _Receiver(sock)
         self._backlog: deque[tuple[bytes, list[int]]] = deque()
         self._open = True

@@ -88,7 +88,9 @@ class UnreadyHandle:
         self._arrival: asyncio.Future[None] | None = None
         self._request: Arena | None = None
         self._response: Arena | None = None
-        self._channel = ServerChannel(link.sock, self._on_message, self._on_lost)
+        self._channel = ServerChannel(
+            link.sock, self._on_message, self._on_lost, asyncio.get_running_loop()
+        )
         self._handed_over = False
 
     async def ready(self, progress: Callable[[str], None]) -> ReadyHandle:
