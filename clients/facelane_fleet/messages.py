@@ -9,7 +9,7 @@ import msgspec
 
 from facelane_bridge.hosting import CameraReport, HostedCamera
 from facelane_bridge.output import CameraTotals
-from facelane_fleet.placement import State
+from facelane_fleet.placement import Capacity, State
 
 MAX_ENDED: Final = 4096
 """Books of ended runs that a node keeps until the supervisor has taken them over."""
@@ -114,6 +114,8 @@ class Memo(msgspec.Struct, kw_only=True):
     """Of nodes, by their ids."""
     targets: dict[str, str] = {}
     """Of servers: where they listen. An order must name them before they are heard of again."""
+    capacity: dict[str, Capacity] = {}
+    """Of servers, as far as it is learnt."""
 
 
 class CameraStatus(msgspec.Struct, kw_only=True):

@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 from typing import Final
 
 import msgspec
@@ -29,6 +29,8 @@ ALIKE: Final = 0.6
 """A server that can carry so much of what the largest can is taken for as large."""
 SLACK: Final = 0.25
 """Servers of unlike capacity are even enough within this."""
+SMOOTHING: Final = 0.01
+"""What one round's word on a server's capacity counts: a minute's together."""
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,16 +45,29 @@ class Wish(Struct, frozen=True):
     nodes: tuple[str, ...] = ()
 
 
+class Capacity(Struct, frozen=True):
+    """What a server can carry by its own words: ``fps``, pictures a second in time, smoothed.
+    ``sure``: how much of a minute's words that is, 0-1. While it has little to do it says nothing,
+    so one word of a moment in which its machine had other work would stand for as long."""
+
+    fps: float = 0.0
+    sure: float = 0.0
+
+    def heard(self, fps: float) -> Capacity:
+        """With one word more; the first ones are a plain mean."""
+        sure = self.sure + SMOOTHING * (1.0 - self.sure)
+        return Capacity(fps=self.fps + SMOOTHING / sure * (fps - self.fps), sure=sure)
+
+
 class ServerSeen(Struct, frozen=True):
     """A server. ``usable``: it serves, or has not been away for long. ``starting``: it will soon,
-    so that new cameras may wait for it. ``capacity_fps``: pictures a
-    second that it can analyse in time, ``None`` until it has learnt that. ``room``: cameras more
-    that it says would fit."""
+    so that new cameras may wait for it. ``capacity``: ``None`` until it has told of it. ``room``:
+    cameras more that it says would fit."""
 
     id: str
     usable: bool
     starting: bool = False
-    capacity_fps: float | None = None
+    capacity: Capacity | None = None
     room: int | None = None
 
 
@@ -441,10 +456,16 @@ def reaches(wish: Wish, node: str) -> bool:
 
 def _weights(servers: Sequence[ServerSeen]) -> Mapping[str, float]:
     """What each can carry, relative to the largest. Who does not know it yet is as the middle of
-    those that do; what is nearly alike is alike: servers learn it from their work, and waver."""
-    known = [server.capacity_fps for server in servers if server.capacity_fps]
-    if not known:
+    those that do, and who has told it for a moment not far from there: the more it differs, the
+    fewer words it takes. What is nearly alike is alike: servers learn it from their work, and
+    waver."""
+    told = {server.id: server.capacity for server in servers if server.capacity is not None}
+    if not told:
         return {server.id: 1.0 for server in servers}
-    largest, usual = max(known), median(known)
-    shares = {server.id: (server.capacity_fps or usual) / largest for server in servers}
+    logs = {id_: math.log(one.fps) for id_, one in told.items()}
+    usual = fmean(logs.values(), weights=[one.sure for one in told.values()])
+    guessed = {server.id: usual for server in servers}
+    guessed |= {id_: usual + told[id_].sure * (each - usual) for id_, each in logs.items()}
+    largest = max(guessed.values())
+    shares = {id_: math.exp(each - largest) for id_, each in guessed.items()}
     return {id_: 1.0 if share > ALIKE else share for id_, share in shares.items()}

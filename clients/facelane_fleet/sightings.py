@@ -32,9 +32,6 @@ class Known:
     answered: bool = False
     serving_at: dict[int, float] = field(default_factory=dict)
     """By server: when it last served."""
-    capacity: dict[int, float] = field(default_factory=dict)
-    """By server: pictures a second that it can analyse, smoothed; it says nothing while it has
-    little to do."""
 
 
 @dataclass(slots=True)

@@ -28,7 +28,7 @@ from facelane_bridge.output import CameraTotals
 from facelane_fleet import accounts, placement, statuses
 from facelane_fleet.config import from_tables
 from facelane_fleet.messages import Memo, Order, Report, ServersOrder, Status
-from facelane_fleet.placement import NodeSeen, ServerSeen, State
+from facelane_fleet.placement import Capacity, NodeSeen, ServerSeen, State
 from facelane_fleet.sightings import Known, NodeInfo, Seen
 
 log = logging.getLogger("facelane_fleet")
@@ -38,8 +38,8 @@ ANSWER_S: Final = 1.0
 """A node's answer is waited for so long; one that comes later counts in the next round."""
 START_PATIENCE_S: Final = 120.0
 """New cameras wait so long for servers that are starting."""
-SMOOTHING: Final = 0.01
-"""What one round's word on a server's capacity counts: a minute's together."""
+KEEP_S: Final = 60.0
+"""What servers can carry is kept for the next supervisor as often as this."""
 MAX_CHANGES_KEPT: Final = 100
 
 
@@ -90,7 +90,7 @@ class Supervisor:
         self._recovered = False
         self._asked: tuple[dict[str, Any], dict[str, Any]] | None = None
         """The configuration that people gave before it was known what nodes remember."""
-        self._started = clock()
+        self._kept_at = clock()
         self._since = datetime.now(UTC)
         self._unplaced: dict[str, placement.Why] = {}
         self._changes: deque[str] = deque(maxlen=MAX_CHANGES_KEPT)
@@ -355,6 +355,7 @@ class Supervisor:
                 targets = self._memo.targets
                 for server in [one for one in targets if one.startswith(f"{id_}/")]:
                     del targets[server]
+                    self._memo.capacity.pop(server, None)
                 if known.report is not None:
                     self._memo.taken.pop(known.report.incarnation, None)
                 self._cluster.forget(id_)
@@ -389,7 +390,7 @@ class Supervisor:
                     id=f"{info.id}/{one.slot}",
                     usable=known.alive and not away,
                     starting=known.alive and starting,
-                    capacity_fps=known.capacity.get(one.slot),
+                    capacity=self._memo.capacity.get(f"{info.id}/{one.slot}"),
                     room=one.room,
                 )
             )
@@ -479,6 +480,7 @@ class Supervisor:
 
     def _hear(self, answers: Mapping[str, bytes]) -> None:
         now = self._clock()
+        learnt = False
         for id_, known in self._known.items():
             data = answers.get(id_)
             known.answered = data is not None
@@ -489,7 +491,8 @@ class Supervisor:
             if before is not None and before.incarnation != report.incarnation:
                 # Its bridge ended with it: what it had last told is what there is.
                 known.serving_at.clear()
-                known.capacity.clear()
+                for server in before.servers:
+                    self._memo.capacity.pop(f"{id_}/{server.slot}", None)
                 for camera, one in before.reports.items():
                     accounts.book(
                         self._memo.books, camera, accounts.closed(one, "NODE_LOST"), lost=True
@@ -499,20 +502,25 @@ class Supervisor:
                 self._tell(f"the agent of {known.info.name} began anew")
             known.report, known.heard_at = report, now
             for server in report.servers:
-                if self._memo.targets.get(f"{id_}/{server.slot}") != server.target:
-                    self._memo.targets[f"{id_}/{server.slot}"] = server.target
+                name = f"{id_}/{server.slot}"
+                if self._memo.targets.get(name) != server.target:
+                    self._memo.targets[name] = server.target
                     self._touch()
                 if server.state == "SERVING":
                     known.serving_at[server.slot] = now
                 if server.capacity_fps:
-                    usual = known.capacity.get(server.slot, server.capacity_fps)
-                    known.capacity[server.slot] = usual + SMOOTHING * (server.capacity_fps - usual)
+                    capacity = self._memo.capacity.get(name, Capacity())
+                    self._memo.capacity[name] = capacity.heard(server.capacity_fps)
+                    learnt = True
             if accounts.take_over(self._memo, report.incarnation, report.ended):
                 self._touch()
             for camera, one in report.reports.items():
                 self._note(camera, one)
             for run in report.ended:
                 self._note(run.camera, run.report)
+        if learnt and now - self._kept_at >= KEEP_S:
+            self._kept_at = now
+            self._touch()
 
     def _note(self, camera: str, report: CameraReport) -> None:
         """The times of a camera's results."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facelane_fleet.placement import (
+    Capacity,
     Held,
     NodeSeen,
     Policy,
@@ -31,6 +32,7 @@ class Node:
     id: str
     servers: int = 1
     capacity: float | None = None
+    sure: float = 1.0
     usable: bool = True
     bridges: bool = True
     revision: int = 0
@@ -60,7 +62,11 @@ class Node:
             revision=self.revision,
             cameras=frozenset(self.running) | self.wanted,
             servers=tuple(
-                ServerSeen(id=f"{self.id}/{slot}", usable=self.usable, capacity_fps=self.capacity)
+                ServerSeen(
+                    id=f"{self.id}/{slot}",
+                    usable=self.usable,
+                    capacity=self.capacity and Capacity(fps=self.capacity, sure=self.sure),
+                )
                 for slot in range(self.servers)
             ),
             bridges=self.bridges,
@@ -331,6 +337,49 @@ def test_servers_that_are_nearly_alike_are_alike(capacities: list[float]) -> Non
         world.add(f"n{number}", capacity=capacity)
     world.settle()
     assert max(world.spread().values()) - min(world.spread().values()) <= 1
+
+
+@given(
+    st.lists(st.none() | st.lists(st.floats(8.0, 80.0), min_size=1, max_size=20), min_size=2),
+    st.data(),
+)
+def test_what_servers_say_in_a_moment_does_not_stand(
+    words: list[list[float] | None], data: st.DataObject
+) -> None:
+    """Their machine had other work as well, and they say nothing more while they have little to
+    do."""
+    world = World(cameras(24), Policy(moves=8))
+    for number, said in enumerate(words):
+        learnt = Capacity()
+        for fps in said or ():
+            learnt = learnt.heard(fps)
+        world.add(f"n{number}", capacity=learnt.fps or None, sure=learnt.sure)
+    world.settle()
+    assert max(world.spread().values()) - min(world.spread().values()) <= 1
+    drained = data.draw(st.sampled_from(sorted(world.nodes)))
+    world.drain(drained)
+    world.settle()
+    assert world.spread()[drained] == 0
+    world.drain()
+    world.settle()
+    assert max(world.spread().values()) - min(world.spread().values()) <= 1
+
+
+def test_the_more_a_server_differs_the_fewer_words_it_takes() -> None:
+    def words(fps: float) -> int:
+        """Until it is given fewer."""
+        learnt, number = Capacity(), 0
+        spread = {"small": 10}
+        while spread["small"] == 10:
+            learnt, number = learnt.heard(fps), number + 1
+            world = World(cameras(20), Policy(moves=8))
+            world.add("big", capacity=400.0)
+            world.add("small", capacity=learnt.fps, sure=learnt.sure)
+            world.settle()
+            spread = world.spread()
+        return number
+
+    assert 5 < words(10.0) < words(100.0) < words(200.0) < 120
 
 
 def test_a_server_without_room_is_taken_last() -> None:

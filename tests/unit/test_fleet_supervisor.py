@@ -3,6 +3,7 @@ and what it does when it begins anew. No Ray, no processes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ class FakeNode:
         self.deaf = False
         self.digests: list[str] = []
         self.state = "SERVING"
+        self.capacity_fps: float | None = None
         self.results_at = 100.0
 
     def tick(self, data: bytes) -> bytes:
@@ -84,7 +86,7 @@ class FakeNode:
             servers=[
                 ServerReport(
                     slot=slot, state=self.state, target=f"unix:/{self.name}/{slot}",
-                    digest=self.order.servers.digest,
+                    digest=self.order.servers.digest, capacity_fps=self.capacity_fps,
                 )
                 for slot in range(self.order.servers.count)
             ],
@@ -238,6 +240,39 @@ def test_a_node_that_dies_while_nobody_supervises(fleet: Fleet) -> None:
     assert len(fleet.cluster.owners()) == 4
     fleet.rounds(5)
     assert fleet.cluster.owners().keys() == owners.keys()
+
+
+def test_what_a_server_says_in_a_moment_keeps_no_cameras_from_it(fleet: Fleet) -> None:
+    """And then nothing more: it has little to do."""
+    there = fleet.cluster.there
+    there["a"].capacity_fps, there["c"].capacity_fps = 5.0, 50.0
+    fleet.rounds(8)
+    there["a"].capacity_fps = there["c"].capacity_fps = None
+    fleet.supervisor.drain("b", on=True)
+    fleet.rounds(20)
+    assert Counter(fleet.cluster.owners().values()) == {"a": 3, "c": 3}
+    fleet.supervisor.drain("b", on=False)
+    fleet.rounds(20)
+    assert Counter(fleet.cluster.owners().values()) == {"a": 2, "b": 2, "c": 2}
+
+
+def test_what_servers_have_said_for_long_counts_for_the_next_supervisor_too() -> None:
+    fleet = Fleet("big", "small", cameras=12)
+    there = fleet.cluster.there
+    there["big"].capacity_fps, there["small"].capacity_fps = 60.0, 12.0
+    fleet.rounds(400)
+    spread = Counter(fleet.cluster.owners().values())
+    assert spread["big"] >= 9
+    before = fleet.cluster.owners()
+    fleet.begin()
+    fleet.rounds(100)
+    assert fleet.cluster.owners() == before
+    assert fleet.supervisor.status().changes[-1].endswith("12 cameras have a place")
+    # Of another process nothing is known.
+    there["small"].capacity_fps = None
+    there["small"].incarnation = "small-2"
+    fleet.rounds(50)
+    assert Counter(fleet.cluster.owners().values()) == {"big": 6, "small": 6}
 
 
 def test_an_agent_that_begins_anew_gets_its_cameras_again(fleet: Fleet) -> None:
