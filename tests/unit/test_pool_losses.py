@@ -275,6 +275,24 @@ async def test_what_nobody_asked_for_is_not_counted() -> None:
         assert (info.completed, info.failed, info.retried) == (0, 0, 0)
 
 
+async def test_a_worker_that_dies_over_a_canary_is_a_loss_and_no_more() -> None:
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    async with bench(ping_interval_s=1.0, canary_interval_s=1.0, batch_max=4) as b:
+        await b.ready()
+        worker = b.workers[0]
+        while not worker.jobs or len(worker.jobs[0].items) < 4:
+            if worker.jobs:
+                await b.answer(worker)
+            await b.clock.advance(1000)
+            await b.turn()
+        worker.die(-9)
+        await b.turn()
+        assert b.pool.info().workers[0].last_loss == "EXITED"
+    gc.collect()
+    assert problems == []
+
+
 async def test_a_worker_that_dies_before_its_first_gallery_is_a_loss_and_no_more() -> None:
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))

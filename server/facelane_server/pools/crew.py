@@ -501,9 +501,10 @@ class Crew:
         handle.canary_ns, handle.canary_due = now, False
 
         def judge(done: asyncio.Future[Any]) -> None:
+            failed = not done.cancelled() and done.exception() is not None  # retrieved, whoever died
             if done.cancelled() or worker.handle is not handle:
                 return
-            if done.exception() is not None:
+            if failed:
                 self.lost(worker, WorkerLostError("CANARY_FAILED"))
             elif known is not None and not canary.agrees(known, done.result(), least):
                 why = f"full precision does not agree (a batch of {count})"
