@@ -83,8 +83,11 @@ def test_it_finds_what_the_plainest_search_finds(
 def test_the_search_on_a_device_finds_the_same(
     subjects_of: list[int], top_k: int, scores: int, group: int, gone: set[int]
 ) -> None:
-    """The code for CUDA, run by torch on the CPU: half precision finds, single decides."""
+    """The code for CUDA without its kernels, run by torch on the CPU: half precision finds, single
+    decides. With kernels: tests/gpu/test_search_gpu.py."""
     pytest.importorskip("torch")
+    from facelane_server.worker import card_search
+
     message, fd, matrix, subjects = snapshot({"other": [2], "people": subjects_of})
     (_, first, last) = message.galleries[1]
     segment = search._segment(first, last, subjects)
@@ -92,9 +95,9 @@ def test_the_search_on_a_device_finds_the_same(
     batch = rng.standard_normal((3, 16)).astype(np.float32)
     batch /= np.linalg.norm(batch, axis=1, keepdims=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_CARD_SCORES", scores)
-        patch.setattr(search, "_GROUP", group)
-        rows = search._TorchRows(matrix, "cpu")
+        patch.setattr(card_search, "_SCORES", scores)
+        patch.setattr(card_search, "_GROUP", group)
+        rows = search._OnCard(card_search.CardRows(matrix, "cpu"))
         removed = [first + row for row in gone if first + row < last]
         if removed:
             rows.remove(removed)
@@ -105,6 +108,30 @@ def test_the_search_on_a_device_finds_the_same(
         expected = plain(probe, matrix[left], subjects[left], top_k)
         assert [s for s, _ in hits] == [s for s, _ in expected]
         assert [c for _, c in hits] == pytest.approx([c for _, c in expected], abs=1e-5)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=60), st.integers(1, 20))
+def test_a_card_reads_rows_in_groups_that_begin_and_end_between_subjects(
+    subjects_of: list[int], size: int
+) -> None:
+    pytest.importorskip("torch")
+    from facelane_server.worker import card_search
+
+    rows = sum(subjects_of)
+    starts = np.cumsum([0, *subjects_of[:-1]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card_search, "_ROWS_A_GROUP", size)
+        held = card_search.CardRows(np.zeros((3 + rows, 16), np.float16), "cpu")
+        layout = held._layout(3, starts, 3 + rows)
+    groups = layout.groups.tolist()
+    assert (groups[0], groups[-1]) == (0, rows)
+    assert set(groups) <= {*starts.tolist(), rows}
+    lengths = np.diff(groups)
+    assert lengths.min() >= 1
+    assert lengths.max() < size + max(subjects_of)
+    first_of = layout.first_of.tolist()
+    for row, subject in enumerate(layout.subject_of.tolist()):
+        assert first_of[subject] <= row < first_of[subject + 1]
 
 
 def test_an_unknown_or_empty_gallery_has_no_candidates() -> None:

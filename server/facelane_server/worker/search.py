@@ -2,8 +2,7 @@
 
 Rows are unit vectors sorted by gallery, then by subject; a subject's similarity is that of its
 best template. On a CPU the snapshot is held as float32 and searched by BLAS, a large one in 8
-bits (``coarse``). On a CUDA device it is held as float16, and only the best subjects' rows are
-scored again in float32, so that what comes back is exact there too. What came after the snapshot
+bits (``coarse``); on a CUDA device as float16 (``card_search``). What came after the snapshot
 is in ``late``: few rows, compared one by one.
 """
 
@@ -15,7 +14,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,17 +30,10 @@ from facelane_server.worker.faults import Quit, ending
 
 if TYPE_CHECKING:
     from facelane_server.models.api import F32
+    from facelane_server.worker.card_search import CardRows
 
 _CHUNK_ROWS: Final = 65_536
 """Rows scored at a time: bounds the score matrix to 32 x 65,536 floats (8 MiB)."""
-_CARD_SCORES: Final = 2**24
-"""The same on CUDA, in scores (64 MiB): few and large launches, of which there is one for a probe
-in a gallery of millions."""
-_GROUP: Final = 512
-"""On CUDA the best subjects are looked for in so many of these that have the best one of theirs."""
-_RESCORED: Final = 4
-"""On CUDA this many subjects more than asked for are scored again in float32."""
-
 _NOT_LOADED: Final = "the gallery snapshot could not be loaded"
 
 Hits = tuple[tuple[int, float], ...]
@@ -249,115 +241,33 @@ class _CoarseRows:
         ]
 
 
+class _OnCard:
+    """See ``card_search``."""
+
+    def __init__(self, rows: CardRows) -> None:
+        self._rows = rows
+
+    def remove(self, rows: Sequence[int]) -> None:
+        self._rows.remove(rows)
+
+    def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
+        found = self._rows.best_of_subjects(
+            probes, segment.first, segment.starts, segment.last, keep
+        )
+        return [
+            tuple((int(segment.subjects[place]), cosine) for place, cosine in hits)
+            for hits in found
+        ]
+
+
 def _rows(matrix: npt.NDArray[np.float16], device: str) -> _Rows:
     if device.startswith("cuda"):
-        return _TorchRows(matrix, device)
+        from facelane_server.worker.card_search import CardRows
+
+        return _OnCard(CardRows(matrix, device))
     if len(matrix) >= coarse.LEAST_ROWS and coarse.CoarseRows.can():
         return _CoarseRows(matrix)
     return _NumpyRows(matrix)
-
-
-class _TorchRows:
-    """The matrix on a device. One transfer to it and one back for a batch of probes."""
-
-    def __init__(self, matrix: npt.NDArray[np.float16], device: str) -> None:
-        import torch
-
-        self._torch: Any = torch
-        self._device = torch.device(device)
-        with torch.inference_mode():
-            # A copy: a tensor must not live on the mapping, which is read-only.
-            held = np.array(matrix)
-            self._matrix = torch.from_numpy(held).to(self._device)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-                wipe(held)
-        self._layouts: dict[int, tuple[Any, Any, Any, int]] = {}
-        self._gone: Any = None
-        """[rows] whether a row was removed; ``None`` = none was."""
-
-    def remove(self, rows: Sequence[int]) -> None:
-        torch = self._torch
-        with torch.inference_mode():
-            at = torch.tensor(list(rows), device=self._device)
-            gone = self._gone
-            if gone is None:
-                gone = torch.zeros(len(self._matrix), dtype=torch.bool, device=self._device)
-            gone[at] = True
-            self._matrix[at] = 0
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self._gone = gone
-
-    def best_of_subjects(self, probes: F32, segment: _Segment, keep: int) -> list[Hits]:
-        torch = self._torch
-        with torch.inference_mode():
-            exact = torch.from_numpy(probes).to(self._device)
-            ids, starts, lengths, longest = self._layout(segment)
-            count = len(segment.starts)
-            groups = -(-count // _GROUP)
-            # What only fills the last group up is below whoever is gone.
-            best = torch.full(
-                (len(probes), groups * _GROUP), _NEVER - 1, dtype=torch.float32, device=self._device
-            )
-            gone = self._gone
-            coarse = exact.half()
-            rows_at_once = max(1, _CARD_SCORES // len(probes))
-            for first in range(segment.first, segment.last, rows_at_once):
-                last = min(first + rows_at_once, segment.last)
-                scores = (coarse @ self._matrix[first:last].T).float()
-                if gone is not None:
-                    scores.masked_fill_(gone[first:last], _NEVER)
-                own = ids[first - segment.first : last - segment.first]
-                best.scatter_reduce_(1, own.expand(len(probes), -1), scores, "amax")
-            chosen = self._chosen(best, min(keep + _RESCORED, count))
-            # Every template of the chosen subjects, scored again: [N, chosen, longest].
-            offset = torch.arange(longest, device=self._device)
-            rows = starts[chosen][..., None] + torch.minimum(offset, lengths[chosen][..., None] - 1)
-            scored = torch.einsum("nsld,nd->nsl", self._matrix[rows].float(), exact)
-            if gone is not None:
-                scored.masked_fill_(gone[rows], _NEVER)
-            again = scored.amax(2)
-            values, order = torch.topk(again, min(keep, again.shape[1]), dim=1)
-            subjects = torch.gather(chosen, 1, order)
-            packed = torch.cat([values.double(), subjects.double()], 1).cpu().numpy()
-        half = packed.shape[1] // 2
-        return [
-            tuple(
-                (int(segment.subjects[int(subject)]), float(value))
-                for value, subject in zip(row[:half], row[half:], strict=True)
-                if value > _GONE_BELOW
-            )
-            for row in packed
-        ]
-
-    def _chosen(self, best: Any, count: int) -> Any:
-        """The places [N, count] of the best of each row of ``best`` [N, groups x _GROUP]: they lie
-        in the ``count`` groups whose own best ones are the best."""
-        torch = self._torch
-        groups = best.shape[1] // _GROUP
-        if groups <= count:
-            return torch.topk(best, count, dim=1)[1]
-        grouped = best.view(len(best), groups, _GROUP)
-        where = torch.topk(grouped.amax(2), count, dim=1, sorted=False)[1]
-        among = torch.gather(grouped, 1, where[..., None].expand(-1, -1, _GROUP)).flatten(1)
-        at = torch.topk(among, count, dim=1)[1]
-        return torch.gather(where, 1, at // _GROUP) * _GROUP + at % _GROUP
-
-    def _layout(self, segment: _Segment) -> tuple[Any, Any, Any, int]:
-        """(subject number of each row, first row and number of rows of each subject, the
-        largest such number), on the device."""
-        layout = self._layouts.get(segment.first)
-        if layout is None:
-            lengths = np.diff(np.append(segment.starts, segment.last - segment.first))
-            numbers = np.repeat(np.arange(len(segment.starts), dtype=np.int64), lengths)
-            on_device = [
-                self._torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self._device)
-                for a in (numbers, segment.starts + segment.first, lengths)
-            ]
-            layout = (*on_device, int(lengths.max()))
-            self._layouts[segment.first] = layout
-        return layout
 
 
 def _read(

@@ -1,13 +1,7 @@
-"""``Pixels`` by the kernels of ``pixels.cu``, a launch a batch each.
-
-They are compiled when a worker starts, by NVRTC, which comes with torch: in the process, without
-a compiler, a file or a program of its own, none of which a worker's sandbox would let it have.
-"""
+"""``Pixels`` by the kernels of ``pixels.cu``, a launch a batch each."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +15,7 @@ from facelane_server import limits
 from facelane_server.models.api import F32
 from facelane_server.worker.decoding.pixels import OnDevice, Pixels, records
 from facelane_server.worker.decoding.torch_pixels import averages
+from facelane_server.worker.kernels import FLOAT, INT, POINTER, Kernels
 from facelane_server.worker.networks.candidates import TOP, WIDTH
 
 SOURCE: Final = Path(__file__).with_name("pixels.cu")
@@ -51,12 +46,11 @@ CROP: Final = np.dtype(
 )
 """Both as ``pixels.cu`` has them."""
 _THREADS: Final = 256
-_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-_KERNELS: Final = {
-    "letterbox": (_POINTER, _POINTER, _INT, _INT),
-    "crops": (_POINTER, _POINTER, _POINTER),
-    "plain_ends": (_POINTER, _POINTER),
-    "suppress": (_POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT),
+_SIGNATURES: Final = {
+    "letterbox": (POINTER, POINTER, INT, INT),
+    "crops": (POINTER, POINTER, POINTER),
+    "plain_ends": (POINTER, POINTER),
+    "suppress": (POINTER, POINTER, INT, INT, FLOAT, FLOAT),
 }
 
 
@@ -68,13 +62,7 @@ class CudaPixels(Pixels):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._driver: Any = importlib.import_module("cuda.bindings.driver")
-        image = _compiled(torch.cuda.get_device_capability(device))
-        self._module = self._told(self._driver.cuModuleLoadData(image))
-        self._functions = {
-            name: self._told(self._driver.cuModuleGetFunction(self._module, name.encode()))
-            for name in _KERNELS
-        }
+        self._kernels = Kernels(SOURCE, _SIGNATURES, device, ["--fmad=false"])
 
     def letterbox(
         self, pictures: Sequence[OnDevice], sizes: Sequence[tuple[int, int]], canvases: Tensor
@@ -84,7 +72,7 @@ class CudaPixels(Pixels):
         assert count == len(pictures)
         table = self._there(picture_table(pictures, sizes))
         blocks = -(-height * width // _THREADS), count
-        self._launch("letterbox", blocks, _THREADS, table, canvases, height, width)
+        self._kernels.launch("letterbox", blocks, _THREADS, table, canvases, height, width)
 
     def cut(
         self,
@@ -100,13 +88,13 @@ class CudaPixels(Pixels):
         # One copy for both tables.
         seen = picture_table(pictures)
         table = self._there(np.concatenate((seen.view(np.uint8), crops.view(np.uint8))))
-        self._launch("crops", (len(crops), 1), _THREADS, table, table[seen.nbytes :], out)
+        self._kernels.launch("crops", (len(crops), 1), _THREADS, table, table[seen.nbytes :], out)
         return out
 
     def plain_ends(self, pictures: Sequence[OnDevice]) -> list[bool]:
         plain = torch.empty(len(pictures), dtype=torch.uint8, device=self._device)
         table = self._there(picture_table(pictures))
-        self._launch("plain_ends", (len(pictures), 1), 64, table, plain)
+        self._kernels.launch("plain_ends", (len(pictures), 1), 64, table, plain)
         return [bool(one) for one in plain.tolist()]
 
     def suppress(self, candidates: Tensor, score: float, iou: float) -> Tensor:
@@ -119,30 +107,15 @@ class CudaPixels(Pixels):
         candidates = candidates.contiguous()
         kept = candidates.new_empty((count, limits.MAX_FACES, WIDTH))
         blocks = count, 1
-        self._launch("suppress", blocks, TOP, candidates, kept, rows, limits.MAX_FACES, score, iou)
+        self._kernels.launch(
+            "suppress", blocks, TOP, candidates, kept, rows, limits.MAX_FACES, score, iou
+        )
         return kept
 
     def _there(self, table: npt.NDArray[Any]) -> Tensor:
         """A table on the device, by way of memory that the copy need not be waited for."""
         data = torch.from_numpy(table.view(np.uint8))
         return data.pin_memory().to(self._device, non_blocking=True)
-
-    def _launch(self, name: str, blocks: tuple[int, int], threads: int, *arguments: Any) -> None:
-        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        self._told(
-            self._driver.cuLaunchKernel(
-                self._functions[name], *blocks, 1, threads, 1, 1, 0, stream,
-                (values, _KERNELS[name]), 0,
-            )
-        )  # fmt: skip
-
-    def _told(self, answer: tuple[Any, ...]) -> Any:
-        """What a call of the driver gave. Raises RuntimeError, in the words of torch's own."""
-        if int(answer[0]):
-            said = self._driver.cuGetErrorString(answer[0])[1]
-            raise RuntimeError(f"CUDA error: {(said or b'unknown').decode()}")
-        return answer[1] if len(answer) > 1 else None
 
 
 def picture_table(
@@ -177,21 +150,3 @@ def crop_table(
         rows["size"] = size
         rows["map"] = found.reshape(-1, 10)
     return table.reshape(-1)
-
-
-def _compiled(capability: tuple[int, int]) -> bytes:
-    """The kernels for a device. Raises RuntimeError."""
-    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
-
-    def told(answer: tuple[Any, ...]) -> Any:
-        if int(answer[0]):
-            raise RuntimeError(f"NVRTC: {answer[0].name}")
-        return answer[1] if len(answer) > 1 else None
-
-    program = told(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
-    major, minor = capability
-    flags = [f"--gpu-architecture=sm_{major}{minor}".encode(), b"--std=c++17", b"--fmad=false"]
-    told(nvrtc.nvrtcCompileProgram(program, len(flags), flags))
-    image = bytes(told(nvrtc.nvrtcGetCUBINSize(program)))
-    told(nvrtc.nvrtcGetCUBIN(program, image))
-    return image
