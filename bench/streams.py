@@ -223,13 +223,16 @@ def _pools(settings: Settings, models: material.Models, way: _Way) -> str:
     """Where decoding is the processor's work there are several detector workers: three for
     every eight cores, and each decodes a batch with two threads. The rest is for the front,
     the other workers and the cameras. Where the card decodes, two workers feed it; of several
-    servers or shards on it, one each."""
+    servers or shards on it, one each, which has larger batches."""
     many = settings.servers * max(1, settings.shards)
     cores = len(os.sched_getaffinity(0)) // many
     detectors = max(1, min(8, cores * 3 // 8)) if way.decode == "cpu" else 2
     if many > 1 and way.decode == "cuda":
         detectors = 1
-    device = f'devices = ["{settings.device}"]\nbatch_max = 8\nisolation = "{way.isolation}"\n'
+    batch = 16 if many > 1 and way.decode == "cuda" else 8
+    device = (
+        f'devices = ["{settings.device}"]\nbatch_max = {batch}\nisolation = "{way.isolation}"\n'
+    )
     return models.pools_toml(
         device,
         detector=(
@@ -375,6 +378,7 @@ async def trial(
                     await asyncio.create_subprocess_exec(
                         *(sys.executable, "-m", "bench.cameras", str(path)),
                         stdout=asyncio.subprocess.PIPE,
+                        stderr=asyncio.subprocess.PIPE,
                         limit=2**28,
                     )
                 )
@@ -392,6 +396,10 @@ async def trial(
                     await process.wait()
     for name, value in (await watcher).items():
         setattr(found, name, value)
+    for process, (_, said) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            last = said.decode(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"a client ended with {process.returncode}: {''.join(last)}")
     parts = [json.loads(output) for output, _ in outputs]
     for part in parts:
         for name in (

@@ -30,13 +30,14 @@ SMALL = annexb.Format(64, 48, 8)
 class Frame:
     """NV12 in memory that the decoder takes again for its next picture."""
 
-    def __init__(self, surface: torch.Tensor, pts: int) -> None:
-        self._surface, self._pts = surface, pts
+    def __init__(self, surface: torch.Tensor, pts: int, read: list[int]) -> None:
+        self._surface, self._pts, self._read = surface, pts, read
 
     def getPTS(self) -> int:
         return self._pts
 
     def __dlpack__(self, **options: Any) -> Any:
+        self._read.append(self._pts)
         return self._surface.__dlpack__()
 
     def __dlpack_device__(self) -> Any:
@@ -58,12 +59,12 @@ class Opened:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if not data:
             held, self._held = self._held, []
-            return [Frame(self._surface, pts) for pts in held]
+            return [Frame(self._surface, pts, self._library.read) for pts in held]
         if data.startswith(b"held"):
             self._held.append(packet.pts)
             return []
         self._surface[:] = data[-1]
-        return [Frame(self._surface, packet.pts)]
+        return [Frame(self._surface, packet.pts, self._library.read)]
 
 
 class Library:
@@ -76,6 +77,7 @@ class Library:
 
     def __init__(self) -> None:
         self.fed: list[tuple[bytes, int]] = []
+        self.read: list[int] = []
         self.opened: list[tuple[str, int, int]] = []
         self.refuse: str | None = None
 
@@ -125,7 +127,11 @@ def test_pictures_stay_what_they_were_when_the_decoder_goes_on() -> None:
     made, library, _ = engine()
     decoder = made.open(Encoding.H264, HD)
     assert isinstance(decoder, NvdecDecoder)
-    shown = [decoder.decode(bytes([0, 0, 1, value]), tag)[0] for tag, value in enumerate((7, 9))]
+    shown = []
+    for tag, value in enumerate((7, 9)):
+        (one,) = decoder.decode(bytes([0, 0, 1, value]), tag)
+        one.keep()
+        shown.append(one)
     assert [one.tag for one in shown] == [0, 1]
     first, second = (one.read() for one in shown)
     assert isinstance(first, OnDevice)
@@ -138,6 +144,23 @@ def test_pictures_stay_what_they_were_when_the_decoder_goes_on() -> None:
     small = made.open(Encoding.H265, SMALL).decode(b"x\5", 0)[0].read()
     assert isinstance(small, OnDevice)
     assert small.colours == BT601
+
+
+def test_of_what_is_decoded_only_what_somebody_wants_is_copied() -> None:
+    made, library, _ = engine()
+    session = Session(Encoding.H264, made.open(Encoding.H264, SMALL), SMALL)
+    for value in range(4):
+        session.feed(bytes([0, 0, 1, value]))
+    assert session.decode(time.monotonic, math.inf, 3)
+    assert library.read == [3]
+    shown = session.picture(3)
+    assert shown is not None
+    session.feed(bytes([0, 0, 1, 9]))
+    assert session.decode(time.monotonic, math.inf, 4)
+    found = shown.read()
+    assert isinstance(found, OnDevice)
+    assert bool((found.pixels == 3).all())
+    assert library.read == [3, 4]
 
 
 def test_what_is_held_back_comes_when_it_is_drained_and_is_let_go_when_reset() -> None:

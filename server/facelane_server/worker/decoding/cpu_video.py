@@ -32,6 +32,9 @@ class _Picture:
     frame: av.VideoFrame
     reformatter: av.video.reformatter.VideoReformatter
 
+    def keep(self) -> None:
+        """It does: its frame is its own."""
+
     def read(self) -> U8:
         """By the matrix and the range that the video names; where it names none, as players do:
         BT.709 from HD on, BT.601 below, studio range."""

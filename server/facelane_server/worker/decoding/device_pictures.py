@@ -61,9 +61,12 @@ class DevicePictures:
         self.pixels = pixels or _pixels(self.device)
         self._told = -_TOLD_EVERY_S
         cuda = self.device.type == "cuda"
-        self.stream: Any = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
-        # What it does is little, and somebody waits for it while the next batch computes.
-        self._crops: Any = torch.cuda.Stream(self.device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
+        # What these do is little, and somebody waits for it while another batch computes, of this
+        # process or of another one on the card.
+        self.stream, self._crops = (
+            torch.cuda.Stream(self.device, priority=-1) if cuda else None  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
 
     @property
     def decodes(self) -> bool:

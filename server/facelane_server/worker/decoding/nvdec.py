@@ -8,16 +8,17 @@ first key frame, which takes 50 ms, one session after the other however many thr
 one takes 25, so a thread of its own does that. None is given to another lane: where something is
 missing, a decoder makes it up from what it has seen before.
 
-A decoder's pictures lie in its own memory, which its next ones take: each is copied at once.
+A decoder's pictures lie in its own memory, which its next ones take: those that somebody wants are
+copied at once, and what lies between them costs its decoding alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import Tensor
@@ -37,13 +38,22 @@ _HD_HEIGHT: Final = 576
 _Kind = tuple[Encoding, int, int]
 
 
-@dataclass(frozen=True, slots=True)
 class _Picture:
-    tag: int
-    found: OnDevice
+    """Of ``decoder``, whose memory ``frame`` lies in until it is kept."""
+
+    def __init__(self, decoder: NvdecDecoder, frame: Any) -> None:
+        self.tag = int(frame.getPTS())
+        self._decoder = decoder
+        self._frame = frame
+        self._kept: OnDevice | None = None
+
+    def keep(self) -> None:
+        self.read()
 
     def read(self) -> OnDevice:
-        return self.found
+        if self._kept is None:
+            self._kept, self._frame = self._decoder.kept(self._frame), None
+        return self._kept
 
 
 class NvdecDecoder:
@@ -79,11 +89,14 @@ class NvdecDecoder:
         packet.pts = tag
         flags = self._engine.library.VideoPacketFlag
         packet.decode_flag = flags.ENDOFPICTURE if unit else flags.ENDOFSTREAM
+        with self._blamed():
+            return [_Picture(self, frame) for frame in self._opened.Decode(packet)]
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """What goes wrong in here is the access unit's fault, unless it costs the device."""
         try:
-            return [
-                _Picture(int(frame.getPTS()), self._kept(frame))
-                for frame in self._opened.Decode(packet)
-            ]
+            yield
         except FacelaneError:
             raise
         except Exception as error:
@@ -95,9 +108,10 @@ class NvdecDecoder:
                 f"({type(error).__name__}); a key frame is needed",
             ) from error
 
-    def _kept(self, frame: Any) -> OnDevice:
+    def kept(self, frame: Any) -> OnDevice:
+        """A copy of its own of what was decoded last. Raises FacelaneError."""
         codec, width, height = self._kind
-        with self._engine.pictures.arriving():
+        with self._blamed(), self._engine.pictures.arriving():
             surface: Tensor = dlpack.from_dlpack(frame).clone()
         if surface.shape != (height * 3 // 2, width):
             raise FacelaneError(
@@ -133,7 +147,8 @@ class NvdecEngine:
         try:
             decoder = NvdecDecoder(self, kind, self._session(kind), found)
             if key_frame:
-                decoder.decode(key_frame, -1)
+                for picture in decoder.decode(key_frame, -1):
+                    picture.keep()
         except FacelaneError as error:
             if self._is_broken(codec, found, key_frame):
                 decoder.reset()  # the lane finds out

@@ -52,6 +52,9 @@ class Shown(Protocol):
     def tag(self) -> int:
         """That its access unit came with."""
 
+    def keep(self) -> None:
+        """It is to outlast what its decoder is given next."""
+
     def read(self) -> Pixels:
         """uint8 [height, width, 3], BGR, C-contiguous, or the same on the model's device."""
 
@@ -98,6 +101,9 @@ class _Blank:
 
     tag: int
     pixels: U8
+
+    def keep(self) -> None:
+        """It does."""
 
     def read(self) -> U8:
         return self.pixels
@@ -188,8 +194,9 @@ class Session:
             self._decoder = self._decoder.result()
         return True
 
-    def decode(self, clock: Callable[[], float], until: float) -> bool:
-        """What it has been fed with, one access unit at least; whether that was all."""
+    def decode(self, clock: Callable[[], float], until: float, wanted: int = 0) -> bool:
+        """What it has been fed with, one access unit at least; whether that was all. Of its
+        pictures those before the ``wanted`` one are let go of."""
         decoder = self._decoder
         assert not isinstance(decoder, Future), "not opened"
         while self._undecoded:
@@ -198,7 +205,7 @@ class Session:
             self._unshown.append(number)
             try:
                 shown = decoder.decode(unit, self._base + number)
-                self._take(shown, reorders=decoder.reorders)
+                self._take(shown, wanted, reorders=decoder.reorders)
             except FacelaneError:
                 # What follows would be decoded on top of it: wrong, and nobody could see it.
                 self._broken = True
@@ -213,15 +220,15 @@ class Session:
         else:
             self._decoder.close()
 
-    def drain(self) -> None:
+    def drain(self, wanted: int = 0) -> None:
         decoder = self._decoder
         assert not isinstance(decoder, Future), "not opened"
         if not self._drained:
-            self._take(decoder.drain(), reorders=decoder.reorders)
+            self._take(decoder.drain(), wanted, reorders=decoder.reorders)
             self._drained = True
             self._unshown.clear()
 
-    def _take(self, shown: Sequence[Shown], *, reorders: bool) -> None:
+    def _take(self, shown: Sequence[Shown], wanted: int, *, reorders: bool) -> None:
         for picture in shown:
             number = picture.tag - self._base
             if number < 0:
@@ -230,8 +237,12 @@ class Session:
                 # What lies before it will not be shown any more.
                 while self._unshown and self._unshown[0] < number:
                     self._unshown.popleft()
-            if self._unshown:
-                self._shown[self._unshown.popleft()] = picture
+            if not self._unshown:
+                continue
+            place = self._unshown.popleft()
+            if place >= wanted:
+                picture.keep()
+                self._shown[place] = picture
         while len(self._unshown) > limits.MAX_REORDER:
             self._unshown.popleft()
 
@@ -320,10 +331,10 @@ class Sessions:
             for unit in units:
                 session.feed(unit)
             wait_s = OPENING_S if len(self._sessions) > 1 else OPENING_FIRST_S
-            if not session.opened(wait_s) or not session.decode(self._clock, until):
+            if not session.opened(wait_s) or not session.decode(self._clock, until, item.picture):
                 return PictureHeld(session.position)
             if item.drain:
-                session.drain()
+                session.drain(item.picture)
             picture = session.picture(item.picture)
             return (
                 PictureHeld(session.position, session.held) if picture is None else picture.read()
