@@ -260,12 +260,13 @@ async def _part(
         settings.say(f"{size}: serving")
         until = time.monotonic() + BUDGET_S
         analysis_fps = way.analysis_fps
+        card = int(settings.device.rpartition(":")[2]) if ":" in settings.device else 0
         await trial(services, frames, len(services), rate, 3.0)  # warm-up
 
         async def attempt(streams: int) -> Trial:
             settle_s = SETTLE_S + (OPENED_S + OPENING_S * streams if opens else 0.0)
             found = await trial(
-                services, frames, streams, rate, settle_s + seconds, analysis_fps, settle_s
+                services, frames, streams, rate, settle_s + seconds, analysis_fps, settle_s, card
             )
             report.add(_row(found, size, rate, models.name))
             settings.say(
@@ -348,6 +349,7 @@ async def trial(
     seconds: float,
     analysis_fps: float = 0.0,
     settle_s: float = SETTLE_S,
+    card: int = 0,
 ) -> Trial:
     """``streams`` cameras for some seconds, from as many client processes as they need: a
     multiple of the servers', and each sends to one of them."""
@@ -383,7 +385,7 @@ async def trial(
                     )
                 )
             watcher = asyncio.create_task(
-                _watch(services, start_at + settle_s - 1.0, seconds - settle_s + 1.0)
+                _watch(services, start_at + settle_s - 1.0, seconds - settle_s + 1.0, card)
             )
             outputs = await asyncio.wait_for(
                 asyncio.gather(*(p.communicate() for p in processes)), seconds + 120
@@ -423,8 +425,10 @@ async def trial(
     return found
 
 
-async def _watch(services: Sequence[Service], begin: float, seconds: float) -> dict[str, Any]:
-    """Shares of processor and card in the middle of a trial."""
+async def _watch(
+    services: Sequence[Service], begin: float, seconds: float, card: int
+) -> dict[str, Any]:
+    """Shares of processor and of the ``card``-th card in the middle of a trial."""
     await asyncio.sleep(max(0.0, begin + 1.0 - time.monotonic()))
     fronts = [front for service in services for front in service.fronts()]
     workers = [worker for service in services for worker in service.workers()]
@@ -444,7 +448,7 @@ async def _watch(services: Sequence[Service], begin: float, seconds: float) -> d
     gpu: list[float] = []
     memory = math.nan
     while time.monotonic() < begin + seconds:
-        share, memory = _gpu()
+        share, memory = _gpu(card)
         gpu.append(share)
         await asyncio.sleep(_SAMPLE_S)
     elapsed = time.monotonic() - at
@@ -476,15 +480,15 @@ async def _watch(services: Sequence[Service], begin: float, seconds: float) -> d
     }
 
 
-def _gpu() -> tuple[float, float]:
-    """(share of time in which a kernel ran, MiB in use) of the first card; nan without."""
+def _gpu(card: int) -> tuple[float, float]:
+    """(share of time in which a kernel ran, MiB in use); nan without a card."""
     try:
         import pynvml
     except ImportError:
         return math.nan, math.nan
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(card)
         share = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
         return share, int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 2**20
     except pynvml.NVMLError:
