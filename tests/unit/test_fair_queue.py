@@ -64,6 +64,47 @@ def test_a_lane_that_was_alone_shares_with_the_first_that_comes() -> None:
     assert len(queue) == 0
 
 
+def test_what_goes_into_one_batch_goes_by_turns_and_is_charged_to_nobody() -> None:
+    queue = FairQueue()
+    first, second = task(1, deadline=10), task(1, deadline=11)
+    other, heavy = task(2, deadline=5), task(2, deadline=30)
+    for item in (first, second, other, heavy):
+        queue.put(item)
+    assert queue.next_deadline() == 5
+    assert take(queue, 4) == [other, first, second, heavy]
+    assert queue.next_deadline() is None
+    tasks = [task(1, deadline=20), *(task(3, deadline=30) for _ in range(2))]
+    for item in tasks:
+        queue.put(item)
+    assert take(queue, 2) == tasks[:2], "lane 1 owes nothing for the two that it had"
+    assert take(queue, 2) == tasks[2:]
+
+
+def test_of_one_batch_what_does_not_fit_goes_next() -> None:
+    queue = FairQueue()
+    tasks = [task(1 + n % 3, deadline=10 + n) for n in range(6)]
+    for item in tasks:
+        queue.put(item)
+    room = iter([True, True, False])
+    assert queue.take(8, lambda _: next(room)) == tasks[:2]
+    late, early = task(4, deadline=20), task(5, deadline=1)
+    queue.put(late)
+    queue.put(early)
+    assert take(queue, 8) == [early, *tasks[2:5], late, tasks[5]]
+    assert len(queue) == 0
+
+
+def test_what_is_too_much_for_one_batch_is_shared_however_it_came() -> None:
+    """A flood of one key's that came first, and was not taken yet when another's came."""
+    for count in (5, 200):
+        queue = FairQueue()
+        flood = [task(n, deadline=1, sender=Sender("greedy")) for n in range(count)]
+        quiet = task(1000, deadline=10_000, sender=Sender("quiet"))
+        for item in (*flood, quiet):
+            queue.put(item)
+        assert quiet in take(queue, 2)
+
+
 def test_a_flood_does_not_delay_a_quiet_lane() -> None:
     queue = FairQueue()
     for _ in range(100):

@@ -13,6 +13,9 @@ taken: so a stream of ever new lanes, each with one task, cannot starve those th
 there before. Who was silent gets its turn at once but no credit for the silence, and who
 floods waits for its share. A task that is withdrawn before it is taken costs nothing.
 
+While all that waits goes into the next batch there is nothing to be fair about: what has come since
+the queue was empty is placed in the levels once some of it has to wait for another's.
+
 Pure: no clock, no loop. All operations are O(log n) but the removal of a task out of the
 middle of its lane, which is short (a lane holds at most its window).
 """
@@ -28,8 +31,8 @@ from facelane_server.pools.tasks import AnyTask
 
 _SLACK: Final = 256
 """Dead heap entries and idle children tolerated before they are swept out."""
-_MOST_LONE: Final = 16
-"""Tasks of a lane that nobody competes with, which are gone through one by one."""
+_MOST_FRESH: Final = 32
+"""Tasks without a place in the levels, which are gone through one by one."""
 _STREAMS_SHARE: Final = 4
 """Of the streams, against single pictures' 1, while both wait."""
 
@@ -137,6 +140,21 @@ _Path = list[tuple[_Level, Hashable, _Lane]]
 """Level, child's name, child."""
 
 
+def _by_turns(tasks: list[AnyTask]) -> list[AnyTask]:
+    """Each lane's in their order, lanes by their weights, among equals the earliest deadline first:
+    what the levels come to, but for kinds and keys."""
+    if len(tasks) == 1:
+        return tasks
+    finish: dict[int, float] = {}
+    order: list[tuple[float, int, int, AnyTask]] = []
+    for number, task in enumerate(tasks):
+        start = finish.get(task.lane, 0.0)
+        finish[task.lane] = start + 1.0 / (task.weight or 1)
+        order.append((start, task.deadline_ns, number, task))
+    order.sort()
+    return [entry[3] for entry in order]
+
+
 class FairQueue:
     """The tasks of one pool that wait for a worker."""
 
@@ -150,9 +168,9 @@ class FairQueue:
         self._by_key: dict[str, int] = {}
         self._deadlines: list[tuple[int, int, AnyTask]] = []
         self._sequence = 0
-        self._lone: deque[AnyTask] = deque()
-        """Of a queue that was empty: tasks of one lane. As long as no other competes with it, they
-        have no place in the levels, nor among the deadlines."""
+        self._fresh: list[AnyTask] = []
+        """All that waits, in the order in which it came, since the queue was empty: it has no place
+        in the levels, nor among the deadlines, until some of it has to wait for the rest."""
 
     def __len__(self) -> int:
         return self.count
@@ -167,7 +185,7 @@ class FairQueue:
     @property
     def share(self) -> float:
         """Weights of those that wait: streams by their keys, single pictures as a quarter."""
-        self._place_lone()
+        self._place_fresh()
         kinds = self._root.children.values()
         waiting = [kind for kind in kinds if isinstance(kind, _Kind) and kind.weight]
         return sum(k.total if k.weight > 1 else 1 / _STREAMS_SHARE for k in waiting) or 1.0
@@ -178,7 +196,7 @@ class FairQueue:
 
     def in_order(self) -> list[AnyTask]:
         """All that is queued, each once, in the order of deadlines."""
-        self._place_lone()
+        self._place_fresh()
         # One that was taken and came back stands there more than once.
         ordered = dict.fromkeys(task for _, _, task in sorted(self._deadlines))
         return [task for task in ordered if task in self._queued]
@@ -190,24 +208,19 @@ class FairQueue:
 
     def put(self, task: AnyTask) -> None:
         """Queue a task behind those of its lane."""
-        if not self._queued or self._follows_lone(task):
+        if not self._queued or 0 < len(self._fresh) < _MOST_FRESH:
             self._count(task)
-            self._lone.append(task)
+            self._fresh.append(task)
             return
-        self._place_lone()
+        self._place_fresh()
         self._count(task)
         self._place(task)
 
-    def _follows_lone(self, task: AnyTask) -> bool:
-        if not 0 < len(self._lone) < _MOST_LONE or self._root.children:
-            return False
-        first = self._lone[0]
-        return task.lane == first.lane and task.sender is first.sender
-
-    def _place_lone(self) -> None:
-        """Others compete with them now."""
-        while self._lone:
-            self._place(self._lone.popleft())
+    def _place_fresh(self) -> None:
+        """It is to be decided whose turn it is."""
+        fresh, self._fresh = self._fresh, []
+        for task in fresh:
+            self._place(task)
 
     def _place(self, task: AnyTask) -> None:
         path = self._path(task)
@@ -220,7 +233,7 @@ class FairQueue:
     def put_back(self, task: AnyTask, *, alone: bool) -> None:
         """Queue a task that was taken before in front of all others; ``alone`` = it must not
         share a batch, because its last one killed a worker."""
-        self._place_lone()
+        self._place_fresh()
         self._front.appendleft((task, alone))
         self._count(task)
         self._note_deadline(task)
@@ -230,8 +243,8 @@ class FairQueue:
         if task not in self._queued:
             return False
         self._forget(task)
-        if self._lone:
-            self._lone.remove(task)
+        if self._fresh:
+            self._fresh.remove(task)
             return True
         for entry in self._front:
             if entry[0] is task:
@@ -250,10 +263,10 @@ class FairQueue:
         that one is not queued, or came back from a lost worker."""
         if task not in self._queued:
             return False
-        if self._lone:
+        if self._fresh:
             self._forget(task)
             self._count(by)
-            self._lone[self._lone.index(task)] = by
+            self._fresh[self._fresh.index(task)] = by
             return True
         path = self._path(task)
         lane = path[2][2]
@@ -271,13 +284,11 @@ class FairQueue:
     def take(self, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
         """The next batch of at most ``most`` tasks. ``accept`` is asked for each in turn and
         ends the batch with False (it does not fit); the first one is always taken."""
+        if self._fresh:
+            if len(self._fresh) <= most or self._is_one_lane():
+                return self._take_fresh(most, accept)
+            self._place_fresh()
         batch: list[AnyTask] = []
-        while self._lone and len(batch) < most:
-            if not accept(self._lone[0]) and batch:
-                return batch
-            task = self._lone.popleft()
-            self._forget(task)
-            batch.append(task)
         while self._front and len(batch) < most:
             task, alone = self._front[0]
             if batch and (alone or not accept(task)):
@@ -299,6 +310,27 @@ class FairQueue:
             self._start_anew()
         return batch
 
+    def _is_one_lane(self) -> bool:
+        first = self._fresh[0]
+        return all(
+            task.lane == first.lane and task.sender is first.sender for task in self._fresh[1:]
+        )
+
+    def _take_fresh(self, most: int, accept: Callable[[AnyTask], bool]) -> list[AnyTask]:
+        """All of it, or of one lane as much as there is room for. What does not fit into the bytes
+        of a batch goes next: nobody waits for long, and nobody is charged."""
+        fresh = _by_turns(self._fresh)
+        batch: list[AnyTask] = []
+        for task in fresh[:most]:
+            if not accept(task) and batch:
+                break
+            self._forget(task)
+            batch.append(task)
+        self._fresh = fresh[len(batch) :]
+        if not self._fresh:
+            self._start_anew()
+        return batch
+
     def _start_anew(self) -> None:
         """Nobody competes, so nobody has anything to be fair about."""
         if self._root.children or self._root.heads:
@@ -307,8 +339,8 @@ class FairQueue:
 
     def next_deadline(self) -> int | None:
         """The earliest deadline of a queued task."""
-        if self._lone:
-            return min([task.deadline_ns for task in self._lone])
+        if self._fresh:
+            return min([task.deadline_ns for task in self._fresh])
         deadlines = self._deadlines
         while deadlines and deadlines[0][2] not in self._queued:
             heapq.heappop(deadlines)
@@ -317,7 +349,7 @@ class FairQueue:
     def expire(self, now_ns: int) -> list[AnyTask]:
         """Take out the tasks whose deadline has come."""
         expired: list[AnyTask] = []
-        for task in [task for task in self._lone if task.deadline_ns <= now_ns]:
+        for task in [task for task in self._fresh if task.deadline_ns <= now_ns]:
             expired.append(task)
             self.withdraw(task)
         while (deadline := self.next_deadline()) is not None and deadline <= now_ns:
