@@ -443,7 +443,7 @@ class AnalyzeStream(StreamBase[_Waiters]):
             return error
         if self._generation != generation:
             return None
-        channel = self._endpoint.stream_channel(grpc.aio, self._core.moved)
+        channel = client._channels.take(grpc.aio, self._core.moved)
         analysis: Any = client._stubs.analysis if channel is None else AnalysisServiceStub(channel)
         call = self._call = analysis.AnalyzeStream(metadata=self._shown)
         writer = asyncio.create_task(self._write(call, generation), name="facelane-writer")
@@ -460,7 +460,7 @@ class AnalyzeStream(StreamBase[_Waiters]):
         finally:
             call.cancel()
             writer.cancel()
-            if channel is not None:
+            if client._channels.leave(channel):
                 await channel.close()
         return None
 

@@ -435,7 +435,7 @@ class AnalyzeStream(StreamBase[threading.Condition]):
             return error
         if client._closed:
             return StreamClosedError(Reason.STREAM_CLOSED, "the client was closed: make another")
-        channel = self._endpoint.stream_channel(grpc, self._core.moved)
+        channel = client._channels.take(grpc, self._core.moved)
         stub = client._stubs.analysis if channel is None else AnalysisServiceStub(channel)
         call: Any = None
         try:
@@ -453,7 +453,7 @@ class AnalyzeStream(StreamBase[threading.Condition]):
         finally:
             if call is not None:
                 call.cancel()
-            if channel is not None:
+            if client._channels.leave(channel):
                 channel.close()
         return None
 

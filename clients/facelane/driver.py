@@ -80,6 +80,7 @@ class ClientBase(Generic[S]):
         proxy: bool = True,
     ) -> None:
         self._endpoint = transport.endpoint(target, token, tls, proxy=proxy)
+        self._channels = transport.StreamChannels(self._endpoint)
         self.timeout = timeout
         self.tracing: Tracing | None = None
         """Whether, and how, calls with a picture are traced, and the frames of the streams that are

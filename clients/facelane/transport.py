@@ -14,6 +14,7 @@ import ipaddress
 import json
 import os
 import re
+import threading
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ Options: TypeAlias = tuple[tuple[str, Any], ...]
 DEFAULT_TIMEOUT: Final = 10.0
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Of one message, either way; above every limit that a server announces."""
+STREAMS_PER_CHANNEL: Final = 64
+"""A server takes a hundred calls of one connection; what is more would wait without a word."""
 
 
 _TLS_VARIABLES: Final = ("CA", "CERT", "KEY", "SERVER_NAME")
@@ -178,13 +181,9 @@ class Endpoint:
         """A channel of ``way``: ``grpc`` or ``grpc.aio``."""
         return self._channel(way, self.target, self.options)
 
-    def stream_channel(self, way: Any, moved: str | None) -> Any:
-        """A channel for one stream alone that the server has sent to another of its processes;
-        ``None`` where it goes by the client's own, as every stream does at first. ``moved``: where
-        it was sent, which is followed from socket to socket alone; empty = the same address again,
-        ``None`` = nowhere."""
-        if moved is None:
-            return None
+    def moved_channel(self, way: Any, moved: str) -> Any:
+        """One for a stream alone that the server has sent to another of its processes. ``moved``:
+        where, which is followed from socket to socket alone; empty = the same address again."""
         sockets = moved.startswith("unix:") and self.target.startswith("unix:")
         return self._channel(way, moved if sockets else self.target, self.options)
 
@@ -210,6 +209,37 @@ class Endpoint:
                 "socket's group (facelane-clients): use sudo, or join it"
             )
         return told
+
+
+class StreamChannels:
+    """Which connection each stream of a client goes by: the client's own, ``None``, and others as
+    those before are full."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._streams: dict[Any, int] = {None: 0}
+
+    def take(self, way: Any, moved: str | None) -> Any:
+        """For one stream, until ``leave``. ``way``: ``grpc`` or ``grpc.aio``; ``moved``: as in
+        ``Endpoint.moved_channel``, ``None`` = nowhere."""
+        if moved is not None:
+            return self._endpoint.moved_channel(way, moved)
+        with self._lock:
+            free = [one for one, n in self._streams.items() if n < STREAMS_PER_CHANNEL]
+            channel = free[0] if free else self._endpoint.channel(way)
+            self._streams[channel] = self._streams.get(channel, 0) + 1
+        return channel
+
+    def leave(self, channel: Any) -> bool:
+        """Whether the channel is to be closed."""
+        with self._lock:
+            left = self._streams.get(channel, 1) - 1
+            if left or channel is None:
+                self._streams[channel] = left
+                return False
+            self._streams.pop(channel, None)
+        return True
 
 
 INSTALLED = Path("/run/facelane/grpc.sock")

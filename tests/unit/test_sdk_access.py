@@ -236,3 +236,25 @@ def test_a_list_of_this_machines_servers_stays_on_this_machine(
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
     assert not transport.endpoint("ipv4:127.0.0.1:1,127.0.0.2:1", None, None).proxy
     assert transport.endpoint("ipv4:127.0.0.1:1,192.0.2.1:1", None, None).proxy == "https_proxy"
+
+
+def test_streams_share_connections_as_far_as_those_go() -> None:
+    channels = transport.StreamChannels(transport.endpoint("unix:/nowhere", None, None))
+    full = transport.STREAMS_PER_CHANNEL
+    taken = [channels.take(grpc, None) for _ in range(2 * full)]
+    assert taken[:full] == [None] * full
+    (other,) = set(taken[full:])
+    assert other is not None
+    # One that was sent elsewhere is alone there.
+    alone = channels.take(grpc, "")
+    assert alone not in (None, other)
+    assert channels.leave(alone)
+    # There is room again; the client's own is not closed, and others with their last stream.
+    assert not channels.leave(None)
+    assert not channels.leave(other)
+    assert channels.take(grpc, None) is None
+    assert [channels.leave(other) for _ in range(full - 1)] == [False] * (full - 2) + [True]
+    third = channels.take(grpc, None)
+    assert third not in (None, other)
+    for channel in (alone, other, third):
+        channel.close()

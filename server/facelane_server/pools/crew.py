@@ -501,7 +501,9 @@ class Crew:
         handle.canary_ns, handle.canary_due = now, False
 
         def judge(done: asyncio.Future[Any]) -> None:
-            failed = not done.cancelled() and done.exception() is not None  # retrieved, whoever died
+            failed = (
+                not done.cancelled() and done.exception() is not None
+            )  # retrieved, whoever died
             if done.cancelled() or worker.handle is not handle:
                 return
             if failed:
