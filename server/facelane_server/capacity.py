@@ -217,8 +217,8 @@ class Capacity:
         capacity = self._capacity()
         known = {d.lane: d for d in self._demands}
         others = [known.get(d.lane, d) for d in open_lanes]
-        if capacity is None or not others or self._led < _WINDOW:
-            return None
+        if capacity is None or self._led < _WINDOW or not any(d.fps > 0 for d in others):
+            return None  # what was learnt of streams that have left says nothing of these
         least = self.min_fps
         asked = [self._at_most(d, least) for d in (*others, newcomer)]
         rates = fair_rates(asked, capacity)

@@ -370,6 +370,17 @@ def test_nobody_is_refused_for_a_first_guess() -> None:
     assert capacity.room(Demand(99, 0.0), there) is not None
 
 
+def test_who_comes_when_the_others_have_left_is_not_measured_by_their_last_answers() -> None:
+    capacity = overloaded()
+    for _ in range(6):
+        capacity.step(Reading(PERIOD_S, [Demand(0, 25.0)], 1, [TARGET_S], {"detector": 1.0}))
+    assert capacity.budget is not None
+    assert capacity.budget < 10.0
+    come = [Demand(lane, 0.0) for lane in range(100, 110)]
+    assert capacity.room(Demand(200, 0.0), [Demand(0, 0.0), *come]) is not None, "it still sends"
+    assert capacity.room(Demand(200, 0.0), come) is None
+
+
 def test_a_stream_that_comes_is_given_what_the_others_have() -> None:
     capacity = overloaded()
     assert capacity.budget is not None
