@@ -27,6 +27,8 @@ from typing import IO, Any
 
 import coverage
 
+from facelane_server.running import GRPC_SWITCHES
+
 MODULES = (
     "facelane_server.app",
     "facelane_server.auditing",
@@ -47,7 +49,8 @@ _TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 """For which a server would begin once again (``wiping.one_heap``)."""
 _FIRST = {
     **_TUNABLES,
-    "GRPC_VERBOSITY": "ERROR",  # as a server sets it, before gRPC is imported
+    "GRPC_VERBOSITY": "ERROR",  # as a server sets them, before gRPC is imported
+    "GRPC_EXPERIMENTS": GRPC_SWITCHES,
     "OPENBLAS_NUM_THREADS": "1",  # nothing forks beside threads
 }
 _MOST_BYTES = 1 << 20

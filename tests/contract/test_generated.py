@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from facelane.v1 import (
 )
 from facelane_server import config
 from facelane_server.domain import Reason
+from facelane_server.running import GRPC_SWITCHES
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS, SERVER = ROOT / "clients", ROOT / "server"
@@ -173,6 +175,29 @@ def test_what_an_import_does_not_bring(module: str, without: tuple[str, ...]) ->
     names = ", ".join(map(repr, without))
     out = run(f"import sys, {module}; print([m for m in ({names},) if m in sys.modules])")
     assert out == "[]"
+
+
+def test_grpc_still_knows_what_is_switched_off_in_it(tmp_path: Path) -> None:
+    """It says of each switch that it does not know that it does not."""
+    program = (
+        "import asyncio, grpc\n"
+        "async def serve():\n"
+        "    server = grpc.aio.server()\n"
+        f"    server.add_insecure_port('unix:{tmp_path}/socket')\n"
+        "    await server.start()\n"
+        "    await server.stop(None)\n"
+        "asyncio.run(serve())\n"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"GRPC_VERBOSITY": "ERROR", "GRPC_EXPERIMENTS": switches},
+            capture_output=True, text=True, timeout=60, check=True,
+        ).stderr
+        for switches in (GRPC_SWITCHES, "-no_such_switch")
+    ]  # fmt: skip
+    assert "nknown experiment" not in said[0]
+    assert "nknown experiment" in said[1], "what the first one is looked through for"
 
 
 # -- rules ------------------------------------------------------------------------------------
