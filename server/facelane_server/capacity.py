@@ -286,7 +286,10 @@ class Capacity:
         self._led += 1
         offered = sum(d.fps for d in self._demands)
         busiest, answered = self._busiest(), self._answered()
-        if answered <= 0 or not self._demands:
+        if not self._demands:
+            self.budget = None  # there is nobody to hold back
+            return
+        if answered <= 0:
             # Nobody sends, or nobody works (a pool is gone): fewer pictures would not help.
             self._calm += 1
             if self._calm >= 2 * _WINDOW:

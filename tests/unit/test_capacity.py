@@ -381,6 +381,14 @@ def test_who_comes_when_the_others_have_left_is_not_measured_by_their_last_answe
     assert capacity.room(Demand(200, 0.0), come) is None
 
 
+def test_a_server_whose_streams_have_all_left_is_not_full() -> None:
+    """Those that come to another shard would all stay there."""
+    capacity = overloaded()
+    assert capacity.budget is not None
+    capacity.step(Reading(PERIOD_S, [], 3, [], {"detector": 1.0}))
+    assert capacity.budget is None
+
+
 def test_a_stream_that_comes_is_given_what_the_others_have() -> None:
     capacity = overloaded()
     assert capacity.budget is not None
