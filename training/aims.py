@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from facelane_server.worker.networks import candidates
 from facelane_server.worker.networks.architectures.minifasnet import LIVE_CLASS, MiniFASNetPair
 from training import detector, evaluate, imaging, liveness
 from training.clutter import KINDS, clutter
@@ -109,10 +110,12 @@ def _share(scores: list[float], at: float) -> float:
 
 
 class Networks:
-    """A detector, and YuNet at its package's threshold."""
+    """A detector, and YuNet at its package's threshold. ``gain``: what the score of a face that is
+    turned to the side counts more, as where a package lets those pass at a lower one."""
 
-    def __init__(self, data: Path, weights: Path, device: torch.device) -> None:
+    def __init__(self, data: Path, weights: Path, device: torch.device, gain: float = 0.0) -> None:
         self._device = device
+        self._gain = gain
         self._teacher = detector.load_yunet(data / "models" / "yunet_n.pth").to(device)
         self._mine = detector.load_student(weights).to(device)
 
@@ -121,7 +124,12 @@ class Networks:
         [N, 3, H, W], 0..255."""
         x = pictures.float().to(self._device)
         truth = detector.merge_faces(self._teacher, x, evaluate.YUNET_SCORE)
-        return detector.merge_faces(self._mine, x, SCORES[0]), truth
+        mine = []
+        for rows in detector.merge_faces(self._mine, x, SCORES[0] - self._gain):
+            counted = rows.clone()
+            counted[:, 14] += self._gain * (turn_of(rows) >= candidates.TURNED)
+            mine.append(counted[counted[:, 14] >= SCORES[0]])
+        return mine, truth
 
 
 def crowd(photos: Tensor, size: float) -> Tensor:
@@ -302,7 +310,7 @@ def measure_detector(arguments: argparse.Namespace, weights: Path, device: torch
     faces = torch.from_numpy(photos.main_face())
     good = faces[:, 14] >= evaluate.YUNET_SCORE
     pictures = torch.from_numpy(photos.pictures).permute(0, 3, 1, 2)[good].contiguous()
-    networks = Networks(arguments.data, weights, device)
+    networks = Networks(arguments.data, weights, device, arguments.score - arguments.score_turned)
     every = max(1, round(1 / arguments.share))
     report = {"sizes": by_size(networks, pictures, arguments.share)}
     mine, theirs = turned(networks, pictures[::every], faces[good][::every])
@@ -335,6 +343,8 @@ def main() -> None:
     parser.add_argument("--media", type=Path, required=True, help="folder with the clips")
     parser.add_argument("--detector", type=Path, help="its weights: .pt of a run, or .safetensors")
     parser.add_argument("--liveness", type=Path, help="the same")
+    parser.add_argument("--score", type=float, default=0.65, help="the detector's thresholds")
+    parser.add_argument("--score-turned", type=float, default=0.5)
     parser.add_argument("--live", type=float, default=0.75, help="liveness' thresholds")
     parser.add_argument("--spoof", type=float, default=0.35)
     parser.add_argument("--share", type=float, default=1.0, help="of the pictures, in a hurry")

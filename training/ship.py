@@ -32,7 +32,7 @@ from training.liveness import CROP, NARROW, WIDE
 from training.ood import OOD_THRESHOLD, fit_ood
 from training.recognizer import options_of
 
-VERSIONS = {"detector": "2.1.0", "recognizer": "2.1.0", "liveness": "2.1.0"}
+VERSIONS = {"detector": "2.1.1", "recognizer": "2.1.0", "liveness": "2.1.0"}
 NAMES = tuple(VERSIONS)
 LICENSE = "evaluation and research only, see CARD.md"
 MATCH_FAR = 1e-4
@@ -135,7 +135,12 @@ def within_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ship_detector(
-    run: Path, out: Path, report: Mapping[str, Any], score: float, aims: Mapping[str, Any]
+    run: Path,
+    out: Path,
+    report: Mapping[str, Any],
+    score: float,
+    score_turned: float,
+    aims: Mapping[str, Any],
 ) -> Package:
     state = within_half(_state(run / "detector.pt"))
     manifest = {
@@ -144,12 +149,12 @@ def ship_detector(
         "description": "starter detector: YuNet grown wider, for small, turned and dark faces",
         "options": {"widths": widths_of(state)},
         "input": {"color": "bgr", "max_side": 640},
-        "thresholds": {"score": score, "nms": NMS_IOU},
+        "thresholds": {"score": score, "score_turned": score_turned, "nms": NMS_IOU},
         "memory": {"weights_mib": 1.0, "activations_mib_per_item": 24.0},
         "provenance": _provenance(report),
     }
     parameters = sum(v.numel() for k, v in state.items() if ".running_" not in k)
-    card = cards.detector(report, score, parameters, aims)
+    card = cards.detector(report, score, score_turned, parameters, aims)
     return write_package(out / "facelane-detector", state, manifest, card)
 
 
@@ -221,7 +226,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="output of training.run")
     parser.add_argument("--data", type=Path, required=True, help="folder of training.pack")
     parser.add_argument("--out", type=Path, required=True, help="where the packages go")
-    parser.add_argument("--score", type=float, default=0.62, help="the detector's threshold")
+    parser.add_argument("--score", type=float, default=0.65, help="the detector's threshold")
+    parser.add_argument("--score-turned", type=float, default=0.5, help="of faces turned aside")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=list(NAMES))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -233,7 +239,11 @@ def main() -> None:
     aims = json.loads((run / "aims.json").read_text()) if (run / "aims.json").exists() else {}
     packages: list[Package] = []
     if "detector" in arguments.only:
-        packages.append(ship_detector(run, out, report, arguments.score, aims["detector"]))
+        packages.append(
+            ship_detector(
+                run, out, report, arguments.score, arguments.score_turned, aims["detector"]
+            )
+        )
     if "recognizer" in arguments.only:
         recognizer, ood = ship_recognizer(run, out, report)
         packages.append(recognizer)

@@ -27,7 +27,7 @@ from facelane_server.worker.networks.architectures.irse import RtsIrSe
 from facelane_server.worker.networks.architectures.minifasnet import MiniFASNetPair
 from facelane_server.worker.networks.architectures.mobilefacenet import MobileFaceNet
 from facelane_server.worker.networks.architectures.yunet import DenseHeads, YuNet, decode
-from facelane_server.worker.networks.candidates import decode_yunet, select
+from facelane_server.worker.networks.candidates import decode_yunet, select, turn
 from facelane_server.worker.networks.detector import NetworkDetector, fit
 from facelane_server.worker.networks.load import load
 from facelane_server.worker.networks.null import NullDetector, NullLiveness, NullRecognizer
@@ -277,6 +277,59 @@ def test_a_detector_answers_in_pixels_of_each_picture() -> None:
     assert found[1].landmarks[0, 0].tolist() == [80, 60]
     assert found[2].crops[0].shape == (1, 112, 112, 3)
     assert found[0].scores[0] == pytest.approx(0.9)
+
+
+FROM_BEFORE = [0, 0, 40, 0, 20, 20, 5, 40, 35, 40]
+ASIDE = [0, 0, 40, 0, 40, 20, 5, 40, 35, 40]
+"""Landmarks: the nose lies half the way from the eyes to the mouth beside their middle."""
+
+
+class Scored(OneFace):
+    """Finds faces side by side, with these scores and landmarks."""
+
+    def __init__(self, *faces: tuple[float, list[int]]) -> None:
+        super().__init__()
+        self._faces = faces
+
+    def launch(self) -> Ticket:
+        rows = np.zeros((len(self.staged[0]), len(self._faces), 15), np.float32)
+        for place, (score, landmarks) in enumerate(self._faces):
+            low = np.array([60.0 * place, 10.0])
+            rows[:, place, :5] = (score, *low, 50, 60)
+            rows[:, place, 5:] = (np.array(landmarks).reshape(5, 2) + low + 5).ravel()
+        return Computed(rows)
+
+
+@pytest.mark.parametrize("suppressed", [False, True])
+def test_a_turned_face_is_believed_at_a_lower_score(suppressed: bool) -> None:
+    runner = Scored((0.9, FROM_BEFORE), (0.6, ASIDE), (0.55, FROM_BEFORE), (0.45, ASIDE))
+    picture = synthetic_picture(240, 320, 1)
+
+    def scores(most: int, **options: object) -> list[float]:
+        made = detector(runner, score=0.7, **options)
+        # On a card its kernels have left the faces already.
+        made._suppressed = suppressed
+        (found,) = made.begin([picture], [most]).finish()
+        return [round(float(score), 2) for score in found.scores]
+
+    assert scores(9, score_turned=0.5) == [0.9, 0.6]
+    assert scores(1, score_turned=0.5) == [0.9]
+    if not suppressed:
+        assert scores(9) == [0.9]
+        assert scores(9, score_turned=0.9) == [0.9]
+
+
+def test_how_far_a_face_is_turned_is_no_matter_of_size_place_or_roll() -> None:
+    rows = np.zeros((2, 15), np.float32)
+    rows[:, 5:] = FROM_BEFORE, ASIDE
+    assert turn(rows) == pytest.approx([0.0, 0.5])
+    angle = 0.6
+    rolled = rows[:, 5:].reshape(2, 5, 2) @ np.array(
+        [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+    )
+    rows[:, 5:] = (3 * rolled - 50).reshape(2, 10)
+    assert turn(rows) == pytest.approx([0.0, 0.5], abs=1e-5)
+    assert np.isfinite(turn(np.zeros((1, 15), np.float32))).all()
 
 
 class OnCanvases(OneFace):

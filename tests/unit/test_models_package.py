@@ -116,6 +116,10 @@ def test_a_sound_package_is_read_and_loaded(write: Write) -> None:
         ({"license": None}, "license"),
         ({"thresholds": {"score": 0.5}}, "thresholds.nms is missing"),
         ({"thresholds": {"score": 1.5, "nms": 0.3}}, "thresholds.score is 1.5"),
+        (
+            {"thresholds": {"score": 0.5, "score_turned": 0.6, "nms": 0.3}},
+            "score_turned must not be above thresholds.score",
+        ),
         ({"input": {"max_side": 50}}, "input.max_side"),
         ({"input": {"max_side": 100}}, "multiple of 32"),
         (

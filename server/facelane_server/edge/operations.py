@@ -141,7 +141,11 @@ class ServerService(pb_grpc.ServerServiceServicer):
         manifest = pool.package.manifest
         thresholds = self._pipeline.thresholds
         chosen: dict[Stage, dict[str, float | None]] = {
-            Stage.DETECTOR: {"score": manifest.thresholds.score, "nms": manifest.thresholds.nms},
+            Stage.DETECTOR: {
+                "score": manifest.thresholds.score,
+                "score_turned": manifest.thresholds.score_turned,
+                "nms": manifest.thresholds.nms,
+            },
             Stage.RECOGNIZER: {
                 **(
                     {"match": thresholds.match}

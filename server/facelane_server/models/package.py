@@ -128,11 +128,13 @@ class Output(_Table, frozen=True):
 class PackageThresholds(_Table, frozen=True):
     """Decision thresholds, those of the package's task required.
 
-    Detector: ``score``, ``nms`` (IoU). Recogniser: ``match`` and ``margin`` (cosines),
+    Detector: ``score``, ``nms`` (IoU); ``score_turned`` (not required) is enough for a face that
+    is turned to the side. Recogniser: ``match`` and ``margin`` (cosines),
     ``ood``. Liveness: LIVE from ``live`` up, SPOOF below ``spoof``, UNDECIDED between.
     """
 
     score: float | None = None
+    score_turned: float | None = None
     nms: float | None = None
     match: float | None = None
     margin: float | None = None
@@ -270,7 +272,7 @@ class Package:
 
     def with_score(self, score: float) -> Package:
         """The same detector with another score threshold: measuring looks below the served one."""
-        thresholds = msgspec.structs.replace(self.thresholds, score=score)
+        thresholds = msgspec.structs.replace(self.thresholds, score=score, score_turned=None)
         return Package(self.folder, msgspec.structs.replace(self.manifest, thresholds=thresholds))
 
     def read_weights(self, part: WeightsFile) -> bytes:
@@ -409,6 +411,8 @@ def _check(folder: Path, m: Manifest) -> None:
         low = -1.0 if name == "match" else 0.0
         if value is not None and not low <= value <= 1.0:
             refuse(f"thresholds.{name} is {value}, but must be in [{low:g}, 1]")
+    if (m.thresholds.score_turned or 0.0) > (m.thresholds.score or 0.0):
+        refuse("thresholds.score_turned must not be above thresholds.score")
     if any(not value > 0 for value in m.input.std):
         refuse("input.std must be positive")
     for crop in m.input.crops:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import cv2
 import numpy as np
 
+from facelane_server import limits
 from facelane_server.models.api import (
     F32,
     U8,
@@ -23,7 +24,7 @@ from facelane_server.models.api import (
 )
 from facelane_server.models.package import DETECTOR_STRIDE
 from facelane_server.worker.decoding.crops import cut
-from facelane_server.worker.networks.candidates import WIDTH, select
+from facelane_server.worker.networks.candidates import WIDTH, believed, select
 from facelane_server.worker.networks.runner import Runner, Ticket
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ class NetworkDetector(Detector):
         score: float,
         nms: float,
         batch_max: int,
+        score_turned: float | None = None,
     ) -> None:
+        """``score_turned``: what a face that is turned to the side needs; None = ``score``."""
         self.crops = crops
         self.batch_max = batch_max
         self.decodes = runner.pictures is not None and runner.pictures.decodes
@@ -81,6 +84,7 @@ class NetworkDetector(Detector):
         self._suppressed = runner.pictures is not None and runner.pictures.pixels.suppresses
         self._max_side = max_side
         self._score = score
+        self._least = score if score_turned is None else min(score, score_turned)
         self._nms = nms
 
     @property
@@ -157,8 +161,13 @@ class NetworkDetector(Detector):
     def faces(self, candidates: F32, limit: int) -> F32:
         """The rows of one picture's faces."""
         if self._suppressed:
-            return candidates[: min(limit, int((candidates[:, 0] > 0).sum()))]
-        return select(candidates, score=self._score, iou=self._nms, limit=limit)
+            rows = candidates[: int((candidates[:, 0] > 0).sum())]
+        else:
+            most = limit if self._least == self._score else limits.MAX_FACES
+            rows = select(candidates, score=self._least, iou=self._nms, limit=most)
+        if self._least < self._score:
+            rows = rows[believed(rows, score=self._score, turned=self._least)]
+        return rows[:limit]
 
     def finish(
         self,

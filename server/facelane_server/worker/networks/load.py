@@ -137,6 +137,7 @@ def load(
             crops=crops,
             max_side=max_side,
             score=thresholds.score,
+            score_turned=thresholds.score_turned,
             nms=thresholds.nms,
             batch_max=batch_max,
         )
@@ -373,7 +374,8 @@ def _suppression(
 
     if not isinstance(pictures.pixels, CudaPixels):
         return None
-    score, iou = manifest.thresholds.score, manifest.thresholds.nms
+    score, iou = manifest.thresholds.score_turned, manifest.thresholds.nms
+    score = manifest.thresholds.score if score is None else score
     assert score is not None
     assert iou is not None
     return functools.partial(pictures.pixels.suppress, score=score, iou=iou)
