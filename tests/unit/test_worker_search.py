@@ -134,6 +134,33 @@ def test_a_card_reads_rows_in_groups_that_begin_and_end_between_subjects(
         assert first_of[subject] <= row < first_of[subject + 1]
 
 
+@pytest.mark.parametrize(
+    ("error", "poisoned"),
+    [
+        (ImportError("no module named cuda"), False),
+        (RuntimeError("NVRTC: NVRTC_ERROR_COMPILATION"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+    ],
+)
+def test_a_card_whose_kernels_cannot_be_had_searches_without_and_a_poisoned_one_says_so(
+    error: Exception, poisoned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from facelane_server.worker import card_search
+
+    def fail(*_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(card_search, "Kernels", fail)
+    asked = card_search.kernels_for.__wrapped__
+    if poisoned:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            asked(torch.device("cuda:0"), 512, 1)
+    else:
+        assert asked(torch.device("cuda:0"), 512, 1) is None
+    assert asked(torch.device("cpu"), 512, 1) is None
+
+
 def test_an_unknown_or_empty_gallery_has_no_candidates() -> None:
     message, fd, matrix, _ = snapshot({"people": [1, 2], "nobody": []})
     searcher = Searcher(message, fd, "cpu")

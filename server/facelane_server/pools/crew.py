@@ -501,9 +501,8 @@ class Crew:
         handle.canary_ns, handle.canary_due = now, False
 
         def judge(done: asyncio.Future[Any]) -> None:
-            failed = (
-                not done.cancelled() and done.exception() is not None
-            )  # retrieved, whoever died
+            # Asked for, whoever died: asyncio complains of what nobody has heard of.
+            failed = not done.cancelled() and done.exception() is not None
             if done.cancelled() or worker.handle is not handle:
                 return
             if failed:
