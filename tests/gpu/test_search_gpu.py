@@ -55,6 +55,30 @@ def test_the_best_subjects_are_found(dim: int, most: int, probes: int) -> None:
             held.remove([first + row for row in gone])
 
 
+@pytest.mark.parametrize("probes", [1, 2, 4])
+@pytest.mark.parametrize("most", [1, 3])
+def test_of_equal_ones_the_first_are_found(most: int, probes: int) -> None:
+    torch.zeros(1, device=GPU)
+    rng = np.random.default_rng(most + probes)
+    for subjects in (4, 900, 20_000):
+        lengths = rng.integers(1, most + 1, subjects)
+        starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+        rows = int(lengths.sum())
+        kinds = units(rng, 3, 64).astype(np.float16)
+        matrix = kinds[rng.integers(0, 3, rows)]
+        held = CardRows(matrix, GPU)
+        batch = kinds.astype(np.float32)[[0, 1, 2, 0]][:probes]
+        scores = (matrix.astype(np.float64) @ batch.T).round(4)
+        best = np.maximum.reduceat(scores, starts, axis=0).T
+        for hits, of_probe in zip(
+            held.best_of_subjects(batch, 0, starts, rows, 10), best, strict=True
+        ):
+            expected = np.argsort(-of_probe, kind="stable")[:10]
+            assert [place for place, _ in hits] == expected.tolist()
+        assert held._desk is not None
+        assert not held._desk.given.any()  # nothing of a probe stays
+
+
 def test_there_are_kernels_for_few_probes() -> None:
     torch.zeros(1, device=GPU)
     assert all(kernels_for(torch.device(GPU), 512, few) for few in FEW)

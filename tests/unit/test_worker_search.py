@@ -130,8 +130,52 @@ def test_a_card_reads_rows_in_groups_that_begin_and_end_between_subjects(
     assert lengths.min() >= 1
     assert lengths.max() < size + max(subjects_of)
     first_of = layout.first_of.tolist()
-    for row, subject in enumerate(layout.subject_of.tolist()):
-        assert first_of[subject] <= row < first_of[subject + 1]
+    assert first_of == [*starts.tolist(), rows]
+    assert [first_of[subject] for subject in layout.group_subjects.tolist()] == groups
+
+
+def test_a_probe_that_is_staged_for_kernels_is_overwritten_also_where_its_search_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    from facelane_server.worker import card_search
+
+    seen: list[tuple[str, float]] = []
+
+    class Kernels:
+        """They find subject 3."""
+
+        def launch(
+            self, name: str, _blocks: tuple[int, int], _threads: int, *given: object
+        ) -> None:
+            seen.append((name, float(desk.given.sum())))
+            if name == "best":
+                if len(seen) > 2:
+                    raise RuntimeError("CUDA error: out of memory")
+                places, cosines, keep = given[4], given[5], given[8]
+                assert isinstance(places, torch.Tensor)
+                assert isinstance(cosines, torch.Tensor)
+                assert isinstance(keep, int)
+                places[:keep] = 3
+                cosines.view(torch.float32)[:keep] = torch.tensor([0.5] + [-4.0] * (keep - 1))
+
+    class Stream:
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr(card_search, "kernels_for", lambda *_: Kernels())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    held = card_search.CardRows(np.zeros((9, 16), np.float16), "cpu")
+    desk = held._desk
+    assert desk is not None
+    probe = np.full((1, 16), 0.25, np.float32)
+    assert held.best_of_subjects(probe, 0, np.arange(9), 9, 2) == [((3, 0.5),)]
+    assert seen == [("scores", 4.0), ("best", 4.0)]
+    assert not desk.given.any()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        held.best_of_subjects(probe, 0, np.arange(9), 9, 2)
+    assert not desk.given.any()
+    assert probe.all()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ back is exact too. So is everything where the kernels cannot be had.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 SOURCE: Final = Path(__file__).with_name("search.cu")
 SIGNATURES: Final = {
-    "scores": (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, LONG),
-    "best": (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, LONG, INT, INT),
+    "scores": (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, LONG, INT),
+    "best": (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, LONG, INT, INT),
 }
 """Of the kernels of ``search.cu``."""
 NEVER: Final = -2.0
@@ -40,8 +41,13 @@ FEW: Final = (1, 4)
 """So many probes have kernels; between them, those for more."""
 _WIDEST: Final = 1_024
 """Vectors of so many numbers fit into a thread's registers, with the rows that it reads."""
-_ROWS_A_GROUP: Final = 256
-_SCORE_THREADS, _BEST_THREADS = 256, 512
+_ROWS_A_GROUP: Final = 64
+_SCORE_THREADS, _BEST_THREADS = 256, 1_024
+_TEAM: Final = 1
+"""Warps that share a group."""
+_SIDE_BY_SIDE: Final = {1: 4, 4: 2}
+"""Rows that a warp reads at a time, for so many probes."""
+_WARP: Final = 32
 _SCORES: Final = 2**24
 """By the matrix product so many at a time (64 MiB): few and large launches."""
 _GROUP: Final = 512
@@ -64,10 +70,35 @@ class _Layout(NamedTuple):
     longest: int
     groups: Tensor
     """int32 [groups + 1] first rows, relative to the segment, of about _ROWS_A_GROUP rows each."""
-    subject_of: Tensor
-    """int32 [rows]."""
+    group_subjects: Tensor
+    """int32 [groups + 1] their first subjects."""
     first_of: Tensor
     """int32 [subjects + 1], relative to the segment."""
+
+
+class _Desk:
+    """What searches by kernels need besides the rows, one search at a time: kept, because to ask
+    for it takes as long as to search ten thousand rows."""
+
+    def __init__(self, device: torch.device, dim: int) -> None:
+        self.lock = threading.Lock()
+        most, pinned = FEW[-1], device.type == "cuda"
+        self.staged = torch.zeros((most, dim), dtype=torch.float32, pin_memory=pinned)
+        self.given: F32 = self.staged.numpy()
+        """Zeros again after each search."""
+        self.probes = torch.zeros((most, dim), dtype=torch.float32, device=device)
+        # A kernel writes into the host's memory.
+        answers = 2 * most * limits.MAX_CANDIDATES
+        self.answers = torch.zeros(answers, dtype=torch.int32, pin_memory=pinned)
+        self.read: npt.NDArray[np.int32] = self.answers.numpy()
+        self._scored = torch.empty(0, dtype=torch.float32, device=device)
+
+    def scored(self, numbers: int) -> Tensor:
+        """At least so many."""
+        if len(self._scored) < numbers:
+            self._scored = torch.empty(0, dtype=torch.float32, device=self._scored.device)
+            self._scored = torch.empty(numbers, dtype=torch.float32, device=self._scored.device)
+        return self._scored
 
 
 class CardRows:
@@ -86,6 +117,8 @@ class CardRows:
         self._gone: Tensor | None = None
         """[rows] whether a row was removed; ``None`` = none was."""
         self._kernels = [kernels_for(self._device, matrix.shape[1], few) for few in FEW]
+        with torch.inference_mode():
+            self._desk = _Desk(self._device, matrix.shape[1]) if any(self._kernels) else None
 
     def remove(self, rows: Sequence[int]) -> None:
         """Overwrites rows: they are never found again."""
@@ -123,25 +156,32 @@ class CardRows:
         layout: _Layout,
         keep: int,
     ) -> list[Places]:
+        desk = self._desk
+        assert desk is not None
         rows, count = last - first, len(layout.groups) - 1
-        padded = np.zeros((few, probes.shape[1]), np.float32)
-        padded[: len(probes)] = probes
-        given = torch.from_numpy(padded).to(self._device)
-        gone = None if self._gone is None else self._gone[first:last]
-        scored = torch.empty((few, rows), dtype=torch.float32, device=self._device)
-        group_best = torch.empty((few, count), dtype=torch.float32, device=self._device)
-        kernels.launch(
-            "scores", (count, 1), _SCORE_THREADS, self._matrix[first:last], given, gone,
-            layout.groups, scored, group_best, rows,
-        )  # fmt: skip
-        found = torch.empty((2, len(probes), keep), dtype=torch.int32, device=self._device)
-        kernels.launch(
-            "best", (len(probes), 1), _BEST_THREADS, scored, group_best, layout.groups,
-            layout.subject_of, layout.first_of, found[0], found[1], rows, count, keep,
-        )  # fmt: skip
-        places, cosines = found.cpu().numpy()
-        wipe(padded)
-        return _told(places, cosines.view(np.float32))
+        blocks = -(-count * _TEAM * _WARP // _SCORE_THREADS)
+        with desk.lock:
+            try:
+                desk.given[: len(probes)] = probes
+                desk.probes[:few].copy_(desk.staged[:few], non_blocking=True)
+                scored = desk.scored(few * (rows + count))
+                group_best = scored[few * rows :]
+                kernels.launch(
+                    "scores", (blocks, 1), _SCORE_THREADS, self._matrix[first], desk.probes,
+                    None if self._gone is None else self._gone[first:],
+                    layout.groups, scored, group_best, rows, count,
+                )  # fmt: skip
+                answers, wanted = desk.answers, len(probes) * keep
+                kernels.launch(
+                    "best", (len(probes), 1), _BEST_THREADS, scored, group_best,
+                    layout.group_subjects, layout.first_of, answers, answers[wanted:],
+                    rows, count, keep,
+                )  # fmt: skip
+                torch.cuda.current_stream(self._device).synchronize()
+            finally:
+                wipe(desk.given)
+            found = desk.read[: 2 * wanted].reshape(2, len(probes), keep)
+            return _told(found[0], found[1].view(np.float32))
 
     def _by_product(
         self, probes: F32, first: int, last: int, layout: _Layout, keep: int
@@ -185,6 +225,7 @@ class CardRows:
             numbers = np.repeat(np.arange(len(starts)), lengths)
             cut = np.searchsorted(bounds, np.arange(0, last - first, _ROWS_A_GROUP))
             groups = np.unique(np.append(bounds[cut], last - first))
+            group_subjects = np.searchsorted(bounds, groups)
 
             def there(values: npt.NDArray[Any], kind: type[np.signedinteger[Any]]) -> Tensor:
                 return torch.from_numpy(np.ascontiguousarray(values, kind)).to(self._device)
@@ -195,7 +236,7 @@ class CardRows:
                 there(lengths, np.int64),
                 int(lengths.max()),
                 there(groups, np.int32),
-                there(numbers, np.int32),
+                there(group_subjects, np.int32),
                 there(bounds, np.int32),
             )
             self._layouts[first] = layout
@@ -231,7 +272,13 @@ def kernels_for(device: torch.device, dim: int, few: int) -> Kernels | None:
     """For vectors of ``dim`` and at most ``few`` probes; None where there are none for them."""
     if device.type != "cuda" or dim % 8 or dim > _WIDEST:
         return None
-    flags = [f"-DDIM={dim}", f"-DPROBES={few}", f"-DMOST={limits.MAX_CANDIDATES}"]
+    flags = [
+        f"-DDIM={dim}",
+        f"-DPROBES={few}",
+        f"-DMOST={limits.MAX_CANDIDATES}",
+        f"-DROWS={_SIDE_BY_SIDE[few]}",
+        f"-DTEAM={_TEAM}",
+    ]
     try:
         return Kernels(SOURCE, SIGNATURES, device, flags)
     except (ImportError, OSError, RuntimeError) as error:
