@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from facelane_server.worker.networks.architectures.folding import Foldable
+from facelane_server.worker.networks.architectures.packing import Packable
 
 STRIDES = (8, 16, 32)
 
@@ -35,10 +36,11 @@ class DenseHeads(NamedTuple):
     points: Tensor
 
 
-class _PointDepth(Foldable):
+class _PointDepth(Foldable, Packable):
     """1x1 convolution, depthwise 3x3, and unless it is a head, batch norm and ReLU."""
 
     FOLDS: ClassVar = (("conv2", "bn"),)
+    RELUS: ClassVar = (("conv2", "act"),)
 
     def __init__(self, inputs: int, outputs: int, *, head: bool = False) -> None:
         super().__init__()
@@ -47,23 +49,29 @@ class _PointDepth(Foldable):
         self.head = head
         if not head:
             self.bn: nn.Module = nn.BatchNorm2d(outputs)
+            self.act: nn.Module = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv2(self.conv1(x))
-        return x if self.head else F.relu(self.bn(x), inplace=not self.training)
+        if self.head:
+            return x
+        out: Tensor = self.act(self.bn(x))
+        return out
 
 
-class _Stem(Foldable):
+class _Stem(Foldable, Packable):
     FOLDS: ClassVar = (("conv1", "bn1"),)
+    RELUS: ClassVar = (("conv1", "act"),)
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1)
         self.bn1: nn.Module = nn.BatchNorm2d(width)
+        self.act: nn.Module = nn.ReLU(inplace=True)
         self.conv2 = _PointDepth(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=not self.training))
+        out: Tensor = self.conv2(self.act(self.bn1(self.conv1(x))))
         return out
 
 
@@ -109,7 +117,11 @@ class _Neck(nn.Module):
         return [fine, middle, coarse]
 
 
-class _Head(nn.Module):
+def _flat(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class _Head(Packable):
     def __init__(self, width: int) -> None:
         super().__init__()
 
@@ -125,13 +137,10 @@ class _Head(nn.Module):
         self.multi_level_kps = per_level(10)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        def flat(x: Tensor) -> Tensor:
-            return x.permute(0, 2, 3, 1).flatten(1, 2)
-
         shared = [conv(x) for conv, x in zip(self.multi_level_share_convs, maps, strict=True)]
 
         def joined(heads: nn.ModuleList) -> Tensor:
-            return torch.cat([flat(h(x)) for h, x in zip(heads, shared, strict=True)], 1)
+            return torch.cat([_flat(h(x)) for h, x in zip(heads, shared, strict=True)], 1)
 
         return (
             joined(self.multi_level_cls)[..., 0],
@@ -139,6 +148,33 @@ class _Head(nn.Module):
             joined(self.multi_level_bbox),
             joined(self.multi_level_kps),
         )
+
+    def for_cpu(self) -> nn.Module:
+        return _JoinedHead(self)
+
+
+class _JoinedHead(nn.Module):
+    """A ``_Head`` whose four outputs of a level are one map, of two convolutions instead of eight:
+    those of one, four and ten channels leave most of a processor's lanes empty."""
+
+    def __init__(self, head: _Head) -> None:
+        super().__init__()
+        kinds = (head.multi_level_cls, head.multi_level_obj, head.multi_level_bbox,
+                 head.multi_level_kps)  # fmt: skip
+        self.shared = head.multi_level_share_convs
+        self.outputs = nn.ModuleList()
+        for parts in zip(*kinds, strict=True):
+            states = [part.state_dict() for part in parts]
+            joined = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+            outputs, inputs = joined["conv1.weight"].shape[:2]
+            whole = _PointDepth(inputs, outputs, head=True).eval().requires_grad_(False)
+            whole.load_state_dict(joined)
+            self.outputs.append(whole)
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        levels = zip(self.outputs, self.shared, maps, strict=True)
+        answer = torch.cat([_flat(output(shared(x))) for output, shared, x in levels], 1)
+        return answer[..., 0], answer[..., 1], answer[..., 2:6], answer[..., 6:]
 
 
 class YuNet(nn.Module):
