@@ -15,7 +15,7 @@ from facelane_server.domain import Encoding
 from facelane_server.worker.decoding.cpu_video import CpuEngine
 from facelane_server.worker.decoding.device_pictures import DevicePictures
 from facelane_server.worker.decoding.pixels import OnDevice
-from facelane_server.worker.decoding.video import Session, VideoEngine
+from facelane_server.worker.decoding.video import Session, Shown, VideoEngine
 
 nvdec = pytest.importorskip(
     "facelane_server.worker.decoding.nvdec", reason="the card's decoder cannot be imported"
@@ -24,6 +24,15 @@ pytest.importorskip("PyNvVideoCodec", reason="facelane[nvdec] is not installed")
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
 GPU = "cuda:0"
+
+
+def bgr(picture: Shown, pictures: DevicePictures) -> np.ndarray:
+    read = picture.read()
+    if not isinstance(read, OnDevice):
+        return np.asarray(read)
+    canvas = torch.zeros((1, read.height, read.width, 3), dtype=torch.uint8, device=GPU)
+    pictures.place([read], [(read.height, read.width)], canvas)
+    return canvas[0].cpu().numpy()
 
 
 def shown(
@@ -42,13 +51,7 @@ def shown(
             picture = session.picture(number)
             if picture is None:
                 return
-            read = picture.read()
-            if isinstance(read, OnDevice):
-                canvas = torch.zeros((1, read.height, read.width, 3), dtype=torch.uint8, device=GPU)
-                pictures.place([read], [(read.height, read.width)], canvas)
-                seen[number] = canvas[0].cpu().numpy()
-            else:
-                seen[number] = np.asarray(read)
+            seen[number] = bgr(picture, pictures)
 
     for i, unit in enumerate(units):
         session.feed(unit)
@@ -76,6 +79,45 @@ def test_the_card_shows_what_the_cpu_shows(
         assert np.abs(found[number].astype(int) - picture.astype(int)).mean() <= 3.0
     # Pictures in a row are not the same, or this says nothing about their order.
     assert np.abs(expected[0].astype(int) - expected[1].astype(int)).mean() > 0.2
+
+
+@pytest.mark.parametrize("bframes", [0, 3])
+def test_only_wanted_pictures_are_copied_and_they_outlast_what_is_decoded_next(
+    bframes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = clip("h264", 24, size=(320, 240), bframes=bframes)[:24]
+    pictures = DevicePictures(GPU)
+    engine = nvdec.NvdecEngine(pictures, CpuEngine())
+    expected = shown(CpuEngine(), Encoding.H264, units, pictures)
+    found = annexb.examine(units[0], Encoding.H264, 0).format
+    assert found is not None
+    copied = []
+    kept = nvdec.NvdecDecoder.kept
+
+    def counted(decoder: object, frame: object) -> OnDevice:
+        copied.append(frame)
+        return kept(decoder, frame)
+
+    monkeypatch.setattr(nvdec.NvdecDecoder, "kept", counted)
+    session = Session(Encoding.H264, engine.open(Encoding.H264, found), found)
+    taken: dict[int, Shown] = {}
+    fed = 0
+    for wanted in (3, 7, 11, 15, 19):
+        while (picture := session.picture(wanted) if fed > wanted else None) is None:
+            session.feed(units[fed])
+            fed += 1
+            assert session.decode(time.monotonic, math.inf, wanted)
+        taken[wanted] = picture
+    while fed < len(units):
+        session.feed(units[fed])
+        fed += 1
+        assert session.decode(time.monotonic, math.inf, len(units))
+    for wanted, picture in taken.items():
+        apart = np.abs(bgr(picture, pictures).astype(int) - expected[wanted].astype(int)).mean()
+        assert apart <= 3.0
+    # Those shown beside a wanted one may be wanted next.
+    assert len(taken) <= len(copied) <= len(taken) * (1 + bframes)
+    session.close()
 
 
 def test_a_decoder_begins_again() -> None:
