@@ -506,6 +506,8 @@ class EventStream(EventStreamBase):
         """Ends the subscription; iteration ends."""
         self._closed.set()
         await self._hang_up()
+        if (channel := self._left()) is not None:
+            await channel.close()
 
     async def _hang_up(self) -> None:
         if self._call is not None:
@@ -574,5 +576,5 @@ class EventStream(EventStreamBase):
     async def _connect(self) -> None:
         client = self._client
         self._shown = await client._metadata()
-        events: Any = client._stubs.events
+        events = self._stub(grpc.aio, client._stubs.events)
         self._call = events.WatchEvents(self._core.call(time.monotonic()), metadata=self._shown)

@@ -497,6 +497,8 @@ class EventStream(EventStreamBase):
         call = self._call
         if call is not None and not sys.is_finalizing():
             call.cancel()
+        if (channel := self._left()) is not None and not sys.is_finalizing():
+            channel.close()
 
     def _let_go(self, _deadline: float) -> None:
         """See ``ending.Open``."""
@@ -543,9 +545,14 @@ class EventStream(EventStreamBase):
         client = self._client
         self._shown = client._metadata()
         request = self._core.call(time.monotonic())
-        self._call = client._stubs.events.WatchEvents(request, metadata=self._shown)
+        events = self._stub(grpc, client._stubs.events)
+        try:
+            self._call = events.WatchEvents(request, metadata=self._shown)
+        except ValueError:  # gRPC's word for a connection that was closed meanwhile
+            if not self._closed.is_set():
+                raise
         if self._closed.is_set():
-            self._call.cancel()
+            self.close()
 
     def _next(self, patience: float) -> WatchEventsResponse:
         """The next response of this connection, which has so many seconds."""

@@ -45,6 +45,7 @@ from facelane.types import (
     StreamUpdate,
 )
 from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
+from facelane.v1.event_service_pb2_grpc import EventServiceStub
 
 log = logging.getLogger("facelane")
 
@@ -80,7 +81,7 @@ class ClientBase(Generic[S]):
         proxy: bool = True,
     ) -> None:
         self._endpoint = transport.endpoint(target, token, tls, proxy=proxy)
-        self._channels = transport.StreamChannels(self._endpoint)
+        self._channels = transport.Channels(self._endpoint)
         self.timeout = timeout
         self.tracing: Tracing | None = None
         """Whether, and how, calls with a picture are traced, and the frames of the streams that are
@@ -439,14 +440,32 @@ class EventStreamBase:
     def __init__(self, client: ClientBase[Any], core: Subscription) -> None:
         self._endpoint = client._endpoint
         self._renewed = client._renewed
+        self._channels = client._channels
         self._core = core
         self._call: Any = None
         self._shown: transport.Metadata = ()
+        self._taken: list[Any] = []
+        """The connection that it goes by while it is open; at most one."""
 
     @property
     def resume_token(self) -> str:
         """Goes on after what has arrived."""
         return self._core.resume_token
+
+    def _stub(self, way: Any, own: EventServiceStub) -> Any:
+        """``own``: the client's."""
+        if not self._taken:
+            self._taken.append(self._channels.take(way))
+        channel = self._taken[0]
+        return own if channel is None else EventServiceStub(channel)
+
+    def _left(self) -> Any:
+        """The connection that is to be closed now, if any."""
+        try:
+            channel = self._taken.pop()
+        except IndexError:  # another thread was quicker, or nothing was taken
+            return None
+        return channel if self._channels.leave(channel) else None
 
     def _failed(self, error: FacelaneError | None, deadline: float) -> float | None:
         """Seconds before the next connection, see ``Subscription.failed``."""

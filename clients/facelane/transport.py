@@ -35,8 +35,9 @@ Options: TypeAlias = tuple[tuple[str, Any], ...]
 DEFAULT_TIMEOUT: Final = 10.0
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Of one message, either way; above every limit that a server announces."""
-STREAMS_PER_CHANNEL: Final = 64
-"""A server takes a hundred calls of one connection; what is more would wait without a word."""
+CALLS_PER_CHANNEL: Final = 64
+"""That last: streams and watches. A server takes a hundred calls of one connection; what is more
+would wait without a word."""
 
 
 _TLS_VARIABLES: Final = ("CA", "CERT", "KEY", "SERVER_NAME")
@@ -211,34 +212,34 @@ class Endpoint:
         return told
 
 
-class StreamChannels:
-    """Which connection each stream of a client goes by: the client's own, ``None``, and others as
-    those before are full."""
+class Channels:
+    """Which connection each call of a client that lasts goes by: the client's own, ``None``, and
+    others as those before are full."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._lock = threading.Lock()
-        self._streams: dict[Any, int] = {None: 0}
+        self._calls: dict[Any, int] = {None: 0}
 
-    def take(self, way: Any, moved: str | None) -> Any:
-        """For one stream, until ``leave``. ``way``: ``grpc`` or ``grpc.aio``; ``moved``: as in
+    def take(self, way: Any, moved: str | None = None) -> Any:
+        """For one call, until ``leave``. ``way``: ``grpc`` or ``grpc.aio``; ``moved``: as in
         ``Endpoint.moved_channel``, ``None`` = nowhere."""
         if moved is not None:
             return self._endpoint.moved_channel(way, moved)
         with self._lock:
-            free = [one for one, n in self._streams.items() if n < STREAMS_PER_CHANNEL]
+            free = [one for one, n in self._calls.items() if n < CALLS_PER_CHANNEL]
             channel = free[0] if free else self._endpoint.channel(way)
-            self._streams[channel] = self._streams.get(channel, 0) + 1
+            self._calls[channel] = self._calls.get(channel, 0) + 1
         return channel
 
     def leave(self, channel: Any) -> bool:
         """Whether the channel is to be closed."""
         with self._lock:
-            left = self._streams.get(channel, 1) - 1
+            left = self._calls.get(channel, 1) - 1
             if left or channel is None:
-                self._streams[channel] = left
+                self._calls[channel] = left
                 return False
-            self._streams.pop(channel, None)
+            self._calls.pop(channel, None)
         return True
 
 

@@ -13,6 +13,7 @@ from facelane.driver import ClientBase
 from facelane.errors import ArgumentError, FacelaneError, Reason
 from facelane.v1 import event_service_pb2, gallery_service_pb2
 from facelane.v1 import view_service_pb2 as pb
+from facelane.v1.view_service_pb2_grpc import ViewServiceStub
 
 _ENCODING = {number: encoding for encoding, number in convert._ENCODING.items()}
 
@@ -222,7 +223,9 @@ def watch_stream(
     while True:
         client._check_open()
         shown = self._metadata()
-        answers = ending.keep(ending.Answers(self._stubs.view.WatchStream(request, metadata=shown)))
+        channel = client._channels.take(grpc)
+        view = self._stubs.view if channel is None else ViewServiceStub(channel)
+        answers = ending.keep(ending.Answers(view.WatchStream(request, metadata=shown)))
         try:
             for response in answers:
                 again = False
@@ -236,6 +239,8 @@ def watch_stream(
             again = False
         finally:
             answers.close()
+            if client._channels.leave(channel):
+                channel.close()
 
 
 async def watch_stream_async(
@@ -255,7 +260,9 @@ async def watch_stream_async(
     while True:
         client._check_open()
         shown = await self._metadata()
-        call = self._stubs.view.WatchStream(request, metadata=shown)
+        channel = client._channels.take(grpc.aio)
+        view: Any = self._stubs.view if channel is None else ViewServiceStub(channel)
+        call = view.WatchStream(request, metadata=shown)
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
                 again = False
@@ -269,3 +276,5 @@ async def watch_stream_async(
             again = False
         finally:
             call.cancel()
+            if client._channels.leave(channel):
+                await channel.close()

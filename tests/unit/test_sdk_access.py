@@ -238,9 +238,9 @@ def test_a_list_of_this_machines_servers_stays_on_this_machine(
     assert transport.endpoint("ipv4:127.0.0.1:1,192.0.2.1:1", None, None).proxy == "https_proxy"
 
 
-def test_streams_share_connections_as_far_as_those_go() -> None:
-    channels = transport.StreamChannels(transport.endpoint("unix:/nowhere", None, None))
-    full = transport.STREAMS_PER_CHANNEL
+def test_streams_and_watches_share_connections_as_far_as_those_go() -> None:
+    channels = transport.Channels(transport.endpoint("unix:/nowhere", None, None))
+    full = transport.CALLS_PER_CHANNEL
     taken = [channels.take(grpc, None) for _ in range(2 * full)]
     assert taken[:full] == [None] * full
     (other,) = set(taken[full:])

@@ -1,10 +1,12 @@
-/** One connection to a server, for everything; methods throw `FacelaneError`. */
+/** A client of a server, for everything: one connection, and more of them for many streams. Methods throw `FacelaneError`. */
 
 import { create, fromBinary, toBinary, type DescMessage, type DescMethodServerStreaming, type DescMethodUnary, type MessageInitShape, type MessageShape } from "@bufbuild/protobuf";
 import * as grpc from "@grpc/grpc-js";
 import { randomUUID } from "node:crypto";
+import type { EventEmitter } from "node:events";
 import { accessSync, constants, readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
+import { Connections } from "./connections.js";
 import { STEADY, type Reconnect } from "./core.js";
 import { asLost, fromRpc, FacelaneError } from "./errors.js";
 import { AnalysisService, type AnalysisOptionsSchema, type AnalyzeStreamRequest, type AnalyzeStreamResponse, type StreamConfigSchema } from "./gen/facelane/v1/analysis_service_pb.js";
@@ -79,7 +81,7 @@ function isLocal(target: string): boolean {
 }
 
 export class Client implements AsyncDisposable {
-  private readonly rpc: grpc.Client;
+  private readonly connections: Connections;
   private readonly timeout: number;
   private held: string | undefined;
   /** What ends with the client: streams and watches. */
@@ -96,7 +98,7 @@ export class Client implements AsyncDisposable {
     const credentials = tls
       ? grpc.credentials.createSsl(read(tls.caFile), read(tls.keyFile), read(tls.certFile))
       : grpc.credentials.createInsecure();
-    this.rpc = new grpc.Client(target, credentials, {
+    const connection = (): grpc.Client => new grpc.Client(target, credentials, {
       "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
       "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
       "grpc.keepalive_time_ms": 20_000,
@@ -109,6 +111,7 @@ export class Client implements AsyncDisposable {
       ...(isLocal(target) ? { "grpc.enable_http_proxy": 0 } : {}),
       ...(tls?.serverName ? { "grpc.ssl_target_name_override": tls.serverName } : {}),
     });
+    this.connections = new Connections(connection(), connection);
   }
 
   /** Opens a stream: one camera, one recording. */
@@ -256,11 +259,11 @@ export class Client implements AsyncDisposable {
     }
   }
 
-  /** Ends the connection; streams and watches that are open end with it. */
+  /** Ends the connections; streams and watches that are open end with it. */
   close(): void {
     this.closed = true;
     for (const end of [...this.open]) end();
-    this.rpc.close();
+    this.connections.close();
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -306,7 +309,7 @@ export class Client implements AsyncDisposable {
     const metadata = await this.metadata();
     const deadline = new Date(Date.now() + 1000 * this.timeout);
     return new Promise((resolve, reject) => {
-      this.rpc.makeUnaryRequest(
+      this.connections.own.makeUnaryRequest(
         pathOf(method), encode(method.input), decode(method.output), create(method.input, request), metadata, { deadline },
         (error, answer) => (error || !answer ? reject(error ? fromRpc(error) : new FacelaneError("INTERNAL", "no answer")) : resolve(answer)),
       );
@@ -314,11 +317,18 @@ export class Client implements AsyncDisposable {
   }
 
   private bidi(method: typeof AnalysisService.method.analyzeStream, metadata: grpc.Metadata): grpc.ClientDuplexStream<AnalyzeStreamRequest, AnalyzeStreamResponse> {
-    return this.rpc.makeBidiStreamRequest(pathOf(method), encode(method.input), decode(method.output), metadata);
+    return this.long((rpc) => rpc.makeBidiStreamRequest(pathOf(method), encode(method.input), decode(method.output), metadata));
   }
 
   private serverStream<I extends DescMessage, O extends DescMessage>(method: DescMethodServerStreaming<I, O>, request: MessageInitShape<I>, metadata: grpc.Metadata): grpc.ClientReadableStream<MessageShape<O>> {
-    return this.rpc.makeServerStreamRequest(pathOf(method), encode(method.input), decode(method.output), create(method.input, request), metadata);
+    return this.long((rpc) => rpc.makeServerStreamRequest(pathOf(method), encode(method.input), decode(method.output), create(method.input, request), metadata));
+  }
+
+  /** A call that lasts, by a connection that has a place for it. */
+  private long<C extends EventEmitter>(begin: (rpc: grpc.Client) => C): C {
+    const rpc = this.connections.take();
+    // However the call ends, grpc-js gives its status once.
+    return begin(rpc).once("status", () => this.connections.leave(rpc));
   }
 }
 

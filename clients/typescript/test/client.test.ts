@@ -20,8 +20,9 @@ const plain = {
 
 async function serving(
   does: { watch?: (call: Watch) => void; stream?: (call: Stream) => void }, tried: (target: string) => Promise<void>,
+  options: grpc.ServerOptions = {},
 ): Promise<void> {
-  const server = new grpc.Server();
+  const server = new grpc.Server(options);
   server.addService(
     {
       watch: { ...plain, path: "/facelane.v1.EventService/WatchEvents", requestStream: false },
@@ -137,6 +138,32 @@ test("a server that never begins a watch is not waited for", async () => {
     await using client = new Client(target, { timeout: 0.2 });
     await assert.rejects(client.watchEvents({ reconnect: false }).next(), { reason: "DEADLINE_EXCEEDED" });
   });
+});
+
+test("more streams and watches than a connection takes go by several, which are left again", async () => {
+  const peers = new Map<string, number>();
+  const counted = (call: Watch | Stream): void => {
+    const peer = call.getPeer();
+    peers.set(peer, (peers.get(peer) ?? 0) + 1);
+    call.on("cancelled", () => peers.set(peer, (peers.get(peer) ?? 0) - 1));
+  };
+  await serving({
+    watch: (call) => (counted(call), void call.write(told("t"))),
+    stream: (call) => (counted(call), void call.write(opened())),
+  }, async (target) => {
+    await using client = new Client(target);
+    const streams = Array.from({ length: 120 }, () => client.analyzeStream());
+    const watches = Array.from({ length: 10 }, () => client.watchEvents());
+    await Promise.all([...streams.map((one) => one.opened()), ...watches.map((one) => one.next())]);
+    assert.deepEqual([...peers.values()].sort((a, b) => b - a), [64, 64, 2]);
+    for (const one of streams) one.close();
+    for (const one of watches) await one.return(undefined);
+    while ([...peers.values()].some(Boolean)) await sleep(5);
+    const [own] = peers.keys();
+    await client.analyzeStream().opened();
+    await client.watchEvents().next();
+    assert.deepEqual([...peers].filter(([, calls]) => calls).map(([peer]) => peer), [own]);
+  }, { "grpc.max_concurrent_streams": 100 });
 });
 
 test("closing the client ends its streams and its watches", async () => {
