@@ -112,6 +112,9 @@ class LatePool:
         del by
         return False
 
+    def pass_by(self, _task: Task[Any]) -> None:
+        pass
+
     def release(self, _lane: int) -> None:
         pass
 

@@ -68,8 +68,8 @@ decoders are opened, and all their faces are new."""
 _PATIENCE: Final = 12
 """Readings that this may last."""
 _VIDEO_AT_ONCE: Final = 4
-"""Of a stream of video every fourth picture is taken at least: those between are decoded with it,
-and the more of them there are the older it is; fewer would only make answers late."""
+"""Of a stream of video every fourth picture is taken at least: those between are decoded all the
+same, some of them with it, and fewer would only make answers late."""
 _ENOUGH_OF: Final = 1.0 - 1e-6
 """Of what is asked for, where sums are rounded."""
 _ROOM: Final = 1_000_000

@@ -140,6 +140,11 @@ MAX_CANARIES: Final = 2
 """Pictures of the canary, each with a known answer."""
 BATCH: Final = 8
 """Where nothing else is said."""
+MAX_AHEAD: Final = 16
+"""Lanes of video of which a job decodes what nobody looks at, beside its batch; both together are
+at most ``MAX_BATCH``."""
+MAX_AHEAD_UNITS: Final = 4
+"""Access units of one such lane in a job; more go with its next picture."""
 JOBS_PER_WORKER: Final = 2
 """One computes, the next is staged: decoding and copies overlap with compute."""
 MAX_POOL_QUEUE: Final = 8_192

@@ -89,6 +89,8 @@ class PoolPort(Protocol):
 
     def replace(self, task: Task[Any], by: Task[Any]) -> bool: ...
 
+    def pass_by(self, task: Task[Any]) -> None: ...
+
     def release(self, lane: int) -> None: ...
 
 
@@ -231,6 +233,15 @@ class Pipeline:
             attempts=losses,
             sender=origin.sender,
         )
+
+    def pass_by(self, picture: Picture | Wanted, origin: Origin) -> None:
+        """Nobody looks at this picture of the lane: of video, later ones need it decoded."""
+        if isinstance(picture, Wanted):
+            request = VideoRequest(picture, 0, self.max_pixels, ahead=True)
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self._detector.pass_by(
+                Task(request, origin.lane, origin.weight, origin.deadline_ns, future)
+            )
 
     def release(self, lane: int) -> None:
         """A lane of video has ended."""

@@ -265,7 +265,7 @@ class Traces:
                 "facelane.stage": batch.pool.stage.value,
                 "facelane.worker": batch.worker,
                 "facelane.model": batch.pool.model_id,
-                "facelane.batch.size": len(job.tasks),
+                "facelane.batch.size": job.size,
             },
         )
         batch.context = span.get_span_context()
@@ -314,7 +314,7 @@ class Traces:
             of_worker = {
                 "facelane.worker": batch.worker,
                 "facelane.model": batch.pool.model_id,
-                "facelane.batch.size": len(batch.job.tasks),
+                "facelane.batch.size": batch.job.size,
             }
         worker = self._tracer.start_span(
             "facelane.worker",

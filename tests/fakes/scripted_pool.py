@@ -39,6 +39,7 @@ class ScriptedPool:
         self.withdrawn = 0
         self.replaced = 0
         self.released: list[int] = []
+        self.passed: list[Task[Any]] = []
 
     def submit(self, task: Task[Any]) -> None:
         task.submitted_ns = 1
@@ -50,6 +51,9 @@ class ScriptedPool:
         self.waiting.remove(task)
         self.withdrawn += 1
         return True
+
+    def pass_by(self, task: Task[Any]) -> None:
+        self.passed.append(task)
 
     def release(self, lane: int) -> None:
         self.released.append(lane)

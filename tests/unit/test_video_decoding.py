@@ -166,9 +166,12 @@ def item(
     lane: int = 1,
     begins: bool | None = None,
     drain: bool = False,
+    ahead: bool = False,
 ) -> VideoItem:
     begins = first == 0 if begins is None else begins
-    return VideoItem(lane, 0, (), encoding, first, last, wanted, begins=begins, drain=drain)
+    return VideoItem(
+        lane, 0, (), encoding, first, last, wanted, begins=begins, drain=drain, ahead=ahead
+    )
 
 
 def read(held: video.Sessions, *asked: tuple[VideoItem, Sequence[bytes]]) -> list[video.Read]:
@@ -202,6 +205,39 @@ def test_those_between_are_decoded_for_the_last() -> None:
     assert shows(found, 6)
     (found,) = read(held, (item(7, 9, 9), units[7:10]))
     assert shows(found, 9)
+
+
+@pytest.mark.parametrize("bframes", [0, 3])
+def test_what_nobody_looks_at_is_decoded_when_it_comes(bframes: int) -> None:
+    """Every third picture is wanted: what lies between costs its decoder alone, and it no time."""
+    units = clip("h264", 24, keyint=24, bframes=bframes)[:24]
+    found = annexb.examine(units[0], Encoding.H264, 0).format
+    assert found is not None
+    held, fed = sessions(), 0
+    for number in range(24 - found.reorder):
+        upto = number + found.reorder + 1
+        ahead = number % 3 > 0
+        asked = item(fed, upto - 1, number, begins=fed == 0, ahead=ahead)
+        (got,) = read(held, (asked, units[fed:upto]))
+        if ahead:
+            assert got == PictureHeld(upto - 1)
+        else:
+            assert shows(got, number)
+        fed = upto
+
+
+def test_what_is_wrong_with_what_nobody_looks_at_is_found_with_the_next_picture_too() -> None:
+    held, units = sessions(), clip(count=10)
+    broken = units[2][:5] + bytes(len(units[2]) - 5)
+    read(held, (item(0, 1, 1), units[:2]))
+    assert read(held, (item(5, 5, 5, ahead=True), units[5:6])) == [PictureHeld(-1)]
+    (found,) = read(held, (item(2, 2, 2, ahead=True), [broken]))
+    assert isinstance(found, FacelaneError)
+    assert read(held, (item(3, 3, 3), units[3:4])) == [PictureHeld(-1)]
+    (found,) = read(held, (item(0, 3, 3), [*units[:2], broken, units[3]]))
+    assert isinstance(found, FacelaneError)
+    (found,) = read(held, (item(0, 3, 3), units[:4]))
+    assert shows(found, 3)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -38,6 +38,7 @@ from facelane_server.ipc.messages import (
     InferDone,
     InferFailed,
     ItemDone,
+    ItemFailed,
     PictureHeld,
     VideoItem,
 )
@@ -75,6 +76,8 @@ class Seat:
     decoders: Decoders = field(default_factory=Decoders)
     fed: dict[int, list[int]] = field(default_factory=dict)
     """For each lane, which access units of the clip its decoder has had since a key frame."""
+    let_go: dict[int, int] = field(default_factory=dict)
+    """The newest picture of the group that was only decoded."""
 
     def work(self, units: Sequence[bytes], delay: int, most: int) -> list[ItemDone]:
         """``most`` access units are decoded; the others must wait for their turn."""
@@ -86,6 +89,7 @@ class Seat:
     ) -> ItemDone:
         if item.begins:
             self.fed[item.lane] = []
+            self.let_go[item.lane] = -1
         fed = self.fed.get(item.lane)
         if fed is None or len(fed) != item.first:
             return PictureHeld(-1)
@@ -93,10 +97,16 @@ class Seat:
         for i, length in enumerate(item.lengths):
             fed.append(units.index(slot[at : at + length]))
             at += length
-            if i + 1 >= most and len(fed) <= item.last:
+            if i + 1 >= most and len(fed) <= item.last and not item.ahead:
                 return PictureHeld(len(fed) - 1)
         assert fed == list(range(fed[0], fed[0] + len(fed))), "units that do not follow each other"
         assert fed[0] % KEYINT == 0, "a group that begins with no key frame"
+        if item.ahead:
+            assert not item.begins
+            assert not item.drain
+            self.let_go[item.lane] = item.picture
+            return PictureHeld(len(fed) - 1)
+        assert item.picture > self.let_go[item.lane], "a picture that was let go of"
         if item.picture + delay >= len(fed) and not item.drain:
             return PictureHeld(len(fed) - 1, min(delay, len(fed)))
         if item.drain and item.last + 1 > len(fed):
@@ -151,6 +161,9 @@ class Bench:
 
     def withdraw(self, task: Task[Any]) -> bool:
         return self.schedule.withdraw(task)
+
+    def pass_by(self, task: Task[Any]) -> None:
+        self.schedule.pass_by(task)
 
     def release(self, lane: int) -> None:
         self.schedule.release(lane)
@@ -269,7 +282,7 @@ class Bench:
 
 OPERATIONS = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["arrive"]), st.integers(0, 1)),
+        st.tuples(st.sampled_from(["arrive", "arrive", "thin", "all"]), st.integers(0, 1)),
         st.tuples(st.sampled_from(["dispatch", "settle"]), st.just(0)),
         st.tuples(st.sampled_from(["complete", "slice", "restart"]), st.integers(0, 1)),
     ),
@@ -278,6 +291,7 @@ OPERATIONS = st.lists(
 VIOLENT = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["arrive", "arrive", "complete"]), st.integers(0, 1)),
+        st.tuples(st.sampled_from(["thin", "all"]), st.integers(0, 1)),
         st.tuples(st.sampled_from(["dispatch", "settle"]), st.just(0)),
         st.tuples(st.sampled_from(["fail", "crash", "hang", "restart"]), st.integers(0, 1)),
     ),
@@ -290,6 +304,8 @@ async def play(bench: Bench, operations: Sequence[tuple[str, int]]) -> None:
         match name:
             case "arrive":
                 bench.arrive(which)
+            case "thin" | "all" if bench.lanes[which].options.overload is Overload.LATEST_WINS:
+                bench.lanes[which].take_at(1.0 if name == "thin" else None)
             case "dispatch":
                 bench.dispatch()
             case "settle":
@@ -353,6 +369,225 @@ def test_whatever_happens_every_frame_has_its_outcome(
 
 def run(scenario: Any) -> None:
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("thinned", [1, 3, 5])
+def test_what_is_thinned_before_a_picture_does_not_make_it_wait(
+    kind: str, beside: bool, thinned: int
+) -> None:
+    """It is decoded when it comes, beside what its worker does for others; where that does nothing
+    for others, with the picture, and the worker has nothing else to do."""
+
+    async def scenario() -> None:
+        bench = Bench(kind, Overload.LATEST_WINS)
+        bench.seats = [Seat()]
+        (seat,) = bench.seats
+        rounds: list[dict[int, int]] = []
+
+        async def serve() -> None:
+            await bench.settle()
+            while bench.dispatch():
+                items = seat.sent[-1]
+                assert sum(not item.ahead for item in items) <= seat.batch_max
+                rounds.append({item.lane: len(item.lengths) for item in items})
+                bench.complete(0)
+                await bench.settle()
+
+        for _ in range(bench.delay + 1):  # the group is begun by a picture that is wanted
+            bench.arrive(0)
+            bench.arrive(1)
+            await serve()
+        bench.lanes[0].take_at(1.0)
+        for _ in range(thinned):
+            bench.arrive(0)
+            if beside:
+                bench.arrive(1)
+            await serve()
+        bench.lanes[0].take_at(None)
+        rounds.clear()
+        bench.arrive(0)
+        await serve()
+        assert rounds == [{1: 1 if beside else thinned + 1}]
+        await bench.finish()
+        assert bench.drops(0).count(DropReason.THINNED) == thinned
+
+    run(scenario)
+
+
+def test_a_picture_that_waits_is_not_passed_over_by_those_behind_it() -> None:
+    """A stream's own rhythm takes one, which waits for a worker, and not the next ones."""
+
+    async def scenario() -> None:
+        bench = Bench("plain", Overload.LOSSLESS, fps=12.5)
+        bench.seats = [Seat(batch_max=1)]
+        (seat,) = bench.seats
+        for which in (0, 1, 0, 0, 0):
+            bench.arrive(which)
+            await bench.settle()
+        asked = []
+        while bench.dispatch():
+            asked.append([(item.lane, item.picture, item.ahead) for item in seat.sent[-1]])
+            bench.complete(0)
+            await bench.settle()
+        assert asked == [[(1, 0, False)], [(2, 0, False)], [(1, 2, False)]]
+        bench.arrive(1)
+        bench.arrive(1)
+        await bench.settle()
+        bench.dispatch()
+        assert [(item.lane, item.picture, item.ahead) for item in seat.sent[-1]] == [
+            (2, 2, False),
+            (1, 3, True),
+        ]
+        bench.complete(0)
+        await bench.finish()
+        assert not any(isinstance(o.body, FrameError) for o in bench.outcomes(0))
+
+    run(scenario)
+
+
+def test_what_is_only_decoded_is_nobodys_guilt_and_nothing_is_kept_of_it() -> None:
+    async def scenario() -> None:
+        bench = Bench("plain", Overload.LATEST_WINS)
+        bench.seats = [Seat()]
+        for which in (0, 1):
+            bench.arrive(which)
+        await bench.settle()
+        bench.dispatch()
+        bench.complete(0)
+        bench.lanes[0].take_at(1.0)
+        bench.arrive(0)
+        bench.arrive(1)
+        await bench.settle()
+        bench.dispatch()
+        (job,) = bench.seats[0].jobs
+        assert [task.ahead for task in job.tasks] == [False, True]
+        assert job.size == 1
+        wanted = job.tasks[0]
+        group = bench.lanes[0].footage.group
+        assert group is not None
+        bench.lose(0, "EXITED")
+        assert group.losses == 0
+        assert bench.schedule.waiting() == [wanted], "what was only decoded is not tried again"
+        assert bench.schedule.retried == 1
+        bench.dispatch()
+        bench.complete(0)
+        bench.lanes[0].abort()
+        bench.lanes[0].finish()
+        assert not any(own.passed for own in bench.schedule._queue._own.values())
+        bench.lanes[1].close_input()
+        await bench.settle()
+
+    run(scenario)
+
+
+async def begun(*, delay: int = 0) -> Bench:
+    """One worker, which has decoded the key frames of both lanes; of the first no more pictures are
+    looked at."""
+    bench = Bench("plain", Overload.LATEST_WINS)
+    bench.seats = [Seat()]
+    for which in (0, 1):
+        bench.arrive(which)
+    await bench.settle()
+    bench.dispatch()
+    bench.delay = delay
+    return bench
+
+
+def sent(bench: Bench) -> list[tuple[int, int, bool]]:
+    return [(item.lane, item.picture, item.ahead) for item in bench.seats[0].sent[-1]]
+
+
+def test_nothing_shares_a_job_with_what_may_have_ended_a_worker() -> None:
+    async def scenario() -> None:
+        bench = await begun()
+        bench.complete(0)
+        bench.arrive(1)
+        await bench.settle()
+        bench.dispatch()
+        bench.lanes[0].take_at(1.0)
+        bench.arrive(0)
+        bench.fail(0)
+        bench.dispatch()
+        assert sent(bench) == [(2, 1, False)]
+        bench.complete(0)
+        bench.arrive(1)
+        await bench.settle()
+        bench.dispatch()
+        assert sent(bench) == [(2, 2, False), (1, 1, True)]
+        await bench.finish()
+
+    run(scenario)
+
+
+def test_what_follows_a_picture_under_way_waits_for_its_answer() -> None:
+    """Only that says how far the decoder is."""
+
+    async def scenario() -> None:
+        bench = await begun()
+        bench.lanes[0].take_at(1.0)
+        bench.arrive(0)
+        bench.arrive(1)
+        await bench.settle()
+        bench.dispatch()
+        assert sent(bench) == [(2, 1, False)], "staged behind the key frames"
+        bench.complete(0)
+        bench.arrive(1)
+        await bench.settle()
+        bench.dispatch()
+        assert sent(bench) == [(2, 2, False), (1, 1, True)]
+        await bench.finish()
+
+    run(scenario)
+
+
+def test_a_picture_that_is_held_back_is_not_passed_over() -> None:
+    async def scenario() -> None:
+        bench = await begun(delay=1)  # which the stream has not told
+        bench.lanes[0].take_at(1.0)
+        bench.arrive(0)
+        bench.arrive(1)
+        await bench.settle()
+        bench.complete(0)
+        # Before the lane hears that its picture is held back.
+        bench.dispatch()
+        assert sent(bench) == [(2, 1, False)]
+        await bench.finish()
+        assert not any(isinstance(o.body, FrameError) for o in bench.outcomes(0))
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("answer", [ItemFailed("PICTURE_CORRUPT", "broken"), PictureHeld(-1)])
+def test_what_could_not_be_decoded_ahead_is_told_with_the_next_picture(answer: ItemDone) -> None:
+    async def scenario() -> None:
+        bench = await begun()
+        bench.complete(0)
+        bench.lanes[0].take_at(1.0)
+        bench.arrive(0)
+        bench.arrive(1)
+        await bench.settle()
+        bench.dispatch()
+        (seat,) = bench.seats
+        job = seat.jobs.popleft()
+        (found, _) = seat.work(bench.units, 0, 9)
+        ended, _ = bench.schedule.answered(
+            job, InferDone(1, [found, answer]), bench.codec, memoryview(b""), 0, seat.decoders
+        )
+        assert [task for task, _ in ended] == job.tasks[:1]
+        seat.free_slots += 1
+        bench.resolve(ended)
+        bench.lanes[0].take_at(None)
+        bench.arrive(0)
+        await bench.settle()
+        bench.dispatch()
+        (item,) = seat.sent[-1]
+        assert (item.begins, item.first, item.last) == (True, 0, 2), "all of it again"
+        await bench.finish()
+        assert bench.drops(0) == [DropReason.THINNED]
+
+    run(scenario)
 
 
 def test_a_group_that_kills_two_workers_is_given_up() -> None:
@@ -771,7 +1006,9 @@ def test_every_task_waits_once_wherever_its_lane_goes(data: st.DataObject) -> No
         assert len(lineup) == len(waiting)
         assert {id(one) for one in lineup.tasks()} == waiting.keys()
     lineup.settle(["z"])
-    found = [id(one) for _ in range(3) for one in lineup.take("z", 99, lambda _: True)]
+    found = []
+    while lineup.is_alone("z") is not None:
+        found += [id(one) for one in lineup.take("z", 99, lambda _: True)]
     assert sorted(found) == sorted(waiting)
     assert len(lineup) == 0
 
@@ -791,6 +1028,53 @@ def test_lanes_do_not_wait_for_a_worker_that_may_hang() -> None:
     given = schedule.next(schedule.answering(seats, S))
     assert given is not None
     assert given[0] is other
+
+
+def test_so_much_is_decoded_beside_a_batch_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Codec(Stage.DETECTOR, [])
+    schedule, seat = Schedule("detector", codec), Seat(batch_max=limits.MAX_BATCH)
+    lanes = range(1, limits.MAX_AHEAD + 6)
+    groups = {lane: group(*[10] * 9) for lane in lanes}
+
+    def asked(lane: int, last: int, **more: Any) -> AnyTask:
+        ahead = more.pop("ahead", True)
+        wanted = Wanted(lane, groups.get(lane, group(1)), last, last, **more)
+        return Task(VideoRequest(wanted, 0, 0, ahead), lane, 1, 10**18, Future())  # type: ignore[arg-type]
+
+    def beside() -> list[int]:
+        """With a picture of a lane that begins."""
+        one = asked(100, 0, ahead=False)
+        assert schedule.submit(one, 0, lambda _: True, [seat]) is None
+        given = schedule.next([seat])
+        assert given is not None
+        codec.write([t.request for t in given[1]], memoryview(bytearray(1 << 16)), seat.decoders)
+        assert given[1][0] is one
+        return [t.lane for t in given[1][1:]]
+
+    for lane in lanes:
+        assert schedule.submit(asked(lane, 0, ahead=False), 0, lambda _: True, [seat]) is None
+    given = schedule.next([seat])
+    assert given is not None
+    codec.write([t.request for t in given[1]], memoryview(bytearray(1 << 16)), seat.decoders)
+    for last in (1, 2):
+        for lane in lanes:
+            schedule.pass_by(asked(lane, last))
+    assert beside() == list(lanes)[: limits.MAX_AHEAD], "those that wait longest"
+    schedule.pass_by(asked(1, 3))
+    assert beside() == [*list(lanes)[limits.MAX_AHEAD :], 1]
+    assert beside() == []
+    schedule.pass_by(asked(1, 3 + limits.MAX_AHEAD_UNITS))
+    schedule.pass_by(asked(2, 2 + limits.MAX_AHEAD_UNITS + 1))
+    schedule.pass_by(asked(3, 3, drains=True))
+    assert beside() == [1], "more go with the next picture, and so does the end of a group"
+    monkeypatch.setattr(limits, "REQUEST_SLOT_BYTES", codec.cost(asked(4, 3).request)[0])
+    schedule.pass_by(asked(4, 3))
+    assert beside() == [], "there is no room left beside the picture"
+    monkeypatch.undo()
+    assert beside() == [4]
+    schedule.pass_by(asked(4, 4))
+    schedule.release(4)
+    assert beside() == []
 
 
 def test_more_lanes_than_decoders(monkeypatch: pytest.MonkeyPatch) -> None:

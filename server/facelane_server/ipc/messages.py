@@ -34,7 +34,7 @@ import msgspec
 
 from facelane_server import limits
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 
 # What a worker says is checked while it is decoded: whatever lies outside of these, NaN
 # included, is no message, and the worker is lost. Scores may exceed 1 by a rounding error.
@@ -79,7 +79,9 @@ class VideoItem(Packed, frozen=True, tag="V"):
     pictures (0 = its key frame) lie one behind the other from ``offset`` on, as long as
     ``lengths`` says; none where the decoder has had them all. ``begins``: with the group's key
     frame, and nothing of what was before is needed. ``picture``: the one wanted, counted in the
-    order of showing. ``drain``: nothing follows, so what the decoder holds back comes out."""
+    order of showing. ``drain``: nothing follows, so what the decoder holds back comes out.
+    ``ahead``: nobody wants it after all, it is decoded for those that follow; the answer is
+    PictureHeld."""
 
     lane: int
     offset: int
@@ -90,6 +92,7 @@ class VideoItem(Packed, frozen=True, tag="V"):
     picture: int
     begins: bool = False
     drain: bool = False
+    ahead: bool = False
     max_faces: int = 16
     max_pixels: int = 0
 

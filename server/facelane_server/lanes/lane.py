@@ -254,10 +254,12 @@ class Lane:
             if number + group.delay > newest and not group.closed and not drains:
                 return
             self._ahead.popleft()
+            last, beyond = min(number + group.delay, newest), number + group.delay > newest
+            wanted = Wanted(self.lane_id, group, number, last, beyond)
             if self._is_wanted(entry):
-                last = min(number + group.delay, newest)
-                beyond = number + group.delay > newest
-                self._submit(entry, Wanted(self.lane_id, group, number, last, beyond))
+                self._submit(entry, wanted)
+            else:
+                self._pipeline.pass_by(wanted, self._origin(entry))
 
     def _submit(self, entry: Entry, picture: Picture | Wanted) -> None:
         self._hold(entry)
@@ -265,6 +267,7 @@ class Lane:
         if self.options.overload is Overload.LATEST_WINS:
             before = self._supersede(entry, picture)
             if before is None and not self._pace.takes(entry.received_ns):
+                self._pipeline.pass_by(picture, self._origin(entry))
                 self._settle(entry, FrameDrop(DropReason.THINNED))
                 return
         self._waiting = entry

@@ -133,7 +133,7 @@ class Crew:
     @property
     def in_flight(self) -> int:
         handles = [w.handle for w in self.everyone() if w.handle]
-        return sum(len(job.tasks) for handle in handles for job in handle.jobs)
+        return sum(job.size for handle in handles for job in handle.jobs)
 
     def seats(self) -> list[ReadyHandle]:
         """Of those that are given tasks. Made once for all frames until that changes."""

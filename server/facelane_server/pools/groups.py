@@ -139,17 +139,25 @@ class Decoders:
 
     def span(self, wanted: Wanted) -> Span | None:
         """What is to be sent for this picture; None when it cannot be decoded any more."""
-        group, state = wanted.group, self._states.get(wanted.lane)
-        goes_on = state is not None and state.group is group and wanted.picture <= wanted.last
-        if goes_on and state is not None:
-            last = max(wanted.last, state.position)
-            fresh = last > state.position
-            behind = not group.delay and state.position > wanted.picture
-            if not behind and not (state.drained and fresh) and self._has(group, state, last):
-                return Span(state.position + 1, last, begins=False, drains=wanted.drains)
+        onward = self.onward(wanted)
+        if onward is not None:
+            return onward
+        group = wanted.group
         if group.broken or group.units(0, wanted.last) is None:
             return None
         return Span(0, wanted.last, begins=True, drains=wanted.drains)
+
+    def onward(self, wanted: Wanted) -> Span | None:
+        """The same where the lane's decoder goes on; None where it would begin anew."""
+        group, state = wanted.group, self._states.get(wanted.lane)
+        if state is None or state.group is not group or wanted.picture > wanted.last:
+            return None
+        last = max(wanted.last, state.position)
+        fresh = last > state.position
+        behind = not group.delay and state.position > wanted.picture
+        if behind or (state.drained and fresh) or not self._has(group, state, last):
+            return None
+        return Span(state.position + 1, last, begins=False, drains=wanted.drains)
 
     def take_replayed(self) -> int:
         """Groups that were decoded again from their key frame on, since this was asked."""

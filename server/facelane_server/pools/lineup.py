@@ -34,6 +34,8 @@ class _Own:
         self.lanes = set(lanes)
         self.turns = 0.0
         self.turns_of_all = 0.0
+        self.passed: dict[int, AnyTask] = {}
+        """The newest picture of each lane that nobody looks at, if no decoder has had it."""
 
     def pick(self, shared: FairQueue) -> FairQueue:
         """Whose turn it is, both having tasks."""
@@ -175,6 +177,7 @@ class Lineup(Generic[S]):
         if home is not None:
             del self._keys[lane]
             self._own[home].lanes.discard(lane)
+            self._own[home].passed.pop(lane, None)
 
     def _home(self, task: AnyTask, seats: Sequence[S]) -> S | None:
         """Of the task's lane; a new one if it has none, or better begins in another place."""
@@ -203,6 +206,29 @@ class Lineup(Generic[S]):
         self.release(lane)
         self._homes[lane], self._keys[lane] = seat, task.sender.key
         self._own.setdefault(seat, _Own()).lanes.add(lane)
+
+    # -- what nobody looks at ---------------------------------------------------------------
+
+    def pass_by(self, task: AnyTask) -> None:
+        """A picture of a lane of video that is only to be decoded."""
+        home = self._homes.get(task.lane)
+        if home is not None:
+            self._own[home].passed[task.lane] = task
+
+    def passed(self, seat: S) -> list[AnyTask]:
+        """What may be decoded by this worker now, of each lane the newest, those that wait longest
+        first. Not of lanes that have a task that waits: its picture would be passed over."""
+        own = self._own.get(seat) if self._own else None
+        if own is None or not own.passed:
+            return []
+        waiting = {task.lane for task in own.queue.tasks()}
+        return [task for lane, task in own.passed.items() if lane not in waiting]
+
+    def forget_passed(self, lane: int) -> None:
+        """Its access units go with a job, or with the lane's next picture."""
+        home = self._homes.get(lane)
+        if home is not None:
+            self._own[home].passed.pop(lane, None)
 
     # -- what goes next -------------------------------------------------------------------
 

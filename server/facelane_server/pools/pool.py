@@ -187,6 +187,11 @@ class Pool:
         self._schedule_dispatch()
         return True
 
+    def pass_by(self, task: AnyTask) -> None:
+        """A picture of video that nobody looks at: its future is never resolved. It is decoded with
+        what goes next to the lane's worker, or with the lane's next picture."""
+        self._schedule.pass_by(task)
+
     def release(self, lane: int) -> None:
         """A lane of video has ended: nobody decodes it any more."""
         self._schedule.release(lane)
@@ -317,7 +322,7 @@ class Pool:
         self._arm_deadline()
         if job.started_ns:
             self._busy_ns += self._clock.now_ns() - job.started_ns
-        self._answers += len(job.tasks)
+        self._answers += job.size
         self._crew.finish(worker, job, message, used)
         self._crew.give_due_canary(worker)
         self._dispatch()

@@ -200,6 +200,11 @@ class Schedule:
             return unavailable(self._pool, "has no worker and none comes back in time")
         return None
 
+    def pass_by(self, task: AnyTask) -> None:
+        """A picture of video that nobody looks at: what it takes is decoded beside what goes to
+        the lane's worker anyway, or with the lane's next picture."""
+        self._queue.pass_by(task)
+
     def withdraw(self, task: AnyTask) -> bool:
         """Take a task out that still waits."""
         return self._queue.withdraw(task)
@@ -254,9 +259,10 @@ class Schedule:
             if seat is None:
                 return None
             # A caller that gave up (cancelled future) costs no inference.
-            tasks = [t for t in self._take_batch(seat) if not t.future.done()]
+            taken, room = self._take_batch(seat)
+            tasks = [t for t in taken if not t.future.done()]
             if tasks:
-                return seat, tasks
+                return seat, tasks + self._beside(seat, tasks, room)
         return None
 
     def _next_seat(self, seats: Iterable[S]) -> S | None:
@@ -281,7 +287,8 @@ class Schedule:
                 best = seat
         return best
 
-    def _take_batch(self, seat: Seat) -> list[AnyTask]:
+    def _take_batch(self, seat: Seat) -> tuple[list[AnyTask], int]:
+        """The batch, and the bytes that are left in the request slot."""
         room = [limits.REQUEST_SLOT_BYTES, limits.RESPONSE_SLOT_BYTES]
 
         def accept(task: AnyTask) -> bool:
@@ -296,7 +303,34 @@ class Schedule:
             room[1] -= response
             return True
 
-        return self._queue.take(seat, seat.batch_max, accept)
+        return self._queue.take(seat, seat.batch_max, accept), room[0]
+
+    def _beside(self, seat: Seat, tasks: Sequence[AnyTask], room: int) -> list[AnyTask]:
+        """What nobody looks at of other lanes of video, to be decoded in the same job: their
+        decoders work side by side, and their next pictures need not wait for it. Only what goes
+        on where a decoder is; nothing shares a job with what may have ended a worker."""
+        found: list[AnyTask] = []
+        passed = self._queue.passed(seat)
+        if not passed or any(task.attempts for task in tasks):
+            return found
+        # Of these the decoder may be less far than it seems.
+        busy = {task.lane for task in tasks}
+        busy.update(task.lane for job in seat.jobs for task in job.tasks if not task.ahead)
+        for task in passed:
+            if len(found) == limits.MAX_AHEAD or len(found) + len(tasks) == limits.MAX_BATCH:
+                break
+            if task.lane in busy:
+                continue
+            assert isinstance(task.request, VideoRequest)
+            wanted = task.request.wanted
+            span = None if wanted.drains else seat.decoders.onward(wanted)
+            if span is not None and 0 <= span.last - span.first < limits.MAX_AHEAD_UNITS:
+                room -= self.codec.cost(task.request, seat.decoders)[0]
+                if room < 0:
+                    break
+                found.append(task)
+            self._queue.forget_passed(task.lane)
+        return found
 
     def without_pictures(self, tasks: Sequence[AnyTask], seat: Seat) -> Ended:
         """Those of video that cannot be decoded any more: what they need is not kept."""
@@ -313,7 +347,8 @@ class Schedule:
         """A request that no message can carry: its own failure, and nobody else's."""
         if len(tasks) > 1:
             for task in reversed(tasks):
-                self._retry(task, alone=True)
+                if not task.ahead:
+                    self._retry(task, alone=True)
             return []
         log.error("request cannot be sent to a worker", pool=self._pool)
         return [(tasks[0], FacelaneError(Reason.INTERNAL, "the request cannot be sent"))]
@@ -337,6 +372,8 @@ class Schedule:
             for task, item in zip(job.tasks, message.items, strict=True)
         ]
         for task, answer, _ in read:
+            if task.ahead:
+                continue
             if isinstance(answer, DetectAnswer):
                 if task.sender.key:
                     self.offenders.passed(task, now_ns)
@@ -349,10 +386,13 @@ class Schedule:
         ended: Ended = []
         again: list[AnyTask] = []
         for task, answer, _ in read:
+            if task.ahead:
+                continue
             if not isinstance(answer, PictureHeld):
                 ended.append((task, answer))
             elif answer.held:
                 ended.append((task, Undecoded(answer.held)))
+                self._queue.forget_passed(task.lane)  # or what is held back would be let go of
             else:
                 again.append(task)
         # Before any of them waits again: with the worker that is lost for it they all come back.
@@ -373,7 +413,7 @@ class Schedule:
         """A job failed whole: its tasks are tried once more, or end."""
         ended: Ended = []
         alone = len(job.tasks) == 1
-        waited_for = [task for task in job.tasks if not task.future.done()]
+        waited_for = [task for task in job.tasks if not task.ahead and not task.future.done()]
         _count_loss(waited_for)
         for task in reversed(waited_for):
             # Out of memory may pass; an error that nobody foresaw may be one item's fault.
@@ -407,7 +447,7 @@ class Schedule:
             self.offenders.strike(guilty, now_ns)  # also when its sender has gone since
         _count_loss(suspects)
         for task in reversed([task for job in jobs for task in job.tasks]):
-            if task.future.done():
+            if task.ahead or task.future.done():
                 continue
             if task.canary:
                 ended.append((task, self._worker_lost()))
@@ -469,7 +509,11 @@ def _note(task: AnyTask, answer: Answer | PictureHeld | FacelaneError, decoders:
     if not isinstance(task.request, VideoRequest):
         return
     wanted = task.request.wanted
-    if isinstance(answer, FacelaneError):
+    if task.ahead:
+        # What is wrong with it is told to the next picture, for which all is decoded again.
+        if not isinstance(answer, PictureHeld) or answer.position < 0:
+            decoders.forget([task.lane])
+    elif isinstance(answer, FacelaneError):
         decoders.forget([task.lane])
         # What follows needs what cannot be decoded; only where it was a matter of time it can.
         wanted.group.broken = wanted.group.broken or not answer.retryable
@@ -483,7 +527,9 @@ def _note(task: AnyTask, answer: Answer | PictureHeld | FacelaneError, decoders:
 
 def _count_loss(tasks: Sequence[AnyTask]) -> None:
     """A worker ended, or failed whole, over these. Pictures of a group answer for each other: the
-    newest one takes over from one that was given up, and must not cost worker after worker."""
+    newest one takes over from one that was given up, and must not cost worker after worker. What
+    was only decoded is not counted: if it was to blame, so is the lane's next picture."""
+    tasks = [task for task in tasks if not task.ahead]
     groups = {id(group): group for task in tasks if (group := _group_of(task))}
     for group in groups.values():
         group.losses += 1

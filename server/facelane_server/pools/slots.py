@@ -345,6 +345,7 @@ def _write_video(
         wanted.picture,
         begins=span.begins,
         drain=span.drains,
+        ahead=request.ahead,
         max_faces=request.max_faces,
         max_pixels=request.max_pixels,
     )

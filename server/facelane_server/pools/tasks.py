@@ -19,11 +19,12 @@ class DetectRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class VideoRequest(msgspec.Struct, frozen=True):
-    """One picture of a lane's video."""
+    """One picture of a lane's video. ``ahead``: nobody looks at it, later ones need it."""
 
     wanted: Wanted
     max_faces: int
     max_pixels: int
+    ahead: bool = False
 
 
 class EncodeRequest(msgspec.Struct, frozen=True, gc=False):
@@ -126,6 +127,11 @@ class Task(Generic[A]):
     canary: bool = False
     """The pool's own: nobody asked for it."""
 
+    @property
+    def ahead(self) -> bool:
+        """Of video that is only decoded: nobody waits for it, nor is told of it."""
+        return isinstance(self.request, VideoRequest) and self.request.ahead
+
 
 AnyTask = Task[Any]
 
@@ -142,3 +148,8 @@ class Job:
     """When it became the worker's first job."""
     abandoned: bool = False
     """Nobody waits for it any more, and the worker was told."""
+
+    @property
+    def size(self) -> int:
+        """Tasks that are to be answered."""
+        return sum(not task.ahead for task in self.tasks)

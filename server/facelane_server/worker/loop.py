@@ -51,6 +51,7 @@ from facelane_server.ipc.messages import (
     Pong,
     Ready,
     Scrub,
+    VideoItem,
     Warming,
 )
 from facelane_server.models import api
@@ -278,7 +279,8 @@ class Loop:
                 return
 
     def _begin(self, job: Infer) -> None:
-        if not 0 < len(job.items) <= self._batch_max:
+        wanted = sum(not (isinstance(item, VideoItem) and item.ahead) for item in job.items)
+        if not 0 < wanted <= self._batch_max or len(job.items) > limits.MAX_BATCH:
             raise ProtocolError(f"a job of {len(job.items)} items, at most {self._batch_max}")
         if not 0 <= job.slot < self._request.slots:
             raise ProtocolError("a slot that does not exist")

@@ -331,6 +331,10 @@ class Sessions:
             for unit in units:
                 session.feed(unit)
             wait_s = OPENING_S if len(self._sessions) > 1 else OPENING_FIRST_S
+            if item.ahead:
+                if session.opened(0.0):
+                    session.decode(self._clock, until, item.picture + 1)
+                return PictureHeld(session.position)
             if not session.opened(wait_s) or not session.decode(self._clock, until, item.picture):
                 return PictureHeld(session.position)
             if item.drain:
