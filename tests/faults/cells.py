@@ -358,7 +358,7 @@ TRAFFIC: Patterns = {
     "file": (traffic.lossless(pace_s=0.01, tracking=False),),
     "video": (
         traffic.Pattern(video=True),
-        traffic.Pattern(video=True),
+        traffic.Pattern(video=True, analyses=6.0),
         traffic.lossless(pace_s=0.02, video=True),
     ),
     "enrolments": (),

@@ -80,13 +80,14 @@ class Books:
 class Pattern:
     """How a stream behaves. ``jumps``: its media time leaps ahead and its wall clock goes
     anywhere. ``limit``: frames; 0 = until told to stop. ``video``: access units, with a key frame
-    every ``KEYINT``."""
+    every ``KEYINT``. ``analyses``: so many a second are asked for; 0 = of all frames."""
 
     policy: int = pb.OVERLOAD_POLICY_LATEST_WINS
     pace_s: float = 0.04
     tracking: bool = True
     jumps: bool = False
     video: bool = False
+    analyses: float = 0.0
     limit: int = 0
     marked: int = 0
     """The number of the one frame that is ``special``."""
@@ -120,6 +121,7 @@ async def stream(
             config=pb.StreamConfig(
                 overload_policy=pattern.policy,  # type: ignore[arg-type]
                 disable_tracking=not pattern.tracking,
+                analysis_fps=pattern.analyses,
             )
         )
     )
