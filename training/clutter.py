@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from multiprocessing.queues import Queue
 
 import cv2
 import numpy as np
@@ -28,7 +29,7 @@ def _skin(rng: Rng) -> tuple[int, int, int]:
     return blue, green, red
 
 
-def _ground(rng: Rng, side: int) -> U8:
+def plain_ground(rng: Rng, side: int) -> U8:
     """Plain, shaded or mottled."""
     corners = rng.uniform(0, 255, (2, 2, 3)) if rng.random() < 0.6 else np.full((2, 2, 3), 1.0)
     if corners.max() <= 1:
@@ -39,7 +40,7 @@ def _ground(rng: Rng, side: int) -> U8:
 
 
 def _text(rng: Rng, side: int) -> U8:
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     size, tone = rng.uniform(0.4, 2.5), _colour(rng)
     for line in range(int(20 / size)):
         words = "".join(rng.choice(list(_LETTERS + "   "), 40))
@@ -67,7 +68,7 @@ def _fabric(rng: Rng, side: int) -> U8:
 
 def _balls(rng: Rng, side: int) -> U8:
     """Shaded balls, plates, wheels: round, two-toned, lit."""
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     for _ in range(int(rng.integers(3, 14))):
         centre = (int(rng.integers(side)), int(rng.integers(side)))
         radius, tone = int(rng.integers(8, side // 4)), np.array(_colour(rng), float)
@@ -88,7 +89,7 @@ def _balls(rng: Rng, side: int) -> U8:
 
 def _hands(rng: Rng, side: int) -> U8:
     """Skin-coloured palms with fingers."""
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     for _ in range(int(rng.integers(1, 5))):
         skin = _skin(rng)
         x, y = (int(v) for v in rng.integers(20, side - 20, 2))
@@ -105,7 +106,7 @@ def _hands(rng: Rng, side: int) -> U8:
 
 def _skins(rng: Rng, side: int) -> U8:
     """Arms, legs, backs: skin without features."""
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     for _ in range(int(rng.integers(2, 8))):
         centre = (int(rng.integers(side)), int(rng.integers(side)))
         axes = (int(rng.integers(15, 120)), int(rng.integers(10, 60)))
@@ -115,7 +116,7 @@ def _skins(rng: Rng, side: int) -> U8:
 
 def _fur(rng: Rng, side: int) -> U8:
     """Fur and grass: strokes that lie alike, with dark spots."""
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     tone, lie = np.array(_colour(rng), float), rng.uniform(0, 2 * math.pi)
     for _ in range(900):
         x, y = rng.integers(0, side, 2).tolist()
@@ -151,7 +152,7 @@ def _animals(rng: Rng, side: int) -> U8:
 
 def _windows(rng: Rng, side: int) -> U8:
     """Houses, shelves, sockets: boxes in rows, two dark ones over a bar among them."""
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     step = int(rng.integers(18, 80))
     wide, high = (int(step * v) for v in rng.uniform(0.3, 0.9, 2))
     tones = [_colour(rng) for _ in range(3)]
@@ -165,7 +166,7 @@ def _windows(rng: Rng, side: int) -> U8:
 
 
 def _leaves(rng: Rng, side: int) -> U8:
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     tone = np.array([rng.uniform(0, 90), rng.uniform(60, 220), rng.uniform(0, 200)])
     for _ in range(int(rng.integers(60, 350))):
         centre = (int(rng.integers(side)), int(rng.integers(side)))
@@ -175,9 +176,9 @@ def _leaves(rng: Rng, side: int) -> U8:
     return picture
 
 
-def _shapes(rng: Rng, side: int) -> U8:
+def shapes(rng: Rng, side: int) -> U8:
     """Polygons over each other: rubble, furniture, abstract prints."""
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     for _ in range(int(rng.integers(10, 60))):
         centre, reach = rng.uniform(0, side, 2), rng.uniform(5, 80)
         points = (centre + rng.normal(0, reach, (int(rng.integers(3, 7)), 2))).astype(np.int32)
@@ -187,7 +188,7 @@ def _shapes(rng: Rng, side: int) -> U8:
 
 def _signs(rng: Rng, side: int) -> U8:
     """Round and square signs, buttons, clocks, with strokes and dots in them."""
-    picture = _ground(rng, side)
+    picture = plain_ground(rng, side)
     for _ in range(int(rng.integers(1, 9))):
         x, y = (int(v) for v in rng.integers(0, side, 2))
         size = int(rng.integers(10, 80))
@@ -211,7 +212,7 @@ def _waves(rng: Rng, side: int) -> U8:
 
 def _lamps(rng: Rng, side: int) -> U8:
     """Headlamps, pots, helmets: domes of glass or metal that mirror what is around, in a rim."""
-    picture = _shapes(rng, side) if rng.random() < 0.6 else _ground(rng, side)
+    picture = shapes(rng, side) if rng.random() < 0.6 else plain_ground(rng, side)
     picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.5, 4))), np.uint8)
     for _ in range(int(rng.integers(1, 8))):
         x, y = (int(v) for v in rng.integers(0, side, 2))
@@ -254,7 +255,7 @@ def _lay(picture: U8, patch: npt.NDArray[np.float64], mask: U8, left: int, top: 
 
 def _wheels(rng: Rng, side: int) -> U8:
     """Tyres, fans, gears: a dark ring, spokes, a hub, and a bar across."""
-    picture = _shapes(rng, side) if rng.random() < 0.5 else _ground(rng, side)
+    picture = shapes(rng, side) if rng.random() < 0.5 else plain_ground(rng, side)
     for _ in range(int(rng.integers(1, 5))):
         x, y = (int(v) for v in rng.integers(0, side, 2))
         size = int(np.exp(rng.uniform(np.log(14), np.log(side / 2.5))))
@@ -302,7 +303,7 @@ def _craters(rng: Rng, side: int) -> U8:
 KINDS: dict[str, Draw] = {
     "text": _text, "fabric": _fabric, "balls": _balls, "hands": _hands, "skin": _skins,
     "fur": _fur, "animals": _animals, "windows": _windows, "leaves": _leaves,
-    "shapes": _shapes, "signs": _signs, "waves": _waves, "lamps": _lamps, "wheels": _wheels,
+    "shapes": shapes, "signs": _signs, "waves": _waves, "lamps": _lamps, "wheels": _wheels,
     "craters": _craters,
 }  # fmt: skip
 
@@ -312,3 +313,18 @@ def clutter(n: int, side: int, seed: int) -> U8:
     rng = np.random.default_rng(seed)
     draws = list(KINDS.values())
     return np.stack([draws[i % len(draws)](rng, side) for i in range(n)])
+
+
+def draw_on(pictures: Queue[U8], seed: int, side: int) -> None:
+    """In a process of its own, for as long as it lives: ever new pictures [n, side, side, 3], half
+    of them quarters of pictures of twice that side. Never those of ``clutter``."""
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng([seed, side])
+    draws = list(KINDS.values())
+    while True:
+        some = [draws[k] for k in rng.integers(0, len(draws), 8)]
+        small = [draw(rng, side) for draw in some]
+        for draw in some[:2]:
+            large = draw(rng, 2 * side)
+            small += [large[y : y + side, x : x + side] for y in (0, side) for x in (0, side)]
+        pictures.put(np.stack(small))

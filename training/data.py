@@ -5,6 +5,7 @@
     manifest.json       sha256 of every source and of every packed file
     crops.npz           aligned 112x112 crops: jpeg/webp bytes, offsets, identity, heldout, source
     photos.npz          250x250 photos: bytes, offsets, heldout, YuNet's faces in each
+    things.npz          320x320 pictures of things without faces: bytes, offsets (if there are any)
     models/             the teachers' files, unchanged
 
 No name of a person or picture travels in it: identities are numbers.
@@ -119,6 +120,15 @@ def load_photos(folder: Path, *, held_out: bool, limit: int = 0) -> Photos:
         rows = [packed["faces"][first[i] : first[i + 1]] for i in picks]
         counts = np.cumsum([0] + [len(row) for row in rows])
         return Photos(pictures, np.concatenate(rows), counts.astype(np.int64))
+
+
+def load_things(folder: Path, limit: int = 0) -> U8:
+    """[N, 320, 320, 3] BGR: pictures of real things without faces; none where none were packed."""
+    if not (folder / "things.npz").exists():
+        return np.zeros((0, 320, 320, 3), np.uint8)
+    with np.load(folder / "things.npz") as packed:
+        picks = np.arange(len(packed["offsets"]) - 1)[: limit or None]
+        return decode_all(packed["blob"], packed["offsets"], picks)
 
 
 def sha256(path: Path) -> str:

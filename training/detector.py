@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,8 @@ from training.clock import (
     set_rate,
 )
 from training.clutter import clutter
-from training.data import CELEBA, Photos, load_crops, load_photos
+from training.data import CELEBA, Photos, load_crops, load_photos, load_things
+from training.grounds import Grounds, drawers
 from training.imaging import column, rand
 
 WIDTHS = (16, 64, 64, 128, 128, 128)
@@ -60,6 +62,10 @@ pixel of a landmark."""
 LEVELS = (36.0, 100.0)
 """Sizes of faces (pixels) up to which the fine and the middle stride tell them."""
 LARGE_SIDE = 640
+GROUND = 320
+"""The side of grounds."""
+AGAINST = 2.0
+"""Of a refining run: how much more a face counts that is none."""
 MOSAIC, LARGE = 0.25, 0.2
 """Shares of the batches."""
 Plan = tuple[tuple[int, float, float], ...]
@@ -95,6 +101,10 @@ class Options:
     resume: Path | None = None
     half: bool = True
     """Compute in bfloat16 up to ``EXACT``."""
+    refine: bool = False
+    """Go on from a finished network, against what it takes for faces, and hold what it finds."""
+    drawers: int = 6
+    """Processes of a refining run that draw pictures without faces."""
 
 
 def load_yunet(path: Path) -> YuNet:
@@ -175,7 +185,7 @@ def _filled(rows: Tensor, seen: Tensor) -> Faces:
 class Scenes:
     """Composes scenes from photos uint8 [N, 3, 250, 250] with the faces that YuNet found in them
     upright and at their own size, and crops of faces [M, 3, S, S] if there are any, that lie on
-    the device; on grounds from ``clutter`` [K, 3, G, G] or textures.
+    the device; on ``grounds`` or textures.
 
     Photos of the press hardly show a profile, and no face that fills a screen: crops come
     large, some layers are squeezed, bent as a head turns, warped or cut in two, and some lie
@@ -188,12 +198,15 @@ class Scenes:
         photos: Tensor,
         crops: Tensor | None = None,
         faces: Tensor | None = None,
-        clutter: Tensor | None = None,
+        grounds: Grounds | None = None,
+        bare: float = 1 / 6,
     ) -> None:
-        """``faces`` [N, K, 15]: as ``data.Photos`` has them, padded with zeros."""
+        """``faces`` [N, K, 15]: as ``data.Photos`` has them, padded with zeros. ``bare``: the share
+        of scenes that are grounds alone."""
         self.photos = photos
+        self.grounds = grounds
         self._crops = crops
-        self._clutter = clutter
+        self._bare = bare
         self._faces = torch.zeros(len(photos), 1, 15, device=photos.device)
         if faces is not None:
             self._faces = faces.to(photos.device)
@@ -205,14 +218,16 @@ class Scenes:
     def _ground(self, n: int, side: int) -> Tensor:
         photos = self._levels[0]
         canvas = imaging.textures(n, side, photos)
-        if self._clutter is not None:
+        if self.grounds is not None:
             rows = torch.arange(0, n, 2, device=photos.device)
-            picks = torch.randint(len(self._clutter), (len(rows),), device=photos.device)
-            ground = self._clutter[picks].float().div(255)
+            ground = self.grounds.pictures[self.grounds.pick(len(rows))].float().div(255)
             angle = rand(len(rows), -20, 20, photos) + 90.0 * random.randrange(4)
+            # As large as they are drawn, in a large scene too.
+            small = math.log(side / ground.shape[-1])
             grid = imaging.affine_grid(
                 len(rows), side, photos,
-                degrees=angle, scale=torch.exp(rand(len(rows), -0.2, 1.0, photos)),
+                degrees=angle,
+                scale=torch.exp(rand(len(rows), -0.2 - small, 1.0 - 0.5 * small, photos)),
                 shift=(torch.rand(len(rows), 2, device=photos.device) - 0.5) * 0.5,
             )  # fmt: skip
             canvas[rows] = imaging.sample(ground, grid, "reflection")
@@ -240,8 +255,9 @@ class Scenes:
         sheet = sheet.reshape(n, 3, across * tile, across * tile)
         canvas, cover = self._ground(n, side), torch.zeros(n, 1, side, side, device=source.device)
         full = across * tile
-        canvas[n // 6 :, :, :full, :full] = sheet[n // 6 :]
-        cover[n // 6 :, :, :full, :full] = 1
+        bare = int(n * self._bare)
+        canvas[bare:, :, :full, :full] = sheet[bare:]
+        cover[bare:, :, :full, :full] = 1
         face = self._faces[picks, 0]
         at = torch.arange(count, device=source.device) % (across * across)
         corner = torch.stack((at % across, at // across), 1).float() * tile
@@ -249,19 +265,19 @@ class Scenes:
         rows[:, 0:2] += corner
         rows[:, 4:] += corner.repeat(1, 5)
         seen = (face[:, 14] >= LABEL_SCORE).reshape(n, -1)
-        seen[: n // 6] = False
+        seen[:bare] = False
         return canvas, cover, _filled(rows.reshape(n, -1, 14), seen)
 
     def compose(self, n: int, side: int) -> tuple[Tensor, Tensor, Faces]:
         """Scenes [n, 3, side, side] in 0..1, the mask [n, 1, side, side] of their photos, and
         the faces whose place is known.
 
-        The first sixth holds grounds alone.
+        The first of them, a share of ``bare``, hold grounds alone.
         """
         photos = self._levels[0]
         canvas = self._ground(n, side)
         cover = torch.zeros(n, 1, side, side, device=photos.device)
-        bare = column((torch.arange(n, device=photos.device) < n // 6).float())
+        bare = column((torch.arange(n, device=photos.device) < int(n * self._bare)).float())
         known, free = [], []
         # Large photos first, small ones over them; each layer has its own octave of scales.
         for level, low, high in random.choice(PLANS if side < LARGE_SIDE else LARGE_PLANS):
@@ -509,15 +525,34 @@ def anchor_cover(cover: Tensor) -> Tensor:
     return torch.cat([F.avg_pool2d(cover, stride).flatten(1) for stride in STRIDES], 1)
 
 
-def distillation_loss(student: DenseHeads, teacher: DenseHeads, target: Tensor) -> Tensor:
-    """``student`` in logits, ``teacher`` in probabilities, ``target`` [N, A] its scores."""
+def held(
+    target: DenseHeads, score: Tensor, before: DenseHeads, cover: Tensor
+) -> tuple[DenseHeads, Tensor]:
+    """What is asked for, where a photo lies no less than what the network said ``before``:
+    [N, A] the probabilities of that, and boxes and landmarks as they were then."""
+    kept = (before.cls * before.obj).float() * (anchor_cover(cover) > 0.5)
+    more = (kept > score)[..., None]
+    merged = DenseHeads(
+        target.cls, target.obj,
+        torch.where(more, before.box.float(), target.box.float()),
+        torch.where(more, before.points.float(), target.points.float()),
+    )  # fmt: skip
+    return merged, torch.maximum(score, kept)
+
+
+def distillation_loss(
+    student: DenseHeads, teacher: DenseHeads, target: Tensor, against: float = 1.0
+) -> Tensor:
+    """``student`` in logits, ``teacher`` in probabilities, ``target`` [N, A] its scores.
+    ``against``: how much more a face counts that is none."""
     log_p = F.logsigmoid(student.cls.float()) + F.logsigmoid(student.obj.float())
     log_p = log_p.clamp(max=-1e-5)
     p = log_p.exp()
     cross = -(target * log_p + (1 - target) * torch.log1p(-p))
     # Subtracting the target's own entropy changes no gradient but shows when it fits.
     amount = target.sum().clamp(min=1)
-    score = (cross * (p.detach() - target).abs()).sum() / amount
+    weight = torch.where(target < 0.05, against, 1.0)
+    score = (cross * (p.detach() - target).abs() * weight).sum() / amount
     near = target > 0.1
     weight = target[near][:, None]
     size = teacher.box[near][:, 2:].float().clamp(-4, 6).exp()
@@ -541,6 +576,20 @@ def distillation_loss(student: DenseHeads, teacher: DenseHeads, target: Tensor) 
 
 CLUTTER = 1200
 """Pictures drawn to be grounds."""
+MINED = 4000
+"""Of a refining run: kept of those that are drawn meanwhile."""
+
+
+def first_grounds(data: Path, device: torch.device, options: Options, seed: int) -> Grounds:
+    """Drawn pictures; of a refining run those of real things too, and room for more."""
+    count = 24 if options.limit else CLUTTER
+    drawn = torch.from_numpy(clutter(count // 4 if options.refine else count, GROUND, seed))
+    if not options.refine:
+        return Grounds(drawn.permute(0, 3, 1, 2).contiguous().to(device))
+    things = torch.from_numpy(load_things(data, options.limit))
+    room = drawn[torch.arange(4 * count if options.limit else MINED) % len(drawn)]
+    pictures = torch.cat((room, things)).permute(0, 3, 1, 2).contiguous().to(device)
+    return Grounds(pictures, real=len(things))
 
 
 def faces_of(photos: Photos, most: int = 4) -> Tensor:
@@ -568,15 +617,15 @@ def train(
         if len(others)
         else None,
         faces_of(photos),
-        torch.from_numpy(clutter(24 if options.limit else CLUTTER, 320, seed))
-        .permute(0, 3, 1, 2)
-        .contiguous()
-        .to(device),
+        first_grounds(data, device, options, seed),
+        bare=1 / 3 if options.refine else 1 / 6,
     )
     teacher = load_yunet(data / "models" / "yunet_n.pth").to(device)
     network = YuNet(WIDTHS).to(device, memory_format=torch.channels_last)
     before = load_state(options.resume) if options.resume else teacher.state_dict()
     network.load_state_dict(grown_state(network, before), strict=False)
+    network.eval()
+    first = Average(network, 0.0).network if options.refine else None
     average = Average(network, 0.998)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(
@@ -588,6 +637,8 @@ def train(
 
     @torch.no_grad()
     def lesson(again: tuple[Tensor, Tensor, Faces] | None) -> Lesson:
+        if drawing and scenes.grounds and (drawn := drawing.taken()) is not None:
+            scenes.grounds.learn(network, drawn)
         draw = random.random()
         side, n = options.side, options.batch - (len(again[0]) if again else 0)
         if draw < LARGE:
@@ -609,6 +660,9 @@ def train(
         # The smaller, the less sure: a score of .7 (probability .5) at 9 pixels, .9 from 16.
         worth = (0.5 + (size - 9) / 7 * 0.32).clamp(0.5, 0.82) * faces.seen
         target, score = with_known(target, score, faces, worth, side)
+        if first is not None:
+            shown = (canvas * 255).contiguous(memory_format=torch.channels_last)
+            target, score = held(target, score, first(shown), cover)
         seen = (light(canvas) * 255).contiguous(memory_format=torch.channels_last)
         return Lesson(canvas, cover, faces, seen, target, score)
 
@@ -616,11 +670,13 @@ def train(
     step, saved, begun = 0, time.time(), time.time()
     # The batch norms keep YuNet's statistics: batches of crowds, of close-ups and of textures have
     # each their own, which no other picture has.
-    network.eval()
     threads = torch.get_num_threads()
     # The next batch is made while this one is learnt. Only its maker draws random numbers
     # meanwhile, so that a seed still fixes them all.
-    with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads)) as maker:
+    with (
+        drawers(options.drawers, GROUND, seed) if options.refine else nullcontext() as drawing,
+        ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads)) as maker,
+    ):
         coming = maker.submit(lesson, None)
         while not clock.over:
             set_rate(optimizer, cosine_rate(clock.progress, options.rate))
@@ -630,7 +686,7 @@ def train(
             half = options.half and clock.progress < EXACT
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 answer = network.logits(now.seen)
-            loss = distillation_loss(answer, now.target, now.score)
+            loss = distillation_loss(answer, now.target, now.score, AGAINST if first else 1.0)
             if now.canvas.shape[-1] == options.side:
                 worst = worst_error(answer, now.score)
                 bank.offer(now.canvas, now.cover, now.faces, worst, options.batch // 6)

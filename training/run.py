@@ -107,11 +107,12 @@ def _clock(arguments: argparse.Namespace, stage: str, start: float) -> Clock:
 
 def run_detector(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
-    options = detector.Options(resume=_resumed(arguments, "detector"))
+    options = detector.Options(resume=_resumed(arguments, "detector"), refine=arguments.refine)
+    options = replace(options, rate=options.rate * arguments.rate)
     if device.type == "cpu":
-        options = replace(options, batch=24, hard=6, rate=options.rate * arguments.rate)
+        options = replace(options, batch=24, hard=6, drawers=1)
     if arguments.smoke:
-        options = replace(options, side=96, batch=4, limit=SMOKE_LIMIT)
+        options = replace(options, side=96, batch=4, limit=SMOKE_LIMIT, drawers=1)
     clock = _clock(arguments, "detector", start)
     detector.train(arguments.data, arguments.out, clock, device, options)
     measure_detector(arguments)
@@ -400,7 +401,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument(
         "--rate", type=float, default=1.0,
-        help="times the usual peak of the learning rate, for a CPU that goes on",
+        help="times the usual peak of the learning rate, for a run that goes on",
     )  # fmt: skip
     parser.add_argument(
         "--keep", type=float, default=liveness.Options.keep,
@@ -409,6 +410,10 @@ def main() -> int:
     parser.add_argument(
         "--stay", type=float, default=liveness.Options.stay,
         help="liveness: how strongly its weights are drawn to the public pair's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--refine", action="store_true",
+        help="detector: go on from --resume, against what it takes for faces and is none",
     )  # fmt: skip
     parser.add_argument("--only", nargs="*", choices=[*STAGES, *PARTS], default=list(STAGES))
     parser.add_argument("--measure", action="store_true", help="train nothing, measure --out")
@@ -460,6 +465,7 @@ def main() -> int:
             command += ["--cpu-s", str(arguments.cpu_s), "--only", *arguments.only]
             command += ["--rate", str(arguments.rate)]
             command += ["--keep", str(arguments.keep), "--stay", str(arguments.stay)]
+            command += ["--refine"] if arguments.refine else []
             command += ["--measure"] if arguments.measure else []
             command += ["--media", str(arguments.media)] if arguments.media else []
             command += ["--resume", str(arguments.resume)] if arguments.resume else []
