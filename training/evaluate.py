@@ -28,7 +28,7 @@ SCORES = (0.3, 0.4, 0.5, 0.55, 0.6, 0.62, 0.65, 0.7, 0.75, 0.8)
 YUNET_SCORE = 0.7
 """From here YuNet's detections count as faces: the threshold of its package, as imported by
 ``facelane-server models import``. Figures that count its weaker ones too stand beside."""
-LIVE_THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
+LIVE_THRESHOLDS = tuple(round(0.01 * k, 2) for k in range(5, 96))
 
 
 def verification(embeddings: Tensor, identity: np.ndarray) -> Report:
