@@ -91,10 +91,7 @@ class ServedDetector(Served):
 
     def forward(self, pictures: Tensor) -> Tensor:
         height, width = pictures.shape[1:3]
-        candidates = decode(self.network(self.prepare(pictures)), height, width)
-        count = min(TOP, candidates.shape[1])
-        best = candidates[..., 0].topk(count, dim=1).indices
-        return candidates.gather(1, best[..., None].expand(-1, -1, candidates.shape[2]))
+        return decode(self.network(self.prepare(pictures)), height, width, best=TOP)
 
     @staticmethod
     def agreement(reference: Tensor, output: Tensor) -> float:

@@ -86,21 +86,41 @@ class _Stage(nn.Module):
         return out
 
 
+class _Pool(Packable):
+    """The largest of every 2x2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2)
+
+    def for_cpu(self) -> nn.Module:
+        return _PoolOfHalves()
+
+
+class _PoolOfHalves(nn.Module):
+    """The same. torch's own remembers for each where it was, and takes two or three times as
+    long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+        return torch.maximum(rows[..., ::2], rows[..., 1::2])
+
+
 class _Backbone(nn.Module):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
+        self.pool: nn.Module = _Pool()
         self.model0 = _Stem(widths[0])
         for i in range(1, 6):
             self.add_module(f"model{i}", _Stage(widths[i - 1], widths[i]))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         kept: list[Tensor] = []
-        for i, stage in enumerate(self.children()):
-            x = stage(x)
+        for i in range(6):
+            x = self.get_submodule(f"model{i}")(x)
             if i >= 3:
                 kept.append(x)
             if i in (0, 2, 3, 4):
-                x = F.max_pool2d(x, 2)
+                x = self.pool(x)
         return kept
 
 
@@ -200,9 +220,10 @@ class YuNet(nn.Module):
         return DenseHeads(cls.sigmoid(), obj.sigmoid(), box, points)
 
 
-def decode(heads: DenseHeads, height: int, width: int) -> Tensor:
+def decode(heads: DenseHeads, height: int, width: int, best: int = 0) -> Tensor:
     """Dense heads to candidates [N, A, 15]: score, x, y, w, h, five (x, y); float32 pixels
-    of the network's input. The score is sqrt(cls * obj)."""
+    of the network's input. The score is sqrt(cls * obj). ``best``: of at most so many, best
+    first, instead of all."""
     device = heads.cls.device
     grids, steps = [], []
     for stride in STRIDES:
@@ -211,12 +232,19 @@ def decode(heads: DenseHeads, height: int, width: int) -> Tensor:
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         grids.append(torch.stack((x, y), -1).reshape(-1, 2))
         steps.append(torch.full((x.numel(), 1), float(stride), device=device))
-    grid, step = torch.cat(grids), torch.cat(steps)
-    box = heads.box.float()
+    grid, step = torch.cat(grids)[None], torch.cat(steps)[None]
+    box, points = heads.box, heads.points
+    score = (heads.cls.float().clamp(0, 1) * heads.obj.float().clamp(0, 1)).sqrt()
+    if best:
+        score, rows = score.topk(min(best, score.shape[1]), dim=1)
+        box, points = (
+            v.gather(1, rows[..., None].expand(-1, -1, v.shape[2])) for v in (box, points)
+        )
+        grid, step = grid[0][rows], step[0][rows]
+    box = box.float()
     # A size of more than e**10 strides is no face, and its exponential may overflow.
     size = box[..., 2:].clamp(max=10.0).exp() * step
     corner = (grid + box[..., :2]) * step - size / 2
-    points = heads.points.float().reshape(*heads.points.shape[:2], 5, 2)
-    points = (points + grid[:, None, :]) * step[:, None, :]
-    score = (heads.cls.float().clamp(0, 1) * heads.obj.float().clamp(0, 1)).sqrt()
-    return torch.cat((score[..., None], corner, size, points.flatten(-2)), -1)
+    places = points.float().reshape(*points.shape[:2], 5, 2)
+    places = (places + grid[:, :, None, :]) * step[:, :, None, :]
+    return torch.cat((score[..., None], corner, size, places.flatten(-2)), -1)
