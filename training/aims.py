@@ -251,7 +251,7 @@ def false_finds(networks: Networks, drawn: int) -> Report:
         out["finds_of_yunet"] += len(theirs)
         scores += mine[:, 14].tolist()
         if len(mine):
-            out["where"][name] = mine[:, 14].numpy().round(2).tolist()
+            out["where"].setdefault(name, []).extend(mine[:, 14].numpy().round(2).tolist())
     out["finds"] = {f"{at:g}": int((np.array(scores) >= at).sum()) for at in SCORES}
     return out
 

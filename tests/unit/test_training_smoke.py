@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from facelane_server.models.package import read_package
@@ -36,10 +38,16 @@ def python(module: str, *arguments: str | Path) -> str:
 
 @pytest.mark.shared
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_pack_train_and_ship(shared: Path, tmp_path: Path) -> None:
     data, run, out = (tmp_path / name for name in ("data", "run", "packages"))
-    python("training.pack", "--shared", shared, "--out", data, "--limit", str(SET))
+    things = tmp_path / "things"
+    things.mkdir()
+    cv2.imwrite(str(things / "plain.png"), np.full((90, 90, 3), 77, np.uint8))
+    python(
+        "training.pack", "--shared", shared, "--out", data, "--limit", str(SET),
+        "--things", things,
+    )  # fmt: skip
     python(
         "training.run", "--data", data, "--out", run, "--smoke", "--budget-s", "20",
         "--cpu-s", "2",
@@ -59,6 +67,14 @@ def test_pack_train_and_ship(shared: Path, tmp_path: Path) -> None:
             "training.run", "--data", data, "--out", tmp_path / part, "--smoke",
             "--budget-s", "10", "--only", part, "--resume", before,
         )  # fmt: skip
+    # And of the detector: against what it takes for faces.
+    python(
+        "training.run", "--data", data, "--out", tmp_path / "refined", "--smoke",
+        "--budget-s", "20", "--cpu-s", "2", "--only", "detector", "--refine", "--resume", run,
+    )  # fmt: skip
+    refined = json.loads((tmp_path / "refined" / "report.json").read_text())
+    assert refined["about"]["failed"] == []
+    assert "things.npz" in refined["about"]["data"]["packed"]
     later = json.loads((tmp_path / "trust" / "report.json").read_text())
     assert later["about"]["failed"] == []
     assert later["recognizer"]["verification"]["pictures"] > 0
