@@ -41,11 +41,11 @@ FEW: Final = (1, 4)
 """So many probes have kernels; between them, those for more."""
 _WIDEST: Final = 1_024
 """Vectors of so many numbers fit into a thread's registers, with the rows that it reads."""
-_ROWS_A_GROUP: Final = 64
-_SCORE_THREADS, _BEST_THREADS = 256, 1_024
-_TEAM: Final = 1
+_ROWS_A_GROUP: Final = 256
+_SCORE_THREADS, _BEST_THREADS = 256, 512
+_TEAM: Final = 8
 """Warps that share a group."""
-_SIDE_BY_SIDE: Final = {1: 4, 4: 2}
+_SIDE_BY_SIDE: Final = {1: 2, 4: 4}
 """Rows that a warp reads at a time, for so many probes."""
 _WARP: Final = 32
 _SCORES: Final = 2**24
