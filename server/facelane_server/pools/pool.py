@@ -1,8 +1,8 @@
 """A pool: the workers of one stage, and the tasks that wait for them.
 
 ``schedule`` decides what goes next and who is to blame, ``crew`` sees to the workers'
-lives; here both are driven: tasks in, batches out to the workers, answers back to those
-who wait, and what an operator may ask: reload, restart, drain.
+lives, ``renewal`` to other models; here they are driven: tasks in, batches out to the
+workers, answers back to those who wait, and what an operator may ask: reload, restart, drain.
 
 A pool says it can infer only after each of its workers did so (``crew``).
 
@@ -19,7 +19,7 @@ from typing import Final
 import structlog
 
 from facelane_server import config, limits
-from facelane_server.domain import FacelaneError, Reason, Stage
+from facelane_server.domain import FacelaneError, Stage
 from facelane_server.ipc.channel import ChannelError, ProtocolError
 from facelane_server.ipc.messages import GalleryDelta, GallerySnapshot, InferDone, InferFailed
 from facelane_server.models.api import CropSpec
@@ -30,8 +30,9 @@ from facelane_server.pools.crew import Crew
 from facelane_server.pools.feed import GalleryFeed
 from facelane_server.pools.handle import ReadyHandle, WorkerLostError
 from facelane_server.pools.host import Launcher
+from facelane_server.pools.renewal import Renewal
 from facelane_server.pools.report import PoolChange, PoolEvent, PoolInfo, PoolState, Work
-from facelane_server.pools.restart import Happening, Life
+from facelane_server.pools.restart import Life
 from facelane_server.pools.schedule import Ended, Schedule, unavailable
 from facelane_server.pools.slots import SubjectResolver
 from facelane_server.pools.tasks import AnyTask, Job, VideoRequest
@@ -86,7 +87,6 @@ class Pool:
         self._schedule = Schedule(self.name, self._briefing.codec(package))
         self._changes = Changes(self._clock)
         self._feed = GalleryFeed(self._changes)
-        self._launcher = launcher
         self._crew = Crew(
             self.name,
             settings,
@@ -98,11 +98,11 @@ class Pool:
             rng=rng or random.Random(),
             budget_mib=settings.memory_mib if budget_mib is None else budget_mib,
         )
+        self._renewal = Renewal(self, settings, launcher, self._crew, self._changes)
         self._state = PoolState.STOPPED
         self._dispatch_due = False
         self._deadline_timer: Timer | None = None
         self._deadline_at = 0
-        self._reloading = asyncio.Lock()
         self._completed = 0
         self._failed = 0
         self._busy_ns = 0
@@ -163,8 +163,8 @@ class Pool:
     def submit(self, task: AnyTask) -> None:
         """Queue a task. Never raises and never blocks: a refusal comes through the future."""
         now = task.submitted_ns = self._clock.now_ns()
-        if self._ending:
-            refusal: FacelaneError | None = self._shutting_down()
+        if self.ending:
+            refusal: FacelaneError | None = self.shutting_down()
         else:
             # Only lanes of video belong to a worker.
             video = isinstance(task.request, VideoRequest)
@@ -181,7 +181,7 @@ class Pool:
         """Put a task in the place, and the turn, of another of its lane. True when the other was
         still queued: its future is then the caller's to resolve. False: nothing has changed."""
         now = by.submitted_ns = self._clock.now_ns()
-        if self._ending or not self._schedule.replace(task, by, now, self._crew.can_serve_by):
+        if self.ending or not self._schedule.replace(task, by, now, self._crew.can_serve_by):
             return False
         self._arm_deadline()
         self._schedule_dispatch()
@@ -233,10 +233,11 @@ class Pool:
                 task.future.set_result(outcome)
 
     @property
-    def _ending(self) -> bool:
+    def ending(self) -> bool:
+        """It takes no more tasks, and nobody would end a worker that is started now."""
         return self._state in (PoolState.DRAINING, PoolState.STOPPED)
 
-    def _shutting_down(self) -> FacelaneError:
+    def shutting_down(self) -> FacelaneError:
         return unavailable(self.name, "is shutting down")
 
     def _arm_deadline(self) -> None:
@@ -256,8 +257,7 @@ class Pool:
         self._arm_deadline()
 
     def _expire(self) -> None:
-        now = self._clock.now_ns()
-        self._resolve(self._schedule.expire(now, serving=self.available))
+        self._resolve(self._schedule.expire(self._clock.now_ns(), serving=self.available))
 
     # -- dispatch -------------------------------------------------------------------------
 
@@ -335,20 +335,17 @@ class Pool:
     def excuses(self, jobs: Sequence[Job], reason: str, *, overlaps: bool) -> bool:
         return self._schedule.excuses(jobs, reason, self._clock.now_ns(), overlaps=overlaps)
 
-    def _refuse_hopeless(self) -> None:
-        if not self.available:
-            self._resolve(self._schedule.refuse_hopeless(self._crew.can_serve_by))
-
     # -- state ----------------------------------------------------------------------------
 
     def crew_changed(self) -> None:
         self._set_state()
-        self._refuse_hopeless()
+        if not self.available:
+            self._resolve(self._schedule.refuse_hopeless(self._crew.can_serve_by))
         self._schedule_dispatch()
         self._changes.tell()
 
     def _set_state(self) -> None:
-        if self._ending:
+        if self.ending:
             return
         if len(self._crew.active) >= self._settings.workers:
             state = PoolState.SERVING
@@ -410,22 +407,7 @@ class Pool:
         Raises FacelaneError: WORKER_NOT_FOUND, POOL_UNAVAILABLE when it does not come back
         within ``timeout`` seconds.
         """
-        worker = next((w for w in self._crew.serving if w.worker_id == worker_id), None)
-        if worker is None:
-            known = ", ".join(w.worker_id for w in self._crew.serving)
-            raise FacelaneError(
-                Reason.WORKER_NOT_FOUND,
-                f"the {self.name} pool has no worker of this id; it has: {known}",
-                metadata={"pool": self.name},
-            )
-        if self._ending:  # a worker started now would have nobody to end it
-            raise self._shutting_down()
-        old, before = worker.pid, worker.state.restarts
-        self._crew.restart(worker, "RESTARTED")
-        await self._changes.until(lambda: worker.came_back(before) or self._ending, timeout)
-        if not worker.came_back(before):
-            raise unavailable(self.name, "has not brought the worker back yet")
-        return old, worker.pid
+        return await self._renewal.restart(worker_id, timeout)
 
     async def reload(self, package: Package, timeout: float | None = None) -> None:
         """Serve another package (or the same, read again) without losing a task.
@@ -436,83 +418,11 @@ class Pool:
         package stays in service. Raises FacelaneError: MODEL_INVALID, POOL_UNAVAILABLE when
         the pool is stopped meanwhile.
         """
-        if package.task is not self.stage:
-            raise _invalid(package, f"it is a {package.task}, not a {self.stage}")
-        if package.crops != self.package.crops:
-            raise _invalid(package, "it takes other crops; restart the server with it instead")
-        async with self._reloading:
-            if self._ending:
-                raise self._shutting_down()
-            bound = timeout if timeout is not None else self._settings.load_timeout_s
-            if self._settings.hosting.can_double:
-                await self._reload_beside(package, bound)
-            else:
-                if not self._launcher.may_read(package.folder):
-                    raise _invalid(
-                        package,
-                        f"the process of its thread group may not read {package.folder}; name the "
-                        "folder above it in models.path, or its own as the pool's model, and "
-                        "restart the server",
-                    )
-                await self._reload_in_turn(package, bound)
+        await self._renewal.reload(package, timeout)
         self.tell(PoolChange.MODEL_RELOADED, None, "")
 
-    async def _reload_beside(self, package: Package, timeout: float) -> None:
-        fresh = self._crew.warming = self._crew.recruit(package)
-        sound = False
-
-        def all_ready() -> bool:
-            return all(w.life is Life.READY for w in fresh)
-
-        try:
-            for worker in fresh:
-                self._crew.happen(worker, Happening.START)
-            await self._changes.until(
-                lambda: all_ready() or any(w.was_lost(0) for w in fresh) or self._ending, timeout
-            )
-            sound = all_ready() and not self._ending
-        finally:
-            self._crew.warming = []
-            if not sound:
-                # Whoever asked may be gone (cancelled): nobody else would end them.
-                self._crew.retire(fresh)
-        if not sound:
-            raise self._not_reloaded(package, fresh)
-        self._adopt(package)
-        self._crew.promote(fresh)
-
-    async def _reload_in_turn(self, package: Package, timeout: float) -> None:
-        old = self.package
-        self._adopt(package)
-        try:
-            for worker in self._crew.serving:
-                worker.package = package
-                restarts, lost = worker.state.restarts, worker.state.lost
-                self._crew.happen(worker, Happening.RESTART, "RESTARTED")
-                await self._changes.until(
-                    lambda w=worker, n=restarts, before=lost: (  # type: ignore[misc]
-                        w.came_back(n) or w.was_lost(before) or self._ending
-                    ),
-                    timeout,
-                )
-                if not worker.came_back(restarts) or self._ending:
-                    raise self._not_reloaded(package, [worker])
-        except BaseException:  # cancelled, too: never two models at once
-            self._adopt(old)
-            for other in self._crew.serving:
-                if other.package is package:
-                    other.package = old
-                    if not self._ending:
-                        self._crew.happen(other, Happening.RESTART, "RESTARTED")
-            raise
-
-    def _not_reloaded(self, package: Package, workers: list[Worker]) -> FacelaneError:
-        if self._ending:
-            return self._shutting_down()
-        reason = next((w.state.reason for w in workers if w.state.reason), "START_TIMEOUT")
-        return _invalid(package, f"its workers do not become ready ({reason}); see the log")
-
-    def _adopt(self, package: Package) -> None:
+    def adopt(self, package: Package) -> None:
+        """What is asked from now on is this package's."""
         self.package = package
         self._schedule.codec = self._briefing.codec(package)
 
@@ -533,11 +443,3 @@ class Pool:
                 except ChannelError as error:
                     self._crew.lost(worker, WorkerLostError.by(error))
         await self._feed.loaded(handles, self._feed.version)
-
-
-def _invalid(package: Package, why: str) -> FacelaneError:
-    return FacelaneError(
-        Reason.MODEL_INVALID,
-        f"the model package {package.name} is not taken into service: {why}",
-        metadata={"model": package.name},
-    )
