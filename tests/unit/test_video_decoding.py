@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +19,17 @@ from tests.waiting import until
 
 from facelane_server import annexb, limits
 from facelane_server.annexb import Key
-from facelane_server.domain import Encoding, FacelaneError, Reason
+from facelane_server.domain import Encoding, FacelaneError, Reason, Stage
 from facelane_server.ipc.channel import ProtocolError
-from facelane_server.ipc.messages import PictureHeld, VideoItem
+from facelane_server.ipc.messages import DetectDone, InferDone, ItemDone, PictureHeld, VideoItem
 from facelane_server.models.api import U8
+from facelane_server.pools.groups import Decoders, Group, Wanted
+from facelane_server.pools.schedule import Schedule
+from facelane_server.pools.slots import Codec
+from facelane_server.pools.tasks import DetectAnswer, Job, Task, VideoRequest
 from facelane_server.worker.decoding import video
 from facelane_server.worker.decoding.cpu_video import CpuEngine
+from facelane_server.worker.work import _access_units
 
 ENCODINGS = [Encoding.H264, Encoding.H265]
 
@@ -221,6 +229,11 @@ def test_what_nobody_looks_at_is_decoded_when_it_comes(bframes: int) -> None:
         (got,) = read(held, (asked, units[fed:upto]))
         if ahead:
             assert got == PictureHeld(upto - 1)
+            left = held._sessions[1]._undecoded
+            assert len(left) == upto - fed, "the job does not wait for it"
+            for call in held.ahead():
+                call()
+            assert not left
         else:
             assert shows(got, number)
         fed = upto
@@ -231,13 +244,35 @@ def test_what_is_wrong_with_what_nobody_looks_at_is_found_with_the_next_picture_
     broken = units[2][:5] + bytes(len(units[2]) - 5)
     read(held, (item(0, 1, 1), units[:2]))
     assert read(held, (item(5, 5, 5, ahead=True), units[5:6])) == [PictureHeld(-1)]
-    (found,) = read(held, (item(2, 2, 2, ahead=True), [broken]))
-    assert isinstance(found, FacelaneError)
+    assert read(held, (item(2, 2, 2, ahead=True), [broken])) == [PictureHeld(2)]
+    for call in held.ahead():
+        call()
+    assert held.ahead() == []
     assert read(held, (item(3, 3, 3), units[3:4])) == [PictureHeld(-1)]
     (found,) = read(held, (item(0, 3, 3), [*units[:2], broken, units[3]]))
     assert isinstance(found, FacelaneError)
     (found,) = read(held, (item(0, 3, 3), units[:4]))
     assert shows(found, 3)
+
+
+def test_a_decoder_that_fails_over_what_nobody_looks_at_is_not_gone_on_with() -> None:
+    """An access unit is missing in it."""
+    held, units = sessions(), clip(count=10)
+    read(held, (item(0, 0, 0), units[:1]), (item(0, 0, 0, lane=2), units[:1]))
+
+    def fail(*_: object) -> Any:
+        raise MemoryError
+
+    held._sessions[1]._decoder.decode = fail  # type: ignore[union-attr, method-assign]
+    ahead = [(item(1, 1, 1, lane=lane, ahead=True), units[1:2]) for lane in (1, 2)]
+    assert read(held, *ahead) == [PictureHeld(1), PictureHeld(1)]
+    first, second = held.ahead()
+    with pytest.raises(MemoryError):
+        first()
+    second()
+    assert read(held, (item(2, 2, 2), units[2:3])) == [PictureHeld(-1)]
+    (found,) = read(held, (item(2, 2, 2, lane=2), units[2:3]))
+    assert shows(found, 2)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -283,6 +318,64 @@ def test_a_long_group_is_decoded_in_slices() -> None:
     assert shows(found, 9)
 
 
+class Seat:
+    """Of a worker that has one batch under way, or two."""
+
+    def __init__(self, batch_max: int) -> None:
+        self.jobs: deque[Job] = deque()
+        self.sent: deque[list[tuple[VideoItem, list[bytes]]]] = deque()
+        self.batch_max = batch_max
+        self.overlaps = True
+        self.service_ns = 0.0
+        self.free_slots = 2
+        self.decoders = Decoders()
+
+
+@pytest.mark.parametrize("batch_max", [1, 2])
+def test_pictures_of_one_lane_under_way_together_do_not_undo_each_other(batch_max: int) -> None:
+    """Their group takes long to decode, and the first is not there when the second is asked for."""
+    units = clip(count=10)
+    found = annexb.examine(units[0], Encoding.H264, 0).format
+    assert found is not None
+    group = Group(Encoding.H264, found, 1 << 20)
+    for unit in units:
+        group.append(unit)
+    codec, seat = Codec(Stage.DETECTOR, []), Seat(batch_max)
+    schedule, held = Schedule("detector", codec), sessions(step=video.SLICE_S / 3)
+    tasks: list[Task[Any]] = [
+        Task(VideoRequest(Wanted(1, group, n, n), 4, 0), 1, 1, 10**18, Future())  # type: ignore[arg-type]
+        for n in (7, 8, 9)
+    ]
+    for task in tasks:
+        assert schedule.submit(task, 0, lambda _: True, [seat]) is None
+    decoded = 0
+    while not all(task.future.done() for task in tasks):
+        while len(seat.jobs) < 2 and (batch := schedule.next([seat])) is not None:
+            slot = memoryview(bytearray(1 << 16))
+            items, _ = codec.write([one.request for one in batch[1]], slot, seat.decoders)
+            seat.jobs.append(Job(1, 0, batch[1]))
+            seat.sent.append(
+                [(one, _access_units(slot, one)) for one in items if isinstance(one, VideoItem)]
+            )
+        asked = seat.sent.popleft()
+        decoded += sum(len(fresh) for _, fresh in asked)
+        answers = read(held, *asked)
+        done: list[ItemDone] = []
+        for (one, _), answer in zip(asked, answers, strict=True):
+            if isinstance(answer, PictureHeld):
+                done.append(answer)
+            else:
+                assert shows(answer, one.picture)
+                done.append(DetectDone(320, 240, 0, 0, 0))
+        ended, _ = schedule.answered(
+            seat.jobs.popleft(), InferDone(1, done), codec, memoryview(b""), 0, seat.decoders
+        )
+        for task, outcome in ended:
+            assert isinstance(outcome, DetectAnswer)
+            task.future.set_result(outcome)
+        assert decoded < 5 * len(units), "again and again"
+
+
 class SlowEngine:
     """Opens decoders when it is let."""
 
@@ -318,7 +411,9 @@ def test_others_do_not_wait_for_a_decoder_that_is_being_opened() -> None:
     )
     assert shows(of_first, 1)
     assert of_second == PictureHeld(1), "it has them, and there is no picture yet"
-    assert read(held, (item(2, 4, 4, lane=2), units[2:5])) == [PictureHeld(4)]
+    later = item(2, 4, 4, lane=2), units[2:5]
+    assert read(held, later) == [PictureHeld(0, waits=True)], "the one before is to be shown"
+    assert read(held, later) == [PictureHeld(4)], "it was not asked for again"
     engine.let.set()
 
     def shown() -> bool:

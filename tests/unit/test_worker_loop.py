@@ -265,6 +265,29 @@ def test_memory_that_runs_out_three_times_ends_the_worker(server: Server) -> Non
     assert server.exit_code() == exit_codes.OUT_OF_MEMORY
 
 
+def test_what_nobody_looks_at_is_decoded_once_the_job_is_answered(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong then is nobody's answer: only the worker may end over it."""
+    server.become_ready()
+    server.model.permits.release(10)
+    decoded: list[int] = []
+
+    def decode_ahead() -> None:
+        decoded.append(server.model.calls.count("finish job1"))
+        raise InjectedOutOfMemoryError("full")
+
+    monkeypatch.setattr(server.loop._work, "decode_ahead", decode_ahead)
+    for job in (1, 2, 3):
+        server.infer(job, 0)
+        answer = server.receive()
+        assert isinstance(answer, InferDone)
+        assert answer.job_id == job
+    assert isinstance(server.receive(), Fatal)
+    assert server.exit_code() == exit_codes.OUT_OF_MEMORY
+    assert decoded == [1, 1, 1]
+
+
 def test_ping_is_answered_between_jobs_and_by_the_loop_alone(server: Server) -> None:
     server.become_ready()
     server.send(Ping(7))

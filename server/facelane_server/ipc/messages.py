@@ -80,8 +80,8 @@ class VideoItem(Packed, frozen=True, tag="V"):
     ``lengths`` says; none where the decoder has had them all. ``begins``: with the group's key
     frame, and nothing of what was before is needed. ``picture``: the one wanted, counted in the
     order of showing. ``drain``: nothing follows, so what the decoder holds back comes out.
-    ``ahead``: nobody wants it after all, it is decoded for those that follow; the answer is
-    PictureHeld."""
+    ``ahead``: nobody wants it after all, it is decoded for those that follow, once the job is
+    answered; the answer is PictureHeld."""
 
     lane: int
     offset: int
@@ -148,10 +148,12 @@ class PictureHeld(Packed, frozen=True, tag="h"):
     """Video: there is no picture yet. ``position``: the newest access unit of the group that was
     decoded; -1 = the decoder is not where the item goes on, and has to begin anew. ``held``: all
     were decoded, and the decoder holds so many pictures back; 0 = the others must have their turn,
-    send the rest again."""
+    send the rest again. ``waits``: nothing of the item was taken in, an earlier picture comes
+    first; send it again."""
 
     position: Annotated[int, msgspec.Meta(ge=-1, le=limits.MAX_GROUP_UNITS)]
     held: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_REORDER)] = 0
+    waits: bool = False
 
 
 class EmbedDone(Packed, frozen=True, tag="e"):

@@ -306,9 +306,9 @@ class Schedule:
         return self._queue.take(seat, seat.batch_max, accept), room[0]
 
     def _beside(self, seat: Seat, tasks: Sequence[AnyTask], room: int) -> list[AnyTask]:
-        """What nobody looks at of other lanes of video, to be decoded in the same job: their
-        decoders work side by side, and their next pictures need not wait for it. Only what goes
-        on where a decoder is; nothing shares a job with what may have ended a worker."""
+        """What nobody looks at of other lanes of video: it goes with the job, is decoded once that
+        is answered, and their next pictures need not wait for it. Only what goes on where a
+        decoder is; nothing shares a job with what may have ended a worker."""
         found: list[AnyTask] = []
         passed = self._queue.passed(seat)
         if not passed or any(task.attempts for task in tasks):
@@ -511,8 +511,10 @@ def _note(task: AnyTask, answer: Answer | PictureHeld | FacelaneError, decoders:
     wanted = task.request.wanted
     if task.ahead:
         # What is wrong with it is told to the next picture, for which all is decoded again.
-        if not isinstance(answer, PictureHeld) or answer.position < 0:
+        if not isinstance(answer, PictureHeld) or answer.position < 0 or answer.waits:
             decoders.forget([task.lane])
+    elif isinstance(answer, PictureHeld) and answer.waits:
+        pass  # the picture that it waits for has said how far the decoder is
     elif isinstance(answer, FacelaneError):
         decoders.forget([task.lane])
         # What follows needs what cannot be decoded; only where it was a matter of time it can.

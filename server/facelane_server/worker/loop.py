@@ -231,6 +231,7 @@ class Loop:
                     self._begin(self._jobs.popleft())
                 else:
                     self._finish(self._begun.popleft())
+                    self._decode_ahead()
             elif self._jobs:
                 self._begin(self._jobs.popleft())
             elif self._draining:
@@ -298,6 +299,7 @@ class Loop:
         if ready:
             self._finish_begun()
             self._finish(begun)
+            self._decode_ahead()
         else:
             self._begun.append(begun)
 
@@ -327,8 +329,16 @@ class Loop:
             message = "pictures that were given up are still being decoded"
             raise Quit(exit_codes.WORN_OUT, Fatal("WORN_OUT", message))
 
-    def _job_failed(self, job_id: int, error: Exception) -> None:
-        answer, leave = self._faults.failed(job_id, error)
+    def _decode_ahead(self) -> None:
+        """An answer has gone out, so nobody waits for it but the next job."""
+        try:
+            self._work.decode_ahead()
+        except Exception as error:
+            self._job_failed(None, error)
+
+    def _job_failed(self, job_id: int | None, error: Exception) -> None:
+        """``job_id``: None = of no job."""
+        answer, leave = self._faults.failed(job_id or 0, error)
         if leave is not None and leave.at_once:
             assert leave.fatal is not None
             with contextlib.suppress(ChannelClosed):
@@ -338,6 +348,7 @@ class Loop:
         if answer is not None:
             if answer.reason == Reason.OUT_OF_MEMORY:
                 device.free_cache()
-            self._send(answer)
+            if job_id is not None:
+                self._send(answer)
         if leave is not None:
             raise leave

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -43,6 +43,9 @@ from facelane_server.worker.search import GalleryLoader, Hits, Searcher
 
 if TYPE_CHECKING:
     from facelane_server.worker.decoding.video import VideoEngine
+
+_AHEAD: Final = 0.25
+"""Of a job's time, what is decoded after it that nobody looks at."""
 
 Finish = Callable[[], list[ItemDone]]
 _Read = tuple[U8, tuple[int, int]] | U8 | api.DevicePicture | FacelaneError | PictureHeld
@@ -76,6 +79,9 @@ class Work:
 
     def close_video(self, lane: int) -> None:
         """The lane's decoder is not needed any more."""
+
+    def decode_ahead(self) -> None:
+        """What nobody looks at, of video; an answer has gone out. Bounded."""
 
     @property
     def worn_out(self) -> bool:
@@ -133,10 +139,17 @@ class DetectWork(Work):
             threads, min(limits.DECODE_SECONDS, 0.4 * timeout_s), 0.6 * timeout_s
         )
         self._video = video.Sessions(engine, max_pixels=load.max_pixels)
+        # Beside the next job's own time: together they are below what a job may take.
+        self._ahead = patience.Decoders(threads, *2 * [_AHEAD * timeout_s])
+
+    def decode_ahead(self) -> None:
+        calls = self._video.ahead()
+        if calls:
+            self._ahead.run(calls)
 
     @property
     def worn_out(self) -> bool:
-        return self._decoders.worn_out
+        return self._decoders.worn_out or self._ahead.worn_out
 
     def spans(self, item: Item) -> list[tuple[int, int]]:
         if isinstance(item, VideoItem):

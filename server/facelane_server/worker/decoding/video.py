@@ -144,6 +144,8 @@ class Session:
         self._decoder = decoder
         self.position = -1
         """The newest access unit of the group that it has had."""
+        self.owed: tuple[int, int] | None = None
+        """A picture that was asked for and is not there yet, and the job that asked last."""
         self._base = 0
         """Access units of the groups before: with them tags are never used twice."""
         self.busy = False
@@ -163,6 +165,7 @@ class Session:
         self.format = found
         self._base += self.position + 1
         self.position = -1
+        self.owed = None
         self._broken = False
         self._drained = False
         self._undecoded.clear()
@@ -278,6 +281,9 @@ class Sessions:
         self._max_pixels = max_pixels
         self._clock = clock
         self._sessions: dict[int, Session] = {}
+        self._jobs = 0
+        self._ahead: dict[int, int] = {}
+        """Lanes whose decoders were given what nobody looks at, and up to which picture."""
         slow = engine is not None and engine.opens_slowly
         self._openers = ThreadPoolExecutor(OPENERS, "open-video") if slow else None
 
@@ -293,6 +299,7 @@ class Sessions:
         for number, (item, _) in enumerate(items):
             lanes.setdefault(item.lane, []).append(number)
         self._abandon_busy()
+        self._jobs += 1
         if len(self._sessions.keys() | lanes.keys()) > limits.MAX_DECODERS:
             raise ProtocolError("more decoders than a worker has")
         calls = [
@@ -300,6 +307,32 @@ class Sessions:
             for numbers in lanes.values()
         ]
         return calls, list(lanes.values())
+
+    def ahead(self) -> list[Callable[[], None]]:
+        """One call for each lane that was given what nobody looks at since this was asked, which
+        decodes it. Else it is decoded with the lane's next picture, which is told also what is
+        wrong with it."""
+        self._abandon_busy()
+        given, self._ahead = self._ahead, {}
+        return [
+            functools.partial(self._decode_ahead, lane, session, picture)
+            for lane, picture in given.items()
+            if (session := self._sessions.get(lane)) is not None
+        ]
+
+    def _decode_ahead(self, lane: int, session: Session, picture: int) -> None:
+        session.busy = True
+        try:
+            if session.opened(0.0):
+                session.decode(self._clock, self._clock() + SLICE_S, picture + 1)
+        except FacelaneError as error:
+            if error.reason is not Reason.PICTURE_CORRUPT or not session.is_open:
+                self._sessions.pop(lane, None)
+        except Exception:
+            self._sessions.pop(lane, None)  # an access unit is missing
+            raise
+        finally:
+            session.busy = False
 
     def close(self, lane: int) -> None:
         session = self._sessions.pop(lane, None)
@@ -320,22 +353,25 @@ class Sessions:
         return [self._read(item, units, until) for item, units in items]
 
     def _read(self, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
+        if self._is_early(item):
+            return PictureHeld(0, waits=True)
         try:
             session = self._session(item, units)
         except FacelaneError as error:
             return error
         if session is None:
             return PictureHeld(-1)
+        session.owed = None
         session.busy = True
         try:
             for unit in units:
                 session.feed(unit)
             wait_s = OPENING_S if len(self._sessions) > 1 else OPENING_FIRST_S
             if item.ahead:
-                if session.opened(0.0):
-                    session.decode(self._clock, until, item.picture + 1)
+                self._ahead[item.lane] = item.picture
                 return PictureHeld(session.position)
             if not session.opened(wait_s) or not session.decode(self._clock, until, item.picture):
+                session.owed = item.picture, self._jobs
                 return PictureHeld(session.position)
             if item.drain:
                 session.drain(item.picture)
@@ -349,6 +385,15 @@ class Sessions:
             return error
         finally:
             session.busy = False
+
+    def _is_early(self, item: VideoItem) -> bool:
+        """One before it is not there yet: that would be let go of for this one, and asked for
+        again. Who asked for it does so at once, or has gone."""
+        session = self._sessions.get(item.lane)
+        if item.begins or session is None or session.owed is None:
+            return False
+        picture, job = session.owed
+        return picture < item.picture and self._jobs <= job + 1
 
     def _session(self, item: VideoItem, units: Sequence[bytes]) -> Session | None:
         """That goes on, or begins, with these access units; None when it does not."""
