@@ -4,8 +4,9 @@ what does a frame cost it?
 Null models, so that the front works hardest. Part ``process``: after a warm-up its resident
 memory is read before and after 20,000 frames; then the server is killed with SIGKILL, and
 neither a worker nor a file in /dev/shm may be left. Part ``paced``: twenty cameras, how old
-results are, and the processor time of the event loop's thread, as the kernel counts it. The
-load's client shares the machine's cores with the server and its workers.
+results are, and the processor time of the event loop's thread, as the kernel counts it; beside it
+what gRPC and a worker's socket alone would take (``bare``). The load's client shares the machine's
+cores with the server and its workers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from bench import load, material
+from bench.bare import bare
 from bench.report import Report, Row
 from bench.service import Service
 from bench.settings import Settings
@@ -75,30 +77,38 @@ def _loop_seconds(pid: int) -> float:
     return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-async def _paced(settings: Settings, report: Report) -> None:
+async def _cameras(settings: Settings, target: str, pid: int) -> tuple[load.Measured, float, float]:
+    """What they measured, and milliseconds a frame of the loop and of the process that they went
+    to."""
     frames = material.frames_of_size(settings.sized(16, 4), 10_000)
-    seconds = settings.lasting(20.0, 1.0)
+    server = psutil.Process(pid)
+
+    async def cameras(seconds: float) -> load.Measured:
+        return await load.paced(target, frames, streams=CAMERAS, rate_hz=25.0, seconds=seconds)
+
+    await cameras(settings.lasting(4.0, 0.5))
+    before, loop = server.cpu_times(), _loop_seconds(pid)
+    measured = await cameras(settings.lasting(20.0, 1.0))
+    after = server.cpu_times()
+    each_ms = 1e3 / max(1, measured.sent)
+    loop_ms = (_loop_seconds(pid) - loop) * each_ms
+    process_ms = (after.user + after.system - before.user - before.system) * each_ms
+    return measured, loop_ms, process_ms
+
+
+async def _paced(settings: Settings, report: Report) -> None:
+    scenario = f"{CAMERAS} cameras of 25 frames/s, 10 kB, null models"
     async with Service(material.null_models(decoding=False).pools_toml()) as service:
-        front = service.front()
-
-        async def cameras(seconds: float) -> load.Measured:
-            return await load.paced(
-                service.target, frames, streams=CAMERAS, rate_hz=25.0, seconds=seconds
-            )
-
-        await cameras(settings.lasting(4.0, 0.5))
-        before, loop = front.cpu_times(), _loop_seconds(front.pid)
-        measured = await cameras(seconds)
-        after = front.cpu_times()
-        each_ms = 1e3 / max(1, measured.sent)
-        loop_ms = (_loop_seconds(front.pid) - loop) * each_ms
-        process_ms = (after.user + after.system - before.user - before.system) * each_ms
+        pid = service.front().pid
+        measured, loop_ms, process_ms = await _cameras(settings, service.target, pid)
+    async with bare() as (target, pid):
+        least, least_loop_ms, least_process_ms = await _cameras(settings, target, pid)
     ages_ms = [age * 1e3 for age in measured.ages()]
     p99 = percentile(ages_ms, 99)
     report.add(
         Row(
             deployment="facelane-server",
-            scenario=f"{CAMERAS} cameras of 25 frames/s, 10 kB, null models",
+            scenario=scenario,
             rate_hz=25.0,
             p50_ms=percentile(ages_ms, 50),
             p99_ms=p99,
@@ -108,6 +118,19 @@ async def _paced(settings: Settings, report: Report) -> None:
                 "max_ms": max(ages_ms, default=math.nan),
                 "loop_ms_a_frame": loop_ms,
                 "process_ms_a_frame": process_ms,
+            },
+        )
+    )
+    report.add(
+        Row(
+            deployment="bare gRPC, and a worker's socket",
+            scenario=scenario,
+            rate_hz=25.0,
+            throughput_per_s=len(least.results) / (least.end - least.begin),
+            extra={
+                **least.counts(),
+                "loop_ms_a_frame": least_loop_ms,
+                "process_ms_a_frame": least_process_ms,
             },
         )
     )

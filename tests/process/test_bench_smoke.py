@@ -49,6 +49,18 @@ def test_the_service_alone(tmp_path: Path) -> None:
     assert "smoke run" in done.stdout
 
 
+def test_what_a_frame_costs_stands_beside_what_it_costs_at_least(tmp_path: Path) -> None:
+    done = bench(tmp_path, "front:paced")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = tmp_path.glob("front-paced-*.json")
+    server, bare = json.loads(path.read_text())["rows"]
+    # A camera that finds no room sends nothing.
+    assert server["frames"] > 0 == server["lost"]
+    assert bare["frames"] == bare["results"] > 0
+    for row in (server, bare):
+        assert row["loop_ms_a_frame"] > 0
+
+
 def test_cameras_on_shards_need_neither_card_nor_models(tmp_path: Path) -> None:
     done = bench(tmp_path, "streams:720p-null", "--device", "cpu", "--shards", "2")
     assert done.returncode == 0, done.stdout + done.stderr
