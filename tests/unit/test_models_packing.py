@@ -63,8 +63,14 @@ def answer(runner: CpuRunner, pictures: list[U8]) -> F32:
     ("task", "warm", "others"),
     [
         (Stage.DETECTOR, [(96, 128)], [(2, [(96, 128)]), (1, [(160, 96)]), (1, [(320, 320)])]),
-        (Stage.RECOGNIZER, [(112, 112)], [(1, [(112, 112)]), (5, [(112, 112)])]),
-        (Stage.LIVENESS, [(80, 80)] * 2, [(1, [(80, 80)] * 2), (7, [(80, 80)] * 2)]),
+        pytest.param(
+            *(Stage.RECOGNIZER, [(112, 112)], [(1, [(112, 112)]), (5, [(112, 112)])]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(Stage.LIVENESS, [(80, 80)] * 2, [(1, [(80, 80)] * 2), (7, [(80, 80)] * 2)]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_warm_starter_answers_as_a_plain_one(

@@ -100,7 +100,7 @@ def content(database: Database) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
-@pytest.mark.parametrize("way", ["there", "and back"])
+@pytest.mark.parametrize("way", ["there", pytest.param("and back", marks=pytest.mark.slow)])
 def test_everything_is_copied(
     way: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
