@@ -35,7 +35,7 @@ SIDE = 640
 """Of the square scenes: the input of the shipped package."""
 SIZES = ((12, 16), (16, 24), (24, 48), (48, 96), (96, 300), (300, 600))
 """Sizes of faces (pixels of the network's input, geometric mean of the sides)."""
-SCORES = (0.5, 0.55, 0.6, 0.62, 0.65, 0.7, 0.75)
+SCORES = (0.5, 0.55, 0.6, 0.62, 0.65, 0.66, 0.68, 0.7, 0.75)
 TURNS = (0, 30, 45, 60, 90)
 LIGHTS = (0.5, 0.25)
 CLUTTER = 300

@@ -103,6 +103,9 @@ class Options:
     """Compute in bfloat16 up to ``EXACT``."""
     refine: bool = False
     """Go on from a finished network, against what it takes for faces, and hold what it finds."""
+    between: float = 0.3
+    """Of a refining run: how far from the network that it goes on from to what it has learnt the
+    one lies that is kept."""
     drawers: int = 6
     """Processes of a refining run that draw pictures without faces."""
 
@@ -592,6 +595,17 @@ def first_grounds(data: Path, device: torch.device, options: Options, seed: int)
     return Grounds(pictures, real=len(things))
 
 
+def between(
+    one: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """The state that lies ``share`` of the way from ``one`` to ``other``, which went on from it:
+    better than the other at what only the one was taught, and the reverse."""
+    return {
+        name: torch.lerp(value, other[name], share) if value.is_floating_point() else value
+        for name, value in one.items()
+    }
+
+
 def faces_of(photos: Photos, most: int = 4) -> Tensor:
     """[N, ``most``, 15]: the faces of each photo, its subject first, padded with zeros."""
     out = torch.zeros(len(photos.pictures), most, 15)
@@ -704,5 +718,9 @@ def train(
             if time.time() - saved > options.save_every_s:
                 save(out / "detector.pt", state=half_state(average.network), step=step)
                 saved = time.time()
+    if first is not None:
+        average.network.load_state_dict(
+            between(first.state_dict(), average.network.state_dict(), options.between)
+        )
     save(out / "detector.pt", state=half_state(average.network), step=step, finished=True)
     return average.network

@@ -24,7 +24,7 @@ from training.recognizer import student_input
 from training.teacher import load_teacher
 
 Report = dict[str, Any]
-SCORES = (0.3, 0.4, 0.5, 0.55, 0.6, 0.62, 0.65, 0.7, 0.75, 0.8)
+SCORES = (0.3, 0.4, 0.5, 0.55, 0.6, 0.62, 0.65, 0.66, 0.68, 0.7, 0.75, 0.8)
 YUNET_SCORE = 0.7
 """From here YuNet's detections count as faces: the threshold of its package, as imported by
 ``facelane-server models import``. Figures that count its weaker ones too stand beside."""
@@ -421,57 +421,81 @@ def liveness_report(
     boxes = faces[good][:, :4].to(device)
     pair = liveness.load_pair(data / "models").to(device)
 
-    def scores(scene: Tensor, box: Tensor) -> Report:
-        out: Report = {}
-        for name, model in (("this", network), ("pair", pair)):
-            parts = [
-                liveness.classes(model, s, b)[..., liveness.LIVE_CLASS].mean(0)
-                for s, b in zip(scene.split(64), box.split(64), strict=True)
-            ]
-            values = torch.cat(parts).double().cpu().numpy()
-            out[name] = {f"{t:g}": float((values >= t).mean()) for t in LIVE_THRESHOLDS}
-        return {"faces": len(box), "at_least": out}
-
-    report: Report = {"photos": scores(tensor.float() / 255, boxes), "live": {}, "attacks": {}}
+    told = _Told({"this": network, "pair": pair})
+    told.add("photos", tensor.float() / 255, boxes)
     scenes = liveness.Scenes(tensor, boxes)
-    count = min(2048, len(tensor) * 4)
-    scene, box = scenes.compose(count)
-    fits = (box[:, 2] >= 60) & (box[:, 2] < 240)
-    turned, turned_box = scene[fits], box[fits]
-    report["live"]["turned 60-240"] = scores(turned, turned_box)
-    turned = torch.cat([liveness.film(part) for part in turned.split(256)])
-    report["live"]["turned, filmed 60-240"] = scores(turned, turned_box)
-    scene, box = scenes.compose(count, upright=True)
-    order = torch.randperm(count, device=device)
-    scene, box = scene[order], box[order]
-    shown = {
-        "clean": scene,
-        "half_light": scene * 0.5,
-        "quarter_light": scene * 0.25,
-        "grey": scene.mean(1, keepdim=True).expand(-1, 3, -1, -1),
-        "filmed": torch.cat([liveness.film(part) for part in scene.split(256)]),
-    }
-    for how, pictures in shown.items():
-        for low, high in LIVE_SIZES:
-            fits = (box[:, 2] >= low) & (box[:, 2] < high)
-            if fits.any():
-                report["live"][f"{how} {low}-{high}"] = scores(pictures[fits], box[fits])
-    fits = (box[:, 2] >= 60) & (box[:, 2] <= 240)
-    scene, box = scene[fits][:384], box[fits][:384]
-    kinds = {
-        "print": liveness.print_attack(scene, box),
-        "replay": liveness.replay_attack(scene, box),
-        "held_up": liveness.held_up_attack(scene, box),
-        **liveness.held_out_attacks(scene, box),
-    }
-    for name, attack in kinds.items():
-        held_out = name not in ("print", "replay", "held_up")
-        report["attacks"][name] = {"held_out": held_out, **scores(attack, box)}
-        report["attacks"][f"{name}, filmed"] = {
-            "held_out": held_out,
-            **scores(liveness.film(attack, 0.5), box),
+    # A few at a time: two thousand scenes and what is made of them fill the memory of a host.
+    pieces = max(1, min(2048, len(tensor) * 4) // PIECE)
+    for _ in range(pieces):
+        scene, box = scenes.compose(PIECE)
+        fits = (box[:, 2] >= 60) & (box[:, 2] < 240)
+        told.add("turned 60-240", scene[fits], box[fits])
+        told.add("turned, filmed 60-240", liveness.film(scene[fits]), box[fits])
+    attacked: list[tuple[Tensor, Tensor]] = []
+    for _ in range(pieces):
+        scene, box = scenes.compose(PIECE, upright=True)
+        for how in ("clean", "half_light", "quarter_light", "grey", "filmed"):
+            pictures = _shown(scene, how)
+            for low, high in LIVE_SIZES:
+                fits = (box[:, 2] >= low) & (box[:, 2] < high)
+                told.add(f"{how} {low}-{high}", pictures[fits], box[fits])
+        fits = (box[:, 2] >= 60) & (box[:, 2] <= 240)
+        attacked.append((scene[fits][: ATTACKED // pieces], box[fits][: ATTACKED // pieces]))
+    report: Report = {"photos": told.taken("photos"), "live": told.rest(), "attacks": {}}
+    known = ("print", "replay", "held_up")
+    for scene, box in attacked:
+        kinds = {
+            "print": liveness.print_attack(scene, box),
+            "replay": liveness.replay_attack(scene, box),
+            "held_up": liveness.held_up_attack(scene, box),
+            **liveness.held_out_attacks(scene, box),
         }
+        for name, attack in kinds.items():
+            told.add(name, attack, box)
+            told.add(f"{name}, filmed", liveness.film(attack, 0.5), box)
+    for name, row in told.rest().items():
+        report["attacks"][name] = {"held_out": name.split(",")[0] not in known, **row}
     return report
+
+
+PIECE, ATTACKED = 256, 384
+"""Scenes that are made at once; faces that attacks are made of."""
+
+
+def _shown(scene: Tensor, how: str) -> Tensor:
+    if how == "grey":
+        return scene.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    if how == "filmed":
+        return liveness.film(scene)
+    return scene * {"clean": 1.0, "half_light": 0.5, "quarter_light": 0.25}[how]
+
+
+class _Told:
+    """What networks say of faces, by kind: which share scores how much."""
+
+    def __init__(self, networks: dict[str, MiniFASNetPair]) -> None:
+        self._networks = networks
+        self._scores: dict[str, dict[str, list[Tensor]]] = {}
+
+    def add(self, kind: str, scene: Tensor, box: Tensor) -> None:
+        rows = self._scores.setdefault(kind, {name: [] for name in self._networks})
+        for name, network in self._networks.items():
+            for some, its in zip(scene.split(64), box.split(64), strict=True):
+                live = liveness.classes(network, some, its)[..., liveness.LIVE_CLASS].mean(0)
+                rows[name].append(live.double().cpu())
+
+    def taken(self, kind: str) -> Report:
+        """``kind``'s report, and it is forgotten."""
+        values = {name: torch.cat(rows).numpy() for name, rows in self._scores.pop(kind).items()}
+        shares = {
+            name: {f"{t:g}": float((scores >= t).mean()) for t in LIVE_THRESHOLDS}
+            for name, scores in values.items()
+        }
+        return {"faces": len(values["this"]), "at_least": shares}
+
+    def rest(self) -> Report:
+        kinds = [kind for kind, rows in self._scores.items() if sum(map(len, rows["this"]))]
+        return {kind: self.taken(kind) for kind in kinds}
 
 
 VIEW_WIDTHS = (60, 80, 100, 130, 160, 200)

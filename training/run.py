@@ -107,7 +107,9 @@ def _clock(arguments: argparse.Namespace, stage: str, start: float) -> Clock:
 
 def run_detector(arguments: argparse.Namespace, start: float) -> None:
     device = _device()
-    options = detector.Options(resume=_resumed(arguments, "detector"), refine=arguments.refine)
+    options = detector.Options(
+        resume=_resumed(arguments, "detector"), refine=arguments.refine, between=arguments.between
+    )
     options = replace(options, rate=options.rate * arguments.rate)
     if device.type == "cpu":
         options = replace(options, batch=24, hard=6, drawers=1)
@@ -415,6 +417,10 @@ def main() -> int:
         "--refine", action="store_true",
         help="detector: go on from --resume, against what it takes for faces and is none",
     )  # fmt: skip
+    parser.add_argument(
+        "--between", type=float, default=detector.Options.between,
+        help="with --refine: how far from what it went on from the kept detector lies",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="*", choices=[*STAGES, *PARTS], default=list(STAGES))
     parser.add_argument("--measure", action="store_true", help="train nothing, measure --out")
     parser.add_argument("--media", type=Path, help="folder with the clip to judge detectors by")
@@ -466,6 +472,7 @@ def main() -> int:
             command += ["--rate", str(arguments.rate)]
             command += ["--keep", str(arguments.keep), "--stay", str(arguments.stay)]
             command += ["--refine"] if arguments.refine else []
+            command += ["--between", str(arguments.between)]
             command += ["--measure"] if arguments.measure else []
             command += ["--media", str(arguments.media)] if arguments.media else []
             command += ["--resume", str(arguments.resume)] if arguments.resume else []

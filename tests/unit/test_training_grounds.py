@@ -11,7 +11,7 @@ import torch
 from tests.waiting import until
 from torch import Tensor
 from training import data, pack
-from training.detector import Scenes, distillation_loss, held
+from training.detector import Scenes, between, distillation_loss, held
 from training.grounds import AGAIN, Grounds, drawers, most
 
 from facelane_server.worker.networks.architectures.yunet import DenseHeads, YuNet
@@ -162,3 +162,11 @@ def test_things_are_packed_without_people(tmp_path: Path) -> None:
     assert ((green > 0.05) & (green < 0.5)).all()
     assert np.abs(things[2:].astype(int) - 77).max() < 10
     assert len(data.load_things(tmp_path, limit=3)) == 3
+
+
+def test_between_two_networks() -> None:
+    one = {"weight": torch.tensor([1.0, 2.0]), "count": torch.tensor(3)}
+    other = {"weight": torch.tensor([2.0, 0.0]), "count": torch.tensor(4)}
+    middle = between(one, other, 0.25)
+    assert middle["weight"].tolist() == [1.25, 1.5]
+    assert int(middle["count"]) == 3
