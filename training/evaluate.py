@@ -425,15 +425,16 @@ def liveness_report(
     told.add("photos", tensor.float() / 255, boxes)
     scenes = liveness.Scenes(tensor, boxes)
     # A few at a time: two thousand scenes and what is made of them fill the memory of a host.
-    pieces = max(1, min(2048, len(tensor) * 4) // PIECE)
+    count = min(2048, len(tensor) * 4)
+    piece, pieces = min(PIECE, count), max(1, count // PIECE)
     for _ in range(pieces):
-        scene, box = scenes.compose(PIECE)
+        scene, box = scenes.compose(piece)
         fits = (box[:, 2] >= 60) & (box[:, 2] < 240)
         told.add("turned 60-240", scene[fits], box[fits])
         told.add("turned, filmed 60-240", liveness.film(scene[fits]), box[fits])
     attacked: list[tuple[Tensor, Tensor]] = []
     for _ in range(pieces):
-        scene, box = scenes.compose(PIECE, upright=True)
+        scene, box = scenes.compose(piece, upright=True)
         for how in ("clean", "half_light", "quarter_light", "grey", "filmed"):
             pictures = _shown(scene, how)
             for low, high in LIVE_SIZES:
@@ -459,7 +460,7 @@ def liveness_report(
 
 
 PIECE, ATTACKED = 256, 384
-"""Scenes that are made at once; faces that attacks are made of."""
+"""Scenes that are made at once, at most; faces that attacks are made of."""
 
 
 def _shown(scene: Tensor, how: str) -> Tensor:
