@@ -47,8 +47,8 @@ WRONG_OF_NAMES = 0.009
 wrong: fewer than with the edition before this rule (.0127), and as many in number. From which
 similarity on a look of any score is given a name follows from how alike strangers are there."""
 WRONG_NAMES = 195
-"""And so many in all, as many as with edition 2.1.0: with a share alone, a recogniser that tells more
-would be asked for names under heavier damage."""
+"""And so many in all, as many as with edition 2.1.0: with a share alone, a recogniser that tells
+more would be asked for names under heavier damage."""
 _STEP = 0.05
 
 
