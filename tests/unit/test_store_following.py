@@ -393,7 +393,7 @@ for n in range(count):
 
 
 @pytest.mark.parametrize(
-    ("processes", "count"), [(4, 4), pytest.param(8, 40, marks=pytest.mark.slow)]
+    ("processes", "count"), [(3, 3), pytest.param(8, 40, marks=pytest.mark.slow)]
 )
 async def test_many_processes_write_at_once_and_none_is_missed(
     place: Path | str, processes: int, count: int
