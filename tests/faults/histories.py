@@ -387,7 +387,8 @@ class History:
     # -- all of it ---------------------------------------------------------------------------
 
     def run(self, operations: int, seconds: float, faults: int = 20) -> None:
-        """So many operations, or as many as there is time for, with ``faults`` spread over them."""
+        """At least so many operations, or as many as there is time for, with ``faults`` spread over
+        them: while one lasts that half of the writers do not notice, many may be done."""
         fault = self._fault()
         watchers = [Watcher(self.targets, self.fail) for _ in range(WATCHERS)]
         pair = self.cell == "writers"
@@ -404,7 +405,8 @@ class History:
                 one.start(token)
             for writer in writers:
                 writer.start()
-            while self.operations < operations:
+            wanted = faults if fault is not None else 0
+            while self.operations < operations or sum(self.faults.values()) < wanted:
                 if self.stop.is_set() or time.monotonic() > begun + seconds:
                     break
                 due = operations * (sum(self.faults.values()) + 0.5) / faults
