@@ -1,7 +1,7 @@
 """A pool: the workers of one stage, and the tasks that wait for them.
 
 ``schedule`` decides what goes next and who is to blame, ``crew`` sees to the workers'
-lives, ``renewal`` to other models; here they are driven: tasks in, batches out to the
+lives, ``reloading`` to other models; here they are driven: tasks in, batches out to the
 workers, answers back to those who wait, and what an operator may ask: reload, restart, drain.
 
 A pool says it can infer only after each of its workers did so (``crew``).
@@ -30,7 +30,7 @@ from facelane_server.pools.crew import Crew
 from facelane_server.pools.feed import GalleryFeed
 from facelane_server.pools.handle import ReadyHandle, WorkerLostError
 from facelane_server.pools.host import Launcher
-from facelane_server.pools.renewal import Renewal
+from facelane_server.pools.reloading import Reloading
 from facelane_server.pools.report import PoolChange, PoolEvent, PoolInfo, PoolState, Work
 from facelane_server.pools.restart import Life
 from facelane_server.pools.schedule import Ended, Schedule, unavailable
@@ -98,7 +98,7 @@ class Pool:
             rng=rng or random.Random(),
             budget_mib=settings.memory_mib if budget_mib is None else budget_mib,
         )
-        self._renewal = Renewal(self, settings, launcher, self._crew, self._changes)
+        self._reloading = Reloading(self, settings, launcher, self._crew, self._changes)
         self._state = PoolState.STOPPED
         self._dispatch_due = False
         self._deadline_timer: Timer | None = None
@@ -407,7 +407,7 @@ class Pool:
         Raises FacelaneError: WORKER_NOT_FOUND, POOL_UNAVAILABLE when it does not come back
         within ``timeout`` seconds.
         """
-        return await self._renewal.restart(worker_id, timeout)
+        return await self._reloading.restart(worker_id, timeout)
 
     async def reload(self, package: Package, timeout: float | None = None) -> None:
         """Serve another package (or the same, read again) without losing a task.
@@ -418,7 +418,7 @@ class Pool:
         package stays in service. Raises FacelaneError: MODEL_INVALID, POOL_UNAVAILABLE when
         the pool is stopped meanwhile.
         """
-        await self._renewal.reload(package, timeout)
+        await self._reloading.reload(package, timeout)
         self.tell(PoolChange.MODEL_RELOADED, None, "")
 
     def adopt(self, package: Package) -> None:

@@ -18,7 +18,7 @@ from facelane_server.pools.schedule import unavailable
 from facelane_server.pools.worker import Worker
 
 
-class Renewed(Protocol):
+class Reloaded(Protocol):
     """The pool."""
 
     name: str
@@ -35,12 +35,12 @@ class Renewed(Protocol):
     def shutting_down(self) -> FacelaneError: ...
 
 
-class Renewal:
+class Reloading:
     """One reload at a time. All calls from the loop's thread."""
 
     def __init__(
         self,
-        pool: Renewed,
+        pool: Reloaded,
         settings: config.Pool,
         launcher: Launcher,
         crew: Crew,
@@ -51,7 +51,7 @@ class Renewal:
         self._launcher = launcher
         self._crew = crew
         self._changes = changes
-        self._reloading = asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()
 
     async def restart(self, worker_id: str, timeout: float) -> tuple[int, int]:
         """See ``Pool.restart_worker``."""
@@ -80,7 +80,7 @@ class Renewal:
             raise _invalid(package, f"it is a {package.task}, not a {pool.stage}")
         if package.crops != pool.package.crops:
             raise _invalid(package, "it takes other crops; restart the server with it instead")
-        async with self._reloading:
+        async with self._one_at_a_time:
             if pool.ending:
                 raise pool.shutting_down()
             bound = timeout if timeout is not None else self._settings.load_timeout_s
