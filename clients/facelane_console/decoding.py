@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import resource
 import struct
@@ -29,8 +30,16 @@ MAX_PIXELS: Final = 8192 * 8192
 MAX_UNIT: Final = 32 << 20
 UNIT_S: Final = 20.0
 """A child that needs longer for a unit is ended."""
+LIVES: Final = 3
+"""Children that a look may have, one after the other: a camera whose video ends each of them is not
+tried for ever."""
+WOULD_NOT: Final = 3
+"""How a child ends that a picture was too large for."""
 _TO: Final = struct.Struct(">?QI")
 _BACK: Final = struct.Struct(">QI")
+
+
+log = logging.getLogger(__name__)
 
 
 class CannotDecodeError(Exception):
@@ -38,7 +47,7 @@ class CannotDecodeError(Exception):
 
 
 class Decoder:
-    """A child for one look. Use it as an async context manager."""
+    """A child for one look, begun anew when it dies. Use it as an async context manager."""
 
     _running = 0
 
@@ -46,22 +55,14 @@ class Decoder:
         """``encoding``: of ``CODECS``."""
         self._codec = CODECS[encoding]
         self._process: asyncio.subprocess.Process | None = None
+        self._lives = LIVES
 
     async def __aenter__(self) -> Self:
         if Decoder._running >= MOST:
             raise CannotDecodeError
         Decoder._running += 1
         try:
-            # Of this process's surroundings only where Python's packages are.
-            kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "facelane_console.decoding", self._codec,
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL, env=kept, limit=1 << 20,
-            )  # fmt: skip
-        except OSError:  # no process, no memory, no descriptor is left
-            Decoder._running -= 1
-            raise CannotDecodeError from None
+            await self._begin()
         except BaseException:
             Decoder._running -= 1
             raise
@@ -69,15 +70,34 @@ class Decoder:
 
     async def __aexit__(self, *_exc: object) -> None:
         Decoder._running -= 1
+        await self._end()
+
+    async def _begin(self) -> None:
+        self._lives -= 1
+        # Of this process's surroundings only where Python's packages are.
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "facelane_console.decoding", self._codec,
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL, env=kept, limit=1 << 20,
+            )  # fmt: skip
+        except OSError as error:  # no process, no memory, no descriptor is left
+            log.warning("no decoder for %s could be started: %s", self._codec, error.strerror)
+            raise CannotDecodeError from None
+
+    async def _end(self) -> int:
+        """How it ended, as ``returncode``."""
         process = self._process
         assert process is not None
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
+        return await process.wait()
 
     async def decode(self, number: int, unit: bytes, *, wanted: bool) -> tuple[int, bytes] | None:
         """The next access unit, and what can be shown now: the number of the unit that it is of,
-        and a JPEG. Raises ``CannotDecodeError``."""
+        and a JPEG. A child that has died is followed by another, which shows the next key frame.
+        Raises ``CannotDecodeError`` when the last has died."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -88,9 +108,19 @@ class Decoder:
                 await process.stdin.drain()
                 shown, size = _BACK.unpack(await process.stdout.readexactly(_BACK.size))
                 picture = await process.stdout.readexactly(size)
-        except (OSError, RuntimeError, TimeoutError, asyncio.IncompleteReadError):
+        except (OSError, RuntimeError, TimeoutError, asyncio.IncompleteReadError) as error:
             # uvloop calls a pipe whose reader has died a RuntimeError.
-            raise CannotDecodeError from None
+            slow = isinstance(error, TimeoutError)
+            code = await self._end()
+            log.warning(
+                "the decoder for %s %s at a unit of %d bytes; it may begin anew %d times",
+                self._codec, f"took over {UNIT_S:g} s" if slow else f"ended with {code}",
+                len(unit), self._lives,
+            )  # fmt: skip
+            if not self._lives:
+                raise CannotDecodeError from None
+            await self._begin()
+            return None
         return (shown, picture) if picture else None
 
 
@@ -156,8 +186,12 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt, MemoryError, ValueError):
+    try:
         _serve(sys.argv[1], sys.stdin.buffer.read, sys.stdout.buffer)
+    except (BrokenPipeError, KeyboardInterrupt):  # the look is over
+        return 0
+    except (MemoryError, ValueError):
+        return WOULD_NOT
     return 0
 
 

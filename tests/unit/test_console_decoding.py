@@ -11,7 +11,7 @@ import pytest
 from tests.fakes import access_units
 
 from facelane_console import decoding
-from facelane_console.decoding import CannotDecodeError, Decoder
+from facelane_console.decoding import LIVES, CannotDecodeError, Decoder
 
 
 async def shown(units: list[bytes], encoding: str, wanted: range) -> dict[int, np.ndarray]:
@@ -42,7 +42,7 @@ def test_what_cannot_be_decoded_is_not_shown_and_the_next_key_frame_is() -> None
     assert max(found) == len(broken) - 1
 
 
-def test_a_child_that_dies_is_told_of_and_a_large_picture_shown_smaller(
+def test_a_large_picture_is_shown_smaller_and_there_are_so_many_children(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     large = access_units.clip("h264", 1, size=(1920, 1080))
@@ -51,17 +51,57 @@ def test_a_child_that_dies_is_told_of_and_a_large_picture_shown_smaller(
         async with Decoder("h264") as decoder:
             _, picture = await decoder.decode(0, large[0], wanted=True) or (0, b"")
             assert cv2.imdecode(np.frombuffer(picture, np.uint8), 1).shape == (720, 1280, 3)
-            assert decoder._process is not None
-            decoder._process.send_signal(signal.SIGKILL)
-            await decoder._process.wait()
-            with pytest.raises(CannotDecodeError):
-                await decoder.decode(1, large[0], wanted=True)
             monkeypatch.setattr(decoding, "MOST", 1)
             with pytest.raises(CannotDecodeError):
                 async with Decoder("h264"):
                     pass
         async with Decoder("h264"):
             pass
+
+    asyncio.run(run())
+
+
+def test_another_child_follows_one_that_dies_and_not_for_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    units = access_units.clip("h264", 12)  # a key frame every ten
+
+    async def run() -> None:
+        async with Decoder("h264") as decoder:
+            for left in reversed(range(LIVES)):
+                assert await decoder.decode(0, units[0], wanted=True)
+                process = decoder._process
+                assert process is not None
+                process.send_signal(signal.SIGKILL)
+                await process.wait()
+                if not left:
+                    break
+                assert await decoder.decode(1, units[1], wanted=True) is None, "that is lost"
+                assert await decoder.decode(2, units[2], wanted=True) is None, "no key frame"
+                assert process.returncode == -signal.SIGKILL
+            with pytest.raises(CannotDecodeError):
+                await decoder.decode(1, units[1], wanted=True)
+
+    asyncio.run(run())
+    told = [record.getMessage() for record in caplog.records]
+    assert [f"anew {left} times" in line and "ended with -9" in line for line, left in
+            zip(told, (2, 1, 0), strict=True)] == [True] * LIVES  # fmt: skip
+
+
+def test_no_child_is_left_when_one_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = access_units.clip("h264", 1)
+
+    async def run() -> None:
+        async with Decoder("h264") as decoder:
+            assert await decoder.decode(0, units[0], wanted=True)
+            halted = decoder._process
+            assert halted is not None
+            halted.send_signal(signal.SIGSTOP)
+            monkeypatch.setattr(decoding, "UNIT_S", 0.05)
+            assert await decoder.decode(1, units[0], wanted=True) is None
+            assert halted.returncode == -signal.SIGKILL
+            monkeypatch.undo()
+            assert await decoder.decode(2, units[0], wanted=True), "the next one shows it"
 
     asyncio.run(run())
 
