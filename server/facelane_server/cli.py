@@ -513,8 +513,8 @@ def version() -> None:
 
 
 def whole() -> typer.Typer:
-    """The command with ``models``, ``audit`` and the like, which a server that runs has no need of:
-    no torch until a model is loaded."""
+    """The command with ``models``, ``audit`` and the like, which a server that runs has no need of,
+    nor whoever asks for a command beside them: no torch until a model is loaded."""
     if any(group.name == "models" for group in app.registered_groups):
         return app
     from facelane_server.auditing import app as audit_app
@@ -544,7 +544,17 @@ def _open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
+def _of_its_own() -> set[str]:
+    """What the command can do before ``whole`` has added to it."""
+    commands = {
+        (one.name or one.callback.__name__).replace("_", "-")
+        for one in app.registered_commands
+        if one.callback
+    }
+    return commands | {one.name for one in app.registered_groups if one.name}
+
+
 def main() -> None:
     _open_standard_streams()
-    command = app if sys.argv[1:2] in (["run"], ["shard"]) else whole()
+    command = app if _of_its_own().intersection(sys.argv[1:2]) else whole()
     command()
