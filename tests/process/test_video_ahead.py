@@ -12,8 +12,8 @@ import pytest
 from tests.fakes.access_units import clip
 from tests.real_pool import RealPool, real_pool
 
-from facelane_server import annexb
-from facelane_server.domain import Encoding, Stage
+from facelane_server import annexb, limits
+from facelane_server.domain import Encoding, FacelaneError, Reason, Stage
 from facelane_server.pools.groups import Group, Wanted
 from facelane_server.pools.tasks import DetectAnswer, Task, VideoRequest
 
@@ -76,6 +76,23 @@ async def test_what_nobody_looks_at_makes_no_picture_wait(bframes: int) -> None:
         await looked_at(made, 1, first, 10)
         info = made.pool.info()
         assert (info.completed, info.failed, info.replayed, info.in_flight) == (9, 0, 0, 0)
+
+
+async def test_streams_that_end_over_a_picture_leave_no_decoder_behind() -> None:
+    """Where an answer says that a decoder is of no use, its worker has it all the same."""
+    made_of = group(0)
+    async with real_pool(Stage.DETECTOR) as made:
+        for lane in range(1, limits.MAX_DECODERS + 2):
+            await looked_at(made, lane, made_of, 0)
+            again = task(lane, made_of, 0)  # it was shown, and let go of
+            made.pool.submit(again)
+            with pytest.raises(FacelaneError) as raised:
+                await asyncio.wait_for(again.future, 100)
+            assert raised.value.reason is Reason.PICTURE_CORRUPT
+            made.pool.release(lane)
+            made_of = group(0)
+        info = made.pool.info()
+        assert (info.losses, info.workers[0].decoders) == (0, 0)
 
 
 async def test_a_worker_that_ends_over_it_costs_no_picture() -> None:

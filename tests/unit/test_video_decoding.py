@@ -255,6 +255,22 @@ def test_what_is_wrong_with_what_nobody_looks_at_is_found_with_the_next_picture_
     assert shows(found, 3)
 
 
+def test_a_picture_under_way_outlasts_what_nobody_looks_at_before_it() -> None:
+    """A device is at two jobs: the first is answered, and what came with it decoded, when the
+    second has begun a group of the same lane and its picture is not there yet."""
+    held, units = sessions(step=video.SLICE_S), clip(count=12, keyint=6)
+    read(held, (item(0, 0, 0), units[:1]))
+    assert read(held, (item(1, 1, 1, ahead=True), units[1:2])) == [PictureHeld(1)]
+    asked = item(0, 2, 1, begins=True)
+    assert read(held, (asked, units[6:9])) == [PictureHeld(2)], "others have their turn"
+    for call in held.ahead():
+        call()
+    found = [PictureHeld(2)]
+    while isinstance(found[0], PictureHeld):
+        found = read(held, (item(3, 2, 1), []))  # type: ignore[assignment]
+    assert shows(found[0], 7)
+
+
 def test_a_decoder_that_fails_over_what_nobody_looks_at_is_not_gone_on_with() -> None:
     """An access unit is missing in it."""
     held, units = sessions(), clip(count=10)

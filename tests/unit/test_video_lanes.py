@@ -197,7 +197,7 @@ class Bench:
             if other is not seat:
                 for task in tasks:
                     if task.lane in other.decoders:
-                        other.decoders.forget([task.lane])
+                        other.decoders.closed(task.lane)
                         other.fed.pop(task.lane, None)
         seat.jobs.append(Job(1, 0, tasks))
         seat.sent.append([item for item in items if isinstance(item, VideoItem)])
@@ -878,6 +878,9 @@ def test_what_a_decoder_is_given() -> None:
     made.broken = True
     held.forget([7])
     assert asks(4) is None
+    assert 7 in held, "the worker has its decoder until it is told to close it"
+    held.closed(7)
+    assert (7 in held, len(held)) == (False, 0)
 
 
 @pytest.mark.parametrize("tired", [0, 1])

@@ -19,6 +19,7 @@ from facelane_server.ipc.arena import Arena
 from facelane_server.ipc.channel import ChannelClosed, WorkerChannel, socket_pair
 from facelane_server.ipc.messages import (
     Cancel,
+    CloseVideo,
     DetectItem,
     Drain,
     Drained,
@@ -286,6 +287,34 @@ def test_what_nobody_looks_at_is_decoded_once_the_job_is_answered(
     assert isinstance(server.receive(), Fatal)
     assert server.exit_code() == exit_codes.OUT_OF_MEMORY
     assert decoded == [1, 1, 1]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_lane_of_video_ends_once_the_jobs_before_are_begun(
+    server: Server, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """Closed before, a job that it is in would open another decoder, which nobody closes."""
+    server.become_ready()
+    calls = server.model.calls
+    monkeypatch.setattr(
+        server.loop._work, "close_video", lambda lane: calls.append(f"close {lane}")
+    )
+    server.send(CloseVideo(7))
+    until(lambda: calls == ["close 7"])
+    server.infer(1, 0)
+    until(lambda: calls[1:] == ["begin job1"])
+    server.infer(2, 1)
+    server.infer(3, 0)
+    server.send(CloseVideo(8))
+    server.send(CloseVideo(9))
+    if cancelled:
+        server.send(Cancel(3))
+    server.model.permits.release(3)
+    answers = {server.receive().job_id for _ in range(3)}  # type: ignore[union-attr]
+    assert answers == {1, 2, 3}
+    ended = calls.index("close 8"), calls.index("close 9")
+    assert ended == (ended[0], ended[0] + 1)
+    assert ended[0] > calls.index("begin job2" if cancelled else "begin job3")
 
 
 def test_ping_is_answered_between_jobs_and_by_the_loop_alone(server: Server) -> None:

@@ -239,7 +239,7 @@ class Cancel(Message, frozen=True):
 
 
 class CloseVideo(Message, frozen=True):
-    """The lane's decoder is not needed here any more."""
+    """The lane's decoder is not needed here any more, once the jobs sent before are begun."""
 
     lane: int
 

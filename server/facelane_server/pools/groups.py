@@ -119,13 +119,15 @@ class Wanted:
 
 @dataclass(slots=True)
 class _State:
-    group: Group
+    group: Group | None
+    """None = it is not known what the decoder has had."""
     position: int
     drained: bool = False
 
 
 class Decoders:
-    """What the decoders of one worker hold once all that was sent to it is done."""
+    """What the decoders of one worker hold once all that was sent to it is done. It may have lost
+    some of these; it has no other."""
 
     def __init__(self) -> None:
         self._states: dict[int, _State] = {}
@@ -176,7 +178,7 @@ class Decoders:
     def at(self, lane: int, position: int) -> None:
         """The worker says how far it is: it has not done all that was sent."""
         state = self._states.get(lane)
-        if state is not None:
+        if state is not None and state.group is not None:
             state.position = position
             state.drained = False
 
@@ -186,6 +188,13 @@ class Decoders:
         return spare[: max(len(self._states) - most, 0)]
 
     def forget(self, lanes: Iterable[int]) -> None:
-        """Whatever is sent next begins anew."""
+        """Whatever is sent next begins anew. The worker may have a decoder of the lane all the
+        same, until it is told to close it."""
         for lane in lanes:
-            self._states.pop(lane, None)
+            state = self._states.get(lane)
+            if state is not None:
+                state.group = None
+
+    def closed(self, lane: int) -> None:
+        """The worker was told that it needs no decoder of the lane."""
+        self._states.pop(lane, None)

@@ -242,7 +242,7 @@ class ReadyHandle:
     def close_video(self, lane: int) -> None:
         """The lane's decoder is not needed here any more."""
         if lane in self.decoders:
-            self.decoders.forget([lane])
+            self.decoders.closed(lane)
             with contextlib.suppress(ChannelError):  # end of file tells
                 self._channel.send(CloseVideo(lane))
 

@@ -101,7 +101,8 @@ class Loop:
         self._stopping = stopping
         self._on_ready = on_ready
         self._sandbox = sandbox
-        self._jobs: deque[Infer] = deque()
+        self._jobs: deque[Infer | CloseVideo] = deque()
+        """Not begun; and lanes of video that end once those before them are. None of them first."""
         self._begun: deque[_Begun] = deque()
         self.drained = False
         """The server drained this loop; the channel is still good."""
@@ -228,12 +229,12 @@ class Loop:
             if self._begun:
                 self._receive(0.0)
                 if self._jobs and len(self._begun) < limits.JOBS_PER_WORKER:
-                    self._begin(self._jobs.popleft())
+                    self._begin_next()
                 else:
                     self._finish(self._begun.popleft())
                     self._decode_ahead()
             elif self._jobs:
-                self._begin(self._jobs.popleft())
+                self._begin_next()
             elif self._draining:
                 self._gallery.close()
                 self._model.close()
@@ -256,7 +257,7 @@ class Loop:
             elif isinstance(message, Cancel):
                 self._cancel(message.job_id)
             elif isinstance(message, CloseVideo):
-                self._work.close_video(message.lane)
+                self._jobs.append(message)
             elif isinstance(message, Scrub):
                 SCRUBBING.note()
             elif isinstance(message, Drain):
@@ -267,17 +268,31 @@ class Loop:
                 self._gallery.extend(message, descriptors[0])
             else:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
-            if len(self._jobs) > limits.JOBS_PER_WORKER:
+            self._close_ended()
+            if sum(isinstance(job, Infer) for job in self._jobs) > limits.JOBS_PER_WORKER:
                 raise ProtocolError("too many jobs at once")
         if self._stopping():
             self._draining = True
 
     def _cancel(self, job_id: int) -> None:
         for job in self._jobs:
-            if job.job_id == job_id:
+            if isinstance(job, Infer) and job.job_id == job_id:
                 self._jobs.remove(job)
                 self._send(InferFailed(job_id, Reason.CANCELLED, "cancelled before it began"))
                 return
+
+    def _begin_next(self) -> None:
+        job = self._jobs.popleft()
+        assert isinstance(job, Infer)
+        self._begin(job)
+        self._close_ended()
+
+    def _close_ended(self) -> None:
+        """Lanes that ended behind a job keep their decoders for it, or it would open new ones that
+        nobody closes."""
+        while self._jobs and isinstance(ended := self._jobs[0], CloseVideo):
+            self._jobs.popleft()
+            self._work.close_video(ended.lane)
 
     def _begin(self, job: Infer) -> None:
         wanted = sum(not (isinstance(item, VideoItem) and item.ahead) for item in job.items)

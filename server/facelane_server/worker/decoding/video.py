@@ -282,8 +282,9 @@ class Sessions:
         self._clock = clock
         self._sessions: dict[int, Session] = {}
         self._jobs = 0
-        self._ahead: dict[int, int] = {}
-        """Lanes whose decoders were given what nobody looks at, and up to which picture."""
+        self._ahead: dict[int, tuple[Session, int]] = {}
+        """Lanes whose decoders were given what nobody looks at, and nothing since; and up to which
+        picture."""
         slow = engine is not None and engine.opens_slowly
         self._openers = ThreadPoolExecutor(OPENERS, "open-video") if slow else None
 
@@ -316,8 +317,8 @@ class Sessions:
         given, self._ahead = self._ahead, {}
         return [
             functools.partial(self._decode_ahead, lane, session, picture)
-            for lane, picture in given.items()
-            if (session := self._sessions.get(lane)) is not None
+            for lane, (session, picture) in list(given.items())
+            if self._sessions.get(lane) is session
         ]
 
     def _decode_ahead(self, lane: int, session: Session, picture: int) -> None:
@@ -327,9 +328,9 @@ class Sessions:
                 session.decode(self._clock, self._clock() + SLICE_S, picture + 1)
         except FacelaneError as error:
             if error.reason is not Reason.PICTURE_CORRUPT or not session.is_open:
-                self._sessions.pop(lane, None)
+                self._leave(lane, session)
         except Exception:
-            self._sessions.pop(lane, None)  # an access unit is missing
+            self._leave(lane, session)  # an access unit is missing
             raise
         finally:
             session.busy = False
@@ -342,6 +343,11 @@ class Sessions:
     def close_all(self) -> None:
         for lane in list(self._sessions):
             self.close(lane)
+
+    def _leave(self, lane: int, session: Session) -> None:
+        """It is of no more use. Whoever was given up may say so when the lane has another."""
+        if self._sessions.get(lane) is session:
+            del self._sessions[lane]
 
     def _abandon_busy(self) -> None:
         """A thread that was given up may still be at work on these."""
@@ -363,12 +369,14 @@ class Sessions:
             return PictureHeld(-1)
         session.owed = None
         session.busy = True
+        # Else what is wanted now would be let go of with what was not, a device being at two jobs.
+        self._ahead.pop(item.lane, None)
         try:
             for unit in units:
                 session.feed(unit)
             wait_s = OPENING_S if len(self._sessions) > 1 else OPENING_FIRST_S
             if item.ahead:
-                self._ahead[item.lane] = item.picture
+                self._ahead[item.lane] = session, item.picture
                 return PictureHeld(session.position)
             if not session.opened(wait_s) or not session.decode(self._clock, until, item.picture):
                 session.owed = item.picture, self._jobs
@@ -381,7 +389,7 @@ class Sessions:
             )
         except FacelaneError as error:
             if error.reason is not Reason.PICTURE_CORRUPT or not session.is_open:
-                self._sessions.pop(item.lane, None)
+                self._leave(item.lane, session)
             return error
         finally:
             session.busy = False
