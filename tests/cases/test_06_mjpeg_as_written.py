@@ -76,6 +76,12 @@ def test_pictures_without_an_end_marker_pass_as_they_are() -> None:
     assert given(*(part(data, b"Content-Length: %d" % len(data)) for data in cut)) == cut
 
 
+def test_a_stream_whose_answer_says_that_it_is_empty() -> None:
+    """Firmware that has to write some length writes 0."""
+    kind = f"{MULTIPART}\r\nContent-Length: 0"
+    assert given(*(part(data, b"X: y") for data in PICTURES), kind=kind) == PICTURES
+
+
 def test_what_came_instead_of_pictures_is_told() -> None:
     def other(_: Request) -> Iterator[bytes]:
         yield head(MULTIPART)

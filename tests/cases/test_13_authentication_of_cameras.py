@@ -115,6 +115,24 @@ def test_a_stale_nonce_is_no_refusal(long_password: None, kind: str) -> None:
         assert len(frames(camera.url, 2, credentials_env="CAM")) == 2
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_camera_that_hangs_up_with_its_question(long_password: None, told: bool) -> None:
+    """The answer has to go by another connection. A password that is wrong is sent once."""
+
+    def reply(request: Request) -> Reply | None:
+        if request.knows("viewer", LONG):
+            return None
+        close = [("Connection", "close")] if told else []
+        return 401, [("WWW-Authenticate", MD5), *close]
+
+    with RtspCamera(reply=reply, hangs_up=True) as camera:
+        assert len(frames(camera.url, 2, credentials_env="CAM")) == 2
+    refusal = (401, [("WWW-Authenticate", MD5)])
+    with RtspCamera(reply=lambda _: refusal, hangs_up=True) as camera:
+        assert failure(camera.url, credentials_env="CAM").outlook is Outlook.REFUSED
+    assert sum("authorization" in request.headers for request in camera.requests) == 1
+
+
 @pytest.mark.parametrize("kind", ["http", "rtsp"])
 def test_a_camera_that_calls_every_nonce_stale_is_given_up(long_password: None, kind: str) -> None:
     def reply(request: Request) -> Reply | None:

@@ -195,7 +195,8 @@ class Camera:
                 reader.read(size)  # type: ignore[attr-defined]
                 continue
             line = first + reader.readline()  # type: ignore[attr-defined]
-        method, uri, _ = line.decode("latin-1").split(" ", 2)
+        method, _, rest = line.decode("latin-1").partition(" ")
+        uri = rest.rpartition(" ")[0]
         headers = {}
         while (text := reader.readline().decode("latin-1").strip()) != "":  # type: ignore[attr-defined]
             name, _, value = text.partition(":")
@@ -232,12 +233,15 @@ class RtspCamera(Camera):
         reply: Callable[[Request], Reply | None] = lambda _: None,
         sdp: Callable[[Request], str | None] = lambda _: None,
         sets_in_stream: bool = True,
+        hangs_up: bool = False,
         port: int = 0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """``sets_in_stream`` False: parameter sets are in the description alone."""
+        """``sets_in_stream`` False: parameter sets are in the description alone. ``hangs_up``:
+        it closes the connection after a refusal."""
         super().__init__(port=port, tls=tls)
         self._sets_in_stream = sets_in_stream
+        self._hangs_up = hangs_up
         given = play or Play()
         self._play = given if callable(given) else lambda _: given
         self._reply = reply
@@ -268,7 +272,7 @@ class RtspCamera(Camera):
             send(("\r\n".join([*lines, "", ""]) + body).encode())
             if status == 200 and request.method == "PLAY":
                 self._start(lambda: self._pump(send, number, connection))
-            if request.method == "TEARDOWN":
+            if request.method == "TEARDOWN" or (self._hangs_up and status != 200):
                 return
 
     def _description(self) -> str:

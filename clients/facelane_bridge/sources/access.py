@@ -9,7 +9,7 @@ import socket
 import ssl
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import SplitResult
+from urllib.parse import SplitResult, quote
 
 from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings
@@ -19,6 +19,9 @@ from facelane_bridge.sources.challenge import Credentials
 MAX_CREDENTIALS_CHARS = 4096
 LENT = "/run/credentials/"
 NO_SUCH_HOST = "the camera's name is not known; check its address, and this machine's DNS"
+_UNSENDABLE = re.compile(r"[^!-~]+")
+_BYTES = "surrogateescape"
+"""How Python holds bytes of the command line that are no text."""
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
@@ -28,6 +31,12 @@ def host_of(parts: SplitResult, *, zone: bool = True) -> str:
     machine's alone, as others are told it."""
     host = (parts.hostname or "").replace("%25", "%")
     return host if zone else host.partition("%")[0]
+
+
+def as_sent(text: str, encoding: str = "utf-8") -> str:
+    """An address, or its path, as it can stand in a request: spaces and letters beyond ASCII, which
+    people write there and cameras redirect to, are escaped, and what is escaped stays as it is."""
+    return _UNSENDABLE.sub(lambda found: quote(found[0], encoding=encoding, errors=_BYTES), text)
 
 
 def load_credentials(camera: CameraSettings) -> Credentials | None:

@@ -25,6 +25,7 @@ from facelane_bridge.config import CameraSettings, SourceKind
 from facelane_bridge.sources.access import (
     NO_SUCH_HOST,
     Trust,
+    as_sent,
     host_of,
     load_credentials,
     refused,
@@ -53,6 +54,16 @@ _BROKEN = "the camera refuses or broke the connection"
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 log = structlog.get_logger("facelane_bridge")
+
+
+class _Answer(http.client.HTTPResponse):
+    """Firmware that has to write a length, and cannot know that of a stream, writes 0."""
+
+    def begin(self) -> None:
+        super().begin()
+        if self.length == 0 and self.headers.get_content_maintype() == "multipart":
+            del self.headers["Content-Length"]
+            self.length, self.will_close = None, True
 
 
 class MjpegSource:
@@ -143,7 +154,7 @@ class MjpegSource:
         while True:
             parts = urllib.parse.urlsplit(url)
             trusted = parts.hostname == own.hostname and parts.scheme in (own.scheme, "https")
-            path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            path = as_sent(urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")))
             answer = authenticator.answer("GET", path) if authenticator and trusted else None
             response = self._ask(parts, path, answer)
             location = response.headers.get("Location")
@@ -165,7 +176,7 @@ class MjpegSource:
 
     def _redirected(self, url: str, location: str, count: int) -> str:
         try:
-            url = urllib.parse.urljoin(url, location)
+            url = urllib.parse.urljoin(url, as_sent(location, "latin-1"))
             parts = urllib.parse.urlsplit(url)
             nowhere = parts.scheme not in ("http", "https") or not parts.hostname
             _ = parts.port
@@ -202,6 +213,7 @@ class MjpegSource:
         first: ssl.SSLError | None = None
         while True:
             connection = self._new_connection(parts, trust)
+            connection.response_class = _Answer
             self._connection = connection
             try:
                 connection.connect()

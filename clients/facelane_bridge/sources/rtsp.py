@@ -32,6 +32,7 @@ from facelane_bridge.config import CameraSettings, Transport
 from facelane_bridge.sources.access import (
     NO_SUCH_HOST,
     Trust,
+    as_sent,
     host_of,
     load_credentials,
     refused,
@@ -89,6 +90,11 @@ class _Pending:
     answered: bool = False
     """The password went with it."""
 
+    @property
+    def is_answer(self) -> bool:
+        """It was asked before, of a camera that knows nothing else of us."""
+        return self.tries > 1 and self.method in ("OPTIONS", "DESCRIBE")
+
 
 def split(buffer: bytearray) -> Iterator[bytes | _Message]:
     """Take what is complete from the front of ``buffer``: interleaved media (and whatever is
@@ -138,6 +144,14 @@ def split(buffer: bytearray) -> Iterator[bytes | _Message]:
         yield message
 
 
+def _received(sock: socket.socket) -> bytes:
+    """What is there; nothing once the other side has hung up."""
+    try:
+        return sock.recv(CHUNK_BYTES)
+    except ConnectionError:
+        return b""
+
+
 class RtspRelay:
     """One opening of one RTSP camera. ``open`` gives the address for FFmpeg."""
 
@@ -156,6 +170,7 @@ class RtspRelay:
         self._authenticator: Authenticator | None = None
         self._pending: dict[int, _Pending] = {}
         self._sequence = 0
+        self._hung_up = False
         self.answered = False
         """The camera has answered something."""
         self.playing = False
@@ -192,7 +207,7 @@ class RtspRelay:
         self._thread = threading.Thread(target=self._run, name="rtsp relay", daemon=True)
         self._thread.start()
         path = urllib.parse.urlunsplit(("", "", self._address.path, self._address.query, ""))
-        return self._local + path
+        return self._local + as_sent(path)
 
     def interrupt(self) -> None:
         """End both connections; whoever waits for them gets an end of file."""
@@ -310,9 +325,13 @@ class RtspRelay:
             waiting = isinstance(upstream, ssl.SSLSocket) and upstream.pending()
             readable, _, _ = select.select([client, upstream], [], [], 0 if waiting else wait)
             if waiting or upstream in readable:
-                data = upstream.recv(CHUNK_BYTES)
+                data = _received(upstream)
                 if not data:
-                    return
+                    again = self._answer_anew()
+                    if again is None:
+                        return
+                    upstream, from_camera = again, bytearray()
+                    continue
                 from_camera += data
                 out = self._from_camera(from_camera, upstream)
                 if out:
@@ -339,11 +358,11 @@ class RtspRelay:
             if isinstance(part, bytes):
                 upstream.sendall(part)  # RTCP
                 continue
-            words = part.first.split(" ")
-            if len(words) != 3 or words[0].startswith("RTSP/"):
+            method, _, rest = part.first.partition(" ")
+            uri, _, version = rest.rpartition(" ")  # a camera may call its track "video 1"
+            if method.startswith("RTSP/") or not version.startswith("RTSP/"):
                 upstream.sendall(part.encode())  # an answer to a request of the camera's
                 continue
-            method, uri, version = words
             if uri.startswith(self._local):
                 netloc = re.sub(r"%[^]]*(?=])", "", self._address.netloc)
                 uri = f"{self._address.scheme}://{netloc}{uri[len(self._local) :]}"
@@ -365,7 +384,29 @@ class RtspRelay:
             while len(self._pending) >= MAX_PENDING:
                 del self._pending[next(iter(self._pending))]
             self._pending[self._sequence] = request
-        upstream.sendall(message.encode())
+        with contextlib.suppress(ConnectionError):  # the next look at it tells
+            upstream.sendall(message.encode())
+
+    def _answer_anew(self) -> socket.socket | None:
+        """The camera has hung up. Some do so with every question for a password: the answer goes
+        by a connection of its own, where nothing but the question has been."""
+        waiting = list(self._pending.values())
+        if self._hung_up or not waiting or not all(one.is_answer for one in waiting):
+            return None
+        self._hung_up = True
+        if self._upstream is not None:
+            self._upstream.close()
+        try:
+            upstream = self._connect()
+        except SourceError as error:
+            self.error = error
+            return None
+        if self._interrupted.is_set():
+            return None
+        self._pending.clear()
+        for one in waiting:
+            self._send(one, upstream)
+        return upstream
 
     def _from_camera(self, buffer: bytearray, upstream: socket.socket) -> bytes:
         out: deque[bytes] = deque()
@@ -402,7 +443,9 @@ class RtspRelay:
             self._understood(response, request)
         elif 300 <= status < 400 and response.get("location"):
             # Not for FFmpeg, which would go there without us.
-            self.redirect = urllib.parse.urljoin(request.uri, response.get("location"))
+            self.redirect = urllib.parse.urljoin(
+                request.uri, as_sent(response.get("location"), "latin-1")
+            )
             return False
         elif request.method in _OPENING and not self.playing:
             self.error = self._refusal(status, response, request)
