@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +19,7 @@ from facelane_server.edge.controls import Degradation, Reloaded
 from facelane_server.edge.quotas import Kind
 from facelane_server.edge.server import Edge
 from facelane_server.events import EventFeed, EventJournal, EventKind
+from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.erasure import keep_erased
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.retention import Retention
@@ -186,6 +187,7 @@ class App:
                 searched=gallery.searched,
                 context=self.models.context,
                 portrait=self.models.portrait,
+                models={stage: one.model_id for stage, one in self.models.packages.items()},
             )
             self._pipeline = pipeline
             beside(stack, self._publish_health, "health")
@@ -428,10 +430,7 @@ class App:
             old = pool.package
             try:
                 package = await asyncio.to_thread(self._read_package, model, old)
-                packages = {
-                    **{p.stage: p.package for p in self.pools.values()},
-                    pool.stage: package,
-                }
+                packages = {p.stage: p.package for p in self.pools.values()} | {pool.stage: package}
                 try:
                     thresholds = served.thresholds_of(packages, self.settings)
                 except config.ConfigError as error:
@@ -439,11 +438,14 @@ class App:
                 if pool.stage is Stage.RECOGNIZER and not forget_templates:
                     assert self._gallery is not None
                     await changing.refuse_forgetting(self._gallery, old, package)
-                await pool.reload(package)
-                # A model's scores mean something by its own thresholds alone.
                 assert self._pipeline is not None
-                self._pipeline.thresholds = thresholds
-                self._pipeline.liveness_models += pool.stage is Stage.LIVENESS
+                try:
+                    await pool.reload(package)
+                    self._judge_by(packages, thresholds)
+                    self._pipeline.liveness_models += pool.stage is Stage.LIVENESS
+                finally:
+                    with contextlib.suppress(config.ConfigError):  # calibrated, taken over since
+                        self._judge_by(*self._serving())
                 if pool.stage is Stage.RECOGNIZER:
                     assert self._gallery is not None
                     if package.model_id != self._gallery.model_id:
@@ -465,6 +467,17 @@ class App:
         except FacelaneError:
             remembered = False
         return Reloaded(old.model_id, package.model_id, not_searched, remembered)
+
+    def _serving(self) -> tuple[dict[Stage, Package], Thresholds]:
+        """The models that serve, and their thresholds. Raises ``ConfigError``."""
+        packages = {pool.stage: pool.package for pool in self.pools.values()}
+        return packages, served.thresholds_of(packages, self.settings)
+
+    def _judge_by(self, packages: Mapping[Stage, Package], thresholds: Thresholds) -> None:
+        """A model's scores mean something by its own thresholds alone."""
+        if self._pipeline is not None:
+            self._pipeline.thresholds = thresholds
+            self._pipeline.models = {stage: one.model_id for stage, one in packages.items()}
 
     async def _enroll_again_after_start(self) -> None:
         """For those whose recogniser was changed by the config."""
@@ -507,8 +520,7 @@ class App:
         self.edge.reload_denied()
         try:
             fresh = config.load(self.path) if fresh is None else fresh
-            serving = {pool.stage: pool.package for pool in self.pools.values()}
-            thresholds = served.thresholds_of(serving, self.settings)  # liveness, calibrated
+            serving = self._serving()  # liveness may have been calibrated
             renewed = self.edge.reload(fresh)
         except config.ConfigError as error:
             log.error("config not reloaded", problem=str(error))
@@ -521,8 +533,7 @@ class App:
             if name not in ("auth", "log") and getattr(fresh, name) != getattr(self.settings, name)
         ]
         configure_logging(fresh.log)
-        if self._pipeline is not None:
-            self._pipeline.thresholds = thresholds
+        self._judge_by(*serving)
         self._renew_keys()
         log.info("config reloaded", applied=applied, needs_restart=stale)
         self._note_reload(applied=" ".join(applied), needs_restart=" ".join(stale))

@@ -131,6 +131,8 @@ class Evidence:
     live_score: float | None = None
     missing: tuple[Stage, ...] = ()
     recognized: bool = False
+    models: dict[Stage, str] = field(default_factory=dict)
+    """Who said it."""
 
 
 @dataclass(slots=True)
@@ -177,8 +179,10 @@ class Pipeline:
         revision: Callable[[], int] = lambda: 0,
         context: float = 0.0,
         portrait: int | None = None,
+        models: Mapping[Stage, str] | None = None,
     ) -> None:
-        """``portrait``: the position of the crop that an event's picture is made of; None = none is
+        """``models``: whose thresholds these are, by stage; of one that is not there, anybody's.
+        ``portrait``: the position of the crop that an event's picture is made of; None = none is
         cut. ``known``: whether (gallery id, subject id) can be recognised at this moment.
         ``losses``: when subjects lost templates. ``revision``: the gallery's, as it is searched.
         ``searched``: the number of templates in a gallery. ``context``: how many times its box
@@ -191,6 +195,7 @@ class Pipeline:
         self.searched = searched
         self.losses = losses or Losses()
         self.revision = revision
+        self.models = models or {}
         self.liveness_models = 0
         """How often liveness came to be judged by another model."""
         self.context = context
@@ -319,6 +324,7 @@ class Pipeline:
                 evidence.missing = (*evidence.missing, stage)
             else:
                 answer = future.result()
+                evidence.models[stage] = task.model
                 if isinstance(answer, EmbedAnswer):
                     evidence.recognized = True
                     evidence.ood_score = answer.ood_score
@@ -402,6 +408,21 @@ class Pipeline:
         if plan.naming is not None:
             there = self.thresholds.at(plan.gallery_id, plan.source_id)
             plan.naming.check(there, self.searched(plan.gallery_id))
+
+    def sift(self, evidence: Evidence) -> Evidence:
+        """The same, before it is judged: what was said by another model than the one whose
+        thresholds there are, as happens while one takes the other's place, says nothing. Its
+        stage has not answered."""
+        for stage, model in evidence.models.items():
+            if model == self.models.get(stage, model) or stage in evidence.missing:
+                continue
+            evidence.missing = (*evidence.missing, stage)
+            if stage is Stage.LIVENESS:
+                evidence.live_score = None
+            else:
+                evidence.recognized, evidence.ood_score = False, None
+                evidence.candidates, evidence.vector = (), b""
+        return evidence
 
     def identity(self, evidence: Evidence, plan: Plan) -> Identity:
         thresholds = self.named_by(plan)
@@ -489,6 +510,8 @@ class Pipeline:
             for take_back in under_way:
                 take_back()
             raise
+        for evidence in evidences:
+            self.sift(evidence)
         missing |= {s for e in evidences for s in e.missing}
         if judges != self.liveness_models:
             for evidence in evidences:
@@ -525,7 +548,7 @@ class Pipeline:
             timings=timings.freeze(),
             missing_stages=tuple([s for s in STAGES if s in missing]),
         )
-        return Reading(result, readings)
+        return Reading(result, readings, self.models.get(Stage.RECOGNIZER, ""))
 
 
 def _give_up(pool: PoolPort, task: Task[Any]) -> None:

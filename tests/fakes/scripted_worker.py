@@ -41,6 +41,7 @@ from facelane_server.ipc.messages import (
     ToWorker,
     Warming,
 )
+from facelane_server.models.package import read_package
 from facelane_server.pools.host import Link
 
 
@@ -226,10 +227,16 @@ class ScriptedWorker:
         self.read()
         assert self.load is not None
 
+    @property
+    def model_id(self) -> str:
+        """Of the package that it was told to load."""
+        assert self.load is not None
+        return read_package(Path(self.load.package)).model_id
+
     async def become_ready(
         self,
         *,
-        model_id: str = "null",
+        model_id: str = "",
         memory_mib: int = 0,
         batch_max: int = 0,
         device: str = "cpu",
@@ -240,7 +247,9 @@ class ScriptedWorker:
         batch_max = batch_max or self.load.batch_max or 8
         self.say(
             Warming(1.0),
-            Ready(model_id, 1.0, 1.0, 0.1, memory_mib, device, batch_max=batch_max),
+            Ready(
+                model_id or self.model_id, 1.0, 1.0, 0.1, memory_mib, device, batch_max=batch_max
+            ),
         )
         await settle()
         self.read()

@@ -73,6 +73,30 @@ async def test_what_the_pools_are_asked() -> None:
     assert reading.readings[0].vector
 
 
+async def test_what_another_model_said_is_not_judged_by_these_thresholds() -> None:
+    """While one takes the other's place workers of both answer: it is as if they had not."""
+    pools = ScriptedPools()
+    pools.pipeline.models = {Stage.RECOGNIZER: "r@2", Stage.LIVENESS: "l@2"}
+    for recognizer, liveness in (("r@1", "l@1"), ("r@2", "l@1"), ("r@1", "l@2"), ("r@2", "l@2")):
+        task = await started(pools, Plan(want_vectors=True, max_candidates=3))
+        pools.detector.answer(faces(1))
+        await turns()
+        pools.recognizer.begin().model, pools.liveness.begin().model = recognizer, liveness
+        pools.recognizer.answer(embedding("ada"))
+        pools.liveness.answer(LIVE)
+        reading = await task
+        (face,), (told,) = reading.result.faces, reading.readings
+        named = recognizer == "r@2"
+        assert face.identity.decision is (Decision.MATCH if named else Decision.NOT_EVALUATED)
+        assert (face.recognized_now, face.ood_score) == ((True, 0.8) if named else (False, None))
+        assert (bool(told.vector), bool(told.candidates)) == (named, named)
+        live = liveness == "l@2"
+        assert (face.liveness.verdict is LivenessVerdict.LIVE) is live
+        missing = {Stage.RECOGNIZER: not named, Stage.LIVENESS: not live}
+        assert set(reading.result.missing_stages) == {s for s, gone in missing.items() if gone}
+        assert reading.model_id == "r@2", "of the vectors that there are"
+
+
 async def test_the_threshold_is_of_the_gallery_its_size_and_the_source() -> None:
     pools = ScriptedPools()
     pipeline = pools.pipeline

@@ -62,7 +62,7 @@ async def test_a_worker_that_takes_other_batches_than_it_was_told_is_lost(told: 
     async with bench(batch_max=4) as b:
         await b.start()
         await b.workers[0].hello()
-        b.workers[0].say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1, batch_max=told))
+        b.workers[0].say(Warming(1.0), Ready(b.workers[0].model_id, 1.0, 1.0, 0.1, batch_max=told))
         await settle()
         assert b.pool.info().workers[0].last_loss == "PROTOCOL"
 

@@ -303,7 +303,7 @@ async def test_a_worker_that_dies_before_its_first_gallery_is_a_loss_and_no_more
         os.close(fd)
         worker = b.workers[0]
         await worker.hello()
-        worker.say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1))
+        worker.say(Warming(1.0), Ready(worker.model_id, 1.0, 1.0, 0.1))
         await b.turn()
         worker.answer()
         # The answer is heard in this turn, the end of the worker only after the next one's

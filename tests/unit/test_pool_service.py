@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 from tests.fakes.pool_bench import (
     PACKAGE,
     bench,
@@ -72,7 +73,7 @@ async def test_a_pool_serves_only_after_a_real_inference() -> None:
         await b.start()
         worker = b.workers[0]
         await worker.hello()
-        worker.say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1))
+        worker.say(Warming(1.0), Ready(worker.model_id, 1.0, 1.0, 0.1))
         await b.turn()
         assert len(worker.jobs) == 1
         assert b.pool.state is PoolState.STARTING
@@ -206,7 +207,7 @@ async def test_a_model_that_alone_exceeds_its_budget_costs_the_restart_budget() 
         await b.start()
         worker = b.workers[0]
         await worker.hello()
-        worker.say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1, 500))
+        worker.say(Warming(1.0), Ready(worker.model_id, 1.0, 1.0, 0.1, 500))
         await b.turn()
         assert b.pool.info().workers[0].life is Life.QUARANTINED
         assert b.pool.info().workers[0].last_loss == "OVER_BUDGET"
@@ -416,7 +417,7 @@ async def test_a_reload_in_turn_that_is_cancelled_goes_back_to_the_old_model() -
         await b.turn()
         b.workers[0].leave()
         await b.turn()
-        await b.workers[2].become_ready()
+        await b.workers[2].become_ready(model_id=fresh.model_id)
         assert b.workers[2].load is not None
         assert b.workers[2].load.package == str(fresh.folder)
         reloading.cancel()
@@ -431,6 +432,40 @@ async def test_a_reload_in_turn_that_is_cancelled_goes_back_to_the_old_model() -
             assert worker.load is not None
             assert worker.load.package == str(PACKAGE.folder)
         assert b.pool.state is PoolState.SERVING
+
+
+async def test_tasks_know_which_model_has_answered_them() -> None:
+    """A reload in turn has workers of both models."""
+    manifest = structs.replace(PACKAGE.manifest, version="2")
+    fresh = replace(PACKAGE, folder=PACKAGE.folder / "fresh", manifest=manifest)
+    async with bench(isolation="external", workers=2) as b:
+        await b.ready()
+        reloading = asyncio.create_task(b.pool.reload(fresh))
+        await b.turn()
+        b.workers[0].leave()
+        await b.turn()
+        await b.workers[2].become_ready(model_id=fresh.model_id)
+        tasks = [b.submit(age_ms=60_000)]
+        await b.turn()
+        assert [task.model for task in tasks] == [fresh.model_id], "the other one drains"
+        b.workers[1].leave()
+        await b.turn()
+        await b.answer(b.workers[2])
+        await b.workers[3].become_ready(model_id=fresh.model_id)
+        await asyncio.wait_for(reloading, 30)
+        assert fresh.model_id != PACKAGE.model_id
+
+
+async def test_a_worker_that_has_loaded_another_model_is_lost() -> None:
+    """Its package was replaced, and it was begun anew: by the thresholds and the templates of the
+    one before it would judge wrongly."""
+    async with bench(restart_limit=1) as b:
+        await b.start()
+        worker = b.workers[0]
+        await worker.hello()
+        worker.say(Warming(1.0), Ready(f"{worker.model_id}2", 1.0, 1.0, 0.1))
+        await b.turn()
+        assert (b.pool.info().workers[0].last_loss, b.pool.available) == ("PROTOCOL", False)
 
 
 async def test_reload_refuses_another_task_and_other_crops() -> None:
@@ -500,7 +535,7 @@ async def test_a_worker_that_leaves_before_it_joined_never_joins() -> None:
         await b.start()
         worker = b.workers[0]
         await worker.hello()
-        worker.say(Warming(1.0), Ready("null", 1.0, 1.0, 0.1))
+        worker.say(Warming(1.0), Ready(worker.model_id, 1.0, 1.0, 0.1))
         await b.turn()
         # In one packet burst: the canary's answer, and the farewell of a SIGTERM.
         worker.answer()

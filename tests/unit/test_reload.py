@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from facelane_server import app, config
+from facelane_server import app, config, served
 from facelane_server.domain import FacelaneError, Picture, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.gallery import GalleryService
+from facelane_server.gallery.decide import Thresholds
 from facelane_server.models.package import Package, read_package
 from facelane_server.pools.tasks import EmbedAnswer
 from facelane_server.store.chips import KeptChip
@@ -30,6 +32,7 @@ class Pool:
         self.package = read_package(BUILTIN / f"null-{stage.value}")
         self.begun = asyncio.Event()
         self.go = asyncio.Event()
+        self.broken = False
 
     @property
     def model_id(self) -> str:
@@ -38,6 +41,8 @@ class Pool:
     async def reload(self, package: Package) -> None:
         self.begun.set()
         await self.go.wait()
+        if self.broken:
+            raise FacelaneError(Reason.MODEL_INVALID, "its workers do not become ready")
         self.package = package
 
     async def publish_gallery(self, *_: Any) -> None:
@@ -182,6 +187,37 @@ async def test_two_reloads_at_a_time_keep_the_thresholds_of_both(tmp_path: Path)
         pool.go.set()
     await asyncio.gather(*calls)
     assert (bench.thresholds.match, bench.thresholds.live) == (0.9, 0.7)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_was_calibrated_during_a_reload_holds_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    bench = Bench()
+    pool, before = bench.pools[Stage.RECOGNIZER], bench.pools[Stage.RECOGNIZER].model_id
+    calibrated: list[float] = []
+    plain = served.thresholds_of
+
+    def thresholds_of(*asked: Any) -> Thresholds:
+        found = plain(*asked)
+        return replace(found, live=calibrated[-1]) if calibrated else found
+
+    monkeypatch.setattr(served, "thresholds_of", thresholds_of)
+    strict = variant(tmp_path, Stage.RECOGNIZER, "match = 0.5", "match = 0.9")
+    caller = asyncio.create_task(bench.app.reload_model("recognizer", strict))
+    await pool.begun.wait()
+    calibrated.append(0.99)
+    pool.broken = fails
+    pool.go.set()
+    if fails:
+        with pytest.raises(FacelaneError):
+            await caller
+    else:
+        await caller
+    assert (bench.thresholds.match, bench.thresholds.live) == (0.5 if fails else 0.9, 0.99)
+    judged = bench.app._pipeline.models[Stage.RECOGNIZER]  # type: ignore[union-attr]
+    assert judged == pool.model_id
+    assert (judged == before) is fails
 
 
 async def test_a_gallery_that_could_not_follow_follows_when_asked_again(tmp_path: Path) -> None:

@@ -355,8 +355,8 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         """The faces of a picture, and the model that their vectors are of."""
         model_id = self._recogniser()
         reading = await self._pictures.analyse(picture, plan, remaining_s=remaining_s)
-        if self._recogniser() != model_id:
-            raise model_changing()  # in between: the vectors may be of either
+        if self._recogniser() != model_id or reading.model_id not in (model_id, ""):
+            raise model_changing()  # the vectors may be of either
         return replace(reading, model_id=model_id)
 
 

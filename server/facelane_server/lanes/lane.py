@@ -567,9 +567,9 @@ class Lane:
         missing = entry.missing
         faces = []
         for look in entry.looks:
-            unanswered = entry.missing
-            if look.evidence is not None and look.evidence.missing:
-                unanswered = (*entry.missing, *look.evidence.missing)
+            unanswered, evidence = entry.missing, look.evidence
+            if evidence is not None and self._pipeline.sift(evidence).missing:
+                unanswered = (*entry.missing, *evidence.missing)
                 missing = (*missing, *unanswered)
             faces.append(self._faces.face(look, entry.frame, unanswered))
         return FrameResult(

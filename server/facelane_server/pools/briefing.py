@@ -65,8 +65,11 @@ class Briefing:
 
     def check(self, package: Package, facts: Ready) -> None:
         """Raises ProtocolError when a worker loaded something else than it was told."""
-        if facts.embedding_dim != package.embedding_dim:
-            raise ProtocolError("the model is not what its package says")
+        if facts.model_id != package.model_id or facts.embedding_dim != package.embedding_dim:
+            raise ProtocolError(
+                f"it has loaded {facts.model_id} instead of {package.model_id}: where the package "
+                "was replaced, reload the model"
+            )
         if not 1 <= facts.batch_max <= (self._settings.batch_max or limits.MAX_BATCH):
             raise ProtocolError("it takes other batches than it was told")
         if self._settings.sandbox == "required" and not _WHOLE.fullmatch(facts.sandbox):

@@ -445,6 +445,7 @@ class Crew:
         now = self._clock.now_ns()
         for task in tasks:
             task.dispatched_ns = now
+            task.model = handle.facts.model_id
         job = Job(self._jobs, slot, tasks, started_ns=0 if handle.jobs else now)
         try:
             requests = [task.request for task in tasks]

@@ -121,6 +121,8 @@ class Task(Generic[A]):
     finished_ns: int = 0
     attempts: int = 0
     """Workers that ended, or failed whole, over it."""
+    model: str = ""
+    """Of the worker that has it, or had it last; empty until one has."""
     slices: int = 0
     """Jobs that decoded a part of what it takes."""
     sender: Sender = ANYBODY
