@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import io
 import logging
 import os
 import signal
@@ -19,10 +17,10 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import facelane
-from facelane.cli.streams import steady
+from facelane.cli.streams import Unfailing, steady
 
 EXIT_OK = 0
 EXIT_FAULT = 1
@@ -359,26 +357,8 @@ def _configure_logging(log_format: str, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(_Unfailing(sys.stderr)),
+        logger_factory=structlog.PrintLoggerFactory(Unfailing(sys.stderr)),
     )
-
-
-class _Unfailing(io.StringIO):
-    """A log that cannot be written (its reader has gone, the disk is full) is lost, and takes
-    no camera along."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__()
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
 
 
 if __name__ == "__main__":

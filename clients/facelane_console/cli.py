@@ -6,12 +6,12 @@ import argparse
 import ipaddress
 import os
 import ssl
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import facelane
+from facelane.cli.streams import settle, steady, tell
 
 if TYPE_CHECKING:
     from facelane_console.app import Site
@@ -114,18 +114,27 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit code."""
+    steady()
+    try:
+        return _main(argv)
+    finally:
+        settle()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     try:
         console, host, port = build(arguments)
     except UsageError as error:
-        print(f"facelane-console: {error}", file=sys.stderr)
+        tell(f"facelane-console: {error}")
         return 2
     import uvicorn
 
     from facelane_console.patience import Patient
 
     scheme = "https" if arguments.cert else "http"
-    print(f"facelane-console: {scheme}://{host}:{port}/", file=sys.stderr, flush=True)
+    tell(f"facelane-console: {scheme}://{host}:{port}/")
     uvicorn.run(
         console.app,
         host=host.strip("[]"),

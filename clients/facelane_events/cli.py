@@ -17,21 +17,29 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 
 import facelane
+from facelane.cli.streams import Unfailing, settle, steady, tell
 
 EXIT_OK, EXIT_FAULT, EXIT_USAGE, EXIT_SERVER = 0, 1, 2, 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit code."""
+    steady()
+    try:
+        return _main(argv)
+    finally:
+        settle()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         import msgspec  # noqa: F401
         import structlog
     except ImportError as error:
-        print(
+        tell(
             f"facelane-events: {error.name} is missing; install it with: "
             "pip install 'facelane[events]'",
-            file=sys.stderr,
         )
         return EXIT_USAGE
     level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
@@ -47,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     structlog.configure(
         processors=[*tidy, last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(Unfailing(sys.stderr)),
     )
     from facelane_events import config, service
 
@@ -57,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return asyncio.run(service.check(settings))
         return asyncio.run(_until_told(service.run(settings, state_folder(settings.state_dir))))
     except config.ConfigError as error:
-        print(f"facelane-events: {error}", file=sys.stderr)
+        tell(f"facelane-events: {error}")
         return EXIT_USAGE
     except facelane.FacelaneError as error:
-        print(f"facelane-events: {error.reason}: {error}", file=sys.stderr)
+        tell(f"facelane-events: {error.reason}: {error}")
         return EXIT_SERVER
     except OSError as error:
-        print(f"facelane-events: {error}", file=sys.stderr)
+        tell(f"facelane-events: {error}")
         return EXIT_FAULT
 
 

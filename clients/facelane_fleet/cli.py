@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import facelane
+from facelane.cli.streams import settle, steady, tell
 
 EXIT_OK, EXIT_FAULT, EXIT_USAGE, EXIT_NOT_WELL, EXIT_CLUSTER = 0, 1, 2, 3, 4
 
@@ -33,6 +33,14 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit code."""
+    steady()
+    try:
+        return _main(argv)
+    finally:
+        settle()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     # Asked of nobody here: a cluster's own start decides about statistics.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -42,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         import ray  # noqa: F401
         import tomli_w  # noqa: F401
     except ImportError as error:
-        print(
+        tell(
             f"facelane-fleet: {error.name} is missing; install it on every node with: "
             "pip install 'facelane[fleet,server]'",
-            file=sys.stderr,
         )
         return EXIT_USAGE
     from facelane_bridge.config import ConfigError
@@ -54,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except ConfigError as error:
-        print(f"facelane-fleet: {error}", file=sys.stderr)
+        tell(f"facelane-fleet: {error}")
         return EXIT_USAGE
     except FleetError as error:
-        print(f"facelane-fleet: {error}", file=sys.stderr)
+        tell(f"facelane-fleet: {error}")
         return EXIT_CLUSTER
     except KeyboardInterrupt:
         return 130
@@ -173,7 +180,7 @@ def _told(reference: Any, *, quiet: bool = False, seconds: float = 30.0) -> int:
 
     answer = msgspec.json.decode(asked(reference, seconds), type=Answer)
     if answer.error:
-        print(f"facelane-fleet: {answer.error}", file=sys.stderr)
+        tell(f"facelane-fleet: {answer.error}")
         return EXIT_USAGE if answer.usage else EXIT_FAULT
     if not quiet:
         print(answer.text)

@@ -5,8 +5,11 @@ A service manager may close them, a terminal may speak Latin-1, and names may ho
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
+from typing import TextIO
 
 
 def steady() -> None:
@@ -40,6 +43,29 @@ def settle() -> bool:
             os.dup2(null, stream.fileno())
             os.close(null)
     return settled
+
+
+class Unfailing(io.StringIO):
+    """A log that cannot be written (its reader has gone, the disk is full) is lost, and takes
+    nothing else along."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def tell(text: str) -> None:
+    """A line on stderr, whether or not anybody can hear it."""
+    print(text, file=Unfailing(sys.stderr), flush=True)
 
 
 def speaks_unicode() -> bool:
