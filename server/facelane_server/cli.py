@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import re
 import sys
@@ -29,6 +30,8 @@ from facelane_server.running import EX_CONFIG, EX_UNAVAILABLE, shards_of
 from facelane_server.store.cli import app as store_app
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
     from facelane_server.edge.auth import Key, KeysFile
 
 ConfigOption = Annotated[
@@ -542,6 +545,19 @@ def _open_standard_streams() -> None:
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    lines = io.BufferedWriter(_Unfailing(2, "w", closefd=False))
+    told = sys.stderr.encoding
+    sys.stderr = io.TextIOWrapper(lines, told, "backslashreplace", line_buffering=True)
+
+
+class _Unfailing(io.FileIO):
+    """Standard error: what nobody hears, as on a full disk, is lost. The exit code says it too."""
+
+    def write(self, data: ReadableBuffer) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
 
 
 def _of_its_own() -> set[str]:

@@ -29,7 +29,9 @@ SLOW = pytest.mark.slow
 """One that is closed; `make test` closes all."""
 
 
-@pytest.mark.parametrize("streams", [pytest.param("2>&-", marks=SLOW), "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize(
+    "streams", [pytest.param("2>&-", marks=SLOW), "0<&- 1>&- 2>&-", "2>/dev/full"]
+)
 def test_the_server_runs_without_them(tmp_path: Path, streams: str) -> None:
     (tmp_path / "server.toml").write_text(toml(tmp_path, wire.pools()))
     for name in ("state", "run"):
@@ -51,7 +53,12 @@ def test_the_server_runs_without_them(tmp_path: Path, streams: str) -> None:
 
 @pytest.mark.parametrize(
     "streams",
-    [pytest.param("2>&-", marks=SLOW), pytest.param("1>&-", marks=SLOW), "0<&- 1>&- 2>&-"],
+    [
+        pytest.param("2>&-", marks=SLOW),
+        pytest.param("1>&-", marks=SLOW),
+        "0<&- 1>&- 2>&-",
+        "2>/dev/full",
+    ],
 )
 def test_commands_end_as_they_would(tmp_path: Path, streams: str) -> None:
     (tmp_path / "good.toml").write_text(toml(tmp_path))

@@ -60,7 +60,7 @@ def test_events_are_delivered(streams: str, tmp_path: Path) -> None:
         words = ["facelane_events", "--log-level", "debug", "run", str(configuration)]
         with subprocess.Popen(shell(words, streams)) as running:
             try:
-                until(lambda: kept.exists() and kept.read_bytes().count(b"\n") >= 3, 30)
+                until(lambda: kept.exists() and kept.read_bytes().count(b"\n") >= 3)
                 running.send_signal(signal.SIGTERM)
                 assert running.wait(30) == 0
             finally:
@@ -85,7 +85,7 @@ def test_the_console_is_there(streams: str) -> None:
                     assert running.poll() is None
                     return False
 
-            until(answers, 60)
+            until(answers)
             running.send_signal(signal.SIGTERM)
             assert running.wait(30) in (0, -signal.SIGTERM)
             assert running.stdout is not None
