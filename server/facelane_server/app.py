@@ -476,8 +476,8 @@ class App:
     def _judge_by(self, packages: Mapping[Stage, Package], thresholds: Thresholds) -> None:
         """A model's scores mean something by its own thresholds alone."""
         if self._pipeline is not None:
-            self._pipeline.thresholds = thresholds
-            self._pipeline.models = {stage: one.model_id for stage, one in packages.items()}
+            models = {stage: one.model_id for stage, one in packages.items()}
+            self._pipeline.judge_by(thresholds, models)
 
     async def _enroll_again_after_start(self) -> None:
         """For those whose recogniser was changed by the config."""

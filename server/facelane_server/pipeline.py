@@ -197,7 +197,7 @@ class Pipeline:
         self.revision = revision
         self.models = models or {}
         self.liveness_models = 0
-        """How often liveness came to be judged by another model."""
+        """How often liveness came to be judged by another model, or by other thresholds."""
         self.context = context
         self._portrait = portrait
         self._crops = dict(crops)
@@ -408,6 +408,12 @@ class Pipeline:
         if plan.naming is not None:
             there = self.thresholds.at(plan.gallery_id, plan.source_id)
             plan.naming.check(there, self.searched(plan.gallery_id))
+
+    def judge_by(self, thresholds: Thresholds, models: Mapping[Stage, str]) -> None:
+        """By these thresholds from now on, which are for the scores of these models. Who was LIVE
+        by others is judged anew: no verdict outlives what it was given by."""
+        self.liveness_models += thresholds.judging != self.thresholds.judging
+        self.thresholds, self.models = thresholds, models
 
     def sift(self, evidence: Evidence) -> Evidence:
         """The same, before it is judged: what was said by another model than the one whose

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ from facelane_server.ipc.messages import EncodeDone
 from facelane_server.pools.slots import Codec
 from facelane_server.pools.tasks import EncodeAnswer, EncodeRequest
 from facelane_server.sources import Source, keeping
+from facelane_server.standing import cancelled
 from facelane_server.store import audit
+from facelane_server.store import pictures as stored
 from facelane_server.store.gallery import Store
 from facelane_server.store.pictures import Photo, Pictures, new_id
 from facelane_server.store.records import Correction, NewTemplate
@@ -199,6 +202,36 @@ def test_retention_by_age_and_number(tmp_path: Path) -> None:
             assert store.vault.is_erasure_due(connection)
 
 
+def test_keys_that_retention_deletes_within_an_hour_of_others_are_erased_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no further picture comes of age."""
+    now_s = [1e6]
+    monkeypatch.setattr(stored.time, "monotonic", lambda: now_s[0])
+
+    def is_due() -> bool:
+        with store.database.reading() as connection:
+            return store.vault.is_erasure_due(connection)
+
+    with opened(tmp_path / "gallery.db", tmp_path) as store:
+        kept = enrolled(store)
+        for at in range(4):
+            kept.add(new_id(), PHOTO, at, gallery_id="staff", subject_id="")
+        for before_ns, due in ((2, True), (4, False)):
+            assert kept.prune(keep=100, before_ns=before_ns) == 2
+            assert is_due() is due
+            list(store.erasing())
+            now_s[0] += 30
+        assert kept.prune(keep=100, before_ns=4) == 0
+        assert not is_due(), "not each of them by itself"
+        now_s[0] += stored.ERASE_EVERY_S
+        assert kept.prune(keep=100, before_ns=4) == 0
+        assert is_due()
+        list(store.erasing())
+        assert kept.prune(keep=100, before_ns=4) == 0
+        assert not is_due(), "once"
+
+
 def test_a_picture_becomes_a_subjects(tmp_path: Path) -> None:
     with opened(tmp_path / "gallery.db", tmp_path) as store:
         kept = enrolled(store)
@@ -223,6 +256,29 @@ def test_a_store_that_lies_open_keeps_none(tmp_path: Path) -> None:
 
 
 # -- on the way ------------------------------------------------------------------------------
+
+
+async def test_of_shots_that_made_room_none_is_held(tmp_path: Path) -> None:
+    async def encode(sources: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        return tuple(JPEG + source for source in sources)
+
+    with opened(tmp_path / "gallery.db", tmp_path) as store:
+        pictures_ = EventPictures(enrolled(store), encode, keep=10, keep_days=1.0)
+        pictures_._shots = BestShots(most=1)
+        task = asyncio.create_task(pictures_.run())
+        shots = [Portrait(b"", b"%d" % track, 0.5) for track in range(3)]
+        unheld = [sys.getrefcount(shots[track]) for track in range(3)]
+        for track in range(3):
+            pictures_.note(1, track, shots[track])
+            taken = pictures_.take(
+                1, EventKind.SUBJECT_SEEN, report(ADA, track), gallery_id="staff",
+                keeping=Keeping.ALL,
+            )  # fmt: skip
+            await pictures_.get(taken)
+        held = [sys.getrefcount(shots[track]) - unheld[track] for track in range(3)]
+        assert held == [0, 0, 1], "tracks that go on are many more than shots that are kept"
+        await cancelled(task)
+        pictures_.close()
 
 
 async def test_from_a_look_to_the_store(tmp_path: Path) -> None:

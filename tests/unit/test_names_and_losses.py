@@ -3,6 +3,8 @@ go, models that change, clocks that stand still."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -218,6 +220,23 @@ def test_another_liveness_model_judges_anew() -> None:
     assert [look.live for look in looks] == [True]
     camera.answer(looks[0], evidence("ada", live=0.5))
     assert camera.emit()[0].liveness.verdict is LivenessVerdict.UNDECIDED
+
+
+def test_who_was_live_by_other_thresholds_is_judged_by_these() -> None:
+    """A verdict stays LIVE down to the middle of the band: not one that these would not give."""
+    camera = Camera()
+    for _ in range(4):
+        face, _ = camera.picture()
+    assert face.liveness.verdict is LivenessVerdict.LIVE
+    score = face.liveness.score
+    assert score is not None
+    pipeline = camera.pipeline
+    pipeline.judge_by(pipeline.thresholds, {})
+    assert pipeline.liveness_models == 0
+    stricter = replace(pipeline.thresholds, live=min(1.0, score + 0.01), spoof=score - 0.2)
+    pipeline.judge_by(stricter, {})
+    verdicts = {camera.picture()[0].liveness.verdict for _ in range(12)}
+    assert verdicts == {LivenessVerdict.UNDECIDED}
 
 
 def test_what_one_model_said_is_not_judged_by_another_s_thresholds() -> None:

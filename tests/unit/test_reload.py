@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.fakes.scripted_pool import ScriptedPool
 
 from facelane_server import app, config, served
 from facelane_server.domain import FacelaneError, Picture, Reason, Stage
@@ -16,6 +17,7 @@ from facelane_server.edge import errors
 from facelane_server.edge.gallery import GalleryService
 from facelane_server.gallery.decide import Thresholds
 from facelane_server.models.package import Package, read_package
+from facelane_server.pipeline import Pipeline
 from facelane_server.pools.tasks import EmbedAnswer
 from facelane_server.store.chips import KeptChip
 from facelane_server.store.records import NewTemplate
@@ -92,9 +94,10 @@ class Bench:
         self.gallery = Gallery(self.pools[Stage.RECOGNIZER].model_id)
         self.app.pools = self.pools  # type: ignore[assignment]
         self.app._gallery = self.gallery  # type: ignore[assignment]
-        self.app._pipeline = type("Pipeline", (), {"embed": self.embed})()  # type: ignore[assignment]
-        self.app._pipeline.thresholds = self.app.models.thresholds  # type: ignore[union-attr]
-        self.app._pipeline.liveness_models = 0  # type: ignore[union-attr]
+        thresholds, nowhere = self.app.models.thresholds, {Stage.DETECTOR: ScriptedPool()}
+        self.pipeline = Pipeline(nowhere, crops={}, thresholds=thresholds, max_pixels=1)
+        self.pipeline.embed = self.embed  # type: ignore[method-assign]
+        self.app._pipeline = self.pipeline
 
     @staticmethod
     async def embed(*_asked: Any) -> EmbedAnswer:
@@ -102,8 +105,7 @@ class Bench:
 
     @property
     def thresholds(self) -> Any:
-        assert self.app._pipeline is not None
-        return self.app._pipeline.thresholds
+        return self.pipeline.thresholds
 
 
 def variant(folder: Path, stage: Stage, old: str, new: str) -> str:
@@ -215,7 +217,8 @@ async def test_what_was_calibrated_during_a_reload_holds_behind_it(
     else:
         await caller
     assert (bench.thresholds.match, bench.thresholds.live) == (0.5 if fails else 0.9, 0.99)
-    judged = bench.app._pipeline.models[Stage.RECOGNIZER]  # type: ignore[union-attr]
+    judged = bench.pipeline.models[Stage.RECOGNIZER]
+    assert bench.pipeline.liveness_models == 1, "who was LIVE by other thresholds is judged anew"
     assert judged == pool.model_id
     assert (judged == before) is fails
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
 from facelane_server.store.readers import Reader
 from facelane_server.store.records import Correction, NewTemplate
+from facelane_server.store.sqlite import SqliteFile
 
 DIM = 16
 MODEL = "m@1"
@@ -181,6 +183,28 @@ async def test_a_process_that_died_holds_nobody_up(place: Path | str) -> None:
     with database.reading() as connection:
         assert connection.scalar(sa.select(sa.func.count()).select_from(schema.shards)) == 1
     await gallery.close()
+
+
+def test_a_machine_that_sleeps_does_not_outlive_its_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock that asyncio goes by stands still meanwhile, those of the others do not."""
+    with contextlib.closing(SqliteFile(tmp_path / "gallery.db")) as database:
+        monkeypatch.setattr(Reader, "needs_renewal", True)
+        reader = Reader(database, lease_s=300.0)
+        reader.join(0)
+        assert not reader.is_fenced
+        awake, slept = time.clock_gettime, [0.0]
+        monkeypatch.setattr(
+            time,
+            "clock_gettime",
+            lambda which: awake(which) + slept[0] * (which == time.CLOCK_BOOTTIME),
+        )
+        assert not reader.is_fenced
+        slept[0] = 301.0
+        assert reader.is_fenced
+        assert reader.renew(0)
+        assert not reader.is_fenced
 
 
 async def test_who_was_away_for_longer_than_its_lease_names_nobody(

@@ -55,7 +55,9 @@ class BestShots:
 
     def __init__(self, most: int = limits.MAX_PORTRAITS) -> None:
         self._most = most
-        self._best: OrderedDict[tuple[int, int], Portrait] = OrderedDict()
+        self._count = 0
+        self._best: OrderedDict[tuple[int, int], tuple[int, Portrait]] = OrderedDict()
+        """With its number, which tells it from others when it is gone."""
 
     def __len__(self) -> int:
         return len(self._best)
@@ -63,14 +65,19 @@ class BestShots:
     def note(self, lane_id: int, track_id: int, portrait: Portrait) -> None:
         key = (lane_id, track_id)
         known = self._best.get(key)
-        if known is None or portrait.promise >= known.promise:
-            self._best[key] = portrait
+        if known is None or portrait.promise >= known[1].promise:
+            self._count += 1
+            self._best[key] = self._count, portrait
         self._best.move_to_end(key)
         while len(self._best) > self._most:
             self._best.popitem(last=False)
 
     def best(self, lane_id: int, track_id: int) -> Portrait | None:
-        return self._best.get((lane_id, track_id))
+        return self.numbered(lane_id, track_id)[1]
+
+    def numbered(self, lane_id: int, track_id: int) -> tuple[int, Portrait | None]:
+        """With its number; 0 = there is none."""
+        return self._best.get((lane_id, track_id), (0, None))
 
     def forget(self, lane_id: int, track_id: int | None = None) -> None:
         """One track, or all of a lane."""
@@ -107,8 +114,8 @@ class EventPictures:
         self._keep = keep
         self._expiry = Expiry(int(keep_days * 86_400e9))
         self._shots = BestShots()
-        self._taken: dict[tuple[int, int], tuple[Portrait, str, str]] = {}
-        """By track: what was taken last, of whom, and by which it is kept."""
+        self._taken: dict[tuple[int, int], tuple[int, str, str]] = {}
+        """By track: the number of what was taken last, of whom, and by which it is kept."""
         self._waiting: deque[_Waiting] = deque()
         self._under_way: set[str] = set()
         self._changed = asyncio.Event()
@@ -147,18 +154,18 @@ class EventPictures:
         ``EventRecord``."""
         if not wanted(kind, report.identity, keeping):
             return ""
-        portrait = self._shots.best(lane_id, report.track_id)
+        number, portrait = self._shots.numbered(lane_id, report.track_id)
         if portrait is None or not self._store.are_kept:
             return ""
         subject_id = report.identity.subject_id
         taken = self._taken.get((lane_id, report.track_id))
-        if taken is not None and taken[0] is portrait and taken[1] == subject_id:
+        if taken is not None and taken[0] == number and taken[1] == subject_id:
             return taken[2]  # the same shot says it again
         if len(self._waiting) >= limits.MAX_PICTURES_WAITING:
             self._drop("too many wait")
             return ""
         picture_id = new_id()
-        self._taken[lane_id, report.track_id] = (portrait, subject_id, picture_id)
+        self._taken[lane_id, report.track_id] = (number, subject_id, picture_id)
         self._waiting.append(
             _Waiting(picture_id, portrait, time.time_ns(), gallery_id, subject_id, as_of)
         )

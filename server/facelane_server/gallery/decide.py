@@ -84,6 +84,11 @@ class Thresholds:
         LivenessBand(self.live, self.spoof)
 
     @property
+    def judging(self) -> tuple[object, ...]:
+        """All that liveness is judged by."""
+        return self.live, self.spoof, self.test, self.calibrated
+
+    @property
     def enrolled_ood(self) -> float:
         """Least OOD score of a face that is enrolled."""
         return self.ood / 2 if self.enroll_ood is None else self.enroll_ood

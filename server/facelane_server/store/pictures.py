@@ -58,6 +58,8 @@ class Pictures:
         self._database = database
         self._vault = vault
         self._erased_s = -ERASE_EVERY_S
+        self._owes = False
+        """Keys were deleted since, which the present epoch's would still open."""
 
     @property
     def are_kept(self) -> bool:
@@ -115,23 +117,26 @@ class Pictures:
         ``limits.MAX_PICTURES_PRUNED`` at a time. How many that were."""
         with self._database.writing(GALLERY) as connection:
             total = connection.scalar(sa.select(sa.func.count()).select_from(pictures)) or 0
-            if not total:
-                return 0
             oldest = (
                 sa.select(pictures.c.picture_id, pictures.c.owner, pictures.c.time_ns)
                 .order_by(pictures.c.time_ns)
                 .limit(limits.MAX_PICTURES_PRUNED)
             )
-            rows = connection.execute(oldest).all()
+            rows = connection.execute(oldest).all() if total else ()
             beyond = max(0, total - keep)
             gone = [row for n, row in enumerate(rows) if n < beyond or row.time_ns < before_ns]
-            if not gone:
-                return 0
-            self._delete(connection, [r.picture_id for r in gone], [r.owner for r in gone])
-            if time.monotonic() - self._erased_s >= ERASE_EVERY_S:
-                self._erased_s = time.monotonic()
+            if gone:
+                self._delete(connection, [r.picture_id for r in gone], [r.owner for r in gone])
+            now_s = time.monotonic()
+            due = (self._owes or gone) and now_s - self._erased_s >= ERASE_EVERY_S
+            if due:
                 self._vault.erased(connection)
-        self._database.forget_deleted()
+        if due:
+            self._owes, self._erased_s = False, now_s
+        elif gone:
+            self._owes = True
+        if gone:
+            self._database.forget_deleted()
         return len(gone)
 
     def _number(self, connection: sa.Connection, gallery_id: str, subject_id: str) -> int | None:

@@ -40,7 +40,7 @@ class Reader:
     def is_fenced(self) -> bool:
         """Whether others may count this process as gone: what it knows may have been deleted.
         Never on SQLite, whose readers are of one machine and see each other's end."""
-        return time.monotonic() > self._trusted_until
+        return _now_s() > self._trusted_until
 
     @property
     def renew_s(self) -> float:
@@ -53,7 +53,7 @@ class Reader:
 
     def join(self, revision: int) -> None:
         """Before the gallery is read for the first time: with the revision 0."""
-        begun = time.monotonic()
+        begun = _now_s()
         self._come(revision)
         self._trust(begun)
 
@@ -74,7 +74,7 @@ class Reader:
         deletion is confirmed which this process may not have read. It is there again, and is to
         follow the store and call this once more; until then nothing is trusted anew."""
         with self._database.writing() as connection:
-            begun = time.monotonic()
+            begun = _now_s()
             renewed = connection.execute(
                 sa.update(shards)
                 .where(shards.c.shard_id == self.shard_id)
@@ -129,6 +129,11 @@ class Reader:
             return time.time_ns()
         epoch = sa.func.extract("epoch", sa.func.clock_timestamp())
         return int(float(connection.scalar(sa.select(epoch)) or 0.0) * 1e9)
+
+
+def _now_s() -> float:
+    """Goes on while the machine sleeps, as others' clocks do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _host() -> str:
