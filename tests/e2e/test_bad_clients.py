@@ -234,7 +234,11 @@ def test_a_stream_that_says_nothing_gives_its_place_back(start: Start) -> None:
 
 def test_single_calls_are_bounded(start: Start) -> None:
     """More pictures than the server works on at a time are refused, not queued for ever."""
-    server = start(wire.pools(detector='options = { "fail.slow_load_ms" = "5000" }'))
+    server = start(
+        wire.pools(detector='options = { "fail.slow_load_ms" = "5000" }'),
+        # Of what waits for the worker none is given up before it is back, however slow that is.
+        "[limits]\nimage_timeout_ms = 100_000",
+    )
     with server.client() as client:
         (worker,) = client.pools()[0].workers
         with wire.channel(server.target) as one, wire.channel(server.target) as other:

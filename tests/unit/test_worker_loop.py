@@ -463,8 +463,11 @@ def test_more_jobs_at_once_than_there_are_slots_break_the_protocol(server: Serve
     for job in range(2, 6):
         server.infer(job, 1)
     server.model.permits.release(10)
-    assert isinstance(server.receive(), InferDone)
-    assert isinstance(server.receive(), Fatal)
+    told = server.receive()
+    if isinstance(told, InferDone):  # the first one may be done before the last has come
+        told = server.receive()
+    assert isinstance(told, Fatal)
+    assert told.reason == "PROTOCOL"
     assert server.exit_code() == exit_codes.PROTOCOL
 
 
