@@ -320,6 +320,19 @@ def test_roles_are_not_mixed() -> None:
     assert not who.at_least(ANYBODY)
 
 
+def test_whoever_may_look_up_less_than_before_may_less() -> None:
+    """An open stream names as many faces a minute as when it was opened: it has to end."""
+    bounds = (0, 10, 600, None)
+    who = [
+        Key("k", "0" * 64, roles=("r",)).caller(
+            {"r": Role("r", ("analyze", "identify"), lookups_per_minute=bound)}
+        )
+        for bound in bounds
+    ]
+    for n, now in enumerate(who):
+        assert [now.at_least(before) for before in who] == [k <= n for k in range(len(who))]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

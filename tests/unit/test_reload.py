@@ -12,7 +12,7 @@ import pytest
 from tests.fakes.scripted_pool import ScriptedPool
 
 from facelane_server import app, config, served
-from facelane_server.domain import FacelaneError, Picture, Reason, Stage
+from facelane_server.domain import FacelaneError, Picture, Reading, Reason, Stage
 from facelane_server.edge import errors
 from facelane_server.edge.gallery import GalleryService
 from facelane_server.gallery.decide import Thresholds
@@ -258,15 +258,33 @@ class Analysis:
         return {Stage.RECOGNIZER: self.models.pop(0)}
 
     async def analyse(self, picture: Picture, plan: Any, *, remaining_s: float | None) -> Any:
-        return None
+        return Reading(None, (), "m@1")  # type: ignore[arg-type]
 
 
-async def test_vectors_of_either_model_are_given_up() -> None:
-    pipeline = type("Pipeline", (), {"pools": {Stage.RECOGNIZER: None}})()
+@pytest.mark.parametrize(
+    ("models", "match", "given_up"),
+    [
+        (["m@1", "m@1"], 0.5, False),
+        (["m@1", "m@2"], 0.5, True),
+        (["m@2", "m@2"], 0.5, True),  # by a worker that was still there
+        (["m@1", "m@1"], 0.3, True),  # what the caller compares with is of the one before
+    ],
+)
+async def test_vectors_of_either_model_are_given_up(
+    models: list[str], match: float, given_up: bool
+) -> None:
+    before = Thresholds(match=0.5)
+    now = {"pools": {Stage.RECOGNIZER: None}, "thresholds": Thresholds(match=match)}
+    pipeline = type("Pipeline", (), now)()
     both: Any = Analysis()
+    both.models = models
     service = GalleryService(config.Config(), None, both, pipeline, both, both, both, both, both)  # type: ignore[arg-type]
+    read = service._read(None, service._plan(""), None, before)  # type: ignore[arg-type]
+    if not given_up:
+        assert (await read).model_id == "m@1"
+        return
     with pytest.raises(FacelaneError) as changing:
-        await service._read(None, service._plan(""), None)  # type: ignore[arg-type]
+        await read
     assert (changing.value.reason, changing.value.retryable) == (Reason.POOL_UNAVAILABLE, True)
 
 

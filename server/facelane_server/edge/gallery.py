@@ -25,6 +25,7 @@ from facelane_server.events import EventFeed, EventPictures
 from facelane_server.events.feed import event_not_found
 from facelane_server.gallery import correction, enrolment, verification
 from facelane_server.gallery.asked import Asked
+from facelane_server.gallery.decide import Thresholds
 from facelane_server.gallery.gallery import Gallery
 from facelane_server.gallery.index import model_changing
 from facelane_server.gallery.trail import Trail
@@ -147,6 +148,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     ) -> pb.EnrollFaceResponse:
         remaining = context.time_remaining()
         gallery_id = _gallery(request.gallery_id, "enroll")
+        judges = self._pipeline.thresholds
         may_reassign = gate.caller().may("reassign", gallery=gallery_id)
         plan = Plan(
             liveness=request.require_live,
@@ -168,8 +170,8 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
                 require_live=request.require_live,
                 may_reassign=may_reassign,
             ),
-            analyse=lambda picture: self._read(picture, plan, remaining),
-            thresholds=self._pipeline.thresholds.at(gallery_id),
+            analyse=lambda picture: self._read(picture, plan, remaining, judges),
+            thresholds=judges.at(gallery_id),
         )
         return pb.EnrollFaceResponse(
             subject=_subject(enrolled.subject),
@@ -211,9 +213,10 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         )
 
         async def analyse(shown: Picture) -> Reading:
-            return await self._read(shown, plan, remaining)
+            return await self._read(shown, plan, remaining, judges)
 
-        thresholds = self._pipeline.thresholds.at(gallery_id)
+        judges = self._pipeline.thresholds
+        thresholds = judges.at(gallery_id)
         if said == "is_not":
             named = track.identity.subject_id
             if not named:
@@ -263,7 +266,8 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
         caller = gate.caller()
         gallery_id = _gallery(request.gallery_id, "identify")
         plan, remaining = self._plan("", want_vectors=True), context.time_remaining()
-        thresholds = self._pipeline.thresholds.at(gallery_id)
+        judges = self._pipeline.thresholds
+        thresholds = judges.at(gallery_id)
         asked = convert.naming(request, caller, gallery_id, None)
         if asked is not None:
             thresholds = asked.verifying(thresholds)
@@ -275,7 +279,7 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
             gallery_id,
             request.subject_id,
             picture,
-            analyse=lambda picture: self._read(picture, plan, remaining),
+            analyse=lambda picture: self._read(picture, plan, remaining, judges),
             thresholds=thresholds,
             liveness=plan.liveness and not caller.may("waive-liveness", gallery=gallery_id),
         )
@@ -351,10 +355,15 @@ class GalleryService(pb_grpc.GalleryServiceServicer):
     def _recogniser(self) -> str:
         return self._controls.model_ids().get(Stage.RECOGNIZER, "")
 
-    async def _read(self, picture: Picture, plan: Plan, remaining_s: float | None) -> Reading:
-        """The faces of a picture, and the model that their vectors are of."""
+    async def _read(
+        self, picture: Picture, plan: Plan, remaining_s: float | None, judges: Thresholds
+    ) -> Reading:
+        """The faces of a picture, and the model that their vectors are of. ``judges``: what the
+        caller is going to compare its scores with."""
         model_id = self._recogniser()
         reading = await self._pictures.analyse(picture, plan, remaining_s=remaining_s)
+        if self._pipeline.thresholds != judges:
+            raise model_changing()  # they are of another model by now
         if self._recogniser() != model_id or reading.model_id not in (model_id, ""):
             raise model_changing()  # the vectors may be of either
         return replace(reading, model_id=model_id)

@@ -179,14 +179,20 @@ class Grant:
         return dataclasses.replace(grant, own_events=not sources and "admin" not in had)
 
     def covers(self, verb: Verb, other: Grant) -> bool:
-        """Whether it lets do this verb wherever the other one does, and see as much."""
+        """Whether it lets do this verb wherever the other one does, as often, and see as much."""
         return (
             verb in self.verbs
             and (not self.galleries or self.galleries == other.galleries)
             and (not self.sources or self.sources == other.sources)
             and (not self.own_events or other.own_events)
             and _OPENNESS.index(self.similarities) >= _OPENNESS.index(other.similarities)
+            and self.most_lookups >= other.most_lookups
         )
+
+    @property
+    def most_lookups(self) -> float:
+        """A minute; infinity = no bound."""
+        return float("inf") if self.lookups_per_minute is None else self.lookups_per_minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +298,7 @@ class Caller:
         """Faces that it may have named in a gallery; infinity = no bound."""
         if self.grants is None:
             return float("inf")
-        bounds = (g.lookups_per_minute for g in self._there(verb, gallery, source))
-        return max((float("inf") if n is None else n for n in bounds), default=0.0)
+        return max((g.most_lookups for g in self._there(verb, gallery, source)), default=0.0)
 
     def at_least(self, other: Caller) -> bool:
         """Whether it may all that the other one may."""
