@@ -6,6 +6,7 @@ secret.
 
 from __future__ import annotations
 
+import codecs
 import re
 import tomllib
 from collections.abc import Mapping
@@ -232,7 +233,10 @@ def secret(path: str) -> str:
     if not path:
         return ""
     try:
-        found = Path(path).read_text(encoding="utf-8").strip()
+        data = Path(path).read_bytes()
+        # As editors of Windows save it.
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        found = data.decode("utf-16" if wide else "utf-8-sig").strip()
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{path} cannot be read: it should hold the secret alone") from None
     if not found:

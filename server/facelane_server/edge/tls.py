@@ -6,6 +6,7 @@ in words that say what is wrong with them.
 
 from __future__ import annotations
 
+import codecs
 import ipaddress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -178,7 +179,8 @@ def _parse(name: str, path: str, content: bytes) -> x509.Certificate:
 
 def _read(name: str, path: str, marker: bytes) -> bytes:
     try:
-        content = Path(path).read_bytes()
+        # A byte order mark would hide the first line from gRPC.
+        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ConfigError(f"tls.{name} {path}: cannot be read: {error.strerror}") from None
     if marker not in content:

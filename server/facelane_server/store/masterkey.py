@@ -8,6 +8,7 @@ others only open, which is how a key is rotated while every process goes on.
 from __future__ import annotations
 
 import binascii
+import codecs
 import contextlib
 import os
 import re
@@ -28,6 +29,8 @@ from facelane_server.wiping import Fleeting, wipe
 COMMAND_TIMEOUT_S: Final = 20.0
 FILE_NAME: Final = "master.key"
 """Beside the store, where ``store.master_key`` says nothing."""
+
+_WORD: Final = re.compile(rb"\S+")
 
 log = structlog.get_logger(__name__)
 
@@ -195,7 +198,8 @@ def _words(content: bytes) -> list[Fleeting]:
     """What is in it, which is overwritten."""
     try:
         return [
-            Fleeting(memoryview(content)[slice(*at.span())]) for at in re.finditer(rb"\S+", content)
+            Fleeting(memoryview(content)[slice(*at.span())])
+            for at in _WORD.finditer(content, 3 if content.startswith(codecs.BOM_UTF8) else 0)
         ]
     finally:
         wipe(content)
