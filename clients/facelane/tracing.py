@@ -13,10 +13,12 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Self
+from urllib.parse import urlsplit
 
 import grpc
 
 from facelane.errors import FacelaneError, Reason
+from facelane.proxies import is_local
 from facelane.types import FrameDrop, FrameError, FrameResult, Outcome
 from facelane.v1.analysis_service_pb2 import AnalyzeImageRequest
 from facelane.v1.analysis_service_pb2 import AnalyzeStreamRequest as Request
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 DEFAULT_RATIO: Final = 0.01
 EXPORT_TIMEOUT: Final = 5.0
+_PAST_PROXIES: Any = (("grpc.enable_http_proxy", 0),)
+"""gRPC asks the environment even for a collector on its own machine."""
 
 Build = Callable[[int, float], Request]
 """A frame's message, of its number and its media time."""
@@ -78,7 +82,12 @@ class Tracing:
         except ImportError:
             raise ImportError("traces need OpenTelemetry: pip install facelane[otel]") from None
         provider = TracerProvider(resource=Resource.create({"service.name": service}))
-        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT)
+        own = is_local(urlsplit(endpoint).netloc)
+        exporter = OTLPSpanExporter(
+            endpoint=endpoint,
+            timeout=EXPORT_TIMEOUT,
+            channel_options=_PAST_PROXIES if own else None,
+        )
         provider.add_span_processor(BatchSpanProcessor(exporter))
         tracing = cls(provider, ratio=ratio)
         tracing._own = provider

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import codecs
 import functools
-import ipaddress
 import json
 import os
-import re
 import threading
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,6 +22,7 @@ from typing import Any, Final, TypeAlias
 import grpc
 
 from facelane.errors import ArgumentError, AuthenticationError, FacelaneError, Reason, from_rpc
+from facelane.proxies import is_local, proxy_variable
 
 Token: TypeAlias = str | Callable[[], str]
 """An access token, or a function that gives the present one. It is asked before the first call
@@ -67,28 +66,56 @@ class Tls:
         Raises:
             OSError: a file cannot be read.
             ArgumentError: a certificate without its key, or the other way round, or a file
-                that is not PEM.
+                that cannot be used: not PEM, damaged, another's key, one with a passphrase.
         """
         if (self.cert_file is None) != (self.key_file is None):
             raise ArgumentError(
                 Reason.ARGUMENT_INVALID, "cert_file and key_file go together: give both"
             )
-        return grpc.ssl_channel_credentials(
-            root_certificates=_read(self.ca_file),
-            private_key=_read(self.key_file),
-            certificate_chain=_read(self.cert_file),
-        )
+        authority, key = _read(self.ca_file, _CERTIFICATE), _read(self.key_file, _KEY)
+        chain = _read(self.cert_file, _CERTIFICATE)
+        if self.ca_file is not None or chain is not None:
+            self._try(key)
+        return grpc.ssl_channel_credentials(authority, key, chain)
+
+    def _try(self, key: bytes | None) -> None:
+        """What gRPC would take, and then reach nobody. Raises ``ArgumentError``."""
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # how strong is for gRPC to judge
+        trying, why = self.ca_file, "holds no usable certificate (damaged)"
+        try:
+            if trying is not None:
+                context.load_verify_locations(trying)
+            if self.cert_file is not None:
+                trying, why = self.key_file, f"cannot be used with {os.fspath(self.cert_file)}"
+                # Nobody is there to be asked for a passphrase.
+                context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "-")
+        except (ssl.SSLError, ValueError) as error:
+            if b"ENCRYPTED" in (key or b"") and trying is self.key_file:
+                why = "is protected by a passphrase: store it without one (openssl pkey), mode 0600"
+            elif getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+                why = f"is not the key of the certificate in {os.fspath(self.cert_file or '')}"
+            raise ArgumentError(
+                Reason.ARGUMENT_INVALID, f"{os.fspath(trying or '')} {why}"
+            ) from None
 
 
-def _read(path: str | os.PathLike[str] | None) -> bytes | None:
+_CERTIFICATE: Final = (b"CERTIFICATE-----", "no certificate")
+_KEY: Final = (b"PRIVATE KEY-----", "no private key")
+
+
+def _read(path: str | os.PathLike[str] | None, wanted: tuple[bytes, str]) -> bytes | None:
     if path is None:
         return None
     # A byte order mark would hide the first line from gRPC.
     data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    if b"-----BEGIN " not in data:
-        # gRPC would take it, and then reach nobody.
+    marker, missing = wanted
+    if b"-----BEGIN " not in data or marker not in data:
+        is_pem = "" if b"-----BEGIN " in data else "is not PEM: it "
         raise ArgumentError(
-            Reason.ARGUMENT_INVALID, f"{os.fspath(path)} is not PEM: it has no -----BEGIN line"
+            Reason.ARGUMENT_INVALID, f"{os.fspath(path)} {is_pem}has {missing} (-----BEGIN ...)"
         )
     return data
 
@@ -277,7 +304,7 @@ def endpoint(
         if any(given.values()):
             tls = Tls(given["CA"], given["CERT"], given["KEY"], given["SERVER_NAME"])
     bearer = _from_environment() if token is None else Bearer(token)
-    local = _is_local(address)
+    local = is_local(address)
     if bearer.held != () and tls is None and not local:
         warnings.warn(
             f"the token travels in clear text to {address}: give tls=Tls(...)",
@@ -286,7 +313,7 @@ def endpoint(
         )
     several = address.startswith("dns:") or "," in address
     options = (*_OPTIONS, ("grpc.service_config", _SEVERAL if several else _SERVICE_CONFIG))
-    variable = "" if local or not proxy else _proxy_variable(address)
+    variable = "" if local or not proxy else proxy_variable(address)
     if not variable:
         # gRPC asks the environment even for its own machine.
         options = (*options, ("grpc.enable_http_proxy", 0))
@@ -337,43 +364,6 @@ def read_token(path: str | os.PathLike[str]) -> str:
     if len(lines) != 1:
         raise ArgumentError(Reason.ARGUMENT_INVALID, f"{path} must hold one token and nothing else")
     return lines[0]
-
-
-def _host(target: str) -> str:
-    """The host of a gRPC target: ``host:port``, ``dns:///host``, ``ipv6:[::1]:1``, ``::1``."""
-    rest = re.sub(r"^(?:dns|ipv4|ipv6):(?://[^/]*/)?", "", target)
-    bracketed = re.match(r"\[([^]]*)\]", rest)
-    if bracketed:
-        return bracketed[1]
-    return rest if rest.count(":") > 1 else rest.partition(":")[0]
-
-
-def _is_local(target: str) -> bool:
-    """Whether what goes there stays on this machine."""
-    if target.startswith(("unix:", "unix-abstract:", "vsock:")):
-        return True
-    if "," in target:
-        scheme, _, several = target.partition(":")
-        return all(_is_local(f"{scheme}:{one}") for one in several.split(","))
-    host = _host(target).rstrip(".").lower()
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None) or address
-    return mapped.is_loopback or mapped.is_unspecified
-
-
-def _proxy_variable(target: str) -> str:
-    """Which variable of the environment sends gRPC by a proxy; its own rules, in its order."""
-    variable = next(
-        (name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), ""
-    )
-    exempt = next(filter(None, map(os.environ.get, ("no_grpc_proxy", "no_proxy"))), "")
-    names = [name.strip() for name in exempt.split(",")]
-    return "" if any(name and _host(target).endswith(name) for name in names) else variable
 
 
 def _methods(service: str, *names: str) -> list[dict[str, str]]:

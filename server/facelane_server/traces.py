@@ -32,10 +32,12 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 import structlog
 
 from facelane_server import __version__, config, limits, sampling
+from facelane_server.addresses import is_local
 from facelane_server.domain import (
     FacelaneError,
     Frame,
@@ -414,7 +416,12 @@ def _provider(settings: sampling.Tracing) -> Any:
     resource = Resource.create({"service.name": "facelane-server", "service.version": __version__})
     # What is traced was decided before any span is made.
     provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=settings.endpoint, timeout=EXPORT_S)
+    # gRPC asks the environment for a proxy even to its own machine.
+    own = is_local(urlsplit(settings.endpoint).netloc)
+    options: Any = (("grpc.enable_http_proxy", 0),) if own else None
+    exporter = OTLPSpanExporter(
+        endpoint=settings.endpoint, timeout=EXPORT_S, channel_options=options
+    )
     provider.add_span_processor(
         BatchSpanProcessor(
             exporter,
