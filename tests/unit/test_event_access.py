@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from contextvars import copy_context
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -24,8 +25,9 @@ from facelane_server.domain import (
 from facelane_server.edge import gate
 from facelane_server.edge.operations import EventService, kinds_of
 from facelane_server.edge.roles import Caller, Grant
-from facelane_server.events import EventFeed, EventKind
+from facelane_server.events import Event, EventFeed, EventKind
 from facelane_server.events.feed import PROGRESS_EVENTS, PROGRESS_S, Progress
+from facelane_server.store.events import without
 
 SEEN, CANDIDATE = EventKind.SUBJECT_SEEN, EventKind.SUBJECT_CANDIDATE
 CAMERA = Caller("door", (Grant(frozenset({"analyze", "events"}), own_events=True),))
@@ -214,6 +216,61 @@ async def test_numbers_that_no_store_can_count(number: int) -> None:
     with pytest.raises(FacelaneError) as refused:
         feed.watch(feed.token_after(number))
     assert refused.value.reason is Reason.RESUME_TOKEN_INVALID
+
+
+async def test_what_was_read_before_a_deletion_is_read_again() -> None:
+    """It is on its way from the store to a watcher, or to who asks, while somebody is deleted."""
+    feed = feed_of((SEEN, "door", "door"))
+    told = feed.held(1)
+    assert told is not None
+    assert told.track is not None
+    nobody = replace(told, track=without(told.track, "grace"))
+
+    class Keeper:
+        reads = 0
+
+        async def older(self, sequence: int) -> list[Event]:
+            assert sequence == 0
+            return [await self.find(1)]
+
+        async def before(self, *_asked: Any, **_filters: Any) -> list[Event]:
+            return [await self.find(1)]
+
+        async def find(self, sequence: int) -> Event:
+            assert sequence == 1
+            self.reads += 1
+            if self.reads % 2:
+                feed.forget_subject("default", "grace")
+                return told  # type: ignore[return-value]
+            return nobody
+
+    feed._keeper = cast("Any", Keeper())
+    feed.forget_subject("default", "somebody")
+    assert await feed.find(1) == nobody
+    assert await feed.before(0, 1) == [nobody]
+    with feed.watch(feed.token_after(0)) as watcher:
+        assert await watcher.batch() == [nobody]
+
+
+async def test_who_is_gone_by_the_time_that_an_event_is_told_is_named_by_nobody() -> None:
+    class Gallery:
+        def __init__(self, reason: Reason) -> None:
+            self.reason = reason
+
+        async def get_subject(self, gallery_id: str, subject_id: str) -> None:
+            raise FacelaneError(self.reason, f"{gallery_id}/{subject_id}")
+
+    gone = cast("Any", Gone())
+    feed = feed_of((SEEN, "door", "door"), (CANDIDATE, "door", "door"))
+    reads = Caller("desk", (Grant(frozenset({"events", "confirm", "gallery.read"})),))
+    for reason, named in ((Reason.GALLERY_UNAVAILABLE, "grace"), (Reason.SUBJECT_NOT_FOUND, "")):
+        shown = EventService(feed, cast("Any", Gallery(reason)), gone, gone, {})
+        for sequence in (1, 2):
+            event = feed.held(sequence)
+            assert event is not None
+            message = (await shown._told(event, reads)).event
+            assert (message.identity.subject_id or message.candidate_subject_id) == named
+            assert message.sequence == sequence
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import time
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -46,6 +46,7 @@ from facelane_server.pools.report import PoolState
 from facelane_server.shards import messages
 from facelane_server.store.audit import Action
 from facelane_server.store.confirmations import confirm
+from facelane_server.store.events import without
 from facelane_server.store.pictures import not_found
 
 log = structlog.get_logger(__name__)
@@ -420,8 +421,14 @@ class EventService(event_grpc.EventServiceServicer):
         gallery_id, source_id = event.gallery_id or None, event.source_id or None
         message = _event(event, convert.View.of(caller, "events", gallery_id, source_id))
         named = message.identity.subject_id or message.candidate_subject_id
-        if named and caller.may("gallery.read", gallery=event.gallery_id):
-            await self._describe(message, named)
+        if (
+            event.track is not None
+            and named
+            and caller.may("gallery.read", gallery=event.gallery_id)
+            and not await self._describe(message, named)
+        ):
+            track = without(event.track, named)
+            return await self._told(dataclasses.replace(event, track=track), caller)
         return event_pb.WatchEventsResponse(event=message, resume_token=self._feed.token(event))
 
     @staticmethod
@@ -433,12 +440,16 @@ class EventService(event_grpc.EventServiceServicer):
             "confirm", gallery=event.gallery_id, source=event.source_id
         )
 
-    async def _describe(self, message: event_pb.Event, subject_id: str) -> None:
-        """Adds what the gallery says of the subject; nothing when it cannot be asked."""
-        with contextlib.suppress(FacelaneError):
+    async def _describe(self, message: event_pb.Event, subject_id: str) -> bool:
+        """Adds what the gallery says of the subject, nothing when it cannot be asked; False when
+        there is no such subject any more."""
+        try:
             subject = await self._gallery.get_subject(message.gallery_id, subject_id)
-            message.track.display_name = subject.display_name
-            message.track.labels.update(subject.labels)
+        except FacelaneError as error:
+            return error.reason is not Reason.SUBJECT_NOT_FOUND
+        message.track.display_name = subject.display_name
+        message.track.labels.update(subject.labels)
+        return True
 
 
 def for_confirmers(event: Event, caller: Caller) -> None:

@@ -24,13 +24,15 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, TypeVar
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason, RuleReport, TrackReport
 from facelane_server.store.events import without
+
+T = TypeVar("T")
 
 _TOKEN: Final = struct.Struct(">8sQI")
 _UNMARKED: Final = struct.Struct(">8sQ")
@@ -318,8 +320,8 @@ class EventFeed:
         """The event of a number, while it is kept. Raises GALLERY_UNAVAILABLE."""
         if sequence > limits.MAX_SEQUENCE:
             return None
-        if self._keeper is not None:
-            return await self._keeper.find(sequence)
+        if (keeper := self._keeper) is not None:
+            return await self._now(lambda: keeper.find(sequence))
         return next((event for event in self._ring if event.sequence == sequence), None)
 
     async def before(
@@ -334,9 +336,11 @@ class EventFeed:
         """At most ``count`` events before ``sequence`` (0 = from the newest on), the newest first.
         Raises GALLERY_UNAVAILABLE."""
         sequence = min(sequence, limits.MAX_SEQUENCE)
-        if self._keeper is not None:
-            return await self._keeper.before(
-                sequence, count, kinds=kinds, source_ids=source_ids, gallery_ids=gallery_ids
+        if (keeper := self._keeper) is not None:
+            return await self._now(
+                lambda: keeper.before(
+                    sequence, count, kinds=kinds, source_ids=source_ids, gallery_ids=gallery_ids
+                )
             )
         found = [
             event
@@ -355,9 +359,17 @@ class EventFeed:
         if self._first <= sequence <= self._sequence:
             start = sequence - self._first
             return list(itertools.islice(self._ring, start, start + limits.MAX_EVENT_BATCH))
-        if self._keeper is not None:
-            return await self._keeper.older(sequence)
+        if (keeper := self._keeper) is not None:
+            return await self._now(lambda: keeper.older(sequence))
         raise lost("this call read more slowly than events came", self.token_after(self._first))
+
+    async def _now(self, read: Callable[[], Awaitable[T]]) -> T:
+        """What the keeper has; what it read before somebody was deleted is read again."""
+        while True:
+            cleared = self.cleared
+            found = await read()
+            if self.cleared == cleared:
+                return found
 
     @property
     def closed(self) -> bool:
