@@ -87,12 +87,20 @@ async def _until_told(work: Coroutine[object, object, None]) -> int:
 
 
 def state_folder(chosen: str) -> Path:
-    """Where positions are kept."""
+    """Where positions are kept. Raises ``ConfigError``."""
     given = chosen or os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     if given:
         return Path(given)
-    base = os.environ.get("XDG_STATE_HOME", "") or str(Path.home() / ".local" / "state")
-    return Path(base) / "facelane-events"
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
+        return Path(base, "facelane-events").expanduser()
+    except RuntimeError:  # as in containers that run as any user
+        from facelane_events.config import ConfigError
+
+        raise ConfigError(
+            "there is no place for positions, since $HOME is not set and this user has no account: "
+            "set state_dir to a path that begins with /"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:

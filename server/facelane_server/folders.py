@@ -17,12 +17,11 @@ RUN_PREFIX: Final = "facelane-run-"
 
 
 def state_path(settings: config.Config) -> Path:
-    """Where the gallery lives, whether it is there or not."""
+    """Where the gallery lives, whether it is there or not. Raises ``ConfigError``."""
     chosen = settings.state_dir or os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     if not chosen:
-        base = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
-        chosen = str(Path(base) / "facelane")
-    return Path(chosen).expanduser()
+        chosen = f"{os.environ.get('XDG_STATE_HOME') or '~/.local/state'}/facelane"
+    return _expanded("state_dir", chosen)
 
 
 def state_dir(settings: config.Config) -> Path:
@@ -37,8 +36,18 @@ def gallery_path(settings: config.Config, *, look: bool = False) -> Path:
     whether it is there."""
     chosen = settings.store.url.removeprefix("sqlite:///") or settings.gallery.path
     if chosen:
-        return Path(chosen).expanduser()
+        return _expanded("gallery.path" if settings.gallery.path else "store.url", chosen)
     return (state_path(settings) if look else state_dir(settings)) / "gallery.db"
+
+
+def _expanded(name: str, path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # as in containers that run as any user
+        raise config.ConfigError(
+            f"{name}: there is no {path}, since $HOME is not set and this user has no account; set "
+            f"{name} to a path that begins with /"
+        ) from None
 
 
 def _made(name: str, folder: Path, otherwise: str) -> Path:
@@ -61,7 +70,7 @@ def runtime_dir(settings: config.Config) -> Iterator[Path]:
     """
     chosen = settings.runtime_dir or os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
     if chosen:
-        yield _made("runtime_dir", Path(chosen).expanduser(), "leave runtime_dir empty")
+        yield _made("runtime_dir", _expanded("runtime_dir", chosen), "leave runtime_dir empty")
         return
     with _private_folder() as folder:
         yield folder

@@ -25,7 +25,6 @@ from facelane_server.doctor.report import Finding, Status
 from facelane_server.domain import Encoding, FacelaneError, Picture, Stage
 from facelane_server.edge.auth import Authenticator, read_file
 from facelane_server.edge.tls import Certificates
-from facelane_server.folders import gallery_path
 from facelane_server.pools.host import Launchers
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.tasks import DetectRequest, EmbedRequest, LivenessRequest, Request, Task
@@ -167,10 +166,9 @@ def _few(names: Sequence[str]) -> str:
 
 def check_gallery(settings: config.Config) -> Finding:
     """The store is whole, and a file's disk has room. Blocks: run it in a thread."""
-    if isinstance(place := place_of(settings, look=True), str):
-        return _check_database(place)
     try:
-        path = gallery_path(settings, look=True)
+        if isinstance(path := place_of(settings, look=True), str):
+            return _check_database(path)
         if not path.exists():
             folder = next(p for p in path.parents if p.exists())
             if not (folder.is_dir() and os.access(folder, os.W_OK)):
