@@ -193,3 +193,21 @@ def test_a_key_looks_up_as_many_faces_a_minute_as_its_role_says() -> None:
     assert not quotas.may_look_up(desk, float(nobody.lookups_per_minute or 0))
     assert all(quotas.may_look_up(ANYBODY, float("inf")) for _ in range(50))
     assert quotas.lookups["desk-2"] == 1
+    assert quotas.lookups["desk-1"] == 6 + 1 + 6, "those that were refused are none"
+
+
+def test_shards_give_a_key_together_what_its_role_says() -> None:
+    """However many more are asked for, in each of them."""
+    now, board = [1000.0], Board.make(2)
+    shards = [Quotas(CONFIG, clock=lambda: now[0], elsewhere=Holdings(board, n)) for n in range(2)]
+    role = Role("desk", ("identify",), lookups_per_minute=30)
+    desk = Key("desk", "0" * 64, roles=("desk",)).caller({"desk": role})
+    given = []
+    for _ in range(4):
+        given.append(0)
+        for _ in range(600):
+            now[0] += 0.1
+            given[-1] += sum(quotas.may_look_up(desk, 30.0) for quotas in shards)
+    assert given[0] <= 60, "what was saved up, and a minute's"
+    assert all(29 <= of_minute <= 31 for of_minute in given[1:])
+    board.close()

@@ -82,7 +82,7 @@ class Quotas:
         self._buckets: dict[str, tuple[float, float]] = {}
         """By key, as many as the keys file has: look-ups that are left, and when that was."""
         self.lookups: Counter[str] = Counter()
-        """Faces looked up, by key."""
+        """Faces looked up, by key; those that were refused are none."""
 
     @contextlib.contextmanager
     def place(self, kind: Kind, caller: Caller) -> Iterator[Allowance | None]:
@@ -125,16 +125,21 @@ class Quotas:
 
     def may_look_up(self, caller: Caller, per_minute: float) -> bool:
         """The same, as an answer; a face that may be looked up is counted."""
-        self.lookups[caller.name] += 1
+        name = caller.name
         if per_minute == float("inf"):
+            self.lookups[name] += 1
             return True
         now = self._clock()
-        full, at = self._buckets.get(caller.name, (per_minute, now))
+        full, at = self._buckets.get(name, (per_minute, now))
         left = min(per_minute, full + (now - at) * per_minute / 60.0)
         if self._elsewhere is not None:
-            left -= self._elsewhere.looked_up(caller.name, self.lookups[caller.name])
+            left -= self._elsewhere.looked_up(name)
         given = left >= 1.0
-        self._buckets[caller.name] = (left - given, now)
+        self._buckets[name] = (left - given, now)
+        if given:  # what was refused takes nothing away from anybody
+            self.lookups[name] += 1
+            if self._elsewhere is not None:
+                self._elsewhere.tell_lookups(name, self.lookups[name])
         return given
 
     def taken(self, kind: Kind) -> int:

@@ -177,12 +177,15 @@ class Holdings:
         """Places of a kind in all other shards."""
         return self._board.taken(self._mine, kind)
 
-    def looked_up(self, name: str, mine: int) -> int:
-        """Faces that a key has had looked up in other shards since this was asked last. ``mine``:
-        those in this one, since it began."""
-        if (row := self._row(name)) is None:
+    def tell_lookups(self, name: str, mine: int) -> None:
+        """Faces that a key has had looked up in this shard, since it began."""
+        if (row := self._row(name)) is not None:
+            self._board.write(self._mine, row, _digest(name), _LOOKUPS, [mine % 2**32])
+
+    def looked_up(self, name: str) -> int:
+        """The same in other shards, since this was asked last."""
+        if self._row(name) is None:
             return 0
-        self._board.write(self._mine, row, _digest(name), _LOOKUPS, [mine % 2**32])
         there = self._board.found(self._mine, _digest(name), _LOOKUPS)
         before, self._seen[name] = self._seen.get(name, there), there
         return max(0, there - before)  # less: a shard began anew
