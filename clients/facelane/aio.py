@@ -534,8 +534,8 @@ class EventStream(EventStreamBase):
         while not self._closed.is_set():
             error: FacelaneError | None = None
             try:
-                if self._call is None:
-                    await self._connect()
+                if self._call is None and not await self._connect():
+                    break
                 if self._reading is None:
                     # A task of its own: gRPC ends a call whose reader is cancelled, and whoever
                     # waits for the next event with a timeout means to go on.
@@ -573,8 +573,12 @@ class EventStream(EventStreamBase):
                     await self._closed.wait()
         return False
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> bool:
+        """False where it was closed while the token was asked for."""
         client = self._client
         self._shown = await client._metadata()
+        if self._closed.is_set():
+            return False
         events = self._stub(grpc.aio, client._stubs.events)
         self._call = events.WatchEvents(self._core.call(time.monotonic()), metadata=self._shown)
+        return True

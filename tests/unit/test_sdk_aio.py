@@ -531,6 +531,28 @@ def test_both_clients_are_one_interface() -> None:
         assert all(getattr(blocking, name).__doc__ for name in interface(blocking))
 
 
+async def test_events_that_are_closed_while_the_token_is_asked_for(
+    server: fake.ScriptedServer,
+) -> None:
+    """No call is begun that nobody would end, and no connection taken that nobody gives back."""
+    asked, may = asyncio.Event(), asyncio.Event()
+
+    async def token() -> str:
+        asked.set()
+        await may.wait()
+        return "secret"
+
+    async with facelane.aio.Client(server.target, token=token) as client:
+        events = client.watch_events()
+        entering = asyncio.create_task(events.__aenter__())
+        await asked.wait()
+        await events.close()
+        may.set()
+        async with asyncio.timeout(30):
+            await entering
+        assert (events._call, client._channels._calls) == (None, {None: 0})
+
+
 async def test_tls_and_target_are_those_of_the_endpoint() -> None:
     client = facelane.aio.Client("127.0.0.1:1")
     assert client.target == "127.0.0.1:1"
