@@ -159,9 +159,12 @@ class Passage:
     before anything of the packet is used.
     """
 
-    def __init__(self, stream: VideoStream, *, patient: bool = False) -> None:
+    def __init__(
+        self, stream: VideoStream, *, patient: bool = False, upright: bool = False
+    ) -> None:
         """``patient``: of a camera, whose first key frame may have come in part, a few are
-        passed over. Raises NotPassableError: the track is neither H.264 nor H.265."""
+        passed over. ``upright``: pictures that are to be turned are not passable. Raises
+        NotPassableError: the track is neither H.264 nor H.265."""
         context = stream.codec_context
         encoding = ENCODINGS.get(context.name)
         if encoding is None:
@@ -172,6 +175,7 @@ class Passage:
         self._looked_at: tuple[bytes, ...] | None = None
         self.rotation = 0
         """Degrees against the clock by which pictures are to be turned; servers do not."""
+        self._upright = upright
         self._begun = False
         self._may_fail = KEY_FRAMES_PASSED_OVER if patient else 0
         self._step = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
@@ -255,6 +259,8 @@ class Passage:
         if any(shown.interlaced_frame for shown in frames):
             raise NotPassableError("it is interlaced")
         self.rotation = frame.rotation
+        if self._upright and self.rotation:
+            raise NotPassableError("its pictures lie on their side")
         self._looked_at = self._sets.sequence if self._filter is None else ()
         return True
 
@@ -269,7 +275,8 @@ def access_units(
     frames carry the time at which they came; by itself for addresses.
 
     Every frame goes into one stream, in order, none left out. ``stream_offset`` is the source's
-    own clock, in seconds from the first key frame on.
+    own clock, in seconds from the first key frame on. A telephone's note of how its video is to be
+    turned is lost: servers do not turn pictures.
 
     Raises:
         ImportError: PyAV is not installed.

@@ -16,6 +16,7 @@ import structlog
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from facelane import video
@@ -32,6 +33,7 @@ from facelane_bridge.sources.challenge import Credentials
 from facelane_bridge.sources.jpeg import MAX_PIXELS, JpegEncoder, JpegGate
 from facelane_bridge.sources.pace import Decimator, MediaClock, Pacer
 from facelane_bridge.sources.rtsp import RtspRelay
+from facelane_bridge.sources.turning import Turner, orientation_of
 
 # FFmpeg writes addresses, with what they carry, to stderr when it is in the mood.
 av.logging.set_level(None)
@@ -64,6 +66,7 @@ class ContainerSource:
         self._decimator = Decimator(camera.analysed_fps)
         self._encoder = JpegEncoder(camera.jpeg_quality, camera.max_side)
         self._gate = JpegGate(camera.jpeg_quality, camera.max_side)
+        self._turner = Turner()
         self._loop_offset = 0.0
         self._media_time = 0.0
         self._pass_through = False
@@ -210,7 +213,9 @@ class ContainerSource:
         known = name in video.ENCODINGS
         if self._camera.passes_video and (known or (self._must_pass and not self._pass_through)):
             try:
-                self._passage = video.Passage(stream, patient=self._is_live)
+                self._passage = video.Passage(
+                    stream, patient=self._is_live, upright=not self._is_live
+                )
             except video.NotPassableError as why:
                 self._decode_instead(why)
         return container
@@ -427,10 +432,14 @@ class ContainerSource:
                 if self._take(frame.time, differs) is None:
                     continue
                 try:
-                    data = self._encoder.encode(frame)
+                    data = self._encoder.encode(self._upright(frame))
                 except (av.FFmpegError, ValueError) as error:
                     raise self._as_source_error(error, "encoded") from None
                 yield CapturedFrame(data, self._media_time, time.time())
+
+    def _upright(self, frame: VideoFrame) -> VideoFrame:
+        """A telephone's video as it was held; a camera's as it hangs."""
+        return frame if self._is_live else self._turner.upright(frame, orientation_of(frame))
 
     def _units(
         self, passage: video.Passage, packet: Packet[VideoStream], differs: bool

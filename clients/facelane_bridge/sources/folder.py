@@ -11,11 +11,13 @@ from typing import IO, Any
 import av
 import structlog
 
+from facelane.cli.stills import exif_orientation
 from facelane_bridge.camera import Outlook
 from facelane_bridge.config import CameraSettings, Pace, SourceKind
 from facelane_bridge.sources.api import CapturedFrame, SourceError, SourceInfo, SourceReason
 from facelane_bridge.sources.jpeg import JpegEncoder, decode_picture
 from facelane_bridge.sources.pace import Decimator, Pacer
+from facelane_bridge.sources.turning import Turner
 
 MAX_PICTURE_FILE_BYTES = 32 * 1024 * 1024
 log = structlog.get_logger("facelane_bridge")
@@ -33,9 +35,8 @@ class FolderSource:
         self._next = 0
         self._pacer = Pacer(self._interrupted)
         self._decimator = Decimator(camera.analysed_fps)
-        self._shrink = (
-            JpegEncoder(camera.jpeg_quality, camera.max_side) if camera.max_side else None
-        )
+        self._encoder = JpegEncoder(camera.jpeg_quality, camera.max_side)
+        self._turner = Turner()
 
     @property
     def skipped(self) -> int:
@@ -92,7 +93,7 @@ class FolderSource:
             0,
             self._camera.folder_fps,
             len(self._paths) / self._camera.folder_fps,
-            reencodes=self._shrink is not None,
+            reencodes=self._camera.max_side > 0,
         )
 
     def read(self) -> CapturedFrame | None:
@@ -116,13 +117,13 @@ class FolderSource:
                 data = _read_bounded(file)
         except OSError:
             return b""  # an error of this frame, which the stream outlives
-        if self._shrink is not None and data:
-            codec = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"RI": "webp"}.get(data[:2])
+        codec = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"RI": "webp"}.get(data[:2])
+        orientation, most = exif_orientation(data), self._camera.max_side
+        if codec is not None and (most or orientation > 1):
             try:
-                if codec is not None:
-                    frame = decode_picture(data, codec)
-                    if max(frame.width, frame.height) > self._camera.max_side:
-                        return self._shrink.encode(frame)
+                frame = decode_picture(data, codec)
+                if orientation > 1 or max(frame.width, frame.height) > most:
+                    return self._encoder.encode(self._turner.upright(frame, orientation))
             except (av.FFmpegError, ValueError):
                 pass  # the server says what is wrong with it, frame by frame
         return data
