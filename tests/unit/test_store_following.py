@@ -191,20 +191,20 @@ def test_a_machine_that_sleeps_does_not_outlive_its_lease(
     """The clock that asyncio goes by stands still meanwhile, those of the others do not."""
     with contextlib.closing(SqliteFile(tmp_path / "gallery.db")) as database:
         monkeypatch.setattr(Reader, "needs_renewal", True)
-        reader = Reader(database, lease_s=300.0)
-        reader.join(0)
-        assert not reader.is_fenced
+        follower = Reader(database, lease_s=300.0)
+        follower.join(0)
+        assert not follower.is_fenced
         awake, slept = time.clock_gettime, [0.0]
         monkeypatch.setattr(
             time,
             "clock_gettime",
             lambda which: awake(which) + slept[0] * (which == time.CLOCK_BOOTTIME),
         )
-        assert not reader.is_fenced
+        assert not follower.is_fenced
         slept[0] = 301.0
-        assert reader.is_fenced
-        assert reader.renew(0)
-        assert not reader.is_fenced
+        assert follower.is_fenced
+        assert follower.renew(0)
+        assert not follower.is_fenced
 
 
 async def test_who_was_away_for_longer_than_its_lease_names_nobody(
