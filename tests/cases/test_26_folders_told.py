@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import facelane
 from facelane.cli.app import app
 from facelane.cli.stills import decode, exif_orientation, load_picture, look_through
 from tests.fakes import scripted_server as fake
@@ -142,6 +143,36 @@ def test_a_damaged_one_and_a_telephone_s(server: fake.ScriptedServer, tmp_path: 
     assert "save it as JPEG" in told["b.heic"]
     assert "not a picture" in told["c.png"]
     assert "b.heic: " in result.stderr
+
+
+@pytest.mark.parametrize("suffix", [".DNG", ".nef", ".cr3"])
+def test_a_raw_file_is_not_its_preview(
+    server: fake.ScriptedServer, suffix: str, tmp_path: Path
+) -> None:
+    """By its first bytes it is a TIFF file, whose first picture is as small as a stamp."""
+    raw = tmp_path / f"raw{suffix}"
+    raw.write_bytes(encoded(".tiff"))
+    (tmp_path / "a.jpg").write_bytes(encoded(".jpg"))
+    found = look_through(tmp_path)
+    assert found.passed_over == [(raw.name, "a camera's raw file: save it as JPEG")]
+    for *words, code in (("analyze", 1), ("identify", 1), ("enroll", "ada", 3)):
+        assert "raw file" in run(server, *words, raw, code=code).stderr
+
+
+def test_of_an_animated_webp_the_first_picture_is_sent(tmp_path: Path) -> None:
+    """As of a GIF: servers take neither."""
+    still = encoded(".webp")
+    frame = bytes(6) + (63).to_bytes(3, "little") + (47).to_bytes(3, "little") + bytes(4)
+    frame += still[12:] + bytes(len(still) % 2)
+    body = b"WEBPVP8X\x0a\x00\x00\x00\x02\x00\x00\x00"
+    body += (63).to_bytes(3, "little") + (47).to_bytes(3, "little")
+    body += b"ANIM\x06\x00\x00\x00" + bytes(6)
+    body += 2 * (b"ANMF" + len(frame).to_bytes(4, "little") + frame)
+    path = tmp_path / "sticker.webp"
+    path.write_bytes(b"RIFF" + len(body).to_bytes(4, "little") + body)
+    sent = load_picture(path)
+    assert sent.encoding is facelane.Encoding.JPEG
+    assert np.abs(decode(sent.data).astype(int) - PIXELS).max() < 10
 
 
 def test_pictures_by_themselves(server: fake.ScriptedServer, tmp_path: Path, avif: bytes) -> None:

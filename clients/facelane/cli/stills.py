@@ -27,6 +27,12 @@ PICTURE_SUFFIXES: Final = frozenset(
 )  # fmt: skip
 """Names of pictures; what else is one is told by its first bytes."""
 _FOLDER_SUFFIXES: Final = PICTURE_SUFFIXES | {".gif"}
+_RAW_SUFFIXES: Final = frozenset(
+    (".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw")
+)
+_RAW: Final = "a camera's raw file: save it as JPEG"
+"""Most of them are TIFF files by their first bytes, and what can be read of them is a preview as
+small as a stamp."""
 _MAGIC: Final = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*",
     b"\x00\x00\x00\x0cjP  ",
@@ -47,7 +53,7 @@ _EXIF_ORIENTATION: Final = 0x0112
 
 def is_picture(path: Path) -> bool:
     """By its name, or by its first bytes; an animation alone is a video."""
-    return path.suffix.lower() in PICTURE_SUFFIXES or (
+    return path.suffix.lower() in PICTURE_SUFFIXES | _RAW_SUFFIXES or (
         path.suffix.lower() != ".gif" and _looks_like_one(path)
     )
 
@@ -94,6 +100,8 @@ def _why_not(path: Path) -> str:
             return "a link that leads nowhere"
         if not path.is_file():
             return "no regular file"
+        if path.suffix.lower() in _RAW_SUFFIXES:
+            return _RAW
         if path.suffix.lower() in _FOLDER_SUFFIXES or _looks_like_one(path):
             return ""
     except OSError as error:
@@ -115,6 +123,8 @@ def load_picture(path: str | Path) -> Picture:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{shown(path)} is no file")
+    if path.suffix.lower() in _RAW_SUFFIXES:
+        raise PictureError(Reason.ENCODING_UNSUPPORTED, _RAW)
     with path.open("rb") as file:
         data = file.read(_READ_BYTES + 1)
     if len(data) > _READ_BYTES:
@@ -129,9 +139,14 @@ def load_picture(path: str | Path) -> Picture:
     if width * height > _SENT_PIXELS or len(data) > _SENT_BYTES:
         # Half the size is made while decoding, for a quarter of the memory.
         return _sent(path, decode(data, half=width * height > 2 * _SENT_PIXELS), width, height)
-    if exif_orientation(data) > 1:
+    if exif_orientation(data) > 1 or _is_animated(data):
         return encode(decode(data), _STILL_QUALITY)
     return picture
+
+
+def _is_animated(data: bytes) -> bool:
+    """A WebP of several pictures, which servers do not take: its first one is sent."""
+    return data[8:16] == b"WEBPVP8X" and bool(data[20:21] and data[20] & 0x02)
 
 
 def _sent(path: Path, pixels: Any, width: int = 0, height: int = 0) -> Picture:

@@ -48,8 +48,9 @@ class Header:
     be decoded as it is. ``end``: where
     the end marker of a JPEG stands; negative: where its data end without one. ``scans``,
     ``components``: of a JPEG. ``alpha``: it may have see-through parts. ``chunks``: the
-    (start, end) of what a PNG's decoder needs to see. ``shrink``: one pixel in so many of a
-    row is decoded (a JPEG that is larger than what may be decoded).
+    (start, end) of what a PNG's decoder needs to see. ``ends``: a PNG has its last chunk, a WebP
+    the length that it tells; without them all of the picture is there. ``shrink``: one pixel in so
+    many of a row is decoded (a JPEG that is larger than what may be decoded).
     """
 
     width: int
@@ -60,6 +61,7 @@ class Header:
     components: int = 3
     alpha: bool = False
     chunks: tuple[tuple[int, int], ...] = ()
+    ends: bool = True
     shrink: int = 1
 
     @property
@@ -277,8 +279,10 @@ def _png(data: memoryview, max_pixels: int) -> Header:
     transparent = False
     at = len(_PNG_MAGIC)
     for _ in range(limits.MAX_PICTURE_CHUNKS):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
+        # Nothing is missing but the end, which is always the same twelve bytes.
+        ends = not pixels or at + 12 <= len(data)
+        length, kind = struct.unpack_from(">I4s", data, at) if ends else (0, b"IEND")
+        end = at + 12 + length if ends else at
         if end > len(data):
             _corrupt(Encoding.PNG, "it is cut off")
         if (kind == b"IHDR") is not (header is None):
@@ -289,7 +293,7 @@ def _png(data: memoryview, max_pixels: int) -> Header:
             header = struct.unpack_from(">IIBBBBB", data, at + 8)
             check_bounds(header[0], header[1], max_pixels)
         transparent = transparent or kind == b"tRNS"
-        if kind in _DECODED_CHUNKS:
+        if kind in _DECODED_CHUNKS and ends:
             kept.append((at, end))
         if kind == b"IDAT":
             pixels.append(data[at + 8 : end - 4])
@@ -301,7 +305,7 @@ def _png(data: memoryview, max_pixels: int) -> Header:
             ):
                 _corrupt(Encoding.PNG, "a checksum is wrong")
             alpha = header[3] in (4, 6) or transparent
-            return Header(header[0], header[1], alpha=alpha, chunks=tuple(kept))
+            return Header(header[0], header[1], alpha=alpha, chunks=tuple(kept), ends=ends)
         at = end
     raise too_costly(Encoding.PNG, "it has too many chunks")
 
@@ -347,8 +351,9 @@ def _check_rows(parts: list[memoryview], size: int) -> None:
 
 def _webp(data: memoryview, max_pixels: int) -> Header:
     (riff,) = struct.unpack_from("<I", data, 4)
-    if riff + 8 > len(data):
-        _corrupt(Encoding.WEBP, "it is cut off")
+    ends = 12 <= riff <= len(data) - 8
+    if not ends:
+        _check_chunks(data)
     kind, length = struct.unpack_from("<4sI", data, 12)
     if length + 20 > len(data):
         _corrupt(Encoding.WEBP, "a chunk is cut off")
@@ -371,4 +376,21 @@ def _webp(data: memoryview, max_pixels: int) -> Header:
     else:
         _corrupt(Encoding.WEBP, "its first chunk is unknown")
     check_bounds(*size, max_pixels)
-    return Header(*size, alpha=alpha)
+    return Header(*size, alpha=alpha, ends=ends)
+
+
+def _check_chunks(data: memoryview) -> None:
+    """Of a WebP whose length is another one (a writer that did not know it, a byte of padding that
+    nobody wrote): whether the picture is whole for all that."""
+    at, kinds = 12, set[bytes]()
+    for _ in range(limits.MAX_PICTURE_CHUNKS):
+        if at + 8 > len(data):
+            break
+        kind, length = struct.unpack_from("<4sI", data, at)
+        at += 8 + length
+        if at > len(data):
+            _corrupt(Encoding.WEBP, "it is cut off")
+        at += length % 2
+        kinds.add(kind)
+    if kinds.isdisjoint((b"VP8 ", b"VP8L", b"ANMF")):
+        _corrupt(Encoding.WEBP, "it is cut off")

@@ -29,6 +29,7 @@ _SHRUNK: Final = {
 _GREY: Final = 128
 """What libjpeg puts where entropy-coded data ended too early."""
 _EOI: Final = b"\xff\xd9"
+_IEND: Final = b"\0\0\0\0IEND\xaeB`\x82"
 _PIXEL_BYTES: Final = 6
 _DECODER_BYTES: Final = 1 << 20
 """What decoding takes at least: so much for every pixel, and so much in any case."""
@@ -82,9 +83,10 @@ def read(
         picture = _jpeg(data, header)
     elif encoding is Encoding.PNG:
         # What else it holds (profiles, texts, animations) is none of a decoder's business.
-        picture = _read(_joined(data[:8], *(data[a:b] for a, b in header.chunks)), header)
+        end = () if header.ends else (_IEND,)
+        picture = _read(_joined(data[:8], *(data[a:b] for a, b in header.chunks), *end), header)
     else:
-        picture = _read(data, header)
+        picture = _read(data if header.ends else _of_its_length(data), header)
     if picture is None:
         enough_memory(header.width * header.height)
         raise FacelaneError(
@@ -176,6 +178,13 @@ def _joined(data: memoryview, *more: bytes | memoryview) -> Fleeting:
         made[end : end + len(part)] = part
         end += len(part)
     return made
+
+
+def _of_its_length(webp: memoryview) -> Fleeting:
+    """A copy that tells the length that it has, which is an even one."""
+    padding = bytes(len(webp) % 2)
+    length = len(webp) + len(padding) - 8
+    return _joined(webp[:4], length.to_bytes(4, "little"), webp[8:], padding)
 
 
 def _further(data: memoryview) -> bytes:
