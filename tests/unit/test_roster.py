@@ -4,6 +4,7 @@ merged answers and metrics."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -27,6 +30,7 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.edge import whole
 from facelane_server.keeper import exposition
 from facelane_server.keeper.child import Child
+from facelane_server.keeper.keeper import Keeper
 from facelane_server.keeper.roster import HANG_TICKS, HOLD_S, START_TICKS, Do, Roster, What
 from facelane_server.pools.restart import Happening, Life, Notice, Policy
 from facelane_server.shards import dealing, link
@@ -408,6 +412,33 @@ def test_streams_that_come_by_chance_end_up_nearly_even(shards: int) -> None:
         streams[landed] += 1
     assert max(streams) <= 40 * 1.1
     assert min(streams) >= 40 * 0.9
+
+
+async def test_a_shard_whose_folder_cannot_be_made_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk of the runtime folder is full, for a while: no process waits for ever to be told
+    what to do."""
+    begun: list[int] = []
+
+    async def start(index: int, *_given: object, **_named: object) -> NoReturn:
+        begun.append(index)
+        raise OSError(errno.EAGAIN, "no process today")
+
+    monkeypatch.setattr(Child, "start", start)
+    kept = Keeper(config.Config(), None, 2)
+    kept._runtime = tmp_path / "full"
+    kept._board, kept._mps_pipes = Board.make(2), ""
+    for there in (False, True):
+        if there:
+            kept._runtime.mkdir()
+        kept._roster = Roster(2, Policy())
+        kept._roster.start(time.monotonic())
+        assert kept._roster.life(0) is Life.SPAWNED
+        await kept._spawn(0)
+        assert kept._roster.life(0) is Life.BACKOFF
+        assert begun == [0] * there
+    kept._board.close()
 
 
 def test_keys_are_counted_over_all_shards() -> None:

@@ -205,7 +205,9 @@ class Keeper:
             if self._roster.stopping:
                 self._over(index, "STOPPED")
                 return
+            self._given[index] = dict(self._models)
             try:
+                self._folder(index).mkdir(mode=0o700, exist_ok=True)
                 child = await Child.start(
                     index, self._count, board=self._board.descriptor, mps_pipes=self._mps_pipes
                 )
@@ -214,7 +216,6 @@ class Keeper:
                 self._over(index, "NO_PROCESS")
                 return
             self._children[index] = child
-            self._given[index] = dict(self._models)
             child.link.send(Begin(settings=self._dealt(index, self._settings)))
             self._do(self._roster.spawned(index, child.pid, time.monotonic()))
             if self._told is not None:
@@ -254,14 +255,15 @@ class Keeper:
         self._do(self._roster.happened(index, Notice(Happening.GONE), now))
         self._changed.set()
 
+    def _folder(self, index: int) -> Path:
+        return self._runtime / f"shard-{index}"
+
     def _dealt(self, index: int, settings: config.Config) -> config.Config:
-        runtime = self._runtime / f"shard-{index}"
-        runtime.mkdir(mode=0o700, exist_ok=True)
         return settings_of(
             settings,
             index,
             self._count,
-            runtime_dir=str(runtime),
+            runtime_dir=str(self._folder(index)),
             port=self._port.number,
             models=self._given[index],
         )
