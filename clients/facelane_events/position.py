@@ -26,27 +26,45 @@ class Position:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            self._lock(path)
-            if os.fstat(self._file).st_size < 2 * _SLOT:
-                os.posix_fallocate(self._file, 0, 2 * _SLOT)
-        except OSError:
-            os.close(self._file)
-            raise
+        """Raises OSError: also for a file that holds something, and no position any more."""
+        self._path = path
+        self._file = self._opened()
         found = [slot for slot in map(self._read, (0, 1)) if slot is not None]
+        if not found and self._is_damaged():
+            os.close(self._file)
+            raise OSError(
+                f"{path} is damaged, and how far its sink had come is not known: restore it, or "
+                "delete it to begin with what happens next"
+            )
         self._number, self.token = max(found, default=(0, ""))
         self._synced = 0.0
 
-    def _lock(self, path: Path) -> None:
+    def _opened(self) -> int:
+        path = self._path
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(file)
+            self._size = os.fstat(file).st_size
+            if self._size < 2 * _SLOT:
+                os.posix_fallocate(file, 0, 2 * _SLOT)
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
+    def _is_damaged(self) -> bool:
+        """Rather than one in which nothing was saved, or the first that was did not arrive."""
+        empty = [not any(os.pread(self._file, _SLOT, slot * _SLOT)) for slot in (0, 1)]
+        return not any(empty) or 0 < self._size < 2 * _SLOT
+
+    def _lock(self, file: int) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(
-                f"{path} is in use: another facelane-events delivers from this state folder; end "
-                "it, or give this one a state_dir of its own"
+                f"{self._path} is in use: another facelane-events delivers from this state folder; "
+                "end it, or give this one a state_dir of its own"
             ) from None
         except OSError:
             pass  # some file systems know no locks
@@ -71,14 +89,25 @@ class Position:
             raise ValueError("the server's resume token is too long to be kept")
         self._number += 1
         self.token = token
-        body = msgspec.json.encode((self._number, token))
-        raw = len(body).to_bytes(4, "big") + zlib.crc32(body).to_bytes(4, "big") + body
-        os.pwrite(self._file, raw, self._number % 2 * _SLOT)
+        self._write()
         if self.due:
             self.sync()
             self._synced = time.monotonic()
 
+    def _write(self) -> None:
+        body = msgspec.json.encode((self._number, self.token))
+        raw = len(body).to_bytes(4, "big") + zlib.crc32(body).to_bytes(4, "big") + body
+        os.pwrite(self._file, raw, self._number % 2 * _SLOT)
+
     def sync(self) -> None:
+        """Raises OSError."""
+        if self.token and not os.fstat(self._file).st_nlink:
+            # Somebody has deleted it, or put another in its place: nobody would find this one.
+            lost, self._file = self._file, self._opened()
+            os.close(lost)
+            there = (found[0] for slot in (0, 1) if (found := self._read(slot)) is not None)
+            self._number = max(self._number, *there, 0) + 1
+            self._write()
         os.fdatasync(self._file)
 
     def close(self) -> None:
