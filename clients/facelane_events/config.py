@@ -25,6 +25,7 @@ MAX_SINKS: Final = 16
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+Fingerprint = Annotated[str, Meta(pattern=r"^$|^([0-9A-Fa-f]{2}:?){32}$")]
 HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~A-Za-z0-9-]+\Z")
 HEADER_VALUE: Final = re.compile(r"[\t -~]*\Z")
 HOURS: Final = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)$")
@@ -103,6 +104,8 @@ class Mqtt(_Sink, frozen=True, kw_only=True, tag_field="type", tag="mqtt"):
     tls: bool = False
     tls_ca: str = ""
     """PEM of the authority, with ``tls``; empty = the system's."""
+    tls_fingerprint: Fingerprint = ""
+    """SHA-256 of the broker's certificate, with ``tls``: it alone is trusted."""
     username: str = ""
     password_file: str = ""
     prefix: Annotated[str, Meta(pattern=r"^[^#+\x00]{1,128}$")] = "facelane"
@@ -116,8 +119,11 @@ class Mqtt(_Sink, frozen=True, kw_only=True, tag_field="type", tag="mqtt"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tls_ca and not self.tls:
-            raise ValueError("tls_ca is for TLS: write tls = true, and most likely port = 8883")
+        if (self.tls_ca or self.tls_fingerprint) and not self.tls:
+            raise ValueError(
+                "tls_ca and tls_fingerprint are for TLS: write tls = true, and most likely port = "
+                "8883"
+            )
         if self.password_file and not self.username:
             raise ValueError("password_file goes with a username")
         if self.payload == "onvif" and (self.homeassistant or self.template):
@@ -135,7 +141,7 @@ class Webhook(_Sink, frozen=True, kw_only=True, tag_field="type", tag="webhook")
     """``whsec_...``; empty = unsigned."""
     headers: dict[str, str] = {}
     tls_ca: str = ""
-    tls_fingerprint: Annotated[str, Meta(pattern=r"^$|^([0-9A-Fa-f]{2}:?){32}$")] = ""
+    tls_fingerprint: Fingerprint = ""
     """SHA-256 of the receiver's certificate: it alone is trusted."""
 
     def __post_init__(self) -> None:
@@ -160,6 +166,10 @@ class Nats(_Sink, frozen=True, kw_only=True, tag_field="type", tag="nats"):
     stream: Name = "FACELANE"
     """Made if there is none; of an existing one the settings stay."""
     credentials_file: str = ""
+    tls_ca: str = ""
+    """PEM of the authority; empty = the system's. It, or the next, switches TLS on."""
+    tls_fingerprint: Fingerprint = ""
+    """SHA-256 of the servers' certificate: it alone is trusted."""
 
 
 class JsonLines(_Sink, frozen=True, kw_only=True, tag_field="type", tag="jsonl"):

@@ -7,7 +7,6 @@ import asyncio
 import itertools
 import json
 import socket
-import ssl
 from collections import OrderedDict
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Final
 
 import aiomqtt
 
-from facelane_events import config
+from facelane_events import config, trust
 from facelane_events.delivery import UnavailableError
 from facelane_events.message import HISTORY_LOST, Message
 from facelane_events.sinks import onvif
@@ -64,7 +63,7 @@ class MqttSink:
         context = None
         try:
             if settings.tls:
-                context = ssl.create_default_context(cafile=settings.tls_ca or None)
+                context = trust.context(settings.tls_ca, settings.tls_fingerprint)
             client = aiomqtt.Client(
                 settings.host,
                 settings.port,

@@ -11,7 +11,7 @@ import nats.js.errors
 from nats.aio.client import Client
 from nats.js.api import StreamConfig
 
-from facelane_events import config
+from facelane_events import config, trust
 from facelane_events.delivery import RefusedError, UnavailableError
 from facelane_events.message import Message
 
@@ -40,6 +40,7 @@ class NatsSink:
 
     async def open(self) -> None:
         settings = self._settings
+        secured = bool(settings.tls_ca or settings.tls_fingerprint)
         try:
             self._client = await nats.connect(
                 list(settings.servers),
@@ -48,6 +49,7 @@ class NatsSink:
                 # Deliveries try again by themselves, from the event on that was not taken.
                 allow_reconnect=False,
                 user_credentials=settings.credentials_file or None,
+                tls=trust.context(settings.tls_ca, settings.tls_fingerprint) if secured else None,
                 error_cb=_quiet,
             )
             stream = self._client.jetstream()
