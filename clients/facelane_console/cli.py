@@ -40,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cert", type=Path, help="PEM certificate chain for browsers")
     made.add_argument("--key", type=Path, help="PEM private key")
     made.add_argument(
+        "--behind-tls", action="store_true",
+        help="browsers reach the page by a proxy on this machine that speaks TLS with them",
+    )  # fmt: skip
+    made.add_argument(
         "--name", action="append", default=[], metavar="HOST",
         help="a name by which browsers may call the page, where it is not the address; repeatable",
     )  # fmt: skip
@@ -72,6 +76,8 @@ def build(arguments: argparse.Namespace) -> tuple[Site, str, int]:
             "cross the network unencrypted; give --cert and --key, or listen on 127.0.0.1 behind "
             "a proxy with TLS"
         )
+    if arguments.behind_tls and arguments.cert:
+        raise UsageError("--behind-tls is for a proxy that speaks TLS: leave --cert and --key out")
     _check_files(arguments)
     # Its words alone (manual page, completion) take no web server.
     from facelane_console.app import Site
@@ -87,7 +93,8 @@ def build(arguments: argparse.Namespace) -> tuple[Site, str, int]:
     names = {host.strip("[]").lower(), *(name.lower() for name in arguments.name)}
     if is_loopback(host):
         names |= {"localhost", "127.0.0.1", "::1"}
-    return Site(connect, hosts=frozenset(names), tls=bool(arguments.cert)), host, int(port)
+    secured = bool(arguments.cert) or arguments.behind_tls
+    return Site(connect, hosts=frozenset(names), tls=secured), host, int(port)
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

@@ -68,7 +68,12 @@ class Guard:
             await send({"type": "websocket.close", "code": 4403})
             return
         answer = JSONResponse(
-            {"reason": "FOREIGN_ORIGIN", "message": "the request comes from another page"}, 403
+            {
+                "reason": "FOREIGN_ORIGIN",
+                "message": "the request comes from another page, or by another name than the "
+                "console knows: a proxy has to pass the Host on, and --name to say what it is",
+            },
+            403,
         )
         await answer(scope, receive, send)
 
