@@ -65,7 +65,8 @@ def _awaited(
 
 
 class Client(ClientBase["AnalyzeStream | EventStream"]):
-    """A connection to one server, for one event loop.
+    """A connection to one server, for one event loop at a time: one that is used by a second
+    ``asyncio.run`` connects anew.
 
     Arguments as for ``facelane.Client``. Close it, or use it as an async context manager.
 
@@ -76,12 +77,19 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
     """
 
     _made: tuple[grpc.aio.Channel, calls.Stubs] | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def _stubs(self) -> calls.Stubs:
         """Made on first use, because the channel belongs to the loop that runs then."""
         self._check_open()
+        loop = asyncio.get_running_loop()
+        if self._made is not None and self._loop is not loop:
+            if self._loop is not None and not self._loop.is_closed():
+                raise RuntimeError("the client is in use by another event loop: make one in each")
+            self._made = None  # its connection has gone with its loop
         if self._made is None:
+            self._loop = loop
             channel: grpc.aio.Channel = self._endpoint.channel(grpc.aio)
             self._made = channel, calls.Stubs(cast("grpc.Channel", channel))
         return self._made[1]
