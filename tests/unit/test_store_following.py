@@ -193,18 +193,20 @@ def test_a_machine_that_sleeps_does_not_outlive_its_lease(
         monkeypatch.setattr(Reader, "needs_renewal", True)
         follower = Reader(database, lease_s=300.0)
         follower.join(0)
-        assert not follower.is_fenced
+        assert (follower.is_fenced, follower.is_due) == (False, False)
         awake, slept = time.clock_gettime, [0.0]
         monkeypatch.setattr(
             time,
             "clock_gettime",
             lambda which: awake(which) + slept[0] * (which == time.CLOCK_BOOTTIME),
         )
-        assert not follower.is_fenced
+        assert (follower.is_fenced, follower.is_due) == (False, False)
         slept[0] = 301.0
-        assert follower.is_fenced
+        assert (follower.is_fenced, follower.is_due) == (True, True), "nobody is named until then"
         assert follower.renew(0)
-        assert not follower.is_fenced
+        assert (follower.is_fenced, follower.is_due) == (False, False)
+        slept[0] += 80.0
+        assert (follower.is_fenced, follower.is_due) == (False, True)
 
 
 async def test_who_was_away_for_longer_than_its_lease_names_nobody(

@@ -492,7 +492,6 @@ class Gallery:
 
     async def _run(self) -> None:
         """Follows what other processes commit, and says how far this one has come."""
-        renewed = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FOLLOW_S):
@@ -502,12 +501,8 @@ class Gallery:
                 revision = await self._call(self._follow, counted=False)
                 self._lost = ""
                 await self._published(revision, FOLLOWED_TIMEOUT_S)
-                due = self._reader.needs_renewal and (
-                    time.monotonic() - renewed >= self._reader.renew_s
-                )
-                if due or self._told < self._removed:
+                if self._reader.is_due or self._told < self._removed:
                     await self._acknowledge()
-                    renewed = time.monotonic()
             except FacelaneError as error:
                 # Recognition goes on from memory. ``trouble`` says why changes are refused.
                 if error.reason is Reason.GALLERY_UNAVAILABLE and not error.retryable:

@@ -34,6 +34,7 @@ class Reader:
         self._database = database
         self._lease_s = lease_s
         self._trusted_until = float("inf")
+        self._renewed = 0.0
         self._host, self._process = _host(), _process(os.getpid())
 
     @property
@@ -43,9 +44,9 @@ class Reader:
         return _now_s() > self._trusted_until
 
     @property
-    def renew_s(self) -> float:
-        """How often ``renew`` is to be called."""
-        return self._lease_s / 4
+    def is_due(self) -> bool:
+        """Whether ``renew`` is to be called, four times in a lease."""
+        return self.needs_renewal and _now_s() - self._renewed >= self._lease_s / 4
 
     @property
     def needs_renewal(self) -> bool:
@@ -117,6 +118,7 @@ class Reader:
         return int(row.lease_until_ns) < now
 
     def _trust(self, begun: float) -> None:
+        self._renewed = begun
         if self.needs_renewal:
             self._trusted_until = begun + _CLOCKS_APART * self._lease_s
 
