@@ -387,12 +387,14 @@ import sys
 import numpy as np
 from pathlib import Path
 from facelane_server.domain import FacelaneError
+from facelane_server.store.database import patiently
 from facelane_server.store.gallery import Store
 from facelane_server.store.opening import open_store
 from facelane_server.store.records import NewTemplate
 
 place, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-store = Store(open_store(place if place.startswith("postgresql") else Path(place)))
+where = place if place.startswith("postgresql") else Path(place)
+store = patiently(lambda: Store(open_store(where)))
 rng = np.random.default_rng(int(name))
 
 def surely(change, *arguments, **options):
