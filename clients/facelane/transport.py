@@ -274,11 +274,16 @@ INSTALLED = Path("/run/facelane/grpc.sock")
 """Where the installed service listens."""
 
 
+def _named(variable: str, environ: Mapping[str, str] = os.environ) -> str:
+    """An address or a path: what editors of Windows leave at its end is no part of it."""
+    return environ.get(variable, "").strip()
+
+
 def default_target(environ: Mapping[str, str] = os.environ) -> str:
     """Where a server listens of which nothing else is said: ``FACELANE_TARGET``, else the socket
     of the installed service where this user may use it, else that of a server which this user has
     started."""
-    if told := environ.get("FACELANE_TARGET"):
+    if told := _named("FACELANE_TARGET", environ):
         return told
     if os.access(INSTALLED, os.W_OK):
         return f"unix:{INSTALLED}"
@@ -300,7 +305,7 @@ def endpoint(
     anywhere = not target and "FACELANE_TARGET" not in os.environ
     barred = anywhere and os.path.exists(INSTALLED) and not os.access(INSTALLED, os.W_OK)
     if tls is None:
-        given = {name: os.environ.get(f"FACELANE_TLS_{name}") or None for name in _TLS_VARIABLES}
+        given = {name: _named(f"FACELANE_TLS_{name}") or None for name in _TLS_VARIABLES}
         if any(given.values()):
             tls = Tls(given["CA"], given["CERT"], given["KEY"], given["SERVER_NAME"])
     bearer = _from_environment() if token is None else Bearer(token)
@@ -342,7 +347,7 @@ def checked_token(secret: str) -> str:
 def _from_environment() -> Bearer:
     if token := os.environ.get("FACELANE_TOKEN"):
         return Bearer(token)
-    if path := os.environ.get("FACELANE_TOKEN_FILE"):
+    if path := _named("FACELANE_TOKEN_FILE"):
         # Read again when the server refuses it: keys are exchanged while programs run.
         bearer = Bearer(functools.partial(read_token, path))
         bearer.hold(read_token(path))

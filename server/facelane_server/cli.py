@@ -545,6 +545,8 @@ def _open_standard_streams() -> None:
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a name that a terminal cannot show
     lines = io.BufferedWriter(_Unfailing(2, "w", closefd=False))
     told = sys.stderr.encoding
     sys.stderr = io.TextIOWrapper(lines, told, "backslashreplace", line_buffering=True)

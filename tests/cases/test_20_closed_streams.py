@@ -25,6 +25,20 @@ def closed(folder: Path, command: str, streams: str) -> subprocess.Popen[bytes]:
     )
 
 
+def test_a_terminal_that_cannot_show_a_name(tmp_path: Path) -> None:
+    """Of a folder, of a source: all else is told."""
+    folder = tmp_path / "画像"
+    folder.mkdir()
+    (tmp_path / "good.toml").write_text(toml(folder, listen=f"unix:{folder}/grpc.sock"))
+    done = subprocess.run(
+        [sys.executable, "-m", "facelane_server", "check", "--config", "good.toml"],
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "latin-1"},
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"/??/grpc.sock" in done.stdout
+
+
 SLOW = pytest.mark.slow
 """One that is closed; `make test` closes all."""
 

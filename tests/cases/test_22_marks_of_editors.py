@@ -35,6 +35,22 @@ def test_a_token_file(content: bytes, tmp_path: Path, monkeypatch: pytest.Monkey
         client.server_info()
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", " "])
+def test_variables_of_an_env_file(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file of Windows has it, or a hand that typed on."""
+    (tmp_path / "token").write_text("s3cret")
+    with fake.ScriptedServer(token="s3cret", address=f"unix:{tmp_path}/s.sock") as server:
+        monkeypatch.setenv("FACELANE_TARGET", server.target + end)
+        monkeypatch.setenv("FACELANE_TOKEN_FILE", f"{tmp_path}/token{end}")
+        with facelane.Client(timeout=30) as client:
+            client.server_info()
+    monkeypatch.setenv("FACELANE_TLS_CA", f"{tmp_path}/token{end}")
+    with pytest.raises(facelane.ArgumentError, match="token is not PEM"):
+        facelane.Client()
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command here")
 def test_certificates(tmp_path: Path) -> None:
     subprocess.run(
