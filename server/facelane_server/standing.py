@@ -19,7 +19,12 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 def beside(stack: contextlib.AsyncExitStack, work: Work, name: str) -> None:
     """Runs until the stack is left, or it returns."""
-    stack.push_async_callback(cancelled, asyncio.create_task(_steadily(work, name), name=name))
+    stack.push_async_callback(cancelled, begun(work, name))
+
+
+def begun(work: Work, name: str) -> asyncio.Task[None]:
+    """The same, for who ends it himself."""
+    return asyncio.create_task(_steadily(work, name), name=name)
 
 
 async def _steadily(work: Work, name: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 from tests.fakes.scripted_pool import ScriptedPools
 from tests.waiting import auntil
 
-from facelane_server import config, tracking
+from facelane_server import config, standing, tracking
 from facelane_server.capacity import Demand
 from facelane_server.domain import FacelaneError, Overload, Reason
 from facelane_server.edge.load import LoadWatch
@@ -42,6 +42,34 @@ async def test_who_comes_while_others_give_way_is_taken_whole_when_nobody_has_to
     watch.begin({})
     try:
         await auntil(lambda: lane.taken_at is None)  # nobody sends: nothing has to give way
+    finally:
+        watch.close()
+
+
+async def test_a_look_that_fails_leaves_nobody_thinned_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(standing, "AGAIN_S", 0.0)
+    looks: list[int] = []
+
+    class Streams(StreamRegistry):
+        @property
+        def lanes(self) -> list[Lane]:
+            looks.append(1)
+            if len(looks) == 1:
+                raise MemoryError
+            return super().lanes
+
+    streams = Streams()
+    watch = LoadWatch(config.Limits(), streams)
+    assert watch._capacity is not None
+    watch._capacity.budget = 10.0
+    lane = opened(streams)
+    watch.opened(lane)
+    assert lane.taken_at == pytest.approx(10.0)
+    watch.begin({})
+    try:
+        await auntil(lambda: lane.taken_at is None)
     finally:
         watch.close()
 

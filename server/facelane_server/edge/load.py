@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import structlog
 
@@ -16,6 +17,7 @@ from facelane_server.lanes import Lane, LaneOptions
 from facelane_server.pools.pool import Pool
 from facelane_server.pools.report import Work
 from facelane_server.pools.tasks import Sender
+from facelane_server.standing import begun
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +45,7 @@ class LoadWatch:
         """Watches these pools until ``close``."""
         self._pools = pools
         if self._capacity is not None:
-            self._task = asyncio.create_task(self._watch(self._capacity), name="load")
+            self._task = begun(partial(self._watch, self._capacity), "load")
 
     def close(self) -> None:
         """Safe to call twice."""

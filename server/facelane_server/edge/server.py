@@ -53,6 +53,7 @@ from facelane_server.shards.messages import (
     RestartWorker,
     WatchStream,
 )
+from facelane_server.standing import begun
 from facelane_server.store.audit import Action
 from facelane_server.traces import Traces, watching
 from facelane_server.viewing import Sights
@@ -210,7 +211,7 @@ class Edge:
         listen = settings.listen
         address.bind(server, listen, self._certificates, group=settings.server.socket_group)
         await server.start()
-        self._expiry = asyncio.create_task(self._gate.watch_expiry(), name="key-expiry")
+        self._expiry = begun(self._gate.watch_expiry, "key-expiry")
         log.info("listening", address=listen, version=__version__)
         if not (self._authenticator.required or addresses.is_local(listen)):
             log.warning("other machines can reach the server, and need no key", address=listen)
