@@ -16,6 +16,7 @@ import pytest
 
 import facelane
 from tests.fakes import scripted_server as fake
+from tests.fakes.cameras import write_clip
 
 NAME = "José 画像 \N{GRINNING FACE}"
 
@@ -120,3 +121,17 @@ def test_arguments_that_are_no_text(server: fake.ScriptedServer, tmp_path: Path)
     line = json.loads(result.stdout.splitlines()[0])
     assert line["source"].endswith("jos\N{REPLACEMENT CHARACTER}.jpg")
     assert command(server, "enroll", "jose2", name).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_an_annotated_video_for_which_there_is_no_room(
+    server: fake.ScriptedServer, suffix: str, tmp_path: Path
+) -> None:
+    """FFmpeg crashed over a file whose head could not be written."""
+    film = write_clip(tmp_path / "film.mp4", frames=90)
+    full = tmp_path / f"out{suffix}"
+    full.symlink_to("/dev/full")
+    done = command(server, "analyze", str(film), "-o", str(full))
+    assert done.returncode == 2, done
+    assert b"No space left" in done.stderr
+    assert b"Traceback" not in done.stderr

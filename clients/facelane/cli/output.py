@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -309,7 +310,7 @@ class VideoWriter:
 
     def write(self, pixels: Any, offset: float) -> None:
         """Adds a BGR frame at ``offset`` seconds; later ones are scaled to the size of the
-        first."""
+        first. Raises OSError, after which nothing more can be added."""
         import av
 
         # yuv420 needs even sides.
@@ -334,13 +335,25 @@ class VideoWriter:
         self._last = max(self._last + 1, round((offset - self._start) * self._TICKS))
         self._image.pts = self._last
         self._image.time_base = Fraction(1, self._TICKS)
-        self._container.mux(self._stream.encode(self._image))
+        self._mux(self._image)
+
+    def _mux(self, image: Any) -> None:
+        """``None``: what the encoder holds back."""
+        try:
+            self._container.mux(self._stream.encode(image))
+        except OSError:
+            # FFmpeg crashes where a file whose head could not be written is written to again.
+            broken, self._container = self._container, None
+            with contextlib.suppress(OSError):
+                broken.close()
+            raise
 
     def close(self, end: float = 0.0) -> None:
-        """Finishes the file; what was written last stands until the frame at ``end`` seconds."""
+        """Finishes the file; what was written last stands until the frame at ``end`` seconds.
+        Raises OSError."""
         if self._container is not None:
             if round((end - self._start) * self._TICKS) > self._last:
                 self._put(end)
-            self._container.mux(self._stream.encode())
-            self._container.close()
-            self._container = None
+            self._mux(None)
+            done, self._container = self._container, None
+            done.close()
