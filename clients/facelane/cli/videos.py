@@ -166,6 +166,7 @@ class _Moving:
                 for frame in frames:
                     self._tell(frame.time)
                     yield self._item(frame, want_pixels)
+            self._check_any()
         except av.FFmpegError as error:
             raise SourceError(f"{self._address} broke off: {error.strerror}") from None
 
@@ -183,6 +184,7 @@ class _Moving:
                         stream_offset=self._offset,
                         is_key=unit.is_key,
                     )
+            self._check_any()
         except NotPassableError as why:
             raise SourceError(
                 f"{self._address} turns into what cannot be passed on: {why.message}; give "
@@ -190,6 +192,11 @@ class _Moving:
             ) from None
         except av.FFmpegError as error:
             raise SourceError(f"{self._address} broke off: {error.strerror}") from None
+
+    def _check_any(self) -> None:
+        """A video without a picture is none, whatever its header says. Raises SourceError."""
+        if not self._number:
+            raise SourceError(f"{self._address} gives no picture: not one could be decoded")
 
     def _tell(self, moment: float | None) -> None:
         """The time of the next picture."""

@@ -363,12 +363,14 @@ class ContainerSource:
             last = None
             for last in self._read_once():
                 yield last
-            if not self._camera.loop or self._is_live or self._interrupted.is_set():
+            if self._is_live or self._interrupted.is_set():
                 return
             if last is None:
                 raise SourceError(
                     SourceReason.UNDECODABLE, "not one frame could be decoded", Outlook.HOPELESS
                 )
+            if not self._camera.loop:
+                return
             # One frame's time between the last frame of one round and the first of the
             # next, or the tracker sees two frames at one instant.
             stream = self._stream
