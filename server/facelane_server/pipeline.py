@@ -198,6 +198,8 @@ class Pipeline:
         self.models = models or {}
         self.liveness_models = 0
         """How often liveness came to be judged by another model, or by other thresholds."""
+        self.namings = 0
+        """How often names came to be given by other thresholds."""
         self.context = context
         self._portrait = portrait
         self._crops = dict(crops)
@@ -411,8 +413,9 @@ class Pipeline:
 
     def judge_by(self, thresholds: Thresholds, models: Mapping[Stage, str]) -> None:
         """By these thresholds from now on, which are for the scores of these models. Who was LIVE
-        by others is judged anew: no verdict outlives what it was given by."""
+        or named by others is judged anew: no verdict or name outlives what it was given by."""
         self.liveness_models += thresholds.judging != self.thresholds.judging
+        self.namings += thresholds.naming != self.thresholds.naming
         self.thresholds, self.models = thresholds, models
 
     def sift(self, evidence: Evidence) -> Evidence:

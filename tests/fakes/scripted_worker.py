@@ -209,6 +209,11 @@ class ScriptedWorker:
         self.say(InferFailed(job.job_id, reason, "scripted", retryable))
         return job
 
+    def write(self, job: Infer, part: bytes) -> None:
+        """Of its answer, which is not given yet."""
+        assert self._response is not None
+        self._response.slot(job.slot)[: len(part)] = part
+
     def slots(self) -> list[bytes]:
         """What is in them, of requests and then of responses, but for zeros at the end."""
         return [

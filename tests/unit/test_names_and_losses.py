@@ -239,6 +239,37 @@ def test_who_was_live_by_other_thresholds_is_judged_by_these() -> None:
     assert verdicts == {LivenessVerdict.UNDECIDED}
 
 
+def test_a_name_does_not_outlive_the_thresholds_that_it_was_given_by() -> None:
+    camera = Camera()
+    for _ in range(3):
+        face, _ = camera.picture()
+    assert named(face) == "ada"
+    pipeline = camera.pipeline
+    pipeline.judge_by(replace(pipeline.thresholds, live=0.9, spoof=0.1), {})
+    assert named(camera.picture()[0]) == "ada", "no name was given by those of liveness"
+    _, looks = camera.picture(keeps=True)
+    assert not any(look.recognize for look in looks), "she is known"
+    for look in looks:
+        camera.answer(look, evidence("ada"))
+    pipeline.judge_by(replace(pipeline.thresholds, match=0.95), {})
+    assert named(camera.emit()[0]) == "", "nor in a picture that was on its way"
+    face, _ = camera.picture()
+    assert (face.recognized_now, face.identity.decision) == (True, Decision.UNKNOWN)
+
+
+@pytest.mark.parametrize("within", ["galleries", "sources"])
+def test_thresholds_of_names_are_those_of_galleries_and_sources_too(within: str) -> None:
+    pipeline = Camera().pipeline
+    general = replace(pipeline.thresholds, **{within: {"door": pipeline.thresholds}})
+    pipeline.judge_by(general, {})
+    before = pipeline.namings
+    pipeline.judge_by(replace(general), {})
+    assert pipeline.namings == before
+    strict = {"door": replace(pipeline.thresholds, margin=0.2)}
+    pipeline.judge_by(replace(general, **{within: strict}), {})
+    assert pipeline.namings == before + 1
+
+
 def test_what_one_model_said_is_not_judged_by_another_s_thresholds() -> None:
     camera = Camera()
     camera.picture()

@@ -377,6 +377,22 @@ async def test_nothing_of_a_picture_is_left_in_a_slot_once_it_is_answered() -> N
         assert not any(worker.slots())
 
 
+async def test_nothing_is_left_of_an_answer_that_failed_when_a_part_was_written() -> None:
+    async with bench(stage=Stage.DETECTOR, batch_max=1) as b:
+        await b.ready()
+        worker = b.workers[0]
+        b.submit()
+        await b.turn()
+        for reason in ("OUT_OF_MEMORY", "INTERNAL"):
+            b.submit()
+            await b.turn()
+            worker.write(worker.jobs[0], LONG)
+            worker.fail(reason)
+            await b.turn()
+        await b.answer(worker)
+        assert not any(worker.slots())
+
+
 async def test_nothing_of_an_answer_is_left_either() -> None:
     async with bench(stage=Stage.DETECTOR, batch_max=1) as b:
         await b.ready()

@@ -14,6 +14,7 @@ from facelane_server import config
 from facelane_server.edge.auth import Authenticator, new_key
 from facelane_server.edge.gate import Gate
 from facelane_server.edge.quotas import Quotas
+from facelane_server.store.audit import Action
 
 METHOD = "/facelane.v1.AnalysisService/AnalyzeStream"
 
@@ -75,3 +76,51 @@ async def test_all_calls_of_a_key_end_at_once_and_those_of_others_go_on(tmp_path
     for call in calls[1::2]:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_key_that_goes_away_while_its_call_is_written_down_has_nothing_done(
+    tmp_path: Path,
+) -> None:
+    """Of calls that wait for the audit log none is among those that are ended."""
+    file = tmp_path / "keys.toml"
+    secret, key = new_key("leaver", ("admin",))
+    file.write_text(key.entry())
+    settings = config.parse(f'[auth]\nmode = "keys"\nkeys_file = "{file}"\n')
+    authenticator = Authenticator.of(settings)
+    gate = Gate(authenticator, Quotas(settings), first_message_s=60.0, slow_reader_s=60.0)
+    writing, kept, done = asyncio.Event(), asyncio.Event(), []
+
+    class Trail:
+        async def written(self, _action: Action) -> None:
+            writing.set()
+            await kept.wait()
+
+        def note_repeated(self, *_action: Action, **_told: str) -> None:
+            """Not looked at."""
+
+    async def serves(_requests: Any, _context: Context) -> None:
+        done.append("what it asked for")
+
+    handler = SimpleNamespace(
+        request_streaming=True,
+        response_streaming=True,
+        stream_stream=serves,
+        request_deserializer=bytes,
+        response_serializer=bytes,
+    )
+    gate.trail = Trail()  # type: ignore[assignment]
+    enter = gate._guarded("/facelane.v1.AdminService/ReloadModel", handler).stream_stream
+    for goes in (False, True):
+        writing.clear()
+        kept.clear()
+        context = Context(secret)
+        call = asyncio.create_task(enter(None, context))
+        await writing.wait()
+        if goes:
+            file.write_text(new_key("other", ("admin",))[1].entry())
+            authenticator.reload(settings)
+            gate.recheck()
+        kept.set()
+        await asyncio.wait([call])
+        assert context.code is (grpc.StatusCode.UNAUTHENTICATED if goes else None)
+    assert done == ["what it asked for"], "of the first call alone"

@@ -149,13 +149,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             guarded = self._handlers[method] = self._guarded(method, handler)
         return guarded
 
-    async def _written_down(self, method: str) -> None:
-        """Who administers stands in the audit log before anything is done, or it is not."""
+    async def _written_down(self, method: str, by: Caller, peer: Peer) -> None:
+        """Who administers stands in the audit log before anything is done, or it is not. Raises
+        ``FacelaneError`` too where the key went away meanwhile."""
         trail, rule = self.trail, METHODS.get(method)
         if trail is None or rule is None:
             return
         if rule.verb == "admin":
             await trail.written(Action.ADMINISTERED)
+            self._authenticator.recheck(method, by, peer)
         elif rule.verb == "events":
             trail.note(Action.WATCHED)
 
@@ -218,7 +220,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                 peer = peer_of(context) if self._authenticator.wants_peers else NO_PEER
                 let_in = self._authenticator.check(method, metadata, peer)
                 audit.acting(Actor(let_in.name, method))
-                await self._written_down(method)
+                await self._written_down(method, let_in, peer)
                 with self._quotas.place(kind, let_in) as allowed:
                     _caller.set(let_in)
                     _allowance.set(allowed)

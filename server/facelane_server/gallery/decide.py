@@ -89,6 +89,13 @@ class Thresholds:
         return self.live, self.spoof, self.test, self.calibrated
 
     @property
+    def naming(self) -> tuple[object, ...]:
+        """All that names are given by, here, in galleries and of sources."""
+        own = (self.match, self.margin, self.ood, self.promise, self.bands)
+        within = [{k: v.naming for k, v in of.items()} for of in (self.galleries, self.sources)]
+        return *own, self.least, self.grain, self.looks, *within
+
+    @property
     def enrolled_ood(self) -> float:
         """Least OOD score of a face that is enrolled."""
         return self.ood / 2 if self.enroll_ood is None else self.enroll_ood

@@ -139,6 +139,7 @@ class Faces:
         self._moments: dict[int, int] = {}
         """Of the gallery's losses: what tracks know is of looks that were asked for since."""
         self._liveness_models = pipeline.liveness_models
+        self._namings = pipeline.namings
 
     @property
     def created(self) -> int:
@@ -170,10 +171,7 @@ class Faces:
             for gone in update.ended:
                 self._ended[gone.track_id] = gone
             assignments = update.assignments
-        if self._liveness_models != self._pipeline.liveness_models:
-            self._liveness_models = self._pipeline.liveness_models
-            for active in self._tracks.active:
-                self._tracks = self._tracks.replace(tracking.judged_anew(active))
+        self._follow_thresholds()
         looks = []
         moment = self._pipeline.losses.now
         for face, track_id in zip(faces, assignments, strict=True):
@@ -188,6 +186,20 @@ class Faces:
                 self._ask(look, track, now_ns, params)
             looks.append(look)
         return looks
+
+    def _follow_thresholds(self) -> None:
+        """What tracks were found by thresholds that hold no more is found anew."""
+        if self._liveness_models != self._pipeline.liveness_models:
+            self._liveness_models = self._pipeline.liveness_models
+            self._change_all(tracking.judged_anew)
+        if self._namings != self._pipeline.namings:
+            self._namings = self._pipeline.namings
+            self._change_all(tracking.forgotten)
+
+    def _change_all(self, changed: Callable[[tracking.Track], tracking.Track]) -> None:
+        for track in self._tracks.active:
+            self._tracks = self._tracks.replace(changed(track))
+        self._ended = {track_id: changed(track) for track_id, track in self._ended.items()}
 
     def _ask(self, look: Look, track: tracking.Track, now_ns: int, params: tracking.Params) -> None:
         """Which stages are to see this picture of the track."""
@@ -232,6 +244,7 @@ class Faces:
 
         ``missing``: stages that did not answer.
         """
+        self._follow_thresholds()
         now_ns = frame.stream_offset_ns
         track_id = self._now_called(look.track_id)
         track = self._tracks.get(track_id) or self._ended.get(track_id)

@@ -19,7 +19,7 @@ from typing import Final
 import structlog
 
 from facelane_server import config, limits
-from facelane_server.domain import FacelaneError, Stage
+from facelane_server.domain import FacelaneError, Reason, Stage
 from facelane_server.ipc.channel import ChannelError, ProtocolError
 from facelane_server.ipc.messages import GalleryDelta, GallerySnapshot, InferDone, InferFailed
 from facelane_server.models.api import CropSpec
@@ -315,6 +315,8 @@ class Pool:
                 return
         else:
             handle.decoders.forget(task.lane for task in job.tasks)
+            # Nothing says how much of an answer was written before it failed.
+            used = 0 if message.reason == Reason.CANCELLED else len(handle.response(job))
             ended = self._schedule.failed(job, message)
         self._resolve(ended)
         if self.on_answered is not None:

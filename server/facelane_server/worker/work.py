@@ -417,21 +417,23 @@ class EmbedWork(Work):
         def finish() -> list[ItemDone]:
             found = pending.finish()
             vectors = np.ascontiguousarray(found.vectors, np.float32)
-            hits = _search(searcher, vectors, items)
-            done: list[ItemDone] = []
-            end = 0
-            for i, item in enumerate(items):
-                where = -1
-                if item.want_vector:
-                    where, size = end, vectors.shape[1] * 4
-                    self._room(job.slot, where, size).view(np.float32)[:] = vectors[i]
-                    end = aligned(where + size)
-                version = searcher.version if searcher is not None and item.gallery else 0
-                done.append(EmbedDone(float(found.ood[i]), hits[i], version, where))
-            # Of whoever is enrolled or deleted later, nothing stays here.
-            vectors.fill(0)
-            found.vectors.fill(0)
-            return done
+            try:
+                hits = _search(searcher, vectors, items)
+                done: list[ItemDone] = []
+                end = 0
+                for i, item in enumerate(items):
+                    where = -1
+                    if item.want_vector:
+                        where, size = end, vectors.shape[1] * 4
+                        self._room(job.slot, where, size).view(np.float32)[:] = vectors[i]
+                        end = aligned(where + size)
+                    version = searcher.version if searcher is not None and item.gallery else 0
+                    done.append(EmbedDone(float(found.ood[i]), hits[i], version, where))
+                return done
+            finally:
+                # Of whoever is enrolled or deleted later, nothing stays here.
+                vectors.fill(0)
+                found.vectors.fill(0)
 
         return finish, isinstance(pending, api.Immediate)
 
@@ -460,9 +462,11 @@ def _search(searcher: Searcher | None, vectors: api.F32, items: Sequence[EmbedIt
     for gallery, rows in wanted.items():
         top_k = max(items[i].top_k for i in rows)
         probes = vectors[rows]
-        for i, found in zip(rows, searcher.search(probes, gallery, top_k), strict=True):
-            hits[i] = found[: items[i].top_k]
-        wipe(probes)
+        try:
+            for i, found in zip(rows, searcher.search(probes, gallery, top_k), strict=True):
+                hits[i] = found[: items[i].top_k]
+        finally:
+            wipe(probes)
     return hits
 
 
