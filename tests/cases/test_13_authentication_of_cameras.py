@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import socket
 import ssl
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,26 @@ class Plain(Camera):
     def serve(self, connection: socket.socket, number: int) -> None:
         connection.recv(100)
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl command here")
+@pytest.mark.parametrize("kind", ["http", "rtsp"])
+def test_firmware_that_speaks_old_tls_alone(tmp_path: Path, kind: str) -> None:
+    """By its fingerprint it is known whatever it speaks; else it is told what is the matter."""
+    cert, key = certificate(tmp_path, "cam")
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    old.set_ciphers("DEFAULT:@SECLEVEL=0")
+    old.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        old.maximum_version = ssl.TLSVersion.TLSv1_1
+    old.load_cert_chain(cert, key)
+    digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(cert.read_text())).hexdigest()
+    with a_camera(kind, lambda _: None, tls=old) as camera:
+        assert len(frames(camera.url, 2, tls_fingerprint=digest)) == 2
+        error = failure(camera.url, tls_ca_file=str(cert))
+    assert "TLS older than 1.2" in error.message
+    assert "tls_fingerprint" in error.message
 
 
 @pytest.mark.parametrize("scheme", ["https", "rtsps"])

@@ -19,6 +19,15 @@ from facelane_bridge.sources.challenge import Credentials
 MAX_CREDENTIALS_CHARS = 4096
 LENT = "/run/credentials/"
 NO_SUCH_HOST = "the camera's name is not known; check its address, and this machine's DNS"
+_OLD = frozenset(
+    {
+        "TLSV1_ALERT_PROTOCOL_VERSION",
+        "UNSUPPORTED_PROTOCOL",
+        "DH_KEY_TOO_SMALL",
+        "EE_KEY_TOO_SMALL",
+        "CA_MD_TOO_WEAK",
+    }
+)
 _UNSENDABLE = re.compile(r"[^!-~]+")
 _BYTES = "surrogateescape"
 """How Python holds bytes of the command line that are no text."""
@@ -143,6 +152,9 @@ class Trust:
         if self._pins or not self._verify:
             context = _PinnedContext(ssl.PROTOCOL_TLS_CLIENT) if self._pins else _anything()
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            # Who the camera is does not hang on it: firmware of 2012 speaks TLS 1.0, if any.
+            context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+            context.set_ciphers("DEFAULT:@SECLEVEL=0")
             if isinstance(context, _PinnedContext):
                 context.pins = self._pins
             return context
@@ -185,6 +197,11 @@ def untrusted(camera: CameraSettings, error: BaseException) -> SourceError:
         message = (
             "the camera's certificate is not trusted; name its authority, or the certificate "
             "itself, in tls_ca_file, or its SHA-256 in tls_fingerprint"
+        )
+    elif getattr(error, "reason", None) in _OLD:
+        message = (
+            "the camera speaks TLS older than 1.2, or with keys that are too short: update its "
+            "firmware, or set tls_fingerprint, which takes it all the same"
         )
     else:
         message = "the camera and this machine find no common TLS; is it a TLS port?"
