@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import binascii
 import contextlib
 import socket
+import urllib.parse
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -100,6 +102,7 @@ class WebhookSink:
         headers = {
             "Content-Type": "application/json",
             "User-Agent": f"facelane-events/{facelane.__version__}",
+            **_authorization(self._settings),
             **self._settings.headers,
             "webhook-id": event.id,
         }
@@ -149,6 +152,17 @@ class WebhookSink:
                     connection.sock.shutdown(socket.SHUT_RDWR)
         if pool is not None:
             pool.close()
+
+
+def _authorization(settings: config.Webhook) -> dict[str, str]:
+    """What an address with user and password asks for: the library passes over it."""
+    written = urllib3.util.parse_url(settings.url).auth
+    if not written or any(name.lower() == "authorization" for name in settings.headers):
+        return {}
+    user, _, password = written.partition(":")
+    pair = f"{urllib.parse.unquote(user)}:{urllib.parse.unquote(password)}"
+    secret = base64.b64encode(pair.encode()).decode()
+    return {"Authorization": f"Basic {secret}"}
 
 
 def _why(error: Exception) -> str:
