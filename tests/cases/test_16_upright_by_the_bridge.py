@@ -94,3 +94,9 @@ def test_what_cannot_be_turned_is_not_passed_on_where_that_is_wanted(tmp_path: P
     error: SourceError = failure(str(path), pace="fast", video="pass")
     assert error.reason is SourceReason.NOT_PASSABLE
     assert "lie on their side" in error.message
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".jpe", ".jif", ".jfif"])
+def test_a_jpeg_under_any_of_its_names(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"photo{suffix}").write_bytes(lying(".jpg", 1))
+    assert len(frames(str(tmp_path), 9, pace="fast")) == 1

@@ -22,7 +22,7 @@ from facelane_bridge.sources.turning import Turner
 MAX_PICTURE_FILE_BYTES = 32 * 1024 * 1024
 log = structlog.get_logger("facelane_bridge")
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".png", ".webp"})
 
 
 class FolderSource:
