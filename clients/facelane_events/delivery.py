@@ -182,27 +182,36 @@ class Delivery:
 
     async def _reached(self, token: str) -> None:
         """Everything up to here is delivered."""
-        if self._position.due and isinstance(self._sink, Buffered):
-            # First what was delivered, then that it was: what may still be lost is told again.
-            try:
-                async with asyncio.timeout(self.settings.attempt_timeout):
-                    await self._sink.settle()
-            except Exception as error:
-                if not self._unsettled:
-                    why = type(error).__name__
-                    log.warning("what was delivered may be lost", sink=self.name, why=why)
-                self._unsettled = True
-                return
-            self._unsettled = False
-        self._position.save(token)
+        # First what was delivered, then that it was: what may still be lost is told again.
+        if not self._position.due or await self._settles():
+            self._position.save(token)
+
+    async def _settles(self) -> bool:
+        """Whether all that was sent lies where it stays."""
+        if not isinstance(self._sink, Buffered):
+            return True
+        try:
+            async with asyncio.timeout(self.settings.attempt_timeout):
+                await self._sink.settle()
+        except Exception as error:
+            if not self._unsettled:
+                why = type(error).__name__
+                log.warning("what was delivered may be lost", sink=self.name, why=why)
+            self._unsettled = True
+            return False
+        self._unsettled = False
+        return True
 
     async def _note(self, events: facelane.aio.EventStream) -> None:
         while True:
             await asyncio.sleep(NOTED_S)
-            if self._idle and events.resume_token != self._position.token:
+            token = events.resume_token
+            if not self._idle or token == self._position.token or not await self._settles():
+                continue
+            if self._idle and events.resume_token == token:  # still
                 # One that cannot be kept is told of by the next delivery.
                 with contextlib.suppress(OSError):
-                    self._position.save(events.resume_token)
+                    self._position.save(token)
 
     async def _stand(self, sink: Standing) -> None:
         """Opens the receiver again whenever it is gone, also where there is nothing to deliver."""

@@ -139,7 +139,8 @@ class Node:
     def _step_servers(self, order: ServersOrder) -> None:
         for slot, server in list(self._servers.items()):
             if slot >= order.count or server.order.digest != order.digest:
-                del self._servers[slot]
+                with self._guard:
+                    del self._servers[slot]
                 # Not while the cameras of the others wait.
                 ending = threading.Thread(target=server.stop, name=f"stop {slot}", daemon=True)
                 ending.start()

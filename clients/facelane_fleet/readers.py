@@ -136,6 +136,9 @@ class Readers:
                 with self.guard:
                     self._restarts += max(0, reader.backoff.restarts)
                     self._all.remove(reader)
+                # One that was let go of since they were given out comes to another bridge.
+                kept = {name: one for name, one in self._by_camera.items() if one is not reader}
+                self._by_camera = kept
 
     def _assign(self, order: Order) -> None:
         wanted: dict[Reader, list[HostedCamera]] = {reader: [] for reader in self._all}

@@ -87,6 +87,8 @@ class Supervisor:
         self._known: dict[str, Known] = {}
         self._seen: dict[str, Seen] = {}
         self._recalled: set[str] = set()
+        self._strange: set[str] = set()
+        """Nodes whose answers are not understood."""
         self._recovered = False
         self._asked: tuple[dict[str, Any], dict[str, Any]] | None = None
         """The configuration that people gave before it was known what nodes remember."""
@@ -294,13 +296,7 @@ class Supervisor:
             for id_, (number, data) in answers.items():
                 self._recalled.add(id_)
                 if data is not None and number > self._memo.number:
-                    found = msgspec.json.decode(data, type=Memo)
-                    try:
-                        self._settings = from_tables(found.document, found.server_config)
-                    except ConfigError as error:  # of another version of facelane
-                        log.error("the kept configuration is not understood: %s", error)
-                        continue
-                    self._memo = found
+                    self._remember(number, data)
             if not self._known:
                 return
             gone = self._gone()
@@ -316,6 +312,24 @@ class Supervisor:
                     self._asked = None
                 held = len(self._memo.state.held)
                 self._tell(f"the supervisor has begun: {held} cameras have a place")
+
+    def _remember(self, number: int, data: bytes) -> None:
+        """What of a memo can be gone on with; of another version of facelane not all, perhaps."""
+        memo = self._memo
+        try:
+            found = msgspec.json.decode(data, type=Memo)
+        except msgspec.DecodeError as error:
+            log.error("what a node remembers is not understood: %s", error)
+            memo.number = number  # or nodes would keep theirs, and not this one's
+            return
+        try:
+            self._settings = from_tables(found.document, found.server_config)
+        except ConfigError as error:
+            log.error("the kept configuration is not understood: %s", error)
+            # Places and books are: cameras go on where they are.
+            found.document, found.server_config = memo.document, memo.server_config
+            self._settings = from_tables(memo.document, memo.server_config)
+        self._memo = found
 
     def _gone(self) -> set[str]:
         now, fleet = self._clock(), self._settings.fleet
@@ -351,6 +365,7 @@ class Supervisor:
             known = self._known[id_]
             if not known.alive:
                 del self._known[id_]
+                self._strange.discard(id_)
                 self._memo.names.pop(id_, None)
                 targets = self._memo.targets
                 for server in [one for one in targets if one.startswith(f"{id_}/")]:
@@ -486,7 +501,21 @@ class Supervisor:
             known.answered = data is not None
             if data is None:
                 continue
-            report = msgspec.json.decode(data, type=Report)
+            try:
+                report = msgspec.json.decode(data, type=Report)
+            except (TypeError, msgspec.DecodeError):
+                # One that speaks otherwise keeps nobody from hearing the others.
+                known.answered = False
+                if id_ not in self._strange:
+                    self._strange.add(id_)
+                    self._tell(f"{known.info.name} has another version of facelane, it seems")
+                continue
+            self._strange.discard(id_)
+            if report.revision > self._memo.state.revision:
+                # Of a supervisor whose memo was not understood: what is older is not obeyed.
+                state = msgspec.structs.replace(self._memo.state, revision=report.revision)
+                self._memo.state = state
+                self._set_state()
             before = known.report
             if before is not None and before.incarnation != report.incarnation:
                 # Its bridge ended with it: what it had last told is what there is.

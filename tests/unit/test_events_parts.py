@@ -368,6 +368,22 @@ def test_onvif_has_rules_for_zones_and_lines() -> None:
         assert counted["Data"] == {"Count": count, "facelane:EventId": event_id(SEEN)}
 
 
+def test_who_is_where_has_a_bound_though_nobody_says_that_they_leave() -> None:
+    """As with ``kinds = ["ZONE_DWELL", "UNKNOWN_SEEN"]``."""
+    states, zones, sizes = States(), onvif.Zones(), []
+    for number in range(3000):
+        track = replace(TRACK, global_track_id=f"s-1/{number}")
+        states.after(replace(SEEN, kind=EventKind.UNKNOWN_SEEN, track=track))
+        rule = RuleReport("hall", dwell=10.0)
+        event = replace(SEEN, kind=EventKind.ZONE_DWELL, track=track, rule=rule)
+        states.after(event)
+        told = onvif.messages("p", message(sink(), event), zones)
+        sizes.append(sum(len(one.body) for one in told))
+    assert len(states.unknown) == len(states.zones["hall"]) == 1024
+    assert max(sizes) < 2 * sizes[255]
+    assert f"s-1/{2999}" in told[0].body.decode(), "the newest are those that are told"
+
+
 def test_onvif_a_line_as_the_specification_shows_it() -> None:
     """Its example of "JSON Event Payload"; what is ours stands behind a namespace."""
     example = {

@@ -142,6 +142,27 @@ async def test_a_position_says_nothing_of_what_may_still_be_lost(
         await auntil(lambda: position.token == "token-6", what="both are kept")
 
 
+async def test_nor_does_one_that_is_noted_while_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("facelane_events.position._SYNC_S", 0.0)
+    monkeypatch.setattr(delivery, "NOTED_S", 0.001)
+    sink, kept = Unsettled(failures=20), []
+    real = Position.save
+
+    def save(position: Position, token: str) -> None:
+        kept.append((token, sink.failures))
+        real(position, token)
+
+    monkeypatch.setattr(Position, "save", save)
+    server = Telling([SEEN])
+    async with delivering(tmp_path, sink, server) as (_, position):
+        await auntil(lambda: position.token == "begun", what="the beginning")
+        server.resume_token = "token-5"
+        await auntil(lambda: position.token == "token-5", what="what is kept by then")
+    assert next(failures for token, failures in kept if token == "token-5") == 0
+
+
 async def test_the_hour_is_that_of_what_happened(tmp_path: Path) -> None:
     """A receiver that was away over night gets what happened by night, and by day what did not."""
     sink = Taker()

@@ -32,6 +32,7 @@ class FakeNode:
         self.ended: list[EndedRun] = []
         self.runs: dict[str, int] = {}
         self.deaf = False
+        self.speaks_otherwise = False
         self.digests: list[str] = []
         self.state = "SERVING"
         self.capacity_fps: float | None = None
@@ -39,8 +40,10 @@ class FakeNode:
 
     def tick(self, data: bytes) -> bytes:
         order = msgspec.json.decode(data, type=Order)
-        if order.memo is not None:
+        if order.memo is not None and order.memo_revision >= self.memo_revision:
             self.memo, self.memo_revision = order.memo, order.memo_revision
+        if self.order is not None and order.revision < self.order.revision:
+            return self.told()
         self.order = order
         self.ended = [run for run in self.ended if run.number > order.taken]
         wanted = {one.camera.name: one.term for one in order.cameras}
@@ -52,6 +55,11 @@ class FakeNode:
             if self.digests:
                 self.state = "STARTING"
             self.digests.append(order.servers.digest)
+        return self.told()
+
+    def told(self) -> bytes:
+        if self.speaks_otherwise:
+            return b'{"of": "another version"}'
         return msgspec.json.encode(self.report())
 
     def end(self, camera: str) -> None:
@@ -230,6 +238,52 @@ def test_a_supervisor_that_begins_anew_goes_on_with_what_nodes_remember(fleet: F
     assert {c.name: c.runs for c in status.cameras} == {c.name: c.runs for c in books.cameras}
     assert {c.name: c.total for c in status.cameras} == {c.name: c.total for c in books.cameras}
     assert next(c for c in status.cameras if c.name == "cam-1").pinned == "b"
+
+
+@pytest.mark.parametrize("what", ["the configuration", "all of it"])
+def test_what_another_version_remembers_keeps_nobody_from_going_on(what: str, fleet: Fleet) -> None:
+    fleet.supervisor.move("cam-1", "b", anywhere=False)
+    for on in (True, False) * 10:
+        fleet.supervisor.drain("c", on=on)
+    fleet.rounds(8)
+    before = fleet.cluster.owners()
+    node = fleet.cluster.there["a"]
+    assert node.order is not None
+    revision = node.order.revision
+    for one in fleet.cluster.there.values():
+        assert one.memo is not None
+        memo = msgspec.json.decode(one.memo)
+        if what == "all of it":
+            memo["books"] = "elsewhere"
+        else:
+            memo["document"]["fleet"]["of_before"] = 1
+        one.memo = msgspec.json.encode(memo)
+    fleet.begin()
+    fleet.rounds(6)
+    if what == "the configuration":
+        assert fleet.cluster.owners() == before
+        pinned = {one.name: one.pinned for one in fleet.supervisor.status().cameras}
+        assert pinned["cam-1"] == "b", "what was said is remembered"
+    fleet.supervisor.drain("a", on=True)
+    fleet.rounds(12)
+    assert fleet.cluster.owners().keys() == before.keys()
+    assert not node.runs, "it obeys"
+    assert node.order.revision > revision
+    assert node.memo is not None
+    assert "of_before" not in node.memo.decode()
+    assert "elsewhere" not in node.memo.decode()
+
+
+def test_a_node_that_is_not_understood_keeps_nobody_from_hearing_the_others(fleet: Fleet) -> None:
+    fleet.rounds(4)
+    fleet.cluster.there["a"].speaks_otherwise = True
+    fleet.rounds(3)
+    status = fleet.supervisor.status()
+    assert [one.state for one in status.nodes] == ["SILENT", "UP", "UP"]
+    assert sum("another version" in one for one in status.changes) == 1
+    fleet.cluster.there["a"].speaks_otherwise = False
+    fleet.rounds(1)
+    assert {one.state for one in fleet.supervisor.status().nodes} == {"UP"}
 
 
 def test_a_node_that_dies_while_nobody_supervises(fleet: Fleet) -> None:

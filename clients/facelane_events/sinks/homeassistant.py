@@ -9,9 +9,13 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from facelane.types import Event, EventKind, RuleReport
+
+MAX_TRACKS: Final = 1024
+"""Of a camera, that are known to be anywhere; a sink that is not told of their ends (``kinds``)
+would know ever more."""
 
 
 def topic(prefix: str, source: str, name: str) -> str:
@@ -47,11 +51,11 @@ class States:
             found["person"] = name or event.identity.subject_id
             self.unknown.discard(track)
         elif event.kind is EventKind.UNKNOWN_SEEN:
-            self.unknown.add(track)
+            _add(self.unknown, track)
         elif event.kind is EventKind.SPOOF_SUSPECTED:
-            self.spoof.add(track)
+            _add(self.spoof, track)
         elif event.kind is EventKind.TRACK_STARTED:
-            self.present.add(track)
+            _add(self.present, track)
         elif event.kind is EventKind.TRACK_ENDED:
             for tracks in (self.present, self.unknown, self.spoof):
                 tracks.discard(track)
@@ -83,8 +87,14 @@ class States:
         if event.kind is EventKind.ZONE_LEFT:
             inside.discard(track)
         else:
-            inside.add(track)
+            _add(inside, track)
         return {f"zone_{rule.name}": _switch(inside)}
+
+
+def _add(tracks: set[str], track: str) -> None:
+    if len(tracks) >= MAX_TRACKS:
+        tracks.pop()
+    tracks.add(track)
 
 
 def _switch(tracks: set[str]) -> str:

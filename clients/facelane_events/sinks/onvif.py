@@ -32,6 +32,9 @@ INSIDE: Final = "RuleEngine/FieldDetector/ObjectsInside"
 LOITERING: Final = "RuleEngine/LoiteringDetector/ObjectIsLoitering"
 CROSSED: Final = "RuleEngine/LineDetector/Crossed"
 MAX_ZONES: Final = 10_000
+MAX_LOITERING: Final = 256
+"""Of a zone; of more, those that were told of last. A sink that is not told who leaves (``kinds``)
+would tell of ever more."""
 COUNTER: Final = "RuleEngine/CountAggregation/Counter"
 
 _TOPICS: Final = {
@@ -156,6 +159,8 @@ def messages(prefix: str, event: Message, zones: Zones | None = None) -> list[To
         zone = zones.of(event.event, rule.name)
         now = event.time or datetime.now(UTC)
         zone.since[who] = now - timedelta(seconds=rule.dwell or 0.0)
+        while len(zone.since) > MAX_LOITERING:
+            del zone.since[next(iter(zone.since))]
         found = [_loitering(prefix, event, zone)]
     elif event.kind == EventKind.LINE_CROSSED:
         inwards = rule.direction is CrossingDirection.IN

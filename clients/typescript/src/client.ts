@@ -327,8 +327,13 @@ export class Client implements AsyncDisposable {
   /** A call that lasts, by a connection that has a place for it. */
   private long<C extends EventEmitter>(begin: (rpc: grpc.Client) => C): C {
     const rpc = this.connections.take();
-    // However the call ends, grpc-js gives its status once.
-    return begin(rpc).once("status", () => this.connections.leave(rpc));
+    try {
+      // However the call ends, grpc-js gives its status once.
+      return begin(rpc).once("status", () => this.connections.leave(rpc));
+    } catch (error) {
+      this.connections.leave(rpc); // there is no call that could end
+      throw error;
+    }
   }
 }
 

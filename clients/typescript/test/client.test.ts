@@ -166,6 +166,16 @@ test("more streams and watches than a connection takes go by several, which are 
   }, { "grpc.max_concurrent_streams": 100 });
 });
 
+test("a call that cannot be made holds no place of its connection", async () => {
+  const client = new Client("127.0.0.1:9");
+  const failing = (): never => {
+    throw new Error("no call");
+  };
+  for (let tries = 0; tries < 200; tries += 1) assert.throws(() => client["long"](failing), /no call/);
+  assert.deepEqual([...client["connections"]["calls"].values()], [0]);
+  client.close();
+});
+
 test("closing the client ends its streams and its watches", async () => {
   await serving({
     watch: (call) => void call.write(told("t")),
