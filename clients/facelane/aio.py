@@ -87,16 +87,23 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         if self._made is not None and self._loop is not loop:
             if self._loop is not None and not self._loop.is_closed():
                 raise RuntimeError("the client is in use by another event loop: make one in each")
-            self._made = None  # its connection has gone with its loop
+            self._leave()
         if self._made is None:
             self._loop = loop
             channel: grpc.aio.Channel = self._endpoint.channel(grpc.aio)
             self._made = channel, calls.Stubs(cast("grpc.Channel", channel))
         return self._made[1]
 
+    def _leave(self) -> None:
+        """A loop that has ended: connection and streams have gone with it."""
+        self._made = None
+        self._open.clear()
+
     async def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
         self._closed = True
+        if self._loop is not None and self._loop.is_closed():
+            self._leave()
         for stream in list(self._open):
             await stream.close()
         made, self._made = self._made, None
