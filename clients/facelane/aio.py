@@ -84,10 +84,9 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         """Made on first use, because the channel belongs to the loop that runs then."""
         self._check_open()
         loop = asyncio.get_running_loop()
+        self._leave()
         if self._made is not None and self._loop is not loop:
-            if self._loop is not None and not self._loop.is_closed():
-                raise RuntimeError("the client is in use by another event loop: make one in each")
-            self._leave()
+            raise RuntimeError("the client is in use by another event loop: make one in each")
         if self._made is None:
             self._loop = loop
             channel: grpc.aio.Channel = self._endpoint.channel(grpc.aio)
@@ -96,14 +95,14 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
 
     def _leave(self) -> None:
         """A loop that has ended: connection and streams have gone with it."""
-        self._made = None
-        self._open.clear()
+        if self._loop is not None and self._loop.is_closed():
+            self._loop = self._made = None
+            self._open.clear()
 
     async def close(self) -> None:
         """Closes the streams that are open, then the connection. Again is harmless."""
         self._closed = True
-        if self._loop is not None and self._loop.is_closed():
-            self._leave()
+        self._leave()
         for stream in list(self._open):
             await stream.close()
         made, self._made = self._made, None
@@ -176,6 +175,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         """
         core = self._new_core(reconnect, buffer, stall_timeout)
         stream = AnalyzeStream(self, core, convert.stream_config(**options), on_update)
+        self._leave()
         self._open.add(stream)
         return stream
 
@@ -281,6 +281,7 @@ class Client(ClientBase["AnalyzeStream | EventStream"]):
         within = (source_ids, gallery_ids)
         core = Subscription(resume_token, kinds, reconnect, self.timeout, within=within)
         stream = EventStream(self, core)
+        self._leave()
         self._open.add(stream)
         return stream
 
