@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,11 @@ ConfigOption = Annotated[
 ]
 EX_CONFIG = 78
 EX_BROKEN = 1
+
+
+def private(path: str, flags: int) -> int:
+    """An opener of files that are this user's alone."""
+    return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager
@@ -91,7 +97,7 @@ def export(
     with opened(config) as (_, database):
         try:
             with (
-                open(file, "x", encoding="utf-8") as stream,
+                open(file, "x", encoding="utf-8", opener=private) as stream,
                 database.reading() as connection,
             ):
                 count = 0

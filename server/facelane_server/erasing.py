@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -80,9 +81,13 @@ def verify(
         raise typer.Exit(EX_BROKEN) from None
     with opened(config) as (settings, database):
         wrong = problems(found, settings, database, key)
+
+    def unread(path: Path | str, error: OSError) -> None:
+        wrong.append(f"{path}: not looked at: {error.strerror}")
+
     try:
         more = [*(word.encode() for word in text or ()), *map(mark, picture or ())]
-        for path, where in traces(scan or (), found, subject, more):
+        for path, where in traces(scan or (), found, subject, more, unread):
             wrong.append(f"{path}: something of the subject at byte {where}")
         for pid in process or ():
             if (address := in_memory(pid, patterns_of(found, subject, more))) is not None:
@@ -181,8 +186,11 @@ def erase_again(store: Store, receipt: Receipt) -> str:
 
 
 def mark(picture: Path) -> bytes:
-    """Bytes from the middle of a file, which no other has."""
+    """Bytes from the middle of a file, which no other has. Raises ``OSError``, also for one that
+    has none."""
     content = picture.read_bytes()
+    if not content:
+        raise OSError(errno.ENODATA, "it is empty", str(picture))
     return content[len(content) // 2 :][:64]
 
 
@@ -233,20 +241,38 @@ def _are_there(pages: bytes) -> bool:
 
 
 def traces(
-    places: Sequence[Path], found: Receipt, subject: str = "", more: Sequence[bytes] = ()
+    places: Sequence[Path],
+    found: Receipt,
+    subject: str = "",
+    more: Sequence[bytes] = (),
+    unread: Callable[[Path | str, OSError], None] = lambda *_: None,
 ) -> Iterator[tuple[Path, int]]:
-    """Where something of the subject lies, see ``patterns_of``. The first place of each file."""
+    """Where something of the subject lies, see ``patterns_of``. The first place of each file.
+    ``unread`` is told of what could not be looked at. Raises ``OSError`` for a place that is not
+    there."""
     wanted = patterns_of(found, subject, more)
-    for place in places:
-        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if not path.is_file() or path.is_symlink():
-                continue
+    for place in [one.resolve(strict=True) for one in places]:
+        for path in _files(place, unread) if place.is_dir() else [place]:
             try:
-                with path.open("rb") as stream:
-                    if not path.stat().st_size:
-                        continue
-                    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                        if (hit := _first(wanted, content)) is not None:
-                            yield path, hit
-            except OSError as error:
-                typer.echo(f"{path}: not looked at: {error.strerror}", err=True)
+                if not path.is_file() or path.is_symlink() or not path.stat().st_size:
+                    continue
+                with (
+                    path.open("rb") as stream,
+                    mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
+                ):
+                    if (hit := _first(wanted, content)) is not None:
+                        yield path, hit
+            except FileNotFoundError:
+                continue  # gone meanwhile
+            except (OSError, ValueError) as error:  # emptied meanwhile is a ValueError
+                if isinstance(error, OSError):
+                    unread(path, error)
+
+
+def _files(folder: Path, unread: Callable[[Path | str, OSError], None]) -> Iterator[Path]:
+    def failed(error: OSError) -> None:
+        unread(error.filename or folder, error)
+
+    for where, folders, names in os.walk(folder, onerror=failed):
+        folders.sort()
+        yield from (Path(where, name) for name in sorted(names))

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from facelane_server import config as configuration
-from facelane_server.auditing import EX_CONFIG, ConfigOption
+from facelane_server.auditing import EX_CONFIG, ConfigOption, private
 from facelane_server.config import ConfigError
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.store import audit
@@ -68,12 +68,8 @@ def write(found: Export, folder: Path) -> None:
     """Raises ``OSError``, also where the folder is there already."""
     folder.mkdir(mode=0o700, parents=True)
     for name, content in found.pictures.items():
-        with open(folder / name, "xb", opener=_private) as stream:
+        with open(folder / name, "xb", opener=private) as stream:
             stream.write(content)
-    with open(folder / "subject.json", "x", encoding="utf-8", opener=_private) as text:
+    with open(folder / "subject.json", "x", encoding="utf-8", opener=private) as text:
         json.dump(found.said, text, indent=2, ensure_ascii=False)
         text.write("\n")
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

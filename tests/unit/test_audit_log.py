@@ -298,6 +298,7 @@ def test_the_command(tmp_path: Path) -> None:
         kept.write_text(f"Nov 27 facelane audit {head.text()}\n")
         assert run("verify", "--checkpoint", str(kept))[0] == 0
         assert run("export", str(tmp_path / "out.jsonl"))[0] == 0
+        assert (tmp_path / "out.jsonl").stat().st_mode & 0o077 == 0, "who did what is nobody's"
         exported = ("verify", "--file", str(tmp_path / "out.jsonl"))
         assert run(*exported, "--key", head.key)[0] == 0
         assert run("verify", "--key", chain.Signer(bytes(32)).public)[0] == 1
@@ -347,7 +348,17 @@ def test_an_erasure_has_a_receipt_that_can_be_judged(tmp_path: Path) -> None:
         assert (code, "backup.db: something of the subject" in said) == (1, True)
         (state / "note").write_bytes(bytes(100) + b"lovelace")
         assert "note: something of the subject at byte 100" in verify(*everything)[1]
+        link = tmp_path / "link"
+        link.symlink_to(state / "note")
+        assert "something of the subject" in verify("--scan", str(link), *everything[2:])[1]
         (state / "note").unlink()
+        # Nobody is said to be gone from where nothing was looked at.
+        for elsewhere in (link, tmp_path / "stat"):
+            code, said = verify("--scan", str(elsewhere))
+            assert (code, elsewhere.name in said or "note" in said) == (1, True)
+        (tmp_path / "empty.jpg").touch()
+        code, said = verify("--scan", str(state), "--picture", str(tmp_path / "empty.jpg"))
+        assert (code, "it is empty" in said) == (1, True)
         for name in ("templates", "code", "entry", "time_ns"):
             forged = gone.receipt.replace(f'"{name}":', f'"{name}":1', 1)
             if name == "code":
