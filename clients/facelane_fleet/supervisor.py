@@ -103,6 +103,7 @@ class Supervisor:
     def apply(self, document: dict[str, Any], server_config: dict[str, Any]) -> str:
         """Another configuration. Raises ``ConfigError``."""
         settings = from_tables(document, server_config)
+        _ = settings.fleet.state_dir or default_state(settings.fleet.name)
         with self._lock:
             if settings.fleet.name != self._settings.fleet.name:
                 raise ConfigError("a fleet keeps its name: end this one first (down)")
@@ -583,6 +584,12 @@ class Supervisor:
 
 
 def default_state(fleet: str) -> str:
-    """Where a fleet keeps what must last, on every node."""
-    base = os.environ.get("XDG_STATE_HOME", "") or str(Path.home() / ".local" / "state")
+    """Where a fleet keeps what must last, on every node. Raises ``ConfigError``."""
+    try:
+        base = os.environ.get("XDG_STATE_HOME", "") or str(Path.home() / ".local" / "state")
+    except RuntimeError:  # as in containers that run as any user
+        raise ConfigError(
+            "there is no place for the fleet's state where its supervisor runs, since $HOME is not "
+            "set there and this user has no account: set state_dir in [fleet]"
+        ) from None
     return str(Path(base) / "facelane-fleet" / fleet)

@@ -462,3 +462,17 @@ def test_what_has_no_other_place_stays_and_status_says_so() -> None:
     status = fleet.supervisor.status()
     assert {c.state for c in status.cameras} == {"STREAMING"}
     assert {c.reason for c in status.cameras} == {"its node drains, and it has no other place yet"}
+
+
+def test_without_a_home_folder_it_says_which_setting_to_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
+    made = Fleet("a")
+    given = document()
+    del given["fleet"]["state_dir"]
+    with pytest.raises(ConfigError, match="state_dir"):
+        made.supervisor.apply(given, {})
+    assert made.supervisor.apply(document(), {})
