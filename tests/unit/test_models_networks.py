@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -29,7 +30,7 @@ from facelane_server.worker.networks.architectures.mobilefacenet import MobileFa
 from facelane_server.worker.networks.architectures.yunet import DenseHeads, YuNet, decode
 from facelane_server.worker.networks.candidates import decode_yunet, select, turn
 from facelane_server.worker.networks.detector import NetworkDetector, fit
-from facelane_server.worker.networks.load import load
+from facelane_server.worker.networks.load import load, read_checkpoint
 from facelane_server.worker.networks.null import NullDetector, NullLiveness, NullRecognizer
 from facelane_server.worker.networks.recognizer import NetworkRecognizer
 from facelane_server.worker.networks.runner import Computed, Runner, Ticket
@@ -502,3 +503,24 @@ def test_a_null_model_needs_no_pixels_only_when_told() -> None:
         model = load(package, DeviceOptions(), batch_max=2, extra={"decode": value})
         assert isinstance(model, NullDetector)
         assert model.needs_pixels is expected
+
+
+@pytest.mark.filterwarnings("ignore")  # that there may be no quantized tensors one day
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.empty(3, 3, device="meta"),
+        lambda: torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8),
+        lambda: torch.ones(1, dtype=torch.half).expand(1 << 20, 1 << 20),
+    ],
+    ids=["sparse", "of no device", "quantized", "two bytes that are terabytes"],
+)
+def test_a_checkpoint_holds_plain_tensors_alone(made: Callable[[], Tensor]) -> None:
+    file = io.BytesIO()
+    torch.save({"bias": torch.ones(3)}, file)
+    assert read_checkpoint(file.getvalue())["bias"].tolist() == [1.0] * 3
+    file = io.BytesIO()
+    torch.save({"state_dict": {"weight": made()}}, file)
+    with pytest.raises(ValueError, match="weight, which is no plain tensor"):
+        read_checkpoint(file.getvalue())

@@ -273,7 +273,22 @@ def read_checkpoint(data: bytes) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
     ):
         raise ValueError("holds no state dict of named tensors")
+    for name, tensor in found.items():
+        if not _is_plain(tensor):
+            raise ValueError(f"holds {name}, which is no plain tensor: save it dense, in full")
     return dict(found)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense, with each of its values in the file: a few bytes can call themselves terabytes."""
+    import torch
+
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _fill(
