@@ -10,7 +10,11 @@ import contextlib
 from collections.abc import Callable
 from typing import Final
 
+import structlog
+
 from facelane_server import wiping
+
+log = structlog.get_logger(__name__)
 
 PAUSE_S: Final = 0.3
 
@@ -34,11 +38,15 @@ class Scrubber:
         while self._due:
             self._due -= 1
             await asyncio.sleep(PAUSE_S)
-            self._others()
             try:
-                await asyncio.to_thread(wiping.scrub)
-            except RuntimeError:  # there is no room for a thread
-                wiping.scrub()
+                self._others()
+                try:
+                    await asyncio.to_thread(wiping.scrub)
+                except RuntimeError:  # there is no room for a thread
+                    wiping.scrub()
+            except Exception:
+                # Of this deletion more may be left than should be; of the next one nothing is.
+                log.exception("memory was not scrubbed")
         self._task = None
 
     async def close(self) -> None:
