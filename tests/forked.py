@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,12 +122,16 @@ class _Nursery:
         atexit.register(self._close)
 
     def begin(
-        self, arguments: Sequence[str], output: IO[bytes], environment: Mapping[str, str]
+        self,
+        arguments: Sequence[str],
+        output: IO[bytes],
+        environment: Mapping[str, str],
+        errors: IO[bytes],
     ) -> Fork:
         asked = {"arguments": arguments, "environment": dict(environment), "folder": os.getcwd()}
         status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            files = [output.fileno(), theirs.fileno()]
+            files = [output.fileno(), errors.fileno(), theirs.fileno()]
             with self._lock:
                 socket.send_fds(self._control, [json.dumps(asked).encode()], files)
                 told, [pidfd], _, _ = socket.recv_fds(self._control, 16, 1, socket.MSG_CMSG_CLOEXEC)
@@ -144,7 +149,24 @@ def _nursery() -> _Nursery:
 
 def begin(arguments: Sequence[str], output: IO[bytes], environment: Mapping[str, str]) -> Fork:
     """``facelane-server ARGUMENTS``. Traced by coverage where processes of this moment are."""
-    return _nursery().begin(arguments, output, environment)
+    return _nursery().begin(arguments, output, environment, output)
+
+
+def completed(arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """The same until it has ended, and what it has said."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        fork = _nursery().begin(arguments, output, os.environ, errors)
+        try:
+            code = fork.wait(timeout)
+        except BaseException:
+            fork.kill()
+            fork.wait(30.0)
+            raise
+        said = []
+        for file in (output, errors):
+            file.seek(0)
+            said.append(file.read().decode())
+        return subprocess.CompletedProcess(arguments, code, *said)
 
 
 # -- in the process that forks --------------------------------------------------------------------
@@ -164,36 +186,39 @@ def _serve(control: socket.socket) -> list[str]:
                 status.close()
                 os.close(ready)
                 continue
-            request, files, _, _ = socket.recv_fds(control, _MOST_BYTES, 2)
+            request, files, _, _ = socket.recv_fds(control, _MOST_BYTES, 3)
             if not request:
                 for pidfd in living:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 # Without a file of coverage, while others are read: each fork tells the same.
                 os.kill(os.getpid(), signal.SIGKILL)
-            output, status = files[0], socket.socket(fileno=files[1])
+            output, errors, status = files[0], files[1], socket.socket(fileno=files[2])
             pid = os.fork()
             if pid == 0:
                 for held in (control, status, *(each for _, each in living.values())):
                     held.close()
                 for pidfd in living:
                     os.close(pidfd)
-                return _become(json.loads(request), output)
+                return _become(json.loads(request), output, errors)
             os.close(output)
+            os.close(errors)
             pidfd = os.pidfd_open(pid)
             living[pidfd] = (pid, status)
             socket.send_fds(control, [str(pid).encode()], [pidfd])
 
 
-def _become(asked: dict[str, Any], output: int) -> list[str]:
-    for number in (1, 2):
-        os.dup2(output, number)
-    os.close(output)
+def _become(asked: dict[str, Any], output: int, errors: int) -> list[str]:
+    for number, file in ((1, output), (2, errors)):
+        os.dup2(file, number)
+        os.close(file)
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"] | _TUNABLES)
     if _TRACED in os.environ:
         # What was executed by the imports, the process of the tests has executed traced.
         coverage.process_startup()
+        # To begin it costs each worker a tenth of a second; those that tests begin are traced.
+        del os.environ[_TRACED]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return list(asked["arguments"])
 

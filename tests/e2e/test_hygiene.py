@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
+from tests.forked import completed
 from tests.running_server import RunningServer, toml
 from tests.waiting import until
 from typer.testing import CliRunner
@@ -117,13 +117,7 @@ def test_without_folders_of_its_own_the_server_uses_the_standard_ones(tmp_path: 
 
 
 def server_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "facelane_server", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return completed(arguments, 60)
 
 
 def called(*arguments: str) -> subprocess.CompletedProcess[str]:
