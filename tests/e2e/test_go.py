@@ -25,8 +25,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built with what Debian has, without a network."""
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         pytest.skip(f"needs {', '.join(missing)} (packages in CONTRIBUTING.md)")
-    if not (GOCODE / "src/google.golang.org/grpc").is_dir():
-        pytest.skip("needs golang-google-grpc-dev (packages in CONTRIBUTING.md)")
+    for name in ("grpc", "protobuf"):
+        if not (GOCODE / "src/google.golang.org" / name).is_dir():
+            pytest.skip(f"needs golang-google-{name}-dev (packages in CONTRIBUTING.md)")
     folder = tmp_path_factory.mktemp("go")
     source = folder / "src/example.org/facelane"
     source.mkdir(parents=True)
