@@ -217,8 +217,6 @@ def _become(asked: dict[str, Any], output: int, errors: int) -> list[str]:
     if _TRACED in os.environ:
         # What was executed by the imports, the process of the tests has executed traced.
         coverage.process_startup()
-        # To begin it costs each worker a tenth of a second; those that tests begin are traced.
-        del os.environ[_TRACED]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return list(asked["arguments"])
 

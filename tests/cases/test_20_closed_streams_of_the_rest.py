@@ -35,8 +35,10 @@ def ends(words: list[str], streams: str) -> subprocess.CompletedProcess[str]:
     "words",
     [
         ["facelane_events", "check", "/nowhere.toml"],
-        ["facelane_console", "--cert", "/nowhere", "--key", "/nowhere"],
-        ["facelane_fleet", "check", "/nowhere.toml"],
+        pytest.param(
+            ["facelane_console", "--cert", "/nowhere", "--key", "/nowhere"], marks=pytest.mark.slow
+        ),
+        pytest.param(["facelane_fleet", "check", "/nowhere.toml"], marks=pytest.mark.slow),
     ],
     ids=lambda words: words[0],
 )

@@ -103,6 +103,7 @@ def test_an_error_that_nobody_hears_is_an_exit_code(
     assert command(server, "subjects", "show", "nobody", redirect=redirect).returncode == 3
 
 
+@pytest.mark.slow
 def test_arguments_that_are_no_text(server: fake.ScriptedServer, tmp_path: Path) -> None:
     for words in (("subjects", "show", b"jos\xe9"), ("subjects", "list", "--gallery", b"\xff\xfe")):
         done = command(server, *words)

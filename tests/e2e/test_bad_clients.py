@@ -232,6 +232,7 @@ def test_a_stream_that_says_nothing_gives_its_place_back(start: Start) -> None:
             assert refused.failure() == (EXHAUSTED, "STREAM_LIMIT")
 
 
+@pytest.mark.slow
 def test_single_calls_are_bounded(start: Start) -> None:
     """More pictures than the server works on at a time are refused, not queued for ever."""
     server = start(

@@ -61,6 +61,7 @@ SHIPPED = "[pools]\nliveness = false\n" + "".join(
 )
 
 
+@pytest.mark.slow
 def test_a_smeared_face_is_refused_and_the_sharp_one_is_not(start: Start) -> None:
     portrait = cv2.imread(str(HOPPER))
 

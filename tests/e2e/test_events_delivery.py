@@ -349,6 +349,7 @@ async def test_mqtt_events_states_and_devices(
         await asyncio.gather(listening, return_exceptions=True)
 
 
+@pytest.mark.slow
 async def test_a_broker_that_forgot_is_told_who_is_there_though_nothing_happens(
     server: ScriptedServer, deliver: Any, mosquitto: Broker, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
+import pytest
 from tests.e2e import wire
 from tests.e2e.conftest import Start
 from tests.waiting import WAIT_S, until
@@ -55,6 +56,7 @@ class Camera(threading.Thread):
             self.rates.append(update.rate_fps)
 
 
+@pytest.mark.slow
 def test_every_camera_is_thinned_told_and_answered_and_one_more_is_refused(start: Start) -> None:
     server = start(
         wire.pools(detector=SLOW.format(ms=5), recognizer=SLOW.format(ms=40)),

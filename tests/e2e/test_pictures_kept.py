@@ -182,6 +182,7 @@ def test_gone_after_retention_by_number_and_by_age(tmp_path: Path) -> None:
         assert event.identity == newer.identity
 
 
+@pytest.mark.slow
 def test_a_wrong_name_is_corrected_and_the_correction_taken_back(stage: Stage) -> None:
     client = stage.client
     [event, *_] = stage.pictured(stage.play())

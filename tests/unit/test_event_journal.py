@@ -328,6 +328,7 @@ async def test_events_wait_for_a_store_that_is_away(
     await auntil(lambda: server.journal.trouble == "")
 
 
+@pytest.mark.slow
 async def test_an_event_that_cannot_be_written_keeps_no_other_from_being(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

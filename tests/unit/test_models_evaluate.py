@@ -81,6 +81,7 @@ def test_a_true_box_is_taken_once() -> None:
     assert measures.match_boxes(found, []).tolist() == [-1] * 4
 
 
+@pytest.mark.slow
 def test_recognizer_report_and_plots(tmp_path: Path) -> None:
     for name, picture in portraits().items():
         write(tmp_path / "data" / name / "a.png", picture)
@@ -440,6 +441,7 @@ def test_plots_without_matplotlib_say_what_is_missing(
         evaluate(Catalog().resolve("facelane-detector"), tmp_path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_onnx_recognizer_is_brought_as_the_manual_says(tmp_path: Path) -> None:
     """Import, switch the norm on, take what the report suggests, record the answers."""
     pytest.importorskip("onnxruntime")
