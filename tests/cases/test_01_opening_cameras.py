@@ -46,6 +46,7 @@ def test_every_frame_from_the_first_on_is_there() -> None:
     assert steps == pytest.approx([0.1] * 19, abs=0.001)
 
 
+@pytest.mark.slow
 def test_a_time_out_says_that_packets_came_and_names_the_setting() -> None:
     with RtspCamera(Play(frames=250, gop=250, first=3, fps=10)) as camera:
         result = check_camera(settings(camera.url, open_timeout=2.0))

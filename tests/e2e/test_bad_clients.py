@@ -265,9 +265,8 @@ FLOOD = 300
 """Frames: the window some times over."""
 
 
-@pytest.mark.parametrize(
-    "overload", ["lossless", pytest.param("latest_wins", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("overload", ["lossless", "latest_wins"])
 def test_a_flood_gets_an_outcome_for_every_frame(
     server: RunningServer, overload: facelane.Overload
 ) -> None:

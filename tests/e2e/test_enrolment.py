@@ -157,6 +157,7 @@ def _without(text: str, stage: str) -> str:
     return kept.replace("[pools.detector]", f"[pools]\n{stage} = false\n[pools.detector]")
 
 
+@pytest.mark.slow
 def test_a_gallery_outlives_its_recogniser_where_chips_are_kept(
     start: Start, tmp_path: Path
 ) -> None:

@@ -182,6 +182,7 @@ def test_a_receiver_that_is_gone_ends_its_own_sink_and_one_that_hangs_holds_up_n
         stuck.close()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_where_it_was(
     server: ScriptedServer, receiver: Receiver, deliver: Any, tmp_path: Path
 ) -> None:

@@ -229,6 +229,7 @@ def test_a_server_without_traces_takes_the_context(server: RunningServer) -> Non
         assert client.analyze_image(wire.picture(1)).faces
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_away_costs_no_frame(start: Start) -> None:
     away = f"http://127.0.0.1:{free_port()}"
     made = start(THREAD_POOLS, f'[tracing]\nendpoint = "{away}"\nratio = 1.0\n')

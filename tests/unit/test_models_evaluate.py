@@ -325,6 +325,7 @@ def test_damage_is_repeatable_and_changes_the_chip(kind: str) -> None:
     assert (first != chip).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_a_folder_of_aligned_chips_needs_no_detector(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     for who in range(6):

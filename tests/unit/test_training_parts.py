@@ -222,6 +222,7 @@ def test_scenes_hold_crops_and_cut_faces() -> None:
     assert 0.6 < float(cut.float().mean()) < 0.9
 
 
+@pytest.mark.slow
 def test_the_face_of_a_scene_of_liveness_is_where_its_box_says() -> None:
     photos = torch.zeros(1, 3, 250, 250, dtype=torch.uint8)
     # A face off the middle, which is bright where it is looked for.
