@@ -34,12 +34,11 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS)
 BY_FILE = --dist loadfile --no-loadscope-reorder
 COVERED = --cov --cov-report=term --cov-fail-under=90
 
-# mypy keeps one core busy for a minute, so it has its turn beside the tests.
-test: setup ## lint, and the tests but the slow ones with branch coverage (its budget: six minutes on two cores)
-	@log=$$(mktemp); { $(MAKE) -s lint >"$$log" 2>&1 || { cat "$$log"; exit 1; } } & lint=$$!; \
-	$(PYTEST) $(BY_FILE) -m "not slow" $(COVERED) $(PYTEST_ARGS); tests=$$?; \
-	wait $$lint; lint=$$?; tail -n 3 "$$log"; rm -f "$$log"; \
-	test $$tests = 0 && test $$lint = 0
+# The import rules are tests of their own kind; mypy, a minute of a core, is `make lint`'s.
+test: setup ## the tests but the slow ones with branch coverage, import rules (its budget: six minutes on two cores)
+	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+	@$(BIN)/lint-imports
+	@$(PYTEST) $(BY_FILE) -m "not slow" $(COVERED) $(PYTEST_ARGS)
 
 TIME ?= 86400
 SEEDS ?= 3
