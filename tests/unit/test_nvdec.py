@@ -79,11 +79,13 @@ class Library:
         self.fed: list[tuple[bytes, int]] = []
         self.read: list[int] = []
         self.opened: list[tuple[str, int, int]] = []
+        self.streams: list[int] = []
         self.refuse: str | None = None
 
     def CreateDecoder(self, **options: Any) -> Opened:
         if self.refuse:
             raise RuntimeError(self.refuse)
+        self.streams.append(options["cudastream"])
         self.opened.append((options["codec"], options["maxwidth"], options["maxheight"]))
         return Opened(self, options["maxwidth"], options["maxheight"])
 
@@ -121,6 +123,14 @@ class NoDecoder:
 def engine() -> tuple[NvdecEngine, Library, Other]:
     library, other = Library(), Other()
     return NvdecEngine(DevicePictures("cpu"), other, library), library, other
+
+
+def test_the_library_copies_on_the_stream_that_pictures_arrive_on() -> None:
+    made, library, _ = engine()
+    made.open(Encoding.H264, HD)
+    made.pictures.stream = SimpleNamespace(cuda_stream=41)  # type: ignore[assignment]
+    made.open(Encoding.H264, HD)
+    assert library.streams == [0, 41]
 
 
 def test_pictures_stay_what_they_were_when_the_decoder_goes_on() -> None:

@@ -165,11 +165,14 @@ class NvdecEngine:
         library = self.library
         codecs = library.cudaVideoCodec
         device = self.pictures.device
+        # The library copies each picture out of the decoder and waits for that. On a stream without
+        # priority it waits behind whatever computes, in this process and in others on the card.
+        arriving = self.pictures.stream
         return library.CreateDecoder(
             gpuid=device.index or 0,
             codec=codecs.H264 if codec is Encoding.H264 else codecs.HEVC,
             cudacontext=0,
-            cudastream=0,
+            cudastream=arriving.cuda_stream if arriving is not None else 0,
             usedevicememory=True,
             maxwidth=width,
             maxheight=height,
