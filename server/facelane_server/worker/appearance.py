@@ -12,7 +12,6 @@ chip the brightness of 16 x 16 fields, the fineness of its detail and its mean c
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import cv2
@@ -25,18 +24,31 @@ FIELDS: Final = 16
 
 
 def signatures(chips: U8) -> U8:
-    """[N, size, size, 3] uint8 BGR to [N, limits.SIGNATURE_BYTES]."""
-    found = np.zeros((len(chips), limits.SIGNATURE_BYTES), np.uint8)
-    reliefs = np.empty((len(chips), FIELDS * FIELDS), np.float32)
-    for chip, signature, relief in zip(chips, found, reliefs, strict=True):
-        grey = cv2.cvtColor(chip, cv2.COLOR_BGR2GRAY)
-        fields = cv2.resize(grey, (FIELDS, FIELDS), interpolation=cv2.INTER_AREA)
-        relief[:] = fields.ravel()
-        edge = len(grey) // 7
-        laplacian = cv2.Laplacian(grey[edge:-edge, edge:-edge], cv2.CV_32F)
-        _, deviation = cv2.meanStdDev(laplacian)
-        signature[-4] = min(255.0, 16.0 * math.log2(1.0 + float(deviation[0, 0]) ** 2))
-        signature[-3:] = cv2.mean(chip)[:3]
+    """[N, size, size, 3] uint8 BGR to [N, limits.SIGNATURE_BYTES].
+
+    All chips at once, one below the other: every call of OpenCV lets go of the GIL, and waits for
+    the threads that decode until it has it back.
+    """
+    count = len(chips)
+    found = np.zeros((count, limits.SIGNATURE_BYTES), np.uint8)
+    if not count:
+        return found
+    size = chips.shape[1]
+    grey = cv2.cvtColor(chips.reshape(count * size, size, 3), cv2.COLOR_BGR2GRAY)
+    fields = cv2.resize(grey, (FIELDS, FIELDS * count), interpolation=cv2.INTER_AREA)
+    edge = size // 7
+    # With a rim that mirrors what lies within, so that no chip's detail is of another one.
+    middles = np.empty((count, size - 2 * edge + 2, size - 2 * edge + 2), np.uint8)
+    middles[:, 1:-1, 1:-1] = grey.reshape(count, size, size)[:, edge:-edge, edge:-edge]
+    middles[:, 0], middles[:, -1] = middles[:, 2], middles[:, -3]
+    middles[:, :, 0], middles[:, :, -1] = middles[:, :, 2], middles[:, :, -3]
+    side = middles.shape[1]
+    laplacian = cv2.Laplacian(middles.reshape(count * side, side), cv2.CV_32F)
+    inner = laplacian.reshape(count, side, side)[:, 1:-1, 1:-1]
+    variances = inner.var((1, 2), dtype=np.float64)
+    found[:, -4] = np.minimum(255.0, 16.0 * np.log2(1.0 + variances))
+    found[:, -3:] = [cv2.mean(chip)[:3] for chip in chips]  # cv2.reduce takes thirty times as long
+    reliefs = fields.reshape(count, FIELDS * FIELDS).astype(np.float32)
     reliefs -= reliefs.mean(1, keepdims=True)
     highest = np.abs(reliefs).max(1, keepdims=True, initial=0.0)
     there = highest[:, 0] >= 1.0
