@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # The tests start hundreds of processes: what they import is compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup console screenshots demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel docs release deb install-systemd clean
+.PHONY: help setup rules console screenshots demo models-report test test-rest test-all test-busy lint fuzz fuzz-cameras faults soak door soak-cameras gpu-test protos bench gpu-bench wheel docs release deb install-systemd clean
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -34,10 +34,13 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS)
 BY_FILE = --dist loadfile --no-loadscope-reorder
 COVERED = --cov --cov-report=term --cov-fail-under=90
 
-# The import rules are tests of their own kind; mypy, a minute of a core, is `make lint`'s.
-test: setup ## the tests but the slow ones with branch coverage, import rules (its budget: six minutes on two cores)
-	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+# What takes seconds; mypy keeps a core busy for a minute, and is `make lint`'s alone.
+rules: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
+
+test: rules ## ruff, the import rules, all tests but the slow ones with branch coverage (its budget: six minutes on two cores)
 	@$(PYTEST) $(BY_FILE) -m "not slow" $(COVERED) $(PYTEST_ARGS)
 
 TIME ?= 86400
@@ -60,11 +63,8 @@ RUNS ?= 10
 test-busy: setup ## `make test` RUNS=10 times beside a busy neighbour on every second core
 	@$(BIN)/python -m tests.busy --runs $(RUNS) -- $(PYTEST) $(BY_FILE) -m "not slow" -q $(PYTEST_ARGS)
 
-lint: setup ## ruff, mypy --strict (packages and benchmarks), the import rules
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
+lint: rules ## ruff, the import rules, mypy --strict (packages and benchmarks)
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
 
 SECONDS ?= 300
 

@@ -86,6 +86,17 @@ def test_without_signatures_nothing_is_said() -> None:
     assert not changed(of(chip(1)), b"", SAME_LINK)
 
 
+@pytest.mark.parametrize("size", [96, 100, 112, 128])
+def test_who_else_is_seen_changes_no_signature(size: int) -> None:
+    chips = np.stack(
+        [chip(seed, size) for seed in range(5)] + [np.full((size, size, 3), 9, np.uint8)]
+    )
+    together = signatures(chips)
+    assert len({row.tobytes() for row in together}) == len(chips)
+    for one, row in zip(chips, together, strict=True):
+        assert of(one) == row.tobytes()
+
+
 def test_no_faces_have_no_signatures() -> None:
     none = signatures(np.zeros((0, 112, 112, 3), np.uint8))
     assert none.shape == (0, limits.SIGNATURE_BYTES)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.unit.test_worker_loop import SLOT
 
+from facelane_server import limits
 from facelane_server.domain import Encoding, FacelaneError, Reason, Stage
 from facelane_server.ipc.arena import Arena
 from facelane_server.ipc.messages import DetectDone, DetectItem, Infer, ItemDone, ItemFailed, Load
@@ -20,6 +21,7 @@ from facelane_server.models import api
 from facelane_server.models.api import AlignedCrop, ContextCrop, DeviceOptions
 from facelane_server.models.catalog import Catalog
 from facelane_server.modeltools.verify import synthetic_picture
+from facelane_server.worker.appearance import signatures
 from facelane_server.worker.decoding import crops
 from facelane_server.worker.decoding.device_pictures import DevicePictures
 from facelane_server.worker.decoding.headers import examine
@@ -326,3 +328,47 @@ def test_a_worker_decodes_on_the_device_what_it_can(threads: int, tmp_path: Path
     sizes = [(a.width, a.height) for a in done if isinstance(a, DetectDone)]
     assert sizes == [(96, 64), (80, 48), (56, 40), (88, 72)]
     assert where == [True, False, False, True]
+
+
+class Crowd(Recorder):
+    """So many faces in each picture of a job, each with a chip of its own."""
+
+    crops = (ContextCrop(2.7, 16), AlignedCrop(112))
+    counts = (2, 0, 1, 3)
+    chips = np.random.default_rng(3).integers(0, 256, (sum(counts), 112, 112, 3), np.uint8)
+
+    def begin(
+        self, pictures: Sequence[api.U8 | api.DevicePicture], max_faces: Sequence[int]
+    ) -> api.Pending[list[api.Detections]]:
+        ends = np.cumsum(self.counts)
+        return api.Immediate(
+            [
+                api.Detections(
+                    np.zeros((count, 4), np.float32),
+                    np.ones(count, np.float32),
+                    np.zeros((count, 5, 2), np.float32),
+                    (np.zeros((count, 16, 16, 3), np.uint8), self.chips[end - count : end]),
+                )
+                for count, end in zip(self.counts, ends, strict=True)
+            ]
+        )
+
+
+def test_each_face_of_a_job_has_its_own_signature(tmp_path: Path) -> None:
+    request, response = (Arena.create(name, 2, SLOT) for name in ("request", "response"))
+    raw, side = Encoding.BGR24, 16
+    request.slot(0)[: side * side * 3] = bytes(side * side * 3)
+    item = DetectItem(0, side * side * 3, raw.value, side, side, 0, 4, 0)
+    message = Load("w", Stage.DETECTOR, str(tmp_path), "cpu", 8, 2, SLOT, SLOT)
+    work = DetectWork(Crowd(), message, request, response)
+    finish, _ = work.begin(Infer(1, 0, [item] * len(Crowd.counts)))
+    told = []
+    for answer in finish():
+        assert isinstance(answer, DetectDone)
+        size = limits.FACE_RECORD_BYTES
+        records = bytes(response.slot(0)[answer.offset : answer.offset + answer.count * size])
+        told += [
+            records[n * size : (n + 1) * size][4 * limits.FACE_FLOATS :]
+            for n in range(answer.count)
+        ]
+    assert told == [signatures(chip[None]).tobytes() for chip in Crowd.chips]

@@ -212,7 +212,8 @@ class DetectWork(Work):
             pending = self._model.begin(pictures, max_faces)
 
         def finish() -> list[ItemDone]:
-            detected = iter(pending.finish())
+            found = pending.finish()
+            detected = zip(found, self._appearance(found), strict=True)
             done: list[ItemDone] = []
             end = 0
             for size in outcome:
@@ -224,7 +225,7 @@ class DetectWork(Work):
                     written, end = self._write_jpegs(job.slot, end, size)
                     done.append(written)
                 else:
-                    answer, end = self._write(job.slot, end, size, next(detected))
+                    answer, end = self._write(job.slot, end, size, *next(detected))
                     done.append(answer)
             return done
 
@@ -323,7 +324,7 @@ class DetectWork(Work):
         return {i: p for i, p in zip(jpegs, decoded, strict=True) if p is not None}
 
     def _write(
-        self, slot: int, offset: int, size: _Size, faces: api.Detections
+        self, slot: int, offset: int, size: _Size, faces: api.Detections, appearance: U8
     ) -> tuple[DetectDone, int]:
         count = len(faces.scores)
         room = self._room(slot, offset, count * limits.FACE_RECORD_BYTES)
@@ -334,7 +335,7 @@ class DetectWork(Work):
         table[:, 0:4] = (faces.boxes.reshape(count, 2, 2) * scale).reshape(count, 4)
         table[:, 4] = faces.scores
         table[:, 5:15] = (faces.landmarks.reshape(count, 5, 2) * scale).reshape(count, 10)
-        records[:, 4 * limits.FACE_FLOATS :] = self._appearance(faces)
+        records[:, 4 * limits.FACE_FLOATS :] = appearance
         crops_offset = aligned(offset + count * limits.FACE_RECORD_BYTES)
         crops = self._room(slot, crops_offset, count * self._record).reshape(count, self._record)
         column = 0
@@ -345,14 +346,20 @@ class DetectWork(Work):
         end = aligned(crops_offset + count * self._record)
         return DetectDone(*size.stored, count, offset, crops_offset), end
 
-    def _appearance(self, faces: api.Detections) -> U8:
-        """[N, SIGNATURE_BYTES]; of nothing where no aligned chips are cut, or nobody looks
-        at pixels."""
-        if self._needs_pixels:
-            for spec, chips in zip(self._model.crops, faces.crops, strict=True):
-                if isinstance(spec, api.AlignedCrop):
-                    return self._signatures(chips)
-        return np.zeros((len(faces.scores), limits.SIGNATURE_BYTES), np.uint8)
+    def _appearance(self, found: Sequence[api.Detections]) -> list[U8]:
+        """[N, SIGNATURE_BYTES] of each picture's faces, those of all pictures made together; of
+        nothing where no aligned chips are cut, or nobody looks at pixels."""
+        if not found:
+            return []
+        ends = np.cumsum([len(faces.scores) for faces in found])
+        made = np.zeros((int(ends[-1]), limits.SIGNATURE_BYTES), np.uint8)
+        aligned_at = next(
+            (n for n, s in enumerate(self._model.crops) if isinstance(s, api.AlignedCrop)), None
+        )
+        if self._needs_pixels and aligned_at is not None and len(made):
+            there = [faces.crops[aligned_at] for faces in found if len(faces.scores)]
+            made = self._signatures(np.concatenate(there))
+        return np.split(made, ends[:-1])
 
     def rehearse(self) -> float:
         picture = np.full((240, 320, 3), 96, np.uint8)
