@@ -272,7 +272,7 @@ def measure_recognizer(arguments: argparse.Namespace, rts: ood.Rts | None = None
 
 def _stage(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(arguments.only)))
     if arguments.measure:
         measure = {
             "detector": measure_detector,

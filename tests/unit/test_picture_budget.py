@@ -150,6 +150,24 @@ def test_a_picture_that_hangs_is_given_up_and_the_others_are_not(threads: int) -
     stop.set()
 
 
+def test_what_is_done_meanwhile_is_done_while_threads_decode() -> None:
+    decoders = Decoders(1, picture_s=30.0, job_s=30.0)
+    begun, done = threading.Event(), threading.Event()
+
+    def decode() -> bool:
+        begun.set()
+        return done.wait(30)
+
+    def meanwhile() -> None:
+        assert begun.wait(30)
+        done.set()
+
+    assert decoders.run([decode, lambda: "second"], meanwhile) == [True, "second"]
+    done.clear()
+    assert decoders.run([], meanwhile) == []
+    assert not done.is_set(), "nothing is decoded"
+
+
 def test_with_too_many_given_up_the_worker_is_worn_out() -> None:
     decoders = Decoders(1, picture_s=0.05, job_s=30.0)
     stop = threading.Event()

@@ -271,6 +271,21 @@ def test_a_picture_under_way_outlasts_what_nobody_looks_at_before_it() -> None:
     assert shows(found[0], 7)
 
 
+def test_beside_a_job_what_nobody_looks_at_of_other_lanes_is_decoded() -> None:
+    """Its own lanes have their next picture in it, and are decoded with that."""
+    held, units = sessions(), clip(count=10)
+    lanes = (1, 2)
+    read(held, *[(item(0, 0, 0, lane=lane), units[:1]) for lane in lanes])
+    ahead = [(item(1, 1, 1, lane=lane, ahead=True), units[1:2]) for lane in lanes]
+    assert read(held, *ahead) == [PictureHeld(1), PictureHeld(1)]
+    (other,) = held.ahead([item(2, 2, 2)])
+    other()
+    assert [len(held._sessions[lane]._undecoded) for lane in lanes] == [1, 0]
+    (found,) = read(held, (item(2, 2, 2), units[2:3]))
+    assert shows(found, 2)
+    assert held.ahead() == []
+
+
 def test_a_decoder_that_fails_over_what_nobody_looks_at_is_not_gone_on_with() -> None:
     """An access unit is missing in it."""
     held, units = sessions(), clip(count=10)

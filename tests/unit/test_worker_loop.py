@@ -32,6 +32,7 @@ from facelane_server.ipc.messages import (
     InferDone,
     InferFailed,
     Item,
+    ItemDone,
     LivenessDone,
     LivenessItem,
     Load,
@@ -210,6 +211,89 @@ def test_the_next_job_is_begun_while_the_first_is_on_the_device(server: Server) 
     server.model.permits.release(3)
     assert [server.receive().job_id for _ in range(3)] == [3, 4, 5]  # type: ignore[union-attr]
     assert server.model.calls.index("begin job5") < server.model.calls.index("finish job4")
+
+
+def send_at_once(server: Server, monkeypatch: pytest.MonkeyPatch, *jobs: int) -> None:
+    """Jobs that the loop finds there together, once it is done with what it has."""
+    there, receive = threading.Event(), server.loop._receive
+
+    def receive_them(timeout_s: float) -> None:
+        assert there.wait(30)
+        receive(timeout_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.loop, "_receive", receive_them)
+        for job in jobs:
+            server.infer(job, job % 2)
+        there.set()
+        until(lambda: f"begin job{jobs[0]}" in server.model.calls)
+
+
+def decodes_what_is_in_jobs(server: Server, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """As a detector does; what decodes goes on once that is set."""
+    decoded, begin = threading.Event(), server.loop._work.begin
+
+    def begin_later(
+        job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Callable[[], list[ItemDone]], bool]:
+        if meanwhile is not None:
+            meanwhile()
+            server.model.calls.append(f"decode job{job.job_id}")
+            assert decoded.wait(30)
+        return begin(job)
+
+    monkeypatch.setattr(server.loop._work, "begin", begin_later)
+    return decoded
+
+
+def test_a_job_is_answered_while_the_next_ones_pictures_are_decoded(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.become_ready()
+    decoded = decodes_what_is_in_jobs(server, monkeypatch)
+    server.model.permits.release(2)
+    send_at_once(server, monkeypatch, 1, 2)
+    first = server.receive()
+    assert isinstance(first, InferDone)
+    assert first.job_id == 1
+    until(lambda: server.model.calls == ["begin job1", "finish job1", "decode job2"])
+    decoded.set()
+    second = server.receive()
+    assert isinstance(second, InferDone)
+    assert second.job_id == 2
+
+
+def test_a_worn_out_worker_answers_what_it_has_begun_to_decode(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.become_ready()
+    decodes_what_is_in_jobs(server, monkeypatch).set()
+    monkeypatch.setattr(type(server.loop._work), "worn_out", True)
+    server.model.permits.release(2)
+    send_at_once(server, monkeypatch, 1, 2)
+    answers = [server.receive() for _ in range(2)]
+    assert [a.job_id for a in answers if isinstance(a, InferDone)] == [1, 2]
+    assert isinstance(server.receive(), Fatal)
+    assert server.exit_code() == exit_codes.WORN_OUT
+
+
+def test_what_ends_the_worker_is_not_the_fault_of_what_is_decoded_meanwhile(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.become_ready()
+    decodes_what_is_in_jobs(server, monkeypatch).set()
+    server.model.permits.release(10)
+    for job in (1, 2, 3):
+        server.model.fail[f"finish job{job}"] = InjectedOutOfMemoryError("full")
+    for job in (1, 2):
+        server.infer(job, 0)
+        assert isinstance(server.receive(), InferFailed)
+    send_at_once(server, monkeypatch, 3, 4)
+    last = server.receive()
+    assert isinstance(last, InferFailed)
+    assert last.job_id == 3
+    assert isinstance(server.receive(), Fatal)
+    assert server.exit_code() == exit_codes.OUT_OF_MEMORY
 
 
 def test_a_failure_does_not_overtake_the_answer_before_it(server: Server) -> None:

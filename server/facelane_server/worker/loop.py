@@ -8,6 +8,8 @@ Jobs are run in two phases so that work on the host overlaps with work on the de
     read job 3   begin 3
                  finish 2, answer 2 ...
 
+Where threads decode what is in a job, the one before it is finished and answered meanwhile.
+
 A model that computes in ``begin`` (``api.Immediate``: every CPU model) is answered before
 the next job is begun, because nothing would be gained and the answer would wait.
 
@@ -303,8 +305,8 @@ class Loop:
         try:
             if self._fail is not None:
                 self._fail.job(self._work.payloads(job))
-            finish, ready = self._work.begin(job)
-        except ProtocolError:
+            finish, ready = self._work.begin(job, self._answer_begun if self._begun else None)
+        except (ProtocolError, ChannelClosed, Quit):
             raise
         except Exception as error:
             self._finish_begun()
@@ -323,7 +325,13 @@ class Loop:
         while self._begun:
             self._finish(self._begun.popleft())
 
-    def _finish(self, begun: _Begun) -> None:
+    def _answer_begun(self) -> None:
+        """While the pictures of the job after them are decoded."""
+        while self._begun:
+            self._finish(self._begun.popleft(), another=True)
+
+    def _finish(self, begun: _Begun, *, another: bool = False) -> None:
+        """``another``: one more is being begun, and will be answered before this worker ends."""
         try:
             items = begun.finish()
         except ProtocolError:
@@ -339,7 +347,7 @@ class Loop:
             self._send(answer)
         else:
             self._channel.send_packet(self._fail.answer(messages.encode(answer)))
-        if self._work.worn_out:
+        if self._work.worn_out and not another:
             self._finish_begun()
             message = "pictures that were given up are still being decoded"
             raise Quit(exit_codes.WORN_OUT, Fatal("WORN_OUT", message))

@@ -60,8 +60,11 @@ class Work:
         self._views = [request.slot(i) for i in range(request.slots)]
         self._response = [np.frombuffer(response.slot(i), np.uint8) for i in range(response.slots)]
 
-    def begin(self, job: Infer) -> tuple[Finish, bool]:
-        """How to finish, and whether the result is there already."""
+    def begin(
+        self, job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Finish, bool]:
+        """How to finish, and whether the result is there already. ``meanwhile``: called while
+        others decode what is in it, if they do."""
         raise NotImplementedError
 
     def spans(self, item: Item) -> list[tuple[int, int]]:
@@ -162,7 +165,9 @@ class DetectWork(Work):
     def close_video(self, lane: int) -> None:
         self._video.close(lane)
 
-    def begin(self, job: Infer) -> tuple[Finish, bool]:
+    def begin(
+        self, job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Finish, bool]:
         view = self._views[job.slot]
         items = job.items
         for item in items:
@@ -177,7 +182,7 @@ class DetectWork(Work):
         others = {i: item for i, item in stills.items() if i not in read}
         footage = {i: item for i, item in enumerate(items) if isinstance(item, VideoItem)}
         if self._needs_pixels:
-            read.update(self._read_all(view, others, footage))
+            read.update(self._read_all(view, others, footage, meanwhile))
         else:
             read.update({i: self._look_at(view, item) for i, item in others.items()})
             read.update(self._read_all(view, {}, footage))
@@ -250,9 +255,14 @@ class DetectWork(Work):
         return EncodeDone(offset, lengths), aligned(offset + sum(lengths))
 
     def _read_all(
-        self, view: memoryview, stills: Mapping[int, DetectItem], footage: Mapping[int, VideoItem]
+        self,
+        view: memoryview,
+        stills: Mapping[int, DetectItem],
+        footage: Mapping[int, VideoItem],
+        meanwhile: Callable[[], None] | None = None,
     ) -> dict[int, _Read]:
-        """By the number of the item. One call for each still, one for each lane of video."""
+        """By the number of the item. One call for each still, one for each lane of video. Beside
+        them goes what is decoded ahead: with jobs one after the other it has no time of its own."""
         calls: list[Callable[[], Sequence[_Read]]] = [
             functools.partial(self._read_still, view, item) for item in stills.values()
         ]
@@ -264,8 +274,11 @@ class DetectWork(Work):
             )
             calls += lanes
             numbers += [[which[place] for place in of_lane] for of_lane in places]
+            ahead = self._video.ahead(list(footage.values()))
+            calls += ahead
+            numbers += [[] for _ in ahead]
         read: dict[int, _Read] = {}
-        for of_call, found in zip(numbers, self._decoders.run(calls), strict=True):
+        for of_call, found in zip(numbers, self._decoders.run(calls, meanwhile), strict=True):
             if isinstance(found, FacelaneError):
                 read.update(dict.fromkeys(of_call, found))
             else:
@@ -413,7 +426,10 @@ class EmbedWork(Work):
         assert isinstance(item, EmbedItem)
         return [(item.offset, self._chip)]
 
-    def begin(self, job: Infer) -> tuple[Finish, bool]:
+    def begin(
+        self, job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Finish, bool]:
+        del meanwhile
         items = [item for item in job.items if isinstance(item, EmbedItem)]
         if len(items) != len(job.items):
             raise ProtocolError("a recognizer takes chips")
@@ -487,7 +503,10 @@ class LivenessWork(Work):
         assert isinstance(item, LivenessItem)
         return [(a, s * s * 3) for a, s in zip(item.offsets, self._sizes, strict=True)]
 
-    def begin(self, job: Infer) -> tuple[Finish, bool]:
+    def begin(
+        self, job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Finish, bool]:
+        del meanwhile
         items = [item for item in job.items if isinstance(item, LivenessItem)]
         if len(items) != len(job.items) or any(len(i.offsets) != len(self._sizes) for i in items):
             raise ProtocolError("a liveness model takes its context crops")

@@ -111,8 +111,11 @@ class NvdecDecoder:
     def kept(self, frame: Any) -> OnDevice:
         """A copy of its own of what was decoded last. Raises FacelaneError."""
         codec, width, height = self._kind
+        arriving = self._engine.pictures.stream
         with self._blamed(), self._engine.pictures.arriving():
-            surface: Tensor = dlpack.from_dlpack(frame).clone()
+            # torch would ask for the stream itself, and first for a version that there is none of.
+            lent = frame.__dlpack__(stream=arriving.cuda_stream if arriving is not None else None)
+            surface: Tensor = dlpack.from_dlpack(lent).clone()
         if surface.shape != (height * 3 // 2, width):
             raise FacelaneError(
                 Reason.VIDEO_UNSUPPORTED,

@@ -64,12 +64,18 @@ class Decoders:
         self._abandoned = [one for one in self._abandoned if not one.done()]
         return len(self._abandoned) > limits.MAX_ABANDONED_DECODERS
 
-    def run(self, calls: Sequence[Callable[[], Found]]) -> list[Found | FacelaneError]:
+    def run(
+        self, calls: Sequence[Callable[[], Found]], meanwhile: Callable[[], None] | None = None
+    ) -> list[Found | FacelaneError]:
         """The result of each call; PICTURE_TOO_COSTLY for one that was given up,
-        DEADLINE_EXCEEDED (retryable) for what there was no time for."""
+        DEADLINE_EXCEEDED (retryable) for what there was no time for.
+
+        ``meanwhile``: called once they are handed to the threads, if any are."""
         deadline = time.monotonic() + self._job_s
         tasks = [_Decoding(call) for call in calls]
         futures = [self._pool.submit(task) for task in tasks]
+        if meanwhile is not None and futures:
+            meanwhile()
         found: dict[int, Found | FacelaneError] = {}
         while True:
             now = time.monotonic()

@@ -309,19 +309,22 @@ class Sessions:
         ]
         return calls, list(lanes.values())
 
-    def ahead(self) -> list[Callable[[], None]]:
+    def ahead(self, items: Sequence[VideoItem] = ()) -> list[Callable[[], Sequence[Read]]]:
         """One call for each lane that was given what nobody looks at since this was asked, which
         decodes it. Else it is decoded with the lane's next picture, which is told also what is
-        wrong with it."""
+        wrong with it.
+
+        ``items``: of the job that is read beside, whose lanes have their next picture in it."""
         self._abandon_busy()
-        given, self._ahead = self._ahead, {}
+        given, kept = self._ahead, {item.lane for item in items}
+        self._ahead = {lane: given.pop(lane) for lane in given.keys() & kept}
         return [
             functools.partial(self._decode_ahead, lane, session, picture)
             for lane, (session, picture) in list(given.items())
             if self._sessions.get(lane) is session
         ]
 
-    def _decode_ahead(self, lane: int, session: Session, picture: int) -> None:
+    def _decode_ahead(self, lane: int, session: Session, picture: int) -> Sequence[Read]:
         session.busy = True
         try:
             if session.opened(0.0):
@@ -334,6 +337,7 @@ class Sessions:
             raise
         finally:
             session.busy = False
+        return ()
 
     def close(self, lane: int) -> None:
         session = self._sessions.pop(lane, None)
