@@ -6,8 +6,8 @@ pool and the front itself have been. What is busiest limits all: answers a secon
 of busy time is the capacity, as long as that share says something.
 
 While answers keep well within the target, nothing is held back: LATEST_WINS replaces what waits,
-and that is the best thinning there is. Once they do not, the budget of pictures a second is set a
-little below what was answered, and then led by the answers' age, as a sender on a network leads
+and that is the best thinning there is. Once they do not for longer than a moment, the budget of
+pictures a second is set a little below what was answered, and then led by the answers' age, as a sender on a network leads
 its window (slow start and congestion avoidance, RFC 5681): quickly up while they are young, until
 they were late once; from near there on slowly, and quickly down when they are not. It is shared
 out by weight, as the queue of a pool does (keys by their weight, then the streams of each), and
@@ -34,6 +34,9 @@ _WINDOW: Final = 4
 """Readings that are looked at together."""
 _ENOUGH: Final = 12
 """Answers whose ages say something."""
+_LATE: Final = 2
+"""Readings in a row whose answers must be late for fewer pictures to help. A moment in which
+nothing went on, as machines have that others share, makes one late, whatever had been taken."""
 _HOLD: Final = 6
 """Readings after a step down in which its effect is waited for."""
 _SETPOINT: Final = 0.7
@@ -190,6 +193,8 @@ class Capacity:
     much was only beginning, and nobody is refused for it."""
     _ceiling: float = math.inf
     """The budget at which answers were late the last time."""
+    _late: int = 0
+    """Readings in a row whose answers were late."""
     _opening: int = 0
     """Readings in a row in which many streams were."""
 
@@ -265,7 +270,7 @@ class Capacity:
             if not 0 < self._opening <= _PATIENCE:
                 self._begin(age, reading.wait_s, target)
         else:
-            self._lead(age, target)
+            self._lead(age, reading.wait_s, target)
         # What has piled up is worked off before more is taken on. What waits while answers are
         # young is the newest of each stream, and is replaced.
         late = age is None or age > _SETPOINT * target
@@ -274,14 +279,19 @@ class Capacity:
         return self._rates
 
     def _begin(self, age: float | None, wait_s: float, target: float) -> None:
-        late = (age is not None and age > _HIGH * target) or wait_s > target
+        late = self._stays_late(age is not None and age > _HIGH * target, wait_s, target)
         answered = self._answered()
         if late and self._busiest() > _BUSY and answered > 0:
             self.budget = _FULL * answered
             self._hold, self._calm, self._led = _HOLD, 0, 0
             self._ceiling = math.inf
 
-    def _lead(self, age: float | None, target: float) -> None:
+    def _stays_late(self, late: bool, wait_s: float, target: float) -> bool:
+        """``late``: the answers of this reading were."""
+        self._late = self._late + 1 if late else 0
+        return self._late >= _LATE or wait_s > target
+
+    def _lead(self, age: float | None, wait_s: float, target: float) -> None:
         assert self.budget is not None
         self._led += 1
         offered = sum(d.fps for d in self._demands)
@@ -301,8 +311,9 @@ class Capacity:
         young = 1.0 if age is None else 1.0 - age / setpoint
         self._ceiling *= _FORGOTTEN
         fast = young > _YOUNG and _FAST * self.budget <= _NEAR * self._ceiling
+        late = self._stays_late(young < 0.0, wait_s, target)
         if young < 0.0:
-            if self._hold <= 0:
+            if self._hold <= 0 and late:
                 self._ceiling = self.budget
                 self.budget *= max(0.8, 1.0 + 0.1 * young)
                 self._hold = _HOLD

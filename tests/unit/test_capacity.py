@@ -248,6 +248,19 @@ def test_a_moment_in_which_nothing_went_on_is_not_what_a_card_can_carry() -> Non
     assert min(world.rates(12.0)) > 24.0
 
 
+def test_one_moment_is_not_too_much_and_two_in_a_row_or_what_waits_are() -> None:
+    """A machine that others share stands still now and then, whatever has been taken."""
+    wanted = [Demand(lane, 25.0) for lane in range(8)]
+    young = Reading(PERIOD_S, wanted, 40, [0.3 * TARGET_S] * 40, {"detector": 0.9})
+    late = replace(young, ages_s=[2 * TARGET_S] * 40)
+    capacity = Capacity(TARGET_S, 2.0)
+    for reading in (young, late, young, late, young):
+        assert capacity.step(reading) == {}
+    assert Capacity(TARGET_S, 2.0).step(replace(late, wait_s=2 * TARGET_S))
+    capacity.step(late)
+    assert capacity.step(late), "that is no moment"
+
+
 def test_streams_that_open_beside_each_other_are_not_too_much() -> None:
     """Their decoders are opened meanwhile; but not for ever, whoever comes and goes."""
     capacity = Capacity(TARGET_S, 2.0)
@@ -361,6 +374,8 @@ def test_nobody_is_refused_for_a_first_guess() -> None:
     capacity = Capacity(TARGET_S, 2.0)
     there = [Demand(lane, 25.0) for lane in range(8)]
     slow = Reading(PERIOD_S, there, 1, [2 * TARGET_S], {"detector": 1.0})
+    capacity.step(slow)
+    assert capacity.budget is None, "it may have been a moment"
     for _ in range(4):
         capacity.step(slow)
         assert capacity.budget is not None
