@@ -7,12 +7,12 @@ of busy time is the capacity, as long as that share says something.
 
 While answers keep well within the target, nothing is held back: LATEST_WINS replaces what waits,
 and that is the best thinning there is. Once they do not for longer than a moment, the budget of
-pictures a second is set a little below what was answered, and then led by the answers' age, as a sender on a network leads
-its window (slow start and congestion avoidance, RFC 5681): quickly up while they are young, until
-they were late once; from near there on slowly, and quickly down when they are not. It is shared
-out by weight, as the queue of a pool does (keys by their weight, then the streams of each), and
-nobody is given more than it sends, so all streams of a kind are thinned alike. What has piled up
-meanwhile is let off first.
+pictures a second is set a little below what was answered, and then led by the answers' age, as a
+sender on a network leads its window (slow start and congestion avoidance, RFC 5681): quickly up
+while they are young, until they were late once; from near there on slowly, and quickly down when
+they are not. It is shared out by weight, as the queue of a pool does (keys by their weight, then
+the streams of each), and nobody is given more than it sends, so all streams of a kind are thinned
+alike. What has piled up meanwhile is let off first.
 
 A target that one picture alone does not meet cannot be kept by taking fewer: there, half as long
 again as that counts.

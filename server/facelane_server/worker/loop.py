@@ -8,7 +8,8 @@ Jobs are run in two phases so that work on the host overlaps with work on the de
     read job 3   begin 3
                  finish 2, answer 2 ...
 
-Where threads decode what is in a job, the one before it is finished and answered meanwhile.
+Where threads decode what is in a job, the one before it is finished and answered meanwhile: that
+takes milliseconds of waiting, however few pictures it is.
 
 A model that computes in ``begin`` (``api.Immediate``: every CPU model) is answered before
 the next job is begun, because nothing would be gained and the answer would wait.

@@ -60,9 +60,7 @@ class Work:
         self._views = [request.slot(i) for i in range(request.slots)]
         self._response = [np.frombuffer(response.slot(i), np.uint8) for i in range(response.slots)]
 
-    def begin(
-        self, job: Infer, meanwhile: Callable[[], None] | None = None
-    ) -> tuple[Finish, bool]:
+    def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
         """How to finish, and whether the result is there already. ``meanwhile``: called while
         others decode what is in it, if they do."""
         raise NotImplementedError
@@ -165,9 +163,7 @@ class DetectWork(Work):
     def close_video(self, lane: int) -> None:
         self._video.close(lane)
 
-    def begin(
-        self, job: Infer, meanwhile: Callable[[], None] | None = None
-    ) -> tuple[Finish, bool]:
+    def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
         view = self._views[job.slot]
         items = job.items
         for item in items:
@@ -426,9 +422,7 @@ class EmbedWork(Work):
         assert isinstance(item, EmbedItem)
         return [(item.offset, self._chip)]
 
-    def begin(
-        self, job: Infer, meanwhile: Callable[[], None] | None = None
-    ) -> tuple[Finish, bool]:
+    def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
         del meanwhile
         items = [item for item in job.items if isinstance(item, EmbedItem)]
         if len(items) != len(job.items):
@@ -503,9 +497,7 @@ class LivenessWork(Work):
         assert isinstance(item, LivenessItem)
         return [(a, s * s * 3) for a, s in zip(item.offsets, self._sizes, strict=True)]
 
-    def begin(
-        self, job: Infer, meanwhile: Callable[[], None] | None = None
-    ) -> tuple[Finish, bool]:
+    def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
         del meanwhile
         items = [item for item in job.items if isinstance(item, LivenessItem)]
         if len(items) != len(job.items) or any(len(i.offsets) != len(self._sizes) for i in items):
