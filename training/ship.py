@@ -32,7 +32,7 @@ from training.liveness import CROP, NARROW, WIDE
 from training.ood import OOD_THRESHOLD, fit_ood
 from training.recognizer import options_of
 
-VERSIONS = {"detector": "2.1.1", "recognizer": "2.2.0", "liveness": "2.1.0"}
+VERSIONS = {"detector": "2.1.1", "recognizer": "2.3.0", "liveness": "2.1.0"}
 NAMES = tuple(VERSIONS)
 LICENSE = "evaluation and research only, see CARD.md"
 MATCH_FAR = 1e-4

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,22 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tests.fakes.access_units import clip
 from tests.unit.test_worker_loop import SLOT
 
 from facelane_server import limits
 from facelane_server.domain import Encoding, FacelaneError, Reason, Stage
 from facelane_server.ipc.arena import Arena
-from facelane_server.ipc.messages import DetectDone, DetectItem, Infer, ItemDone, ItemFailed, Load
+from facelane_server.ipc.messages import (
+    DetectDone,
+    DetectItem,
+    Infer,
+    ItemDone,
+    ItemFailed,
+    Load,
+    PictureHeld,
+    VideoItem,
+)
 from facelane_server.models import api
 from facelane_server.models.api import AlignedCrop, ContextCrop, DeviceOptions
 from facelane_server.models.catalog import Catalog
@@ -26,6 +39,7 @@ from facelane_server.worker.decoding import crops
 from facelane_server.worker.decoding.device_pictures import DevicePictures
 from facelane_server.worker.decoding.headers import examine
 from facelane_server.worker.decoding.pixels import OnDevice
+from facelane_server.worker.decoding.video import Shown
 from facelane_server.worker.networks.detector import NetworkDetector
 from facelane_server.worker.networks.load import canvases, load, network_with_weights
 from facelane_server.worker.networks.serving import ServedDetector
@@ -328,6 +342,51 @@ def test_a_worker_decodes_on_the_device_what_it_can(threads: int, tmp_path: Path
     sizes = [(a.width, a.height) for a in done if isinstance(a, DetectDone)]
     assert sizes == [(96, 64), (80, 48), (56, 40), (88, 72)]
     assert where == [True, False, False, True]
+
+
+def test_a_job_does_not_wait_for_what_is_decoded_beside_it(tmp_path: Path) -> None:
+    """Whoever reads video next does, or ends that lane."""
+    request, response = (Arena.create(name, 2, SLOT) for name in ("request", "response"))
+    message = Load("w", Stage.DETECTOR, str(tmp_path), "cpu", 8, 2, SLOT, SLOT, threads=1)
+    work, units = DetectWork(Recorder(), message, request, response), clip(count=6)
+    number = itertools.count()
+
+    def begin(*asked: tuple[int, int, bool]) -> list[type[ItemDone]]:
+        """Of (lane, picture, ahead) each."""
+        items, at = [], 0
+        for lane, picture, ahead in asked:
+            unit = units[picture]
+            request.slot(0)[at : at + len(unit)] = unit
+            places = (at, (len(unit),), "h264", picture, picture, picture, picture == 0)
+            items.append(VideoItem(lane, *places, ahead=ahead))
+            at += len(unit)
+        finish, _ = work.begin(Infer(next(number), 0, items))
+        return [type(answer) for answer in finish()]
+
+    assert begin((1, 0, False), (2, 0, False)) == [DetectDone, DetectDone]
+    assert begin((1, 1, False), (2, 1, True)) == [DetectDone, PictureHeld]
+    decoder = work._video._sessions[2]._decoder
+    assert not isinstance(decoder, Future)
+    decode, held, free = decoder.decode, threading.Event(), threading.Event()
+
+    def wait(unit: bytes, tag: int) -> Sequence[Shown]:
+        held.set()
+        assert free.wait(30)
+        return decode(unit, tag)
+
+    decoder.decode = wait  # type: ignore[method-assign]
+    assert begin((1, 2, False)) == [DetectDone], "lane 2 is not waited for"
+    assert held.wait(30)
+    threading.Timer(0.0, free.set).start()
+    assert begin((1, 3, False), (2, 2, False)) == [DetectDone, DetectDone]
+    free.clear()
+    assert begin((2, 3, True), (1, 4, False)) == [PictureHeld, DetectDone]
+    assert begin((1, 5, False)) == [DetectDone]
+    closed = threading.Event()
+    decoder.close = closed.set  # type: ignore[method-assign]
+    threading.Timer(0.0, free.set).start()
+    work.close_video(2)
+    assert closed.is_set(), "it was at work"
 
 
 class Crowd(Recorder):

@@ -166,6 +166,10 @@ def test_what_is_done_meanwhile_is_done_while_threads_decode() -> None:
     done.clear()
     assert decoders.run([], meanwhile) == []
     assert not done.is_set(), "nothing is decoded"
+    decoders.begin([decode, lambda: "second"])
+    done.set()
+    assert decoders.settle() == [True, "second"]
+    assert decoders.settle() == []
 
 
 def test_with_too_many_given_up_the_worker_is_worn_out() -> None:

@@ -144,9 +144,8 @@ class DetectWork(Work):
         self._ahead = patience.Decoders(threads, *2 * [_AHEAD * timeout_s])
 
     def decode_ahead(self) -> None:
-        calls = self._video.ahead()
-        if calls:
-            self._ahead.run(calls)
+        self._ahead.settle()
+        self._ahead.run(self._video.ahead())
 
     @property
     def worn_out(self) -> bool:
@@ -161,6 +160,7 @@ class DetectWork(Work):
         return [(item.offset, item.length)]
 
     def close_video(self, lane: int) -> None:
+        self._ahead.settle()
         self._video.close(lane)
 
     def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
@@ -257,22 +257,22 @@ class DetectWork(Work):
         footage: Mapping[int, VideoItem],
         meanwhile: Callable[[], None] | None = None,
     ) -> dict[int, _Read]:
-        """By the number of the item. One call for each still, one for each lane of video. Beside
-        them goes what is decoded ahead: with jobs one after the other it has no time of its own."""
+        """By the number of the item. One call for each still, one for each lane of video. What is
+        decoded ahead is begun beside them, and goes on until somebody reads video again: with jobs
+        one after the other it has no time of its own."""
         calls: list[Callable[[], Sequence[_Read]]] = [
             functools.partial(self._read_still, view, item) for item in stills.values()
         ]
         numbers = [[i] for i in stills]
         if footage:
+            self._ahead.settle()
             which = list(footage)
             lanes, places = self._video.calls(
                 [(item, _access_units(view, item)) for item in footage.values()]
             )
             calls += lanes
             numbers += [[which[place] for place in of_lane] for of_lane in places]
-            ahead = self._video.ahead(list(footage.values()))
-            calls += ahead
-            numbers += [[] for _ in ahead]
+            self._ahead.begin(self._video.ahead(list(footage.values())))
         read: dict[int, _Read] = {}
         for of_call, found in zip(numbers, self._decoders.run(calls, meanwhile), strict=True):
             if isinstance(found, FacelaneError):

@@ -56,6 +56,7 @@ class Decoders:
         self._picture_s = picture_s
         self._job_s = job_s
         self._abandoned: list[Future[Any]] = []
+        self._begun: tuple[list[_Decoding[Any]], list[Future[Any]], float] = [], [], 0.0
         self._pool = ThreadPoolExecutor(threads, "decode")
 
     @property
@@ -71,12 +72,22 @@ class Decoders:
         DEADLINE_EXCEEDED (retryable) for what there was no time for.
 
         ``meanwhile``: called once they are handed to the threads, if any are."""
-        deadline = time.monotonic() + self._job_s
+        self.begin(calls)
+        if meanwhile is not None and calls:
+            meanwhile()
+        return self.settle()
+
+    def begin(self, calls: Sequence[Callable[[], Found]]) -> None:
+        """As ``run``, which ``settle`` ends. Those that were begun before are settled first."""
+        self.settle()
         tasks = [_Decoding(call) for call in calls]
         futures = [self._pool.submit(task) for task in tasks]
-        if meanwhile is not None and futures:
-            meanwhile()
-        found: dict[int, Found | FacelaneError] = {}
+        self._begun = tasks, futures, time.monotonic() + self._job_s
+
+    def settle(self) -> list[Any]:
+        """The results of what was begun: see ``run``. Empty where nothing was."""
+        (tasks, futures, deadline), self._begun = self._begun, ([], [], 0.0)
+        found: dict[int, Any] = {}
         while True:
             now = time.monotonic()
             look = deadline if now < deadline else now + self._picture_s / 4

@@ -309,7 +309,7 @@ class Sessions:
         ]
         return calls, list(lanes.values())
 
-    def ahead(self, items: Sequence[VideoItem] = ()) -> list[Callable[[], Sequence[Read]]]:
+    def ahead(self, items: Sequence[VideoItem] = ()) -> list[Callable[[], None]]:
         """One call for each lane that was given what nobody looks at since this was asked, which
         decodes it. Else it is decoded with the lane's next picture, which is told also what is
         wrong with it.
@@ -324,7 +324,7 @@ class Sessions:
             if self._sessions.get(lane) is session
         ]
 
-    def _decode_ahead(self, lane: int, session: Session, picture: int) -> Sequence[Read]:
+    def _decode_ahead(self, lane: int, session: Session, picture: int) -> None:
         session.busy = True
         try:
             if session.opened(0.0):
@@ -337,7 +337,6 @@ class Sessions:
             raise
         finally:
             session.busy = False
-        return ()
 
     def close(self, lane: int) -> None:
         session = self._sessions.pop(lane, None)
