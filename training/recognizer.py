@@ -1,13 +1,12 @@
 """The recogniser: a MobileFaceNet distilled from a larger world's one on endless pictures.
 
-The teacher sees good pictures, varied, mixed, warped, and their mirror images: its answer is the
-mean of both. The student sees the good pictures and, beside them, what cameras make of a third of
-them (``cameras.py``): there it is to give the answer of the good picture. Directions must agree,
-and so must the cosines between all pictures of a batch. Answers alone teach slowly: the maps of the
-teacher's bottlenecks, which have as many channels, are a hint (after "FitNets", Romero et al.,
-2015) that fades out. Late in a training a margin is asked for between each picture's other one and
-the nearest strangers, mined from the last thousands, so that good and spoilt pictures of a person
-keep together.
+The teacher sees good pictures: varied, mixed, warped. The student sees the same ones and, beside
+them, what cameras make of a third of them (``cameras.py``): there it is to give the answer of the
+good picture. Directions must agree, and so must the cosines between all pictures of a batch.
+Answers alone teach slowly: the maps of the teacher's bottlenecks, which have as many channels,
+are a hint (after "FitNets", Romero et al., 2015) that fades out. Late in a training a margin is
+asked for between each picture's other one and the nearest strangers, mined from the last
+thousands, so that good and spoilt pictures of a person keep together.
 """
 
 from __future__ import annotations
@@ -146,12 +145,6 @@ def stages_of(state: Mapping[str, Tensor]) -> list[list[int]]:
 def student_input(pictures: Tensor) -> Tensor:
     """BGR 0..1 -> RGB (x - 127.5) / 127.5, channels last; the teacher's input too."""
     return (pictures.flip(1) * 2 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def mean_direction(first: Tensor, second: Tensor) -> Tensor:
-    """The teacher's answer to pictures [N, D] and to their mirror images, as one: it tells people
-    apart better than either, and is what a student can give that sees the picture alone."""
-    return F.normalize(first.float()) + F.normalize(second.float())
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -390,10 +383,9 @@ def train(
         return Lesson(seen[: options.batch], seen, identity.to(device, non_blocking=True))
 
     def teach(x: Tensor) -> Taught:
-        seen = student_input(x).half() if cuda else student_input(x)
-        answer, maps = with_maps(teacher, seen)
-        mirrored, _ = with_maps(teacher, seen.flip(3))
-        return mean_direction(answer, mirrored), maps if hint_weight else []
+        seen = student_input(x)
+        answer, maps = with_maps(teacher, seen.half() if cuda else seen)
+        return answer, maps if hint_weight else []
 
     with torch.no_grad():
         batch = draw()
