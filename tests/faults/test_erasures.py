@@ -15,5 +15,6 @@ def test_nothing_is_left_of_those_who_were_deleted(
     monkeypatch.setattr(erasures, "ROUND", 8)
     run, wrong = erasures.play(tmp_path, people=32, kills=2)
     assert wrong == []
-    assert run.deleted >= 30
+    # Of the two rounds without a kill; of the others some are gone and nobody was told.
+    assert run.deleted >= 16
     assert run.kills >= 2
