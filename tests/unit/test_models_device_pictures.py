@@ -345,7 +345,7 @@ def test_a_worker_decodes_on_the_device_what_it_can(threads: int, tmp_path: Path
 
 
 def test_a_job_does_not_wait_for_what_is_decoded_beside_it(tmp_path: Path) -> None:
-    """Whoever reads video next does, or ends that lane."""
+    """Whoever begins another one does, or ends that lane: so the loop settles it before."""
     request, response = (Arena.create(name, 2, SLOT) for name in ("request", "response"))
     message = Load("w", Stage.DETECTOR, str(tmp_path), "cpu", 8, 2, SLOT, SLOT, threads=1)
     work, units = DetectWork(Recorder(), message, request, response), clip(count=6)
@@ -360,6 +360,7 @@ def test_a_job_does_not_wait_for_what_is_decoded_beside_it(tmp_path: Path) -> No
             places = (at, (len(unit),), "h264", picture, picture, picture, picture == 0)
             items.append(VideoItem(lane, *places, ahead=ahead))
             at += len(unit)
+        work.settle()
         finish, _ = work.begin(Infer(next(number), 0, items))
         return [type(answer) for answer in finish()]
 
@@ -385,6 +386,7 @@ def test_a_job_does_not_wait_for_what_is_decoded_beside_it(tmp_path: Path) -> No
     closed = threading.Event()
     decoder.close = closed.set  # type: ignore[method-assign]
     threading.Timer(0.0, free.set).start()
+    work.settle()
     work.close_video(2)
     assert closed.is_set(), "it was at work"
 

@@ -373,6 +373,28 @@ def test_what_nobody_looks_at_is_decoded_once_the_job_is_answered(
     assert decoded == [1, 1, 1]
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_went_wrong_beside_a_job_is_not_the_next_ones_fault(
+    server: Server, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """Nor that of a lane that ends: only the worker may end over it."""
+    server.become_ready()
+    server.model.permits.release(10)
+    failures = iter([MemoryError("full")])
+
+    def settle() -> None:
+        for error in failures:
+            raise error
+
+    monkeypatch.setattr(server.loop._work, "settle", settle)
+    if ended:
+        server.send(CloseVideo(7))
+    for job in (1, 2):
+        server.infer(job, 0)
+        assert isinstance(server.receive(), InferDone)
+    assert next(failures, None) is None, "it was raised"
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_lane_of_video_ends_once_the_jobs_before_are_begun(
     server: Server, monkeypatch: pytest.MonkeyPatch, cancelled: bool

@@ -295,6 +295,7 @@ class Loop:
         nobody closes."""
         while self._jobs and isinstance(ended := self._jobs[0], CloseVideo):
             self._jobs.popleft()
+            self._settle()
             self._work.close_video(ended.lane)
 
     def _begin(self, job: Infer) -> None:
@@ -303,6 +304,7 @@ class Loop:
             raise ProtocolError(f"a job of {len(job.items)} items, at most {self._batch_max}")
         if not 0 <= job.slot < self._request.slots:
             raise ProtocolError("a slot that does not exist")
+        self._settle()
         try:
             if self._fail is not None:
                 self._fail.job(self._work.payloads(job))
@@ -357,6 +359,13 @@ class Loop:
         """An answer has gone out, so nobody waits for it but the next job."""
         try:
             self._work.decode_ahead()
+        except Exception as error:
+            self._job_failed(None, error)
+
+    def _settle(self) -> None:
+        """What went wrong with what nobody looks at is nobody's answer."""
+        try:
+            self._work.settle()
         except Exception as error:
             self._job_failed(None, error)
 

@@ -79,10 +79,14 @@ class Work:
         raise NotImplementedError
 
     def close_video(self, lane: int) -> None:
-        """The lane's decoder is not needed any more."""
+        """The lane's decoder is not needed any more; nothing decodes ahead (``settle``)."""
 
     def decode_ahead(self) -> None:
         """What nobody looks at, of video; an answer has gone out. Bounded."""
+
+    def settle(self) -> None:
+        """Waits for what is decoded ahead beside a job, and raises what went wrong with it. To be
+        called before another one is begun. Bounded."""
 
     @property
     def worn_out(self) -> bool:
@@ -147,6 +151,9 @@ class DetectWork(Work):
         self._ahead.settle()
         self._ahead.run(self._video.ahead())
 
+    def settle(self) -> None:
+        self._ahead.settle()
+
     @property
     def worn_out(self) -> bool:
         return self._decoders.worn_out or self._ahead.worn_out
@@ -160,7 +167,6 @@ class DetectWork(Work):
         return [(item.offset, item.length)]
 
     def close_video(self, lane: int) -> None:
-        self._ahead.settle()
         self._video.close(lane)
 
     def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
@@ -258,14 +264,13 @@ class DetectWork(Work):
         meanwhile: Callable[[], None] | None = None,
     ) -> dict[int, _Read]:
         """By the number of the item. One call for each still, one for each lane of video. What is
-        decoded ahead is begun beside them, and goes on until somebody reads video again: with jobs
-        one after the other it has no time of its own."""
+        decoded ahead is begun beside them, and goes on until ``settle``: with jobs one after the
+        other it has no time of its own."""
         calls: list[Callable[[], Sequence[_Read]]] = [
             functools.partial(self._read_still, view, item) for item in stills.values()
         ]
         numbers = [[i] for i in stills]
         if footage:
-            self._ahead.settle()
             which = list(footage)
             lanes, places = self._video.calls(
                 [(item, _access_units(view, item)) for item in footage.values()]
