@@ -33,6 +33,7 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.ipc.channel import ProtocolError
 from facelane_server.ipc.messages import InferDone, InferFailed, PictureHeld
 from facelane_server.pools.groups import Decoders, Group
+from facelane_server.pools.holding import Holding
 from facelane_server.pools.lineup import Lineup
 from facelane_server.pools.offenders import Offenders
 from facelane_server.pools.slots import Codec, failure_of
@@ -61,18 +62,10 @@ _STUCK_MEANS: Final = 4
 HUNG: Final = "HUNG"
 _WORN_OUT: Final = "WORN_OUT"
 """It has given up decodings that go on for ever; their pictures have been answered."""
-_NOT_TO_BLAME: Final = frozenset(
-    {
-        "NOT_SENT",
-        "STOPPED",
-        "RESTARTED",
-        "DRAINED",
-        "GALLERY_STALE",
-        "OVER_BUDGET",
-        "HALTED",
-        _WORN_OUT,
-    }
-)
+_NOT_TO_BLAME: Final = frozenset((
+    "NOT_SENT", "STOPPED", "RESTARTED", "DRAINED", "GALLERY_STALE", "OVER_BUDGET", "HALTED",
+    _WORN_OUT,
+))  # fmt: skip
 """Losses that the tasks in flight have nothing to do with."""
 
 
@@ -82,6 +75,10 @@ class Seat(Protocol):
     @property
     def jobs(self) -> Sequence[Job]:
         """In flight, in the order sent."""
+
+    @property
+    def places(self) -> int:
+        """Jobs that it has at most in flight."""
 
     @property
     def free_slots(self) -> int: ...
@@ -119,14 +116,15 @@ class Schedule:
         """Senders whose picture ended a worker, and when."""
         self._pool = pool
         self._queue: Lineup[Seat] = Lineup()
+        self._held = Holding()
 
     @property
     def queued(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._held)
 
     def waiting(self) -> list[AnyTask]:
         """All that is queued, in no order."""
-        return self._queue.tasks()
+        return [*self._queue.tasks(), *self._held.tasks()]
 
     # -- in and out -----------------------------------------------------------------------
 
@@ -149,7 +147,10 @@ class Schedule:
                 metadata={"pool": self._pool},
             )
         if refusal is None:
-            self._queue.put(task, seats)
+            if task.lane in self._held:
+                self._held.put(task)
+            else:
+                self._queue.put(task, seats)
         return refusal
 
     def release(self, lane: int) -> None:
@@ -207,39 +208,43 @@ class Schedule:
 
     def withdraw(self, task: AnyTask) -> bool:
         """Take a task out that still waits."""
-        return self._queue.withdraw(task)
+        return self._queue.withdraw(task) or self._held.withdraw(task)
 
     def replace(
         self, task: AnyTask, by: AnyTask, now_ns: int, can_be_served: Callable[[int], bool]
     ) -> bool:
         """Put a task in the place of another of its lane that still waits, which takes no further
         one; see ``submit``."""
-        if task not in self._queue or self._refusal(by, now_ns, can_be_served) is not None:
+        if self._refusal(by, now_ns, can_be_served) is not None:
             return False
-        return self._queue.replace(task, by)
+        return self._held.replace(task, by) or (
+            task in self._queue and self._queue.replace(task, by)
+        )
 
     def next_deadline(self) -> int | None:
-        return self._queue.next_deadline()
+        first, behind = self._queue.next_deadline(), self._held.next_deadline()
+        return behind if first is None or (behind is not None and behind < first) else first
 
     def expire(self, now_ns: int, *, serving: bool) -> Ended:
         """What has waited until its deadline. ``serving``: some worker can infer."""
+        expired = [*self._queue.expire(now_ns), *self._held.expire(now_ns)]
         if serving:
-            return [(task, self._too_late()) for task in self._queue.expire(now_ns)]
+            return [(task, self._too_late()) for task in expired]
         why = unavailable(self._pool, "had no worker until the deadline")
-        return [(task, why) for task in self._queue.expire(now_ns)]
+        return [(task, why) for task in expired]
 
     def refuse_hopeless(self, can_be_served: Callable[[int], bool]) -> Ended:
         """After a loss: what cannot be served in time is told so now."""
-        hopeless = [t for t in self._queue.tasks() if not can_be_served(t.deadline_ns)]
+        hopeless = [t for t in self.waiting() if not can_be_served(t.deadline_ns)]
         for task in hopeless:
-            self._queue.withdraw(task)
+            self.withdraw(task)
         why = unavailable(self._pool, "has no worker and none is back in time")
         return [(task, why) for task in hopeless]
 
     def close(self) -> Ended:
         """Everything that waits, refused."""
         why = unavailable(self._pool, "is shutting down")
-        return [(task, why) for task in self._queue.clear()]
+        return [(task, why) for task in (*self._queue.clear(), *self._held.clear())]
 
     def answering(self, seats: Sequence[S], now_ns: int) -> Sequence[S]:
         """Those who do not look as if they hung, while there are others: what belongs to a worker
@@ -253,6 +258,8 @@ class Schedule:
     def next(self, seats: Sequence[S]) -> tuple[S, list[AnyTask]] | None:
         """Whom to give which batch now; None when nothing waits or nobody has room."""
         queue = self._queue
+        for task in self._held.released():
+            queue.put(task, seats)
         queue.settle(seats)
         while len(queue):
             seat = self._next_seat(seats)
@@ -277,7 +284,7 @@ class Schedule:
             jobs = seat.jobs
             if not jobs:
                 return seat
-            if len(jobs) >= limits.JOBS_PER_WORKER or not seat.free_slots:
+            if len(jobs) >= seat.places or not seat.free_slots:
                 continue
             if not seat.overlaps and seat.service_ns > _OVERLAP_NS:
                 continue
@@ -315,6 +322,7 @@ class Schedule:
             return found
         # Of these the decoder may be less far than it seems.
         busy = {task.lane for task in tasks}
+        busy |= {task.lane for task in passed if task.lane in self._held}
         busy.update(task.lane for job in seat.jobs for task in job.tasks if not task.ahead)
         for task in passed:
             if len(found) == limits.MAX_AHEAD or len(found) + len(tasks) == limits.MAX_BATCH:
@@ -399,9 +407,18 @@ class Schedule:
         if again:
             if any(task.slices >= limits.MAX_GROUP_UNITS for task in again):
                 raise ProtocolError("a picture that never comes")
-            for task in reversed(again):
+            for task in reversed([task for task in again if self._hold(task)]):
                 self._go_on(task)
         return ended, max(end for _, _, end in read)
+
+    def _hold(self, task: AnyTask) -> bool:
+        """Whether the picture is asked for again now: nothing else of its lane is then."""
+        if not self._held.hold(task):
+            return False
+        for other in [one for one in self._queue.tasks() if one.lane == task.lane]:
+            self._queue.withdraw(other)
+            self._held.put(other)
+        return True
 
     def _go_on(self, task: AnyTask) -> None:
         """Others have had their turn: the rest of what it takes is decoded."""

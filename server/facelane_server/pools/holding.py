@@ -1,0 +1,95 @@
+"""Lanes of video whose picture takes several jobs to decode, and what waits behind it: pure.
+
+While such a picture is on its way the lane is given nothing else. A worker that was asked for the
+one and the other would begin the group of pictures again for each, and come to the end of neither.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from facelane_server.pools.tasks import AnyTask
+
+
+@dataclass(slots=True)
+class _Lane:
+    first: AnyTask
+    behind: list[AnyTask] = field(default_factory=list)
+    """In the order in which they came."""
+
+
+class Holding:
+    """Of one pool. A picture is over when its future is done, however that came."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[int, _Lane] = {}
+
+    def __len__(self) -> int:
+        """Tasks that wait behind others."""
+        return sum(len(lane.behind) for lane in self._lanes.values()) if self._lanes else 0
+
+    def __contains__(self, lane: int) -> bool:
+        found = self._lanes.get(lane)
+        return found is not None and (not found.first.future.done() or bool(found.behind))
+
+    def hold(self, task: AnyTask) -> bool:
+        """A picture is not there yet. Whether it is asked for again: else one before it is, and
+        it waits behind."""
+        lane = self._lanes.get(task.lane)
+        if task.future.done() or (lane is not None and lane.first is task):
+            return True
+        if lane is None or (lane.first.future.done() and not lane.behind):
+            self._lanes[task.lane] = _Lane(task)
+            return True
+        task.dispatched_ns = 0
+        self.put(task)
+        return False
+
+    def put(self, task: AnyTask) -> None:
+        """Behind what came before it, of a lane that is held."""
+        insort(self._lanes[task.lane].behind, task, key=lambda each: each.submitted_ns)
+
+    def replace(self, task: AnyTask, by: AnyTask) -> bool:
+        """False when it does not wait here."""
+        lane = self._lanes.get(task.lane)
+        if lane is None or task not in lane.behind:
+            return False
+        lane.behind[lane.behind.index(task)] = by
+        return True
+
+    def withdraw(self, task: AnyTask) -> bool:
+        lane = self._lanes.get(task.lane)
+        if lane is None or task not in lane.behind:
+            return False
+        lane.behind.remove(task)
+        return True
+
+    def tasks(self) -> Iterator[AnyTask]:
+        """All that wait."""
+        for lane in self._lanes.values():
+            yield from lane.behind
+
+    def next_deadline(self) -> int | None:
+        return min((task.deadline_ns for task in self.tasks()), default=None)
+
+    def expire(self, now_ns: int) -> list[AnyTask]:
+        """Takes out those whose deadline has come."""
+        expired = [task for task in self.tasks() if task.deadline_ns <= now_ns]
+        for task in expired:
+            self.withdraw(task)
+        return expired
+
+    def released(self) -> list[AnyTask]:
+        """Takes out what waited behind pictures that are over, each lane's in their order."""
+        over = [name for name, lane in self._lanes.items() if lane.first.future.done()]
+        return [
+            task for name in over for task in self._lanes.pop(name).behind if not task.future.done()
+        ]
+
+    def clear(self) -> list[AnyTask]:
+        """Takes out everything."""
+        tasks = list(self.tasks())
+        self._lanes.clear()
+        return tasks
