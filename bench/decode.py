@@ -169,7 +169,7 @@ def _crops(report: Report, size: str, data: bytes, rounds: int, device: str) -> 
     def cut() -> None:
         there = pictures.upload(picture)
         torch.cuda.synchronize()
-        pictures.cut([there], [len(boxes)], boxes, landmarks, specs)
+        pictures.cut([there], [len(boxes)], boxes, landmarks, specs).fetch()
 
     _row(report, "upload, crops on the device", f"two faces of {size}", 1, _timed(cut, rounds))
 

@@ -147,6 +147,8 @@ MAX_AHEAD_UNITS: Final = 4
 """Access units of one such lane in a job; more go with its next picture."""
 JOBS_PER_WORKER: Final = 2
 """One computes, the next is staged: decoding and copies overlap with compute."""
+JOBS_PER_DECODER: Final = 3
+"""Of a worker whose card decodes video: what is in the third is decoded meanwhile."""
 MAX_POOL_QUEUE: Final = 8_192
 """Tasks that wait in a pool. A lane holds at most its window, so this is met only by
 thousands of streams; then the newest task is refused with POOL_OVERLOADED."""

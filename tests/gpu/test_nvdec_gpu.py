@@ -54,7 +54,7 @@ def shown(
             seen[number] = bgr(picture, pictures)
 
     for i, unit in enumerate(units):
-        session.feed(unit)
+        session.feed([unit])
         assert session.decode(time.monotonic, math.inf)
         take(i + 1)
     session.drain()
@@ -104,12 +104,12 @@ def test_only_wanted_pictures_are_copied_and_they_outlast_what_is_decoded_next(
     fed = 0
     for wanted in (3, 7, 11, 15, 19):
         while (picture := session.picture(wanted) if fed > wanted else None) is None:
-            session.feed(units[fed])
+            session.feed([units[fed]])
             fed += 1
             assert session.decode(time.monotonic, math.inf, wanted)
         taken[wanted] = picture
     while fed < len(units):
-        session.feed(units[fed])
+        session.feed([units[fed]])
         fed += 1
         assert session.decode(time.monotonic, math.inf, len(units))
     for wanted, picture in taken.items():

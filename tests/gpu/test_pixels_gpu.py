@@ -66,7 +66,7 @@ def test_faces_of_a_batch_are_cut_as_torch_cuts_them() -> None:
     for pixels in (TorchPixels(), None):
         cutter = DevicePictures(GPU, pixels=pixels)
         torch.cuda.synchronize()
-        results.append(cutter.cut(pictures, counts, boxes, points, specs))
+        results.append(cutter.cut(pictures, counts, boxes, points, specs).fetch())
     for expected, found in zip(*results, strict=True):
         for a, b in zip(expected, found, strict=True):
             assert a.shape == b.shape

@@ -158,9 +158,9 @@ def test_without_faces_there_are_no_crops() -> None:
     assert one is not None
     assert two is not None
     none = np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32)
-    for chips in pictures.cut([one, two], [0, 0], *none, CROPS):
+    for chips in pictures.cut([one, two], [0, 0], *none, CROPS).fetch():
         assert [crop.shape for crop in chips] == [(0, 112, 112, 3), (0, 80, 80, 3)]
-    assert pictures.cut([one], [0], *none, ()) == [()]
+    assert pictures.cut([one], [0], *none, ()).fetch() == [()]
 
 
 def marked(data: bytes) -> bytes:
@@ -365,8 +365,7 @@ def test_a_job_does_not_wait_for_what_is_decoded_beside_it(tmp_path: Path) -> No
         return [type(answer) for answer in finish()]
 
     assert begin((1, 0, False), (2, 0, False)) == [DetectDone, DetectDone]
-    assert begin((1, 1, False), (2, 1, True)) == [DetectDone, PictureHeld]
-    decoder = work._video._sessions[2]._decoder
+    decoder = work._reader._video._sessions[2]._decoder
     assert not isinstance(decoder, Future)
     decode, held, free = decoder.decode, threading.Event(), threading.Event()
 
@@ -376,19 +375,52 @@ def test_a_job_does_not_wait_for_what_is_decoded_beside_it(tmp_path: Path) -> No
         return decode(unit, tag)
 
     decoder.decode = wait  # type: ignore[method-assign]
-    assert begin((1, 2, False)) == [DetectDone], "lane 2 is not waited for"
+    assert begin((1, 1, False), (2, 1, True)) == [DetectDone, PictureHeld]
     assert held.wait(30)
+    assert begin((1, 2, False)) == [DetectDone], "lane 2 is not waited for"
     threading.Timer(0.0, free.set).start()
-    assert begin((1, 3, False), (2, 2, False)) == [DetectDone, DetectDone]
+    assert begin((1, 3, False), (2, 2, False)) == [DetectDone, DetectDone], "it is now"
     free.clear()
     assert begin((2, 3, True), (1, 4, False)) == [PictureHeld, DetectDone]
-    assert begin((1, 5, False)) == [DetectDone]
     closed = threading.Event()
     decoder.close = closed.set  # type: ignore[method-assign]
     threading.Timer(0.0, free.set).start()
-    work.settle()
+    work.settle(2)
     work.close_video(2)
     assert closed.is_set(), "it was at work"
+
+
+def test_who_brings_more_than_can_be_decoded_beside_the_jobs_waits(tmp_path: Path) -> None:
+    request, response = (Arena.create(name, 2, SLOT) for name in ("request", "response"))
+    message = Load("w", Stage.DETECTOR, str(tmp_path), "cpu", 8, 2, SLOT, SLOT, threads=1)
+    work, units = DetectWork(Recorder(), message, request, response), clip(count=9)
+
+    def begin(*asked: tuple[int, bool]) -> list[ItemDone]:
+        items = []
+        for lane, (picture, ahead) in enumerate(asked):
+            unit = units[picture]
+            request.slot(0)[lane << 16 : (lane << 16) + len(unit)] = unit
+            places = (lane << 16, (len(unit),), "h264", picture, picture, picture, picture == 0)
+            items.append(VideoItem(lane, *places, ahead=ahead))
+        finish, _ = work.begin(Infer(1, 0, items))
+        return finish()
+
+    begin((0, False), (0, False))
+    decoder = work._reader._video._sessions[1]._decoder
+    assert not isinstance(decoder, Future)
+    decode, free = decoder.decode, threading.Event()
+
+    def wait(unit: bytes, tag: int) -> Sequence[Shown]:
+        assert free.wait(30)
+        return decode(unit, tag)
+
+    decoder.decode = wait  # type: ignore[method-assign]
+    for number in range(1, 6):
+        work.settle()
+        assert isinstance(begin((number, False), (number, True))[1], PictureHeld)
+    threading.Timer(0.05, free.set).start()
+    work.settle()
+    assert free.is_set(), "it has waited"
 
 
 class Crowd(Recorder):

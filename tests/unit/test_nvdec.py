@@ -94,6 +94,10 @@ class Other:
     """The engine that takes what the card does not."""
 
     opens_slowly = False
+    waits = False
+
+    def settle_in(self) -> None:
+        pass
 
     def __init__(self) -> None:
         self.asked: list[annexb.Format] = []
@@ -160,12 +164,12 @@ def test_of_what_is_decoded_only_what_somebody_wants_is_copied() -> None:
     made, library, _ = engine()
     session = Session(Encoding.H264, made.open(Encoding.H264, SMALL), SMALL)
     for value in range(4):
-        session.feed(bytes([0, 0, 1, value]))
+        session.feed([bytes([0, 0, 1, value])])
     assert session.decode(time.monotonic, math.inf, 3)
     assert library.read == [3]
     shown = session.picture(3)
     assert shown is not None
-    session.feed(bytes([0, 0, 1, 9]))
+    session.feed([bytes([0, 0, 1, 9])])
     assert session.decode(time.monotonic, math.inf, 4)
     found = shown.read()
     assert isinstance(found, OnDevice)
@@ -178,7 +182,7 @@ def test_what_is_held_back_comes_when_it_is_drained_and_is_let_go_when_reset() -
     decoder = made.open(Encoding.H264, SMALL)
     session = Session(Encoding.H264, decoder, annexb.Format(64, 48, 8, 2))
     for unit in (b"held0", b"held1"):
-        session.feed(unit)
+        session.feed([unit])
     assert session.decode(time.monotonic, math.inf)
     assert session.picture(0) is None
     session.drain()
@@ -196,7 +200,7 @@ def test_a_group_follows_another_without_the_end_of_a_stream_between() -> None:
         if group:
             session.begin(SMALL)
         for number in range(2):
-            session.feed(bytes([0, 0, 1, 10 * group + number]))
+            session.feed([bytes([0, 0, 1, 10 * group + number])])
             assert session.decode(time.monotonic, math.inf)
             shown = session.picture(number)
             assert shown is not None
@@ -204,7 +208,7 @@ def test_a_group_follows_another_without_the_end_of_a_stream_between() -> None:
             assert isinstance(found, OnDevice)
             assert bool((found.pixels == 10 * group + number).all())
     assert all(data for data, _ in library.fed)
-    session.feed(b"broken")
+    session.feed([b"broken"])
     with pytest.raises(FacelaneError):
         session.decode(time.monotonic, math.inf)
     session.begin(SMALL)
@@ -214,10 +218,10 @@ def test_a_group_follows_another_without_the_end_of_a_stream_between() -> None:
 def test_what_a_group_before_held_back_is_nobodys_picture() -> None:
     made, _, _ = engine()
     session = Session(Encoding.H264, made.open(Encoding.H264, SMALL), SMALL)
-    session.feed(b"held0")
+    session.feed([b"held0"])
     assert session.decode(time.monotonic, math.inf)
     session.begin(SMALL)
-    session.feed(b"held1")
+    session.feed([b"held1"])
     assert session.decode(time.monotonic, math.inf)
     session.drain()
     shown = session.picture(0)

@@ -166,10 +166,36 @@ def test_what_is_done_meanwhile_is_done_while_threads_decode() -> None:
     done.clear()
     assert decoders.run([], meanwhile) == []
     assert not done.is_set(), "nothing is decoded"
-    decoders.begin([decode, lambda: "second"])
+    first, second = decoders.begin([decode]), decoders.begin([lambda: "second"])
+    assert not first.is_over
     done.set()
-    assert decoders.settle() == [True, "second"]
-    assert decoders.settle() == []
+    assert decoders.settle(first) == [True]
+    assert decoders.settle(second) == ["second"]
+
+
+def test_who_is_given_up_takes_no_thread_from_the_runs_behind() -> None:
+    decoders = Decoders(1, picture_s=0.05, job_s=30.0)
+    stop = threading.Event()
+    first = decoders.begin([spin(stop), lambda: "beside it"])
+    second = decoders.begin([lambda: "behind it"])
+    found = decoders.settle(first)
+    assert isinstance(found[0], FacelaneError)
+    assert found[1] == "beside it"
+    assert decoders.settle(second) == ["behind it"], "it has a thread"
+    stop.set()
+
+
+def test_a_run_that_fails_is_over() -> None:
+    decoders = Decoders(1, picture_s=30.0, job_s=30.0)
+
+    def fail() -> str:
+        raise MemoryError
+
+    first, second = decoders.begin([fail, lambda: "beside it"]), decoders.begin([lambda: "behind"])
+    with pytest.raises(MemoryError):
+        decoders.settle(first)
+    assert decoders.settle(second) == ["behind"]
+    assert not decoders._open
 
 
 def test_with_too_many_given_up_the_worker_is_worn_out() -> None:

@@ -42,6 +42,7 @@ class Seat:
     overlaps: bool = False
     service_ns: float = 0.0
     free_slots: int = 2
+    places: int = 2
 
 
 def task(lane: int = 1, *, sender: Sender = CAMERA, deadline: int = 100 * S) -> AnyTask:

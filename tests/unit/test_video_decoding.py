@@ -183,12 +183,10 @@ def item(
 
 
 def read(held: video.Sessions, *asked: tuple[VideoItem, Sequence[bytes]]) -> list[video.Read]:
-    calls, numbers = held.calls(asked)
-    assert sorted(n for of_call in numbers for n in of_call) == list(range(len(asked)))
-    found: dict[int, video.Read] = {}
-    for call, of_call in zip(calls, numbers, strict=True):
-        found.update(zip(of_call, call(), strict=True))
-    return [found[i] for i in range(len(asked))]
+    found: dict[int, list[video.Read]] = {}
+    for lane, call in held.calls(asked).items():
+        found[lane] = list(call())
+    return [found[item.lane].pop(0) for item, _ in asked]
 
 
 def shows(found: video.Read, number: int, size: tuple[int, int] = (320, 240)) -> bool:
@@ -229,11 +227,7 @@ def test_what_nobody_looks_at_is_decoded_when_it_comes(bframes: int) -> None:
         (got,) = read(held, (asked, units[fed:upto]))
         if ahead:
             assert got == PictureHeld(upto - 1)
-            left = held._sessions[1]._undecoded
-            assert len(left) == upto - fed, "the job does not wait for it"
-            for call in held.ahead():
-                call()
-            assert not left
+            assert not held._sessions[1]._undecoded
         else:
             assert shows(got, number)
         fed = upto
@@ -245,9 +239,6 @@ def test_what_is_wrong_with_what_nobody_looks_at_is_found_with_the_next_picture_
     read(held, (item(0, 1, 1), units[:2]))
     assert read(held, (item(5, 5, 5, ahead=True), units[5:6])) == [PictureHeld(-1)]
     assert read(held, (item(2, 2, 2, ahead=True), [broken])) == [PictureHeld(2)]
-    for call in held.ahead():
-        call()
-    assert held.ahead() == []
     assert read(held, (item(3, 3, 3), units[3:4])) == [PictureHeld(-1)]
     (found,) = read(held, (item(0, 3, 3), [*units[:2], broken, units[3]]))
     assert isinstance(found, FacelaneError)
@@ -255,35 +246,26 @@ def test_what_is_wrong_with_what_nobody_looks_at_is_found_with_the_next_picture_
     assert shows(found, 3)
 
 
-def test_a_picture_under_way_outlasts_what_nobody_looks_at_before_it() -> None:
-    """A device is at two jobs: the first is answered, and what came with it decoded, when the
-    second has begun a group of the same lane and its picture is not there yet."""
-    held, units = sessions(step=video.SLICE_S), clip(count=12, keyint=6)
-    read(held, (item(0, 0, 0), units[:1]))
-    assert read(held, (item(1, 1, 1, ahead=True), units[1:2])) == [PictureHeld(1)]
-    asked = item(0, 2, 1, begins=True)
-    assert read(held, (asked, units[6:9])) == [PictureHeld(2)], "others have their turn"
-    for call in held.ahead():
-        call()
-    found = [PictureHeld(2)]
+def test_a_picture_under_way_outlasts_what_nobody_looks_at_behind_it() -> None:
+    """It is not there when others have their turn, and what comes after it is decoded."""
+    held, units = sessions(step=video.SLICE_S), clip(count=6)
+    assert read(held, (item(0, 2, 2), units[:3])) == [PictureHeld(2)], "others have their turn"
+    for number in (3, 4):
+        ahead = item(number, number, number, ahead=True)
+        assert read(held, (ahead, units[number : number + 1])) == [PictureHeld(number)]
+    found: list[video.Read] = [PictureHeld(4)]
     while isinstance(found[0], PictureHeld):
-        found = read(held, (item(3, 2, 1), []))  # type: ignore[assignment]
-    assert shows(found[0], 7)
+        found = read(held, (item(5, 4, 2), []))
+    assert shows(found[0], 2)
 
 
-def test_beside_a_job_what_nobody_looks_at_of_other_lanes_is_decoded() -> None:
-    """Its own lanes have their next picture in it, and are decoded with that."""
-    held, units = sessions(), clip(count=10)
-    lanes = (1, 2)
-    read(held, *[(item(0, 0, 0, lane=lane), units[:1]) for lane in lanes])
-    ahead = [(item(1, 1, 1, lane=lane, ahead=True), units[1:2]) for lane in lanes]
-    assert read(held, *ahead) == [PictureHeld(1), PictureHeld(1)]
-    (other,) = held.ahead([item(2, 2, 2)])
-    other()
-    assert [len(held._sessions[lane]._undecoded) for lane in lanes] == [1, 0]
-    (found,) = read(held, (item(2, 2, 2), units[2:3]))
-    assert shows(found, 2)
-    assert held.ahead() == []
+def test_with_a_picture_that_is_wanted_what_comes_before_it_is_left_to_that() -> None:
+    held, units = sessions(), clip(count=4)
+    read(held, (item(0, 0, 0), units[:1]))
+    one, other = item(1, 1, 1, ahead=True), item(2, 2, 2)
+    first, second = read(held, (one, units[1:2]), (other, units[2:3]))
+    assert first == PictureHeld(1)
+    assert shows(second, 2)
 
 
 def test_a_decoder_that_fails_over_what_nobody_looks_at_is_not_gone_on_with() -> None:
@@ -295,12 +277,10 @@ def test_a_decoder_that_fails_over_what_nobody_looks_at_is_not_gone_on_with() ->
         raise MemoryError
 
     held._sessions[1]._decoder.decode = fail  # type: ignore[union-attr, method-assign]
-    ahead = [(item(1, 1, 1, lane=lane, ahead=True), units[1:2]) for lane in (1, 2)]
-    assert read(held, *ahead) == [PictureHeld(1), PictureHeld(1)]
-    first, second = held.ahead()
     with pytest.raises(MemoryError):
-        first()
-    second()
+        read(held, (item(1, 1, 1, ahead=True), units[1:2]))
+    ahead = item(1, 1, 1, lane=2, ahead=True)
+    assert read(held, (ahead, units[1:2])) == [PictureHeld(1)]
     assert read(held, (item(2, 2, 2), units[2:3])) == [PictureHeld(-1)]
     (found,) = read(held, (item(2, 2, 2, lane=2), units[2:3]))
     assert shows(found, 2)
@@ -350,39 +330,50 @@ def test_a_long_group_is_decoded_in_slices() -> None:
 
 
 class Seat:
-    """Of a worker that has one batch under way, or two."""
+    """Of a worker that has several batches under way."""
 
-    def __init__(self, batch_max: int) -> None:
+    def __init__(self, batch_max: int, places: int) -> None:
         self.jobs: deque[Job] = deque()
         self.sent: deque[list[tuple[VideoItem, list[bytes]]]] = deque()
         self.batch_max = batch_max
         self.overlaps = True
         self.service_ns = 0.0
-        self.free_slots = 2
+        self.free_slots = self.places = places
         self.decoders = Decoders()
 
 
+@pytest.mark.parametrize("places", [2, 3])
 @pytest.mark.parametrize("batch_max", [1, 2])
-def test_pictures_of_one_lane_under_way_together_do_not_undo_each_other(batch_max: int) -> None:
-    """Their group takes long to decode, and the first is not there when the second is asked for."""
-    units = clip(count=10)
+def test_pictures_of_one_lane_under_way_together_do_not_undo_each_other(
+    batch_max: int, places: int
+) -> None:
+    """Their group takes long to decode, and the first is not there when others are asked for, nor
+    when more of them come."""
+    units = clip(count=30, keyint=30)
     found = annexb.examine(units[0], Encoding.H264, 0).format
     assert found is not None
     group = Group(Encoding.H264, found, 1 << 20)
-    for unit in units:
-        group.append(unit)
-    codec, seat = Codec(Stage.DETECTOR, []), Seat(batch_max)
+    codec, seat = Codec(Stage.DETECTOR, []), Seat(batch_max, places)
     schedule, held = Schedule("detector", codec), sessions(step=video.SLICE_S / 3)
-    tasks: list[Task[Any]] = [
-        Task(VideoRequest(Wanted(1, group, n, n), 4, 0), 1, 1, 10**18, Future())  # type: ignore[arg-type]
-        for n in (7, 8, 9)
-    ]
-    for task in tasks:
-        assert schedule.submit(task, 0, lambda _: True, [seat]) is None
-    decoded = 0
+    tasks: list[Task[Any]] = []
+    decoded = begun = 0
+    come = iter(range(7, 30))
+
+    def arrive() -> None:
+        if (number := next(come, None)) is None:
+            return
+        while len(group) <= number:
+            group.append(units[len(group)])
+        wanted = Wanted(1, group, number, number)
+        one: Task[Any] = Task(VideoRequest(wanted, 4, 0), 1, 1, 10**18, Future())  # type: ignore[arg-type]
+        one.submitted_ns = number
+        tasks.append(one)
+        assert schedule.submit(one, 0, lambda _: True, [seat]) is None
+
+    arrive()
     while not all(task.future.done() for task in tasks):
-        while len(seat.jobs) < 2 and (batch := schedule.next([seat])) is not None:
-            slot = memoryview(bytearray(1 << 16))
+        while len(seat.jobs) < places and (batch := schedule.next([seat])) is not None:
+            slot = memoryview(bytearray(1 << 20))
             items, _ = codec.write([one.request for one in batch[1]], slot, seat.decoders)
             seat.jobs.append(Job(1, 0, batch[1]))
             seat.sent.append(
@@ -390,6 +381,7 @@ def test_pictures_of_one_lane_under_way_together_do_not_undo_each_other(batch_ma
             )
         asked = seat.sent.popleft()
         decoded += sum(len(fresh) for _, fresh in asked)
+        begun += sum(one.begins for one, _ in asked)
         answers = read(held, *asked)
         done: list[ItemDone] = []
         for (one, _), answer in zip(asked, answers, strict=True):
@@ -404,13 +396,20 @@ def test_pictures_of_one_lane_under_way_together_do_not_undo_each_other(batch_ma
         for task, outcome in ended:
             assert isinstance(outcome, DetectAnswer)
             task.future.set_result(outcome)
-        assert decoded < 5 * len(units), "again and again"
+        arrive()
+    assert [task.request.wanted.picture for task in tasks] == list(range(7, 30))
+    assert begun == 1, "again and again"
+    assert decoded < 5 * len(units)
 
 
 class SlowEngine:
     """Opens decoders when it is let."""
 
     opens_slowly = True
+    waits = False
+
+    def settle_in(self) -> None:
+        pass
 
     def __init__(self) -> None:
         self.let = threading.Event()
@@ -443,7 +442,8 @@ def test_others_do_not_wait_for_a_decoder_that_is_being_opened() -> None:
     assert shows(of_first, 1)
     assert of_second == PictureHeld(1), "it has them, and there is no picture yet"
     later = item(2, 4, 4, lane=2), units[2:5]
-    assert read(held, later) == [PictureHeld(0, waits=True)], "the one before is to be shown"
+    for _ in range(limits.JOBS_PER_DECODER - 1):
+        assert read(held, later) == [PictureHeld(0, waits=True)], "the one before is to be shown"
     assert read(held, later) == [PictureHeld(4)], "it was not asked for again"
     engine.let.set()
 
@@ -574,7 +574,7 @@ def test_more_decoders_than_a_worker_has() -> None:
 def test_a_decoding_that_was_given_up_takes_its_session_along() -> None:
     held, units = sessions(), clip(count=4)
     read(held, (item(0, 0, 0), units[:1]))
-    held._sessions[1].busy = True  # its thread is still at it
+    held.given_up(1)  # its thread is still at it
     assert read(held, (item(1, 1, 1), units[1:2])) == [PictureHeld(-1)]
 
 

@@ -72,7 +72,8 @@ class Seat:
     batch_max: int = 3
     overlaps: bool = True
     service_ns: float = 0.0
-    free_slots: int = 2
+    free_slots: int = 3
+    places: int = 3
     decoders: Decoders = field(default_factory=Decoders)
     fed: dict[int, list[int]] = field(default_factory=dict)
     """For each lane, which access units of the clip its decoder has had since a key frame."""

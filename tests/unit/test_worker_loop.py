@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,11 +236,11 @@ def decodes_what_is_in_jobs(server: Server, monkeypatch: pytest.MonkeyPatch) -> 
 
     def begin_later(
         job: Infer, meanwhile: Callable[[], None] | None = None
-    ) -> tuple[Callable[[], list[ItemDone]], bool]:
+    ) -> tuple[Callable[[], list[ItemDone]], api.Pending[Any]]:
         if meanwhile is not None:
             meanwhile()
             server.model.calls.append(f"decode job{job.job_id}")
-            assert decoded.wait(30)
+            until(lambda: meanwhile() or decoded.is_set())
         return begin(job)
 
     monkeypatch.setattr(server.loop._work, "begin", begin_later)
@@ -261,6 +262,68 @@ def test_a_job_is_answered_while_the_next_ones_pictures_are_decoded(
     second = server.receive()
     assert isinstance(second, InferDone)
     assert second.job_id == 2
+
+
+def reads_early(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As a detector whose card decodes; the jobs that it reads before their turn."""
+    read: list[int] = []
+
+    def note(job: Infer) -> bool:
+        read.append(job.job_id)
+        return True
+
+    monkeypatch.setattr(type(server.loop._work), "reads_early", True)
+    monkeypatch.setattr(server.loop._work, "read", note)
+    return read
+
+
+def test_a_job_is_read_as_soon_as_it_has_come(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While those before it are on the device, and while the pictures of one are waited for; it is
+    not cancelled any more. What is on the device is not waited for either."""
+    server.become_ready()
+    read = reads_early(server, monkeypatch)
+    decoded = decodes_what_is_in_jobs(server, monkeypatch)
+    ready = threading.Event()
+    monkeypatch.setattr(_Steered, "poll", lambda _: ready.is_set())
+    server.infer(1, 0)
+    until(lambda: server.model.calls == ["decode job1"])
+    server.infer(2, 1)
+    until(lambda: read == [1, 2])
+    server.send(Cancel(2))
+    server.send(Ping(7))
+    assert server.receive() == Pong(7, server.loop._memory())
+    decoded.set()
+    until(lambda: server.model.calls[1:] == ["begin job1", "decode job2", "begin job2"])
+    server.model.permits.release(2)
+    ready.set()
+    assert [server.receive().job_id for _ in range(2)] == [1, 2]  # type: ignore[union-attr]
+    assert read == [1, 2], "once each"
+
+
+def test_a_job_behind_a_lane_that_ends_is_read_when_that_has(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.become_ready()
+    read = reads_early(server, monkeypatch)
+    decoded = decodes_what_is_in_jobs(server, monkeypatch)
+    ended: list[tuple[int, list[int]]] = []
+    monkeypatch.setattr(
+        server.loop._work, "close_video", lambda lane: ended.append((lane, list(read)))
+    )
+    server.model.permits.release(2)
+    server.infer(1, 0)
+    until(lambda: server.model.calls == ["decode job1"])
+    server.send(CloseVideo(7))
+    server.infer(2, 1)
+    server.send(Ping(7))
+    assert isinstance(server.receive(), Pong)
+    assert read == [1]
+    decoded.set()
+    assert [server.receive().job_id for _ in range(2)] == [1, 2]  # type: ignore[union-attr]
+    assert ended == [(7, [1])]
+    assert read == [1, 2]
 
 
 def test_a_worn_out_worker_answers_what_it_has_begun_to_decode(
@@ -350,27 +413,24 @@ def test_memory_that_runs_out_three_times_ends_the_worker(server: Server) -> Non
     assert server.exit_code() == exit_codes.OUT_OF_MEMORY
 
 
-def test_what_nobody_looks_at_is_decoded_once_the_job_is_answered(
+def test_memory_that_runs_out_beside_the_jobs_ends_the_worker_too(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What goes wrong then is nobody's answer: only the worker may end over it."""
+    """What goes wrong with what nobody looks at is nobody's answer."""
     server.become_ready()
     server.model.permits.release(10)
-    decoded: list[int] = []
 
-    def decode_ahead() -> None:
-        decoded.append(server.model.calls.count("finish job1"))
+    def settle(_: object = None) -> None:
         raise InjectedOutOfMemoryError("full")
 
-    monkeypatch.setattr(server.loop._work, "decode_ahead", decode_ahead)
+    monkeypatch.setattr(server.loop._work, "settle", settle)
     for job in (1, 2, 3):
         server.infer(job, 0)
         answer = server.receive()
+        if isinstance(answer, Fatal):
+            break
         assert isinstance(answer, InferDone)
-        assert answer.job_id == job
-    assert isinstance(server.receive(), Fatal)
     assert server.exit_code() == exit_codes.OUT_OF_MEMORY
-    assert decoded == [1, 1, 1]
 
 
 @pytest.mark.parametrize("ended", [False, True])
@@ -382,7 +442,7 @@ def test_what_went_wrong_beside_a_job_is_not_the_next_ones_fault(
     server.model.permits.release(10)
     failures = iter([MemoryError("full")])
 
-    def settle() -> None:
+    def settle(_: object = None) -> None:
         for error in failures:
             raise error
 

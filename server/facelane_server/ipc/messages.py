@@ -13,7 +13,7 @@ in the slots of two memfd arenas, and messages hold offsets into the job's slot.
       |  -- GallerySnapshot (+ fds) ----------> |   recognisers only; newest wins
       |  -- GalleryDelta (+ fd) --------------> |   what came after it; newest wins
       |  <- GalleryLoaded ----------------------|
-      |  -- Infer(job, slot) -----------------> |   at most JOBS_PER_WORKER in flight
+      |  -- Infer(job, slot) -----------------> |   as many in flight as there are slots
       |  <- InferDone | InferFailed ------------|   in the order of Infer
       |  -- Ping -> / <- Pong -----------------|   answered by the inference loop itself
       |  -- Cancel ---------------------------> |   best effort: skips a job not begun

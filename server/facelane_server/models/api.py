@@ -73,6 +73,11 @@ Out = TypeVar("Out")
 class Pending(ABC, Generic[Out]):
     """A batch under way. ``finish`` is called once, in the order of ``begin``."""
 
+    def poll(self) -> bool:
+        """Does what can be done without waiting for the device; whether ``finish`` need not wait
+        either. A model that cannot tell says so too."""
+        return True
+
     @abstractmethod
     def finish(self) -> Out: ...
 

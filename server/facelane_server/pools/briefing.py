@@ -46,7 +46,11 @@ class Briefing:
             package=str(package.folder),
             device=device,
             batch_max=settings.batch_max,
-            slots=limits.JOBS_PER_WORKER,
+            slots=(
+                limits.JOBS_PER_DECODER
+                if self._stage is Stage.DETECTOR and settings.decode == "cuda"
+                else limits.JOBS_PER_WORKER
+            ),
             request_slot_bytes=limits.REQUEST_SLOT_BYTES,
             response_slot_bytes=limits.RESPONSE_SLOT_BYTES,
             crops=tuple(_crop_message(spec) for spec in self._crops),

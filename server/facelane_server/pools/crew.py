@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from facelane_server import config, limits
+from facelane_server import config
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.ipc.channel import ChannelError
 from facelane_server.ipc.messages import InferDone, InferFailed
@@ -536,7 +536,7 @@ class Crew:
             handle is not None
             and handle.canary_due
             and worker.life is Life.READY
-            and len(handle.jobs) < limits.JOBS_PER_WORKER
+            and len(handle.jobs) < handle.places
             and handle.free_slots
         ):
             self._send_canary(worker)

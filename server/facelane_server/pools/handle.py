@@ -202,6 +202,8 @@ class ReadyHandle:
         self._channel = channel
         self._request = request
         self._response = response
+        self.places = request.slots
+        """Jobs that it has at most in flight."""
         self._free = list(range(request.slots))
         self._pings = 0
         self._gallery_sent = 0

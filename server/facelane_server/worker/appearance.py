@@ -34,7 +34,8 @@ def signatures(chips: U8) -> U8:
     if not count:
         return found
     size = chips.shape[1]
-    grey = cv2.cvtColor(chips.reshape(count * size, size, 3), cv2.COLOR_BGR2GRAY)
+    tall = chips.reshape(count * size, size, 3)
+    grey = cv2.cvtColor(tall, cv2.COLOR_BGR2GRAY)
     fields = cv2.resize(grey, (FIELDS, FIELDS * count), interpolation=cv2.INTER_AREA)
     edge = size // 7
     # With a rim that mirrors what lies within, so that no chip's detail is of another one.
@@ -44,10 +45,11 @@ def signatures(chips: U8) -> U8:
     middles[:, :, 0], middles[:, :, -1] = middles[:, :, 2], middles[:, :, -3]
     side = middles.shape[1]
     laplacian = cv2.Laplacian(middles.reshape(count * side, side), cv2.CV_32F)
-    inner = laplacian.reshape(count, side, side)[:, 1:-1, 1:-1]
-    variances = inner.var((1, 2), dtype=np.float64)
+    inner = laplacian.reshape(count, side, side)[:, 1:-1, 1:-1].reshape(count, -1)
+    squares = np.matmul(inner[:, None], inner[:, :, None])[:, 0, 0] / inner.shape[1]
+    variances = squares - inner.mean(1) ** 2
     found[:, -4] = np.minimum(255.0, 16.0 * np.log2(1.0 + variances))
-    found[:, -3:] = [cv2.mean(chip)[:3] for chip in chips]  # cv2.reduce takes thirty times as long
+    found[:, -3:] = cv2.resize(tall, (1, count), interpolation=cv2.INTER_AREA)[:, 0]
     reliefs = fields.reshape(count, FIELDS * FIELDS).astype(np.float32)
     reliefs -= reliefs.mean(1, keepdims=True)
     highest = np.abs(reliefs).max(1, keepdims=True, initial=0.0)

@@ -8,8 +8,9 @@ Jobs are run in two phases so that work on the host overlaps with work on the de
     read job 3   begin 3
                  finish 2, answer 2 ...
 
-Where threads decode what is in a job, the one before it is finished and answered meanwhile: that
-takes milliseconds of waiting, however few pictures it is.
+Where a card decodes what is in a job, it is read as soon as it has come, beside those before it:
+that takes milliseconds of waiting, however few pictures it is. While there is nothing to do but to
+wait for it, what the device has computed is answered, and what comes is taken in.
 
 A model that computes in ``begin`` (``api.Immediate``: every CPU model) is answered before
 the next job is begun, because nothing would be gained and the answer would wait.
@@ -29,7 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
@@ -68,6 +69,10 @@ from facelane_server.worker.search import GalleryLoader
 from facelane_server.worker.work import Finish, work_for
 
 _WAIT_S: Final = 60.0
+_LAUNCHED: Final = 2
+"""Jobs that are with the device at once: it computes one, the next is behind it."""
+_LOOK_S: Final = 0.0002
+"""How often the loop looks after the device while it listens."""
 _DESCRIPTORS: Final = {GallerySnapshot: 2, GalleryDelta: 1}
 
 _STARTING = threading.Lock()
@@ -83,6 +88,7 @@ SCRUBBING: Final = Scrubbing()
 class _Begun:
     job_id: int
     finish: Finish
+    pending: api.Pending[Any]
 
 
 class Loop:
@@ -106,6 +112,9 @@ class Loop:
         self._sandbox = sandbox
         self._jobs: deque[Infer | CloseVideo] = deque()
         """Not begun; and lanes of video that end once those before them are. None of them first."""
+        self._read: set[int] = set()
+        """Of the jobs not begun those that are being read."""
+        self._beginning = False
         self._begun: deque[_Begun] = deque()
         self.drained = False
         """The server drained this loop; the channel is still good."""
@@ -231,11 +240,12 @@ class Loop:
         while True:
             if self._begun:
                 self._receive(0.0)
-                if self._jobs and len(self._begun) < limits.JOBS_PER_WORKER:
+                if self._jobs and len(self._begun) < _LAUNCHED:
                     self._begin_next()
+                elif self._work.reads_early and not self._begun[0].pending.poll():
+                    self._receive(_LOOK_S)  # a job that comes now need not wait to be read
                 else:
                     self._finish(self._begun.popleft())
-                    self._decode_ahead()
             elif self._jobs:
                 self._begin_next()
             elif self._draining:
@@ -271,15 +281,30 @@ class Loop:
                 self._gallery.extend(message, descriptors[0])
             else:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
-            self._close_ended()
-            if sum(isinstance(job, Infer) for job in self._jobs) > limits.JOBS_PER_WORKER:
+            if not self._beginning:
+                self._close_ended()
+            if sum(isinstance(job, Infer) for job in self._jobs) > self._request.slots:
                 raise ProtocolError("too many jobs at once")
+        self._read_early()
         if self._stopping():
             self._draining = True
 
+    def _read_early(self) -> None:
+        """Jobs that wait for their turn, in their order: as far as nothing is in the way."""
+        if not self._work.reads_early or self._fail is not None:
+            return
+        for job in self._jobs:
+            if isinstance(job, CloseVideo):
+                return
+            if job.job_id not in self._read:
+                self._check(job)
+                if not self._work.read(job):
+                    return
+                self._read.add(job.job_id)
+
     def _cancel(self, job_id: int) -> None:
         for job in self._jobs:
-            if isinstance(job, Infer) and job.job_id == job_id:
+            if isinstance(job, Infer) and job.job_id == job_id and job_id not in self._read:
                 self._jobs.remove(job)
                 self._send(InferFailed(job_id, Reason.CANCELLED, "cancelled before it began"))
                 return
@@ -287,7 +312,10 @@ class Loop:
     def _begin_next(self) -> None:
         job = self._jobs.popleft()
         assert isinstance(job, Infer)
+        self._read.discard(job.job_id)
+        self._beginning = True
         self._begin(job)
+        self._beginning = False
         self._close_ended()
 
     def _close_ended(self) -> None:
@@ -295,31 +323,34 @@ class Loop:
         nobody closes."""
         while self._jobs and isinstance(ended := self._jobs[0], CloseVideo):
             self._jobs.popleft()
-            self._settle()
+            self._settle(ended.lane)
             self._work.close_video(ended.lane)
 
-    def _begin(self, job: Infer) -> None:
+    def _check(self, job: Infer) -> None:
         wanted = sum(not (isinstance(item, VideoItem) and item.ahead) for item in job.items)
         if not 0 < wanted <= self._batch_max or len(job.items) > limits.MAX_BATCH:
             raise ProtocolError(f"a job of {len(job.items)} items, at most {self._batch_max}")
         if not 0 <= job.slot < self._request.slots:
             raise ProtocolError("a slot that does not exist")
+
+    def _begin(self, job: Infer) -> None:
+        self._check(job)
         self._settle()
         try:
             if self._fail is not None:
                 self._fail.job(self._work.payloads(job))
-            finish, ready = self._work.begin(job, self._answer_begun if self._begun else None)
+            meanwhile = self._meanwhile if self._begun or self._work.reads_early else None
+            finish, pending = self._work.begin(job, meanwhile)
         except (ProtocolError, ChannelClosed, Quit):
             raise
         except Exception as error:
             self._finish_begun()
             self._job_failed(job.job_id, error)
             return
-        begun = _Begun(job.job_id, finish)
-        if ready:
+        begun = _Begun(job.job_id, finish, pending)
+        if isinstance(pending, api.Immediate):
             self._finish_begun()
             self._finish(begun)
-            self._decode_ahead()
         else:
             self._begun.append(begun)
 
@@ -328,10 +359,12 @@ class Loop:
         while self._begun:
             self._finish(self._begun.popleft())
 
-    def _answer_begun(self) -> None:
-        """While the pictures of the job after them are decoded."""
-        while self._begun:
+    def _meanwhile(self) -> None:
+        """While the pictures of a job are waited for, those before it are answered, and what comes
+        is taken in."""
+        while self._begun and self._begun[0].pending.poll():
             self._finish(self._begun.popleft(), another=True)
+        self._receive(0.0)
 
     def _finish(self, begun: _Begun, *, another: bool = False) -> None:
         """``another``: one more is being begun, and will be answered before this worker ends."""
@@ -355,17 +388,10 @@ class Loop:
             message = "pictures that were given up are still being decoded"
             raise Quit(exit_codes.WORN_OUT, Fatal("WORN_OUT", message))
 
-    def _decode_ahead(self) -> None:
-        """An answer has gone out, so nobody waits for it but the next job."""
-        try:
-            self._work.decode_ahead()
-        except Exception as error:
-            self._job_failed(None, error)
-
-    def _settle(self) -> None:
+    def _settle(self, lane: int | None = None) -> None:
         """What went wrong with what nobody looks at is nobody's answer."""
         try:
-            self._work.settle()
+            self._work.settle(lane)
         except Exception as error:
             self._job_failed(None, error)
 

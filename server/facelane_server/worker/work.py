@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,14 +42,10 @@ from facelane_server.wiping import Fleeting, wipe
 from facelane_server.worker.search import GalleryLoader, Hits, Searcher
 
 if TYPE_CHECKING:
+    from facelane_server.worker.decoding.reading import Read, Reading
     from facelane_server.worker.decoding.video import VideoEngine
 
-_AHEAD: Final = 0.25
-"""Of a job's time, what is decoded after it that nobody looks at."""
-
 Finish = Callable[[], list[ItemDone]]
-_Read = tuple[U8, tuple[int, int]] | U8 | api.DevicePicture | FacelaneError | PictureHeld
-"""What became of one picture before the model sees it; with its size as stored, if shrunk."""
 
 
 class Work:
@@ -60,8 +56,19 @@ class Work:
         self._views = [request.slot(i) for i in range(request.slots)]
         self._response = [np.frombuffer(response.slot(i), np.uint8) for i in range(response.slots)]
 
-    def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
-        """How to finish, and whether the result is there already. ``meanwhile``: called while
+    reads_early = False
+    """What is in a job is worth reading before the job has its turn."""
+
+    def read(self, job: Infer) -> bool:
+        """Whether it is being read now, before it has its turn; its slot is not written to until it
+        is answered. Jobs are read and begun in one order. Raises ProtocolError."""
+        del job
+        return False
+
+    def begin(
+        self, job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Finish, api.Pending[Any]]:
+        """How to finish, and what that waits for. ``meanwhile``: called again and again while
         others decode what is in it, if they do."""
         raise NotImplementedError
 
@@ -79,14 +86,11 @@ class Work:
         raise NotImplementedError
 
     def close_video(self, lane: int) -> None:
-        """The lane's decoder is not needed any more; nothing decodes ahead (``settle``)."""
+        """The lane's decoder is not needed any more; nothing of it is decoded (``settle``)."""
 
-    def decode_ahead(self) -> None:
-        """What nobody looks at, of video; an answer has gone out. Bounded."""
-
-    def settle(self) -> None:
-        """Waits for what is decoded ahead beside a job, and raises what went wrong with it. To be
-        called before another one is begun. Bounded."""
+    def settle(self, lane: int | None = None) -> None:
+        """Raises what went wrong with what nobody looks at, and waits for that of a lane: to be
+        called before a job is begun, and before a lane is closed. Bounded."""
 
     @property
     def worn_out(self) -> bool:
@@ -125,7 +129,7 @@ class DetectWork(Work):
     def __init__(self, model: api.Detector, load: Load, request: Arena, response: Arena) -> None:
         super().__init__(request, response)
         from facelane_server.worker.appearance import signatures
-        from facelane_server.worker.decoding import headers, patience, pictures, video
+        from facelane_server.worker.decoding import headers, pictures, reading
 
         self._signatures = signatures
 
@@ -138,25 +142,23 @@ class DetectWork(Work):
         self._examine = headers.examine
         self._record = sum(spec.size * spec.size * 3 for spec in model.crops)
         self._blank: U8 = np.zeros((1, 1, 3), np.uint8)
-        timeout_s = load.job_timeout_ms / 1000
         engine, threads = _video_engine(load, model) if self._needs_pixels else (None, load.threads)
-        self._decoders = patience.Decoders(
-            threads, min(limits.DECODE_SECONDS, 0.4 * timeout_s), 0.6 * timeout_s
+        self._reader = reading.Reader(
+            engine,
+            threads,
+            max_pixels=load.max_pixels,
+            timeout_s=load.job_timeout_ms / 1000,
         )
-        self._video = video.Sessions(engine, max_pixels=load.max_pixels)
-        # Beside the next job's own time: together they are below what a job may take.
-        self._ahead = patience.Decoders(threads, *2 * [_AHEAD * timeout_s])
+        self.reads_early = self._reader.reads_early
+        self._readings: dict[int, Reading] = {}
+        """Of jobs that have not had their turn."""
 
-    def decode_ahead(self) -> None:
-        self._ahead.settle()
-        self._ahead.run(self._video.ahead())
-
-    def settle(self) -> None:
-        self._ahead.settle()
+    def settle(self, lane: int | None = None) -> None:
+        self._reader.settle(lane)
 
     @property
     def worn_out(self) -> bool:
-        return self._decoders.worn_out or self._ahead.worn_out
+        return self._reader.worn_out
 
     def spans(self, item: Item) -> list[tuple[int, int]]:
         if isinstance(item, VideoItem):
@@ -167,27 +169,54 @@ class DetectWork(Work):
         return [(item.offset, item.length)]
 
     def close_video(self, lane: int) -> None:
-        self._video.close(lane)
+        self._reader.close(lane)
 
-    def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
-        view = self._views[job.slot]
-        items = job.items
-        for item in items:
+    def read(self, job: Infer) -> bool:
+        if not self.reads_early or not all(isinstance(item, VideoItem) for item in job.items):
+            return False
+        self._check(job)
+        self._readings[job.job_id] = self._reader.begin({}, self._footage(job))
+        return True
+
+    def _check(self, job: Infer) -> None:
+        for item in job.items:
             if not isinstance(item, DetectItem | VideoItem | EncodeItem):
                 raise ProtocolError("a detector takes pictures")
             for offset, length in self.spans(item):
                 self._bytes(job.slot, offset, length)
-        stills = {i: item for i, item in enumerate(items) if isinstance(item, DetectItem)}
-        read: dict[int, _Read] = {}
-        if self._model.decodes and stills:
-            read.update(self._on_device(view, stills))
-        others = {i: item for i, item in stills.items() if i not in read}
-        footage = {i: item for i, item in enumerate(items) if isinstance(item, VideoItem)}
-        if self._needs_pixels:
-            read.update(self._read_all(view, others, footage, meanwhile))
-        else:
-            read.update({i: self._look_at(view, item) for i, item in others.items()})
-            read.update(self._read_all(view, {}, footage))
+
+    def _footage(self, job: Infer) -> dict[int, tuple[VideoItem, Sequence[bytes]]]:
+        view = self._views[job.slot]
+        return {
+            i: (item, _access_units(view, item))
+            for i, item in enumerate(job.items)
+            if isinstance(item, VideoItem)
+        }
+
+    def _pictures(self, job: Infer, meanwhile: Callable[[], None] | None) -> dict[int, Read]:
+        """By the number of the item."""
+        view = self._views[job.slot]
+        read: dict[int, Read] = {}
+        reading = self._readings.pop(job.job_id, None)
+        if reading is None:
+            self._check(job)
+            stills = {i: item for i, item in enumerate(job.items) if isinstance(item, DetectItem)}
+            if self._model.decodes and stills:
+                read.update(self._on_device(view, stills))
+            others = {i: item for i, item in stills.items() if i not in read}
+            if not self._needs_pixels:
+                read.update({i: self._look_at(view, item) for i, item in others.items()})
+                others = {}
+            calls = {i: functools.partial(self._read, view, item) for i, item in others.items()}
+            reading = self._reader.begin(calls, self._footage(job))
+        read.update(self._reader.end(reading, meanwhile))
+        return read
+
+    def begin(
+        self, job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Finish, api.Pending[Any]]:
+        items = job.items
+        read = self._pictures(job, meanwhile)
         pictures: list[U8 | api.DevicePicture] = []
         max_faces: list[int] = []
         outcome: list[_Size | FacelaneError | PictureHeld | list[U8]] = []
@@ -236,7 +265,7 @@ class DetectWork(Work):
                     done.append(answer)
             return done
 
-        return finish, isinstance(pending, api.Immediate)
+        return finish, pending
 
     def _encoded(self, slot: int, item: EncodeItem) -> list[U8] | FacelaneError:
         import cv2
@@ -255,39 +284,6 @@ class DetectWork(Work):
         lengths = tuple(len(jpeg) for jpeg in jpegs)
         self._room(slot, offset, sum(lengths))[:] = np.concatenate(jpegs)
         return EncodeDone(offset, lengths), aligned(offset + sum(lengths))
-
-    def _read_all(
-        self,
-        view: memoryview,
-        stills: Mapping[int, DetectItem],
-        footage: Mapping[int, VideoItem],
-        meanwhile: Callable[[], None] | None = None,
-    ) -> dict[int, _Read]:
-        """By the number of the item. One call for each still, one for each lane of video. What is
-        decoded ahead is begun beside them, and goes on until ``settle``: with jobs one after the
-        other it has no time of its own."""
-        calls: list[Callable[[], Sequence[_Read]]] = [
-            functools.partial(self._read_still, view, item) for item in stills.values()
-        ]
-        numbers = [[i] for i in stills]
-        if footage:
-            which = list(footage)
-            lanes, places = self._video.calls(
-                [(item, _access_units(view, item)) for item in footage.values()]
-            )
-            calls += lanes
-            numbers += [[which[place] for place in of_lane] for of_lane in places]
-            self._ahead.begin(self._video.ahead(list(footage.values())))
-        read: dict[int, _Read] = {}
-        for of_call, found in zip(numbers, self._decoders.run(calls, meanwhile), strict=True):
-            if isinstance(found, FacelaneError):
-                read.update(dict.fromkeys(of_call, found))
-            else:
-                read.update(zip(of_call, found, strict=True))
-        return read
-
-    def _read_still(self, view: memoryview, item: DetectItem) -> list[_Read]:
-        return [self._read(view, item)]
 
     def _read(
         self, view: memoryview, item: DetectItem
@@ -427,7 +423,9 @@ class EmbedWork(Work):
         assert isinstance(item, EmbedItem)
         return [(item.offset, self._chip)]
 
-    def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
+    def begin(
+        self, job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Finish, api.Pending[Any]]:
         del meanwhile
         items = [item for item in job.items if isinstance(item, EmbedItem)]
         if len(items) != len(job.items):
@@ -457,7 +455,7 @@ class EmbedWork(Work):
                 vectors.fill(0)
                 found.vectors.fill(0)
 
-        return finish, isinstance(pending, api.Immediate)
+        return finish, pending
 
     def _stack(self, slot: int, offsets: Sequence[int]) -> U8:
         chips = np.stack([self._bytes(slot, offset, self._chip) for offset in offsets])
@@ -502,7 +500,9 @@ class LivenessWork(Work):
         assert isinstance(item, LivenessItem)
         return [(a, s * s * 3) for a, s in zip(item.offsets, self._sizes, strict=True)]
 
-    def begin(self, job: Infer, meanwhile: Callable[[], None] | None = None) -> tuple[Finish, bool]:
+    def begin(
+        self, job: Infer, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Finish, api.Pending[Any]]:
         del meanwhile
         items = [item for item in job.items if isinstance(item, LivenessItem)]
         if len(items) != len(job.items) or any(len(i.offsets) != len(self._sizes) for i in items):
@@ -518,7 +518,7 @@ class LivenessWork(Work):
         def finish() -> list[ItemDone]:
             return [LivenessDone(float(score)) for score in pending.finish()]
 
-        return finish, isinstance(pending, api.Immediate)
+        return finish, pending
 
     def rehearse(self) -> float:
         crops = [np.full((1, size, size, 3), 96, np.uint8) for size in self._sizes]

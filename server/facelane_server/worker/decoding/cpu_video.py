@@ -129,10 +129,14 @@ class CpuEngine:
     """See ``VideoEngine``. ``threads``: of one decoder, at most two."""
 
     opens_slowly = False
+    waits = False
 
     def __init__(self, threads: int = 1) -> None:
         av.logging.set_level(None)  # what it has to say of broken streams comes as an error
         self._threads = threads
+
+    def settle_in(self) -> None:
+        """There is nothing to do."""
 
     def open(self, codec: Encoding, found: annexb.Format, key_frame: bytes = b"") -> CpuDecoder:
         del key_frame

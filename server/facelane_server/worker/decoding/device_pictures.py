@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,47 @@ _ALIKE: Final = 4.0
 """Grey levels on average that a trial picture may differ from the host's decoding."""
 
 
+class Cutting:
+    """Crops on their way to the host. ``done``: None = they are there."""
+
+    def __init__(
+        self,
+        records: Tensor | None,
+        done: torch.cuda.Event | None,
+        counts: Sequence[int],
+        sizes: Sequence[int],
+    ) -> None:
+        self._records = records
+        self._done = done
+        self._counts = counts
+        self._sizes = sizes
+
+    @property
+    def is_ready(self) -> bool:
+        return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
+
+    def fetch(self) -> list[tuple[U8, ...]]:
+        """Waits; of each picture the crops of its faces, [n, size, size, 3] for each spec."""
+        if self._done is not None:
+            self._done.synchronize()
+        ends = np.cumsum([0, *(3 * size * size for size in self._sizes)])
+        if self._records is None:
+            cut: npt.NDArray[np.uint8] = np.zeros((sum(self._counts), int(ends[-1])), np.uint8)
+        else:
+            cut = np.asarray(self._records.numpy(), np.uint8)
+        results: list[tuple[U8, ...]] = []
+        at = 0
+        for count in self._counts:
+            rows, at = cut[at : at + count], at + count
+            results.append(
+                tuple(
+                    rows[:, first:end].reshape(count, size, size, 3)
+                    for first, end, size in zip(ends, ends[1:], self._sizes, strict=False)
+                )
+            )
+        return results
+
+
 class DevicePictures:
     """Pictures of one device. Used by one thread, but for ``arriving``.
 
@@ -60,6 +102,7 @@ class DevicePictures:
         self._decode_jpegs = decode_jpegs
         self.pixels = pixels or _pixels(self.device)
         self._told = -_TOLD_EVERY_S
+        self._here = threading.local()
         cuda = self.device.type == "cuda"
         # What these do is little, and somebody waits for it while another batch computes, of this
         # process or of another one on the card.
@@ -145,11 +188,26 @@ class DevicePictures:
                 found[i] = picture
         return found
 
-    @contextlib.contextmanager
-    def arriving(self) -> Iterator[None]:
+    def arriving(self) -> contextlib.AbstractContextManager[None]:
         """What is queued in here is waited for before pictures are placed. Of any thread."""
+        if getattr(self._here, "arrives", False):
+            return contextlib.nullcontext()
+        return self._arriving()
+
+    @contextlib.contextmanager
+    def _arriving(self) -> Iterator[None]:
         with self._on(self.stream), torch.inference_mode():
             yield
+
+    def arrive_here(self) -> None:
+        """Of this thread all is ``arriving``, for as long as it lives: to say so again and again
+        takes longer, with the GIL in hand, than what most of it is for."""
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)
+            torch.cuda.set_stream(self.stream)
+        self._here.mode = torch.inference_mode()
+        self._here.mode.__enter__()
+        self._here.arrives = True
 
     def upload(self, picture: U8) -> OnDevice:
         """``picture``: uint8 [H, W, 3], BGR, which may be overwritten afterwards."""
@@ -175,41 +233,25 @@ class DevicePictures:
         boxes: F32,
         landmarks: F32,
         specs: Sequence[CropSpec],
-    ) -> list[tuple[U8, ...]]:
-        """``crops.cut`` for several pictures, whose arrival was waited for: ``counts[i]`` of the
-        faces ``boxes`` [N, 4] and ``landmarks`` [N, 5, 2] lie in picture i. Waits for it."""
+    ) -> Cutting:
+        """Begins ``crops.cut`` for several pictures, whose arrival was waited for: ``counts[i]`` of
+        the faces ``boxes`` [N, 4] and ``landmarks`` [N, 5, 2] lie in picture i. To be fetched
+        before the next call."""
         sizes = [spec.size for spec in specs]
         faces = np.repeat(np.arange(len(pictures)), counts)
-        cut: npt.NDArray[np.uint8] = np.zeros((len(faces), 0), np.uint8)
-        if specs and len(faces):
-            bounds = np.array([(picture.width, picture.height) for picture in pictures])[faces]
-            maps = [crop_maps(spec, boxes, landmarks, bounds) for spec in specs]
-            with self._on(self._crops), torch.inference_mode():
-                found = self.pixels.cut(pictures, faces, maps, sizes)
-                cut = self._fetched(found)
-        results: list[tuple[U8, ...]] = []
-        ends = np.cumsum([0, *(3 * size * size for size in sizes)])
-        if not len(faces):
-            cut = np.zeros((0, int(ends[-1])), np.uint8)
-        at = 0
-        for count in counts:
-            rows, at = cut[at : at + count], at + count
-            results.append(
-                tuple(
-                    rows[:, first:end].reshape(count, size, size, 3)
-                    for first, end, size in zip(ends, ends[1:], sizes, strict=False)
-                )
-            )
-        return results
-
-    def _fetched(self, found: Tensor) -> U8:
-        """On the host; waits for all that is queued for crops."""
-        if self._crops is None:
-            return np.asarray(found.numpy(), np.uint8)
-        there = torch.empty(found.shape, dtype=torch.uint8, pin_memory=True)
-        there.copy_(found, non_blocking=True)
-        self._crops.synchronize()
-        return np.asarray(there.numpy(), np.uint8)
+        if not (specs and len(faces)):
+            return Cutting(None, None, counts, sizes)
+        bounds = np.array([(picture.width, picture.height) for picture in pictures])[faces]
+        maps = [crop_maps(spec, boxes, landmarks, bounds) for spec in specs]
+        with self._on(self._crops), torch.inference_mode():
+            found = self.pixels.cut(pictures, faces, maps, sizes)
+            if self._crops is None:
+                return Cutting(found, None, counts, sizes)
+            there = torch.empty(found.shape, dtype=torch.uint8, pin_memory=True)
+            there.copy_(found, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._crops)
+        return Cutting(there, done, counts, sizes)
 
     def _decode_all(self, data: Sequence[U8]) -> list[Tensor]:
         assert self._decode_jpegs is not None

@@ -133,6 +133,7 @@ class NvdecEngine:
     """
 
     opens_slowly = True
+    waits = True
 
     def __init__(self, pictures: DevicePictures, other: VideoEngine, library: Any = None) -> None:
         self.library: Any = library or importlib.import_module("PyNvVideoCodec")
@@ -140,6 +141,9 @@ class NvdecEngine:
         self._other = other
         self._told: set[str] = set()
         self._closer = ThreadPoolExecutor(1, "nvdec")
+
+    def settle_in(self) -> None:
+        self.pictures.arrive_here()
 
     def open(self, codec: Encoding, found: annexb.Format, key_frame: bytes = b"") -> VideoDecoder:
         if found.depth != 8:

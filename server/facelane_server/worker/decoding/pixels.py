@@ -98,7 +98,8 @@ class Pixels(ABC):
     ) -> Tensor:
         """Records of crops, uint8 [N, bytes]: a face's crops one after the other, each
         [size, size, 3] BGR. ``faces[i]`` is the number of face i's picture, ``maps[k]``
-        [N, 2, 5] takes pixels of crop k into it (``crop_maps``)."""
+        [N, 2, 5] takes pixels of crop k into it (``crop_maps``). To be waited for before the next
+        call."""
 
     @abstractmethod
     def plain_ends(self, pictures: Sequence[OnDevice]) -> list[bool]:

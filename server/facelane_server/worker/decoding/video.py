@@ -6,8 +6,8 @@ A ``Session`` is one lane's: it knows which access units its decoder has had and
 belongs to which. Where pictures are shown in another order than they are decoded in, the n-th
 access unit of a group stands for the n-th picture shown.
 
-``Sessions`` holds them all, by the lane's number. It is used by one thread, its sessions by one
-thread each: a decoding that was given up (``patience``) takes its session with it.
+``Sessions`` holds them all, by the lane's number. Its calls are made one after the other for each
+lane (``patience.Lanes``), by any thread; one that was given up takes its session with it.
 
 A card's decoder takes long to open, which its first key frame does. That is done beside, and the
 others' pictures do not wait for it: what comes for the lane meanwhile is kept, and decoded once it
@@ -89,6 +89,13 @@ class VideoEngine(Protocol):
     def opens_slowly(self) -> bool:
         """Its ``open`` is called by a thread that has nothing else to do."""
 
+    @property
+    def waits(self) -> bool:
+        """To decode is to wait for a device: it is begun before the job has its turn."""
+
+    def settle_in(self) -> None:
+        """Called by each thread that decodes, first of all."""
+
     def open(self, codec: Encoding, found: annexb.Format, key_frame: bytes = b"") -> VideoDecoder:
         """``key_frame``: that the decoder will begin with, and will be given after this; where it
         is known, what opens slowly opens here. Raises FacelaneError(VIDEO_UNSUPPORTED) for a format
@@ -148,8 +155,6 @@ class Session:
         """A picture that was asked for and is not there yet, and the job that asked last."""
         self._base = 0
         """Access units of the groups before: with them tags are never used twice."""
-        self.busy = False
-        """A thread is at it; left so by one that was given up."""
         self._broken = False
         self._drained = False
         self._undecoded: deque[bytes] = deque()
@@ -178,10 +183,10 @@ class Session:
             return False
         return first == self.position + 1
 
-    def feed(self, unit: bytes) -> None:
-        """It is decoded by ``decode``."""
-        self.position += 1
-        self._undecoded.append(unit)
+    def feed(self, units: Sequence[bytes]) -> None:
+        """They are decoded by ``decode``."""
+        self.position += len(units)
+        self._undecoded += units
 
     @property
     def is_open(self) -> bool:
@@ -282,9 +287,6 @@ class Sessions:
         self._clock = clock
         self._sessions: dict[int, Session] = {}
         self._jobs = 0
-        self._ahead: dict[int, tuple[Session, int]] = {}
-        """Lanes whose decoders were given what nobody looks at, and nothing since; and up to which
-        picture."""
         slow = engine is not None and engine.opens_slowly
         self._openers = ThreadPoolExecutor(OPENERS, "open-video") if slow else None
 
@@ -293,54 +295,27 @@ class Sessions:
 
     def calls(
         self, items: Sequence[tuple[VideoItem, Sequence[bytes]]]
-    ) -> tuple[Sequence[Callable[[], Sequence[Read]]], list[list[int]]]:
-        """One call for each lane, which decodes its items in order, and the numbers of those items.
-        Raises ProtocolError for a lane too many."""
-        lanes: dict[int, list[int]] = {}
-        for number, (item, _) in enumerate(items):
-            lanes.setdefault(item.lane, []).append(number)
-        self._abandon_busy()
+    ) -> dict[int, Callable[[], Sequence[Read]]]:
+        """Of one job: for each lane the call that decodes its items in order, and says what became
+        of each. What nobody looks at is decoded where all of a lane is that: with a picture that
+        is wanted it is left to that one. Raises ProtocolError for a lane too many."""
+        lanes: dict[int, list[tuple[VideoItem, Sequence[bytes]]]] = {}
+        for item, units in items:
+            lanes.setdefault(item.lane, []).append((item, units))
         self._jobs += 1
         if len(self._sessions.keys() | lanes.keys()) > limits.MAX_DECODERS:
             raise ProtocolError("more decoders than a worker has")
-        calls = [
-            functools.partial(self._run, [items[number] for number in numbers])
-            for numbers in lanes.values()
-        ]
-        return calls, list(lanes.values())
+        return {
+            lane: functools.partial(self._run, self._jobs, these) for lane, these in lanes.items()
+        }
 
-    def ahead(self, items: Sequence[VideoItem] = ()) -> list[Callable[[], None]]:
-        """One call for each lane that was given what nobody looks at since this was asked, which
-        decodes it. Else it is decoded with the lane's next picture, which is told also what is
-        wrong with it.
-
-        ``items``: of the job that is read beside, whose lanes have their next picture in it."""
-        self._abandon_busy()
-        given, kept = self._ahead, {item.lane for item in items}
-        self._ahead = {lane: given.pop(lane) for lane in given.keys() & kept}
-        return [
-            functools.partial(self._decode_ahead, lane, session, picture)
-            for lane, (session, picture) in list(given.items())
-            if self._sessions.get(lane) is session
-        ]
-
-    def _decode_ahead(self, lane: int, session: Session, picture: int) -> None:
-        session.busy = True
-        try:
-            if session.opened(0.0):
-                session.decode(self._clock, self._clock() + SLICE_S, picture + 1)
-        except FacelaneError as error:
-            if error.reason is not Reason.PICTURE_CORRUPT or not session.is_open:
-                self._leave(lane, session)
-        except Exception:
-            self._leave(lane, session)  # an access unit is missing
-            raise
-        finally:
-            session.busy = False
+    def given_up(self, lane: int) -> None:
+        """A call of it was: its thread may still be at work on the session."""
+        self._sessions.pop(lane, None)
 
     def close(self, lane: int) -> None:
         session = self._sessions.pop(lane, None)
-        if session is not None and not session.busy:
+        if session is not None:
             session.close()
 
     def close_all(self) -> None:
@@ -352,17 +327,36 @@ class Sessions:
         if self._sessions.get(lane) is session:
             del self._sessions[lane]
 
-    def _abandon_busy(self) -> None:
-        """A thread that was given up may still be at work on these."""
-        for lane in [lane for lane, session in self._sessions.items() if session.busy]:
-            del self._sessions[lane]
-
-    def _run(self, items: Sequence[tuple[VideoItem, Sequence[bytes]]]) -> list[Read]:
+    def _run(self, job: int, items: Sequence[tuple[VideoItem, Sequence[bytes]]]) -> list[Read]:
         until = self._clock() + SLICE_S
-        return [self._read(item, units, until) for item, units in items]
+        if all(item.ahead for item, _ in items):
+            return [self._look_away(item, units, until) for item, units in items]
+        return [self._read(job, item, units, until) for item, units in items]
 
-    def _read(self, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
-        if self._is_early(item):
+    def _look_away(self, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
+        """Decodes what nobody looks at. What is not done within the time is done with the lane's
+        next picture, which is told also what is wrong with it."""
+        try:
+            session = self._session(item, units)
+        except FacelaneError as error:
+            return error
+        if session is None:
+            return PictureHeld(-1)
+        try:
+            session.feed(units)
+            owed = item.picture + 1 if session.owed is None else session.owed[0]
+            if session.opened(0.0):
+                session.decode(self._clock, until, min(owed, item.picture + 1))
+        except FacelaneError as error:
+            if error.reason is not Reason.PICTURE_CORRUPT or not session.is_open:
+                self._leave(item.lane, session)
+        except Exception:
+            self._leave(item.lane, session)  # an access unit is missing
+            raise
+        return PictureHeld(session.position)
+
+    def _read(self, job: int, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
+        if self._is_early(job, item):
             return PictureHeld(0, waits=True)
         try:
             session = self._session(item, units)
@@ -371,18 +365,13 @@ class Sessions:
         if session is None:
             return PictureHeld(-1)
         session.owed = None
-        session.busy = True
-        # Else what is wanted now would be let go of with what was not, a device being at two jobs.
-        self._ahead.pop(item.lane, None)
         try:
-            for unit in units:
-                session.feed(unit)
-            wait_s = OPENING_S if len(self._sessions) > 1 else OPENING_FIRST_S
+            session.feed(units)
             if item.ahead:
-                self._ahead[item.lane] = session, item.picture
                 return PictureHeld(session.position)
+            wait_s = OPENING_S if len(self._sessions) > 1 else OPENING_FIRST_S
             if not session.opened(wait_s) or not session.decode(self._clock, until, item.picture):
-                session.owed = item.picture, self._jobs
+                session.owed = item.picture, job
                 return PictureHeld(session.position)
             if item.drain:
                 session.drain(item.picture)
@@ -394,17 +383,15 @@ class Sessions:
             if error.reason is not Reason.PICTURE_CORRUPT or not session.is_open:
                 self._leave(item.lane, session)
             return error
-        finally:
-            session.busy = False
 
-    def _is_early(self, item: VideoItem) -> bool:
+    def _is_early(self, job: int, item: VideoItem) -> bool:
         """One before it is not there yet: that would be let go of for this one, and asked for
         again. Who asked for it does so at once, or has gone."""
         session = self._sessions.get(item.lane)
         if item.begins or session is None or session.owed is None:
             return False
-        picture, job = session.owed
-        return picture < item.picture and self._jobs <= job + 1
+        picture, asked_in = session.owed
+        return picture < item.picture and job < asked_in + limits.JOBS_PER_DECODER
 
     def _session(self, item: VideoItem, units: Sequence[bytes]) -> Session | None:
         """That goes on, or begins, with these access units; None when it does not."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from facelane_server import limits
 from facelane_server.models.api import (
@@ -28,7 +29,7 @@ from facelane_server.worker.networks.candidates import WIDTH, believed, select
 from facelane_server.worker.networks.runner import Runner, Ticket
 
 if TYPE_CHECKING:
-    from facelane_server.worker.decoding.device_pictures import DevicePictures
+    from facelane_server.worker.decoding.device_pictures import Cutting, DevicePictures
     from facelane_server.worker.decoding.pixels import OnDevice
 
 
@@ -160,43 +161,38 @@ class NetworkDetector(Detector):
 
     def faces(self, candidates: F32, limit: int) -> F32:
         """The rows of one picture's faces."""
-        if self._suppressed:
-            rows = candidates[: int((candidates[:, 0] > 0).sum())]
-        else:
-            most = limit if self._least == self._score else limits.MAX_FACES
-            rows = select(candidates, score=self._least, iou=self._nms, limit=most)
-        if self._least < self._score:
-            rows = rows[believed(rows, score=self._score, turned=self._least)]
-        return rows[:limit]
+        rows, _ = self.faces_of([candidates], [limit])
+        return rows
 
-    def finish(
-        self,
-        pictures: list[OnDevice],
-        max_faces: list[int],
-        fits: list[_Fit],
-        launched: list[tuple[list[int], Ticket]],
-    ) -> list[Detections]:
-        """Of a batch on a card, the faces of all its pictures at once."""
-        there = self._runner.pictures
-        assert there is not None
-        kept: list[F32] = [np.zeros((0, WIDTH), np.float32)] * len(pictures)
-        for indices, ticket in launched:
-            for candidates, i in zip(ticket.wait(), indices, strict=True):
-                kept[i] = self.faces(candidates, max_faces[i])
-        counts = [len(rows) for rows in kept]
+    def faces_of(
+        self, candidates: Sequence[F32], limits_of: Sequence[int]
+    ) -> tuple[F32, npt.NDArray[np.intp]]:
+        """The rows of all pictures' faces [n, 15], and how many are of each."""
+        turned = self._least < self._score
+        kept: list[F32] = []
+        for found, limit in zip(candidates, limits_of, strict=True):
+            if self._suppressed:
+                kept.append(found[: int((found[:, 0] > 0).sum())])
+            else:
+                most = limits.MAX_FACES if turned else limit
+                kept.append(select(found, score=self._least, iou=self._nms, limit=most))
         rows = np.concatenate(kept)
-        scales = np.repeat(np.array([place.scale for place in fits], np.float32), counts, 0)
-        boxes, landmarks = _in_pictures(rows, scales)
-        crops = there.cut(pictures, counts, boxes, landmarks, self.crops)
-        found: list[Detections] = []
-        at = 0
-        for count, chips in zip(counts, crops, strict=True):
-            own, at = slice(at, at + count), at + count
-            found.append(Detections(boxes[own], rows[own, 0], landmarks[own], chips))
-        return found
+        counts = np.array([len(each) for each in kept], np.intp)
+        # Once for all of them: a picture has few, and a call costs the same for many.
+        there = np.ones(len(rows), bool)
+        if turned:
+            there = believed(rows, score=self._score, turned=self._least)
+        whose = np.repeat(np.arange(len(kept)), counts)
+        before = np.cumsum(there) - there
+        ahead = before - np.repeat(np.append(before, 0)[np.cumsum(counts) - counts], counts)
+        there &= ahead < np.asarray(limits_of, np.intp)[whose]
+        return rows[there], np.bincount(whose[there], minlength=len(kept))
 
 
 class _PendingDetections(Pending[list[Detections]]):
+    """Of a batch on a card, the faces of all its pictures at once: once the network has ended their
+    crops are cut, and once those are on the host it is finished."""
+
     def __init__(
         self,
         detector: NetworkDetector,
@@ -210,9 +206,40 @@ class _PendingDetections(Pending[list[Detections]]):
         self._max_faces = max_faces
         self._fits = fits
         self._launched = launched
+        self._cutting: Cutting | None = None
+
+    def poll(self) -> bool:
+        if self._cutting is None:
+            if not all(ticket.is_ready for _, ticket in self._launched):
+                return False
+            self._cutting = self._cut()
+        return self._cutting.is_ready
 
     def finish(self) -> list[Detections]:
-        return self._detector.finish(self._pictures, self._max_faces, self._fits, self._launched)
+        cutting = self._cutting or self._cut()
+        found: list[Detections] = []
+        at = 0
+        for count, chips in zip(self._counts, cutting.fetch(), strict=True):
+            own, at = slice(at, at + count), at + count
+            scores = self._rows[own, 0]
+            found.append(Detections(self._boxes[own], scores, self._landmarks[own], chips))
+        return found
+
+    def _cut(self) -> Cutting:
+        """Waits for the network."""
+        there = self._detector.device_pictures
+        assert there is not None
+        candidates: list[F32] = [np.zeros((0, WIDTH), np.float32)] * len(self._pictures)
+        for indices, ticket in self._launched:
+            for found, i in zip(ticket.wait(), indices, strict=True):
+                candidates[i] = found
+        self._rows, counts = self._detector.faces_of(candidates, self._max_faces)
+        self._counts = counts.tolist()
+        scales = np.array([place.scale for place in self._fits], np.float32)
+        self._boxes, self._landmarks = _in_pictures(self._rows, np.repeat(scales, counts, 0))
+        return there.cut(
+            self._pictures, self._counts, self._boxes, self._landmarks, self._detector.crops
+        )
 
 
 def _on_device(picture: U8 | DevicePicture, there: DevicePictures) -> OnDevice:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 class Ticket(ABC):
     """A launched batch."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``wait`` has nothing to wait for."""
+        return True
+
     @abstractmethod
     def wait(self) -> F32:
         """The output [n, ...], float32 on the host. May be called again."""

@@ -158,6 +158,10 @@ class _Launched(Ticket):
         self._shape = shape
         self._output: F32 | None = None
 
+    @property
+    def is_ready(self) -> bool:
+        return self._stage is None or bool(self._stage.done.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> F32:
         if self._stage is not None:
             self._stage.done.synchronize()
