@@ -631,3 +631,30 @@ def encode_frames(frames: Sequence[object], options: dict[str, str]) -> list[byt
         assert isinstance(frame, av.VideoFrame)
         units += [bytes(packet) for packet in context.encode(frame)]
     return units + [bytes(packet) for packet in context.encode(None)]
+
+
+def test_decoders_that_are_being_opened_come_last_and_are_waited_for_once() -> None:
+    engine, units = SlowEngine(), clip(count=2)
+    clock = Clock()
+    held = video.Sessions(engine, max_pixels=0, clock=clock)
+    engine.let.set()
+    read(held, (item(0, 0, 0, lane=1), units[:1]))
+    engine.let.clear()
+    new = [(item(0, 0, 0, lane=lane), units[:1]) for lane in (2, 3)]
+    calls = held.calls([*new, (item(1, 1, 1, lane=1), units[1:2])])
+    assert list(calls) == [1, 2, 3]
+    waited: list[float] = []
+
+    def opened(session: video.Session, wait_s: float) -> bool:
+        if not session.is_open:
+            waited.append(wait_s)
+            clock.now += wait_s
+        return session.is_open
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video.Session, "opened", opened)
+        for call in calls.values():
+            call()
+    assert waited == [video.OPENING_S, 0.0]
+    engine.let.set()
+    held.close_all()

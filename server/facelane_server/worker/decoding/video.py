@@ -38,7 +38,7 @@ OPENERS: Final = 1
 """Threads that open decoders where that takes long: a card's driver opens one after the other, and
 two that wait for it would be two that others wait for."""
 OPENING_S: Final = 0.005
-"""What a job waits for a decoder that is being opened."""
+"""What a job waits for decoders that are being opened, all together."""
 OPENING_FIRST_S: Final = 0.5
 """The same where nobody else has one, so nobody is kept waiting."""
 
@@ -298,16 +298,23 @@ class Sessions:
     ) -> dict[int, Callable[[], Sequence[Read]]]:
         """Of one job: for each lane the call that decodes its items in order, and says what became
         of each. What nobody looks at is decoded where all of a lane is that: with a picture that
-        is wanted it is left to that one. Raises ProtocolError for a lane too many."""
+        is wanted it is left to that one. Those whose decoder is not open yet come last. Raises
+        ProtocolError for a lane too many."""
         lanes: dict[int, list[tuple[VideoItem, Sequence[bytes]]]] = {}
         for item, units in items:
             lanes.setdefault(item.lane, []).append((item, units))
         self._jobs += 1
         if len(self._sessions.keys() | lanes.keys()) > limits.MAX_DECODERS:
             raise ProtocolError("more decoders than a worker has")
+        now = self._clock()
         return {
-            lane: functools.partial(self._run, self._jobs, these) for lane, these in lanes.items()
+            lane: functools.partial(self._run, self._jobs, now, lanes[lane])
+            for lane in sorted(lanes, key=self._is_slow)
         }
+
+    def _is_slow(self, lane: int) -> bool:
+        session = self._sessions.get(lane)
+        return session is None or not session.is_open
 
     def given_up(self, lane: int) -> None:
         """A call of it was: its thread may still be at work on the session."""
@@ -327,11 +334,17 @@ class Sessions:
         if self._sessions.get(lane) is session:
             del self._sessions[lane]
 
-    def _run(self, job: int, items: Sequence[tuple[VideoItem, Sequence[bytes]]]) -> list[Read]:
-        until = self._clock() + SLICE_S
+    def _run(
+        self, job: int, began: float, items: Sequence[tuple[VideoItem, Sequence[bytes]]]
+    ) -> list[Read]:
+        now = self._clock()
+        until = now + SLICE_S
         if all(item.ahead for item, _ in items):
             return [self._look_away(item, units, until) for item, units in items]
-        return [self._read(job, item, units, until) for item, units in items]
+        alone = not self._sessions.keys() - {item.lane for item, _ in items}
+        opening_s = OPENING_FIRST_S if alone else OPENING_S
+        wait_s = max(0.0, began + opening_s - now)
+        return [self._read(job, item, units, until, wait_s) for item, units in items]
 
     def _look_away(self, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
         """Decodes what nobody looks at. What is not done within the time is done with the lane's
@@ -355,7 +368,9 @@ class Sessions:
             raise
         return PictureHeld(session.position)
 
-    def _read(self, job: int, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
+    def _read(
+        self, job: int, item: VideoItem, units: Sequence[bytes], until: float, wait_s: float
+    ) -> Read:
         if self._is_early(job, item):
             return PictureHeld(0, waits=True)
         try:
@@ -369,7 +384,6 @@ class Sessions:
             session.feed(units)
             if item.ahead:
                 return PictureHeld(session.position)
-            wait_s = OPENING_S if len(self._sessions) > 1 else OPENING_FIRST_S
             if not session.opened(wait_s) or not session.decode(self._clock, until, item.picture):
                 session.owed = item.picture, job
                 return PictureHeld(session.position)
