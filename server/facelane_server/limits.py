@@ -143,6 +143,8 @@ BATCH: Final = 8
 MAX_AHEAD: Final = 16
 """Lanes of video of which a job decodes what nobody looks at, beside its batch; both together are
 at most ``MAX_BATCH``."""
+BEHIND_NS: Final = 100_000_000
+"""So long a stream's decoder may be behind its video; then it waits for the next key frame."""
 MAX_AHEAD_UNITS: Final = 4
 """Access units of one such lane in a job; more go with its next picture."""
 JOBS_PER_WORKER: Final = 2

@@ -440,11 +440,12 @@ def test_others_do_not_wait_for_a_decoder_that_is_being_opened() -> None:
         held, (item(1, 1, 1, lane=1), units[1:2]), (item(0, 1, 1, lane=2), units[:2])
     )
     assert shows(of_first, 1)
-    assert of_second == PictureHeld(1), "it has them, and there is no picture yet"
+    opening = PictureHeld(1, opening=True)
+    assert of_second == opening, "it has them, and there is no picture yet"
     later = item(2, 4, 4, lane=2), units[2:5]
     for _ in range(limits.JOBS_PER_DECODER - 1):
         assert read(held, later) == [PictureHeld(0, waits=True)], "the one before is to be shown"
-    assert read(held, later) == [PictureHeld(4)], "it was not asked for again"
+    assert read(held, later) == [PictureHeld(4, opening=True)], "it was not asked for again"
     engine.let.set()
 
     def shown() -> bool:
@@ -462,8 +463,9 @@ def test_a_group_that_begins_while_its_decoder_is_being_opened() -> None:
     engine.let.set()
     read(held, (item(0, 0, 0, lane=1), units[:1]))
     engine.let.clear()
-    assert read(held, (item(0, 5, 5, lane=2), units[:6])) == [PictureHeld(5)]
-    assert read(held, (item(0, 2, 2, lane=2), units[:3])) == [PictureHeld(2)]
+    for last in (5, 2):
+        asked = item(0, last, last, lane=2), units[: last + 1]
+        assert read(held, asked) == [PictureHeld(last, opening=True)]
     engine.let.set()
 
     def shown() -> bool:

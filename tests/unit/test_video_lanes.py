@@ -122,6 +122,7 @@ class Bench:
         self, kind: str, policy: Overload, *, cache: int = 1 << 20, fps: float = 0
     ) -> None:
         self.units = CLIPS[kind]
+        self.now = 1
         found = annexb.examine(self.units[0], Encoding.H264, 0).format
         assert found is not None
         self.delay = found.reorder
@@ -143,7 +144,7 @@ class Bench:
                 window_bytes=1 << 30,
                 tracking_params=tracking.Params(),
                 video_cache_bytes=cache,
-                clock=lambda: 0,
+                clock=lambda: self.now,
             )
             for number in (1, 2)
         ]
@@ -214,7 +215,7 @@ class Bench:
         done = seat.work(self.units, self.delay, most)
         seat.free_slots += 1
         ended, _ = self.schedule.answered(
-            job, InferDone(1, done), self.codec, memoryview(b""), 0, seat.decoders
+            job, InferDone(1, done), self.codec, memoryview(b""), self.now, seat.decoders
         )
         self.resolve(ended)
 
@@ -293,8 +294,10 @@ VIOLENT = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["arrive", "arrive", "complete"]), st.integers(0, 1)),
         st.tuples(st.sampled_from(["thin", "all"]), st.integers(0, 1)),
-        st.tuples(st.sampled_from(["dispatch", "settle"]), st.just(0)),
-        st.tuples(st.sampled_from(["fail", "crash", "hang", "restart"]), st.integers(0, 1)),
+        st.tuples(st.sampled_from(["dispatch", "settle", "later"]), st.just(0)),
+        st.tuples(
+            st.sampled_from(["slice", "fail", "crash", "hang", "restart"]), st.integers(0, 1)
+        ),
     ),
     max_size=120,
 )
@@ -315,6 +318,8 @@ async def play(bench: Bench, operations: Sequence[tuple[str, int]]) -> None:
                 bench.complete(which)
             case "slice":
                 bench.complete(which, most=2)
+            case "later":
+                bench.now += limits.BEHIND_NS
             case "restart":
                 bench.lose(which, "RESTARTED")
             case "crash":
@@ -518,6 +523,46 @@ def test_nothing_shares_a_job_with_what_may_have_ended_a_worker() -> None:
         bench.dispatch()
         assert sent(bench) == [(2, 2, False), (1, 1, True)]
         await bench.finish()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_whose_decoder_falls_behind_waits_for_a_key_frame(anew: bool) -> None:
+    """More of the group would only come later and later. One that begins with all since the key
+    frame (a worker was lost) catches up: that nobody waits for."""
+
+    async def scenario() -> None:
+        bench = await begun()
+        bench.complete(0)
+        await bench.settle()
+        if anew:
+            bench.lose(0, "EXITED")
+        for _ in range(3):
+            bench.arrive(0)
+        await bench.settle()
+        assert bench.dispatch()
+        bench.complete(0, most=2)
+        bench.now += limits.BEHIND_NS
+        bench.arrive(0)
+        await bench.settle()
+        assert not any(isinstance(each, KeyFrameWanted) for each in bench.taken[0]), "not for long"
+        bench.now += 1
+        bench.arrive(0)
+        await bench.settle()
+        asked = [each for each in bench.taken[0] if isinstance(each, KeyFrameWanted)]
+        assert len(asked) == (not anew)
+        while bench.arrived[0] < KEYINT + 1:
+            bench.arrive(0)
+        await bench.finish()
+        waiting = [
+            outcome.frame_id
+            for outcome in bench.outcomes(0)
+            if isinstance(outcome.body, FrameDrop)
+            and outcome.body.reason is DropReason.WAITING_FOR_KEY_FRAME
+        ]
+        assert waiting == ([] if anew else list(range(6, KEYINT + 1)))
+        assert isinstance(bench.outcomes(0)[-1].body, FrameResult)
 
     run(scenario)
 

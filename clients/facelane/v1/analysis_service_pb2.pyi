@@ -85,7 +85,9 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     DROP_REASON_DRAINING: _DropReason.ValueType  # 3
     DROP_REASON_STREAM_CLOSED: _DropReason.ValueType  # 4
     DROP_REASON_WAITING_FOR_KEY_FRAME: _DropReason.ValueType  # 5
-    """Video: it cannot be decoded without a key frame that did not come or is no longer kept."""
+    """Video: it cannot be decoded without a key frame that did not come or is no longer kept, or not
+    in time: the decoder has fallen behind, and goes on with the next one.
+    """
     DROP_REASON_THINNED: _DropReason.ValueType  # 6
     """The server carries more than it can analyse in time: of every stream it takes an even part."""
 
@@ -98,7 +100,9 @@ DROP_REASON_TOO_OLD: DropReason.ValueType  # 2
 DROP_REASON_DRAINING: DropReason.ValueType  # 3
 DROP_REASON_STREAM_CLOSED: DropReason.ValueType  # 4
 DROP_REASON_WAITING_FOR_KEY_FRAME: DropReason.ValueType  # 5
-"""Video: it cannot be decoded without a key frame that did not come or is no longer kept."""
+"""Video: it cannot be decoded without a key frame that did not come or is no longer kept, or not
+in time: the decoder has fallen behind, and goes on with the next one.
+"""
 DROP_REASON_THINNED: DropReason.ValueType  # 6
 """The server carries more than it can analyse in time: of every stream it takes an even part."""
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015

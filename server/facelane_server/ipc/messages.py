@@ -34,7 +34,7 @@ import msgspec
 
 from facelane_server import limits
 
-PROTOCOL: Final = 5
+PROTOCOL: Final = 6
 
 # What a worker says is checked while it is decoded: whatever lies outside of these, NaN
 # included, is no message, and the worker is lost. Scores may exceed 1 by a rounding error.
@@ -149,11 +149,12 @@ class PictureHeld(Packed, frozen=True, tag="h"):
     decoded; -1 = the decoder is not where the item goes on, and has to begin anew. ``held``: all
     were decoded, and the decoder holds so many pictures back; 0 = the others must have their turn,
     send the rest again. ``waits``: nothing of the item was taken in, an earlier picture comes
-    first; send it again."""
+    first; send it again. ``opening``: nothing is decoded, the decoder is being opened."""
 
     position: Annotated[int, msgspec.Meta(ge=-1, le=limits.MAX_GROUP_UNITS)]
     held: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_REORDER)] = 0
     waits: bool = False
+    opening: bool = False
 
 
 class EmbedDone(Packed, frozen=True, tag="e"):

@@ -57,6 +57,7 @@ from facelane_server.lanes.types import (
     SilentObserver,
     StageChanged,
     Tally,
+    Told,
     TrackEnded,
     Update,
 )
@@ -65,15 +66,6 @@ from facelane_server.lanes.wake import Wake
 from facelane_server.pipeline import Evidence, Origin, Pipeline, error_of
 from facelane_server.pools.groups import Wanted
 from facelane_server.pools.tasks import ANYBODY, DetectAnswer, Sender, Undecoded
-
-
-class _Told:
-    """What the faces tell, as the lane's observer hears it."""
-
-    def __init__(self, lane: Lane, observer: LaneObserver) -> None:
-        self.sighted = functools.partial(observer.sighted, lane)
-        self.ended = functools.partial(observer.track_ended, lane)
-
 
 _TELL_NS: Final = 1_000_000_000
 """Least time between two changes of a rate that the client is told."""
@@ -113,7 +105,7 @@ class Lane:
         self._observer: LaneObserver = observer or SilentObserver()
         self._clock = clock
         self._plan = options.plan
-        self._faces = Faces(pipeline, options, tracking_params, _Told(self, self._observer))
+        self._faces = Faces(pipeline, options, tracking_params, Told(self, self._observer))
 
         self._entries: deque[Entry] = deque()
         self._turn = 0  # entries at the left of the deque that have had their turn
@@ -219,12 +211,20 @@ class Lane:
                 return fault
             footage.check(picture.encoding)
             if picture.encoding.is_video:
+                if self._is_behind():
+                    footage.lose()
                 entry.place = footage.take(bytes(picture.data), picture.encoding)
         except FacelaneError as error:
             return error
         finally:
             self._after_footage()
         return None
+
+    def _is_behind(self) -> bool:
+        """The decoder is, and more of the group would only come later and later."""
+        first = self._entries[self._turn] if self.options.overload is Overload.LATEST_WINS else None
+        since = first.task.behind_ns if first is not None and first.task is not None else 0
+        return 0 < since < self._clock() - limits.BEHIND_NS
 
     def _after_footage(self) -> None:
         """Asks for a key frame, once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -135,3 +136,11 @@ class SilentObserver:
         """None are counted."""
         del lane_id
         return 0
+
+
+class Told:
+    """What a lane's faces tell (``FaceListener``), as its observer hears it."""
+
+    def __init__(self, lane: Lane, observer: LaneObserver) -> None:
+        self.sighted = functools.partial(observer.sighted, lane)
+        self.ended = functools.partial(observer.track_ended, lane)

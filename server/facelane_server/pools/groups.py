@@ -123,6 +123,8 @@ class _State:
     """None = it is not known what the decoder has had."""
     position: int
     drained: bool = False
+    anew: bool = False
+    """It begins with all since the key frame."""
 
 
 class Decoders:
@@ -172,8 +174,13 @@ class Decoders:
 
     def sent(self, wanted: Wanted, span: Span) -> None:
         self._replayed += span.begins and wanted.group.begun
-        self._states.pop(wanted.lane, None)
-        self._states[wanted.lane] = _State(wanted.group, span.last, span.drains)
+        old = self._states.pop(wanted.lane, None)
+        anew = span.begins or (span.last < span.first and old is not None and old.anew)
+        self._states[wanted.lane] = _State(wanted.group, span.last, span.drains, anew)
+
+    def catches_up(self, lane: int) -> bool:
+        """The lane's decoder has begun with all since a key frame, and has shown nothing yet."""
+        return lane in self._states and self._states[lane].anew
 
     def at(self, lane: int, position: int) -> None:
         """The worker says how far it is: it has not done all that was sent."""

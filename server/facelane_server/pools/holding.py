@@ -10,7 +10,10 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from facelane_server.pools.tasks import AnyTask
+from facelane_server.domain import FacelaneError
+from facelane_server.ipc.messages import PictureHeld
+from facelane_server.pools.groups import Decoders
+from facelane_server.pools.tasks import Answer, AnyTask, DetectAnswer, VideoRequest
 
 
 @dataclass(slots=True)
@@ -93,3 +96,30 @@ class Holding:
         tasks = list(self.tasks())
         self._lanes.clear()
         return tasks
+
+
+def note(
+    task: AnyTask, answer: Answer | PictureHeld | FacelaneError, decoders: Decoders, now_ns: int
+) -> None:
+    """What an answer says of the lane's decoder, and of its group of pictures."""
+    if not isinstance(task.request, VideoRequest):
+        return
+    wanted = task.request.wanted
+    if task.ahead:
+        # What is wrong with it is told to the next picture, for which all is decoded again.
+        if not isinstance(answer, PictureHeld) or answer.position < 0 or answer.waits:
+            decoders.forget([task.lane])
+    elif isinstance(answer, PictureHeld) and answer.waits:
+        pass  # the picture that it waits for has said how far the decoder is
+    elif isinstance(answer, FacelaneError):
+        decoders.forget([task.lane])
+        # What follows needs what cannot be decoded; only where it was a matter of time it can.
+        wanted.group.broken = wanted.group.broken or not answer.retryable
+    elif isinstance(answer, DetectAnswer) or (isinstance(answer, PictureHeld) and answer.held):
+        wanted.group.decoded(wanted.last)
+    elif isinstance(answer, PictureHeld) and answer.position >= 0:
+        decoders.at(task.lane, answer.position)
+        if not (answer.opening or decoders.catches_up(task.lane)):
+            task.behind_ns = task.behind_ns or now_ns
+    else:
+        decoders.forget([task.lane])

@@ -33,7 +33,7 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.ipc.channel import ProtocolError
 from facelane_server.ipc.messages import InferDone, InferFailed, PictureHeld
 from facelane_server.pools.groups import Decoders, Group
-from facelane_server.pools.holding import Holding
+from facelane_server.pools.holding import Holding, note
 from facelane_server.pools.lineup import Lineup
 from facelane_server.pools.offenders import Offenders
 from facelane_server.pools.slots import Codec, failure_of
@@ -390,7 +390,7 @@ class Schedule:
         if decoders is not None:
             for task, answer, _ in read:
                 if isinstance(task.request, VideoRequest):
-                    _note(task, answer, decoders)
+                    note(task, answer, decoders, now_ns)
         ended: Ended = []
         again: list[AnyTask] = []
         for task, answer, _ in read:
@@ -519,29 +519,6 @@ class Schedule:
 def _seems_stuck(seat: Seat, now_ns: int) -> bool:
     began_ns = seat.jobs[0].started_ns if seat.jobs else 0
     return began_ns > 0 and now_ns - began_ns > max(_STUCK_NS, _STUCK_MEANS * seat.service_ns)
-
-
-def _note(task: AnyTask, answer: Answer | PictureHeld | FacelaneError, decoders: Decoders) -> None:
-    """What an answer says of the lane's decoder, and of its group of pictures."""
-    if not isinstance(task.request, VideoRequest):
-        return
-    wanted = task.request.wanted
-    if task.ahead:
-        # What is wrong with it is told to the next picture, for which all is decoded again.
-        if not isinstance(answer, PictureHeld) or answer.position < 0 or answer.waits:
-            decoders.forget([task.lane])
-    elif isinstance(answer, PictureHeld) and answer.waits:
-        pass  # the picture that it waits for has said how far the decoder is
-    elif isinstance(answer, FacelaneError):
-        decoders.forget([task.lane])
-        # What follows needs what cannot be decoded; only where it was a matter of time it can.
-        wanted.group.broken = wanted.group.broken or not answer.retryable
-    elif isinstance(answer, DetectAnswer) or (isinstance(answer, PictureHeld) and answer.held):
-        wanted.group.decoded(wanted.last)
-    elif isinstance(answer, PictureHeld) and answer.position >= 0:
-        decoders.at(task.lane, answer.position)
-    else:
-        decoders.forget([task.lane])
 
 
 def _count_loss(tasks: Sequence[AnyTask]) -> None:

@@ -125,6 +125,9 @@ class Task(Generic[A]):
     """Of the worker that has it, or had it last; empty until one has."""
     slices: int = 0
     """Jobs that decoded a part of what it takes."""
+    behind_ns: int = 0
+    """Since when its decoder, which had all before, has more to do for it than a turn's; 0 = it has
+    not."""
     sender: Sender = ANYBODY
     canary: bool = False
     """The pool's own: nobody asked for it."""

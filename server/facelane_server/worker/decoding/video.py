@@ -384,9 +384,10 @@ class Sessions:
             session.feed(units)
             if item.ahead:
                 return PictureHeld(session.position)
-            if not session.opened(wait_s) or not session.decode(self._clock, until, item.picture):
+            opened = session.opened(wait_s)
+            if not opened or not session.decode(self._clock, until, item.picture):
                 session.owed = item.picture, job
-                return PictureHeld(session.position)
+                return PictureHeld(session.position, opening=not opened)
             if item.drain:
                 session.drain(item.picture)
             picture = session.picture(item.picture)
