@@ -175,12 +175,17 @@ class Decoders:
     def sent(self, wanted: Wanted, span: Span) -> None:
         self._replayed += span.begins and wanted.group.begun
         old = self._states.pop(wanted.lane, None)
-        anew = span.begins or (span.last < span.first and old is not None and old.anew)
+        anew = span.begins or (old is not None and old.anew and old.group is wanted.group)
         self._states[wanted.lane] = _State(wanted.group, span.last, span.drains, anew)
 
     def catches_up(self, lane: int) -> bool:
         """The lane's decoder has begun with all since a key frame, and has shown nothing yet."""
         return lane in self._states and self._states[lane].anew
+
+    def shown(self, lane: int) -> None:
+        """A picture of the lane has come."""
+        if lane in self._states:
+            self._states[lane].anew = False
 
     def at(self, lane: int, position: int) -> None:
         """The worker says how far it is: it has not done all that was sent."""

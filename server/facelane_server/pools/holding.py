@@ -117,6 +117,7 @@ def note(
         wanted.group.broken = wanted.group.broken or not answer.retryable
     elif isinstance(answer, DetectAnswer) or (isinstance(answer, PictureHeld) and answer.held):
         wanted.group.decoded(wanted.last)
+        decoders.shown(task.lane)
     elif isinstance(answer, PictureHeld) and answer.position >= 0:
         decoders.at(task.lane, answer.position)
         if not (answer.opening or decoders.catches_up(task.lane)):
