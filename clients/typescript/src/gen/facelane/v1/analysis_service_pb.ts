@@ -863,7 +863,8 @@ export enum DropReason {
   STREAM_CLOSED = 4,
 
   /**
-   * Video: it cannot be decoded without a key frame that did not come or is no longer kept.
+   * Video: it cannot be decoded without a key frame that did not come or is no longer kept, or not
+   * in time: the decoder has fallen behind, and goes on with the next one.
    *
    * @generated from enum value: DROP_REASON_WAITING_FOR_KEY_FRAME = 5;
    */
