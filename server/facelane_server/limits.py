@@ -143,10 +143,11 @@ BATCH: Final = 8
 MAX_AHEAD: Final = 16
 """Lanes of video of which a job decodes what nobody looks at, beside its batch; both together are
 at most ``MAX_BATCH``."""
-BEHIND_NS: Final = 100_000_000
-"""So long a stream's decoder may be behind its video; then it waits for the next key frame."""
 MAX_AHEAD_UNITS: Final = 4
 """Access units of one such lane in a job; more go with its next picture."""
+BEHIND_NS: Final = 100_000_000
+"""So long after its first turn a stream's decoder may be at one picture; then the stream goes on
+with its next key frame."""
 JOBS_PER_WORKER: Final = 2
 """One computes, the next is staged: decoding and copies overlap with compute."""
 JOBS_PER_DECODER: Final = 3

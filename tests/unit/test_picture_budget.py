@@ -8,11 +8,12 @@ import zlib
 from collections.abc import Callable
 
 import pytest
+from tests.waiting import until
 
 from facelane_server import limits
 from facelane_server.domain import Encoding, FacelaneError, Reason
 from facelane_server.worker.decoding.headers import examine
-from facelane_server.worker.decoding.patience import Decoders
+from facelane_server.worker.decoding.patience import Decoders, Lanes
 from facelane_server.worker.decoding.pictures import decode
 
 
@@ -183,6 +184,48 @@ def test_who_is_given_up_takes_no_thread_from_the_runs_behind() -> None:
     assert found[1] == "beside it"
     assert decoders.settle(second) == ["behind it"], "it has a thread"
     stop.set()
+
+
+def test_a_lanes_calls_are_made_in_their_order_whoevers_threads_make_them() -> None:
+    lanes, made, let = Lanes(), [], threading.Event()
+    one, other = (Decoders(2, 30.0, 30.0, lanes) for _ in range(2))
+
+    def call(name: str, wait: bool = False) -> Callable[[], None]:
+        def make() -> None:
+            assert not wait or let.wait(30)
+            made.append(name)
+
+        return make
+
+    first = one.begin([call("first", wait=True), call("another lane's")], [1, 2])
+    second = other.begin([call("second")], [1])
+    third = one.begin([call("third")], [1])
+    until(lambda: made == ["another lane's"])
+    let.set()
+    for decoders, run in ((one, third), (other, second), (one, first)):
+        decoders.settle(run)
+    assert made[1:] == ["first", "second", "third"]
+
+
+def test_who_is_given_up_lets_the_lane_go_on_once_it_is_told() -> None:
+    told: list[tuple[int, bool]] = []
+    stop, made = threading.Event(), threading.Event()
+    decoders = Decoders(1, 0.05, 30.0, given_up=lambda lane: told.append((lane, made.is_set())))
+    first = decoders.begin([spin(stop)], [7])
+    second = decoders.begin([lambda: made.set()], [7])  # noqa: PLW0108
+    (found,) = decoders.settle(first)
+    assert isinstance(found, FacelaneError)
+    decoders.settle(second)
+    assert told == [(7, False)], "before its next call"
+    assert made.is_set()
+    stop.set()
+
+
+def test_threads_that_cannot_settle_in_decode_all_the_same() -> None:
+    def first() -> None:
+        raise RuntimeError("no device")
+
+    assert Decoders(1, 30.0, 30.0, first=first).run([lambda: "decoded"]) == ["decoded"]
 
 
 def test_a_run_that_fails_is_over() -> None:

@@ -24,7 +24,8 @@ class _Lane:
 
 
 class Holding:
-    """Of one pool. A picture is over when its future is done, however that came."""
+    """Of one pool. A picture is over when its future is done, however that came. What waits is
+    bounded by the windows of its lanes."""
 
     def __init__(self) -> None:
         self._lanes: dict[int, _Lane] = {}
@@ -90,6 +91,11 @@ class Holding:
         return [
             task for name in over for task in self._lanes.pop(name).behind if not task.future.done()
         ]
+
+    def release(self, lane: int) -> list[AnyTask]:
+        """The lane has ended: takes out what is still waited for behind its picture."""
+        found = self._lanes.pop(lane, None)
+        return [] if found is None else [t for t in found.behind if not t.future.done()]
 
     def clear(self) -> list[AnyTask]:
         """Takes out everything."""

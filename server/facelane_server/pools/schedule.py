@@ -156,6 +156,8 @@ class Schedule:
     def release(self, lane: int) -> None:
         """The lane, of video, has ended."""
         self._queue.release(lane)
+        for task in self._held.release(lane):
+            self._queue.put(task)
 
     def _no_room(self, task: AnyTask) -> FacelaneError | None:
         """Why there is no place for one more task of this sender."""

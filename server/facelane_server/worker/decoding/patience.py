@@ -24,7 +24,7 @@ from typing import Any, Final, Generic, TypeVar, cast
 
 from facelane_server import limits
 from facelane_server.domain import FacelaneError, Reason
-from facelane_server.worker.journal import log_event
+from facelane_server.worker.journal import log_event, log_exception
 
 Found = TypeVar("Found")
 
@@ -113,7 +113,8 @@ class Run(Generic[Found]):
 
 class _Threads:
     """So many, until ``leave``, or until nobody has them. A thread of a library's pool brings twice
-    the locks, and every lock is one more wait for the GIL."""
+    the locks, and every lock is one more wait for the GIL. What waits for them is bounded by the
+    jobs that a worker is given."""
 
     def __init__(self, count: int, first: Callable[[], None]) -> None:
         """``first``: what each does before all else."""
@@ -127,7 +128,10 @@ class _Threads:
 
 
 def _work(tasks: SimpleQueue[Callable[[], None] | None], first: Callable[[], None]) -> None:
-    first()
+    try:
+        first()
+    except Exception as error:  # what is decoded then says what is wrong
+        log_exception("a thread that decodes could not settle in", error)
     while (task := tasks.get()) is not None:
         task()
         del task  # it may be all that keeps the threads

@@ -346,17 +346,26 @@ class Sessions:
         wait_s = max(0.0, began + opening_s - now)
         return [self._read(job, item, units, until, wait_s) for item, units in items]
 
-    def _look_away(self, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
-        """Decodes what nobody looks at. What is not done within the time is done with the lane's
-        next picture, which is told also what is wrong with it."""
+    def _fed(
+        self, item: VideoItem, units: Sequence[bytes]
+    ) -> Session | FacelaneError | PictureHeld:
+        """The item's session, which has its access units; else what is to be answered."""
         try:
             session = self._session(item, units)
         except FacelaneError as error:
             return error
         if session is None:
             return PictureHeld(-1)
+        session.feed(units)
+        return session
+
+    def _look_away(self, item: VideoItem, units: Sequence[bytes], until: float) -> Read:
+        """Decodes what nobody looks at. What is not done within the time is done with the lane's
+        next picture, which is told also what is wrong with it."""
+        session = self._fed(item, units)
+        if not isinstance(session, Session):
+            return session
         try:
-            session.feed(units)
             owed = item.picture + 1 if session.owed is None else session.owed[0]
             if session.opened(0.0):
                 session.decode(self._clock, until, min(owed, item.picture + 1))
@@ -373,15 +382,11 @@ class Sessions:
     ) -> Read:
         if self._is_early(job, item):
             return PictureHeld(0, waits=True)
-        try:
-            session = self._session(item, units)
-        except FacelaneError as error:
-            return error
-        if session is None:
-            return PictureHeld(-1)
+        session = self._fed(item, units)
+        if not isinstance(session, Session):
+            return session
         session.owed = None
         try:
-            session.feed(units)
             if item.ahead:
                 return PictureHeld(session.position)
             opened = session.opened(wait_s)
