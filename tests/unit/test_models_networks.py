@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.api import (
+    F32,
     AlignedCrop,
     ContextCrop,
     Detections,
@@ -22,7 +24,7 @@ from facelane_server.models.api import (
 from facelane_server.models.catalog import Catalog
 from facelane_server.models.package import Input, Ood
 from facelane_server.modeltools.verify import synthetic_picture, verify
-from facelane_server.worker.decoding.device_pictures import DevicePictures
+from facelane_server.worker.decoding.device_pictures import Cutting, DevicePictures
 from facelane_server.worker.networks.architectures.folding import fold
 from facelane_server.worker.networks.architectures.irse import RtsIrSe
 from facelane_server.worker.networks.architectures.minifasnet import MiniFASNetPair
@@ -348,6 +350,39 @@ class OnCanvases(OneFace):
         self.filled.append(canvases.numpy())
         self.staged = (canvases.numpy(),)
         return self.launch()
+
+
+def test_crops_are_cut_once_the_network_has_ended_and_whoever_polls_does_not_wait() -> None:
+    runner = OnCanvases()
+    ended = False
+
+    class Under(Computed):
+        @property
+        def is_ready(self) -> bool:
+            return ended
+
+        def wait(self) -> F32:
+            assert ended, "somebody waits"
+            return super().wait()
+
+    launch, cut = runner.launch, runner.pictures.cut
+    runner.launch = lambda: Under(launch().wait())  # type: ignore[method-assign]
+    cuts: list[int] = []
+
+    def note(*given: Any) -> Cutting:
+        cuts.append(1)
+        return cut(*given)
+
+    runner.pictures.cut = note  # type: ignore[method-assign]
+    pending = detector(runner).begin([np.full((100, 200, 3), 255, np.uint8)], [1])
+    assert not pending.poll()
+    assert not cuts
+    ended = True
+    assert pending.poll()
+    assert pending.poll()
+    (found,) = pending.finish()
+    assert cuts == [1], "once"
+    assert found.crops[0].shape == (1, 112, 112, 3)
 
 
 def test_a_picture_goes_on_the_smallest_canvas_and_is_padded_with_black() -> None:
