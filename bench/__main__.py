@@ -48,6 +48,13 @@ ABOUT: Final = {
 }
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(int(one) for one in text.split(","))
+    if min(counts) < 1 or list(counts) != sorted(set(counts)):
+        raise argparse.ArgumentTypeError("numbers of cameras, each more than the one before")
+    return counts
+
+
 def main() -> int:
     listing = "\n".join(
         f"  {name:<10} {ABOUT[name]}{' (GPU)' * (name in GPU)}" for name in (*CPU, *GPU)
@@ -72,6 +79,10 @@ def main() -> int:
     parser.add_argument(
         "--servers", type=int, default=1, choices=range(1, 17), metavar="N",
         help="so many independent servers share the card (streams; with a card under MPS)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cameras", type=_counts, default=(), metavar="N,N",
+        help="so many of them, until so many are not kept, instead of a search (streams)",
     )  # fmt: skip
     parser.add_argument(
         "--cache",
@@ -110,6 +121,7 @@ def main() -> int:
             only=(part,) if part else (),
             servers=args.servers,
             shards=args.shards,
+            cameras=args.cameras,
             keep=keep,
         )
         console.print(f"[bold]{name}[/]{f', {part}' * bool(part)}: {ABOUT[name]}")

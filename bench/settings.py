@@ -26,6 +26,8 @@ class Settings:
     folder of JPEG files instead of rendered frames, or None. ``docs``: where drawings go.
     ``only``: parts of a benchmark by name, empty = all. ``servers``: how many share the card, for
     ``streams``; ``shards``: how many processes each of them is, 0 = as the benchmark has it.
+    ``cameras``: how many of them ``streams`` tries, one number after the other until one is not
+    kept; empty = it looks for the most.
     ``keep``: stores a report as far as it has come, so that a run that is ended early leaves what
     it had measured.
     """
@@ -38,6 +40,7 @@ class Settings:
     only: tuple[str, ...] = ()
     servers: int = 1
     shards: int = 0
+    cameras: tuple[int, ...] = ()
     keep: Callable[[Report], object] = _not_kept
     began: float = field(default_factory=time.monotonic)
 

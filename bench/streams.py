@@ -279,8 +279,14 @@ async def _part(
 
         best: Trial | None = None
         worst: Trial | None = None
+        for streams in settings.cameras:
+            found = await attempt(streams)
+            if not found.good:
+                worst = found
+                break
+            best = found
         streams = settings.sized((32 if way.codec else 16) * len(services), 1)
-        top = settings.sized(MAX_STREAMS, 2)
+        top = 0 if settings.cameras else settings.sized(MAX_STREAMS, 2)
         while streams <= top and time.monotonic() < until:
             found = await attempt(streams)
             if not found.good:
@@ -289,7 +295,7 @@ async def _part(
             best = found
             streams *= 2
         # Between the last that was good (none: 0) and the first that was not, to 8 % or one.
-        while worst is not None:
+        while worst is not None and not settings.cameras:
             low = best.streams if best else 0
             if worst.streams - low <= max(1, low // 12):
                 break
