@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ async def run(job: Job, pictures: list[facelane.Picture]) -> dict[str, Any]:
     elapsed = measured.end - measured.begin
     warm = [a for a in measured.answers if a.at >= measured.begin + job.settle_s]
     results = [a for a in warm if a.kind == "result"]
+    first: dict[int, float] = {}
+    for answer in measured.results:
+        first[answer.stream] = min(answer.at, first.get(answer.stream, math.inf))
+    by_stream = collections.Counter(a.stream for a in results)
+    counted_s = max(1e-9, elapsed - job.settle_s)
     # A camera that wants ten analyses a second has no others; the newest picture of those that
     # wait takes the others' places then, and that is told by the same word.
     not_wanted = 0
@@ -76,6 +82,8 @@ async def run(job: Job, pictures: list[facelane.Picture]) -> dict[str, Any]:
         "reasons": collections.Counter(a.reason for a in warm if a.kind != "result"),
         "ages": [round(a.age, 6) for a in results],
         "latencies": [round(a.latency, 6) for a in results],
+        "rates": [by_stream[stream] / counted_s for stream in range(job.streams)],
+        "opened_s": max(first.values()) - measured.begin if len(first) == job.streams else None,
         "stages": stages,
         "cpu_share": (time.process_time() - cpu) / elapsed,
         "sdk": facelane.__version__,

@@ -6,20 +6,24 @@ them. Then so many come as send half, once, twice and four times that. A first p
 is not counted, in which the server learns. Ages are the server's own; the clients' view, from
 when a frame was due, stands beside them.
 
-Parts: ``null`` (models that compute nothing and take a set time) and ``starter`` (the models that
-ship, whose time is the processor's).
+Parts: ``null`` (models that compute nothing and take a set time), ``starter`` (the models that
+ship, whose time is the processor's) and, where it is named, ``video`` (cameras of 720p H.264, with
+the device's own decoder; all of it is decoded, whatever is taken).
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import facelane
 import facelane.aio
-from bench import load, material
+from bench import load, material, streams
 from bench.report import Report, Row
 from bench.service import Service
 from bench.settings import Settings
@@ -32,6 +36,10 @@ TIMES = (0.5, 1.0, 2.0, 4.0)
 DETECT_MS = 6
 RECOGNIZE_MS = 8
 """Set times of the null models: the recogniser is what is short."""
+MOST_CAMERAS = 120
+"""Of video: as many as two detector workers have decoders for; more is sent by each."""
+LEARNING_S = 15.0
+"""Of video, once decoders are open: groups of pictures are a second long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,57 @@ async def run(settings: Settings) -> Report:
         models = material.real_models(settings.cache)
         frames = material.make_frames(settings.sized(24, 4), 640, 480, [1])
         await _case(settings, report, _Case(models.name, models.pools_toml(), frames, 5.0))
+    if "video" in settings.only:
+        await _video(settings, report)
     return report
+
+
+async def _video(settings: Settings, report: Report) -> None:
+    """One server with the device's own decoder."""
+    on_card = settings.device.startswith("cuda")
+    way = streams.Way(decode="cuda" if on_card else "cpu", codec="h264")
+    models = material.real_models(settings.cache)
+    tables = f"[limits]\nage_target_ms = {TARGET_MS:g}\nmin_fps = 0\nmax_streams = 1024\n"
+    most = settings.sized(MOST_CAMERAS if on_card else 8, 2)
+    with tempfile.TemporaryDirectory(prefix="facelane-bench-") as scratch:
+        folder = Path(scratch) / "video"
+        streams.make_clip(settings, report, "720p", "h264", folder)
+        pools = streams.pools_for(settings, models, way)
+        async with streams.serving(settings, pools, tables, way) as services:
+            learning = settings.lasting(LEARNING_S, 0.5)
+            if on_card:
+                learning += streams.OPENING_S * most
+
+            async def trial(cameras: int, fps: float, seconds: float) -> streams.Trial:
+                return await streams.trial(
+                    services, folder, cameras, fps, learning + seconds, settle_s=learning
+                )
+
+            begun = asyncio.create_task(trial(most, streams.FPS, settings.lasting(6.0, 1.0)))
+            await asyncio.sleep(learning + settings.lasting(5.0, 1.0))
+            async with facelane.aio.Client(services[0].target) as client:
+                known = (await client.server_info()).load
+            await begun
+            fits = known.capacity_fps if known is not None else 0.0
+            if settings.smoke:
+                fits = fits or 2.0
+            if not fits:
+                raise RuntimeError(f"{most} cameras are not enough to learn what fits")
+            report.note(
+                f"video: {fits:.0f} pictures/s fit, learnt from {most} cameras of {streams.FPS:g}"
+            )
+            for times in TIMES:
+                cameras = max(1, min(most, round(times * fits / streams.FPS)))
+                fps = times * fits / cameras
+                settings.say(f"video: {times:g} times what fits: {cameras} cameras of {fps:.1f}")
+                found = await trial(cameras, fps, settings.lasting(20.0, 1.0))
+                answered = len(found.ages) / max(1, found.answers) * cameras * fps
+                _add(
+                    report, _Load("video", models.name, times, cameras, fps),
+                    found.ages, found.latencies, found.rates, answered, found.reasons,
+                    errors=found.errors, lost=found.lost,
+                )  # fmt: skip
+                settings.keep(report)
 
 
 async def _case(settings: Settings, report: Report, case: _Case) -> None:
@@ -130,36 +188,73 @@ async def _measure(
     by_stream = Counter(a.stream for a in counted)
     rates = [by_stream[n] / (measured.end - since) for n in range(streams)]
     ages = [a.age for a in counted]
-    drops = Counter(a.reason for a in measured.answers if a.kind == "drop")
+    _add(
+        report,
+        _Load(case.name, case.name, times, streams, fps),
+        ages,
+        [a.latency for a in counted],
+        rates,
+        len(counted) / (measured.end - since),
+        Counter(a.reason for a in measured.answers if a.kind == "drop"),
+        errors=measured.errors,
+        lost=measured.lost,
+        learning_ages=[a.age for a in measured.results if a.at < since],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    name: str
+    model: str
+    times: float
+    streams: int
+    fps: float
+
+
+def _add(
+    report: Report,
+    given: _Load,
+    ages: Sequence[float],
+    latencies: Sequence[float],
+    rates: Sequence[float],
+    answered: float,
+    drops: Counter[str],
+    *,
+    errors: int,
+    lost: int,
+    learning_ages: Sequence[float] = (),
+) -> None:
+    """``answered``: results a second; ``rates``: of each stream. Ages and latencies in seconds."""
     p99 = percentile(ages, 99) * 1e3
     spread = max(rates) / min(rates) if min(rates) > 0 else math.inf
+    learning = {"learning_p99_ms": percentile(learning_ages, 99) * 1e3} if learning_ages else {}
     report.add(
         Row(
-            deployment=f"facelane, {case.name} models",
-            scenario=f"{times:g} times what fits",
-            model=case.name,
-            rate_hz=fps,
+            deployment=f"facelane, {given.model}" + " models" * (given.model == given.name),
+            scenario=f"{given.times:g} times what fits",
+            model=given.model,
+            rate_hz=given.fps,
             p50_ms=percentile(ages, 50) * 1e3,
             p99_ms=p99,
-            throughput_per_s=len(counted) / (measured.end - since),
+            throughput_per_s=answered,
             extra={
-                "streams": streams,
-                "offered_per_s": streams * fps,
-                "client_p99_ms": percentile([a.latency for a in counted], 99) * 1e3,
-                "learning_p99_ms": percentile([a.age for a in measured.results if a.at < since], 99)
-                * 1e3,
+                "streams": given.streams,
+                "offered_per_s": given.streams * given.fps,
+                "client_p99_ms": percentile(latencies, 99) * 1e3,
+                **learning,
                 "least_rate": min(rates),
                 "spread": spread,
                 "thinned": drops["THINNED"],
                 "superseded": drops["SUPERSEDED"],
+                "waiting_for_key_frame": drops["WAITING_FOR_KEY_FRAME"],
                 "too_old": drops["TOO_OLD"],
-                "errors": measured.errors,
-                "without_outcome": measured.lost,
+                "errors": errors,
+                "without_outcome": lost,
             },
         )
     )
-    what = f"{case.name} at {times:g} times what fits:"
-    if times >= 2.0:
+    what = f"{given.name} at {given.times:g} times what fits:"
+    if given.times >= 2.0:
         report.aim(f"p99 age of results, ms, {what}", p99, AGE_RATIO * TARGET_MS, at_most=True)
         report.aim(f"most / least rate of equal streams, {what}", spread, SPREAD, at_most=True)
-    report.aim(f"frames without an outcome, {what}", measured.lost, 0, at_most=True)
+    report.aim(f"frames without an outcome, {what}", lost, 0, at_most=True)

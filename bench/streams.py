@@ -55,8 +55,9 @@ CODECS: Final = {"720p": ("h264",), "1080p": ("h264", "h265")}
 FRAME_AGE_S: Final = 1.0
 SETTLE_S: Final = 1.0
 """At the beginning of a trial, not counted: all tracks are new."""
-OPENING_S: Final = 0.06
-"""The same for each camera of video: a card opens their decoders one after the other."""
+OPENING_S: Final = 0.1
+"""The same for each camera of video: a card opens their decoders one after the other, in 60 to
+130 ms while it computes."""
 OPENED_S: Final = 10.0
 """The same once they are open: what came meanwhile is worked off, and a server that was late then
 takes all pictures again only when it has seen that it can."""
@@ -82,6 +83,10 @@ class Trial:
     """Why frames had no result; those that were not wanted among them."""
     ages: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    """Results a second of each camera."""
+    opened_s: float = math.nan
+    """Until the last camera had its first result; nan = one had none."""
     stages: dict[str, list[float]] = field(default_factory=dict)
     front_cpu: float = math.nan
     front_loop: float = math.nan
@@ -133,22 +138,22 @@ async def run(settings: Settings) -> Report:
     listed: set[str] = set()
     for size, (width, height) in SIZES.items():
         named = {
-            size: _Way(),
-            f"{size}-mps": _Way("mps"),
-            f"{size}-nvjpeg": _Way(decode="cuda"),
-            f"{size}-nvjpeg-mps": _Way("mps", "cuda"),
-            f"{size}-null": _Way(null=True),
+            size: Way(),
+            f"{size}-mps": Way("mps"),
+            f"{size}-nvjpeg": Way(decode="cuda"),
+            f"{size}-nvjpeg-mps": Way("mps", "cuda"),
+            f"{size}-null": Way(null=True),
         }
         for codec in CODECS[size]:
             card = "cuda" if on_card else "cpu"
-            named[f"{size}-{codec}"] = _Way(decode=card, codec=codec)
-            named[f"{size}-{codec}-mps"] = _Way("mps", card, codec)
-            named[f"{size}-{codec}-null"] = _Way(decode=card, codec=codec, null=True)
-            named[f"{size}-{codec}-10"] = _Way(decode=card, codec=codec, analysis_fps=10.0)
+            named[f"{size}-{codec}"] = Way(decode=card, codec=codec)
+            named[f"{size}-{codec}-mps"] = Way("mps", card, codec)
+            named[f"{size}-{codec}-null"] = Way(decode=card, codec=codec, null=True)
+            named[f"{size}-{codec}-10"] = Way(decode=card, codec=codec, analysis_fps=10.0)
         parts = {
             part: way
             for part, way in named.items()
-            if part in settings.only or (not settings.only and way == _Way())
+            if part in settings.only or (not settings.only and way == Way())
         }
         if not on_card:
             parts = {p: way for p, way in parts.items() if way.isolation == "process"}
@@ -172,7 +177,7 @@ async def run(settings: Settings) -> Report:
                 try:
                     if way.codec:
                         sent = Path(scratch) / way.codec
-                        _make_clip(settings, report, size, way.codec, sent)
+                        make_clip(settings, report, size, way.codec, sent)
                     models = (
                         material.null_models() if way.null else material.real_models(settings.cache)
                     )
@@ -195,7 +200,7 @@ async def run(settings: Settings) -> Report:
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class Way:
     """How the pools of a part are set up."""
 
     isolation: str = "process"
@@ -207,7 +212,7 @@ class _Way:
     """Models that compute nothing."""
 
 
-def _make_clip(settings: Settings, report: Report, size: str, codec: str, folder: Path) -> None:
+def make_clip(settings: Settings, report: Report, size: str, codec: str, folder: Path) -> None:
     """Access units of a scene with two faces that move, a key frame every second, once."""
     if folder.is_dir():
         return
@@ -219,7 +224,7 @@ def _make_clip(settings: Settings, report: Report, size: str, codec: str, folder
     report.note(f"{size}-{codec}: {len(units)} access units, {rate:.1f} Mbit/s, two faces each")
 
 
-def _pools(settings: Settings, models: material.Models, way: _Way) -> str:
+def pools_for(settings: Settings, models: material.Models, way: Way) -> str:
     """Where decoding is the processor's work there are several detector workers: three for
     every eight cores, and each decodes a batch with two threads. The rest is for the front,
     the other workers and the cameras. Where the card decodes, two workers feed it; of several
@@ -247,16 +252,16 @@ async def _part(
     report: Report,
     models: material.Models,
     size: str,
-    way: _Way,
+    way: Way,
     frames: Path,
 ) -> None:
     seconds = settings.lasting(6.0, 2.0)
     opens = bool(way.codec) and way.decode == "cuda"
     rate = FPS if settings.device != "cpu" else 2.0
     tables = "[limits]\nmax_streams = 1024\n"
-    pools = _pools(settings, models, way)
+    pools = pools_for(settings, models, way)
     settings.say(f"{size}: starting")
-    async with _servers(settings, pools, tables, way) as services:
+    async with serving(settings, pools, tables, way) as services:
         settings.say(f"{size}: serving")
         until = time.monotonic() + BUDGET_S
         analysis_fps = way.analysis_fps
@@ -318,8 +323,8 @@ async def _part(
 
 
 @contextlib.asynccontextmanager
-async def _servers(
-    settings: Settings, pools: str, tables: str, way: _Way
+async def serving(
+    settings: Settings, pools: str, tables: str, way: Way
 ) -> AsyncIterator[list[Service]]:
     """The part's servers, all of them serving. Several under MPS share one daemon."""
     async with contextlib.AsyncExitStack() as stack:
@@ -425,8 +430,11 @@ async def trial(
         found.reasons.update(part["reasons"])
         found.ages += part["ages"]
         found.latencies += part["latencies"]
+        found.rates += part["rates"]
         for stage, times in part["stages"].items():
             found.stages.setdefault(stage, []).extend(times)
+    opened = [part["opened_s"] for part in parts]
+    found.opened_s = max(opened) if None not in opened else math.nan
     found.client_cpu = max(part["cpu_share"] for part in parts)
     return found
 
@@ -522,6 +530,7 @@ def _row(found: Trial, size: str, rate: float, model: str) -> Row:
             "reasons": " ".join(f"{r}:{n}" for r, n in found.reasons.most_common(4)),
             "degraded": found.degraded,
             "kept": found.good,
+            "opened_s": found.opened_s,
             "gpu": found.gpu,
             "machine_cpu": found.machine_cpu,
             "front_cpu": found.front_cpu,

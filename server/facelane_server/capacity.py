@@ -14,6 +14,10 @@ they are not. It is shared out by weight, as the queue of a pool does (keys by t
 the streams of each), and nobody is given more than it sends, so all streams of a kind are thinned
 alike. What has piled up meanwhile is let off first.
 
+Where it is decoding that cannot keep up, fewer pictures of a stream of video help little: all of it
+is decoded. There, or where no stream of video gives way further, whole groups of pictures are left
+out, as many of each stream, so that what is taken of the others keeps its age.
+
 A target that one picture alone does not meet cannot be kept by taking fewer: there, half as long
 again as that counts.
 
@@ -25,7 +29,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 PERIOD_S: Final = 0.25
@@ -73,8 +77,30 @@ _PATIENCE: Final = 12
 _VIDEO_AT_ONCE: Final = 4
 """Of a stream of video every fourth picture is taken at least: those between are decoded all the
 same, some of them with it, and fewer would only make answers late."""
+_STARVED: Final = 0.25
+"""Of the target: what access units must wait for those who decode before that is the limit."""
+_FED: Final = 0.1
+"""The same, up to which there is room for more groups of pictures."""
+_LEAST_GROUPS: Final = 0.1
+"""Of the groups of pictures of video, what is taken of them at least."""
+_FEWER: Final = 0.6
+"""What is left of their part at the most when answers are late once more."""
+_SOON: Final = -0.8
+"""How much too old answers are taken to be that are young, while access units wait for long."""
+_BACK: Final = 1.03
+"""What that part grows by at a reading while answers are young, up to ``_NEAR_GROUPS`` of where
+they were late the last time."""
+_NEAR_GROUPS: Final = 0.75
+_ON: Final = 1.003
+"""The same from there on."""
+_LONGEST: Final = 24
+"""Readings for which the effect of a step is waited for at most, however long groups are."""
 _ENOUGH_OF: Final = 1.0 - 1e-6
 """Of what is asked for, where sums are rounded."""
+_SPARE: Final = 1.05
+"""Of what is offered: a budget that holds nothing back."""
+_WHOLE: Final = 0.98
+"""Of what a stream sends: from this rate on it is taken whole."""
 _ROOM: Final = 1_000_000
 """Streams more, which are told of at most."""
 _KNOWN: Final = 0.3
@@ -88,7 +114,8 @@ class Demand:
     """What a stream sends: pictures a second, and whose they are.
 
     ``lossless``: it is pushed back by its own window and never thinned; it has its share.
-    ``video``: every picture of it is decoded, taken or not.
+    ``video``: every picture of it is decoded, taken or not; a key frame comes every ``group_s``
+    seconds (0 = not known).
     """
 
     lane: int
@@ -98,6 +125,7 @@ class Demand:
     weight: int = 10
     lossless: bool = False
     video: bool = False
+    group_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +136,8 @@ class Reading:
     ``busy``: for each that works, the share of its time, 0-1. ``alone_s``: what a picture would
     take in the workers if it were the only one. ``wait_s``: what waits for workers now would take
     them so long; of what can be thinned, as the ages are. ``opening``: streams that had no result
-    at the reading before; what they have now is not among the ages.
+    at the reading before; what they have now is not among the ages. ``decoding_s``: how long
+    access units wait for those who decode them.
     """
 
     seconds: float
@@ -119,6 +148,7 @@ class Reading:
     alone_s: float = 0.0
     wait_s: float = 0.0
     opening: int = 0
+    decoding_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +178,10 @@ def fair_rates(demands: Iterable[Demand], budget: float) -> dict[int, float]:
         given = _filled([(float(d.weight), d.fps) for d in lanes], share)
         rates.update((d.lane, rate) for d, rate in zip(lanes, given, strict=True))
     return rates
+
+
+def _is_thinned_video(demand: Demand) -> bool:
+    return demand.video and not demand.lossless
 
 
 def _filled(wanted: Sequence[tuple[float, float]], budget: float) -> list[float]:
@@ -181,6 +215,8 @@ class Capacity:
     min_fps: float
     budget: float | None = None
     """Pictures a second that are shared out; ``None`` = nothing is held back."""
+    groups: float = 1.0
+    """Part of the groups of pictures that is taken of each stream of video that is thinned."""
     _readings: deque[Reading] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _streams: dict[int, _Stream] = field(default_factory=dict)
     _demands: tuple[Demand, ...] = ()
@@ -193,6 +229,12 @@ class Capacity:
     much was only beginning, and nobody is refused for it."""
     _ceiling: float = math.inf
     """The budget at which answers were late the last time."""
+    _groups_ceiling: float = 1.0
+    """That part when answers were late the last time."""
+    _grown: bool = True
+    """Since that part was made less."""
+    _pinned: bool = False
+    """No stream of video gives way further than it does."""
     _late: int = 0
     """Readings in a row whose answers were late."""
     _opening: int = 0
@@ -283,7 +325,10 @@ class Capacity:
         answered = self._answered()
         if late and self._busiest() > _BUSY and answered > 0:
             self.budget = _FULL * answered
-            self._hold, self._calm, self._led = _HOLD, 0, 0
+            if self._is_starved(target):
+                self._take_fewer_groups(-1.0 if age is None else 1.0 - age / (_SETPOINT * target))
+                self.budget = max(self.budget, _SPARE * self._offered())
+            self._hold, self._calm, self._led = self._holding(), 0, 0
             self._ceiling = math.inf
 
     def _stays_late(self, late: bool, wait_s: float, target: float) -> bool:
@@ -294,58 +339,110 @@ class Capacity:
     def _lead(self, age: float | None, wait_s: float, target: float) -> None:
         assert self.budget is not None
         self._led += 1
-        offered = sum(d.fps for d in self._demands)
         busiest, answered = self._busiest(), self._answered()
         if not self._demands:
-            self.budget = None  # there is nobody to hold back
+            self._let_go()  # there is nobody to hold back
             return
         if answered <= 0:
             # Nobody sends, or nobody works (a pool is gone): fewer pictures would not help.
             self._calm += 1
             if self._calm >= 2 * _WINDOW:
-                self.budget = None
+                self._let_go()
             return
         able = answered / max(busiest, 1e-6)
         setpoint = _SETPOINT * target
         self._hold -= 1
         young = 1.0 if age is None else 1.0 - age / setpoint
         self._ceiling *= _FORGOTTEN
-        fast = young > _YOUNG and _FAST * self.budget <= _NEAR * self._ceiling
+        whole = self.groups == 1.0  # else more of each group would be taken in turns
+        fast = whole and young > _YOUNG and _FAST * self.budget <= _NEAR * self._ceiling
         late = self._stays_late(young < 0.0, wait_s, target)
         if young < 0.0:
             if self._hold <= 0 and late:
-                self._ceiling = self.budget
-                self.budget *= max(0.8, 1.0 + 0.1 * young)
-                self._hold = _HOLD
-        elif fast:
-            self.budget *= _FAST
-        elif self._hold <= 0:
-            self.budget *= 1.01 + _GROWTH * max(0.0, young - _YOUNG)
+                if self._pinned or self._is_starved(target):
+                    self._take_fewer_groups(young)
+                else:
+                    self._ceiling = self.budget
+                    self.budget *= max(0.8, 1.0 + 0.1 * young)
+                self._hold = self._holding()
+        else:
+            if self._hold <= 0 and self._is_starved(target):
+                self._take_fewer_groups(_SOON)  # they will be late
+                self._hold = self._holding()
+            elif self._hold <= 0:
+                self._take_more_groups(target)
+            if fast:
+                self.budget *= _FAST
+            elif self._hold <= 0:
+                self.budget *= 1.01 + _GROWTH * max(0.0, young - _YOUNG)
         # Workers that take a picture at a time look as busy as those that take eight in the same
         # time: while answers are young, more may fit than their business says.
         most = _MOST if young < _YOUNG else _MOST_FAST if fast else _MOST_YOUNG
         self.budget = min(max(self.budget, _LEAST * able), most * able)
-        if self.budget >= 1.05 * offered:
-            self.budget = 1.05 * offered
+        offered = self._offered()
+        if self.budget >= _SPARE * offered:
+            self.budget = _SPARE * offered
             self._calm += 1
-            if self._calm >= _WINDOW:
-                self.budget = None
+            if self._calm >= _WINDOW and self.groups == 1.0:
+                self._let_go()
         else:
             self._calm = 0
+
+    def _let_go(self) -> None:
+        self.budget = None
+        self.groups = self._groups_ceiling = 1.0
+        self._grown = True
+        self._pinned = False
 
     def _thinned(self, part: float) -> dict[int, float]:
         if self.budget is None:
             return {}
-        rates = fair_rates(self._demands, part * self.budget)
-        for demand in self._demands:
-            if demand.video:
-                least = demand.fps / _VIDEO_AT_ONCE
-                rates[demand.lane] = max(rates[demand.lane], least)
-        return {
-            d.lane: rates[d.lane]
-            for d in self._demands
-            if not d.lossless and rates[d.lane] < 0.98 * d.fps
-        }
+        asked = [replace(d, fps=self._may_send(d)) for d in self._demands]
+        rates = fair_rates(asked, part * self.budget)
+        least = {d.lane: d.fps / _VIDEO_AT_ONCE for d in asked if _is_thinned_video(d)}
+        self._pinned = bool(least) and all(rates[lane] <= fps for lane, fps in least.items())
+        for lane, fps in least.items():
+            rates[lane] = max(rates[lane], fps)
+        thinned: dict[int, float] = {}
+        for demand, may in zip(self._demands, asked, strict=True):
+            rate = rates[demand.lane]
+            if not demand.lossless and (rate < _WHOLE * may.fps or may.fps < demand.fps):
+                # Of the groups that are taken all pictures are, though a rate is never exact.
+                thinned[demand.lane] = rate if rate < _WHOLE * may.fps else _SPARE * may.fps
+        return thinned
+
+    # -- groups of pictures -------------------------------------------------------------------
+
+    def _may_send(self, demand: Demand) -> float:
+        """Pictures a second of the stream in the groups that are taken."""
+        return demand.fps * self.groups if _is_thinned_video(demand) else demand.fps
+
+    def _offered(self) -> float:
+        return sum(map(self._may_send, self._demands))
+
+    def _is_starved(self, target: float) -> bool:
+        video = any(map(_is_thinned_video, self._demands))
+        return video and self._decoding_s() > _STARVED * target
+
+    def _take_fewer_groups(self, young: float) -> None:
+        """``young``: below 0, by how much of the setpoint answers are too old."""
+        if self._grown:  # else it is still the step before that is late
+            self._groups_ceiling, self._grown = self.groups, False
+        self.groups = max(_LEAST_GROUPS, self.groups * max(_FEWER, 1.0 + 0.12 * young))
+
+    def _take_more_groups(self, target: float) -> None:
+        self._groups_ceiling = min(1.0, self._groups_ceiling * _FORGOTTEN)
+        if self._decoding_s() < _FED * target:
+            near = self.groups >= _NEAR_GROUPS * self._groups_ceiling
+            self.groups = min(1.0, self.groups * (_ON if near else _BACK))
+            self._grown = True
+
+    def _holding(self) -> int:
+        """Readings until a step shows its effect: of groups, once each stream has begun one."""
+        if self.groups == 1.0:
+            return _HOLD
+        longest = max((d.group_s for d in self._demands if _is_thinned_video(d)), default=0.0)
+        return max(_HOLD, min(_LONGEST, _WINDOW + math.ceil(longest / PERIOD_S)))
 
     # -- what the last readings say -----------------------------------------------------------
 
@@ -368,6 +465,7 @@ class Capacity:
                     demand.weight,
                     demand.lossless,
                     demand.video,
+                    demand.group_s,
                 )
             )
         self._streams = streams
@@ -380,6 +478,9 @@ class Capacity:
         """A second."""
         seconds = self._seconds()
         return sum(r.answered for r in self._readings) / seconds if seconds else 0.0
+
+    def _decoding_s(self) -> float:
+        return sum(r.decoding_s for r in self._readings) / max(1, len(self._readings))
 
     def _busiest(self) -> float:
         seconds = self._seconds()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from facelane_server.capacity import PERIOD_S, Capacity, Demand, Reading, fair_rates
-from facelane_server.lanes.pace import Pace
+from facelane_server.lanes.pace import Pace, Parts
 
 TARGET_S = 0.1
 
@@ -295,6 +295,158 @@ def test_video_is_not_thinned_so_far_that_what_it_decodes_together_makes_it_late
         rates = capacity.step(Reading(PERIOD_S, demands, 4, [1.0], busy, 0.01, 1.0))
     assert {rates[lane] for lane in range(8)} == {25.0 / 4}
     assert max(rates[lane] for lane in range(8, 16)) < 2.0
+
+
+@dataclass
+class Film:
+    """Cameras of video before decoders that all its access units go through, one after the other;
+    pictures that are taken go on to a detector that has time to spare, or has not. The newest
+    picture of a stream replaces one that waits, which is decoded all the same."""
+
+    capacity: Capacity
+    cameras: int
+    decode_s: float
+    detect_s: float
+    together: bool = False
+    """Key frames of all cameras come at once."""
+    fps: float = 25.0
+    group: int = 25
+    now: float = 0.0
+    ages: list[tuple[float, float]] = field(default_factory=list)
+    answered: list[int] = field(default_factory=list)
+
+    def run(self, seconds: float, counted: float) -> None:
+        """``counted``: when what is kept of it begins."""
+        rng = random.Random(3)
+        lanes = range(self.cameras)
+        self.answered = [0] * self.cameras
+        paces, parts = [Pace(n) for n in lanes], [Parts(n) for n in lanes]
+        units = [0 if self.together else rng.randrange(self.group) for _ in lanes]
+        taken = [False] * self.cameras
+        arrivals = sorted((rng.random() / self.fps, n) for n in lanes)
+        under_way: dict[int, float] = {}  # the receipt of the picture that a worker has
+        waiting: dict[int, float] = {}
+        decoding: deque[tuple[int, float]] = deque()
+        free_at = detector_free_at = busy = 0.0
+        offered, ages, results = [0] * self.cameras, [], 0
+        tick = PERIOD_S
+        for step in range(int(seconds * self.fps)):
+            for offset, lane in arrivals:
+                self.now = step / self.fps + offset
+                while decoding and free_at <= self.now:
+                    which, upto = decoding.popleft()
+                    free_at += self.decode_s
+                    while which in under_way and under_way[which] <= upto:
+                        detector_free_at = max(detector_free_at, free_at) + self.detect_s
+                        busy += self.detect_s
+                        results += 1
+                        ages.append(detector_free_at - under_way.pop(which))
+                        if self.now > counted:
+                            self.ages.append((self.now, ages[-1]))
+                            self.answered[which] += 1
+                        if which in waiting:
+                            under_way[which] = waiting.pop(which)
+                if not decoding:
+                    free_at = max(free_at, self.now)
+                if self.now >= tick:
+                    tick += PERIOD_S
+                    self._step(offered, ages, results, busy, len(decoding), paces, parts)
+                    offered, ages, results, busy = [0] * self.cameras, [], 0, 0.0
+                offered[lane] += 1
+                if units[lane] % self.group == 0:
+                    taken[lane] = parts[lane].takes()
+                units[lane] += 1
+                if taken[lane]:
+                    decoding.append((lane, self.now))
+                    if lane in waiting or paces[lane].takes(int(self.now * 1e9)):
+                        (waiting if lane in under_way else under_way)[lane] = self.now
+
+    def _step(
+        self,
+        offered: list[int],
+        ages: list[float],
+        results: int,
+        busy: float,
+        waiting: int,
+        paces: list[Pace],
+        parts: list[Parts],
+    ) -> None:
+        demands = [
+            Demand(n, count / PERIOD_S, video=True, group_s=self.group / self.fps)
+            for n, count in enumerate(offered)
+        ]
+        rates = self.capacity.step(
+            Reading(
+                PERIOD_S,
+                demands,
+                results,
+                ages,
+                {"detector": 1.0 if waiting else min(1.0, busy / PERIOD_S)},
+                self.decode_s + self.detect_s,
+                waiting * self.decode_s,
+                decoding_s=waiting * self.decode_s,
+            )
+        )
+        for n, (pace, part) in enumerate(zip(paces, parts, strict=True)):
+            rate = rates.get(n)
+            part.part = 1.0 if rate is None else self.capacity.groups
+            pace.change(None if rate is None else rate / part.part, int(self.now * 1e9))
+
+    def share_below(self, age_s: float) -> float:
+        return sum(age <= age_s for _, age in self.ages) / len(self.ages)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(("times", "in_time"), [(1.3, 0.99), (2.0, 0.98), (4.0, 0.94)])
+def test_where_decoding_is_what_is_short_whole_groups_of_pictures_are_left_out(
+    times: float, in_time: float, together: bool
+) -> None:
+    film = Film(Capacity(TARGET_S, 2.0), 40, times / 1_000, 0.0002, together)
+    film.run(90.0, counted=20.0)
+    assert film.share_below(1.2 * TARGET_S) >= in_time
+    assert 0.75 / times <= film.capacity.groups <= 1.05 / times
+    assert sum(film.answered) / 70.0 >= 0.6 * 1_000 / times
+    assert max(film.answered) <= 1.3 * min(film.answered)
+
+
+def test_where_the_detector_is_what_is_short_every_group_of_pictures_is_taken() -> None:
+    """Until no stream of video gives way further, and answers are late all the same."""
+    capacity = Capacity(TARGET_S, 2.0)
+    demands = [Demand(lane, 25.0, video=True, group_s=1.0) for lane in range(8)]
+    late = Reading(PERIOD_S, demands, 40, [2 * TARGET_S] * 40, {"detector": 1.0})
+    budgets = set()
+    while not capacity._pinned:
+        rates = capacity.step(replace(late, answered=int((capacity.budget or 160.0) * PERIOD_S)))
+        assert capacity.groups == 1.0
+        budgets.add(capacity.budget)
+    assert len(budgets) > 4, "it is led down"
+    assert set(rates.values()) == {25.0 / 4}
+    for _ in range(12):
+        capacity.step(replace(late, answered=12))
+    assert capacity.groups < 1.0
+
+
+def test_groups_of_pictures_are_taken_again_when_they_fit() -> None:
+    capacity = Capacity(TARGET_S, 2.0)
+    demands = [Demand(lane, 25.0, video=lane < 4, group_s=1.0) for lane in range(8)]
+    busy = {"detector": 1.0}
+    late = Reading(PERIOD_S, demands, 40, [3 * TARGET_S] * 40, busy, decoding_s=TARGET_S)
+    for _ in range(8):
+        rates = capacity.step(late)
+    assert capacity.groups < 1.0
+    assert set(rates) == set(range(4)), "stills cost those who decode video nothing"
+    assert capacity.budget is not None
+    young = replace(late, answered=45, ages_s=[0.1 * TARGET_S] * 45, decoding_s=0.0)
+    waiting = replace(young, decoding_s=0.2 * TARGET_S)
+    for _ in range(4):
+        capacity.step(waiting)
+    before = capacity.groups
+    for _ in range(12):
+        capacity.step(waiting)
+    assert capacity.groups == before, "nobody is late, and more would be"
+    for _ in range(400):
+        rates = capacity.step(young)
+    assert (rates, capacity.groups, capacity.budget) == ({}, 1.0, None)
 
 
 @pytest.mark.parametrize("cameras", [56, 112])

@@ -207,6 +207,23 @@ def test_a_lanes_calls_are_made_in_their_order_whoevers_threads_make_them() -> N
     assert made[1:] == ["first", "second", "third"]
 
 
+def test_what_waits_for_a_thread_is_told_and_what_waits_for_its_lane_is_not() -> None:
+    decoders, free = Decoders(1, 30.0, 60.0), threading.Event()
+    held = decoders.begin([lambda: free.wait(30)], [7])
+    behind = decoders.begin([lambda: True], [7])
+    beside = decoders.begin([lambda: True], [8])
+    until(lambda: held.tasks[0].began is not None)
+    assert not behind.tasks[0].queued
+    assert beside.tasks[0].queued
+    assert beside.waited_s == 0.0, "nobody knows yet"
+    free.set()
+    assert [decoders.settle(run) for run in (held, behind, beside)] == [[True]] * 3
+    of_lane, of_thread = behind.tasks[0], beside.tasks[0]
+    assert of_thread.began is not None
+    assert of_thread.ready < of_lane.ready
+    assert beside.waited_s == of_thread.began - of_thread.ready > 0.0
+
+
 def test_who_is_given_up_lets_the_lane_go_on_once_it_is_told() -> None:
     told: list[tuple[int, bool]] = []
     stop, made = threading.Event(), threading.Event()

@@ -42,8 +42,8 @@ from facelane_server.ipc.messages import (
     PictureHeld,
     VideoItem,
 )
-from facelane_server.lanes import Allowance, KeyFrameWanted, Lane, LaneOptions
-from facelane_server.lanes.pace import Rhythm
+from facelane_server.lanes import Allowance, KeyFrameWanted, Lane, LaneOptions, RateChanged
+from facelane_server.lanes.pace import Parts, Rhythm
 from facelane_server.lanes.video import Footage
 from facelane_server.pools.groups import Decoders, Group, Wanted
 from facelane_server.pools.lineup import Lineup
@@ -284,7 +284,7 @@ class Bench:
 
 OPERATIONS = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["arrive", "arrive", "thin", "all"]), st.integers(0, 1)),
+        st.tuples(st.sampled_from(["arrive", "arrive", "thin", "all", "part"]), st.integers(0, 1)),
         st.tuples(st.sampled_from(["dispatch", "settle"]), st.just(0)),
         st.tuples(st.sampled_from(["complete", "slice", "restart"]), st.integers(0, 1)),
     ),
@@ -293,7 +293,7 @@ OPERATIONS = st.lists(
 VIOLENT = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["arrive", "arrive", "complete"]), st.integers(0, 1)),
-        st.tuples(st.sampled_from(["thin", "all"]), st.integers(0, 1)),
+        st.tuples(st.sampled_from(["thin", "all", "part"]), st.integers(0, 1)),
         st.tuples(st.sampled_from(["dispatch", "settle", "later"]), st.just(0)),
         st.tuples(
             st.sampled_from(["slice", "fail", "crash", "hang", "restart"]), st.integers(0, 1)
@@ -310,6 +310,8 @@ async def play(bench: Bench, operations: Sequence[tuple[str, int]]) -> None:
                 bench.arrive(which)
             case "thin" | "all" if bench.lanes[which].options.overload is Overload.LATEST_WINS:
                 bench.lanes[which].take_at(1.0 if name == "thin" else None)
+            case "part" if bench.lanes[which].options.overload is Overload.LATEST_WINS:
+                bench.lanes[which].take_at(20.0, 0.5)
             case "dispatch":
                 bench.dispatch()
             case "settle":
@@ -525,6 +527,73 @@ def test_nothing_shares_a_job_with_what_may_have_ended_a_worker() -> None:
         await bench.finish()
 
     run(scenario)
+
+
+def test_of_some_groups_of_pictures_nothing_is_taken() -> None:
+    """No key frame is asked for: the next one comes as it comes. Streams take turns."""
+
+    async def scenario() -> None:
+        bench = Bench("plain", Overload.LATEST_WINS)
+        assert bench.lanes[0].tally().group == 0
+        for which in (0, 1):
+            bench.lanes[which].take_at(1_000.0, 0.5)
+        for _ in range(COUNT):
+            bench.now += S // 25
+            for which in (0, 1):
+                bench.arrive(which)
+            while bench.dispatch():
+                bench.complete(0)
+                bench.complete(1)
+            await bench.settle()
+        await bench.finish()
+        taken = [
+            {(o.frame_id - 1) // KEYINT for o in bench.outcomes(which) if not is_drop(o)}
+            for which in (0, 1)
+        ]
+        assert [len(groups) for groups in taken] == [2, 2], "of four"
+        assert taken[0] != taken[1]
+        for which in (0, 1):
+            assert set(bench.drops(which)) == {DropReason.THINNED}
+            assert len(bench.drops(which)) == COUNT // 2
+            assert not any(isinstance(each, KeyFrameWanted) for each in bench.taken[which])
+            assert RateChanged(1_000.0) in bench.taken[which]
+            assert bench.lanes[which].tally().group == KEYINT
+
+    run(scenario)
+
+
+def is_drop(outcome: Outcome) -> bool:
+    return isinstance(outcome.body, FrameDrop)
+
+
+def test_what_is_broken_in_a_group_that_is_not_taken_is_told() -> None:
+    parts = Parts(0)
+    parts.part = 0.0
+    footage = Footage(1 << 20, 1 << 20, parts=parts)
+    units = CLIPS["plain"][1] if isinstance(CLIPS["plain"], tuple) else CLIPS["plain"]
+    footage.check(Encoding.H264)
+    for unit in units[:3]:
+        assert footage.take(unit, Encoding.H264) is None
+        assert footage.thinned
+    footage.lose()
+    assert (footage.thinned, footage.dry) == (True, False), "nothing was to be had of it anyway"
+    with pytest.raises(FacelaneError):
+        footage.take(b"\x00\x00\x00\x01", Encoding.H264)
+    assert (footage.thinned, footage.dry) == (False, True), "it may have been a key frame"
+    parts.part = 1.0
+    assert footage.take(units[KEYINT], Encoding.H264) is not None
+
+
+@given(st.integers(0, 1_000), st.floats(0.05, 1.0), st.integers(1, 200))
+def test_a_part_of_the_groups_is_that_part_in_the_long_run(
+    lane: int, part: float, count: int
+) -> None:
+    parts = Parts(lane)
+    parts.part = part
+    taken = [parts.takes() for _ in range(count)]
+    assert abs(sum(taken) - part * count) <= 1.0 + 1e-6
+    parts.part = 1.0
+    assert all(parts.takes() for _ in range(20)), "all of them"
 
 
 @pytest.mark.parametrize("anew", [False, True])

@@ -264,6 +264,18 @@ def test_a_job_is_answered_while_the_next_ones_pictures_are_decoded(
     assert second.job_id == 2
 
 
+def test_how_long_video_waits_for_those_who_decode_is_told(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.become_ready()
+    server.model.permits.release(2)
+    server.infer(1, 0)
+    assert server.receive().waited_us == 0  # type: ignore[union-attr]
+    monkeypatch.setattr(type(server.loop._work), "waited_s", 0.25)
+    server.infer(2, 1)
+    assert server.receive().waited_us == 250_000  # type: ignore[union-attr]
+
+
 def reads_early(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As a detector whose card decodes; the jobs that it reads before their turn."""
     read: list[int] = []

@@ -101,8 +101,10 @@ class LoadWatch:
             rates = capacity.step(reading)
             for lane in self._streams.lanes:
                 rate = rates.get(lane.lane_id)
-                if rate is not None or lane.taken_at is not None:
-                    lane.take_at(rate)
+                if rate is not None:
+                    lane.take_at(rate, capacity.groups if lane.footage.is_video else 1.0)
+                elif lane.taken_at is not None:
+                    lane.take_at(None)
             if bool(rates) is not thinning:
                 self._tell(rates)
             thinning = bool(rates)
@@ -124,14 +126,17 @@ class LoadWatch:
         for lane in self._streams.lanes:
             tally = lane.tally()
             fps = tally.received / seconds
-            demand = _demand(lane.lane_id, lane.options, lane.sender, fps, video=tally.video)
+            group_s = tally.group / fps if fps else 0.0
+            demand = _demand(
+                lane.lane_id, lane.options, lane.sender, fps, video=tally.video, group_s=group_s
+            )
             demands.append(demand)
             answered += tally.results
             opening += tally.opening and tally.received > 0
             if not (demand.lossless or tally.opening):
                 ages_s += [age_ns / 1e9 for age_ns in tally.ages_ns]
         busy = {"front": front}
-        alone_s = wait_s = 0.0
+        alone_s = wait_s = decoding_s = 0.0
         for stage, pool in self._pools.items():
             work = pool.work()
             before = self._works.get(stage, work)
@@ -142,12 +147,22 @@ class LoadWatch:
             if (items := work.answers - before.answers) > 0:
                 self._each_s[stage] = worked_s / items
                 alone_s += worked_s / items
+            if (jobs := work.jobs - before.jobs) > 0:
+                decoding_s = max(decoding_s, (work.waited_ns - before.waited_ns) / 1e9 / jobs)
             wait_s += work.queued * self._each_s.get(stage, 0.0) / max(work.workers, 1)
-        return Reading(seconds, demands, answered, ages_s, busy, alone_s, wait_s, opening)
+        return Reading(
+            seconds, demands, answered, ages_s, busy, alone_s, wait_s, opening, decoding_s
+        )
 
 
 def _demand(
-    lane_id: int, options: LaneOptions, sender: Sender, fps: float, *, video: bool = False
+    lane_id: int,
+    options: LaneOptions,
+    sender: Sender,
+    fps: float,
+    *,
+    video: bool = False,
+    group_s: float = 0.0,
 ) -> Demand:
     return Demand(
         lane_id,
@@ -157,4 +172,5 @@ def _demand(
         options.weight,
         options.overload is Overload.LOSSLESS,
         video,
+        group_s,
     )

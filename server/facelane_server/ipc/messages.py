@@ -331,9 +331,13 @@ class GalleryLoaded(Message, frozen=True):
 
 
 class InferDone(Message, frozen=True):
+    """``waited_us``: how long its video waited for those who decode, on average; 0 where it is not
+    read before its turn."""
+
     job_id: Number
     items: Annotated[list[ItemDone], msgspec.Meta(max_length=limits.MAX_BATCH)]
     memory_mib: MiB = 0
+    waited_us: Number = 0
 
 
 class InferFailed(Message, frozen=True):

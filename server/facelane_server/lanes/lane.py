@@ -46,7 +46,7 @@ from facelane_server.domain import (
 from facelane_server.lanes.allowance import Allowance
 from facelane_server.lanes.entry import Entry
 from facelane_server.lanes.faces import Faces, Look
-from facelane_server.lanes.pace import Pace, Rhythm
+from facelane_server.lanes.pace import Pace, Parts, Rhythm, ToldRate
 from facelane_server.lanes.types import (
     KeyFrameWanted,
     LaneDraining,
@@ -67,10 +67,6 @@ from facelane_server.pipeline import Evidence, Origin, Pipeline, error_of
 from facelane_server.pools.groups import Wanted
 from facelane_server.pools.tasks import ANYBODY, DetectAnswer, Sender, Undecoded
 
-_TELL_NS: Final = 1_000_000_000
-"""Least time between two changes of a rate that the client is told."""
-_LEAST_FPS: Final = 0.1
-"""What is told of a rate below; 0 would mean the opposite."""
 _AGES: Final = 64
 """Of results, kept until somebody asks: those of a quarter of a second."""
 
@@ -125,12 +121,13 @@ class Lane:
 
         self._rhythm = Rhythm(options.analysis_fps) if options.analysis_fps else None
         self._passed_over = 0
-        self.footage = Footage(pipeline.max_pixels, video_cache_bytes, allowance)
+        self._parts = Parts(lane_id)
+        self.footage = Footage(pipeline.max_pixels, video_cache_bytes, allowance, self._parts)
         self._ahead: deque[Entry] = deque()  # of video: held back until others bring them out
         self._asked = False
 
         self._pace = Pace(lane_id)
-        self._told_fps, self._told_ns = 0.0, 0
+        self._told = ToldRate()
         self._tallied = (0, 0)
         self._ages_ns: deque[int] = deque(maxlen=_AGES)
 
@@ -194,7 +191,9 @@ class Lane:
             self._settle(entry, FrameDrop(DropReason.DRAINING))
         elif frame.picture.encoding.is_video:
             if entry.place is None:
-                self._settle(entry, FrameDrop(DropReason.WAITING_FOR_KEY_FRAME))
+                thinned = self.footage.thinned
+                why = DropReason.THINNED if thinned else DropReason.WAITING_FOR_KEY_FRAME
+                self._settle(entry, FrameDrop(why))
             else:
                 self._hold(entry)
                 self._ahead.append(entry)
@@ -303,18 +302,19 @@ class Lane:
     @property
     def taken_at(self) -> float | None:
         """Pictures a second that are taken; ``None`` = all."""
-        return self._pace.rate
+        rate = self._pace.rate
+        return None if rate is None else rate * self._parts.part
 
-    def take_at(self, fps: float | None) -> None:
-        """From now on so many pictures a second are taken, all with ``None``; the client is told
-        of what makes a difference to it."""
+    def take_at(self, fps: float | None, groups: float = 1.0) -> None:
+        """From now on so many pictures a second are taken, all with ``None``: of video in this part
+        of its groups of pictures, and none in the others. The client is told of what makes a
+        difference to it."""
         now_ns = self._clock()
-        self._pace.change(fps, now_ns)
-        told, rate = self._told_fps, 0.0 if fps is None else max(fps, _LEAST_FPS)
-        on_off = (told == 0.0) is not (rate == 0.0)
-        if on_off or (abs(rate - told) > 0.2 * told and now_ns - self._told_ns > _TELL_NS):
-            self._told_fps, self._told_ns = rate, now_ns
-            self._push(RateChanged(rate))
+        self._pace.change(None if fps is None else fps / groups, now_ns)
+        self._parts.part = groups
+        told = self._told.change(fps, now_ns)
+        if told is not None:
+            self._push(RateChanged(told))
 
     def tally(self) -> Tally:
         """What happened since this was asked before."""
@@ -322,9 +322,9 @@ class Lane:
         received, results = asked - self._tallied[0], self._results - self._tallied[1]
         opening = not self._tallied[1]
         self._tallied = (asked, self._results)
-        ages_ns = tuple(self._ages_ns)
+        ages_ns, video = tuple(self._ages_ns), self.footage.is_video
         self._ages_ns.clear()
-        return Tally(received, results, ages_ns, self.footage.is_video, opening)
+        return Tally(received, results, ages_ns, video, opening, self.footage.length)
 
     def close_input(self) -> None:
         """No more frames will come."""

@@ -7,6 +7,10 @@ from typing import Final
 _BURST: Final = 2.0
 """Pictures that may be owed to a stream: one, and the part of another by which the camera's own
 rhythm misses the rate, so that over time exactly the rate is taken."""
+_TELL_NS: Final = 1_000_000_000
+"""Least time between two changes of a rate that the client is told."""
+_LEAST_FPS: Final = 0.1
+"""What is told of a rate below; 0 would mean the opposite."""
 _GOLDEN: Final = 0.618034
 _EARLY: Final = 0.1
 """Part of a beat by which a picture may come before it: time stamps are rounded to milliseconds
@@ -47,6 +51,25 @@ class Pace:
         self._since_ns = now_ns
 
 
+class Parts:
+    """Takes a part of what comes one after the other (groups of pictures), evenly."""
+
+    __slots__ = ("_level", "part")
+
+    def __init__(self, lane_id: int) -> None:
+        self.part = 1.0
+        # As of ``Pace``: streams whose key frames come together are not all left out together.
+        self._level = lane_id * _GOLDEN % 1.0
+
+    def takes(self) -> bool:
+        """Whether the next one is taken."""
+        self._level += self.part
+        if self._level < 1.0:
+            return False
+        self._level -= 1.0
+        return True
+
+
 class Rhythm:
     """Takes at most ``fps`` pictures a second of media time, those nearest behind the beats of an
     even rhythm, so that a camera's own rate is not rounded down to one that divides it."""
@@ -66,3 +89,22 @@ class Rhythm:
             return False
         self._next_ns += self._beat_ns * (late // self._beat_ns + 1)
         return True
+
+
+class ToldRate:
+    """What a client knows of the rate at which its pictures are taken."""
+
+    __slots__ = ("_fps", "_told_ns")
+
+    def __init__(self) -> None:
+        self._fps = 0.0
+        self._told_ns = 0
+
+    def change(self, fps: float | None, now_ns: int) -> float | None:
+        """What it is to be told of this rate (``None`` = all pictures), if anything; 0 = all."""
+        told, rate = self._fps, 0.0 if fps is None else max(fps, _LEAST_FPS)
+        on_off = (told == 0.0) is not (rate == 0.0)
+        if on_off or (abs(rate - told) > 0.2 * told and now_ns - self._told_ns > _TELL_NS):
+            self._fps, self._told_ns = rate, now_ns
+            return rate
+        return None

@@ -84,13 +84,14 @@ Update = TrackEnded | StageChanged | LaneDraining | RateChanged | KeyFrameWanted
 class Tally:
     """What happened in a lane since it was asked before. ``ages_ns``: of its results, the newest
     of them where there are many. ``video``: it brings no stills. ``opening``: it had no result
-    before."""
+    before. ``group``: frames from one key frame to the next, 0 = not known."""
 
     received: int
     results: int
     ages_ns: tuple[int, ...]
     video: bool = False
     opening: bool = False
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,19 +9,26 @@ from __future__ import annotations
 from facelane_server import annexb
 from facelane_server.domain import Encoding, FacelaneError, Reason
 from facelane_server.lanes.allowance import Allowance
+from facelane_server.lanes.pace import Parts
 from facelane_server.pools.groups import Group
 
 
 class Footage:
     """One stream's. ``cache_bytes``: what is kept of a group of pictures; it counts in the
-    ``allowance``, and goes where that is full: a key's room is for what waits."""
+    ``allowance``, and goes where that is full: a key's room is for what waits. ``parts``: which
+    groups are taken at all."""
 
     def __init__(
-        self, max_pixels: int, cache_bytes: int, allowance: Allowance | None = None
+        self,
+        max_pixels: int,
+        cache_bytes: int,
+        allowance: Allowance | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self._max_pixels = max_pixels
         self._cache_bytes = cache_bytes
         self._allowance = allowance
+        self._parts = parts
         self._counted = 0
         self._encoding: Encoding | None = None
         self._leading = False
@@ -32,6 +39,11 @@ class Footage:
         """The newest, while it goes on."""
         self.dry = False
         """A key frame is wanted."""
+        self.thinned = False
+        """What comes is of a group that is not taken."""
+        self.length = 0
+        """Of the group before, in access units."""
+        self._since = 0
 
     @property
     def is_video(self) -> bool:
@@ -55,20 +67,29 @@ class Footage:
             )
 
     def take(self, unit: bytes, encoding: Encoding) -> tuple[Group, int] | None:
-        """The access unit's group and its number in it; None when it cannot be decoded without
-        a key frame that is not there. Raises FacelaneError for one that is refused."""
+        """The access unit's group and its number in it; None when it is ``thinned``, or cannot be
+        decoded without a key frame that is not there. Raises FacelaneError for one that is
+        refused."""
         try:
             known = self.group.format if self.group is not None else None
             seen = annexb.examine(unit, encoding, self._max_pixels, known)
         except FacelaneError:
+            self.thinned = False
             self.lose()
             raise
         if seen.format is not None and self._begins(seen.key, seen.format):
             self.end()
-            self.group = Group(encoding, seen.format, self._cache_bytes)
-            self._leading = seen.key is annexb.Key.SOFT
-            self._reference = None
+            self.length, self._since = self._since, 0
             self.dry = False
+            self.thinned = self._parts is not None and not self._parts.takes()
+            if not self.thinned:
+                self.group = Group(encoding, seen.format, self._cache_bytes)
+                self._leading = seen.key is annexb.Key.SOFT
+                self._reference = None
+        self._since += 1
+        if self.thinned:
+            self._count()
+            return None
         group = self.group
         if group is None or group.broken:
             self.lose()
@@ -112,7 +133,7 @@ class Footage:
 
     def lose(self) -> None:
         """An access unit is missing: what follows waits for a key frame."""
-        if self.is_video:
+        if self.is_video and not self.thinned:
             self.end()
             self.dry = True
 

@@ -106,6 +106,8 @@ class Pool:
         self._completed = 0
         self._failed = 0
         self._busy_ns = 0
+        self._waited_ns = 0
+        self._done = 0
         self._replayed = 0
         self._answers = 0
 
@@ -138,7 +140,9 @@ class Pool:
         jobs = [seat.jobs[0] for seat in self._crew.seats() if seat.jobs]
         under_way = sum(now - job.started_ns for job in jobs if job.started_ns)
         hurried = sum(t.sender.live and not t.sender.patient for t in self._schedule.waiting())
-        return Work(self._busy_ns + under_way, self._answers, hurried, len(self._crew.active))
+        workers = len(self._crew.active)
+        busy_ns = self._busy_ns + under_way
+        return Work(busy_ns, self._answers, hurried, workers, self._waited_ns, self._done)
 
     def info(self) -> PoolInfo:
         return PoolInfo(
@@ -297,6 +301,8 @@ class Pool:
         if handle is None or codec is None:
             return
         if isinstance(message, InferDone):
+            self._waited_ns += 1_000 * message.waited_us
+            self._done += 1
             try:
                 ended, used = self._schedule.answered(
                     job,

@@ -51,12 +51,15 @@ class PoolEvent:
 class Work:
     """What the workers of a pool have done. ``busy_ns``: the time in which each had a job, of all
     together, since the start; ``answers``: tasks of those jobs. ``queued`` tasks of streams that
-    are in a hurry wait now, for ``workers`` that take them."""
+    are in a hurry wait now, for ``workers`` that take them. ``waited_ns``: of all ``jobs``
+    together, how long the video in each waited for those who decode it, on average."""
 
     busy_ns: int
     answers: int
     queued: int
     workers: int
+    waited_ns: int = 0
+    jobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class _Begun:
     job_id: int
     finish: Finish
     pending: api.Pending[Any]
+    waited_us: int
 
 
 class Loop:
@@ -347,7 +348,7 @@ class Loop:
             self._finish_begun()
             self._job_failed(job.job_id, error)
             return
-        begun = _Begun(job.job_id, finish, pending)
+        begun = _Begun(job.job_id, finish, pending, round(1e6 * self._work.waited_s))
         if isinstance(pending, api.Immediate):
             self._finish_begun()
             self._finish(begun)
@@ -378,7 +379,7 @@ class Loop:
         self._faults.succeeded()
         if self._fail is not None:
             items = self._fail.said(items)
-        answer = InferDone(begun.job_id, items, self._memory())
+        answer = InferDone(begun.job_id, items, self._memory(), begun.waited_us)
         if self._fail is None:
             self._send(answer)
         else:

@@ -88,6 +88,12 @@ class Work:
     def close_video(self, lane: int) -> None:
         """The lane's decoder is not needed any more; nothing of it is decoded (``settle``)."""
 
+    @property
+    def waited_s(self) -> float:
+        """How long what is in the newest job that was read before its turn waited for those who
+        read it, on average."""
+        return 0.0
+
     def settle(self, lane: int | None = None) -> None:
         """Raises what went wrong with what nobody looks at, and waits for that of a lane: to be
         called before a job is begun, and before a lane is closed. Bounded."""
@@ -159,6 +165,10 @@ class DetectWork(Work):
     @property
     def worn_out(self) -> bool:
         return self._reader.worn_out
+
+    @property
+    def waited_s(self) -> float:
+        return self._reader.waited_s if self.reads_early else 0.0
 
     def spans(self, item: Item) -> list[tuple[int, int]]:
         if isinstance(item, VideoItem):

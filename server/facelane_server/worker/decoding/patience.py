@@ -43,6 +43,8 @@ class _Decoding(Generic[Found]):
         self._call = call
         self.lane = lane
         self.ended: Callable[[], None] = _nothing
+        self.ready = math.inf
+        """When it was its turn among its lane's; from then on it waits for a thread."""
         self.began: float | None = None
         self.done = False
         self.cancelled = False
@@ -103,6 +105,12 @@ class Run(Generic[Found]):
 
     def wait(self, timeout_s: float) -> None:
         self._over.wait(timeout_s)
+
+    @property
+    def waited_s(self) -> float:
+        """How long its calls waited for a thread, on average, of those that have had one."""
+        waits = [task.began - task.ready for task in self.tasks if task.began is not None]
+        return max(0.0, sum(waits) / len(waits)) if waits else 0.0
 
     def end(self, number: int) -> None:
         """A call has ended, or nobody waits for it any more."""
@@ -239,6 +247,7 @@ class Decoders:
         """Of any thread."""
         with self._changing:
             task.queued = True
+            task.ready = time.monotonic()
             self._pool.submit(functools.partial(self._make, task))
 
     def _make(self, task: _Decoding[Any]) -> None:

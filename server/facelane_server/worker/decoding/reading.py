@@ -66,6 +66,8 @@ class Reader:
         """Of each job, and its lanes."""
         self._looked = 0.0
         self.reads_early = engine is not None and engine.waits
+        self.waited_s = 0.0
+        """How long the calls of the newest job that was read waited for a thread, on average."""
 
     @property
     def worn_out(self) -> bool:
@@ -111,6 +113,7 @@ class Reader:
 
         read: dict[int, Read] = dict(reading.ahead)
         results = self._decoders.settle(reading.run, wait if meanwhile or self._ahead else None)
+        self.waited_s = reading.run.waited_s
         for of_call, found in zip(reading.numbers, results, strict=True):
             if isinstance(found, FacelaneError):
                 read.update(dict.fromkeys(of_call, found))
