@@ -89,7 +89,9 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     in time: the decoder has fallen behind, and goes on with the next one.
     """
     DROP_REASON_THINNED: _DropReason.ValueType  # 6
-    """The server carries more than it can analyse in time: of every stream it takes an even part."""
+    """The server carries more than it can analyse in time: of every stream it takes an even part. Of
+    video that may be whole groups of pictures, up to the next key frame.
+    """
 
 class DropReason(_DropReason, metaclass=_DropReasonEnumTypeWrapper):
     """Why a frame was given up before it was analysed."""
@@ -104,7 +106,9 @@ DROP_REASON_WAITING_FOR_KEY_FRAME: DropReason.ValueType  # 5
 in time: the decoder has fallen behind, and goes on with the next one.
 """
 DROP_REASON_THINNED: DropReason.ValueType  # 6
-"""The server carries more than it can analyse in time: of every stream it takes an even part."""
+"""The server carries more than it can analyse in time: of every stream it takes an even part. Of
+video that may be whole groups of pictures, up to the next key frame.
+"""
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015
 
 class _StreamUpdateKind:

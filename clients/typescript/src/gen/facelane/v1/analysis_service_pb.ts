@@ -871,7 +871,8 @@ export enum DropReason {
   WAITING_FOR_KEY_FRAME = 5,
 
   /**
-   * The server carries more than it can analyse in time: of every stream it takes an even part.
+   * The server carries more than it can analyse in time: of every stream it takes an even part. Of
+   * video that may be whole groups of pictures, up to the next key frame.
    *
    * @generated from enum value: DROP_REASON_THINNED = 6;
    */
