@@ -13,7 +13,8 @@ from facelane_server.domain import FacelaneError, Reason
 from facelane_server.models.api import DeviceOptions
 from facelane_server.models.canary import batch_buckets
 from facelane_server.worker import device
-from facelane_server.worker.faults import Fault, classify
+from facelane_server.worker.exit_codes import INTERNAL, OUT_OF_MEMORY
+from facelane_server.worker.faults import Fault, classify, ending
 from facelane_server.worker.networks.serving import (
     ServedDetector,
     ServedLiveness,
@@ -75,6 +76,17 @@ def test_out_of_the_hosts_memory_as_torch_says_it() -> None:
 )
 def test_ordinary_errors_leave_the_context_alone(error: Exception) -> None:
     assert classify(error) is Fault.ORDINARY
+
+
+def test_a_worker_without_memory_says_so_and_where_it_was_is_nobodys_concern(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ending(MemoryError()).code == OUT_OF_MEMORY
+    said = capsys.readouterr().err
+    assert "worker has no memory left" in said
+    assert "Traceback" not in said
+    assert ending(ValueError("what is this")).code == INTERNAL
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_the_cause_counts() -> None:

@@ -16,7 +16,7 @@ from typing import Final
 from facelane_server.domain import FacelaneError, Reason
 from facelane_server.ipc.messages import Fatal, InferFailed
 from facelane_server.worker import exit_codes
-from facelane_server.worker.journal import brief, log_exception
+from facelane_server.worker.journal import brief, log_event, log_exception
 
 _OOM_LIMIT: Final = 3
 _OOM_WINDOW_S: Final = 60.0
@@ -115,10 +115,13 @@ def ending(
     message: str = "",
     otherwise: tuple[int, str] = (exit_codes.INTERNAL, "INTERNAL"),
 ) -> Quit:
-    """How a worker ends over ``error``, outside of any job; logged but for a lost device."""
+    """How a worker ends over ``error``, outside of any job; logged but for a lost device, with its
+    traceback where nobody could foresee it."""
     fault = classify(error)
     code, reason = _ENDS.get(fault, otherwise)
-    if fault is not Fault.POISONED:
+    if fault is Fault.OUT_OF_MEMORY:
+        log_event("worker has no memory left", level="error", error=brief(error))
+    elif fault is not Fault.POISONED:
         log_exception("worker cannot go on", error)
     return Quit(code, Fatal(reason, message or brief(error)))
 
