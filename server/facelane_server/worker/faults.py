@@ -120,8 +120,9 @@ def ending(
     fault = classify(error)
     code, reason = _ENDS.get(fault, otherwise)
     if fault is Fault.OUT_OF_MEMORY:
-        log_event("worker has no memory left", level="error", error=brief(error))
-    elif fault is not Fault.POISONED:
+        log_event("worker has no memory left", level="error", error=type(error).__name__)
+        return Quit(code, Fatal(reason, message or type(error).__name__))
+    if fault is not Fault.POISONED:
         log_exception("worker cannot go on", error)
     return Quit(code, Fatal(reason, message or brief(error)))
 
