@@ -32,7 +32,8 @@ ABOUT: Final = {
     "bridge": "one camera's H.264 through bridge and server: decoded by the bridge, or passed on",
     "overload": "more cameras than fit: age of results, equal rates, every frame's outcome",
     "gallery": "search at 10k to 1M templates against the memory's bandwidth; exactness",
-    "shards": "several processes at one address: frames a second; an enrolment at every shard",
+    "shards": "several processes at one address: frames a second; an enrolment at every shard (matched-1m: at a million "
+    "templates)",
     "vault": "what encryption at rest costs a start, an enrolment, an identification",
     "watchers": "some look at streams, stop reading, look at video: what it costs the streams",
     "wall": "pictures a second of the demo's clip on the console's live wall (needs chromium)",
