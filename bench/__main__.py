@@ -30,10 +30,11 @@ ABOUT: Final = {
     "recovery": "a recogniser worker is killed under load; with peers in their own environments",
     "revocation": "a key is removed: how long its streams and watchers live after SIGHUP",
     "bridge": "one camera's H.264 through bridge and server: decoded by the bridge, or passed on",
-    "overload": "more cameras than fit: age of results, equal rates, every frame's outcome",
+    "overload": "more cameras than fit: age of results, equal rates, every frame's outcome; "
+    "overload:video with the device's own decoder",
     "gallery": "search at 10k to 1M templates against the memory's bandwidth; exactness",
-    "shards": "several processes at one address: frames a second; an enrolment at every shard (matched-1m: at a million "
-    "templates)",
+    "shards": "several processes at one address: frames a second; an enrolment at every shard "
+    "(matched-1m: at a million templates)",
     "vault": "what encryption at rest costs a start, an enrolment, an identification",
     "watchers": "some look at streams, stop reading, look at video: what it costs the streams",
     "wall": "pictures a second of the demo's clip on the console's live wall (needs chromium)",
