@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from tests.real_pool import real_pool
 
+from facelane_server import config
 from facelane_server.domain import Stage
 from facelane_server.ipc.channel import socket_pair
 from facelane_server.pools import briefing
+from facelane_server.pools.host import Launchers
 from facelane_server.pools.process import Confined
 from facelane_server.worker import exit_codes, sandbox
 
@@ -253,6 +255,77 @@ def test_what_cuda_does_not_start_in_is_weakened_step_by_step(works: int) -> Non
     found = sandbox.strongest(try_out)
     assert asked == list(sandbox.STRENGTHS[: works + 1])
     assert found == (sandbox.STRENGTHS[works] if works < 4 else sandbox.STRENGTHS[0])
+
+
+TRIES = """
+import os, sys
+from facelane_server.worker import sandbox
+memory, tries, proven = map(int, sys.argv[1:])
+
+def try_out():
+    os.write(tries, b"x")
+    return sandbox.STRENGTHS[2], bool(proven)
+
+print(sandbox.STRENGTHS.index(sandbox.remembered(memory, try_out)))
+"""
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_one_worker_tries_out_for_all_what_cuda_starts_in(proven: bool) -> None:
+    """What is not proven is tried by each: the card may have had no room, or not been there."""
+    memory = os.memfd_create("memory")
+    reader, tries = os.pipe()
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", TRIES, str(memory), str(tries), str(int(proven))],
+            pass_fds=[memory, tries],
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(4)
+    ]
+    try:
+        found = [worker.communicate(timeout=60)[0] for worker in workers]
+        assert found == [b"2\n"] * 4
+        os.close(tries)
+        assert os.read(reader, 100) == b"x" * (1 if proven else 4)
+    finally:
+        for fd in (memory, reader):
+            os.close(fd)
+
+
+def test_what_is_remembered_of_cuda_is_out_of_reach_before_anything_is_loaded() -> None:
+    memory = os.memfd_create("memory")
+    assert sandbox.confine("off", None, cards=True, tried=memory) == sandbox.Confinement("off")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(memory)
+
+
+async def test_workers_that_differ_in_models_alone_share_what_they_remember(
+    tmp_path: Path,
+) -> None:
+    launchers = Launchers(tmp_path, mps_pipe_directory=tmp_path)
+
+    def memory(name: str, isolation: str, device: str) -> int | None:
+        pool = config.Pool(model=name, isolation=isolation, devices=(device,), group="one")  # type: ignore[arg-type]
+        launcher = launchers.for_pool(name, pool)
+        confined = launcher.confined if isolation == "thread" else launcher._confined  # type: ignore[attr-defined]
+        assert (f"--tried={confined.tried}" in confined.arguments()) == (device != "cpu")
+        found: int | None = confined.tried
+        return found
+
+    one, two = memory("a", "process", "cuda:0"), memory("b", "process", "cuda:1")
+    assert one == two is not None
+    by_mps = memory("c", "mps", "cuda:0")
+    assert by_mps is not None
+    assert by_mps != one
+    assert memory("d", "process", "cpu") is None
+    assert memory("e", "thread", "cpu") is None
+    assert memory("f", "thread", "cuda:0") == one, "whoever joined the group first"
+    await launchers.close()
+    for fd in (one, by_mps):
+        assert fd is not None
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_members_of_a_group_are_confined_as_the_strictest_says() -> None:

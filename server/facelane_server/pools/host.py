@@ -396,6 +396,8 @@ class Launchers:
         if mps_pipe_directory is None and runtime_dir is not None:
             mps_pipe_directory = runtime_dir / "mps"
         self._mps_pipe_directory = mps_pipe_directory
+        self._tried: dict[bool, int] = {}
+        """Of those that talk to an MPS daemon, and of the others."""
         self._groups: dict[str, GroupLauncher] = {}
         self._launchers: list[Launcher] = []
 
@@ -428,7 +430,8 @@ class Launchers:
                 memory_mib=settings.memory_mib,
                 stream_priority=settings.stream_priority,
             )
-            confined = replace(confined, mps=self._mps_pipe_directory)
+            tried = self._memory(mps=True) if confined.cards else None
+            confined = replace(confined, mps=self._mps_pipe_directory, tried=tried)
             launcher = ProcessLauncher(
                 threads=settings.threads, environment=environment, confined=confined
             )
@@ -445,7 +448,14 @@ class Launchers:
             if name in settings.options
         ]
         cards = any(device != "cpu" for device in settings.devices)
-        return Confined(settings.sandbox, (*self._models, *own), tuple(faults), cards)
+        tried = self._memory(mps=False) if cards else None
+        read = (*self._models, *own)
+        return Confined(settings.sandbox, read, tuple(faults), cards, tried=tried)
+
+    def _memory(self, *, mps: bool) -> int:
+        if mps not in self._tried:
+            self._tried[mps] = os.memfd_create("facelane-sandbox", os.MFD_CLOEXEC)
+        return self._tried[mps]
 
     async def close(self) -> None:
         """After all pools have stopped."""
@@ -453,3 +463,5 @@ class Launchers:
             await launcher.close()
         self._launchers.clear()
         self._groups.clear()
+        while self._tried:
+            os.close(self._tried.popitem()[1])

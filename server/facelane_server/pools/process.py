@@ -58,13 +58,15 @@ it share the fate of its clients; pools with ``isolation = "mps"`` name their da
 class Confined:
     """What a worker's process may do (see ``worker.sandbox``). ``read``: folders with models;
     ``write``: of fault tests. ``cards``: it may compute on a CUDA device. ``mps``: it talks to
-    an MPS daemon, as the user that it is."""
+    an MPS daemon, as the user that it is. ``tried``: a file in which workers that differ in no more
+    than models remember what CUDA starts in; None = each tries that out."""
 
     sandbox: config.Sandbox = "auto"
     read: tuple[Path, ...] = ()
     write: tuple[Path, ...] = ()
     cards: bool = False
     mps: Path | None = None
+    tried: int | None = None
 
     def with_folder(self, folder: Path | None) -> Confined:
         return self if folder is None else replace(self, read=(*self.read, folder))
@@ -75,13 +77,15 @@ class Confined:
         strictest = next(mode for mode in _MODES if mode in modes)
         read, write = (*self.read, *other.read), (*self.write, *other.write)
         cards = self.cards or other.cards
-        return replace(self, sandbox=strictest, read=read, write=write, cards=cards)
+        tried = other.tried if self.tried is None else self.tried
+        return replace(self, sandbox=strictest, read=read, write=write, cards=cards, tried=tried)
 
     def arguments(self) -> list[str]:
         found = [f"--sandbox={self.sandbox}", "--read="]
         found += [f"--read={path.resolve()}" for path in self.read]
         found += [f"--write={path.resolve()}" for path in self.write]
         found += ["--cards"] if self.cards else []
+        found += [] if self.tried is None else [f"--tried={self.tried}"]
         return found if self.mps is None else [*found, f"--mps={self.mps}"]
 
 
@@ -113,7 +117,7 @@ class Process:
         try:
             self._child = subprocess.Popen(
                 command,
-                pass_fds=theirs,
+                pass_fds=theirs if confined.tried is None else [*theirs, confined.tried],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

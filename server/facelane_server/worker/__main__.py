@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--read", action="append", metavar="PATH", help="none: everything")
     parser.add_argument("--write", action="append", default=[], metavar="FOLDER")
     parser.add_argument("--cards", action="store_true", help="it may compute on a CUDA device")
+    parser.add_argument("--tried", type=int, metavar="FD", help="what CUDA starts in, once known")
     parser.add_argument("--mps", default="", metavar="FOLDER", help="of the daemon's pipes")
     try:
         options = parser.parse_args(arguments)
@@ -135,6 +136,7 @@ def _confine(options: argparse.Namespace) -> sandbox.Confinement:
         keep_user=keep_user,
         cards=options.cards or bool(options.attach),
         mps=bool(options.mps),
+        tried=options.tried,
     )
 
 

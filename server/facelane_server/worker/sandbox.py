@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import pwd
@@ -165,6 +166,23 @@ def strongest(works: Callable[[Strength], bool]) -> Strength:
     return next((strength for strength in STRENGTHS if works(strength)), STRENGTHS[0])
 
 
+def remembered(fd: int | None, try_out: Callable[[], tuple[Strength, bool]]) -> Strength:
+    """``try_out``'s answer, which one process finds for all that have ``fd``, a file of theirs
+    alone; the others wait for it, as long as their server waits for them. None = nobody remembers.
+    ``try_out``: with whether it may be remembered."""
+    if fd is None:
+        return try_out()[0]
+    with contextlib.suppress(OSError):  # else two of them try at once
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+    known = os.pread(fd, 1, 0)
+    if known and known[0] < len(STRENGTHS):
+        return STRENGTHS[known[0]]
+    strength, proven = try_out()
+    if proven:
+        os.pwrite(fd, bytes([STRENGTHS.index(strength)]), 0)
+    return strength
+
+
 def confine(
     mode: Mode,
     read: Sequence[str] | None,
@@ -173,11 +191,14 @@ def confine(
     keep_user: bool = False,
     cards: bool = False,
     mps: bool = False,
+    tried: int | None = None,
 ) -> Confinement:
-    """``enter``, as strong as CUDA bears where ``cards`` are to be computed on."""
-    strength = STRENGTHS[0]
+    """``enter``, as strong as CUDA bears where ``cards`` are to be computed on. ``tried``: where
+    that is ``remembered``, which takes CUDA's start to find out; closed."""
+    strength, started = STRENGTHS[0], False
 
     def cuda_starts(strength: Strength) -> bool:
+        nonlocal started
         child = os.fork()
         if child == 0:
             code = 1
@@ -191,12 +212,21 @@ def confine(
                 )
             finally:
                 os._exit(min(code, 255))
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, _NO_MEMORY, _NO_DEVICE)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        started = code == 0
+        return code in (0, _NO_MEMORY, _NO_DEVICE)
 
-    if cards and mode != "off" and any(Path("/dev").glob("nvidia[0-9]*")):
-        strength = strongest(cuda_starts)
-        if mode == "required" and strength != STRENGTHS[0]:
-            raise SandboxError("CUDA does not start in the sandbox")
+    def try_out() -> tuple[Strength, bool]:
+        return strongest(cuda_starts), started
+
+    try:
+        if cards and mode != "off" and any(Path("/dev").glob("nvidia[0-9]*")):
+            strength = remembered(tried, try_out)
+    finally:
+        if tried is not None:
+            os.close(tried)  # before anything is looked at that could make this process say so
+    if mode == "required" and strength != STRENGTHS[0]:
+        raise SandboxError("CUDA does not start in the sandbox")
     return enter(mode, read, write, keep_user=keep_user, strength=strength)
 
 
