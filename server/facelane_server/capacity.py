@@ -398,9 +398,11 @@ class Capacity:
         if self.budget is None:
             return {}
         asked = [replace(d, fps=self._may_send(d)) for d in self._demands]
-        rates = fair_rates(asked, part * self.budget)
+        rates = fair_rates(asked, self.budget)
         least = {d.lane: d.fps / _VIDEO_AT_ONCE for d in asked if _is_thinned_video(d)}
         self._pinned = bool(least) and all(rates[lane] <= fps for lane, fps in least.items())
+        if part < 1.0:
+            rates = fair_rates(asked, part * self.budget)
         for lane, fps in least.items():
             rates[lane] = max(rates[lane], fps)
         thinned: dict[int, float] = {}

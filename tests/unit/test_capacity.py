@@ -409,11 +409,15 @@ def test_where_decoding_is_what_is_short_whole_groups_of_pictures_are_left_out(
     assert max(film.answered) <= 1.3 * min(film.answered)
 
 
-def test_where_the_detector_is_what_is_short_every_group_of_pictures_is_taken() -> None:
-    """Until no stream of video gives way further, and answers are late all the same."""
+@pytest.mark.parametrize("wait_s", [0.0, 0.8 * TARGET_S], ids=["", "piled up"])
+def test_where_the_detector_is_what_is_short_every_group_of_pictures_is_taken(
+    wait_s: float,
+) -> None:
+    """Until no stream of video gives way further, and answers are late all the same; what has piled
+    up is let off first, whatever the streams' budget."""
     capacity = Capacity(TARGET_S, 2.0)
     demands = [Demand(lane, 25.0, video=True, group_s=1.0) for lane in range(8)]
-    late = Reading(PERIOD_S, demands, 40, [2 * TARGET_S] * 40, {"detector": 1.0})
+    late = Reading(PERIOD_S, demands, 40, [2 * TARGET_S] * 40, {"detector": 1.0}, wait_s=wait_s)
     budgets = set()
     while not capacity._pinned:
         rates = capacity.step(replace(late, answered=int((capacity.budget or 160.0) * PERIOD_S)))
