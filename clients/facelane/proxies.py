@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import os
 import re
+from urllib.parse import urlsplit
 
 
 def _host(target: str) -> str:
@@ -47,6 +48,23 @@ def proxy_variable(target: str) -> str:
     told = map(os.environ.get, ("no_grpc_proxy", "no_proxy", "NO_PROXY"))
     names = re.split(r"[,\s]+", next(filter(None, told), ""))
     return "" if any(_exempts(name, _host(target)) for name in names if name) else variable
+
+
+def http_proxy(url: str) -> str:
+    """The proxy by which the environment sends what goes to this HTTP address, as curl has it;
+    empty = none. ``HTTP_PROXY`` in capitals counts for nothing: a web server sets it from a
+    header."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    names = ["https_proxy", "HTTPS_PROXY"] if parts.scheme == "https" else ["http_proxy"]
+    values = (os.environ.get(name) for name in (*names, "all_proxy", "ALL_PROXY"))
+    found = next(filter(None, values), "")
+    told = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if is_local(f"[{host}]" if ":" in host else host):
+        return ""
+    if any(_exempts(name, host) for name in re.split(r"[,\s]+", told) if name):
+        return ""
+    return found if not found or "://" in found else f"http://{found}"
 
 
 def _exempts(name: str, host: str) -> bool:

@@ -140,6 +140,9 @@ class Webhook(_Sink, frozen=True, kw_only=True, tag_field="type", tag="webhook")
     secret_file: str = ""
     """``whsec_...``; empty = unsigned."""
     headers: dict[str, str] = {}
+    proxy: bool = True
+    """Whether a receiver on another machine may be reached by the proxy that the environment names
+    (``https_proxy``, ``http_proxy``, ``no_proxy``)."""
     tls_ca: str = ""
     tls_fingerprint: Fingerprint = ""
     """SHA-256 of the receiver's certificate: it alone is trusted."""

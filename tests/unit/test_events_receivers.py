@@ -19,6 +19,7 @@ import pytest
 from tests.waiting import auntil
 
 import facelane
+from facelane.proxies import http_proxy
 from facelane.types import BoundingBox, Event, EventKind, Identity, RuleReport, TrackReport
 from facelane_events import config, delivery
 from facelane_events.delivery import Delivery, RefusedError, UnavailableError
@@ -324,6 +325,78 @@ async def test_a_receiver_that_drips_holds_no_thread(tmp_path: Path) -> None:
             assert seen >= 2
         # It ends while an attempt is under way, and leaves none behind.
         await auntil(lambda: not there, what="the connections' ends")
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "proxy"),
+    [
+        ({}, "https://hooks.test/x", ""),
+        ({"https_proxy": "http://p:1"}, "https://hooks.test/x", "http://p:1"),
+        ({"HTTPS_PROXY": "p:1"}, "https://hooks.test/x", "http://p:1"),
+        ({"https_proxy": "http://p:1"}, "http://hooks.test/x", ""),
+        ({"http_proxy": "http://p:1"}, "http://hooks.test/x", "http://p:1"),
+        ({"HTTP_PROXY": "http://p:1"}, "http://hooks.test/x", ""),
+        ({"ALL_PROXY": "http://p:1"}, "http://hooks.test/x", "http://p:1"),
+        ({"http_proxy": "http://p:1"}, "http://localhost:8080/x", ""),
+        ({"http_proxy": "http://p:1"}, "http://[::1]:8080/x", ""),
+        ({"http_proxy": "http://p:1", "no_proxy": "a.test, .test"}, "http://hooks.test/x", ""),
+        ({"http_proxy": "http://p:1", "NO_PROXY": "10.0.0.0/8"}, "http://10.1.2.3/x", ""),
+        ({"http_proxy": "http://p:1", "no_proxy": "10.0.0.0/8"}, "http://11.1.2.3/x", "http://p:1"),
+    ],
+)
+def test_which_proxy_an_address_is_reached_by(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], url: str, proxy: str
+) -> None:
+    for name in ("http", "https", "all", "no"):
+        monkeypatch.delenv(f"{name}_proxy", raising=False)
+        monkeypatch.delenv(f"{name}_proxy".upper(), raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert http_proxy(url) == proxy
+
+
+async def test_a_receiver_behind_the_proxy_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            asked.append(await reader.readuntil(b"\r\n\r\n"))
+            refused = asked[-1].startswith(b"CONNECT")
+            status = b"403 Forbidden" if refused else b"204 No Content"
+            writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    async def sent(url: str, **settings: Any) -> None:
+        hook = config.Webhook(name="hook", url=url, attempt_timeout=20.0, **settings)
+        sink = WebhookSink(hook)
+        await sink.open()
+        try:
+            await sink.send(message(hook, SEEN))
+        finally:
+            await sink.close()
+
+    async with await asyncio.start_server(proxy, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("https_proxy", f"http://ada:s%40fe@127.0.0.1:{port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        await sent("http://me:secret@hooks.invalid/take?it=1#here")
+        line, *headers = asked[-1].split(b"\r\n")
+        assert line == b"POST http://hooks.invalid/take?it=1 HTTP/1.1"
+        assert b"Host: hooks.invalid" in headers
+        with pytest.raises(UnavailableError):
+            await sent("https://hooks.invalid/take")
+        line, *headers = asked[-1].split(b"\r\n")
+        assert line.startswith(b"CONNECT hooks.invalid:443 ")
+        assert b"proxy-authorization: basic ywrhonnazmu=" in [one.lower() for one in headers]
+        count = len(asked)
+        with pytest.raises(UnavailableError):
+            await sent("http://hooks.invalid/take", proxy=False)
+        assert len(asked) == count
 
 
 async def test_a_message_that_is_too_large_is_a_dead_letter_and_ids_are_a_sinks_own() -> None:

@@ -18,6 +18,7 @@ from standardwebhooks.webhooks import Webhook as Signer
 from urllib3.connection import HTTPConnection
 
 import facelane
+from facelane.proxies import http_proxy
 from facelane_events import config
 from facelane_events.delivery import GoneError, RefusedError, UnavailableError
 from facelane_events.message import Message
@@ -72,9 +73,7 @@ class WebhookSink:
         most = settings.attempt_timeout
         timeout = urllib3.Timeout(total=most, connect=min(most, CONNECT_S))
         try:
-            pool = urllib3.connection_from_url(
-                settings.url, maxsize=1, retries=False, timeout=timeout, **options
-            )
+            pool = _pool(settings, maxsize=1, retries=False, timeout=timeout, **options)
         except urllib3.exceptions.HTTPError as error:
             raise UnavailableError(_why(error)) from None
         made: Any = pool.ConnectionCls
@@ -129,11 +128,14 @@ class WebhookSink:
         """The status, and how long the receiver asks to be left alone."""
         if pool is not self._pool:
             raise UnavailableError("it was given up before it was sent")
-        target = urllib3.util.parse_url(self._settings.url).request_uri
+        address = urllib3.util.parse_url(self._settings.url)
+        target = address.request_uri
+        if pool.proxy is not None and address.scheme == "http":
+            target = address._replace(auth=None, fragment=None).url  # no tunnel
         try:
             answer = pool.urlopen(
-                "POST", target, body=body, headers=headers,
-                redirect=False, preload_content=False,
+                "POST", target, body=body, headers=headers, redirect=False,
+                assert_same_host=False, preload_content=False,
             )  # fmt: skip
             try:
                 answer.read(MAX_ANSWER)
@@ -152,6 +154,21 @@ class WebhookSink:
                     connection.sock.shutdown(socket.SHUT_RDWR)
         if pool is not None:
             pool.close()
+
+
+def _pool(settings: config.Webhook, **how: Any) -> urllib3.HTTPConnectionPool:
+    proxy = http_proxy(settings.url) if settings.proxy else ""
+    if not proxy:
+        return urllib3.connection_from_url(settings.url, **how)
+    written = urllib3.util.parse_url(proxy).auth
+    headers = (
+        urllib3.util.make_headers(proxy_basic_auth=urllib.parse.unquote(written))
+        if written
+        else None
+    )
+    return urllib3.ProxyManager(proxy, proxy_headers=headers, **how).connection_from_url(
+        settings.url
+    )
 
 
 def _authorization(settings: config.Webhook) -> dict[str, str]:
