@@ -7,8 +7,9 @@ from typing import Any
 
 from facelane_server import annexb
 from facelane_server.domain import Encoding, Stage
-from facelane_server.pools.groups import Group, Wanted
-from facelane_server.pools.holding import Holding
+from facelane_server.ipc.messages import PictureHeld
+from facelane_server.pools.groups import Decoders, Group, Wanted
+from facelane_server.pools.holding import Holding, note
 from facelane_server.pools.schedule import Schedule
 from facelane_server.pools.slots import Codec
 from facelane_server.pools.tasks import AnyTask, Task, VideoRequest
@@ -73,3 +74,11 @@ def test_of_a_lane_that_has_ended_nothing_is_kept() -> None:
     schedule.release(1)
     assert not schedule._held._lanes
     assert schedule.waiting() == [waits], "whoever is still waited for is"
+
+
+def test_whose_decoder_is_being_opened_has_not_been_begun() -> None:
+    one, decoders = task(1, 1), Decoders()
+    note(one, PictureHeld(1, opening=True), decoders, 5)
+    assert (one.opening, one.behind_ns) == (True, 0)
+    note(one, PictureHeld(1), decoders, 6)
+    assert (one.opening, one.behind_ns) == (False, 6), "it is at work"

@@ -252,6 +252,10 @@ async def test_a_frame_that_waited_too_long_is_dropped_and_one_that_was_begun_is
     assert (first.reason, first.retryable) == (Reason.DEADLINE_EXCEEDED, True)
     assert second == FrameDrop(DropReason.TOO_OLD)
     assert s.lane.totals.drops_by_reason == {DropReason.TOO_OLD: 1}
+    s.offer()
+    s.pools.detector.begin().opening = True
+    s.pools.detector.answer(FacelaneError(Reason.DEADLINE_EXCEEDED, "late", retryable=True))
+    assert await s.bodies() == [FrameDrop(DropReason.TOO_OLD)], "no decoder has seen it"
 
 
 async def test_the_deadline_of_a_frame_is_its_age_limit() -> None:

@@ -446,7 +446,7 @@ class Lane:
             entry.timings.note(Stage.DETECTOR, entry.task)
         else:
             error = error_of(future)
-            never_begun = entry.task is None or not entry.task.dispatched_ns
+            never_begun = (task := entry.task) is None or not task.dispatched_ns or task.opening
             if error.reason is Reason.DEADLINE_EXCEEDED and never_begun:
                 entry.body = FrameDrop(DropReason.TOO_OLD)
             else:

@@ -111,6 +111,7 @@ def note(
     if not isinstance(task.request, VideoRequest):
         return
     wanted = task.request.wanted
+    task.opening = isinstance(answer, PictureHeld) and answer.opening
     if task.ahead:
         # What is wrong with it is told to the next picture, for which all is decoded again.
         if not isinstance(answer, PictureHeld) or answer.position < 0 or answer.waits:

@@ -125,6 +125,8 @@ class Task(Generic[A]):
     """Of the worker that has it, or had it last; empty until one has."""
     slices: int = 0
     """Jobs that decoded a part of what it takes."""
+    opening: bool = False
+    """Of video: its decoder was still being opened when a worker had it last."""
     behind_ns: int = 0
     """Since when its decoder, which had all before, has more to do for it than a turn's; 0 = it has
     not."""
