@@ -77,9 +77,9 @@ _PATIENCE: Final = 12
 _VIDEO_AT_ONCE: Final = 4
 """Of a stream of video every fourth picture is taken at least: those between are decoded all the
 same, some of them with it, and fewer would only make answers late."""
-_STARVED: Final = 0.25
+_STARVED: Final = 0.12
 """Of the target: what access units must wait for those who decode before that is the limit."""
-_FED: Final = 0.1
+_FED: Final = 0.05
 """The same, up to which there is room for more groups of pictures."""
 _LEAST_GROUPS: Final = 0.1
 """Of the groups of pictures of video, what is taken of them at least."""
@@ -223,6 +223,8 @@ class Capacity:
     _rates: dict[int, float] = field(default_factory=dict)
     _alone_s: float = 0.0
     _hold: int = 0
+    _groups_hold: int = 0
+    """Readings in which the effect of a step is waited for."""
     _calm: int = 0
     _led: int = 0
     """Readings since there is a budget: the first one is a guess from what was answered while
@@ -328,7 +330,7 @@ class Capacity:
             if self._is_starved(target):
                 self._take_fewer_groups(-1.0 if age is None else 1.0 - age / (_SETPOINT * target))
                 self.budget = max(self.budget, _SPARE * self._offered())
-            self._hold, self._calm, self._led = self._holding(), 0, 0
+            self._hold, self._calm, self._led = _HOLD, 0, 0
             self._ceiling = math.inf
 
     def _stays_late(self, late: bool, wait_s: float, target: float) -> bool:
@@ -352,25 +354,19 @@ class Capacity:
         able = answered / max(busiest, 1e-6)
         setpoint = _SETPOINT * target
         self._hold -= 1
+        self._groups_hold -= 1
         young = 1.0 if age is None else 1.0 - age / setpoint
         self._ceiling *= _FORGOTTEN
         whole = self.groups == 1.0  # else more of each group would be taken in turns
         fast = whole and young > _YOUNG and _FAST * self.budget <= _NEAR * self._ceiling
         late = self._stays_late(young < 0.0, wait_s, target)
+        self._lead_groups(young, target, late=late)
         if young < 0.0:
-            if self._hold <= 0 and late:
-                if self._pinned or self._is_starved(target):
-                    self._take_fewer_groups(young)
-                else:
-                    self._ceiling = self.budget
-                    self.budget *= max(0.8, 1.0 + 0.1 * young)
-                self._hold = self._holding()
+            if self._hold <= 0 and late and not self._is_starved(target):
+                self._ceiling = self.budget
+                self.budget *= max(0.8, 1.0 + 0.1 * young)
+                self._hold = _HOLD
         else:
-            if self._hold <= 0 and self._is_starved(target):
-                self._take_fewer_groups(_SOON)  # they will be late
-                self._hold = self._holding()
-            elif self._hold <= 0:
-                self._take_more_groups(target)
             if fast:
                 self.budget *= _FAST
             elif self._hold <= 0:
@@ -426,11 +422,23 @@ class Capacity:
         video = any(map(_is_thinned_video, self._demands))
         return video and self._decoding_s() > _STARVED * target
 
+    def _lead_groups(self, young: float, target: float, *, late: bool) -> None:
+        if self._groups_hold > 0:
+            return
+        if self._is_starved(target):
+            self._take_fewer_groups(min(young, _SOON))  # or they will be late
+        elif young < 0.0:
+            if late and self._pinned and self._hold <= 0:
+                self._take_fewer_groups(young)
+        else:
+            self._take_more_groups(target)
+
     def _take_fewer_groups(self, young: float) -> None:
         """``young``: below 0, by how much of the setpoint answers are too old."""
         if self._grown:  # else it is still the step before that is late
             self._groups_ceiling, self._grown = self.groups, False
         self.groups = max(_LEAST_GROUPS, self.groups * max(_FEWER, 1.0 + 0.12 * young))
+        self._groups_hold = self._holding()
 
     def _take_more_groups(self, target: float) -> None:
         self._groups_ceiling = min(1.0, self._groups_ceiling * _FORGOTTEN)
@@ -440,9 +448,7 @@ class Capacity:
             self._grown = True
 
     def _holding(self) -> int:
-        """Readings until a step shows its effect: of groups, once each stream has begun one."""
-        if self.groups == 1.0:
-            return _HOLD
+        """Readings until a step shows its effect: once each stream has begun a group."""
         longest = max((d.group_s for d in self._demands if _is_thinned_video(d)), default=0.0)
         return max(_HOLD, min(_LONGEST, _WINDOW + math.ceil(longest / PERIOD_S)))
 
@@ -482,7 +488,8 @@ class Capacity:
         return sum(r.answered for r in self._readings) / seconds if seconds else 0.0
 
     def _decoding_s(self) -> float:
-        return sum(r.decoding_s for r in self._readings) / max(1, len(self._readings))
+        newest = list(self._readings)[-_LATE:]
+        return sum(r.decoding_s for r in newest) / max(1, len(newest))
 
     def _busiest(self) -> float:
         seconds = self._seconds()
