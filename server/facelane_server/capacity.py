@@ -91,7 +91,7 @@ _BACK: Final = 1.03
 """What that part grows by at a reading while answers are young, up to ``_NEAR_GROUPS`` of where
 they were late the last time."""
 _NEAR_GROUPS: Final = 0.75
-_ON: Final = 1.003
+_ON: Final = 1.01
 """The same from there on."""
 _LONGEST: Final = 24
 """Readings for which the effect of a step is waited for at most, however long groups are."""
