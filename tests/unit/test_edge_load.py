@@ -8,10 +8,11 @@ from tests.waiting import auntil
 
 from facelane_server import config, standing, tracking
 from facelane_server.capacity import Demand
-from facelane_server.domain import FacelaneError, Overload, Reason
+from facelane_server.domain import FacelaneError, Overload, Reason, Stage
 from facelane_server.edge.load import LoadWatch
 from facelane_server.edge.streams import StreamRegistry
 from facelane_server.lanes import Lane, LaneOptions
+from facelane_server.pools.report import Work
 from facelane_server.pools.tasks import ANYBODY
 
 
@@ -91,6 +92,26 @@ async def test_where_each_would_have_too_little_no_more_are_let_in() -> None:
         watch.admit(LaneOptions(), ANYBODY)
     assert refused.value.reason is Reason.CAPACITY
     assert refused.value.metadata == {"fits": "2", "open": "2", "min_fps": "3"}
+
+
+def test_how_long_video_waits_is_read_by_job_of_the_pool_where_it_waits_longest() -> None:
+    class Worked:
+        def __init__(self, *works: Work) -> None:
+            self.works = list(works)
+
+        def work(self) -> Work:
+            return self.works.pop(0)
+
+    watch = LoadWatch(config.Limits(), StreamRegistry())
+    watch._pools = {
+        Stage.DETECTOR: Worked(  # type: ignore[dict-item]
+            Work(0, 0, 0, 1, 10_000_000, 2), Work(1, 1, 0, 1, 90_000_000, 6), Work(2, 2, 0, 1)
+        ),
+        Stage.RECOGNIZER: Worked(*[Work(0, 0, 0, 1)] * 3),  # type: ignore[dict-item]
+    }
+    assert watch._read(0.25, 0.1).decoding_s == 0.0, "nothing is known of before"
+    assert watch._read(0.25, 0.1).decoding_s == pytest.approx(0.02)
+    assert watch._read(0.25, 0.1).decoding_s == 0.0, "a pool that was begun anew"
 
 
 def test_the_bound_can_be_switched_off() -> None:
