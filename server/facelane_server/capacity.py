@@ -79,8 +79,9 @@ _VIDEO_AT_ONCE: Final = 4
 same, some of them with it, and fewer would only make answers late."""
 _STARVED: Final = 0.12
 """Of the target: what access units must wait for those who decode before that is the limit."""
-_FED: Final = 0.05
-"""The same, up to which there is room for more groups of pictures."""
+_FED: Final = 0.06
+"""The same, up to which there is room for more groups of pictures; while answers are far younger
+than they may be, up to ``_STARVED``: those that come in one job wait for each other."""
 _LEAST_GROUPS: Final = 0.1
 """Of the groups of pictures of video, what is taken of them at least."""
 _FEWER: Final = 0.6
@@ -431,7 +432,7 @@ class Capacity:
             if late and self._pinned and self._hold <= 0:
                 self._take_fewer_groups(young)
         else:
-            self._take_more_groups(target)
+            self._take_more_groups(fed=young > _YOUNG or self._decoding_s() < _FED * target)
 
     def _take_fewer_groups(self, young: float) -> None:
         """``young``: below 0, by how much of the setpoint answers are too old."""
@@ -440,9 +441,9 @@ class Capacity:
         self.groups = max(_LEAST_GROUPS, self.groups * max(_FEWER, 1.0 + 0.12 * young))
         self._groups_hold = self._holding()
 
-    def _take_more_groups(self, target: float) -> None:
+    def _take_more_groups(self, *, fed: bool) -> None:
         self._groups_ceiling = min(1.0, self._groups_ceiling * _FORGOTTEN)
-        if self._decoding_s() < _FED * target:
+        if fed:
             near = self.groups >= _NEAR_GROUPS * self._groups_ceiling
             self.groups = min(1.0, self.groups * (_ON if near else _BACK))
             self._grown = True

@@ -404,7 +404,7 @@ def test_where_decoding_is_what_is_short_whole_groups_of_pictures_are_left_out(
     film = Film(Capacity(TARGET_S, 2.0), 40, times / 1_000, 0.0002, together)
     film.run(90.0, counted=20.0)
     assert film.share_below(1.2 * TARGET_S) >= in_time
-    assert 0.6 / times <= film.capacity.groups <= 1.05 / times
+    assert 0.6 / times <= film.capacity.groups <= 1.15 / times
     assert sum(film.answered) / 70.0 >= 0.6 * 1_000 / times
     assert max(film.answered) <= 1.3 * min(film.answered)
 
@@ -441,7 +441,7 @@ def test_groups_of_pictures_are_taken_again_when_they_fit() -> None:
     assert set(rates) == set(range(4)), "stills cost those who decode video nothing"
     assert capacity.budget is not None
     young = replace(late, answered=45, ages_s=[0.1 * TARGET_S] * 45, decoding_s=0.0)
-    waiting = replace(young, decoding_s=0.08 * TARGET_S)
+    waiting = replace(young, ages_s=[0.6 * TARGET_S] * 45, decoding_s=0.08 * TARGET_S)
     for _ in range(4):
         capacity.step(waiting)
     before = capacity.groups
