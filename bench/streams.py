@@ -479,7 +479,9 @@ async def _watch(
             name = process.name()
         except psutil.Error:
             continue
-        stage = next((str(s) for s in Stage if str(s)[:8] in name), name)
+        stage = next((str(s) for s in Stage if str(s)[:8] in name), None)
+        if stage is None:
+            continue  # what somebody's library has begun
         by_stage[stage] = max(by_stage.get(stage, 0.0), sum(shares))
         loops[stage] = max(loops.get(stage, 0.0), *shares, 0.0)
     known = [share for share in gpu if not math.isnan(share)]
