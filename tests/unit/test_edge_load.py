@@ -118,5 +118,8 @@ def test_the_bound_can_be_switched_off() -> None:
     watch = LoadWatch(config.Limits(age_target_ms=0), StreamRegistry())
     watch.begin({})
     watch.admit(LaneOptions(), ANYBODY)
+    lane = opened(StreamRegistry())
+    watch.opened(lane)
+    assert not lane.keeps_age, "its video may grow old too"
     assert watch.load is None
     watch.close()

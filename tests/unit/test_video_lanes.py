@@ -596,13 +596,14 @@ def test_a_part_of_the_groups_is_that_part_in_the_long_run(
     assert all(parts.takes() for _ in range(20)), "all of them"
 
 
-@pytest.mark.parametrize("anew", [False, True])
-def test_whose_decoder_falls_behind_waits_for_a_key_frame(anew: bool) -> None:
+@pytest.mark.parametrize(("anew", "keeps_age"), [(False, True), (True, True), (False, False)])
+def test_whose_decoder_falls_behind_waits_for_a_key_frame(anew: bool, keeps_age: bool) -> None:
     """More of the group would only come later and later. One that begins with all since the key
-    frame (a worker was lost) catches up: that nobody waits for."""
+    frame (a worker was lost) catches up: that nobody waits for. Where no age is kept it may."""
 
     async def scenario() -> None:
         bench = await begun()
+        bench.lanes[0].keeps_age = keeps_age
         bench.complete(0)
         await bench.settle()
         if anew:
@@ -623,7 +624,8 @@ def test_whose_decoder_falls_behind_waits_for_a_key_frame(anew: bool) -> None:
         bench.arrive(0)
         await bench.settle()
         asked = [each for each in bench.taken[0] if isinstance(each, KeyFrameWanted)]
-        assert len(asked) == (not anew)
+        gives_up = keeps_age and not anew
+        assert len(asked) == gives_up
         while bench.arrived[0] < KEYINT + 1:
             bench.arrive(0)
         await bench.finish()
@@ -633,7 +635,7 @@ def test_whose_decoder_falls_behind_waits_for_a_key_frame(anew: bool) -> None:
             if isinstance(outcome.body, FrameDrop)
             and outcome.body.reason is DropReason.WAITING_FOR_KEY_FRAME
         ]
-        assert waiting == ([] if anew else list(range(7, KEYINT + 1)))
+        assert waiting == (list(range(7, KEYINT + 1)) if gives_up else [])
         assert isinstance(bench.outcomes(0)[-1].body, FrameResult)
 
     run(scenario)

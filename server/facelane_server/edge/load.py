@@ -83,6 +83,7 @@ class LoadWatch:
 
     def opened(self, lane: Lane) -> None:
         """What the stream is given until the next reading."""
+        lane.keeps_age = self._capacity is not None
         if self._capacity is not None and lane.options.overload is Overload.LATEST_WINS:
             demand = _demand(lane.lane_id, lane.options, lane.sender, 0.0)
             rate = self._capacity.first_rate(demand)

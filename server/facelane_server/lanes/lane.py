@@ -125,12 +125,11 @@ class Lane:
         self.footage = Footage(pipeline.max_pixels, video_cache_bytes, allowance, self._parts)
         self._ahead: deque[Entry] = deque()  # of video: held back until others bring them out
         self._asked = False
-
+        self.keeps_age = True  # rather loses pictures of video than lets them grow old
         self._pace = Pace(lane_id)
         self._told = ToldRate()
         self._tallied = (0, 0)
         self._ages_ns: deque[int] = deque(maxlen=_AGES)
-
         self._received = 0
         self._results = 0
         self._errors = 0
@@ -221,7 +220,8 @@ class Lane:
 
     def _is_behind(self) -> bool:
         """The decoder is, and more of the group would only come later and later."""
-        first = self._entries[self._turn] if self.options.overload is Overload.LATEST_WINS else None
+        hurries = self.keeps_age and self.options.overload is Overload.LATEST_WINS
+        first = self._entries[self._turn] if hurries else None
         since = first.task.behind_ns if first is not None and first.task is not None else 0
         return 0 < since < self._clock() - limits.BEHIND_NS
 
