@@ -51,10 +51,13 @@ def proxy_variable(target: str) -> str:
 
 
 def http_proxy(url: str) -> str:
-    """The proxy by which the environment sends what goes to this HTTP address, as curl has it;
-    empty = none. ``HTTP_PROXY`` in capitals counts for nothing: a web server sets it from a
-    header."""
-    parts = urlsplit(url)
+    """The proxy by which the environment sends what goes to this HTTP address; empty = none, also
+    for what is no address. ``HTTP_PROXY`` in capitals counts for nothing: a web server sets it from
+    a header."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
     host = parts.hostname or ""
     names = ["https_proxy", "HTTPS_PROXY"] if parts.scheme == "https" else ["http_proxy"]
     values = (os.environ.get(name) for name in (*names, "all_proxy", "ALL_PROXY"))

@@ -341,6 +341,7 @@ async def test_a_receiver_that_drips_holds_no_thread(tmp_path: Path) -> None:
         ({"http_proxy": "http://p:1"}, "http://[::1]/x", ""),
         ({"http_proxy": "http://p:1", "no_proxy": "a.test, .test"}, "http://hooks.test/x", ""),
         ({"http_proxy": "http://p:1", "NO_PROXY": "10.0.0.0/8"}, "http://10.1.2.3/x", ""),
+        ({"http_proxy": "http://p:1"}, "http://[::1/x", ""),
         ({"http_proxy": "http://p:1", "no_proxy": "10.0.0.0/8"}, "http://11.1.2.3/x", "http://p:1"),
     ],
 )

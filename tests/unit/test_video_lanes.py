@@ -535,9 +535,10 @@ def test_of_some_groups_of_pictures_nothing_is_taken() -> None:
     async def scenario() -> None:
         bench = Bench("plain", Overload.LATEST_WINS)
         assert bench.lanes[0].tally().group == 0
-        for which in (0, 1):
-            bench.lanes[which].take_at(1_000.0, 0.5)
-        for _ in range(COUNT):
+        for number in range(COUNT):
+            if number == KEYINT:
+                for which in (0, 1):
+                    bench.lanes[which].take_at(1_000.0, 0.5)
             bench.now += S // 25
             for which in (0, 1):
                 bench.arrive(which)
@@ -550,11 +551,10 @@ def test_of_some_groups_of_pictures_nothing_is_taken() -> None:
             {(o.frame_id - 1) // KEYINT for o in bench.outcomes(which) if not is_drop(o)}
             for which in (0, 1)
         ]
-        assert [len(groups) for groups in taken] == [2, 2], "of four"
-        assert taken[0] != taken[1]
+        assert taken == [{0, 1, 3}, {0, 2}]
         for which in (0, 1):
             assert set(bench.drops(which)) == {DropReason.THINNED}
-            assert len(bench.drops(which)) == COUNT // 2
+            assert len(bench.drops(which)) == COUNT - KEYINT * len(taken[which])
             assert not any(isinstance(each, KeyFrameWanted) for each in bench.taken[which])
             assert RateChanged(1_000.0) in bench.taken[which]
             assert bench.lanes[which].tally().group == KEYINT
@@ -566,15 +566,22 @@ def is_drop(outcome: Outcome) -> bool:
     return isinstance(outcome.body, FrameDrop)
 
 
-def test_what_is_broken_in_a_group_that_is_not_taken_is_told() -> None:
+def left_out() -> tuple[Footage, Parts, Sequence[bytes]]:
+    """In a group that is not taken, behind one that was."""
     parts = Parts(0)
-    parts.part = 0.0
-    footage = Footage(1 << 20, 1 << 20, parts=parts)
-    units = CLIPS["plain"][1] if isinstance(CLIPS["plain"], tuple) else CLIPS["plain"]
+    footage, units = Footage(1 << 20, 1 << 20, parts=parts), CLIPS["plain"]
     footage.check(Encoding.H264)
-    for unit in units[:3]:
+    parts.part = 0.0
+    for unit in units[:KEYINT]:
+        assert footage.take(unit, Encoding.H264) is not None, "nobody knows how long it is"
+    for unit in units[KEYINT : KEYINT + 3]:
         assert footage.take(unit, Encoding.H264) is None
         assert footage.thinned
+    return footage, parts, units
+
+
+def test_what_is_broken_in_a_group_that_is_not_taken_is_told() -> None:
+    footage, parts, units = left_out()
     footage.lose()
     assert (footage.thinned, footage.dry) == (True, False), "nothing was to be had of it anyway"
     with pytest.raises(FacelaneError):
@@ -582,6 +589,18 @@ def test_what_is_broken_in_a_group_that_is_not_taken_is_told() -> None:
     assert (footage.thinned, footage.dry) == (False, True), "it may have been a key frame"
     parts.part = 1.0
     assert footage.take(units[KEYINT], Encoding.H264) is not None
+
+
+def test_a_group_that_is_not_taken_does_not_last_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera may send key frames on request alone."""
+    footage, _, units = left_out()
+    for _ in range(KEYINT - 3):
+        assert footage.take(units[KEYINT + 3], Encoding.H264) is None
+    assert (footage.thinned, footage.dry) == (True, False)
+    assert footage.take(units[KEYINT + 3], Encoding.H264) is None
+    assert (footage.thinned, footage.dry) == (False, True), "a key frame is asked for"
+    monkeypatch.setattr("facelane_server.lanes.video._LEFT_OUT", KEYINT)
+    assert footage.take(units[2 * KEYINT], Encoding.H264) is not None, "they are too far apart"
 
 
 @given(st.integers(0, 1_000), st.floats(0.05, 1.0), st.integers(1, 200))

@@ -6,11 +6,17 @@ that is missing or broken there is nothing to be had until the next key frame.
 
 from __future__ import annotations
 
+from typing import Final
+
 from facelane_server import annexb
 from facelane_server.domain import Encoding, FacelaneError, Reason
 from facelane_server.lanes.allowance import Allowance
 from facelane_server.lanes.pace import Parts
 from facelane_server.pools.groups import Group
+
+_LEFT_OUT: Final = 300
+"""Access units of a group that is left out at most: of cameras that send a key frame now and then
+alone, nothing is."""
 
 
 class Footage:
@@ -81,13 +87,17 @@ class Footage:
             self.end()
             self.length, self._since = self._since, 0
             self.dry = False
-            self.thinned = self._parts is not None and not self._parts.takes()
+            taken = self._parts is None or self._parts.takes()
+            self.thinned = not taken and 0 < self.length <= _LEFT_OUT
             if not self.thinned:
                 self.group = Group(encoding, seen.format, self._cache_bytes)
                 self._leading = seen.key is annexb.Key.SOFT
                 self._reference = None
         self._since += 1
         if self.thinned:
+            if self._since > self.length:  # the next key frame should have come
+                self.thinned = False
+                self.lose()
             self._count()
             return None
         group = self.group
